@@ -1,0 +1,1 @@
+"""Micrographs -> tiles -> batches; knows no model."""

@@ -1,0 +1,1 @@
+"""Images -> features -> statistics -> numbers -> report; knows images, never models."""

@@ -1,0 +1,1 @@
+"""StyleGAN generators, discriminator, losses, loop and pipeline."""
