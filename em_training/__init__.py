@@ -1,1 +1,36 @@
 """What every training loop shares, and no loop: checkpoints, EMA, seeding, run log, strict configuration."""
+
+from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from em_training.config import (
+    changed_fields,
+    config_from_json,
+    config_to_json,
+    load_config,
+    save_config,
+    write_text_atomically,
+)
+from em_training.ema import EMA
+from em_training.precision import create_accelerator, default_precision
+from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, read_stats
+from em_training.seeding import make_generator, seed_for
+
+__all__ = [
+    "EMA",
+    "NonFiniteLossError",
+    "TrainingInterrupted",
+    "TrainingRun",
+    "changed_fields",
+    "config_from_json",
+    "config_to_json",
+    "create_accelerator",
+    "default_precision",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_config",
+    "make_generator",
+    "read_stats",
+    "save_checkpoint",
+    "save_config",
+    "seed_for",
+    "write_text_atomically",
+]

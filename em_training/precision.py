@@ -1,0 +1,30 @@
+"""What number format to compute in, and the Accelerator that knows it."""
+
+import accelerate
+import torch
+
+
+def default_precision() -> str:
+    """Return "bf16" where the hardware multiplies bfloat16 natively (CUDA of compute capability 8 on, CPUs with AMX), else "no"."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if has_amx() else "no"
+
+
+def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerator:
+    """Return an Accelerator that logs to TensorBoard under `out_dir`/tensorboard.
+
+    precision: "auto" (`default_precision`), "bf16", "fp16" or "no" (float32). What `accelerate launch --mixed_precision` says is overruled
+    by any value but "auto", since the value is part of the run's configuration.
+    """
+    if precision not in ("auto", "bf16", "fp16", "no"):
+        raise ValueError(f"precision '{precision}' is unknown; choose auto, bf16, fp16 or no")
+    configuration = accelerate.utils.ProjectConfiguration(
+        project_dir=str(out_dir), logging_dir=str(out_dir) + "/tensorboard"
+    )
+    return accelerate.Accelerator(
+        mixed_precision=default_precision() if precision == "auto" else precision,
+        log_with="tensorboard",
+        project_config=configuration,
+    )
