@@ -11,8 +11,8 @@ DEFECT_KINDS = ("loop_111", "loop_100", "dot", "line")
 class Defect:
     """One labelled defect of a micrograph.
 
-    kind: one of DEFECT_KINDS: a dislocation loop with Burgers vector 1/2<111> or <100>, a black dot, a dislocation line.
-    box_px: (x0, y0, x1, y1) in pixels of the micrograph; x1 and y1 are exclusive, so image[y0:y1, x0:x1] holds the defect.
+    kind: one of DEFECT_KINDS: a loop with Burgers vector 1/2<111> or <100>, a black dot, a dislocation line.
+    box_px: (x0, y0, x1, y1) in pixels of the micrograph, x1 and y1 exclusive: image[y0:y1, x0:x1] holds the defect.
     mask: bool [y1 - y0, x1 - x0] inside the box, or [H, W] of the whole micrograph.
     diameter_nm: the long axis of a loop or the diameter of a dot, in nanometres; None for a line.
     length_nm: the projected length of a line, in nanometres; None otherwise.
@@ -53,6 +53,6 @@ class Micrograph:
     def __post_init__(self):
         if self.image.ndim != 2 or self.image.dtype not in (np.uint8, np.uint16):
             raise ValueError(
-                f"{self.name}: a micrograph is uint8 or uint16 [H, W], not {self.image.dtype} {list(self.image.shape)}; "
-                "read files with em_data.read_micrograph"
+                f"{self.name}: a micrograph is uint8 or uint16 [H, W], not {self.image.dtype} "
+                f"{list(self.image.shape)}; read files with em_data.read_micrograph"
             )

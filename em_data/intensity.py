@@ -1,0 +1,88 @@
+"""The one road between integer grey levels and float in [-1, 1]."""
+
+import numpy as np
+import torch
+
+FULL_RANGE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+
+
+def from_uint(array, low=None, high=None):
+    """Map grey levels to float: y = 2 (x - low) / (high - low) - 1, clamped to [-1, 1].
+
+    array: uint8 or uint16 [...]. low, high: numbers, or arrays [B] for a batch [B, ...]; the type's full range if not
+    given, which maps without loss: `to_uint8` and `to_uint16` are then exact inverses.
+    Returns a float32 tensor [...].
+    """
+    array = np.ascontiguousarray(array)
+    if array.dtype not in FULL_RANGE:
+        raise ValueError(f"grey levels are uint8 or uint16, not {array.dtype}; see em_data.read_micrograph")
+    low = np.asarray(0 if low is None else low, dtype=np.float32)
+    high = np.asarray(FULL_RANGE[array.dtype] if high is None else high, dtype=np.float32)
+    if np.any(high <= low):
+        raise ValueError("high must lie above low: a constant image has no intensity scale")
+    if low.ndim == high.ndim == 0 or (np.all(low == low.flat[0]) and np.all(high == high.flat[0])):
+        low, scale = float(low.flat[0]), 2.0 / (float(high.flat[0]) - float(low.flat[0]))
+    else:
+        shape = (-1,) + (1,) * (array.ndim - 1)
+        scale = torch.from_numpy(np.broadcast_to(2.0 / (high - low), len(array)).reshape(shape).copy())
+        low = torch.from_numpy(np.broadcast_to(low, len(array)).reshape(shape).copy())
+    if array.dtype == np.uint8:
+        images = torch.from_numpy(array if array.flags.writeable else array.copy()).float()
+    else:
+        images = torch.from_numpy(array.astype(np.float32))
+    if isinstance(low, torch.Tensor) or low != 0:
+        images.sub_(low)
+    return images.mul_(scale).sub_(1).clamp_(-1, 1)
+
+
+def to_uint8(images):
+    """Map float images [...] in [-1, 1] to uint8 [...]; values outside are clamped, NaN is a ValueError."""
+    return _to_uint(images, np.uint8)
+
+
+def to_uint16(images):
+    """Map float images [...] in [-1, 1] to uint16 [...]; values outside are clamped, NaN is a ValueError."""
+    return _to_uint(images, np.uint16)
+
+
+def _to_uint(images, dtype):
+    images = torch.as_tensor(images).detach().float().cpu()
+    if torch.isnan(images).any():
+        raise ValueError("the images hold NaN and have no grey levels: the model that made them has diverged")
+    half = FULL_RANGE[np.dtype(dtype)] / 2
+    return images.clamp(-1, 1).add(1).mul(half).round_().numpy().astype(dtype)
+
+
+def find_levels(image, intensity="auto", percentiles=(0.1, 99.9)):
+    """Find the grey levels of a micrograph that become -1 and 1.
+
+    image: uint8 or uint16 [H, W]. intensity: "full", "percentile", or "auto" (full for 8 bits, least and largest for 16).
+    Returns (low, high, fraction_clipped): integers, and the share of pixels outside them.
+    """
+    full = FULL_RANGE[image.dtype]
+    if intensity == "full" or (intensity == "auto" and full == 255):
+        return 0, full, 0.0
+    if intensity == "auto":
+        return int(image.min()), int(image.max()), 0.0
+    counts = np.bincount(image.ravel(), minlength=full + 1)
+    shares = np.cumsum(counts) / image.size
+    low = int(np.searchsorted(shares, percentiles[0] / 100))
+    high = min(int(np.searchsorted(shares, percentiles[1] / 100)), full)
+    if high <= low:  # nearly constant: the two percentiles are one level
+        low, high = int(image.min()), int(image.max())
+    return low, high, float(1 - counts[low : high + 1].sum() / image.size)
+
+
+def float_to_uint16(image):
+    """Scale a finite float or wide integer image [H, W] to 16 bits by its least and largest value.
+
+    Returns (uint16 [H, W], low, high), where `low` and `high` became 0 and 65535; whole numbers from 0 to 65535 are kept as
+    they are. A constant image becomes 0.
+    """
+    low, high = float(image.min()), float(image.max())
+    if low >= 0 and high <= 65535 and (np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))):
+        return image.astype(np.uint16), 0.0, 65535.0
+    if high == low:
+        return np.zeros(image.shape, np.uint16), low, high
+    scaled = (image.astype(np.float64) - low) * (65535 / (high - low))
+    return np.rint(scaled).astype(np.uint16), low, high
