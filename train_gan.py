@@ -1,0 +1,22 @@
+"""Train a StyleGAN on micrographs."""
+
+from em_stylegan.presets import PRESETS
+from em_stylegan.train import train_gan
+from em_training.cli import parse_preset, run_command
+
+DESCRIPTION = """Train a StyleGAN on electron micrographs.
+
+  python train_gan.py demo                                  the embedded synthetic micrographs, minutes on 2 CPU cores
+  python train_gan.py small --data FOLDER --out runs/mine   your own micrographs (TIFF, PNG, JPEG, BMP; 8 or 16 bit)
+  accelerate launch train_gan.py paper --data FOLDER        all GPUs of the machine
+
+A run that was stopped or killed goes on when the same command is given again.
+`python train_gan.py PRESET --help` lists the flags of a preset with their values."""
+
+
+def main():
+    train_gan(parse_preset(PRESETS, default="demo", description=DESCRIPTION))
+
+
+if __name__ == "__main__":
+    run_command(main)
