@@ -1,0 +1,355 @@
+"""StyleGAN2 generator in one file, for grey or colour images; it needs only torch, numpy, diffusers and the standard library.
+
+Written from "A Style-Based Generator Architecture for GANs" (Karras et al. 2019) and "Analyzing and Improving the Image
+Quality of StyleGAN" (Karras et al. 2020). From leaf to root: filters, equalised layers, modulated convolution, mapping,
+synthesis, `StyleGAN2Generator`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+NOISE_MODES = ("random", "const", "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------- filters
+
+
+def blur_kernel():
+    """The separable filter [1, 3, 3, 1] as a 4 x 4 kernel that sums to one (2020, section 2)."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    return torch.outer(taps, taps) / 64
+
+
+def blur(x, kernel, *, padding, stride=1, gain=1.0):
+    """Filter each channel of x [B, C, H, W] with a 4 x 4 kernel after zero padding, and keep every `stride`-th pixel."""
+    num_channels = x.shape[1]
+    weight = (kernel * gain).to(x.dtype).expand(num_channels, 1, 4, 4)
+    return F.conv2d(x, weight, padding=padding, stride=stride, groups=num_channels)
+
+
+def upsample(x, kernel):
+    """Double the side of x [B, C, H, W]: zeros between the pixels, then the filter with gain 4 -> [B, C, 2H, 2W]."""
+    num_channels = x.shape[1]
+    weight = (kernel * 4).to(x.dtype).expand(num_channels, 1, 4, 4)
+    return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=num_channels)
+
+
+# ------------------------------------------------------------------------------------------------------- equalised layers
+
+
+class EqualizedLinear(nn.Module):
+    """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
+
+    def __init__(self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+        self.activation = activation
+
+    def forward(self, x):
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)  # [B, out_features]
+        return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
+
+
+class EqualizedConv2d(nn.Module):
+    """Convolution with equalised learning rate, optional halving of the side (filter, then stride 2) and leaky ReLU.
+
+    forward(x [B, in, H, W], gain=1.0, clamp=None) -> [B, out, H or H/2, W or W/2] in the type of x.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, *, down=False, bias=True, activation=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.kernel_size = kernel_size
+        self.down = down
+        self.activation = activation
+        if down:
+            self.register_buffer("kernel", blur_kernel(), persistent=False)
+
+    def forward(self, x, gain=1.0, clamp=None):
+        # leaky_relu(a x) = a leaky_relu(x) for a > 0: both gains go into the weights, which are smaller than the maps
+        clamp = None if clamp is None else clamp * gain
+        gain = gain * math.sqrt(2) if self.activation else gain
+        weight = (self.weight * (self.weight_gain * gain)).to(x.dtype)
+        bias = None if self.bias is None else (self.bias * gain).to(x.dtype)
+        if not self.down:
+            x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
+        elif self.kernel_size == 1:
+            x = F.conv2d(blur(x, self.kernel, padding=1, stride=2), weight, bias)  # [B, out, H/2, W/2]
+        else:
+            x = F.conv2d(blur(x, self.kernel, padding=2), weight, bias, stride=2)  # [B, out, H/2, W/2]
+        x = F.leaky_relu(x, 0.2) if self.activation else x
+        return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+# -------------------------------------------------------------------------------------------------- modulated convolution
+
+
+def demodulation(weight, styles):
+    """1 / norm of each output map's modulated weights (2020, equation 3).
+
+    weight [O, I, k, k], styles [B, I] -> [B, O]: rsqrt(sum_i s_i^2 sum_kk w_oikk^2 + 1e-8).
+    """
+    return (F.linear(styles.square(), weight.square().sum(dim=(2, 3))) + 1e-8).rsqrt()
+
+
+def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.0):
+    """Convolve x with weights scaled per sample, by scaling the activations instead of the weights.
+
+    x [B, I, H, W], weight [O, I, k, k], styles [B, I]; with `kernel` (4 x 4) the side doubles: transposed convolution, then
+    filter -> [B, O, H, W] or [B, O, 2H, 2W]. Convolution is linear, so (w s) * x = w * (s x), and the demodulation (equation 3)
+    multiplies whole output maps: one ordinary convolution serves the batch.
+    """
+    dtype = x.dtype
+    x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
+    if kernel is None:
+        x = F.conv2d(x, weight.to(dtype), padding=weight.shape[2] // 2)  # [B, O, H, W]
+    else:
+        x = F.conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)  # [B, O, 2H+1, 2W+1]
+        x = blur(x, kernel, padding=1, gain=4)  # [B, O, 2H, 2W]
+    if demodulate:
+        x = x * (demodulation(weight, styles) * gain).to(dtype)[:, :, None, None]
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------- mapping
+
+
+def normalize_second_moment(x):
+    """Scale each row of x [B, D] to a mean square of one."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+class MappingNetwork(nn.Module):
+    """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
+
+    forward(z [B, z_dim], class_labels=None) -> w [B, w_dim]. `w_mean` is the running mean of w for truncation; it moves only
+    when `update_w_mean` is called.
+    """
+
+    def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
+        super().__init__()
+        self.num_classes = num_classes
+        self.z_dim = z_dim
+        self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
+        num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
+        self.layers = nn.ModuleList(
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
+            for a, b in zip(num_features[:-1], num_features[1:], strict=True)
+        )
+        if track_mean:
+            self.register_buffer("w_mean", torch.zeros(w_dim))
+
+    def forward(self, z, class_labels=None):
+        inputs = [] if self.z_dim == 0 else [normalize_second_moment(z)]
+        if self.embed is not None:
+            if class_labels is None:
+                raise ValueError(f"this network knows {self.num_classes} classes: give class_labels, integers [B].")
+            if class_labels.ndim == 1:
+                class_labels = F.one_hot(class_labels.long(), self.num_classes)  # [B, num_classes]
+            inputs.append(normalize_second_moment(self.embed(class_labels.to(self.embed.weight.dtype))))
+        x = torch.cat(inputs, dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return x  # [B, w_dim]
+
+    @torch.no_grad()
+    def update_w_mean(self, w_batch_mean, decay=0.998):
+        """Move the running mean towards the mean [w_dim] of a batch of w."""
+        self.w_mean.lerp_(w_batch_mean.to(self.w_mean.dtype), 1 - decay)
+
+
+# -------------------------------------------------------------------------------------------------------------- synthesis
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3 x 3 convolution, noise, bias, leaky ReLU; doubles the side when `up` (2020, figure 2d)."""
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, *, up=False, clamp=None):
+        super().__init__()
+        self.resolution = resolution
+        self.up = up
+        self.clamp = clamp
+        self.style = EqualizedLinear(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        if up:
+            self.register_buffer("kernel", blur_kernel(), persistent=False)
+
+    def forward(self, x, w, noise_mode, generator):
+        gain = math.sqrt(2)  # leaky_relu(a x) = a leaky_relu(x): the gain joins the demodulation, the noise and the bias
+        styles = self.style(w)  # [B, in]
+        x = modulated_conv2d(x, self.weight, styles, kernel=self.kernel if self.up else None, gain=gain)  # [B, out, R, R]
+        if noise_mode == "random":
+            shape = (x.shape[0], 1, self.resolution, self.resolution)
+            noise = randn_tensor(shape, generator=generator, device=x.device, dtype=self.noise_strength.dtype)
+            x = x + (noise * (self.noise_strength * gain)).to(x.dtype)
+        elif noise_mode == "const":
+            x = x + (self.noise_const * (self.noise_strength * gain)).to(x.dtype)
+        x = F.leaky_relu(x + (self.bias * gain).to(x.dtype)[:, None, None], 0.2)
+        return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
+
+
+class ToImage(nn.Module):
+    """Modulated 1 x 1 convolution to image channels, without demodulation (2020, figure 7)."""
+
+    def __init__(self, in_channels, image_channels, w_dim, clamp=None):
+        super().__init__()
+        self.clamp = clamp
+        self.style = EqualizedLinear(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(image_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(image_channels))
+        self.weight_gain = 1 / math.sqrt(in_channels)
+
+    def forward(self, x, w):
+        x = modulated_conv2d(x, self.weight, self.style(w) * self.weight_gain, demodulate=False)  # [B, image_channels, R, R]
+        x = x + self.bias.to(x.dtype)[:, None, None]
+        x = x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
+        return x.to(self.bias.dtype)
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution: (doubling layer), layer, and an image added to the doubled image of the block before (skip generator)."""
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, image_channels, clamp=None):
+        super().__init__()
+        self.first = in_channels == 0
+        if self.first:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+            self.conv0 = None
+        else:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up=True, clamp=clamp)
+            self.register_buffer("kernel", blur_kernel(), persistent=False)
+        self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, clamp=clamp)
+        self.to_image = ToImage(out_channels, image_channels, w_dim, clamp=clamp)
+        self.num_convs = 1 if self.first else 2
+
+    def forward(self, x, image, ws, noise_mode, generator, compute_dtype):
+        ws = list(ws.unbind(dim=1))  # num_convs + 1 of [B, w_dim]
+        if self.first:
+            x = self.const.to(compute_dtype).expand(ws[0].shape[0], -1, -1, -1)
+            x = x.contiguous(memory_format=torch.channels_last)  # [B, C, 4, 4]
+        else:
+            x = self.conv0(x, ws.pop(0), noise_mode, generator)  # [B, C, R, R]
+            image = upsample(image, self.kernel)  # [B, image_channels, R, R]
+        x = self.conv1(x, ws.pop(0), noise_mode, generator)  # [B, C, R, R]
+        residual = self.to_image(x, ws.pop(0))  # [B, image_channels, R, R]
+        return x, residual if image is None else image + residual
+
+
+class SynthesisNetwork(nn.Module):
+    """w of every layer -> image.
+
+    forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None, compute_dtype=None) -> float image
+    [B, image_channels, R, R], nominally in [-1, 1]. `compute_dtype` (for example torch.bfloat16) is the type of the feature
+    maps; styles, demodulation and the sum of images keep the type of the parameters.
+    """
+
+    def __init__(self, w_dim, resolution, image_channels, channel_base, max_channels, clamp=None):
+        super().__init__()
+        resolutions = [2**i for i in range(2, int(math.log2(resolution)) + 1)]
+        num_channels = [min(channel_base // r, max_channels) for r in resolutions]
+        self.blocks = nn.ModuleList(
+            SynthesisBlock(a, b, w_dim, r, image_channels, clamp)
+            for a, b, r in zip([0] + num_channels[:-1], num_channels, resolutions, strict=True)
+        )
+        self.num_ws = sum(block.num_convs for block in self.blocks) + 1  # a block's image shares its w with the next block
+
+    def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
+        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
+            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
+        compute_dtype = compute_dtype or self.blocks[0].const.dtype
+        x = image = None
+        index = 0
+        for block in self.blocks:
+            block_ws = ws[:, index : index + block.num_convs + 1]
+            x, image = block(x, image, block_ws, noise_mode, generator, compute_dtype)
+            index += block.num_convs
+        return image
+
+
+class StyleGAN2Generator(ModelMixin, ConfigMixin):
+    """StyleGAN2 generator with skip connections (Karras et al. 2020).
+
+    Args:
+        resolution: side of the image in pixels, a power of two, at least 8.
+        image_channels: 1 for micrographs.
+        z_dim, w_dim: width of the latent and of the intermediate latent.
+        mapping_depth: layers of the mapping network (the study compares 2, 4 and 8).
+        channel_base, max_channels: feature maps at resolution r are min(channel_base // r, max_channels).
+        num_classes: 0 for an unconditional generator.
+        clamp: bound on the feature maps, or None; official checkpoints trained in half precision have 256.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        resolution: int = 256,
+        image_channels: int = 1,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_depth: int = 4,
+        channel_base: int = 32768,
+        max_channels: int = 512,
+        num_classes: int = 0,
+        clamp: float | None = None,
+    ):
+        super().__init__()
+        if resolution < 8 or resolution & (resolution - 1):
+            raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
+        if channel_base < resolution:
+            raise ValueError(f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one.")
+        self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
+        self.synthesis_network = SynthesisNetwork(w_dim, resolution, image_channels, channel_base, max_channels, clamp)
+
+    @property
+    def num_ws(self):
+        """Number of style inputs: one a convolution and one for the last image layer."""
+        return self.synthesis_network.num_ws
+
+    def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
+        """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
+        `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
+        w = self.mapping_network(z, class_labels)
+        ws = w.unsqueeze(1).expand(-1, self.num_ws, -1)
+        if truncation_psi == 1.0:
+            return ws
+        truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
+        if truncation_cutoff is None:
+            return truncated
+        return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
+
+    def synthesis(self, ws, noise_mode="random", generator=None, compute_dtype=None):
+        """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]."""
+        return self.synthesis_network(ws, noise_mode, generator, compute_dtype)
+
+    def forward(
+        self,
+        z,
+        class_labels=None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "random",
+        generator=None,
+    ):
+        """z [B, z_dim] -> image [B, image_channels, R, R], nominally in [-1, 1].
+
+        `class_labels`: integers [B] for a conditional generator. `noise_mode`: fresh noise, the stored noise, or none.
+        `generator`: a torch.Generator for fresh noise, or a list of one an image.
+        """
+        ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, noise_mode, generator)

@@ -1,0 +1,56 @@
+"""The losses of StyleGAN2, each from its equation (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def generator_loss(scores_fake):
+    """Non-saturating logistic loss of the generator, E[-log sigmoid(D(G(z)))] = E[softplus(-D(G(z)))] (2014, section 3)."""
+    return F.softplus(-scores_fake).mean()
+
+
+def discriminator_loss(scores_real, scores_fake):
+    """Logistic loss of the discriminator, E[softplus(D(G(z)))] + E[softplus(-D(x))] (2014, equation 1)."""
+    return F.softplus(scores_fake).mean() + F.softplus(-scores_real).mean()
+
+
+def r1_penalty(scores_real, images):
+    """Squared norm of the gradient of D at real images, |dD/dx|^2 (Mescheder et al. 2018, equation 9, without gamma / 2).
+
+    scores_real [B, 1] computed from images [B, C, H, W] that require a gradient -> [B], differentiable.
+    """
+    (gradient,) = torch.autograd.grad(scores_real.sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3))
+
+
+def path_lengths(images, ws, noise):
+    """Length of the image's gradient in w along a random image, |J_w^T y| (2020, equation 4).
+
+    images [B, C, H, W] computed from ws [B, num_ws, w_dim], noise [B, C, H, W] of unit normal values -> [B], differentiable. The
+    noise is divided by the square root of the number of pixels, so that lengths do not depend on the resolution; the square is
+    summed over w and averaged over layers.
+    """
+    noise = noise / math.sqrt(images.shape[2] * images.shape[3])
+    (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
+    return gradient.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+class PathLengthMean:
+    """Running mean of the path lengths, the constant a of equation 4: it sets no length, only that lengths are alike."""
+
+    def __init__(self, decay=0.01, device="cpu"):
+        self.decay = decay
+        self.mean = torch.zeros((), device=device)
+
+    def update(self, batch_mean):
+        """Move the mean towards the mean length of a batch and return it."""
+        self.mean = self.mean.lerp(batch_mean.detach().to(self.mean), self.decay)
+        return self.mean
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = torch.as_tensor(state["mean"], dtype=self.mean.dtype).to(self.mean.device)
