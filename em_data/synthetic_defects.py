@@ -1,0 +1,174 @@
+"""Radiation defects as a bright-field detector sees them: projected loops, black dots, dislocation lines.
+
+Every function draws one defect in a window of its own and returns a `Drawing`: what the defect takes away from the
+logarithm of the transmitted intensity (positive is dark), and the pixels that belong to it. Lengths are nanometres until
+the last moment, so that a defect has the same shape at every pixel size.
+"""
+
+from dataclasses import dataclass, field
+from math import cos, hypot, pi, sin
+
+import numpy as np
+from scipy import ndimage
+
+NORMALS_100 = np.eye(3)  # habit planes {100} of a0<100> loops: a pure edge loop lies normal to its Burgers vector
+NORMALS_111 = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]]) / np.sqrt(3)  # and {111} of a0/2<111> loops
+
+
+@dataclass(eq=False)
+class Drawing:
+    """A defect in its own window.
+
+    origin: (x, y) of the window's first pixel in the micrograph; may lie outside it.
+    contrast: float32 [h, w], subtracted from the logarithm of the intensity.
+    mask: bool [h, w], the defect's pixels.
+    """
+
+    origin: tuple[int, int]
+    contrast: np.ndarray
+    mask: np.ndarray
+    metadata: dict = field(default_factory=dict)
+
+
+def project_loop(normal, beam, rotation):
+    """Shape of a circular loop seen along the beam.
+
+    normal, beam: vectors [3] in crystal axes, of any length. rotation: angle in radians of the projected [010] axis
+    ([001] where the beam is along [010]) from the image's x axis towards y. Returns (axis_ratio, angle): minor over
+    major axis, |n . z|, in [0, 1]; and the angle in radians, in [0, pi), of the MAJOR axis from x towards y. The minor
+    axis lies along the projected normal; a face-on loop has no major axis and gets `rotation`.
+    """
+    normal = np.asarray(normal, dtype=float) / np.linalg.norm(normal)
+    beam = np.asarray(beam, dtype=float) / np.linalg.norm(beam)
+    reference = np.array([0.0, 1.0, 0.0]) if abs(beam[1]) < 0.9 else np.array([0.0, 0.0, 1.0])
+    e1 = reference - beam * (reference @ beam)
+    e1 /= np.linalg.norm(e1)
+    e2 = np.cross(beam, e1)
+    across = np.array([normal @ e1, normal @ e2])
+    axis_ratio = min(1.0, abs(float(normal @ beam)))
+    angle = rotation
+    if np.hypot(*across) > 1e-9:
+        angle = rotation + np.arctan2(across[1], across[0]) + pi / 2
+    return axis_ratio, float(angle % pi)
+
+
+def _window(center_px, reach_px):
+    """Window of pixels within reach of a centre: its origin and float32 offsets dx [1, w], dy [h, 1] from the centre."""
+    (x, y), (reach_x, reach_y) = center_px, reach_px
+    x0, y0 = int(np.floor(x - reach_x)), int(np.floor(y - reach_y))
+    x1, y1 = int(np.ceil(x + reach_x)) + 1, int(np.ceil(y + reach_y)) + 1
+    dx = (np.arange(x0, x1) - x).astype(np.float32)[None, :]
+    dy = (np.arange(y0, y1) - y).astype(np.float32)[:, None]
+    return (x0, y0), dx, dy
+
+
+def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, strength, pixel_size_nm):
+    """Open elliptical dislocation loop.
+
+    The core is a dark line along the ellipse; its contrast follows cos^2 of the angle to the diffraction vector, so that
+    two stretches of the ring are faint (g.b of the local displacement vanishes). A weaker second line inside is the
+    double image of a dislocation near its Bragg condition. The enclosed area is a little brighter than the matrix.
+    angle, g_angle: radians from x towards y. strength: peak of the contrast. Returns a Drawing.
+    """
+    core = rng.uniform(0.95, 1.5) * (diameter_nm / 22) ** 0.25  # half width of the dark line, nm
+    a = diameter_nm / 2
+    b = hypot(a * axis_ratio, 1.1 * core)  # an edge-on loop keeps the width of its strain field
+    c, s = cos(angle), sin(angle)  # Python numbers: numpy's float64 scalars would double the arrays' width
+    reach = [(4.5 * core + 1.06 * hypot(*sides)) / pixel_size_nm for sides in ((a * c, b * s), (a * s, b * c))]
+    origin, dx, dy = _window(center_px, reach)
+    u = dx * (c * pixel_size_nm) + dy * (s * pixel_size_nm)  # [h, w] nm along the major axis
+    v = dy * (c * pixel_size_nm) - dx * (s * pixel_size_nm)  # [h, w] nm along the minor axis
+
+    # The ellipse's own angle, and a radius that is 1 on a slightly uneven ellipse.
+    along, across = u / a, v / b
+    radius = np.sqrt(along**2 + across**2) + np.float32(1e-6)
+    cos1, sin1 = along / radius, across / radius
+    cos2, sin2 = cos1**2 - sin1**2, 2 * cos1 * sin1
+    cos3, sin3 = cos2 * cos1 - sin2 * sin1, sin2 * cos1 + cos2 * sin1
+    w = rng.normal(0, 0.028, size=4).astype(np.float32)
+    radius = radius / (1 + w[0] * cos3 + w[1] * sin3 + w[2] * cos2 + w[3] * sin2)
+
+    # Distance to the ring in nm, first order outside; inside never more than the half chord of a thin ellipse.
+    slope = np.sqrt((along / a) ** 2 + (across / b) ** 2) + np.float32(1e-6)
+    distance = (radius - 1) * radius / slope
+    inside = radius < 1
+    distance = np.where(inside, np.maximum(distance, -b * np.sqrt(np.maximum(1 - radius**2, 0))), distance)
+
+    floor = rng.uniform(0.22, 0.6)
+    phase = 2 * (g_angle - angle) + rng.normal(0, 0.25)
+    lopsided = rng.normal(0, 0.18)  # one side of the loop is nearer to the surface
+    along_ring = floor + (1 - floor) * 0.5 * (1 + cos2 * cos(phase) + sin2 * sin(phase)) + lopsided * cos1
+    wiggle = rng.uniform(0, 0.16)  # oscillation with depth along an inclined loop
+    along_ring = np.maximum(along_ring + wiggle * (cos2**2 - sin2**2), 0.08)
+
+    second = rng.uniform(0.15, 0.6) * min(1.0, max(0.0, (b - 2 * core) / (3 * core)))
+    gap = core * rng.uniform(2.2, 3.0)
+    ring = np.exp(-0.5 * (distance / core) ** 2) + second * np.exp(-0.5 * ((distance + gap) / (0.9 * core)) ** 2)
+    glow = rng.uniform(0.02, 0.17) * min(1.0, b / (3 * core))
+    inner = np.clip(-distance / (2.5 * core), 0, 1)
+    halo = np.exp(-0.5 * ((distance - 2.4 * core) / (0.8 * core)) ** 2)
+    contrast = strength * (ring * along_ring - glow * inner * (1 - ring) - rng.uniform(0, 0.14) * halo)
+    mask = inside | (distance <= core)
+    return Drawing(origin, contrast, mask, {"minor_diameter_nm": round(2 * b, 3)})
+
+
+def draw_dot(rng, center_px, *, diameter_nm, g_angle, strength, pixel_size_nm):
+    """Black dot: a cluster too small to resolve, dark, with a faint bright lobe along the diffraction vector g."""
+    sigma = diameter_nm / 2.6  # the dark spot falls to about 0.4 of its depth at its edge
+    stretch = rng.uniform(0.8, 1.25)
+    tilt = rng.uniform(0, pi)
+    origin, dx, dy = _window(center_px, [max(2.0, 3.6 * sigma * 1.25 / pixel_size_nm)] * 2)
+    unit = pixel_size_nm / sigma
+    u = dx * (cos(tilt) * unit / stretch) + dy * (sin(tilt) * unit / stretch)  # [h, w]
+    v = dy * (cos(tilt) * unit * stretch) - dx * (sin(tilt) * unit * stretch)  # [h, w]
+    along_g = dx * (cos(g_angle) * unit) + dy * (sin(g_angle) * unit)  # [h, w]
+    square = u**2 + v**2
+    lobe = rng.normal(0, 0.22)
+    contrast = strength * (np.exp(-0.5 * square) + lobe * along_g * np.exp(-0.35 * square))
+    mask = square <= 1.3**2
+    if not mask.any():  # smaller than a pixel: the nearest one
+        mask = (np.abs(dx) <= 0.5) & (np.abs(dy) <= 0.5)
+    return Drawing(origin, contrast, mask)
+
+
+def draw_line(rng, start_px, *, length_nm, direction, strength, pixel_size_nm):
+    """Dislocation line: a wavy dark line whose contrast oscillates with its depth in the foil and fades at its ends.
+
+    Points are laid along the path a third of a pixel (or of the line's half width) apart, added to the pixels around
+    them with bilinear weights, and blurred to the line's width. Returns a Drawing.
+    """
+    sigma = rng.uniform(1.3, 2.0)  # nm
+    step = min(pixel_size_nm, sigma) / 3
+    s = np.arange(max(8, int(length_nm / step))) * step  # [n] arc length, nm
+    heading = np.full_like(s, direction)
+    for wavelength in (1.2 * length_nm, 140.0, 45.0):
+        heading += rng.normal(0, 0.3) * np.sin(
+            2 * np.pi * s / (wavelength * rng.uniform(0.7, 1.4)) + rng.uniform(0, 6.28)
+        )
+    x = start_px[0] + np.cumsum(np.cos(heading)) * step / pixel_size_nm
+    y = start_px[1] + np.cumsum(np.sin(heading)) * step / pixel_size_nm
+
+    depth = s / s[-1]
+    beats = 0.5 + 0.5 * np.cos(2 * np.pi * s / rng.uniform(14, 32) + rng.uniform(0, 6.28))
+    near_surface = np.exp(-depth / 0.22) + np.exp(-(1 - depth) / 0.22)  # the oscillation dies out in mid foil
+    weight = (1 - 0.75 * np.minimum(near_surface, 1) * beats) * np.minimum(1, 12 * np.minimum(depth, 1 - depth) + 0.3)
+
+    pad = int(np.ceil(4 * sigma / pixel_size_nm)) + 1
+    x0, y0 = int(np.floor(x.min())) - pad, int(np.floor(y.min())) - pad
+    width, height = int(np.floor(x.max())) + pad + 2 - x0, int(np.floor(y.max())) + pad + 2 - y0
+    ix, iy = np.floor(x).astype(int), np.floor(y).astype(int)
+    fx, fy = x - ix, y - iy
+    planes = []
+    for values in (weight, np.ones_like(s)):
+        plane = np.zeros(height * width)
+        for ox, wx in ((0, 1 - fx), (1, fx)):
+            for oy, wy in ((0, 1 - fy), (1, fy)):
+                at = (iy - y0 + oy) * width + ix - x0 + ox
+                plane += np.bincount(at, values * wx * wy, minlength=height * width)
+        planes.append(plane.reshape(height, width))
+    sigma_px = sigma / pixel_size_nm
+    blurred = ndimage.gaussian_filter(np.stack(planes).astype(np.float32), (0, sigma_px, sigma_px), truncate=3.5)
+    blurred *= np.float32(
+        np.sqrt(2 * np.pi) * sigma * step / pixel_size_nm**2
+    )  # a straight line of weight 1 has peak 1
+    return Drawing((x0, y0), strength * blurred[0], blurred[1] > 0.35, {"length_nm": round(float(s[-1]), 3)})
