@@ -1,0 +1,112 @@
+"""Generated images to files and back, and grids of them."""
+
+import io
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+import tifffile
+import torch
+
+from em_data.cache import write_atomically
+from em_data.intensity import from_uint, to_uint8, to_uint16
+from em_data.reading import SUFFIXES, natural_key, read_micrograph
+
+
+def write_image(image, path, *, bits=8, pixel_size_nm=None):
+    """Write one grey image as PNG or TIFF, by the suffix of `path`.
+
+    image: float [H, W] or [1, H, W] in [-1, 1], which becomes the full range of 8 or 16 bits. The pixel size is stored both
+    where other programs look (pHYs, resolution tag) and exactly, as text.
+    """
+    path = Path(path)
+    if bits not in (8, 16):
+        raise ValueError(f"images have 8 or 16 bits, not {bits}")
+    pixels = (to_uint8 if bits == 8 else to_uint16)(image)
+    pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
+    if pixels.ndim != 2:
+        raise ValueError(f"one grey image is [H, W] or [1, H, W], not {list(pixels.shape)}")
+    buffer = io.BytesIO()
+    if path.suffix.lower() == ".png":
+        PIL.Image.fromarray(pixels).save(buffer, "PNG", pnginfo=_make_png_info(pixel_size_nm))
+    elif path.suffix.lower() in (".tif", ".tiff"):
+        tags = {"metadata": {}} if pixel_size_nm is None else {
+            "metadata": {"pixel_size_nm": float(pixel_size_nm)},
+            "resolution": (1e7 / pixel_size_nm, 1e7 / pixel_size_nm),
+            "resolutionunit": "CENTIMETER",
+        }  # fmt: skip
+        tifffile.imwrite(buffer, pixels, photometric="minisblack", **tags)
+    else:
+        raise ValueError(f"{path.name}: images are written as .png or .tif")
+    write_atomically(path, buffer.getvalue())
+
+
+def _make_png_info(pixel_size_nm):
+    info = PIL.PngImagePlugin.PngInfo()
+    if pixel_size_nm is not None:
+        pixels_per_metre = round(1e9 / pixel_size_nm)
+        if pixels_per_metre < 2**31:  # the largest that PNG can hold; the text below holds any
+            info.add(b"pHYs", struct.pack(">IIB", pixels_per_metre, pixels_per_metre, 1))
+        info.add_text("pixel_size_nm", json.dumps(float(pixel_size_nm)))
+    return info
+
+
+def save_image_grid(images, path, num_columns=None):
+    """Write images [N, 1, H, W] in [-1, 1] side by side as one 8-bit PNG, two white pixels between them."""
+    pixels = to_uint8(images)
+    if pixels.ndim != 4 or pixels.shape[1] != 1 or not len(pixels):
+        raise ValueError(f"a grid is made of images [N, 1, H, W], not {list(pixels.shape)}")
+    num, _, height, width = pixels.shape
+    num_columns = min(num, num_columns or math.ceil(math.sqrt(num)))
+    num_rows = math.ceil(num / num_columns)
+    grid = np.full((num_rows * (height + 2) - 2, num_columns * (width + 2) - 2), 255, np.uint8)
+    for i, image in enumerate(pixels[:, 0]):
+        top, left = (i // num_columns) * (height + 2), (i % num_columns) * (width + 2)
+        grid[top : top + height, left : left + width] = image
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(grid).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+class ImageFolder:
+    """The images of a folder in the natural order of their names, all of one size, on their type's full range."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is no folder; generate images into it first")
+        paths = [p for p in self.folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        self.paths = sorted(paths, key=lambda path: natural_key(path.name))
+        self.names = [path.name for path in self.paths]
+        if not self.paths:
+            raise ValueError(f"{folder} holds no TIFF, PNG, JPEG or BMP image; generate images into it first")
+        first = self._read(0)
+        self.shape, self.pixel_size_nm = first.image.shape, first.pixel_size_nm
+
+    def __len__(self):
+        return len(self.paths)
+
+    def _read(self, i):
+        return read_micrograph(self.paths[i], label_bar="keep", name=self.names[i])
+
+    def batch(self, start, stop):
+        """Return images start .. stop - 1 as float32 [B, 1, H, W] in [-1, 1]."""
+        images = []
+        for i in range(start, min(stop, len(self))):
+            image = self._read(i).image
+            if image.shape != self.shape:
+                raise ValueError(
+                    f"{self.folder / self.names[i]} has {image.shape[0]} x {image.shape[1]} pixels, {self.names[0]} "
+                    f"{self.shape[0]} x {self.shape[1]}; images that are judged together have one size"
+                )
+            images.append(from_uint(image))
+        return torch.stack(images).unsqueeze(1) if images else torch.empty(0, 1, *self.shape)
+
+
+def read_image_folder(path):
+    """Open a folder of images; returns an ImageFolder, which reads them batch by batch."""
+    return ImageFolder(path)
