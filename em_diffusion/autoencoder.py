@@ -1,0 +1,182 @@
+"""The 1-channel VQ autoencoder: construction, quantisation with its loss, and a codebook that stays alive."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import nn
+
+from em_diffusion.perceptual import PerceptualDistance
+
+MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
+
+
+def create_autoencoder(config, resolution: int) -> VQModel:
+    """A stock `VQModel` for images [B, 1, resolution, resolution], with latents in their own scale.
+
+    diffusers' defaults are for another model: `scaling_factor` is 1 here, since mean and deviation of the latents are
+    measured and stored beside it, and the quantiser's `legacy` (beta on the wrong term of the loss) is off. The
+    constructor exposes neither `legacy` nor `beta`, so they are set on the quantiser; training does not depend on them
+    (see `quantise`), nor does a model that was loaded from disk.
+    """
+    num_levels = len(config.block_out_channels)
+    vqvae = VQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        sample_size=resolution,
+        num_vq_embeddings=config.num_codes,
+        norm_num_groups=config.norm_num_groups,
+        scaling_factor=1.0,
+        mid_block_add_attention=config.mid_attention,
+    )
+    vqvae.quantize.legacy = False
+    vqvae.quantize.beta = config.commitment_weight
+    return vqvae
+
+
+@dataclass
+class Quantised:
+    """Latents moved onto their nearest codes, and the two losses of that move."""
+
+    latents: torch.Tensor  # [B, C, h, w]; the gradient passes straight through to the encoder
+    indices: torch.Tensor  # [B, h, w], int64
+    codebook_loss: torch.Tensor  # mean of (sg(z_e) - e)^2: moves the codes
+    commitment_loss: torch.Tensor  # mean of (z_e - sg(e))^2: moves the encoder
+
+
+def quantise(latents, codebook) -> Quantised:
+    """Replace each latent vector by its nearest code, in float32 whatever the autocast.
+
+    `latents` [B, C, h, w] are the encoder's outputs z_e, `codebook` [num_codes, C] holds the codes e. The losses are
+    the second and third term of the VQ-VAE objective, ||sg(z_e) - e||^2 + beta ||z_e - sg(e)||^2 (van den Oord et al.
+    2017, arXiv:1711.00937, equation 3), each a mean over elements and without its weight.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        z = latents.float().movedim(1, -1)  # [B, h, w, C]
+        codebook = codebook.float()
+        indices = nearest_codes(z.detach().reshape(-1, z.shape[-1]), codebook.detach()).reshape(z.shape[:-1])
+        codes = F.embedding(indices, codebook)  # [B, h, w, C]
+        codebook_loss = F.mse_loss(codes, z.detach())
+        commitment_loss = F.mse_loss(z, codes.detach())
+        quantised = z + (codes - z).detach()
+    return Quantised(quantised.movedim(-1, 1), indices, codebook_loss, commitment_loss)
+
+
+@torch.no_grad()
+def nearest_codes(vectors, codebook):
+    """Index of the code nearest to each of vectors [N, C] among codebook [K, C]: int64 [N], in bounded memory."""
+    rows = max(1, MAX_DISTANCES // len(codebook))
+    half_squares = codebook.square().sum(dim=1) / 2  # [K]
+    return torch.cat([torch.addmm(half_squares, x, codebook.T, alpha=-1).argmin(dim=1) for x in vectors.split(rows)])
+
+
+class AutoencoderObjective(nn.Module):
+    """The autoencoder with its training loss, as one module, so that data parallelism sees one forward pass."""
+
+    def __init__(self, vqvae: VQModel, config):
+        super().__init__()
+        self.vqvae = vqvae
+        self.config = config
+        self.perceptual = PerceptualDistance(config.perceptual_layers) if config.perceptual_weight > 0 else None
+
+    def forward(self, images):
+        """Loss of images [B, 1, R, R] in [-1, 1]: (loss, terms by name, latents z_e [B, C, h, w], indices [B, h, w])."""
+        latents = self.vqvae.encode(images).latents  # [B, C, h, w]
+        quantised = quantise(latents, self.vqvae.quantize.embedding.weight)
+        decoded = self.vqvae.decode(quantised.latents, force_not_quantize=True).sample  # [B, 1, R, R]
+        terms = {
+            "l1": F.l1_loss(decoded.float(), images),
+            "l2": F.mse_loss(decoded.float(), images),
+            "codebook": quantised.codebook_loss,
+            "commitment": quantised.commitment_loss,
+        }
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images)
+        c = self.config
+        loss = (
+            c.l1_weight * terms["l1"]
+            + c.l2_weight * terms["l2"]
+            + c.perceptual_weight * terms.get("perceptual", 0.0)
+            + c.codebook_weight * (terms["codebook"] + c.commitment_weight * terms["commitment"])
+        )
+        return loss, {name: term.detach() for name, term in terms.items()}, latents.detach(), quantised.indices
+
+
+class CodebookMonitor:
+    """Counts how often each code is used, and moves codes that fell out of use onto recent encoder outputs.
+
+    A window lasts `window_images`; at its end `revive` moves each code that no latent chose in it. The counts are part
+    of the checkpoint, so that a resumed run revives the same codes at the same moment.
+    """
+
+    def __init__(self, num_codes: int, window_images: int, device="cpu"):
+        self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
+        self.window_images = window_images
+        self.window_start = 0
+
+    def count(self, indices, accelerator=None):
+        """Add the codes chosen in one step, int64 of any shape; summed over processes with an `accelerator`."""
+        counts = torch.bincount(indices.flatten(), minlength=len(self.counts))
+        self.counts += counts if accelerator is None else accelerator.reduce(counts, "sum")
+
+    def usage(self):
+        """Fraction of the codes used since the window began, a 0-d tensor in [0, 1]."""
+        return (self.counts > 0).float().mean()
+
+    def perplexity(self):
+        """exp of the entropy of the codes used since the window began: 1 to num_codes (all equally used)."""
+        frequencies = self.counts / self.counts.sum().clamp(min=1)
+        return torch.special.entr(frequencies).sum().exp()
+
+    def is_due(self, num_images_seen: int) -> bool:
+        """Whether the window has lasted."""
+        return num_images_seen - self.window_start >= self.window_images
+
+    @torch.no_grad()
+    def revive(self, embedding: nn.Embedding, latents, generator, optimizer=None, *, num_images_seen: int) -> int:
+        """Move codes without use onto vectors drawn from latents [B, C, h, w], and begin a new window.
+
+        The optimizer's moments of a moved code are forgotten with it. Returns the number of codes moved.
+        """
+        dead = (self.counts == 0).nonzero().flatten()
+        move_codes(embedding, dead, latents, generator)
+        state = optimizer.state.get(embedding.weight, {}) if optimizer is not None else {}
+        for moment in state.values():
+            if torch.is_tensor(moment) and moment.shape == embedding.weight.shape:
+                moment[dead] = 0
+        self.counts.zero_()
+        self.window_start = num_images_seen
+        return len(dead)
+
+    def state_dict(self):
+        return {"counts": self.counts.clone(), "window_start": self.window_start}
+
+    def load_state_dict(self, state):
+        self.counts.copy_(state["counts"])
+        self.window_start = int(state["window_start"])
+
+
+@torch.no_grad()
+def move_codes(embedding: nn.Embedding, codes, latents, generator):
+    """Put the codes with these indices onto vectors of latents [B, C, h, w], drawn by `generator`, distinct if enough."""
+    vectors = latents.movedim(1, -1).reshape(-1, latents.shape[1]).to(embedding.weight.dtype)  # [B h w, C]
+    order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(vectors.device)
+    chosen = order[torch.arange(len(codes), device=order.device) % len(order)]
+    embedding.weight[codes] = vectors[chosen]
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 of a module's state: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""Training of the autoencoder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder, move_codes
+from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
+from em_training import TrainingRun, make_generator, seed_for
+
+NUM_GRID_COLUMNS = 8
+
+
+def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple[Path, float]:
+    """Train the autoencoder on `tiles`, or go on from its last checkpoint; `held_out` is only looked at.
+
+    Returns the folder of the saved `VQModel`, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the
+    terms of the loss, the codebook's usage and perplexity over each window, and held-out L1 and PSNR (of a range of 2,
+    each image by itself, then averaged). Sample grids are held-out originals over their reconstructions.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "autoencoder"))
+        model = create_autoencoder(config, tiles.resolution)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    objective = AutoencoderObjective(model, config).to(accelerator.device, memory_format=torch.channels_last)
+    monitor = CodebookMonitor(config.num_codes, config.revive_after_images, device=accelerator.device)
+    optimizer = create_optimizer(model.parameters(), config)
+    objective = accelerator.prepare_model(objective)
+    sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
+    validation_images = draw_validation_images(held_out, config.num_validation_images)
+
+    with TrainingRun(
+        out_dir,
+        "autoencoder",
+        accelerator=accelerator,
+        num_images=config.num_images,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        sample_every=config.sample_every,
+        checkpoint_every=config.checkpoint_every,
+    ) as run:
+        num_images_seen = run.resume({"model": model, "optimizer": optimizer, "codebook": monitor})
+        match_memory_format(optimizer)
+        loader = iter(
+            BatchLoader(
+                tiles,
+                sampler,
+                batch_size=config.batch_size,
+                start=num_images_seen,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        )
+        while num_images_seen < config.num_images:
+            generator = make_generator(config.seed, num_images_seen=num_images_seen, stream="codebook")
+            images = next(loader).to(accelerator.device, memory_format=torch.channels_last)  # [B, 1, R, R]
+            if num_images_seen == 0:
+                place_codebook(model, images, generator, accelerator)
+            objective.train()
+            loss, terms, latents, indices = objective(images)
+            accelerator.backward(loss)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            learning_rate = learning_rate_at(config, num_images_seen)
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+            num_images_seen += config.batch_size
+
+            monitor.count(indices, accelerator)
+            run.log(loss=loss, **terms, learning_rate=learning_rate, gradient_norm=gradient_norm)
+            if monitor.is_due(num_images_seen):
+                run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
+                embedding, recent = model.quantize.embedding, accelerator.gather(latents)
+                revived = monitor.revive(embedding, recent, generator, optimizer, num_images_seen=num_images_seen)
+                run.log(codes_revived=revived)
+            if run.is_due(config.validate_every, num_images_seen):
+                run.log(**evaluate_reconstruction(model, validation_images, accelerator, config.batch_size))
+            if run.samples_due(num_images_seen) and accelerator.is_main_process:
+                originals = validation_images[:NUM_GRID_COLUMNS]
+                rows = torch.cat([originals, reconstruct(model, originals, accelerator)])
+                save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
+            run.step(num_images_seen)
+        train_seconds = run.finish(num_images_seen)
+
+    path = Path(out_dir) / "autoencoder" / "vqvae"
+    if accelerator.is_main_process:
+        save_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval(), path)
+    accelerator.wait_for_everyone()
+    return path, train_seconds
+
+
+def draw_validation_images(tiles, count: int):
+    """Up to `count` views, evenly spaced over all: float32 [N, 1, R, R]."""
+    return tiles.batch(np.unique(np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views)).astype(np.int64)))
+
+
+@torch.no_grad()
+def place_codebook(vqvae, images, generator, accelerator):
+    """Put all codes onto encoder outputs of the first batch, of all processes: no code begins far from every latent."""
+    vqvae.eval()
+    with accelerator.autocast():
+        latents = vqvae.encode(images).latents.float()
+    codes = torch.arange(vqvae.quantize.n_e, device=latents.device)
+    move_codes(vqvae.quantize.embedding, codes, accelerator.gather(latents), generator)
+
+
+@torch.no_grad()
+def reconstruct(vqvae, images, accelerator, batch_size: int = 32):
+    """Images [N, 1, R, R] in [-1, 1] through encoder, codebook and decoder; float32 on the CPU, clamped to [-1, 1]."""
+    vqvae.eval()
+    reconstructions = []
+    for part in images.split(batch_size):
+        part = part.to(accelerator.device, memory_format=torch.channels_last)
+        with accelerator.autocast():
+            latents = vqvae.encode(part).latents
+            with torch.autocast(accelerator.device.type, enabled=False):
+                quantised = vqvae.quantize(latents.float())[0]  # the nearest code, searched in float32
+            decoded = vqvae.decode(quantised, force_not_quantize=True).sample
+        reconstructions.append(decoded.float().clamp(-1, 1).cpu())
+    return torch.cat(reconstructions)
+
+
+def evaluate_reconstruction(vqvae, images, accelerator, batch_size: int = 32) -> dict[str, float]:
+    """Mean absolute error and PSNR in dB (range 2) of reconstructed images [N, 1, R, R]."""
+    difference = reconstruct(vqvae, images, accelerator, batch_size) - images
+    psnr = 10 * torch.log10(4 / difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
+    return {"held_out_l1": float(difference.abs().mean()), "held_out_psnr": float(psnr.mean())}
+
+
+def save_model(model, path):
+    """`model.save_pretrained(path)`, put in place whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)

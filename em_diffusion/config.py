@@ -1,0 +1,168 @@
+"""What decides a latent diffusion run: one frozen dataclass a stage, and the run that holds them."""
+
+from dataclasses import dataclass, field
+
+from em_data import DataConfig
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The 1-channel VQ autoencoder and its training. Every interval and length counts images."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    """Channels by level, finest first; each level after the first halves the side (4 levels: f8)."""
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    num_codes: int = 8192
+    """Vectors in the codebook, each of latent_channels numbers."""
+    norm_num_groups: int = 32
+    mid_attention: bool = True
+    """Self-attention between encoder and decoder levels; its cost grows with the fourth power of the latent side."""
+
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    perceptual_weight: float = 0.5
+    perceptual_layers: int = 3
+    """Feature levels of efficientnet-lite0 that are compared: 1 (half the side) to 4 (a sixteenth)."""
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
+    """beta of the VQ-VAE paper: weight of ||z_e - sg(e)||^2 relative to ||sg(z_e) - e||^2."""
+    revive_after_images: int = 4096
+    """A code that was not the nearest one of any latent for so many images is moved onto a recent encoder output."""
+
+    num_images: int = 1_000_000
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    warmup_images: int = 5_000
+    learning_rate_decay: str = "cosine"
+    """"cosine" (to zero at num_images) or "constant"."""
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    num_validation_images: int = 256
+    log_every: int = 5_000
+    validate_every: int = 25_000
+    sample_every: int = 50_000
+    checkpoint_every: int = 100_000
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_lengths(self, "autoencoder")
+        _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
+        if not 1 <= self.perceptual_layers <= 4:
+            raise ValueError(f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4.")
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels of the image per latent position along a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The U-Net that predicts the noise in latents and its training. Every interval and length counts images."""
+
+    base_channels: int = 256
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)
+    layers_per_block: int = 2
+    attention_levels: tuple[int, ...] = (1, 2, 3, 4)
+    """Levels with self-attention, 0 the finest; the block between down and up path always has it."""
+    attention_head_dim: int = 64
+    """Width of one head, the same on every level: the number of heads is channels / attention_head_dim."""
+    norm_num_groups: int = 32
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "scaled_linear"
+    """"scaled_linear": sqrt(beta) is linear in t (latent diffusion's own), or "linear"."""
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+
+    num_images: int = 5_000_000
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    warmup_images: int = 50_000
+    learning_rate_decay: str = "cosine"
+    """"cosine" (to zero at num_images) or "constant"."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    ema_half_life_images: float = 100_000
+    num_validation_images: int = 512
+    num_sample_images: int = 16
+    num_sample_steps: int = 20
+    log_every: int = 5_000
+    validate_every: int = 100_000
+    sample_every: int = 100_000
+    checkpoint_every: int = 200_000
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_lengths(self, "denoiser")
+        _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
+        if any(not 0 <= level < len(self.channel_multipliers) for level in self.attention_levels):
+            raise ValueError(
+                f"denoiser.attention_levels is {self.attention_levels}, but there are {len(self.channel_multipliers)} "
+                "levels; count them from 0, the finest."
+            )
+        attending = [self.block_out_channels[level] for level in self.attention_levels] + [self.block_out_channels[-1]]
+        if any(channels % self.attention_head_dim for channels in attending):
+            raise ValueError(
+                f"denoiser.attention_head_dim is {self.attention_head_dim}; it must divide the channels of every level "
+                f"with attention, {attending}."
+            )
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        """Channels by level, finest first."""
+        return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
+
+
+@dataclass(frozen=True)
+class LDMConfig:
+    """A latent diffusion run: data, where it goes, and its two trained stages."""
+
+    data: str = "synthetic"
+    """A folder of micrographs, "synthetic", or "datasets:NAME_OR_PATH"."""
+    out: str = "runs/ldm"
+    """The run's folder; the same command on it resumes."""
+    seed: int = 0
+    """Weights, data order and noise of both stages; the split has its own seed in tiles."""
+    precision: str = "auto"
+    """"bf16", "no" (float32), or "auto": bf16 where the hardware computes in it."""
+    tiles: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+
+    def __post_init__(self):
+        if self.precision not in ("auto", "bf16", "no"):
+            raise ValueError(f'precision is "{self.precision}"; choose "auto", "bf16" or "no".')
+        factor = self.autoencoder.downsampling_factor * 2 ** (len(self.denoiser.channel_multipliers) - 1)
+        if self.tiles.resolution % factor:
+            raise ValueError(
+                f"tiles.resolution is {self.tiles.resolution}, but the autoencoder divides the side by "
+                f"{self.autoencoder.downsampling_factor} and the denoiser's levels by "
+                f"{factor // self.autoencoder.downsampling_factor} more: choose a multiple of {factor}, or fewer levels."
+            )
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents."""
+        return self.tiles.resolution // self.autoencoder.downsampling_factor
+
+
+def _check_lengths(config, name):
+    positive = ["num_images", "batch_size", "num_validation_images", "layers_per_block", "learning_rate"]
+    positive += [field_name for field_name in vars(config) if field_name.endswith("_every")]
+    for field_name in positive:
+        if getattr(config, field_name) <= 0:
+            raise ValueError(f"{name}.{field_name} is {getattr(config, field_name)}; it must be positive.")
+    if config.learning_rate_decay not in ("cosine", "constant"):
+        raise ValueError(
+            f'{name}.learning_rate_decay is "{config.learning_rate_decay}"; choose "cosine" or "constant".'
+        )
+
+
+def _check_groups(block_out_channels, norm_num_groups, name):
+    if any(channels % norm_num_groups for channels in block_out_channels):
+        raise ValueError(
+            f"{name}.norm_num_groups is {norm_num_groups}; it must divide the channels of every level, "
+            f"{tuple(block_out_channels)}."
+        )

@@ -1,0 +1,42 @@
+"""Learning rate as a function of the images seen, and optimizers that resume to the bit."""
+
+import math
+
+import torch
+
+
+def learning_rate_at(config, num_images_seen: int) -> float:
+    """The learning rate of the step that begins after `num_images_seen` images: linear warm-up, then decay.
+
+    `config` has learning_rate, warmup_images, num_images and learning_rate_decay ("cosine" to zero, or "constant").
+    """
+    rate = config.learning_rate
+    if config.warmup_images > 0:
+        rate *= min(1.0, (num_images_seen + config.batch_size) / config.warmup_images)
+    if config.learning_rate_decay == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, num_images_seen / config.num_images)))
+    return rate
+
+
+def set_learning_rate(optimizer, rate: float):
+    """Set the rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def match_memory_format(optimizer):
+    """Lay out each moment as its parameter is: a checkpoint holds contiguous tensors, channels-last parameters do not.
+
+    The fused optimizer walks the memory of parameter and moments side by side, so this must follow every resume.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, moment in state.items():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape and moment.dim() == 4:
+                    state[name] = torch.empty_like(parameter).copy_(moment)
+
+
+def create_optimizer(parameters, config):
+    """Adam without weight decay, one fused kernel for all parameters."""
+    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True)

@@ -1,0 +1,175 @@
+"""Named configurations of a latent diffusion run; flags override single fields."""
+
+from em_data import DataConfig
+from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
+
+
+def paper() -> LDMConfig:
+    """The study's sizes: 256 x 256 tiles, f8 autoencoder (8192 codes, 4 channels), 32 x 32 x 4 latents, U-Net of width 256.
+
+    The study took a pretrained autoencoder; this trains one on the micrographs. What its text leaves open is read so: the
+    multipliers 1, 2, 2, 4, 4 give five levels; attention is on all but the finest and between the two paths; 8 heads are
+    counted at 512 channels (heads are 64 wide, so 1024 channels have 16). That makes 475 million parameters. The denoiser
+    sees five epochs of its 56,160 views, where the study calls it converged.
+
+    Hardware: one GPU of 40 GB or more. Hours: about 6 for the autoencoder and 1 for the denoiser on one H100 (an
+    estimate from the number of operations, not measured). Score to expect: not measured; the study's FID is 36.1.
+    """
+    return LDMConfig(
+        out="runs/ldm-paper",
+        tiles=DataConfig(resolution=256, symmetries="paper"),
+        autoencoder=AutoencoderConfig(
+            block_out_channels=(128, 256, 256, 512),
+            num_codes=8192,
+            num_images=1_000_000,
+            batch_size=32,
+            learning_rate=2e-4,
+        ),
+        denoiser=DenoiserConfig(
+            base_channels=256,
+            channel_multipliers=(1, 2, 2, 4, 4),
+            attention_levels=(1, 2, 3, 4),
+            attention_head_dim=64,
+            num_images=5 * 56_160,
+            batch_size=64,
+            learning_rate=1e-4,
+            warmup_images=10_000,
+            ema_half_life_images=20_000,
+            validate_every=10_000,
+            sample_every=28_080,
+            checkpoint_every=28_080,
+        ),
+    )
+
+
+def small() -> LDMConfig:
+    """256 x 256 tiles for one consumer GPU: narrower f8 autoencoder and a four-level U-Net of width 128.
+
+    Hardware: one GPU of 12 GB. Hours: about 8 for the autoencoder and 6 for the denoiser on a card of the size of an RTX
+    3060 (an estimate from the number of operations, not measured). Score to expect: not measured.
+    """
+    return LDMConfig(
+        out="runs/ldm-small",
+        tiles=DataConfig(resolution=256, symmetries="paper"),
+        autoencoder=AutoencoderConfig(
+            block_out_channels=(64, 128, 128, 256),
+            layers_per_block=1,
+            num_codes=8192,
+            num_images=500_000,
+            batch_size=16,
+            learning_rate=2e-4,
+        ),
+        denoiser=DenoiserConfig(
+            base_channels=128,
+            channel_multipliers=(1, 2, 3, 4),
+            attention_levels=(2, 3),
+            attention_head_dim=64,
+            num_images=2_000_000,
+            batch_size=64,
+            learning_rate=2e-4,
+            warmup_images=20_000,
+            ema_half_life_images=50_000,
+        ),
+    )
+
+
+def demo() -> LDMConfig:
+    """The embedded micrographs at 64 x 64 with an f4 autoencoder and 16 x 16 x 4 latents: the whole road in minutes.
+
+    Hardware: 2 CPU cores with bfloat16 (AMX). Time: about 3 minutes for the autoencoder and 5 for the denoiser (an
+    estimate from timed steps). Score to expect: not measured here; `make demo` prints it.
+    """
+    return LDMConfig(
+        data="synthetic",
+        out="runs/demo/ldm",
+        tiles=DataConfig(resolution=64, downsample=2, symmetries="paper"),
+        autoencoder=AutoencoderConfig(
+            block_out_channels=(32, 64, 64),
+            layers_per_block=1,
+            num_codes=1024,
+            norm_num_groups=16,
+            mid_attention=False,
+            perceptual_layers=3,
+            revive_after_images=2_048,
+            num_images=32_000,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_images=1_000,
+            num_validation_images=128,
+            log_every=512,
+            validate_every=4_000,
+            sample_every=8_000,
+            checkpoint_every=8_000,
+        ),
+        denoiser=DenoiserConfig(
+            base_channels=64,
+            channel_multipliers=(1, 2, 3),
+            layers_per_block=1,
+            attention_levels=(1, 2),
+            attention_head_dim=32,
+            norm_num_groups=32,
+            num_images=160_000,
+            batch_size=64,
+            learning_rate=6e-4,
+            warmup_images=4_000,
+            ema_half_life_images=5_000,
+            num_validation_images=256,
+            log_every=1_024,
+            validate_every=20_000,
+            sample_every=40_000,
+            checkpoint_every=40_000,
+        ),
+    )
+
+
+def test() -> LDMConfig:
+    """The smallest whole run, to see that the road holds; its images mean nothing.
+
+    Hardware: one CPU core. Time: seconds. Score to expect: none.
+    """
+    return LDMConfig(
+        data="synthetic",
+        out="runs/test/ldm",
+        tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),
+        autoencoder=AutoencoderConfig(
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            num_codes=64,
+            norm_num_groups=8,
+            mid_attention=False,
+            perceptual_layers=1,
+            revive_after_images=32,
+            num_images=64,
+            batch_size=8,
+            learning_rate=1e-3,
+            warmup_images=16,
+            num_validation_images=8,
+            log_every=16,
+            validate_every=32,
+            sample_every=32,
+            checkpoint_every=32,
+        ),
+        denoiser=DenoiserConfig(
+            base_channels=16,
+            channel_multipliers=(1, 2),
+            layers_per_block=1,
+            attention_levels=(1,),
+            attention_head_dim=8,
+            norm_num_groups=8,
+            num_images=64,
+            batch_size=8,
+            learning_rate=1e-3,
+            warmup_images=16,
+            ema_half_life_images=32,
+            num_validation_images=8,
+            num_sample_images=4,
+            num_sample_steps=4,
+            log_every=16,
+            validate_every=32,
+            sample_every=32,
+            checkpoint_every=32,
+        ),
+    )
+
+
+PRESETS = {"paper": paper, "small": small, "demo": demo, "test": test}

@@ -1,0 +1,171 @@
+"""A latent diffusion run from micrographs to a saved pipeline."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from diffusers import UNet2DModel, VQModel
+
+from em_data import load_data
+from em_diffusion.autoencoder_loop import train_autoencoder
+from em_diffusion.config import LDMConfig
+from em_diffusion.denoiser import create_scheduler
+from em_diffusion.denoiser_loop import train_denoiser
+from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
+from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_training import (
+    changed_fields,
+    create_accelerator,
+    list_checkpoints,
+    load_config,
+    save_config,
+    seed_for,
+    write_text_atomically,
+)
+
+
+def train_ldm(config: LDMConfig) -> Path:
+    """Run every stage of `config` that is not finished: autoencoder, latents, denoiser, pipeline; return `config.out`.
+
+    Writes config.json, pipeline/ (load it with `EMLatentDiffusionPipeline.from_pretrained`) and run.json into the run's
+    folder. The same call on the same folder goes on where it stopped, to the bit on the same hardware. Several processes
+    share the work when they are started by torchrun or `accelerate launch`.
+
+    Raises `ValueError` when the folder holds a run of another configuration, and `TrainingInterrupted` after saving when
+    asked to stop.
+    """
+    out = Path(config.out)
+    accelerator = create_accelerator(out, config.precision)
+    check_batch_sizes(config, accelerator.num_processes)
+    check_same_run(config, out)
+    with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
+        data = load_data(config.data, config.tiles, log=accelerator.print)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_config(config, out / "config.json")
+
+    vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
+    latents, held_out_latents = run_latents_stage(config, data, vqvae, accelerator, out)
+    unet, denoiser = run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out)
+    if accelerator.is_main_process:
+        scheduler = create_scheduler(config.denoiser)
+        pixel_size_nm = data.summary.get("pixel_size_nm")
+        pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm=pixel_size_nm)
+        pipeline.save_pretrained(out / "pipeline")
+        seconds = {"autoencoder": autoencoder["train_seconds"], "denoiser": denoiser["train_seconds"]}
+        run = {
+            "name": out.name,
+            "family": "ldm",
+            "train_seconds": sum(seconds.values()),
+            "train_seconds_by_stage": seconds,
+            "num_images_seen": denoiser["num_images_seen"],
+            "num_images_seen_by_stage": {
+                "autoencoder": autoencoder["num_images_seen"],
+                "denoiser": denoiser["num_images_seen"],
+            },
+            "config": asdict(config),
+            "data": data.summary,
+        }
+        write_text_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return out
+
+
+def run_autoencoder_stage(config, data, accelerator, out):
+    """The trained autoencoder and its result; trained or loaded."""
+    result = read_result(out / "autoencoder", config.autoencoder.num_images)
+    if result is None:
+        stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
+        _, seconds = train_autoencoder(stage, data.train, data.held_out, accelerator=accelerator, out_dir=out)
+        result = write_result(out / "autoencoder", stage, seconds, accelerator)
+    vqvae = VQModel.from_pretrained(out / "autoencoder" / "vqvae")
+    return vqvae.to(accelerator.device).eval(), result
+
+
+def run_latents_stage(config, data, vqvae, accelerator, out):
+    """Latents of both sides of the split; the statistics are measured on the training side alone."""
+    arrays = [
+        encode_latents(
+            vqvae,
+            tiles,
+            out / "latents",
+            accelerator=accelerator,
+            batch_size=config.autoencoder.batch_size,
+            name=name,
+        )
+        for name, tiles in (("train", data.train), ("held_out", data.held_out))
+    ]
+    mean, std = measure_latents(arrays[0])
+    if accelerator.is_main_process:
+        store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
+    accelerator.wait_for_everyone()
+    vqvae.register_to_config(latents_mean=mean, latents_std=std)
+    return [Latents(array, mean, std) for array in arrays]
+
+
+def run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out):
+    """The trained denoiser (averaged weights) and its result; trained or loaded."""
+    result = read_result(out / "denoiser", config.denoiser.num_images)
+    if result is None:
+        stage = replace(config.denoiser, seed=seed_for(config.seed, config.denoiser.seed))
+        _, seconds = train_denoiser(stage, latents, held_out_latents, vqvae, accelerator=accelerator, out_dir=out)
+        result = write_result(out / "denoiser", stage, seconds, accelerator)
+    return UNet2DModel.from_pretrained(out / "denoiser" / "unet"), result
+
+
+def read_result(folder, num_images: int) -> dict | None:
+    """What a finished stage left, or None when it is not finished or was made for fewer images."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result is not None and result["num_images_seen"] >= num_images else None
+
+
+def write_result(folder, config, train_seconds: float, accelerator) -> dict:
+    """Mark a stage as finished."""
+    num_images_seen = -(-config.num_images // config.batch_size) * config.batch_size
+    result = {"num_images_seen": num_images_seen, "train_seconds": train_seconds}
+    if accelerator.is_main_process:
+        write_text_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return result
+
+
+def check_batch_sizes(config, num_processes: int):
+    """Refuse a batch that the processes cannot share evenly."""
+    for name in ("autoencoder", "denoiser"):
+        batch_size = getattr(config, name).batch_size
+        if batch_size % num_processes:
+            raise ValueError(
+                f"{name}.batch_size is {batch_size}, which {num_processes} processes cannot share evenly; "
+                f"choose a multiple of {num_processes}."
+            )
+
+
+def check_same_run(config, out):
+    """Refuse to mix two configurations in one folder.
+
+    What decides no weight may change: the folder's own name, the cache, and intervals. A stage may be
+    made longer as long as no later stage has begun.
+    """
+    if not (out / "config.json").exists():
+        return
+    old = load_config(LDMConfig, out / "config.json")
+    refused = {
+        name: values
+        for name, values in changed_fields(old, config).items()
+        if not (name in ("out", "tiles.cache_dir") or name.endswith("_every") or _is_longer(name, *values, out))
+    }
+    if refused:
+        changes = "; ".join(f"{name} was {before!r}, is now {after!r}" for name, (before, after) in refused.items())
+        raise ValueError(
+            f"{out} holds a run of another configuration: {changes}. Choose another folder with --out, remove this one, "
+            "or start again with the old values to go on."
+        )
+
+
+def _is_longer(name, before, after, out) -> bool:
+    if name == "denoiser.num_images":
+        return after > before
+    return (
+        name == "autoencoder.num_images" and after > before and not list_checkpoints(out / "denoiser" / "checkpoints")
+    )
