@@ -13,26 +13,38 @@ def from_uint(array, low=None, high=None):
     given, which maps without loss: `to_uint8` and `to_uint16` are then exact inverses.
     Returns a float32 tensor [...].
     """
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array)
     if array.dtype not in FULL_RANGE:
         raise ValueError(f"grey levels are uint8 or uint16, not {array.dtype}; see em_data.read_micrograph")
+    full = FULL_RANGE[array.dtype]
     low = np.asarray(0 if low is None else low, dtype=np.float32)
-    high = np.asarray(FULL_RANGE[array.dtype] if high is None else high, dtype=np.float32)
+    high = np.asarray(full if high is None else high, dtype=np.float32)
     if np.any(high <= low):
         raise ValueError("high must lie above low: a constant image has no intensity scale")
-    if low.ndim == high.ndim == 0 or (np.all(low == low.flat[0]) and np.all(high == high.flat[0])):
-        low, scale = float(low.flat[0]), 2.0 / (float(high.flat[0]) - float(low.flat[0]))
+    images = np.empty(array.shape, np.float32)
+    if low.ndim or high.ndim:
+        shape = (len(array),) + (1,) * (array.ndim - 1)
+        low, high = (np.broadcast_to(each, len(array)).reshape(shape) for each in (low, high))
+        num = max(1, SLAB_PIXELS // max(1, array[:1].size))
+        slabs = [slice(i, i + num) for i in range(0, len(array), num)]
+        for slab in slabs:
+            _scale(array[slab], low[slab], high[slab], full, images[slab])
     else:
-        shape = (-1,) + (1,) * (array.ndim - 1)
-        scale = torch.from_numpy(np.broadcast_to(2.0 / (high - low), len(array)).reshape(shape).copy())
-        low = torch.from_numpy(np.broadcast_to(low, len(array)).reshape(shape).copy())
-    if array.dtype == np.uint8:
-        images = torch.from_numpy(array if array.flags.writeable else array.copy()).float()
-    else:
-        images = torch.from_numpy(array.astype(np.float32))
-    if isinstance(low, torch.Tensor) or low != 0:
-        images.sub_(low)
-    return images.mul_(scale).sub_(1).clamp_(-1, 1)
+        _scale(array, low, high, full, images)
+    return torch.from_numpy(images)
+
+
+SLAB_PIXELS = 65_536  # converted at a time, so that the passes below stay in the processor's cache
+
+
+def _scale(array, low, high, full, out):
+    out[...] = array
+    if low.any():
+        out -= low
+    out *= np.float32(2) / (high - low)
+    out -= np.float32(1)
+    if low.any() or np.any(high < full):  # on the full range the rounded result lies in [-1, 1] as it is
+        np.clip(out, -1, 1, out=out)
 
 
 def to_uint8(images):

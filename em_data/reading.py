@@ -150,11 +150,10 @@ def _to_grey(array, name, notices, *, lossy):
         return array
     if array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(f"{name}: an image of shape {list(array.shape)}; a micrograph is [height, width], grey")
-    red, green, blue = (array[..., i].astype(np.float64) for i in range(3))
-    difference = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    if np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2]):
+        return np.ascontiguousarray(array[..., 0])
+    difference = array.max(axis=-1).astype(np.float64) - array.min(axis=-1)
     largest = difference.max()
-    if largest == 0:
-        return array[..., 0]
     if array.dtype == np.uint8 and lossy and largest <= GREY_TOLERANCE:
         notices.append(f"channels differ by up to {largest:.0f} grey levels (JPEG): their median is used")
         return np.median(array, axis=-1).astype(array.dtype)
