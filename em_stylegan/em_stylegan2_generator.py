@@ -189,9 +189,13 @@ class SynthesisLayer(nn.Module):
             self.register_buffer("kernel", blur_kernel(), persistent=False)
 
     def forward(self, x, w, noise_mode, generator):
-        gain = math.sqrt(2)  # leaky_relu(a x) = a leaky_relu(x): the gain joins the demodulation, the noise and the bias
+        gain = math.sqrt(
+            2
+        )  # leaky_relu(a x) = a leaky_relu(x): the gain joins the demodulation, the noise and the bias
         styles = self.style(w)  # [B, in]
-        x = modulated_conv2d(x, self.weight, styles, kernel=self.kernel if self.up else None, gain=gain)  # [B, out, R, R]
+        x = modulated_conv2d(
+            x, self.weight, styles, kernel=self.kernel if self.up else None, gain=gain
+        )  # [B, out, R, R]
         if noise_mode == "random":
             shape = (x.shape[0], 1, self.resolution, self.resolution)
             noise = randn_tensor(shape, generator=generator, device=x.device, dtype=self.noise_strength.dtype)
@@ -214,7 +218,9 @@ class ToImage(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x, w):
-        x = modulated_conv2d(x, self.weight, self.style(w) * self.weight_gain, demodulate=False)  # [B, image_channels, R, R]
+        x = modulated_conv2d(
+            x, self.weight, self.style(w) * self.weight_gain, demodulate=False
+        )  # [B, image_channels, R, R]
         x = x + self.bias.to(x.dtype)[:, None, None]
         x = x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
         return x.to(self.bias.dtype)
@@ -265,7 +271,9 @@ class SynthesisNetwork(nn.Module):
             SynthesisBlock(a, b, w_dim, r, image_channels, clamp)
             for a, b, r in zip([0] + num_channels[:-1], num_channels, resolutions, strict=True)
         )
-        self.num_ws = sum(block.num_convs for block in self.blocks) + 1  # a block's image shares its w with the next block
+        self.num_ws = (
+            sum(block.num_convs for block in self.blocks) + 1
+        )  # a block's image shares its w with the next block
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
@@ -312,7 +320,9 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
         if channel_base < resolution:
-            raise ValueError(f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one.")
+            raise ValueError(
+                f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
+            )
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
         self.synthesis_network = SynthesisNetwork(w_dim, resolution, image_channels, channel_base, max_channels, clamp)
 

@@ -58,7 +58,11 @@ def _read_storage(data):
 
 def _make_tensor(storage, offset, size, stride, *_):
     size, stride = tuple(size), tuple(stride)
-    if not isinstance(storage, torch.TypedStorage) or len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
+    if (
+        not isinstance(storage, torch.TypedStorage)
+        or len(size) != len(stride)
+        or min((offset, *size, *stride), default=0) < 0
+    ):
         raise pickle.UnpicklingError("malformed tensor")
     untyped, dtype = storage._untyped_storage, storage.dtype
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
@@ -105,7 +109,9 @@ class OfficialUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if module.split(".")[0] == "dnnlib":
-            raise pickle.UnpicklingError(f"it names {module}.{name}: a TensorFlow-era pickle; convert it with stylegan3's legacy.py")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}: a TensorFlow-era pickle; convert it with stylegan3's legacy.py"
+            )
         try:
             return ALLOWED[module, name]
         except KeyError:
@@ -162,7 +168,9 @@ def _check(network, blocks, class_name, architecture):
     for resolution in blocks:
         found = _submodule(network, blocks[resolution]).state.get("architecture")
         if found != architecture:
-            raise ValueError(f"the {class_name.lower()} is of the {found!r} architecture; only {architecture!r} is supported.")
+            raise ValueError(
+                f"the {class_name.lower()} is of the {found!r} architecture; only {architecture!r} is supported."
+            )
     for name, tensor in flatten_state(network).items():
         if name.endswith("resample_filter") and not torch.equal(tensor.float(), blur_kernel()):
             raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
@@ -179,7 +187,9 @@ def _load(model, tensors, names):
 
 
 def _mapping_names(official, ours, depth):
-    names = {f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias")}
+    names = {
+        f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias")
+    }
     names |= {f"{official}.embed.{kind}": f"{ours}.embed.{kind}" for kind in ("weight", "bias")}
     return names | {f"{official}.w_avg": f"{ours}.w_mean"}
 
@@ -223,7 +233,9 @@ def discriminator_from_official(network):
     deviation = _submodule(network, "b4.mbstd")
     if int(deviation.state["num_channels"]) != 1:
         raise ValueError("the discriminator has more than one minibatch deviation map; only one is supported.")
-    num_channels = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions} | {4: tensors["b4.conv.weight"].shape[0]}
+    num_channels = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions} | {
+        4: tensors["b4.conv.weight"].shape[0]
+    }
     depth = int(_submodule(network, "mapping").state["num_layers"]) if num_classes else 8
     model = StyleGANDiscriminator(
         resolution=resolution,
@@ -248,7 +260,11 @@ def main():
     parser.add_argument("out_dir", type=Path)
     args = parser.parse_args()
     contents = read_pickle(args.pickle)
-    for key, convert in (("G_ema", generator_from_official), ("G", generator_from_official), ("D", discriminator_from_official)):
+    for key, convert in (
+        ("G_ema", generator_from_official),
+        ("G", generator_from_official),
+        ("D", discriminator_from_official),
+    ):
         if isinstance(contents.get(key), Stored):
             convert(contents[key]).save_pretrained(args.out_dir / key)
             print(f"{key} -> {args.out_dir / key}")

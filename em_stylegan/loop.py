@@ -1,0 +1,178 @@
+"""Training of StyleGAN2."""
+
+import torch
+
+from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_training import EMA, TrainingRun, make_generator, seed_for
+
+from .discriminator import StyleGANDiscriminator
+from .em_stylegan2_generator import StyleGAN2Generator
+from .losses import PathLengthMean, discriminator_loss, generator_loss, path_lengths, r1_penalty
+
+
+def create_networks(config):
+    """Generator and discriminator of a `StyleGANConfig`, with weights that depend on its seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "stylegan"))
+        generator = StyleGAN2Generator(resolution=config.tiles.resolution, **vars(config.generator))
+        discriminator = StyleGANDiscriminator(resolution=config.tiles.resolution, **vars(config.discriminator))
+    return generator.train(), discriminator.train()
+
+
+def create_optimizer(model, learning_rate, every_steps):
+    """Adam without momentum; lazy regularisation every k steps adds one step in k, and lr and betas give way by c = k / (k + 1)
+    (2020, appendix B)."""
+    c = every_steps / (every_steps + 1) if every_steps else 1.0
+    return torch.optim.Adam(model.parameters(), lr=learning_rate * c, betas=(0.0, 0.99**c), eps=1e-8)
+
+
+def train_stylegan(config, tiles, *, accelerator, out_dir):
+    """Train StyleGAN2 on `tiles`, or go on from the last checkpoint in `out_dir`/stylegan.
+
+    A step updates the discriminator on a batch and on as many generated images, with R1 in every 16th step, then the generator on
+    the same generated images, with path length in every 8th. Returns (averaged generator, images seen, training seconds).
+    """
+    training, device = config.training, accelerator.device
+    r1_every = training.r1_every_steps
+    path_length_every = training.path_length_every_steps if training.path_length_weight > 0 else 0
+    local_batch_size = check_batch_size(config, accelerator)
+    model, discriminator = (network.to(device) for network in create_networks(config))
+    ema = EMA(model, training.ema_half_life_images, training.ema_ramp_up)
+    optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
+    optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
+    path_length_mean = PathLengthMean(training.path_length_decay, device)
+    sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "stylegan data"))
+    compute_dtype = {"bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+
+    with TrainingRun(
+        out_dir,
+        "stylegan",
+        accelerator=accelerator,
+        num_images=training.num_images,
+        batch_size=training.batch_size,
+        log_every=training.log_every,
+        sample_every=training.sample_every,
+        checkpoint_every=training.checkpoint_every,
+    ) as run:
+        num_images_seen = run.resume(
+            {
+                "model": model,
+                "discriminator": discriminator,
+                "ema": ema,
+                "optimizer": optimizer,
+                "optimizer_D": optimizer_D,
+                "path_length_mean": path_length_mean,
+            }
+        )
+        loader = iter(
+            BatchLoader(
+                tiles,
+                sampler,
+                batch_size=training.batch_size,
+                start=num_images_seen,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        )
+        while num_images_seen < training.num_images:
+            step = num_images_seen // training.batch_size
+            generator = make_generator(
+                config.seed, rank=accelerator.process_index, num_images_seen=num_images_seen, device=device
+            )
+            images = next(loader).to(device)  # [B, 1, R, R]
+            w, ws = draw_ws(model, local_batch_size, training.style_mixing_probability, generator)
+            images_fake = model.synthesis(ws, "random", generator, compute_dtype)  # [B, 1, R, R]
+
+            scores_real = discriminator(images, compute_dtype=compute_dtype)
+            scores_fake = discriminator(images_fake.detach(), compute_dtype=compute_dtype)
+            loss_D = discriminator_loss(scores_real, scores_fake)
+            gradient_norm_D = update(discriminator, optimizer_D, loss_D, accelerator)
+            if r1_every and step % r1_every == 0:
+                images.requires_grad_()
+                penalty = r1_penalty(discriminator(images), images).mean()
+                update(discriminator, optimizer_D, penalty * (config.r1_gamma / 2 * r1_every), accelerator)
+                run.log(r1=penalty)
+
+            discriminator.requires_grad_(False)
+            loss = generator_loss(discriminator(images_fake, compute_dtype=compute_dtype))
+            gradient_norm = update(model, optimizer, loss, accelerator)
+            discriminator.requires_grad_(True)
+            if path_length_every and step % path_length_every == 0:
+                count = max(1, round(local_batch_size * training.path_length_batch_fraction))
+                lengths = compute_path_lengths(model, count, training.style_mixing_probability, generator)
+                mean = path_length_mean.update(accelerator.reduce(lengths.detach().mean(), "mean"))
+                penalty = (lengths - mean).square().mean()
+                update(model, optimizer, penalty * (training.path_length_weight * path_length_every), accelerator)
+                run.log(path_length=lengths.detach().mean(), path_length_penalty=penalty)
+            num_images_seen += training.batch_size
+            w_mean = accelerator.reduce(w.detach().mean(dim=0), "mean")
+            model.mapping_network.update_w_mean(w_mean, training.w_mean_decay)
+            ema.update(model, num_images_seen, training.batch_size)
+
+            run.log(loss_G=loss, loss_D=loss_D, scores_real=scores_real.mean(), scores_fake=scores_fake.mean())
+            run.log(gradient_norm_G=gradient_norm, gradient_norm_D=gradient_norm_D)
+            if run.samples_due(num_images_seen) and accelerator.is_main_process:
+                save_image_grid(draw_samples(ema.model, config), run.samples_path(num_images_seen))
+            run.step(num_images_seen)
+        train_seconds = run.finish(num_images_seen)
+    return ema.model, num_images_seen, train_seconds
+
+
+def check_batch_size(config, accelerator) -> int:
+    """Images of a step in one process; ValueError when processes or the discriminator's groups do not divide them evenly."""
+    batch_size, num_processes = config.training.batch_size, accelerator.num_processes
+    group_size = config.discriminator.group_size
+    if batch_size % num_processes or (batch_size // num_processes) % min(group_size, batch_size // num_processes):
+        raise ValueError(
+            f"training.batch_size is {batch_size}: {num_processes} processes with discriminator groups of {group_size} need a "
+            f"multiple of {num_processes * group_size}."
+        )
+    return batch_size // num_processes
+
+
+def draw_ws(model, batch_size, mixing_probability, generator):
+    """Random w [B, w_dim] and the ws [B, num_ws, w_dim] made of them, where with `mixing_probability` an image changes to a second
+    w at a random layer (2019, section 3.1)."""
+    device, num_ws = generator.device, model.num_ws
+    z = torch.randn(2 * batch_size, model.config.z_dim, generator=generator, device=device)
+    cutoffs = torch.randint(1, num_ws, (batch_size, 1), generator=generator, device=device)  # [B, 1]
+    mixed = torch.rand(batch_size, 1, generator=generator, device=device) < mixing_probability
+    ws, ws_second = model.mapping(z).chunk(2)  # [B, num_ws, w_dim]
+    second = mixed & (torch.arange(num_ws, device=device) >= cutoffs)  # [B, num_ws]
+    return ws[:, 0], torch.where(second.unsqueeze(2), ws_second, ws)
+
+
+def compute_path_lengths(model, batch_size, mixing_probability, generator):
+    """Path lengths [B] of fresh images, in float32: second derivatives of bfloat16 maps would be noise."""
+    _, ws = draw_ws(model, batch_size, mixing_probability, generator)
+    images = model.synthesis(ws, "random", generator)  # [B, 1, R, R]
+    noise = torch.randn(images.shape, generator=generator, device=generator.device)
+    return path_lengths(images, ws, noise)
+
+
+def update(model, optimizer, loss, accelerator):
+    """One optimiser step on `loss`, gradients averaged over processes; returns their norm.
+
+    The reduction is explicit, on one flat tensor: the wrappers that reduce in hooks do not survive double backward.
+    """
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    if accelerator.num_processes > 1:
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    norm = torch.nn.utils.get_total_norm(gradients)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+@torch.no_grad()
+def draw_samples(model, config):
+    """Images [N, 1, R, R] of the averaged generator, always from the same z."""
+    generator = make_generator(config.seed, stream="samples")
+    z = torch.randn(config.training.num_sample_images, config.generator.z_dim, generator=generator).to(model.device)
+    return torch.cat([model(part, noise_mode="const") for part in z.split(config.training.batch_size)]).cpu()

@@ -1,0 +1,155 @@
+"""StyleGAN for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+NOISE_MODES = ("random", "const", "none")
+GENERATORS = {
+    "em_stylegan2_generator": "StyleGAN2Generator"
+}  # module -> class, the components that this pipeline knows
+
+
+class EMStyleGANPipeline(DiffusionPipeline):
+    """Generates 1-channel micrographs in one pass: z -> w (mapping) -> image (synthesis).
+
+    generator: a `StyleGAN2Generator`.
+    pixel_size_nm: side of a pixel of the generated images in nanometres; None if it is not known.
+    """
+
+    model_cpu_offload_seq = "generator"
+
+    def __init__(self, generator: ModelMixin, pixel_size_nm: float | None = None):
+        super().__init__()
+        self.register_modules(generator=generator)
+        self.register_to_config(pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "const",
+        class_labels: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        """Generate `batch_size` images.
+
+        generator: one for the batch, or a list of `batch_size`; with a list, image i depends on generator i alone.
+        truncation_psi: 1 for the whole distribution; towards 0, images are drawn to the mean one, in the first
+            `truncation_cutoff` layers (all when None).
+        noise_mode: "const" (the stored noise maps), "random" (drawn from `generator`, after z) or "none".
+        class_labels: integers [B] for a conditional generator.
+        latents: w [B, num_ws, w_dim] or [B, w_dim] as "latent" gives them, instead of drawing z; `batch_size` and truncation
+            then have no say.
+        output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32 [B, 1, H, W] in [0, 1]) or "latent"
+            (w of every layer, float32 [B, num_ws, w_dim], after truncation).
+
+        Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False. There are no steps and so no progress bar.
+        """
+        self._check_inputs(batch_size, generator, noise_mode, output_type)
+        device, dtype = self._execution_device, self.generator.dtype
+        if latents is None:
+            shape = (batch_size, self.generator.config.z_dim)
+            z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # [B, z_dim]
+            ws = self.generator.mapping(z.to(dtype), class_labels, truncation_psi, truncation_cutoff)
+        else:
+            ws = self._prepare_latents(latents, generator).to(device, dtype)  # [B, num_ws, w_dim]
+        if output_type == "latent":
+            images = ws.float()
+        else:
+            images = self._convert(self.generator.synthesis(ws, noise_mode, generator), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(self, batch_size, generator, noise_mode, output_type):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+        if isinstance(generator, list | tuple) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
+            )
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f'`noise_mode` is "{noise_mode}"; choose one of {", ".join(NOISE_MODES)}.')
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.')
+
+    def _prepare_latents(self, latents, generator):
+        num_ws, w_dim = self.generator.num_ws, self.generator.config.w_dim
+        if latents.ndim == 2:
+            latents = latents.unsqueeze(1).expand(-1, num_ws, -1)
+        if tuple(latents.shape[1:]) != (num_ws, w_dim):
+            raise ValueError(
+                f"`latents` has the shape {tuple(latents.shape)}; give [B, {num_ws}, {w_dim}] or [B, {w_dim}]."
+            )
+        if isinstance(generator, list | tuple) and len(generator) != len(latents):
+            raise ValueError(
+                f"{len(generator)} generators for {len(latents)} latents; give one for each, or a single one."
+            )
+        return latents
+
+    def _convert(self, images, output_type):
+        images = (images.float() / 2 + 0.5).clamp(0, 1)  # [B, 1, H, W]
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
+        return images if output_type == "np" else self.numpy_to_pil(images)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Write model_index.json and the code beside it, so that the folder loads where our packages are absent.
+
+        The index names the pipeline's file and the component's own, `generator/em_stylegan2_generator.py`.
+        """
+        super().save_config(save_directory, push_to_hub=False, **kwargs)
+        folder = Path(save_directory)
+        pipeline_file = Path(inspect.getsourcefile(type(self)))
+        generator_file = Path(inspect.getsourcefile(type(self.generator)))
+        (folder / "generator").mkdir(exist_ok=True)
+        for source, target in ((pipeline_file, folder), (generator_file, folder / "generator")):
+            if source.resolve() != (target / source.name).resolve():
+                shutil.copyfile(source, target / source.name)
+        index_path = folder / self.config_name
+        index = json.loads(index_path.read_text())
+        index["_class_name"] = [pipeline_file.stem, type(self).__name__]
+        index["generator"] = [generator_file.stem, type(self.generator).__name__]
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a folder or Hub repository. The installed class reads weights and numbers with the installed code alone: it runs
+        no code from the repository and needs no `trust_remote_code`. Options are those of `ModelMixin.from_pretrained`,
+        `generator` (a component in place of the stored one) and `pixel_size_nm`."""
+        package = __name__.rpartition(".")[0]
+        if package != "em_stylegan":  # this file came with the repository, and so did the component's
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        hub_options = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+        index = cls.load_config(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_options if name in kwargs}
+        )
+        module, name = index.get("generator") or (None, None)
+        if GENERATORS.get(module) != name or name is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds the generator {module}.{name}, which {cls.__name__} does not know; "
+                f"known are {', '.join(GENERATORS.values())}."
+            )
+        pixel_size_nm = kwargs.pop("pixel_size_nm", index.get("pixel_size_nm"))
+        generator = kwargs.pop("generator", None)
+        if generator is None:
+            component = getattr(importlib.import_module(f"{package}.{module}"), name)
+            generator = component.from_pretrained(pretrained_model_name_or_path, subfolder="generator", **kwargs)
+        pipeline = cls(generator=generator, pixel_size_nm=pixel_size_nm)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline

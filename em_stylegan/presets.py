@@ -1,0 +1,78 @@
+"""Recipes: each returns a whole configuration, and any flag overrides it."""
+
+from em_data import DataConfig
+
+from .config import DiscriminatorConfig, GANTrainingConfig, GeneratorConfig, StyleGANConfig
+
+
+def paper() -> StyleGANConfig:
+    """The study's best GAN: StyleGAN2, mapping depth 4, 1024 feature maps, 256 x 256, 1200 kimg.
+
+    Hardware: one GPU with 40 GB or more. Time: the study took 18 hours; ours is not measured. Score: the study's FID is 58.96
+    (on its own leaky split); ours is not measured. The split is by micrograph.
+    """
+    return StyleGANConfig(out="runs/stylegan2-paper")
+
+
+def small() -> StyleGANConfig:
+    """A lighter StyleGAN2 for 128 x 128 tiles and one common GPU: 256 feature maps, 600 kimg.
+
+    Hardware: one GPU with 8 GB. Time: about 3 hours, an estimate. Score: not measured.
+    """
+    return StyleGANConfig(
+        out="runs/stylegan2-small",
+        tiles=DataConfig(resolution=128),
+        generator=GeneratorConfig(z_dim=256, w_dim=256, channel_base=16384, max_channels=256),
+        discriminator=DiscriminatorConfig(channel_base=16384, max_channels=256),
+        training=GANTrainingConfig(num_images=600_000, r1_gamma=0.5),
+    )
+
+
+def demo() -> StyleGANConfig:
+    """The embedded micrographs at 64 x 64, for `make demo`.
+
+    Hardware: 2 CPU cores. Time: about 4 minutes where the CPU multiplies bfloat16 natively, an estimate. Score: not measured.
+    """
+    return StyleGANConfig(
+        out="runs/demo/stylegan2",
+        save_untrained=True,
+        tiles=DataConfig(resolution=64),
+        generator=GeneratorConfig(z_dim=64, w_dim=64, channel_base=2048, max_channels=64),
+        discriminator=DiscriminatorConfig(channel_base=2048, max_channels=64),
+        training=GANTrainingConfig(
+            num_images=24_000,
+            r1_gamma=0.1,
+            path_length_weight=0.0,
+            ema_half_life_images=1_000,
+            log_every=320,
+            sample_every=4_000,
+            checkpoint_every=8_000,
+        ),
+    )
+
+
+def test() -> StyleGANConfig:
+    """A few steps of tiny networks at 16 x 16, to see that everything runs.
+
+    Hardware: any. Time: seconds. Score: meaningless.
+    """
+    return StyleGANConfig(
+        out="runs/test/stylegan2",
+        save_untrained=True,
+        tiles=DataConfig(resolution=16, num_micrographs=3, micrograph_size=64),
+        generator=GeneratorConfig(z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8),
+        discriminator=DiscriminatorConfig(channel_base=128, max_channels=8, group_size=2),
+        training=GANTrainingConfig(
+            num_images=64,
+            batch_size=8,
+            r1_every_steps=4,
+            path_length_every_steps=2,
+            num_sample_images=4,
+            log_every=16,
+            sample_every=32,
+            checkpoint_every=32,
+        ),
+    )
+
+
+PRESETS = {"paper": paper, "small": small, "demo": demo, "test": test}

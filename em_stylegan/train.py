@@ -1,0 +1,75 @@
+"""A StyleGAN run from micrographs to a saved pipeline."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from em_data import load_data
+from em_training import changed_fields, create_accelerator, load_config, save_config, write_text_atomically
+
+from .config import StyleGANConfig
+from .loop import check_batch_size, create_networks, train_stylegan
+from .pipeline_em_stylegan import EMStyleGANPipeline
+
+
+def train_gan(config: StyleGANConfig) -> Path:
+    """Train the StyleGAN2 of `config` and save its averaged generator as a pipeline; return `config.out`.
+
+    Writes config.json, pipeline/ (load it with `EMStyleGANPipeline.from_pretrained`), run.json and, with `save_untrained`,
+    untrained/ (the pipeline of the first weights) into the run's folder. The same call on the same folder goes on where it stopped,
+    to the bit on the same hardware. Several processes share the work when they are started by torchrun or `accelerate launch`.
+
+    Raises `ValueError` when the folder holds a run of another configuration, and `TrainingInterrupted` after saving when asked to stop.
+    """
+    out = Path(config.out)
+    accelerator = create_accelerator(out, config.precision)
+    check_batch_size(config, accelerator)
+    check_same_run(config, out)
+    with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
+        data = load_data(config.data, config.tiles, log=accelerator.print)
+    accelerator.wait_for_everyone()
+    pixel_size_nm = data.summary.get("pixel_size_nm")
+    if accelerator.is_main_process:
+        save_config(config, out / "config.json")
+        if config.save_untrained:
+            generator, _ = create_networks(config)
+            EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(out / "untrained")
+
+    generator, num_images_seen, train_seconds = train_stylegan(config, data.train, accelerator=accelerator, out_dir=out)
+    if accelerator.is_main_process:
+        EMStyleGANPipeline(generator, pixel_size_nm=pixel_size_nm).save_pretrained(out / "pipeline")
+        run = {
+            "name": out.name,
+            "family": "stylegan2",
+            "train_seconds": train_seconds,
+            "train_seconds_by_stage": {"stylegan": train_seconds},
+            "num_images_seen": num_images_seen,
+            "config": asdict(config),
+            "data": data.summary,
+        }
+        write_text_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return out
+
+
+def check_same_run(config, out):
+    """Refuse to mix two configurations in one folder; the folder's own name, the cache, intervals and a longer run may differ."""
+    if not (out / "config.json").exists():
+        return
+    old = load_config(StyleGANConfig, out / "config.json")
+    longer = config.training.num_images > old.training.num_images
+    refused = {
+        name: values
+        for name, values in changed_fields(old, config).items()
+        if not (
+            name in ("out", "save_untrained", "tiles.cache_dir")
+            or name in ("training.log_every", "training.sample_every", "training.checkpoint_every")
+            or (name == "training.num_images" and longer)
+        )
+    }
+    if refused:
+        changes = "; ".join(f"{name} was {before!r}, is now {after!r}" for name, (before, after) in refused.items())
+        raise ValueError(
+            f"{out} holds a run of another configuration: {changes}. Choose another folder with --out, remove this one, or start "
+            "again with the old values to go on."
+        )
