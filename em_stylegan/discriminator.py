@@ -1,13 +1,14 @@
 """StyleGAN2 discriminator: residual blocks, minibatch standard deviation, one logit (Karras et al. 2018 and 2020)."""
 
 import math
+from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .em_stylegan2_generator import EqualizedConv2d, EqualizedLinear, MappingNetwork
+from em_stylegan.em_stylegan2_generator import EqualizedConv2d, EqualizedLinear, MappingNetwork
 
 
 def minibatch_standard_deviation(x, group_size):
@@ -77,9 +78,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         num_channels = [min(channel_base // r, max_channels) for r in resolutions]
         last = num_channels[-1]
         self.from_image = EqualizedConv2d(image_channels, num_channels[0], 1)
-        self.blocks = nn.ModuleList(
-            DiscriminatorBlock(a, b, clamp) for a, b in zip(num_channels[:-1], num_channels[1:], strict=True)
-        )
+        self.blocks = nn.ModuleList(DiscriminatorBlock(a, b, clamp) for a, b in pairwise(num_channels))
         self.conv = EqualizedConv2d(last + 1, last, 3)
         self.linear = EqualizedLinear(last * 16, last, activation=True)
         self.class_mapping = None

@@ -6,6 +6,7 @@ synthesis, `StyleGAN2Generator`.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -144,8 +145,7 @@ class MappingNetwork(nn.Module):
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
-            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
-            for a, b in zip(num_features[:-1], num_features[1:], strict=True)
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True) for a, b in pairwise(num_features)
         )
         if track_mean:
             self.register_buffer("w_mean", torch.zeros(w_dim))

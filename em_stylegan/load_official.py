@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .discriminator import StyleGANDiscriminator
-from .em_stylegan2_generator import StyleGAN2Generator, blur_kernel
+from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
 
 
 @dataclass

@@ -3,11 +3,10 @@
 import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
+from em_stylegan.losses import PathLengthMean, discriminator_loss, generator_loss, path_lengths, r1_penalty
 from em_training import EMA, TrainingRun, make_generator, seed_for
-
-from .discriminator import StyleGANDiscriminator
-from .em_stylegan2_generator import StyleGAN2Generator
-from .losses import PathLengthMean, discriminator_loss, generator_loss, path_lengths, r1_penalty
 
 
 def create_networks(config):

@@ -1,8 +1,7 @@
 """Recipes: each returns a whole configuration, and any flag overrides it."""
 
 from em_data import DataConfig
-
-from .config import DiscriminatorConfig, GANTrainingConfig, GeneratorConfig, StyleGANConfig
+from em_stylegan.config import DiscriminatorConfig, GANTrainingConfig, GeneratorConfig, StyleGANConfig
 
 
 def paper() -> StyleGANConfig:

@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from em_data import load_data
+from em_stylegan.config import StyleGANConfig
+from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
+from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import changed_fields, create_accelerator, load_config, save_config, write_text_atomically
-
-from .config import StyleGANConfig
-from .loop import check_batch_size, create_networks, train_stylegan
-from .pipeline_em_stylegan import EMStyleGANPipeline
 
 
 def train_gan(config: StyleGANConfig) -> Path:
