@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def write_image(image, path, *, bits=8, pixel_size_nm=None):
         raise ValueError(f"one grey image is [H, W] or [1, H, W], not {list(pixels.shape)}")
     buffer = io.BytesIO()
     if path.suffix.lower() == ".png":
-        PIL.Image.fromarray(pixels).save(buffer, "PNG", pnginfo=_make_png_info(pixel_size_nm))
+        PIL.Image.fromarray(pixels).save(buffer, "PNG", **_make_png_options(pixel_size_nm))
     elif path.suffix.lower() in (".tif", ".tiff"):
         tags = {"metadata": {}} if pixel_size_nm is None else {
             "metadata": {"pixel_size_nm": float(pixel_size_nm)},
@@ -45,14 +44,15 @@ def write_image(image, path, *, bits=8, pixel_size_nm=None):
     write_atomically(path, buffer.getvalue())
 
 
-def _make_png_info(pixel_size_nm):
+def _make_png_options(pixel_size_nm):
+    if pixel_size_nm is None:
+        return {}
     info = PIL.PngImagePlugin.PngInfo()
-    if pixel_size_nm is not None:
-        pixels_per_metre = round(1e9 / pixel_size_nm)
-        if pixels_per_metre < 2**31:  # the largest that PNG can hold; the text below holds any
-            info.add(b"pHYs", struct.pack(">IIB", pixels_per_metre, pixels_per_metre, 1))
-        info.add_text("pixel_size_nm", json.dumps(float(pixel_size_nm)))
-    return info
+    info.add_text("pixel_size_nm", json.dumps(float(pixel_size_nm)))
+    pixels_per_metre = 1e9 / pixel_size_nm
+    if pixels_per_metre >= 2**31:  # more than the pHYs chunk holds; the text holds any
+        return {"pnginfo": info}
+    return {"pnginfo": info, "dpi": (pixels_per_metre * 0.0254,) * 2}
 
 
 def save_image_grid(images, path, num_columns=None):

@@ -102,8 +102,8 @@ def _decode_tiff(data, name, notices):
 
 def _decode_png(data, notices):
     depth, metadata, sizes = read_png_metadata(data)
+    _verify_png(data)
     if depth == 16:  # PIL cuts 16-bit colour and grey-with-alpha to 8 bits
-        _verify_png(data)
         array = imagecodecs.png_decode(data)
     else:
         array = _decode_with_pil(data)
@@ -111,7 +111,7 @@ def _decode_png(data, notices):
 
 
 def _verify_png(data):
-    """Raise on a PNG that is cut short or has a damaged chunk: the fast decoder fills what is missing with zeros."""
+    """Raise on a PNG that is cut short or has a damaged chunk: decoders fill what is missing with zeros."""
     position = 8
     while position + 12 <= len(data):
         (length,) = struct.unpack(">I", data[position : position + 4])

@@ -1,0 +1,187 @@
+import json
+
+import numpy as np
+import pytest
+
+from em_data import Micrograph, Tiles
+from em_data.checks import hash_pixels
+from em_data.cutting import average_area, count_tiles, cut, find_tile_positions, make_cut_key
+from em_data.tiles import Cut
+from em_data.views import ELEMENTS, SYMMETRIES, apply_symmetry
+
+
+def test_the_studys_micrographs_give_its_62400_views():
+    shapes = [(1024, 1024)] * 442 + [(2048, 2048)] * 52
+    assert count_tiles(shapes, 256) == 10_400
+    assert count_tiles(shapes, 256) * len(SYMMETRIES["paper"]) == 62_400
+
+
+def test_cutter_cuts_what_the_count_says(config, noise, source_of, tmp_path):
+    """The study's set with every side an eighth of its own: 1/8 of 1024 and 2048 in tiles of 1/8 of 256."""
+    shapes = [(128, 128)] * 442 + [(256, 256)] * 52
+    micrographs = [Micrograph(noise(i, shape), f"{i}") for i, shape in enumerate(shapes)]
+    cut(source_of(micrographs), config(resolution=32), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    tiles = Tiles(made, np.arange(made.num_tiles * 6), "paper")
+    assert (tiles.num_tiles, tiles.num_views, len(tiles.rows)) == (10_400, 62_400, 10_400)
+    assert len(made.chunks) < 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "resolution", "downsample"), [((37, 90), 16, 1), ((37, 90), 8, 2), ((16, 16), 16, 1)]
+)
+def test_positions_cover_without_overlap(shape, resolution, downsample):
+    side, covered = resolution * downsample, np.zeros(shape, int)
+    for row, col in find_tile_positions(shape, resolution, downsample):
+        patch = covered[row : row + side, col : col + side]
+        assert patch.shape == (side, side)
+        patch += 1
+    assert covered.max() == 1
+    assert covered.sum() == (shape[0] // side) * (shape[1] // side) * side**2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_area_average_equals_its_slow_twin(dtype, noise):
+    image = noise(0, (13, 20), dtype)
+    fast = average_area(image, 3)
+    assert fast.dtype == dtype
+    assert fast.shape == (4, 6)
+    for i in range(4):
+        for j in range(6):
+            assert fast[i, j] == round(float(np.mean(image[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].astype(float))))
+    assert average_area(image, 1) is image
+
+
+def test_tiles_are_the_pixels_at_their_positions(config, noise, source_of, tmp_path):
+    micrographs = [Micrograph(noise(i, (40, 70), np.uint16), f"m{i}", 0.5, f"s{i}") for i in range(3)]
+    cut(source_of(micrographs), config(), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    tiles = Tiles(made, np.arange(made.num_tiles), "none")
+    rows = tiles.rows.with_format("numpy")
+    assert tiles.num_tiles == 3 * 2 * 4
+    for i in range(tiles.num_tiles):
+        row = rows[i]
+        micrograph = micrographs[int(str(row["micrograph"])[1:])]
+        expected = micrograph.image[row["row_px"] : row["row_px"] + 16, row["col_px"] : row["col_px"] + 16]
+        assert np.array_equal(row["tile"], expected)
+        assert np.array_equal(tiles.raw([i])[0], expected)
+        assert (row["pixel_size_nm"], str(row["specimen"])) == (0.5, micrograph.specimen)
+        assert (row["low"], row["high"]) == (micrograph.image.min(), micrograph.image.max())
+    assert tiles.raw([0]).dtype == np.uint16
+
+
+def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(config, noise, source_of, tmp_path):
+    image = noise(0, (70, 101))
+    cut(source_of([Micrograph(image, "m", 0.5)]), config(downsample=2), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    rows = made.dataset.with_format("numpy")
+    assert made.num_tiles == 2 * 3
+    small = average_area(image, 2)
+    for i in range(6):
+        top, left = rows[i]["row_px"] // 2, rows[i]["col_px"] // 2
+        assert np.array_equal(made.tile(i), small[top : top + 16, left : left + 16])
+        assert rows[i]["pixel_size_nm"] == 1.0
+
+
+def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source_of, tmp_path):
+    eight, sixteen = noise(0), noise(1, dtype=np.uint16)
+    cut(source_of([Micrograph(eight, "eight"), Micrograph(sixteen, "sixteen")]), config(), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    tiles = Tiles(made, np.arange(made.num_tiles), "none")
+    assert np.array_equal(tiles.raw([0])[0], eight[:16, :16])
+    assert np.array_equal(tiles.raw([6])[0], sixteen[:16, :16])
+    np.testing.assert_allclose(tiles.batch([0])[0, 0], eight[:16, :16] / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetries", SYMMETRIES)
+def test_a_batch_equals_its_slow_twin(symmetries, config, noise, source_of, tmp_path):
+    """View by view, from the micrograph, in float64."""
+    micrographs = [Micrograph(noise(i, (40, 50), np.uint16), str(i)) for i in range(3)]
+    cut(source_of(micrographs), config(intensity="percentile", percentiles=(5, 95)), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    names = SYMMETRIES[symmetries]
+    tiles = Tiles(made, np.arange(made.num_tiles * len(names)), symmetries)
+    views = np.random.default_rng(0).permutation(tiles.num_views)
+    batch = tiles.batch(views)
+    assert batch.shape == (tiles.num_views, 1, 16, 16)
+    for view, image in zip(views, batch):
+        row = tiles.rows[int(view) // len(names)]
+        pixels = micrographs[int(row["micrograph"])].image[row["row_px"] :, row["col_px"] :][:16, :16]
+        expected = 2 * (pixels.astype(float) - row["low"]) / (row["high"] - row["low"]) - 1
+        expected = apply_symmetry(np.clip(expected, -1, 1), names[int(view) % len(names)])
+        np.testing.assert_allclose(image[0], expected, atol=3e-7)
+
+
+def test_two_sides_number_their_own_tiles(config, noise, source_of, tmp_path):
+    micrographs = [Micrograph(noise(i), str(i)) for i in range(3)]
+    cut(source_of(micrographs), config(), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    views = np.arange(made.num_tiles * 6).reshape(3, -1)  # by micrograph
+    middle = Tiles(made, views[1], "paper")
+    everything = Tiles(made, views.ravel(), "paper")
+    assert np.array_equal(middle.batch(range(12)), everything.batch(views[1][:12]))
+    assert set(middle.rows["micrograph"]) == {"1"}
+    assert middle.fingerprint != everything.fingerprint
+    tile_ids, symmetry = middle.locate(range(middle.num_views))
+    assert np.array_equal(tile_ids * 6 + symmetry, np.arange(middle.num_views))
+
+
+def test_killed_cut_leaves_nothing_that_looks_whole(config, noise, tmp_path, source_of):
+    source = source_of([Micrograph(noise(0), "a"), Micrograph(noise(1), "b")])
+
+    def die():
+        raise KeyboardInterrupt
+
+    source.entries[1].read = die
+    with pytest.raises(KeyboardInterrupt):
+        cut(source, config(), tmp_path / "tiles" / "key")
+    assert list((tmp_path / "tiles").iterdir()) == []
+
+
+def test_two_processes_that_cut_at_once_leave_one_whole_cut(config, noise, tmp_path, source_of):
+    source, folder = source_of([Micrograph(noise(0), "a")]), tmp_path / "tiles" / "key"
+    read = source.entries[0].read
+    other = source_of([Micrograph(noise(0), "a")])
+
+    def read_while_another_finishes():
+        cut(other, config(), folder)
+        return read()
+
+    source.entries[0].read = read_while_another_finishes
+    cut(source, config(), folder)
+    assert Cut(folder).num_tiles == 6
+    assert [path.name for path in folder.parent.iterdir()] == ["key"]
+
+
+def test_every_part_of_the_recipe_is_in_the_key(config, noise, source_of):
+    source = source_of([Micrograph(noise(0), "a")])
+    same = config(split="leaky", seed=7, symmetries="d4", on_bad_image="fail", held_out_fraction=0.3)
+    assert make_cut_key(source, same) == make_cut_key(source, config())
+    changes = [{"resolution": 8}, {"downsample": 2}, {"intensity": "full"}, {"label_bar": "keep"}]
+    changes += [{"intensity": "percentile"}, {"intensity": "percentile", "percentiles": (1.0, 99.0)}]
+    keys = {make_cut_key(source, config(**change)) for change in [{}, *changes]}
+    source.entries[0].key = "changed"
+    assert len(keys | {make_cut_key(source, config())}) == len(changes) + 2
+
+
+def test_damaged_cut_is_not_read(config, noise, source_of, tmp_path):
+    cut(source_of([Micrograph(noise(0), "a")]), config(), tmp_path / "cut")
+    facts = json.loads((tmp_path / "cut" / "cut.json").read_text())
+    assert facts["micrographs"][0]["num_tiles"] == 6
+    with open(tmp_path / "cut" / "tiles.arrow", "ab") as file:
+        file.truncate(1000)
+    with pytest.raises(OSError, match="bytes"):
+        Cut(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (8, 11)])
+def test_pixel_hash_is_shared_by_all_views_and_by_nothing_else(shape, noise):
+    for image in (noise(0, shape), np.ones(shape, np.uint8), noise(0, shape) // 128, noise(1, shape, np.uint16)):
+        assert len({hash_pixels(apply_symmetry(image, name)) for name in ELEMENTS}) == 1
+        changed = image.copy()
+        changed[3, 2] ^= 1
+        assert hash_pixels(changed) != hash_pixels(image)
+    image = noise(0, shape)
+    shuffled = image[::-1] if shape[0] == 1 else np.roll(image, 1, axis=0)
+    assert hash_pixels(shuffled) != hash_pixels(image)
+    assert hash_pixels(image.astype(np.uint16)) != hash_pixels(image)

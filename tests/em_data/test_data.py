@@ -1,0 +1,303 @@
+import json
+import os
+import time
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+
+import em_data.sources
+from em_data import DataConfig, load_data, to_uint8
+from em_data.sources import LABEL_FOLDER, hash_files
+
+
+@pytest.fixture
+def folder(tmp_path, noise):
+    """Six micrographs of two specimens, in four formats, 8 and 16 bits, none of them square."""
+    folder = tmp_path / "alloy"
+    for i in range(6):
+        path = folder / f"specimen_{i % 2}" / f"image {i}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i < 2:
+            tifffile.imwrite(f"{path}.tif", noise(i, (40, 70), np.uint16), resolution=(2e7, 2e7), resolutionunit=3)
+        else:
+            PIL.Image.fromarray(noise(i, (64, 33))).save(f"{path}.{'png' if i < 4 else 'bmp'}")
+    return folder
+
+
+def load(source, config, **changes):
+    said = []
+    return load_data(str(source), config(**changes), log=said.append), said
+
+
+def test_folder_to_batches(folder, config):
+    data, said = load(folder, config)
+    summary = data.summary
+    assert summary["name"] == "alloy"
+    assert summary["num_micrographs"] == 6
+    assert summary["num_tiles"] == 2 * (2 * 4) + 4 * (4 * 2)
+    assert summary["num_views"] == 6 * summary["num_tiles"] == data.train.num_views + data.held_out.num_views
+    assert summary["specimens"] == ["specimen_0", "specimen_1"]
+    assert summary["pixel_size_nm"] is None  # known of some only
+    assert not set(data.train.rows["micrograph"]) & set(data.held_out.rows["micrograph"])
+    assert set(data.held_out.rows["micrograph"]) == set(summary["held_out"])
+    batch = data.train.batch(range(data.train.num_views))
+    assert batch.abs().max() <= 1
+    assert any("of 16 bits: scaled by their own" in line for line in said)
+    assert any("partly unknown" in line for line in said)
+    json.dumps(summary)
+
+
+def test_8_bit_pixels_come_back_exactly(tmp_path, noise, config):
+    images = [noise(i, (16, 16)) for i in range(4)]
+    for i, image in enumerate(images):
+        PIL.Image.fromarray(image).save(tmp_path / f"{i}.png")
+    data, _ = load(tmp_path, config, symmetries="none", cache_dir=str(tmp_path / ".cache"))
+    for tiles in (data.train, data.held_out):
+        for name, image in zip(tiles.rows["micrograph"], to_uint8(tiles.batch(range(tiles.num_views)))):
+            assert np.array_equal(image[0], images[int(name[0])])
+
+
+def test_second_start_reads_no_image_and_gives_the_same(folder, config, monkeypatch):
+    first, _ = load(folder, config)
+    monkeypatch.setattr(em_data.sources, "read_micrograph", None)  # would raise when called
+    second, _ = load(folder, config)
+    assert second.summary == first.summary
+    assert second.train.fingerprint == first.train.fingerprint
+    assert np.array_equal(second.train.batch([0, 5, 9]), first.train.batch([0, 5, 9]))
+
+
+def test_second_start_with_10000_tiles_takes_less_than_2_seconds(tmp_path, noise, config):
+    for i in range(25):
+        PIL.Image.fromarray(noise(i, (320, 320))).save(tmp_path / f"{i}.png")
+        os.utime(tmp_path / f"{i}.png", (1e9, 1e9))
+    cache = str(tmp_path / ".cache")
+    data, _ = load(tmp_path, config, cache_dir=cache)
+    assert data.summary["num_tiles"] == 10_000
+    start = time.perf_counter()
+    load(tmp_path, config, cache_dir=cache)
+    assert time.perf_counter() - start < 2
+
+
+def test_changed_pixel_is_a_new_cut(folder, config, noise):
+    first, _ = load(folder, config)
+    PIL.Image.fromarray(noise(77, (64, 33))).save(folder / "specimen_0" / "image 2.png")
+    second, _ = load(folder, config)
+    assert second.summary["fingerprint"] != first.summary["fingerprint"]
+    assert second.train.fingerprint != first.train.fingerprint
+
+
+def test_moved_folder_is_the_same_cut(folder, config, monkeypatch):
+    first, _ = load(folder, config)
+    moved = folder.rename(folder.parent / "moved")
+    monkeypatch.setattr(em_data.sources, "read_micrograph", None)
+    assert load(moved, config)[0].train.fingerprint == first.train.fingerprint
+
+
+def test_hashes_of_known_files_are_remembered_and_fresh_ones_are_not(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    first = hash_files([path], tmp_path / "cache")
+    assert not (tmp_path / "cache" / "file_hashes.json").exists()  # too fresh to tell from a second change
+    os.utime(path, (1e9, 1e9))
+    assert hash_files([path], tmp_path / "cache") == first
+    monkeypatch.setattr("pathlib.Path.read_bytes", None)
+    assert hash_files([path], tmp_path / "cache") == first
+    monkeypatch.undo()
+    path.write_bytes(b"two")
+    os.utime(path, (1e9 + 1, 1e9 + 1))
+    assert hash_files([path], tmp_path / "cache") != first
+
+
+def test_damaged_cache_is_cut_again_and_said(folder, config, tmp_path):
+    expected = load(folder, config)[0].train.batch(range(9))
+    (path,) = (tmp_path / "cache" / "tiles").glob("*/tiles.arrow")
+    half = path.read_bytes()[:5000]
+    path.unlink()  # a new file, since the old one is mapped
+    path.write_bytes(half)
+    data, said = load(folder, config)
+    assert any("damaged" in line for line in said)
+    assert np.array_equal(data.train.batch(range(9)), expected)
+
+
+def spoil(folder, noise):
+    """Add one file of each kind that cannot be used."""
+    good = (folder / "specimen_0" / "image 2.png").read_bytes()
+    (folder / "empty.tif").write_bytes(b"")
+    (folder / "truncated.png").write_bytes(good[: len(good) // 2])
+    (folder / "text.jpg").write_text("not an image")
+    PIL.Image.fromarray(noise(0, (15, 90))).save(folder / "tiny.png")
+    PIL.Image.fromarray(np.full((64, 64), 9, np.uint8)).save(folder / "constant.bmp")
+    PIL.Image.fromarray(noise(0, (64, 64, 3))).save(folder / "coloured.png")
+    values = noise(0, (64, 64)).astype(np.float32) / 7
+    tifffile.imwrite(folder / "inf.tif", np.where(values > 30, np.inf, values))
+    values[0, 0] = np.nan
+    tifffile.imwrite(folder / "nan.tif", values)
+    (folder / "dangling.tif").symlink_to(folder / "nowhere.tif")
+    broken = ["empty.tif", "truncated.png", "text.jpg", "dangling.tif"]
+    return broken + ["tiny.png", "constant.bmp", "coloured.png", "inf.tif", "nan.tif"]
+
+
+def test_bad_images_are_named_in_one_summary_and_skipped(folder, config, noise):
+    clean, _ = load(folder, config)
+    bad = spoil(folder, noise)
+    for _ in range(2):  # from the files, then from the cache
+        data, said = load(folder, config)
+        (summary,) = [line for line in said if "cannot be used" in line]
+        assert summary.startswith("9 of 15 images cannot be used")
+        for name in bad:
+            assert name in summary
+            assert any(name in line for line in data.summary["ignored"])
+        assert data.summary["num_micrographs"] == 6
+        assert data.summary["split_hash"] == clean.summary["split_hash"]
+
+
+def test_bad_images_are_fatal_on_request(folder, config, noise):
+    bad = spoil(folder, noise)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="9 of 15 images cannot be used") as error:
+            load(folder, config, on_bad_image="fail")
+        assert all(name in str(error.value) for name in bad)
+        load(folder, config)  # skipping them fills the cache; failing still fails
+
+
+def test_nothing_usable_is_an_error_that_names_all(tmp_path, config):
+    (tmp_path / "a.tif").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"2 of 2 images(.|\n)*a\.tif(.|\n)*b\.png(.|\n)*Nothing is left"):
+        load(tmp_path, config, cache_dir=str(tmp_path / ".cache"))
+
+
+def test_duplicates_across_the_split_are_refused_by_name(tmp_path, noise, config):
+    for i in range(8):
+        PIL.Image.fromarray(noise(i)).save(tmp_path / f"{i}.png")
+    cache = {"cache_dir": str(tmp_path / ".cache"), "split": "micrograph"}
+    data, _ = load(tmp_path, config, **cache)
+    (held_out,) = data.summary["held_out"]
+    other = "1.png" if held_out != "1.png" else "2.png"
+    original = np.array(PIL.Image.open(tmp_path / held_out))
+    PIL.Image.fromarray(np.rot90(original)).save(tmp_path / other)  # turned: training would see it turned back
+    with pytest.raises(ValueError, match="exact duplicates") as error:
+        load(tmp_path, config, **cache)
+    assert held_out in str(error.value)
+    assert other in str(error.value)
+    _, said = load(tmp_path, config, cache_dir=cache["cache_dir"], split="leaky")
+    assert any(line.startswith("exact duplicates") for line in said)
+
+
+def test_one_micrograph_needs_the_leaky_split(tmp_path, noise, config):
+    PIL.Image.fromarray(noise(0, (64, 64))).save(tmp_path / "only.png")
+    cache = str(tmp_path / ".cache")
+    with pytest.raises(ValueError, match=r"only\.png.*--tiles\.split leaky"):
+        load(tmp_path, config, cache_dir=cache)
+    data, said = load(tmp_path, config, cache_dir=cache, split="leaky")
+    assert data.train.num_views + data.held_out.num_views == 16 * 6
+    assert any("leaky" in line for line in said)
+    seen = data.train.batch(range(data.train.num_views))
+    assert len(seen) == data.train.num_views == round(0.9 * 96)
+    tile_ids, symmetry = data.held_out.locate([0, 3])
+    raw = data.held_out.raw(tile_ids)
+    assert data.held_out.raw_views([0, 3]).shape == raw.shape
+    assert 0 <= symmetry.min() <= symmetry.max() < 6
+
+
+def test_specimens_by_folder_or_pattern(folder, config):
+    data, _ = load(folder, config, split="specimen")
+    assert len(set(data.train.rows["specimen"])) == len(set(data.held_out.rows["specimen"])) == 1
+    data, _ = load(folder, config, specimen_pattern=r"image (\d)")
+    assert data.summary["specimens"] == list("012345")
+
+
+def test_label_folders_and_other_files_are_left_out_and_said(folder, config, noise):
+    for name in ("masks1/1.png", "labels/2.png", "specimen_0/a_mask.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(noise(5)).save(folder / name)
+    (folder / "notes.txt").write_text("notes")
+    (folder / "raw.dm4").write_bytes(b"dm4")
+    data, said = load(folder, config)
+    assert data.summary["num_micrographs"] == 6
+    for part in ("masks1/", "labels/", "files named as labels", ".dm4"):
+        assert any(part in line for line in said)
+
+
+def test_names_of_label_folders():
+    for name in ("masks", "mask", "masks1", "Labels", "labels_yolo_polygon", "GT", "ground_truth", "annotations"):
+        assert LABEL_FOLDER.match(name), name
+    for name in ("images", "labelled-tubes"[8:], "maskelynite", "specimen", "gtx", "masked-etching"):
+        assert not LABEL_FOLDER.match(name), name
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "synthetik", "datasets:/no/such/set"])
+def test_unknown_source_is_refused(source, config, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="datasets:"):
+        load(source, config)
+
+
+def test_folder_without_images_is_refused(tmp_path, config):
+    with pytest.raises(ValueError, match="holds no TIFF"):
+        load(tmp_path, config)
+
+
+def test_first_so_many_micrographs_in_natural_order(tmp_path, noise, config):
+    for i in (1, 2, 10):
+        PIL.Image.fromarray(noise(i)).save(tmp_path / f"frame {i}.png")
+    data, said = load(tmp_path, config, num_micrographs=2, cache_dir=str(tmp_path / ".cache"))
+    used = set(data.train.rows["micrograph"]) | set(data.held_out.rows["micrograph"])
+    assert used == {"frame 1.png", "frame 2.png"}
+    assert any("1 images beyond the first 2" in line for line in said)
+
+
+def test_dataset_of_images_keeps_16_bits(tmp_path, noise, config):
+    images = [noise(i, (32, 32), np.uint16) for i in range(3)]
+    for i, image in enumerate(images):
+        PIL.Image.fromarray(image).save(tmp_path / f"{i}.png")
+    table = {
+        "image": [str(tmp_path / f"{i}.png") for i in range(3)],
+        "pixel_size_nm": [0.5] * 3,
+        "specimen": list("aab"),
+    }
+    dataset = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "set")
+    for source in (f"datasets:{tmp_path / 'set'}", tmp_path / "set"):
+        data, _ = load(source, config, symmetries="none")
+        assert data.summary["pixel_size_nm"] == 0.5
+        assert data.summary["specimens"] == ["a", "b"]
+        for tiles in (data.train, data.held_out):
+            for i, row in enumerate(tiles.rows):
+                image = images[int(row["micrograph"][-6:])]
+                expected = image[row["row_px"] :, row["col_px"] :][:16, :16]
+                assert np.array_equal(tiles.raw([i])[0], expected)
+
+
+def test_our_own_tiles_as_a_dataset_keep_micrographs_whole(folder, config, tmp_path):
+    data, _ = load(folder, config)
+    data.train.rows.save_to_disk(tmp_path / "tiles_set")
+    again, _ = load(f"datasets:{tmp_path / 'tiles_set'}", config)
+    assert again.summary["num_tiles"] == data.train.num_tiles
+    sides = [{name.rsplit("_", 1)[0] for name in side.rows["micrograph"]} for side in (again.train, again.held_out)]
+    assert not sides[0] & sides[1]
+
+
+def test_embedded_data(config):
+    changes = {"num_micrographs": 3, "micrograph_size": 64, "resolution": 32}
+    data, _ = load("synthetic", config, **changes)
+    assert data.summary["name"] == "synthetic"
+    assert data.summary["num_tiles"] == 12
+    assert data.summary["pixel_size_nm"] > 0
+    again, _ = load("synthetic", config, **changes)
+    assert again.train.fingerprint == data.train.fingerprint
+    other, _ = load("synthetic", config, **changes, seed=1)
+    assert other.train.fingerprint != data.train.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"symmetries": "c4"}, {"split": "random"}, {"resolution": 0}, {"held_out_fraction": 1.0}, {"percentiles": (99, 1)},
+     {"intensity": "stretch"}, {"on_bad_image": "ignore"}, {"label_bar": "blur"}, {"num_micrographs": 0}, {"downsample": 0}],
+)  # fmt: skip
+def test_impossible_configuration_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change)).split("_")[0]):
+        DataConfig(**change)

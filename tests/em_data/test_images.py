@@ -1,0 +1,89 @@
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+import torch
+
+from em_data import from_uint, read_image_folder, read_micrograph, save_image_grid, to_uint8, write_image
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_written_image_comes_back_exactly(bits, suffix, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2**bits, (20, 30)).astype(f"uint{bits}")
+    images = from_uint(levels)
+    write_image(images, tmp_path / f"a{suffix}", bits=bits, pixel_size_nm=0.123456789)
+    write_image(images[None], tmp_path / f"b{suffix}", bits=bits)
+    folder = read_image_folder(tmp_path)
+    assert folder.names == [f"a{suffix}", f"b{suffix}"]
+    assert folder.pixel_size_nm == 0.123456789
+    batch = folder.batch(0, 2)
+    assert batch.dtype == torch.float32
+    assert batch.shape == (2, 1, 20, 30)
+    assert torch.equal(batch[0, 0], images)
+    assert torch.equal(batch[1, 0], images)
+    assert read_micrograph(tmp_path / f"b{suffix}").pixel_size_nm is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == folder.names  # no remains of the atomic writing
+
+
+def test_pixel_size_stands_where_other_programs_look(tmp_path):
+    image = torch.linspace(-1, 1, 64).reshape(8, 8)
+    write_image(image, tmp_path / "a.png", pixel_size_nm=0.5)
+    write_image(image, tmp_path / "a.tif", pixel_size_nm=0.5)
+    with PIL.Image.open(tmp_path / "a.png") as png:
+        assert png.info["dpi"][0] * 100 / 2.54 == pytest.approx(2e9, rel=1e-6)  # pixels per metre
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        over, under = tif.pages[0].tags["XResolution"].value
+        assert over / under == pytest.approx(2e7)  # pixels per centimetre
+        assert tif.pages[0].tags["ResolutionUnit"].value == 3
+
+
+def test_pixel_size_too_fine_for_a_png_header_is_kept_as_text(tmp_path):
+    write_image(torch.linspace(-1, 1, 64).reshape(8, 8), tmp_path / "a.png", pixel_size_nm=0.01)
+    assert read_micrograph(tmp_path / "a.png").pixel_size_nm == 0.01
+
+
+def test_folder_reads_parts_in_natural_order(tmp_path):
+    images = torch.rand(12, 1, 6, 6) * 2 - 1
+    for i, image in enumerate(images):
+        write_image(image, tmp_path / f"{i}.png")
+    folder = read_image_folder(tmp_path)
+    assert len(folder) == 12
+    assert np.array_equal(to_uint8(folder.batch(3, 99)), to_uint8(images[3:]))
+    assert folder.batch(5, 5).shape == (0, 1, 6, 6)
+
+
+def test_images_of_different_sizes_are_refused_by_name(tmp_path):
+    write_image(torch.zeros(6, 6), tmp_path / "a.png")
+    write_image(torch.zeros(6, 7), tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png has 6 x 7"):
+        read_image_folder(tmp_path).batch(0, 2)
+
+
+def test_missing_or_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no folder"):
+        read_image_folder(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no"):
+        read_image_folder(tmp_path)
+
+
+def test_wrong_suffix_bits_and_shape_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\.png or \.tif"):
+        write_image(torch.zeros(6, 6), tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="8 or 16 bits"):
+        write_image(torch.zeros(6, 6), tmp_path / "a.png", bits=12)
+    with pytest.raises(ValueError, match="one grey image"):
+        write_image(torch.zeros(3, 6, 6), tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("num", "columns", "shape"), [(5, None, (2, 3)), (4, 4, (1, 4)), (1, 9, (1, 1)), (7, 2, (4, 2))]
+)
+def test_grid_holds_every_image_at_its_place(num, columns, shape, tmp_path):
+    images = torch.rand(num, 1, 5, 6) * 2 - 1
+    save_image_grid(images, tmp_path / "deep" / "grid.png", columns)
+    grid = np.array(PIL.Image.open(tmp_path / "deep" / "grid.png"))
+    assert grid.shape == (shape[0] * 7 - 2, shape[1] * 8 - 2)
+    for i, image in enumerate(to_uint8(images)):
+        row, col = divmod(i, shape[1])
+        assert np.array_equal(grid[row * 7 : row * 7 + 5, col * 8 : col * 8 + 6], image[0])

@@ -1,0 +1,212 @@
+import io
+import struct
+import zlib
+
+import imagecodecs
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+
+from em_data import read_micrograph
+
+RNG = np.random.default_rng(0)
+GREY8 = RNG.integers(0, 256, (40, 56), dtype=np.uint8)
+GREY16 = RNG.integers(0, 65536, (40, 56), dtype=np.uint16)
+
+
+def tiff(array, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def pil(array, kind, **options):
+    buffer = io.BytesIO()
+    image = array if isinstance(array, PIL.Image.Image) else PIL.Image.fromarray(array)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def three(array):
+    return np.stack([array] * 3, axis=-1)
+
+
+EXACT = {
+    "tiff 8": (tiff(GREY8), GREY8),
+    "tiff 16": (tiff(GREY16), GREY16),
+    "tiff 16 big-endian": (tiff(GREY16, byteorder=">"), GREY16),
+    "tiff 16 LZW": (tiff(GREY16, compression="lzw", predictor=True), GREY16),
+    "tiff 16 deflate in tiles": (tiff(GREY16, compression="zlib", tile=(16, 16)), GREY16),
+    "tiff 8 packbits": (tiff(GREY8, compression="packbits"), GREY8),
+    "bigtiff": (tiff(GREY16, bigtiff=True), GREY16),
+    "tiff three equal channels 16": (tiff(three(GREY16), photometric="rgb"), GREY16),
+    "tiff planes of equal channels": (
+        tiff(np.stack([GREY8] * 3), photometric="rgb", planarconfig="separate"),
+        GREY8,
+    ),
+    "tiff white is zero": (tiff(65535 - GREY16, photometric="miniswhite"), GREY16),
+    "tiff int16 of positive values": (tiff((GREY16 // 2).astype(np.int16)), GREY16 // 2),
+    "tiff float of whole numbers": (tiff(GREY16.astype(np.float32)), GREY16),
+    "tiff one frame of a stack": (tiff(GREY16[None], photometric="minisblack"), GREY16),
+    "png 8": (pil(GREY8, "PNG"), GREY8),
+    "png 16": (pil(GREY16, "PNG"), GREY16),
+    "png three equal channels 8": (pil(three(GREY8), "PNG"), GREY8),
+    "png three equal channels 16": (imagecodecs.png_encode(three(GREY16)), GREY16),
+    "png opaque": (pil(np.dstack([three(GREY8), np.full_like(GREY8, 255)]), "PNG"), GREY8),
+    "png 16 opaque": (imagecodecs.png_encode(np.dstack([GREY16, np.full_like(GREY16, 65535)])), GREY16),
+    "png grey palette": (pil(PIL.Image.fromarray(GREY8).convert("P"), "PNG"), GREY8),
+    "png one bit": (pil(PIL.Image.fromarray(GREY8 > 127), "PNG"), np.where(GREY8 > 127, 255, 0)),
+    "bmp": (pil(GREY8, "BMP"), GREY8),
+    "bmp three equal channels": (pil(three(GREY8), "BMP"), GREY8),
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_grey_levels_are_read_exactly(kind, tmp_path):
+    data, expected = EXACT[kind]
+    path = tmp_path / "image.dat"  # told by content, not by suffix
+    path.write_bytes(data)
+    image = read_micrograph(path).image
+    assert image.dtype == (np.uint8 if "uint8" in str(expected.dtype) or "one bit" in kind else np.uint16)
+    assert np.array_equal(image, expected)
+
+
+def test_jpeg_of_a_grey_image_is_read_as_pil_reads_it():
+    smooth = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    data = pil(three(smooth), "JPEG", quality=95)
+    image = read_micrograph(data, name="a.jpg").image
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - smooth).max() <= 3
+    assert np.array_equal(image, np.array(PIL.Image.open(io.BytesIO(pil(smooth, "JPEG", quality=95)))))
+
+
+COLOUR = three(GREY8).copy()
+COLOUR[3:9, 5:9, 0] = 255 - COLOUR[3:9, 5:9, 0]
+STACK = tiff(np.stack([GREY16, GREY16 // 2]), photometric="minisblack")
+HALF_ALPHA = pil(np.dstack([three(GREY8), GREY8]), "PNG")
+NAN = GREY16.astype(np.float32)
+NAN[2, 3] = np.nan
+INF = GREY16.astype(np.float32)
+INF[2, 3] = np.inf
+CMYK = pil(PIL.Image.fromarray(COLOUR).convert("CMYK"), "JPEG")
+REFUSED = {
+    "coloured png": (pil(COLOUR, "PNG"), "coloured"),
+    "coloured tiff": (tiff(COLOUR, photometric="rgb"), "coloured"),
+    "coloured png 16": (imagecodecs.png_encode(COLOUR.astype(np.uint16) * 257), "coloured"),
+    "coloured jpeg": (pil(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG"), "coloured"),
+    "coloured bmp": (pil(COLOUR, "BMP"), "coloured"),
+    "cmyk": (CMYK, "CMYK"),
+    "stack": (STACK, "stack of 2 frames"),
+    "half transparent": (HALF_ALPHA, "transparent"),
+    "nan": (tiff(NAN), "1 pixels are NaN or infinite"),
+    "infinite": (tiff(INF), "1 pixels are NaN or infinite"),
+    "complex": (tiff(GREY8.astype(np.complex64)), "complex"),
+    "empty": (b"", "empty file"),
+    "zeros": (bytes(500), "zero bytes"),
+    "text": (b"not an image at all", "not a TIFF, PNG, JPEG or BMP"),
+    "cut tiff": (tiff(GREY16)[:-100], "truncated"),
+    "cut tiff, compressed": (tiff(GREY16, compression="zlib")[:3000], "truncated"),
+    "cut png 8": (pil(GREY8, "PNG")[:1500], "truncated"),
+    "cut png 16": (pil(GREY16, "PNG")[:3000], "truncated"),
+    "cut jpeg": (pil(GREY8, "JPEG")[:1200], "truncated"),
+    "cut bmp": (pil(GREY8, "BMP")[:1500], "truncated"),
+    "head of a tiff": (tiff(GREY16)[:6], "unreadable or truncated|without an image"),
+    "head of a png": (pil(GREY8, "PNG")[:20], "unreadable or truncated"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_bad_image_is_refused_by_name_with_the_reason(kind, tmp_path):
+    data, reason = REFUSED[kind]
+    path = tmp_path / "bad_one.tif"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"bad_one\.tif: .*({reason})"):
+        read_micrograph(path)
+
+
+def test_every_cut_of_a_file_is_refused_and_never_half_read():
+    for data in (tiff(GREY16, compression="lzw"), pil(GREY8, "PNG"), pil(GREY16, "PNG"), pil(GREY8, "BMP")):
+        for length in np.linspace(1, len(data) - 20, 23).astype(int):
+            with pytest.raises(ValueError, match=r"^x: "):
+                read_micrograph(data[:length], name="x")
+
+
+def test_damaged_16_bit_png_is_refused():
+    data = bytearray(pil(GREY16, "PNG"))
+    data[len(data) // 2] ^= 255
+    with pytest.raises(ValueError, match="damaged"):
+        read_micrograph(bytes(data), name="x")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.tif: cannot be read"):
+        read_micrograph(tmp_path / "nothing.tif")
+
+
+def test_float_image_is_scaled_to_16_bits_and_says_so():
+    values = np.linspace(-3, 5, GREY8.size, dtype=np.float32).reshape(GREY8.shape)
+    micrograph = read_micrograph(tiff(values), name="x")
+    assert micrograph.image.dtype == np.uint16
+    assert (micrograph.image.min(), micrograph.image.max()) == (0, 65535)
+    assert micrograph.metadata["scaled_from"] == [-3.0, 5.0]
+    assert any("scaled to 16 bits" in notice for notice in micrograph.metadata["notices"])
+
+
+def png_with(chunk):
+    data = pil(GREY8, "PNG")
+    return data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+OME = {
+    "axes": "YX",
+    "PhysicalSizeX": 0.00125,
+    "PhysicalSizeXUnit": "µm",
+    "PhysicalSizeY": 1.25,
+    "PhysicalSizeYUnit": "nm",
+}
+SIZES = {
+    "png pHYs": (png_with(b"pHYs" + struct.pack(">IIB", 800_000_000, 800_000_000, 1)), 1.25),
+    "png of a screen": (png_with(b"pHYs" + struct.pack(">IIB", 2835, 2835, 1)), None),
+    "png ratio only": (png_with(b"pHYs" + struct.pack(">IIB", 1, 1, 0)), None),
+    "png without": (pil(GREY8, "PNG"), None),
+    "tiff per centimetre": (tiff(GREY8, resolution=(8e6, 8e6), resolutionunit="CENTIMETER"), 1.25),
+    "tiff per inch": (tiff(GREY8, resolution=(2.54e7 / 1.25, 2.54e7 / 1.25), resolutionunit="INCH"), 1.25),
+    "tiff of a printer": (tiff(GREY8, resolution=(300, 300), resolutionunit="INCH"), None),
+    "tiff not square": (tiff(GREY8, resolution=(8e6, 4e6), resolutionunit="CENTIMETER"), None),
+    "imagej": (tiff(GREY8, imagej=True, resolution=(0.8, 0.8), metadata={"unit": "nm"}), 1.25),
+    "imagej um": (tiff(GREY8, imagej=True, resolution=(800, 800), metadata={"unit": "um"}), 1.25),
+    "imagej in pixels": (tiff(GREY8, imagej=True, resolution=(1, 1), metadata={"unit": "pixel"}), None),
+    "ome": (tiff(GREY8, ome=True, metadata=OME), 1.25),
+    "gatan": (tiff(GREY8, extratags=[(65003, 2, 3, "nm", True), (65009, 12, 1, 1.25, True)]), 1.25),
+    "gatan um": (tiff(GREY8, extratags=[(65003, 2, 3, "um", True), (65009, 12, 1, 0.00125, True)]), 1.25),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_pixel_size_is_read_where_the_file_states_one(kind):
+    data, expected = SIZES[kind]
+    pixel_size_nm = read_micrograph(data, name="x").pixel_size_nm
+    assert pixel_size_nm == (None if expected is None else pytest.approx(expected, rel=1e-6))
+
+
+def test_printers_resolution_is_said_to_be_none():
+    notices = read_micrograph(SIZES["tiff of a printer"][0], name="x").metadata["notices"]
+    assert any("300 dpi" in notice for notice in notices)
+
+
+def test_fei_header_gives_pixel_size_and_cuts_the_label_bar():
+    header = "[User]\r\nDate=01/01/2020\r\n[Scan]\r\nPixelWidth=1.25e-009\r\nPixelHeight=1.25e-009\r\n"
+    header += "[Image]\r\nResolutionX=56\r\nResolutionY=36\r\n"
+    data = tiff(GREY16, extratags=[(34682, 2, len(header) + 1, header, True)])
+    micrograph = read_micrograph(data, name="x")
+    assert micrograph.pixel_size_nm == pytest.approx(1.25)
+    assert np.array_equal(micrograph.image, GREY16[:36])
+    assert any("4 rows cropped" in notice for notice in micrograph.metadata["notices"])
+    assert read_micrograph(data, name="x", label_bar="keep").image.shape == (40, 56)
+
+
+def test_zeiss_header_gives_the_pixel_size():
+    header = "\r\n" * 3 + "AP_IMAGE_PIXEL_SIZE\r\nImage Pixel Size = 1.25 nm\r\n"
+    data = tiff(GREY8, extratags=[(34118, 2, len(header) + 1, header, True)])
+    assert read_micrograph(data, name="x").pixel_size_nm == pytest.approx(1.25)
