@@ -8,14 +8,17 @@ that a split by specimen means something. A picture is a pure function of its ar
     python -m em_data.synthetic --num 16 --out DIR
 """
 
+import argparse
 from dataclasses import dataclass
-from math import cos, pi, sin
+from pathlib import Path
 
 import numpy as np
-from scipy import fft, ndimage, signal
+from scipy import ndimage
 
+from em_data.labels import write_labelled
 from em_data.micrograph import Defect, Micrograph
 from em_data.synthetic_defects import NORMALS_100, NORMALS_111, draw_dot, draw_line, draw_loop, project_loop
+from em_data.synthetic_imaging import make_background, record
 
 MICROGRAPHS_PER_SPECIMEN = 4
 PIXEL_SIZE_NM = 1.0  # a median loop is 20 pixels across, and 64 x 64 pixels hold two of them
@@ -49,7 +52,7 @@ class Specimen:
     lines_per_um2: float = 11.0
     thickness: float = 3.0
     mottle: float = 0.05
-    dose: float = 220.0
+    dose: float = 130.0
 
     @classmethod
     def from_seed(cls, seed):
@@ -71,8 +74,8 @@ class Specimen:
             dot_spread=float(rng.uniform(0.2, 0.35)),
             lines_per_um2=float(rng.uniform(5, 18)),
             thickness=float(rng.uniform(2.2, 4.0)),
-            mottle=float(rng.uniform(0.035, 0.06)),
-            dose=float(rng.uniform(150, 320)),
+            mottle=float(rng.uniform(0.045, 0.075)),
+            dose=float(rng.uniform(80, 190)),
         )
 
 
@@ -90,68 +93,23 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
         )
     specimen = specimen or Specimen.from_seed(seed // MICROGRAPHS_PER_SPECIMEN)
     rng = np.random.default_rng([seed, 0])
-    log_transmission = make_background(rng, specimen, size, pixel_size_nm)
-    defects = []
-    for kind, center, metadata, drawing in _draw_defects(rng, specimen, size, pixel_size_nm):
-        defect = _place(log_transmission, kind, center, metadata, drawing)
-        if defect is not None:
-            defects.append(defect)
-    image, dose = record(rng, np.exp(log_transmission), specimen.dose, pixel_size_nm)
+    log_transmission, visibility = make_background(rng, specimen, size, pixel_size_nm)
+    contrast = np.zeros((size, size), dtype=np.float32)
+    drawn = _draw_defects(rng, specimen, size, pixel_size_nm)
+    defects = [_place(contrast, kind, center, metadata, drawing) for kind, center, metadata, drawing in drawn]
+    defects = [defect for defect in defects if defect is not None]
+    reach = 2 * round(4.3 / pixel_size_nm) + 1  # two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
+    contrast += 0.3 * ndimage.uniform_filter(ndimage.uniform_filter(contrast, reach), reach)  # the far strain field
+    image, dose = record(rng, np.exp(log_transmission - visibility * contrast), specimen.dose, pixel_size_nm)
     metadata = {"seed": seed, "electrons_per_pixel": round(dose, 2), "beam": list(specimen.beam), "notices": []}
     return Micrograph(image, f"synthetic-{seed:09d}.png", pixel_size_nm, specimen.name, metadata, defects)
 
 
 def synthesise_micrographs(num, seed=0, size=512, pixel_size_nm=PIXEL_SIZE_NM):
-    """`num` labelled micrographs, four to a specimen: micrograph i has the seed 1,000,000 seed + i; a list."""
+    """`num` labelled micrographs, four to a specimen: micrograph i has the seed 1,000,000 seed + i; an iterator."""
     if not 0 < num <= _SEED_STRIDE:
         raise ValueError(f"the number of synthetic micrographs lies in 1..{_SEED_STRIDE}, not {num}")
-    return [synthesise_micrograph(seed * _SEED_STRIDE + i, size, pixel_size_nm) for i in range(num)]
-
-
-def make_background(rng, specimen, size, pixel_size_nm):
-    """Log-transmission of the foil without defects, float32 [size, size].
-
-    A bent wedge in two beams: 1 - A sin^2(pi t sqrt(1 + w^2)) / (1 + w^2), with the deviation w a smooth function of
-    position (a bend contour where it vanishes) and the thickness t, in extinction lengths, a wedge; the fringes are damped
-    with t. On top, a mottled surface: Gaussian noise with a power-law spectrum between 8 and 120 nm.
-    """
-    field_nm = size * pixel_size_nm
-    axis = ((np.arange(size) + 0.5) * pixel_size_nm).astype(np.float32) - np.float32(field_nm / 2)
-    x, y = axis[None, :], axis[:, None]  # nm from the centre
-
-    direction, wedge = rng.uniform(0, 2 * pi), rng.uniform(0, 2 * pi)
-    along = x * cos(direction) + y * sin(direction)
-    across = y * cos(direction) - x * sin(direction)
-    width = rng.uniform(70, 200)  # nm over which w grows by 1
-    place = rng.uniform(-0.9, 0.9) * max(field_nm, 400) / 2
-    bow = rng.normal(0, 0.35) / 400
-    waves = np.sin(across / rng.uniform(60, 140) + rng.uniform(0, 6.28)) * rng.uniform(0, 0.5)
-    w = (along - place + bow * across**2) / width + waves
-    steepness = rng.uniform(0.05, 0.25) / 500
-    t = specimen.thickness * (1 + steepness * (x * cos(wedge) + y * sin(wedge)))
-    effective = np.sqrt(1 + w**2)
-    fringes = 0.5 - 0.5 * np.exp(-0.25 * t * effective) * np.cos(2 * pi * t * effective)
-    depth = rng.uniform(0.2, 0.42)
-    log_transmission = np.log(1 - depth * fringes / effective**2) - 0.3 * t
-    log_transmission += specimen.mottle * _mottle(rng, size, pixel_size_nm)
-    return log_transmission.astype(np.float32)
-
-
-def _mottle(rng, size, pixel_size_nm):
-    """Stationary Gaussian noise of unit variance, amplitude ~ f^-1.1 between 1/120 and 1/8 per nm; float32 [size, size]."""
-    padded = fft.next_fast_len(
-        size + int(60 / pixel_size_nm), real=True
-    )  # the transform is periodic, the picture is not
-    white = rng.standard_normal((padded, padded), dtype=np.float32)
-    f = np.fft.fftfreq(padded, pixel_size_nm).astype(np.float32)
-    f_squared = f[:, None] ** 2 + f[None, : padded // 2 + 1] ** 2  # [padded, padded // 2 + 1]
-    amplitude = (f_squared + np.float32(1 / 120**2)) ** -0.55 * np.exp(-0.5 * f_squared * 8**2)
-    amplitude[0, 0] = 0
-    power = 2 * (amplitude**2).sum() - (amplitude[:, 0] ** 2).sum()
-    if padded % 2 == 0:
-        power -= (amplitude[:, -1] ** 2).sum()
-    spectrum = fft.rfft2(white) * (amplitude * np.float32(padded / np.sqrt(power)))
-    return fft.irfft2(spectrum, s=white.shape)[:size, :size]
+    return (synthesise_micrograph(seed * _SEED_STRIDE + i, size, pixel_size_nm) for i in range(num))
 
 
 def _draw_defects(rng, specimen, size, pixel_size_nm):
@@ -181,7 +139,7 @@ def _draw_defects(rng, specimen, size, pixel_size_nm):
         kind = "loop_100" if rng.random() < specimen.fraction_100 else "loop_111"
         axis_ratio, angle = shapes[kind][rng.integers(len(shapes[kind]))]
         center = ((x - margin_nm) / pixel_size_nm - 0.5, (y - margin_nm) / pixel_size_nm - 0.5)
-        strength = micrograph_strength * float(np.clip(rng.lognormal(np.log(0.62), 0.22), 0.3, 1.0))
+        strength = micrograph_strength * float(np.clip(rng.lognormal(np.log(0.66), 0.24), 0.3, 1.1))
         drawing = draw_loop(
             rng,
             center,
@@ -212,26 +170,30 @@ def _draw_defects(rng, specimen, size, pixel_size_nm):
 
 
 def _spread_out(rng, diameters, side_nm):
-    """Centres [n, 2] in a square, uniform, but each the roomiest of a few tries: loops that touch tend to coalesce."""
+    """Centres [n, 2] in a square, uniform, but the first of six tries that has room: loops that touch tend to coalesce.
+
+    Distances are periodic, so that no part of the square is preferred.
+    """
     centers = np.empty((len(diameters), 2))
     tries = rng.uniform(0, side_nm, size=(len(diameters), 6, 2))
     for i, candidates in enumerate(tries):
-        distance = np.linalg.norm(candidates[:, None] - centers[None, :i], axis=-1)  # [6, i]
+        apart = np.abs(candidates[:, None] - centers[None, :i])
+        distance = np.linalg.norm(np.minimum(apart, side_nm - apart), axis=-1)  # [6, i]
         room = (distance - 0.5 * (diameters[i] + diameters[None, :i])).min(axis=1, initial=np.inf)  # [6]
         free = np.flatnonzero(room > 0.15 * diameters[i])
         centers[i] = candidates[free[0] if len(free) else np.argmax(room)]
     return centers
 
 
-def _place(log_transmission, kind, center, metadata, drawing):
-    """Darken the micrograph by a drawing, in place, and return its Defect; None where no pixel of it is in the picture."""
-    size = log_transmission.shape[0]
+def _place(canvas, kind, center, metadata, drawing):
+    """Add a drawing's contrast to the canvas, in place, and return its Defect; None where it is out of the picture."""
+    size = canvas.shape[0]
     (x0, y0), (height, width) = drawing.origin, drawing.contrast.shape
     left, top, right, bottom = max(x0, 0), max(y0, 0), min(x0 + width, size), min(y0 + height, size)
     if left >= right or top >= bottom:
         return None
     seen = np.s_[top - y0 : bottom - y0, left - x0 : right - x0]
-    log_transmission[top:bottom, left:right] -= drawing.contrast[seen]
+    canvas[top:bottom, left:right] += drawing.contrast[seen]
     mask = drawing.mask[seen]
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(rows) == 0:
@@ -253,41 +215,23 @@ def _place(log_transmission, kind, center, metadata, drawing):
     )
 
 
-def expose(rng, transmission, dose):
-    """Electron counts: Poisson with mean dose * transmission / mean(transmission); float32, same shape."""
-    return rng.poisson(transmission * (dose / transmission.mean())).astype(np.float32)
+def main(arguments=None):
+    """Write synthetic micrographs with their masks, COCO labels and a contact sheet: the command of this module."""
+    parser = argparse.ArgumentParser(prog="python -m em_data.synthetic", description=__doc__.splitlines()[0])
+    parser.add_argument("--num", type=int, default=16, help="micrographs to make (16)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if missing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=512, help="side in pixels (512)")
+    parser.add_argument("--pixel-size-nm", type=float, default=PIXEL_SIZE_NM, help=f"nm per pixel ({PIXEL_SIZE_NM:g})")
+    args = parser.parse_args(arguments)
+    try:
+        micrographs = list(synthesise_micrographs(args.num, args.seed, args.size, args.pixel_size_nm))
+        write_labelled(micrographs, args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    num_defects = sum(len(micrograph.defects) for micrograph in micrographs)
+    print(f"{args.out}: {args.num} micrographs in images/, {num_defects} labelled defects in labels/ and masks/")
 
 
-def record(rng, transmission, dose, pixel_size_nm):
-    """What the microscope writes of a transmission map [size, size]: uint8 [size, size], and its electrons per pixel.
-
-    In the order of the instrument: finite probe, line-to-line jitter and emission noise of the scan, Poisson counts, the
-    detector's afterglow along the fast axis, and the operator's brightness and contrast, which keep all but two in ten
-    thousand pixels clear of both ends of the scale.
-    """
-    size = transmission.shape[0]
-    probe_px = rng.uniform(0.5, 0.8) / pixel_size_nm
-    image = ndimage.gaussian_filter(transmission, probe_px, mode="nearest", truncate=3.0)
-
-    # Each line starts a little off; the offset wanders.
-    offset = signal.lfilter([1], [1, -0.6], rng.normal(0, rng.uniform(0.08, 0.25), size=size))  # [size] pixels
-    whole = np.floor(offset).astype(int)
-    fraction = (offset - whole).astype(np.float32)[:, None]
-    columns = np.arange(size)[None, :] + whole[:, None]  # [size, size]
-    rows = np.arange(size)[:, None]
-    image = (1 - fraction) * image[rows, columns.clip(0, size - 1)] + fraction * image[
-        rows, (columns + 1).clip(0, size - 1)
-    ]
-
-    line_gain = rng.normal(0, rng.uniform(0.003, 0.01), size=(size, 1))
-    emission = signal.lfilter([0.14], [1, -0.99], rng.standard_normal(size * size, dtype=np.float32))  # unit variance
-    image = image * (1 + line_gain + rng.uniform(0.004, 0.012) * emission.reshape(size, size)).astype(np.float32)
-
-    dose = dose * rng.uniform(0.85, 1.15)
-    counts = expose(rng, np.maximum(image, 1e-6), dose)
-    counts = ndimage.gaussian_filter(counts, (rng.uniform(0.3, 0.45), rng.uniform(0.45, 0.65)), truncate=3.0)
-
-    low, high = np.quantile(counts, (0.0002, 0.9998))
-    black, white = rng.uniform(6, 22), rng.uniform(222, 246)
-    grey = black + (white - black) * (counts - low) / (high - low)
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), float(dose)
+if __name__ == "__main__":
+    main()

@@ -70,26 +70,27 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     double image of a dislocation near its Bragg condition. The enclosed area is a little brighter than the matrix.
     angle, g_angle: radians from x towards y. strength: peak of the contrast. Returns a Drawing.
     """
-    core = rng.uniform(0.95, 1.5) * (diameter_nm / 22) ** 0.25  # half width of the dark line, nm
+    core = min(2.4, rng.lognormal(0.2, 0.22)) * (diameter_nm / 22) ** 0.25  # half width of the dark line, nm
     a = diameter_nm / 2
-    b = hypot(a * axis_ratio, 1.1 * core)  # an edge-on loop keeps the width of its strain field
+    b = hypot(a * axis_ratio, 0.8 * core)  # an edge-on loop keeps the width of its strain field
     c, s = cos(angle), sin(angle)  # Python numbers: numpy's float64 scalars would double the arrays' width
-    reach = [(4.5 * core + 1.06 * hypot(*sides)) / pixel_size_nm for sides in ((a * c, b * s), (a * s, b * c))]
+    w = rng.normal(0, 0.028, size=4).tolist()  # unevenness of the outline
+    swell = 1 + hypot(w[0], w[1]) + hypot(w[2], w[3])
+    reach = [(4 * core + swell * hypot(*sides)) / pixel_size_nm for sides in ((a * c, b * s), (a * s, b * c))]
     origin, dx, dy = _window(center_px, reach)
     u = dx * (c * pixel_size_nm) + dy * (s * pixel_size_nm)  # [h, w] nm along the major axis
     v = dy * (c * pixel_size_nm) - dx * (s * pixel_size_nm)  # [h, w] nm along the minor axis
 
     # The ellipse's own angle, and a radius that is 1 on a slightly uneven ellipse.
     along, across = u / a, v / b
-    radius = np.sqrt(along**2 + across**2) + np.float32(1e-6)
+    radius = np.sqrt(along**2 + across**2 + 1e-6)
     cos1, sin1 = along / radius, across / radius
     cos2, sin2 = cos1**2 - sin1**2, 2 * cos1 * sin1
     cos3, sin3 = cos2 * cos1 - sin2 * sin1, sin2 * cos1 + cos2 * sin1
-    w = rng.normal(0, 0.028, size=4).astype(np.float32)
     radius = radius / (1 + w[0] * cos3 + w[1] * sin3 + w[2] * cos2 + w[3] * sin2)
 
     # Distance to the ring in nm, first order outside; inside never more than the half chord of a thin ellipse.
-    slope = np.sqrt((along / a) ** 2 + (across / b) ** 2) + np.float32(1e-6)
+    slope = np.sqrt((along / a) ** 2 + (across / b) ** 2 + 1e-6 / b**2)  # radius / slope is b in the middle
     distance = (radius - 1) * radius / slope
     inside = radius < 1
     distance = np.where(inside, np.maximum(distance, -b * np.sqrt(np.maximum(1 - radius**2, 0))), distance)
@@ -117,7 +118,7 @@ def draw_dot(rng, center_px, *, diameter_nm, g_angle, strength, pixel_size_nm):
     sigma = diameter_nm / 2.6  # the dark spot falls to about 0.4 of its depth at its edge
     stretch = rng.uniform(0.8, 1.25)
     tilt = rng.uniform(0, pi)
-    origin, dx, dy = _window(center_px, [max(2.0, 3.6 * sigma * 1.25 / pixel_size_nm)] * 2)
+    origin, dx, dy = _window(center_px, [max(2.0, 4 * sigma / pixel_size_nm)] * 2)
     unit = pixel_size_nm / sigma
     u = dx * (cos(tilt) * unit / stretch) + dy * (sin(tilt) * unit / stretch)  # [h, w]
     v = dy * (cos(tilt) * unit * stretch) - dx * (sin(tilt) * unit * stretch)  # [h, w]

@@ -1,0 +1,93 @@
+"""The foil behind the defects, and how a scanning microscope records it."""
+
+from functools import lru_cache
+from math import cos, pi, sin
+
+import numpy as np
+from scipy import fft, ndimage, signal
+
+
+def make_background(rng, specimen, size, pixel_size_nm):
+    """The foil without defects: its log-transmission and how well it shows defects, both float32 [size, size].
+
+    A bent wedge in two beams: 1 - A sin^2(pi t sqrt(1 + w^2)) / (1 + w^2), with the deviation w a smooth function of
+    position (a bend contour where it vanishes) and the thickness t, in extinction lengths, a wedge; the fringes are damped
+    with t. On top, a mottled surface: Gaussian noise with a power-law spectrum between 8 and 120 nm. Defects show best
+    near the contour, and their contrast is uneven from place to place.
+    """
+    field_nm = size * pixel_size_nm
+    axis = ((np.arange(size) + 0.5) * pixel_size_nm).astype(np.float32) - np.float32(field_nm / 2)
+    x, y = axis[None, :], axis[:, None]  # nm from the centre
+
+    direction, wedge = rng.uniform(0, 2 * pi), rng.uniform(0, 2 * pi)
+    along = x * cos(direction) + y * sin(direction)
+    across = y * cos(direction) - x * sin(direction)
+    width = rng.uniform(70, 200)  # nm over which w grows by 1
+    place = rng.uniform(-0.9, 0.9) * max(field_nm, 400) / 2
+    bow = rng.normal(0, 0.35) / 400
+    waves = np.sin(across / rng.uniform(60, 140) + rng.uniform(0, 6.28)) * rng.uniform(0, 0.5)
+    w = (along - place + bow * across**2) / width + waves
+    steepness = rng.uniform(0.05, 0.25) / 500
+    t = specimen.thickness * (1 + steepness * (x * cos(wedge) + y * sin(wedge)))
+    effective = np.sqrt(1 + w**2)
+    fringes = 0.5 - 0.5 * np.exp(-0.25 * t * effective) * np.cos(2 * pi * t * effective)
+    depth = rng.uniform(0.2, 0.42)
+    log_transmission = np.log(1 - depth * fringes / effective**2) - 0.3 * t
+    surface, unevenness = _mottle(rng, size, pixel_size_nm)
+    log_transmission += specimen.mottle * surface
+    visibility = (0.88 + 0.3 / effective**2) * np.exp(0.2 * unevenness)
+    return log_transmission, visibility
+
+
+@lru_cache(maxsize=4)
+def _mottle_amplitude(side, pixel_size_nm):
+    """Fourier amplitude f^-0.9 between 1/120 and 1/8 per nm, float32 [side, side], scaled for fields of unit variance."""
+    f_squared = (fft.fftfreq(side, pixel_size_nm) ** 2).astype(np.float32)
+    f_squared = f_squared[:, None] + f_squared[None, :]
+    amplitude = (f_squared + 1 / 120**2) ** -0.45 * np.exp(-0.5 * 8**2 * f_squared)
+    amplitude[0, 0] = 0
+    return amplitude * float(side / np.sqrt((amplitude**2).mean()))
+
+
+def _mottle(rng, size, pixel_size_nm):
+    """Two independent stationary Gaussian fields of unit variance, float32 [2, size, size]; see _mottle_amplitude."""
+    side = fft.next_fast_len(size + int(30 / pixel_size_nm))  # the transform is periodic, the picture is not
+    white = rng.standard_normal((side, side, 2), dtype=np.float32).view(np.complex64)[..., 0]
+    fields = fft.ifft2(white * _mottle_amplitude(side, pixel_size_nm))[:size, :size]
+    return np.stack([fields.real, fields.imag])
+
+
+def expose(rng, transmission, dose):
+    """Electron counts: Poisson with mean dose * transmission / mean(transmission); float32, same shape."""
+    return rng.poisson(transmission * (dose / transmission.mean())).astype(np.float32)
+
+
+def record(rng, transmission, dose, pixel_size_nm):
+    """What the microscope writes of a transmission map [size, size]: uint8 [size, size], and its electrons per pixel.
+
+    In the order of the instrument: finite probe, line-to-line jitter and emission noise of the scan, Poisson counts, the
+    detector's afterglow along the fast axis, and the operator's brightness and contrast, which keep all but two in ten
+    thousand pixels clear of both ends of the scale.
+    """
+    size = transmission.shape[0]
+    probe_px = rng.uniform(0.5, 0.8) / pixel_size_nm
+    image = ndimage.gaussian_filter(transmission, probe_px, mode="nearest", truncate=3.0)
+
+    # Each line starts a little off, by less than a pixel; the offset wanders.
+    offset = signal.lfilter([1], [1, -0.6], rng.normal(0, rng.uniform(0.08, 0.25), size=size))  # [size] pixels
+    offset = offset.clip(-1, 1).astype(np.float32)[:, None]
+    padded = np.pad(image, ((0, 0), (1, 1)), mode="edge")
+    image = (1 - abs(offset)) * image + offset.clip(0) * padded[:, 2:] - offset.clip(None, 0) * padded[:, :-2]
+
+    line_gain = rng.normal(0, rng.uniform(0.002, 0.007), size=(size, 1))
+    emission = signal.lfilter([0.14], [1, -0.99], rng.standard_normal(size * size, dtype=np.float32))  # unit variance
+    image = image * (1 + line_gain + rng.uniform(0.003, 0.009) * emission.reshape(size, size)).astype(np.float32)
+
+    dose = dose * rng.uniform(0.85, 1.15)
+    counts = expose(rng, np.maximum(image, 1e-6), dose)
+    counts = ndimage.gaussian_filter(counts, (rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.7)), truncate=3.0)
+
+    low, high = np.quantile(counts, (0.0002, 0.9998))
+    black, white = rng.uniform(5, 18), rng.uniform(205, 242)
+    grey = black + (white - black) * (counts - low) / (high - low)
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), float(dose)
