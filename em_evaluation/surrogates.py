@@ -1,0 +1,31 @@
+"""Surrogate images that keep an image's power spectrum and have no other structure."""
+
+import numpy as np
+import torch
+
+
+def phase_randomised_surrogates(images, seed: int = 0) -> torch.Tensor:
+    """Return images [N, 1, H, W] with the amplitude spectrum of each of `images` [N, 1, H, W] and random phases (Theiler et al. 1992).
+
+    The phases are those of white Gaussian noise: uniform, Hermitian, so that the result is real; the mean is kept with its sign. Nothing is
+    clipped or matched to the grey levels here, the spectrum is exact to rounding and values may lie outside [-1, 1]; whoever quantises
+    clips, and `fraction_outside` says how much. Image i of seed s is the same in every batch. The spectrum is the discrete one of the
+    tile: the jump between opposite edges, which any tile of a larger micrograph has, is spread over the surrogate.
+    """
+    images = torch.as_tensor(images)
+    surrogates = torch.empty_like(images, dtype=torch.float32)
+    for i, image in enumerate(images.numpy()):
+        noise = np.random.default_rng([seed, i]).standard_normal(image.shape)
+        spectrum = np.fft.rfft2(noise)
+        spectrum /= np.abs(spectrum)
+        spectrum[..., 0, 0] = 1
+        original = np.fft.rfft2(image.astype(np.float64))
+        amplitude = np.abs(original)
+        amplitude[..., 0, 0] = original[..., 0, 0].real
+        surrogates[i] = torch.from_numpy(np.fft.irfft2(amplitude * spectrum, s=image.shape[-2:]).astype(np.float32))
+    return surrogates
+
+
+def fraction_outside(images) -> float:
+    """Return the fraction of pixels outside [-1, 1], which quantisation will clip."""
+    return float((torch.as_tensor(images).abs() > 1).double().mean())
