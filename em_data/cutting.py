@@ -106,6 +106,11 @@ def cut_micrograph(entry, micrograph, config):
     if image.min() == image.max():
         return [], None
     low, high, clipped = find_levels(image, config.intensity, config.percentiles)
+    notices = list(micrograph.metadata.get("notices", ()))
+    if config.intensity == "auto" and image.dtype == np.uint16:
+        dark, bright, _ = find_levels(image, "percentile", (0.1, 99.9))
+        if high - low > 3 * (bright - dark):
+            notices.append("a few hot or dead pixels take most of the range; see --tiles.intensity percentile")
     pixel_size_nm = micrograph.pixel_size_nm and float(micrograph.pixel_size_nm) * config.downsample
     specimen = entry.specimen or micrograph.specimen
     rows = []
@@ -134,7 +139,7 @@ def cut_micrograph(entry, micrograph, config):
         "pixel_hash": hash_pixels(micrograph.image),
         "num_tiles": len(rows),
         "fraction_clipped": clipped,
-        "notices": list(micrograph.metadata.get("notices", ())),
+        "notices": notices,
     }
     return rows, facts
 

@@ -58,8 +58,11 @@ def _load_cut(opened, config, folder, log):
             return Cut(folder)
         except (OSError, ValueError, KeyError) as error:
             log(f"the cached tiles are damaged ({error}): cutting again")
-            shutil.rmtree(folder)
-    cut(opened, config, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        cut(opened, config, folder)
+    except OSError as error:  # of the cache: an image that cannot be read is a ValueError
+        raise ValueError(f"the tiles cannot be written to {folder.parent} ({error}); see --tiles.cache-dir") from error
     return Cut(folder)
 
 

@@ -1,9 +1,12 @@
 """Files -> micrographs: TIFF, PNG, JPEG and BMP, 8 and 16 bits, grey."""
 
 import io
+import logging
 import re
 import struct
+import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import imagecodecs
@@ -17,6 +20,7 @@ from em_data.metadata import read_png_metadata, read_tiff_metadata, square_pixel
 from em_data.micrograph import Micrograph
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
+BAR_REFUSED = "a label bar of {} rows at the bottom; use --tiles.label-bar crop"
 GREY_TOLERANCE = 2  # levels of 255 by which the channels of a grey image may differ after JPEG compression
 
 
@@ -40,7 +44,7 @@ def read_micrograph(path, *, label_bar="crop", name=None, specimen=None):
     notices = []
     array, metadata, pixel_size_nm = _decode(data, name, notices)
     image = _to_grey(array, name, notices, lossy=metadata.get("format") == "JPEG")
-    image = _crop_by_header(image, metadata, label_bar, notices)
+    image = _crop_by_header(image, metadata, label_bar, name, notices)
     image = _treat_label_bar(_to_uint(image, name, notices, metadata), label_bar, name, notices)
     metadata["notices"] = notices
     return Micrograph(image, name, pixel_size_nm, specimen, metadata)
@@ -76,7 +80,7 @@ def _first_line(error):
 
 
 def _decode_tiff(data, name, notices):
-    with tifffile.TiffFile(io.BytesIO(data), name=Path(name).name) as tif:
+    with _collect_warnings(notices), tifffile.TiffFile(io.BytesIO(data), name=Path(name).name) as tif:
         if not tif.pages:
             raise _Refusal("a TIFF without an image; copy it again")
         series, page = tif.series[0], tif.series[0].keyframe
@@ -98,6 +102,20 @@ def _decode_tiff(data, name, notices):
             notices.append("white was stored as 0: inverted")
         metadata, sizes = read_tiff_metadata(tif, page)
     return array, metadata, square_pixel_size(sizes, notices)
+
+
+@contextmanager
+def _collect_warnings(notices):
+    """Put what tifffile logs of a doubtful file into its notices, rather than on the screen without its name."""
+    logger, handler = logging.getLogger("tifffile"), logging.Handler()
+    handler.emit = lambda record: notices.append(f"tifffile: {record.getMessage()}")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
 def _decode_png(data, notices):
@@ -127,7 +145,14 @@ def _verify_png(data):
 
 
 def _decode_with_pil(data):
-    with PIL.Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        try:
+            image = PIL.Image.open(io.BytesIO(data))
+        except PIL.Image.DecompressionBombError:
+            most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
+            raise _Refusal(f"more than {most} million pixels; save it as TIFF or in parts") from None
+    with image:
         if image.mode == "1":
             image = image.convert("L")
         elif image.mode == "P":
@@ -185,11 +210,13 @@ def _to_uint(image, name, notices, metadata):
     return image
 
 
-def _crop_by_header(image, metadata, label_bar, notices):
+def _crop_by_header(image, metadata, label_bar, name, notices):
     """Cut rows below the scanned image where the microscope's own header says how many were scanned."""
     rows = metadata.pop("scanned_rows", None)
-    if rows is None or label_bar != "crop" or not 0 < rows < image.shape[0]:
+    if rows is None or label_bar == "keep" or not 0 < rows < image.shape[0]:
         return image
+    if label_bar == "refuse":
+        raise ValueError(f"{name}: {BAR_REFUSED.format(image.shape[0] - rows)}")
     notices.append(f"label bar of {image.shape[0] - rows} rows cropped, as the file's header says")
     return image[:rows]
 
@@ -199,7 +226,7 @@ def _treat_label_bar(image, label_bar, name, notices):
         return image
     num_rows = find_label_bar(image)
     if num_rows and label_bar == "refuse":
-        raise ValueError(f"{name}: a label bar of {num_rows} rows at the bottom; use --tiles.label-bar crop")
+        raise ValueError(f"{name}: {BAR_REFUSED.format(num_rows)}")
     if num_rows:
         notices.append(f"label bar of {num_rows} rows at the bottom cropped")
         image = image[: image.shape[0] - num_rows]

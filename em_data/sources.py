@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Source:
 
 def open_source(source, config, cache_dir):
     """Return the Source that a string names: a folder, "synthetic", or "datasets:NAME_OR_PATH"."""
-    source = str(source)
+    source = os.path.expanduser(str(source))
     if source == "synthetic":
         opened = open_synthetic(config)
     elif source.startswith("datasets:"):
@@ -77,8 +78,8 @@ def open_source(source, config, cache_dir):
 def open_folder(folder, config, cache_dir):
     """List the images below a folder; folders and files that hold labels by their name are left out, and said."""
     folder = Path(folder)
-    paths, num_labels, others = [], Counter(), Counter()
-    for parent, folders, files in os.walk(folder):
+    paths, num_labels, others, closed = [], Counter(), Counter(), []
+    for parent, folders, files in os.walk(folder, onerror=closed.append):
         relative = Path(parent).relative_to(folder)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         label_folder = next((part for part in relative.parts if LABEL_FOLDER.match(part)), None)
@@ -98,6 +99,7 @@ def open_folder(folder, config, cache_dir):
                 paths.append(relative / file)
     ignored = [f"{count} images in {where}: labels by their name" for where, count in num_labels.items()]
     ignored += [f"{count} {suffix} files: not read; export them as TIFF" for suffix, count in others.items()]
+    ignored += [f"folder {error.filename}: {error.strerror}" for error in closed]
     if not paths:
         said = f" ({'; '.join(ignored)})" if ignored else ""
         raise ValueError(f"{folder} holds no TIFF, PNG, JPEG or BMP image{said}; give a folder of micrographs")
@@ -105,7 +107,8 @@ def open_folder(folder, config, cache_dir):
     hashes = hash_files([folder / path for path in paths], cache_dir)
     entries = []
     for path, key in zip(paths, hashes):
-        name, specimen = path.as_posix(), _specimen_of(path, config.specimen_pattern)
+        name = path.as_posix().encode(errors="replace").decode()
+        specimen = _specimen_of(Path(name), config.specimen_pattern)
 
         def read(path=folder / path, name=name, specimen=specimen):
             return read_micrograph(path, label_bar=config.label_bar, name=name, specimen=specimen)
@@ -150,7 +153,8 @@ def hash_files(paths, cache_dir):
         except OSError as error:
             hashes.append(f"unreadable: {error.strerror}")
     if num_new:
-        write_atomically(memo_path, json.dumps(memo).encode())
+        with suppress(OSError):  # a memory only: where it cannot be written, the next start hashes again
+            write_atomically(memo_path, json.dumps(memo).encode())
     return hashes
 
 

@@ -222,6 +222,25 @@ def test_label_folders_and_other_files_are_left_out_and_said(folder, config, noi
         assert any(part in line for line in said)
 
 
+def test_hot_pixel_that_takes_the_range_is_said(tmp_path, noise, config):
+    for i in range(2):
+        image = noise(i, (64, 64), np.uint16) // 64
+        image[3, 3] = 65535
+        tifffile.imwrite(tmp_path / f"{i}.tif", image)
+    data, said = load(tmp_path, config, cache_dir=str(tmp_path / ".cache"))
+    assert any("hot or dead pixels" in line for line in said)
+    assert data.summary["fraction_clipped"] == 0
+    data, said = load(tmp_path, config, cache_dir=str(tmp_path / ".cache"), intensity="percentile")
+    assert 0 < data.summary["fraction_clipped"] < 0.002
+    assert any("% clipped" in line for line in said)
+
+
+def test_cache_that_cannot_be_written_is_an_error_with_the_way_out(folder, config, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"--tiles\.cache-dir"):
+        load(folder, config, cache_dir=str(tmp_path / "file"))
+
+
 def test_names_of_label_folders():
     for name in ("masks", "mask", "masks1", "Labels", "labels_yolo_polygon", "GT", "ground_truth", "annotations"):
         assert LABEL_FOLDER.match(name), name

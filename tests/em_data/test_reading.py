@@ -139,6 +139,20 @@ def test_damaged_16_bit_png_is_refused():
         read_micrograph(bytes(data), name="x")
 
 
+def test_nothing_is_printed_of_a_bad_tiff(capfd):
+    with pytest.raises(ValueError, match="without an image"):
+        read_micrograph(tiff(GREY16)[:8], name="x")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_image_too_large_for_its_format_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1500)
+    assert read_micrograph(pil(GREY8, "PNG"), name="x").image.shape == (40, 56)  # the limit itself is PIL's, doubled
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="save it as TIFF"):
+        read_micrograph(pil(GREY8, "PNG"), name="x")
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.tif: cannot be read"):
         read_micrograph(tmp_path / "nothing.tif")
@@ -204,6 +218,8 @@ def test_fei_header_gives_pixel_size_and_cuts_the_label_bar():
     assert np.array_equal(micrograph.image, GREY16[:36])
     assert any("4 rows cropped" in notice for notice in micrograph.metadata["notices"])
     assert read_micrograph(data, name="x", label_bar="keep").image.shape == (40, 56)
+    with pytest.raises(ValueError, match="x: a label bar of 4 rows"):
+        read_micrograph(data, name="x", label_bar="refuse")
 
 
 def test_zeiss_header_gives_the_pixel_size():
