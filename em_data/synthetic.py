@@ -209,7 +209,7 @@ def _place(canvas, kind, center, metadata, drawing):
         length_nm=numbers.pop("length_nm", None),
         metadata={
             "center_px": (float(center[0]), float(center[1])),
-            "is_cut_by_border": bool(mask.sum() < drawing.mask.sum()),
+            "is_cut_by_border": bool(np.count_nonzero(mask) < np.count_nonzero(drawing.mask)),
             **numbers,
         },
     )

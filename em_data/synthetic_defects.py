@@ -78,38 +78,37 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     swell = 1 + hypot(w[0], w[1]) + hypot(w[2], w[3])
     reach = [(4 * core + swell * hypot(*sides)) / pixel_size_nm for sides in ((a * c, b * s), (a * s, b * c))]
     origin, dx, dy = _window(center_px, reach)
-    u = dx * (c * pixel_size_nm) + dy * (s * pixel_size_nm)  # [h, w] nm along the major axis
-    v = dy * (c * pixel_size_nm) - dx * (s * pixel_size_nm)  # [h, w] nm along the minor axis
 
-    # The ellipse's own angle, and a radius that is 1 on a slightly uneven ellipse.
-    along, across = u / a, v / b
+    # Coordinates in which the ellipse is the unit circle, the angle there, and a radius that is 1 on the uneven outline.
+    unit_a, unit_b = pixel_size_nm / a, pixel_size_nm / b
+    along = dx * (c * unit_a) + dy * (s * unit_a)  # [h, w]
+    across = dy * (c * unit_b) - dx * (s * unit_b)  # [h, w]
     radius = np.sqrt(along**2 + across**2 + 1e-6)
     cos1, sin1 = along / radius, across / radius
-    cos2, sin2 = cos1**2 - sin1**2, 2 * cos1 * sin1
+    cos2, sin2 = 1 - 2 * sin1**2, 2 * cos1 * sin1
     cos3, sin3 = cos2 * cos1 - sin2 * sin1, sin2 * cos1 + cos2 * sin1
-    radius = radius / (1 + w[0] * cos3 + w[1] * sin3 + w[2] * cos2 + w[3] * sin2)
+    radius /= 1 + w[0] * cos3 + w[1] * sin3 + w[2] * cos2 + w[3] * sin2
 
-    # Distance to the ring in nm, first order outside; inside never more than the half chord of a thin ellipse.
+    # Distance to the ring, first order outside; inside never more than the half chord of a thin ellipse.
     slope = np.sqrt((along / a) ** 2 + (across / b) ** 2 + 1e-6 / b**2)  # radius / slope is b in the middle
-    distance = (radius - 1) * radius / slope
-    inside = radius < 1
-    distance = np.where(inside, np.maximum(distance, -b * np.sqrt(np.maximum(1 - radius**2, 0))), distance)
+    chord = b * np.sqrt(np.maximum(1 - radius**2, 0))
+    distance = np.maximum((radius - 1) * radius / slope, -chord) / core  # in half widths of the dark line
 
     floor = rng.uniform(0.22, 0.6)
     phase = 2 * (g_angle - angle) + rng.normal(0, 0.25)
     lopsided = rng.normal(0, 0.18)  # one side of the loop is nearer to the surface
     along_ring = floor + (1 - floor) * 0.5 * (1 + cos2 * cos(phase) + sin2 * sin(phase)) + lopsided * cos1
     wiggle = rng.uniform(0, 0.16)  # oscillation with depth along an inclined loop
-    along_ring = np.maximum(along_ring + wiggle * (cos2**2 - sin2**2), 0.08)
+    along_ring = np.maximum(along_ring + wiggle * (1 - 2 * sin2**2), 0.08)
 
     second = rng.uniform(0.15, 0.6) * min(1.0, max(0.0, (b - 2 * core) / (3 * core)))
-    gap = core * rng.uniform(2.2, 3.0)
-    ring = np.exp(-0.5 * (distance / core) ** 2) + second * np.exp(-0.5 * ((distance + gap) / (0.9 * core)) ** 2)
+    gap = rng.uniform(2.2, 3.0)
+    ring = np.exp(-0.5 * distance**2) + second * np.exp(-0.62 * (distance + gap) ** 2)
     glow = rng.uniform(0.02, 0.17) * min(1.0, b / (3 * core))
-    inner = np.clip(-distance / (2.5 * core), 0, 1)
-    halo = np.exp(-0.5 * ((distance - 2.4 * core) / (0.8 * core)) ** 2)
-    contrast = strength * (ring * along_ring - glow * inner * (1 - ring) - rng.uniform(0, 0.14) * halo)
-    mask = inside | (distance <= core)
+    inner = np.minimum(np.maximum(distance * -0.4, 0), 1)
+    halo = rng.uniform(0, 0.14) * np.exp(-0.78 * (distance - 2.4) ** 2)
+    contrast = strength * (ring * along_ring - glow * inner * (1 - ring) - halo)
+    mask = distance <= 1
     return Drawing(origin, contrast, mask, {"minor_diameter_nm": round(2 * b, 3)})
 
 

@@ -81,7 +81,8 @@ def record(rng, transmission, dose, pixel_size_nm):
 
     line_gain = rng.normal(0, rng.uniform(0.002, 0.007), size=(size, 1))
     emission = signal.lfilter([0.14], [1, -0.99], rng.standard_normal(size * size, dtype=np.float32))  # unit variance
-    image = image * (1 + line_gain + rng.uniform(0.003, 0.009) * emission.reshape(size, size)).astype(np.float32)
+    emission = emission.astype(np.float32).reshape(size, size) * rng.uniform(0.003, 0.009)
+    image *= emission + (1 + line_gain).astype(np.float32)
 
     dose = dose * rng.uniform(0.85, 1.15)
     counts = expose(rng, np.maximum(image, 1e-6), dose)
