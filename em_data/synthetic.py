@@ -139,7 +139,7 @@ def _draw_defects(rng, specimen, size, pixel_size_nm):
         kind = "loop_100" if rng.random() < specimen.fraction_100 else "loop_111"
         axis_ratio, angle = shapes[kind][rng.integers(len(shapes[kind]))]
         center = ((x - margin_nm) / pixel_size_nm - 0.5, (y - margin_nm) / pixel_size_nm - 0.5)
-        strength = micrograph_strength * float(np.clip(rng.lognormal(np.log(0.66), 0.24), 0.3, 1.1))
+        strength = micrograph_strength * float(np.clip(rng.lognormal(np.log(0.8), 0.24), 0.4, 1.3))
         drawing = draw_loop(
             rng,
             center,
