@@ -88,8 +88,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
 
     def forward(self, image, class_labels=None, compute_dtype=None):
         dtype = self.out.weight.dtype
-        x = image.to(compute_dtype or dtype).contiguous(memory_format=torch.channels_last)
-        x = self.from_image(x, clamp=self.clamp)  # [B, C, R, R]
+        x = self.from_image(image.to(compute_dtype or dtype), clamp=self.clamp)
+        x = x.contiguous(memory_format=torch.channels_last)  # [B, C, R, R]; one channel leaves the layout open
         for block in self.blocks:
             x = block(x)  # [B, C', R/2, R/2]
         x = minibatch_standard_deviation(x.to(dtype), self.group_size)  # [B, C + 1, 4, 4]
