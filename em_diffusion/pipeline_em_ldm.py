@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,15 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def _is_about_other_things(record: logging.LogRecord) -> bool:
+    """Drop diffusers' word that VQModel ignores `latents_mean` and `latents_std`: this pipeline reads them."""
+    message = record.getMessage()
+    return not ("passed to VQModel" in message and "latents_mean" in message)
+
+
+logging.getLogger("diffusers.configuration_utils").addFilter(_is_about_other_things)
 
 
 class EMLatentDiffusionPipeline(DiffusionPipeline):
@@ -154,13 +164,21 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return images if output_type == "np" else self.numpy_to_pil(images)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Write model_index.json and this file beside it, so that the folder loads where our packages are absent."""
+        """Write model_index.json and this file beside it, so that the folder loads where our packages are absent.
+
+        Folders on this machine from which components were loaded are not told to the world.
+        """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
         source, folder = Path(__file__), Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
         index["_class_name"] = [source.stem, type(self).__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for path in [index_path, *(folder / name / "config.json" for name in self.components)]:
+            if path.exists():
+                config = json.loads(path.read_text())
+                config.pop("_name_or_path", None)
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if source.resolve() != (folder / source.name).resolve():
             shutil.copyfile(source, folder / source.name)
 

@@ -1,0 +1,201 @@
+import math
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import VectorQuantizer
+
+from em_diffusion.autoencoder import (
+    AutoencoderObjective,
+    CodebookMonitor,
+    create_autoencoder,
+    hash_weights,
+    move_codes,
+    nearest_codes,
+    quantise,
+)
+from em_diffusion.perceptual import PerceptualDistance, _load_efficientnet_lite0
+
+
+def make_latents(seed=0, shape=(3, 4, 5, 6)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def test_quantise_equals_the_slow_twin_and_its_gradients():
+    """Our quantiser against diffusers' VectorQuantizer(legacy=False), for values, loss and both gradients."""
+    beta = 0.25
+    stock = VectorQuantizer(32, 4, beta=beta, legacy=False)
+    torch.nn.init.normal_(stock.embedding.weight)
+    z_stock = make_latents().requires_grad_()
+    expected, expected_loss, (_, _, expected_indices) = stock(z_stock)
+    weights = make_latents(1)
+    (expected_loss + (weights * expected).sum()).backward()
+
+    z = make_latents().requires_grad_()
+    codebook = stock.embedding.weight.detach().clone().requires_grad_()
+    ours = quantise(z, codebook)
+    (ours.codebook_loss + beta * ours.commitment_loss + (weights * ours.latents).sum()).backward()
+
+    assert torch.equal(ours.indices.flatten(), expected_indices)
+    torch.testing.assert_close(ours.latents, expected)
+    torch.testing.assert_close(ours.codebook_loss + beta * ours.commitment_loss, expected_loss)
+    torch.testing.assert_close(z.grad, z_stock.grad)
+    torch.testing.assert_close(codebook.grad, stock.embedding.weight.grad)
+
+
+def test_codebook_and_commitment_gradients_have_their_closed_form():
+    """d/de mean (z - e)^2 = 2 (n_k e_k - sum of its z) / N, and only the encoder is moved by the commitment."""
+    z = make_latents(2).requires_grad_()
+    codebook = make_latents(3, (8, 4)).requires_grad_()
+    ours = quantise(z, codebook)
+    (codebook_grad,) = torch.autograd.grad(ours.codebook_loss, codebook, retain_graph=True)
+    (z_grad,) = torch.autograd.grad(ours.commitment_loss, z)
+    vectors, indices = z.detach().movedim(1, -1).reshape(-1, 4), ours.indices.flatten()
+    expected = torch.zeros(8, 4)
+    for k in range(8):
+        chosen = vectors[indices == k]
+        expected[k] = 2 * (len(chosen) * codebook[k].detach() - chosen.sum(0)) / z.numel()
+    torch.testing.assert_close(codebook_grad, expected)
+    codes = codebook.detach()[ours.indices].movedim(-1, 1)
+    torch.testing.assert_close(z_grad, 2 * (z.detach() - codes) / z.numel())
+
+
+def test_codebook_loss_moves_codes_only_and_commitment_the_encoder_only():
+    z, codebook = make_latents().requires_grad_(), make_latents(1, (8, 4)).requires_grad_()
+    ours = quantise(z, codebook)
+    assert torch.autograd.grad(ours.codebook_loss, z, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(ours.commitment_loss, codebook, allow_unused=True) == (None,)
+
+
+def test_nearest_codes_equal_brute_force_in_small_pieces(monkeypatch):
+    monkeypatch.setattr("em_diffusion.autoencoder.MAX_DISTANCES", 100)
+    vectors, codebook = make_latents(4, (57, 4)), make_latents(5, (16, 4))
+    brute = (vectors[:, None] - codebook[None]).square().sum(-1).argmin(1)
+    assert torch.equal(nearest_codes(vectors, codebook), brute)
+
+
+def test_quantisation_is_float32_under_autocast():
+    """Two codes closer than bfloat16 can tell are told apart."""
+    codebook = torch.tensor([[1.0], [1.001]])
+    z = torch.tensor([1.0, 1.001]).view(1, 1, 1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = quantise(z, codebook)
+    assert ours.indices.flatten().tolist() == [0, 1]
+    assert ours.latents.dtype == torch.float32
+
+
+def test_stock_decode_agrees_with_our_quantiser(vqvae):
+    """`VQModel.decode` with its own quantiser, and its commitment loss with legacy off, are what we train."""
+    latents = make_latents(6, (2, 4, 8, 8))
+    ours = quantise(latents, vqvae.quantize.embedding.weight)
+    with torch.no_grad():
+        stock = vqvae.decode(latents)
+        again = vqvae.decode(ours.latents, force_not_quantize=True).sample
+    torch.testing.assert_close(again, stock.sample)
+    torch.testing.assert_close(stock.commit_loss, ours.codebook_loss + 0.25 * ours.commitment_loss)
+
+
+def test_autoencoder_is_grey_and_in_its_own_scale(config):
+    model = create_autoencoder(config.autoencoder, 16)
+    assert model.config.in_channels == model.config.out_channels == 1
+    assert model.config.scaling_factor == 1.0
+    assert not model.quantize.legacy
+    assert model.encode(torch.zeros(1, 1, 16, 16)).latents.shape == (1, 4, 8, 8)
+
+
+def test_every_parameter_of_the_autoencoder_receives_a_gradient(config, tiles):
+    model = create_autoencoder(config.autoencoder, 16)
+    objective = AutoencoderObjective(model, config.autoencoder)
+    loss, terms, latents, _ = objective(tiles.batch(range(8)))
+    # all codes near latents, but not on them, where the gradient vanishes
+    move_codes(model.quantize.embedding, torch.arange(64), latents, torch.Generator().manual_seed(0))
+    model.quantize.embedding.weight.data.add_(0.01)
+    loss, terms, latents, indices = objective(tiles.batch(range(8)))
+    loss.backward()
+    assert set(terms) == {"l1", "l2", "codebook", "commitment", "perceptual"}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    used = torch.zeros(64, dtype=torch.bool)
+    used[indices.flatten().unique()] = True
+    assert torch.equal(model.quantize.embedding.weight.grad.abs().sum(1) > 0, used)
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(config, tiles):
+    objective = AutoencoderObjective(create_autoencoder(config.autoencoder, 16), config.autoencoder)
+    loss, t, _, _ = objective(tiles.batch(range(4)))
+    c = config.autoencoder
+    expected = c.l1_weight * t["l1"] + c.l2_weight * t["l2"] + c.perceptual_weight * t["perceptual"]
+    expected += c.codebook_weight * (t["codebook"] + c.commitment_weight * t["commitment"])
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_monitor_counts_usage_and_perplexity():
+    monitor = CodebookMonitor(8, window_images=100)
+    monitor.count(torch.tensor([[0, 0, 0, 0], [1, 1, 2, 3]]))
+    assert monitor.usage() == 0.5
+    entropy = -(0.5 * math.log(0.5) + 0.25 * math.log(0.25) + 2 * 0.125 * math.log(0.125))
+    assert monitor.perplexity().item() == pytest.approx(math.exp(entropy))
+    assert not monitor.is_due(99)
+    assert monitor.is_due(100)
+
+
+def test_dead_codes_are_revived_and_living_ones_stay():
+    embedding = torch.nn.Embedding(6, 4)
+    before = embedding.weight.detach().clone()
+    optimizer = torch.optim.Adam(embedding.parameters(), lr=0.0)
+    embedding.weight.square().sum().backward()
+    optimizer.step()
+    monitor = CodebookMonitor(6, window_images=10)
+    monitor.count(torch.tensor([1, 4, 4]))
+    latents = make_latents(7, (2, 4, 3, 3))
+    moved = monitor.revive(embedding, latents, torch.Generator().manual_seed(0), optimizer, num_images_seen=10)
+    assert moved == 4
+    vectors = latents.movedim(1, -1).reshape(-1, 4)
+    dead = [0, 2, 3, 5]
+    assert torch.equal(embedding.weight[[1, 4]], before[[1, 4]])
+    positions = [(vectors == embedding.weight[k]).all(1).nonzero().item() for k in dead]
+    assert len(set(positions)) == len(dead)
+    assert (optimizer.state[embedding.weight]["exp_avg"][dead] == 0).all()
+    assert (optimizer.state[embedding.weight]["exp_avg"][[1, 4]] != 0).all()
+    assert monitor.counts.sum() == 0
+    assert not monitor.is_due(19)
+    assert monitor.is_due(20)
+    # what was dead is now the nearest code of the latents that it was put on
+    assert set(nearest_codes(vectors[positions], embedding.weight.detach()).tolist()) == set(dead)
+
+
+def test_weight_hash_sees_every_bit():
+    layer = torch.nn.Linear(3, 3)
+    before = hash_weights(layer)
+    assert before == hash_weights(layer)
+    with torch.no_grad():
+        layer.bias[0] = torch.nextafter(layer.bias[0], torch.tensor(2.0))
+    assert hash_weights(layer) != before
+
+
+def test_perceptual_distance_is_that_of_the_whole_network():
+    """Folded norms and the summed stem against the network as shipped, fed three equal channels."""
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = PerceptualDistance(num_layers=2)
+    network = _load_efficientnet_lite0()
+    expected = []
+    with torch.no_grad():
+        x = (images.expand(-1, 3, -1, -1) * 127.5 + 127.5 - 127) / 128
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for i, block in enumerate(network._blocks[:3]):
+            x = block(x)
+            if i in (0, 2):
+                expected.append(x / x.norm(dim=1, keepdim=True))
+        for ours, slow in zip(distance.features(images), expected, strict=True):
+            torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_perceptual_distance_is_zero_on_itself_and_grows_with_blur():
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = PerceptualDistance()
+    blurred = [torch.nn.functional.avg_pool2d(images, k, 1, k // 2) for k in (1, 3, 5)]
+    values = [distance(x, images).item() for x in blurred]
+    assert values[0] == 0
+    assert values[0] < values[1] < values[2] < 4
+    assert not any(p.requires_grad for p in distance.train().parameters())
+    assert not distance.training

@@ -1,0 +1,262 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from em_diffusion.autoencoder_loop import evaluate_reconstruction, train_autoencoder
+from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
+from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
+from em_diffusion.denoiser_loop import train_denoiser
+from em_diffusion.latents import Latents, encode_latents, measure_latents
+from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format
+from em_training import list_checkpoints, load_checkpoint, read_stats
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(tiles, num_batches):
+    """`tiles` that end the process, as it were, when the loop asks for one batch more than `num_batches`."""
+    read, count = tiles.batch, 0
+
+    def batch(view_ids):
+        nonlocal count
+        count += 1
+        if count > num_batches:
+            raise Killed
+        return read(view_ids)
+
+    tiles.batch = batch
+    return lambda: setattr(tiles, "batch", read)
+
+
+def assert_equal_to_the_bit(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal_to_the_bit(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal_to_the_bit(*pair, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def assert_same_run(whole, parts):
+    """Same checkpoint, to the bit, and the same log, times aside."""
+    left, right = (load_checkpoint(list_checkpoints(folder / "checkpoints")[-1]) for folder in (whole, parts))
+    for content in (left, right):
+        content.pop("train_seconds")
+    assert_equal_to_the_bit(left, right)
+    times = {"train_seconds", "images_per_second"}
+    logs = [[{k: v for k, v in line.items() if k not in times} for line in read_stats(f)] for f in (whole, parts)]
+    assert logs[0] == logs[1]
+    assert left["num_images_seen"] == 64
+
+
+def test_autoencoder_resumes_to_the_bit(config, tiles, held_out, accelerator, tmp_path):
+    """8 steps equal 4 + kill + 4, codebook window (every 32 images, so inside and at the cut) included."""
+    stage = dataclasses.replace(config.autoencoder, revive_after_images=24)
+    train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
+    restore = kill_at(tiles, 6)
+    with pytest.raises(Killed):
+        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    restore()
+    assert list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1].name == "000000000032"
+    path, seconds = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
+    assert seconds > 0
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (path / weights).read_bytes() == (tmp_path / "whole/autoencoder/vqvae" / weights).read_bytes()
+    last = read_stats(tmp_path / "parts/autoencoder")[-1]
+    assert {"held_out_psnr", "held_out_l1", "perceptual", "codebook", "commitment"} <= set(last)
+
+
+def make_latents(num_views=24, seed=0):
+    array = torch.randn(num_views, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).half().numpy()
+    return Latents(array, [0.0] * 4, [1.0] * 4)
+
+
+def test_denoiser_resumes_to_the_bit(config, vqvae, accelerator, tmp_path):
+    latents, held_out = make_latents(), make_latents(6, seed=1)
+    arguments = {"vqvae": vqvae, "accelerator": accelerator}
+    train_denoiser(config.denoiser, latents, held_out, **arguments, out_dir=tmp_path / "whole")
+    restore = kill_at(latents, 6)
+    with pytest.raises(Killed):
+        train_denoiser(config.denoiser, latents, held_out, **arguments, out_dir=tmp_path / "parts")
+    restore()
+    train_denoiser(config.denoiser, latents, held_out, **arguments, out_dir=tmp_path / "parts")
+    assert_same_run(tmp_path / "whole/denoiser", tmp_path / "parts/denoiser")
+    grids = sorted(path.name for path in (tmp_path / "parts/denoiser/samples").glob("*.png"))
+    assert grids == ["000000000032.png", "000000000064.png"]
+    for name in grids:
+        same = [(tmp_path / run / "denoiser/samples" / name).read_bytes() for run in ("whole", "parts")]
+        assert same[0] == same[1]
+
+
+def test_autoencoder_learns(config, tiles, accelerator, tmp_path):
+    """On what it trains on, the error falls far below that of the mean image, and no code is left to die."""
+    stage = dataclasses.replace(
+        config.autoencoder, num_images=800, perceptual_weight=0.0, learning_rate=3e-3, checkpoint_every=800
+    )
+    stage = dataclasses.replace(stage, revive_after_images=200, sample_every=800, log_every=200)
+    train_autoencoder(stage, tiles, tiles, accelerator=accelerator, out_dir=tmp_path)
+    last = read_stats(tmp_path / "autoencoder")[-1]
+    images = tiles.batch(range(24))
+    deviation = images.std(dim=(1, 2, 3)).mean().item()
+    assert last["held_out_l1"] < 0.25 * deviation
+    assert last["codebook_usage"] > 0.9
+    assert last["codebook_perplexity"] > 20
+
+
+def test_denoising_loss_is_the_formula_and_reaches_every_parameter(config):
+    unet = create_denoiser(config.denoiser, 8, 4)
+    scheduler = create_scheduler(config.denoiser)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    timesteps = torch.tensor([10, 900])
+    losses = compute_denoising_loss(unet, scheduler, latents, noise, timesteps)
+    abar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    predicted = unet(abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps).sample
+    torch.testing.assert_close(losses, (predicted - noise).square().mean(dim=(1, 2, 3)))
+    losses.mean().backward()
+    for name, parameter in unet.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_scheduler_suits_latents(config):
+    scheduler = create_scheduler(config.denoiser)
+    assert not scheduler.config.clip_sample
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.alphas_cumprod[-1].sqrt() < 0.02  # hardly anything of the image is left at the start
+
+
+def test_timesteps_are_uniform_and_spread():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([draw_timesteps(8, 1000, generator) for _ in range(2000)])
+    assert draws.min() >= 0
+    assert draws.max() <= 999
+    counts = torch.bincount(draws.flatten() // 100, minlength=10).float()
+    assert (counts / counts.sum() - 0.1).abs().max() < 0.005
+    assert torch.equal((draws // 125).sort(dim=1).values, torch.arange(8).expand(2000, 8))
+
+
+def test_learning_rate_counts_images(config):
+    stage = dataclasses.replace(
+        config.denoiser, learning_rate=1.0, warmup_images=80, num_images=8000, learning_rate_decay="cosine"
+    )
+    assert learning_rate_at(stage, 0) == pytest.approx(0.1)
+    assert learning_rate_at(stage, 4000) == pytest.approx(0.5)
+    assert learning_rate_at(stage, 8000) == pytest.approx(0.0)
+    constant = dataclasses.replace(stage, learning_rate_decay="constant", warmup_images=0)
+    assert learning_rate_at(constant, 0) == learning_rate_at(constant, 7000) == 1.0
+
+
+def test_resumed_moments_lie_as_their_parameters(config):
+    """The fused optimizer reads memory in order: contiguous moments of a channels-last weight would be shuffled."""
+
+    def build():
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        return layer, create_optimizer(layer.parameters(), config.denoiser)
+
+    def step(layer, optimizer):
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        layer(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (layer, optimizer), (resumed, resumed_optimizer) = build(), build()
+    step(layer, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    for moments in state["state"].values():
+        moments.update({k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()})
+    resumed.load_state_dict(layer.state_dict())
+    resumed_optimizer.load_state_dict(state)
+    match_memory_format(resumed_optimizer)
+    for _ in range(2):
+        step(layer, optimizer)
+        step(resumed, resumed_optimizer)
+    assert torch.equal(layer.weight, resumed.weight)
+
+
+def test_latents_are_encoded_view_by_view_once_and_normalised(vqvae, tiles, accelerator, tmp_path):
+    array = encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator, batch_size=7)
+    assert array.shape == (24, 4, 8, 8)
+    assert tiles.seen == set(range(24))
+    with torch.no_grad():
+        one = vqvae.encode(tiles.batch([5])).latents
+    torch.testing.assert_close(torch.from_numpy(array[[5]]).float(), one, rtol=1e-3, atol=1e-3)
+    latents = Latents(array, *measure_latents(array, chunk=5))
+    normalised = latents.batch(range(24))
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3), unbiased=False), torch.ones(4), rtol=0, atol=1e-3)
+
+    tiles.seen.clear()
+    encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
+    assert not tiles.seen  # read from the cache
+    torch.nn.init.normal_(vqvae.quant_conv.weight)
+    other = encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
+    assert tiles.seen == set(range(24))  # other weights, other latents
+    assert abs(other - array).max() > 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_encoder_does_not_commute_with_a_flip(vqvae, tiles):
+    """The reason to encode every view: turning latents instead would be wrong."""
+    images = tiles.batch([0])
+    with torch.no_grad():
+        a, b = vqvae.encode(images.flip(-1)).latents, vqvae.encode(images).latents.flip(-1)
+    assert (a - b).abs().max() > 0.1 * b.std()
+
+
+def test_latents_that_cannot_be_stored_are_refused(vqvae, tiles, accelerator, tmp_path):
+    vqvae.quant_conv.bias.data.fill_(1e6)
+    with pytest.raises(ValueError, match="not finite"):
+        encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
+    assert not list(tmp_path.glob("train-*.npy"))
+
+
+def test_a_collapsed_channel_is_named():
+    array = torch.randn(8, 3, 2, 2).numpy()
+    array[:, 1] = 0.5
+    with pytest.raises(ValueError, match=r"channels \[1\]"):
+        measure_latents(array)
+
+
+def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
+    images = tiles.batch(range(5))
+    with torch.no_grad():
+        decoded = vqvae(images).sample.clamp(-1, 1)
+    error = decoded - images
+    psnr = (10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)))).mean().item()
+    metrics = evaluate_reconstruction(vqvae, images, accelerator, batch_size=2)
+    assert metrics["held_out_l1"] == pytest.approx(error.abs().mean().item(), rel=1e-4)
+    assert metrics["held_out_psnr"] == pytest.approx(psnr, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AutoencoderConfig(norm_num_groups=48), "must divide the channels"),
+        (lambda: AutoencoderConfig(perceptual_layers=9), "choose 1 to 4"),
+        (lambda: DenoiserConfig(attention_levels=(7,)), "count them from 0"),
+        (lambda: DenoiserConfig(attention_head_dim=60), "must divide the channels of every level"),
+        (lambda: DenoiserConfig(batch_size=0), "must be positive"),
+        (lambda: DenoiserConfig(learning_rate_decay="linear"), "cosine"),
+        (lambda: LDMConfig(precision="fp8"), "bf16"),
+        (lambda: LDMConfig(tiles=dataclasses.replace(LDMConfig().tiles, resolution=100)), "multiple of 128"),
+    ],
+)
+def test_impossible_configurations_name_the_way_out(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
