@@ -1,6 +1,7 @@
 """One call from the name of a source to the two sides of a split."""
 
 import hashlib
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -118,11 +119,14 @@ def _hash_split(made, data, config):
 
 def _list_notices(micrographs, sizes, agree, clipped, config):
     """Say once what holds for many micrographs, with their number and an example."""
-    by_notice = {}
+    by_kind = {}
     for each in micrographs:
         for notice in each["notices"]:
-            by_notice.setdefault(notice, []).append(each["name"])
-    notices = [f"{name_some(names, 1)}: {notice}" for notice, names in by_notice.items()]
+            by_kind.setdefault(re.sub(r"[-+.\d]+", "#", notice), []).append(f"{each['name']}: {notice}")
+    notices = [
+        same[0] + (f" (and {len(same) - 1} more micrographs likewise)" if len(same) > 1 else "")
+        for same in by_kind.values()
+    ]
     num_16_bit = sum(each["dtype"] == "uint16" for each in micrographs)
     if num_16_bit and config.intensity == "auto":
         notices.append(f"{num_16_bit} micrographs of 16 bits: scaled by their own least and largest grey level")
@@ -135,8 +139,9 @@ def _list_notices(micrographs, sizes, agree, clipped, config):
         notices.append("no file states its pixel size: unknown")
     elif not agree:
         notices.append(f"pixel sizes differ or are partly unknown ({sizes[0]:.4g} to {sizes[-1]:.4g} nm): unknown")
-    for names in find_duplicates(micrographs):
-        notices.append(f"exact duplicates: {name_some(names)}")
+    duplicates = [" = ".join(names) for names in find_duplicates(micrographs)]
+    if duplicates:
+        notices.append(f"exact duplicates (turned and flipped copies count): {name_some(duplicates)}")
     if config.split == "leaky":
         notices.append("leaky split: training and held-out views show the same micrographs, so that scores flatter")
     return notices

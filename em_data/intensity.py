@@ -88,12 +88,13 @@ def find_levels(image, intensity="auto", percentiles=(0.1, 99.9)):
 def float_to_uint16(image):
     """Scale a finite float or wide integer image [H, W] to 16 bits by its least and largest value.
 
-    Returns (uint16 [H, W], low, high), where `low` and `high` became 0 and 65535; whole numbers from 0 to 65535 are kept as
-    they are. A constant image becomes 0.
+    Returns (uint16 [H, W], low, high), where `low` and `high` became 0 and 65535. Whole numbers that span no more than 16 bits
+    are not stretched: those from 0 to 65535 are kept, others shifted. A constant image of fractions becomes 0.
     """
     low, high = float(image.min()), float(image.max())
-    if low >= 0 and high <= 65535 and (np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))):
-        return image.astype(np.uint16), 0.0, 65535.0
+    if high - low <= 65535 and (np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))):
+        low = 0.0 if low >= 0 and high <= 65535 else low
+        return (image.astype(np.float64) - low).astype(np.uint16), low, low + 65535.0
     if high == low:
         return np.zeros(image.shape, np.uint16), low, high
     scaled = (image.astype(np.float64) - low) * (65535 / (high - low))

@@ -98,7 +98,7 @@ def _decode_tiff(data, name, notices):
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
             array = page.asrgb()
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            array = np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else -array
+            array = ~array if array.dtype.kind in "bu" else -array
             notices.append("white was stored as 0: inverted")
         metadata, sizes = read_tiff_metadata(tif, page)
     return array, metadata, square_pixel_size(sizes, notices)

@@ -235,6 +235,15 @@ def test_hot_pixel_that_takes_the_range_is_said(tmp_path, noise, config):
     assert any("% clipped" in line for line in said)
 
 
+def test_the_same_notice_of_many_files_is_one_line(tmp_path, noise, config):
+    for i in range(5):
+        tifffile.imwrite(tmp_path / f"{i}.tif", noise(i) / np.float32(7 + i))
+    _, said = load(tmp_path, config, cache_dir=str(tmp_path / ".cache"))
+    (line,) = [line for line in said if "float32 scaled" in line]
+    assert line.startswith("0.tif: ")
+    assert line.endswith("(and 4 more micrographs likewise)")
+
+
 def test_cache_that_cannot_be_written_is_an_error_with_the_way_out(folder, config, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ValueError, match=r"--tiles\.cache-dir"):

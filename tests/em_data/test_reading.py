@@ -32,6 +32,14 @@ def three(array):
     return np.stack([array] * 3, axis=-1)
 
 
+def tiff_with_thumbnail():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(GREY16)
+        writer.write(GREY8[::4, ::4], subfiletype=1)
+    return buffer.getvalue()
+
+
 EXACT = {
     "tiff 8": (tiff(GREY8), GREY8),
     "tiff 16": (tiff(GREY16), GREY16),
@@ -46,6 +54,8 @@ EXACT = {
         GREY8,
     ),
     "tiff white is zero": (tiff(65535 - GREY16, photometric="miniswhite"), GREY16),
+    "tiff one bit, white is zero": (tiff(GREY8 > 99, photometric="miniswhite"), np.where(GREY8 > 99, 0, 255)),
+    "tiff with a thumbnail": (tiff_with_thumbnail(), GREY16),
     "tiff int16 of positive values": (tiff((GREY16 // 2).astype(np.int16)), GREY16 // 2),
     "tiff float of whole numbers": (tiff(GREY16.astype(np.float32)), GREY16),
     "tiff one frame of a stack": (tiff(GREY16[None], photometric="minisblack"), GREY16),
