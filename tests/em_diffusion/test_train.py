@@ -1,0 +1,182 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+
+from em_data import load_data
+from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, train_ldm
+from em_training import config_from_json, config_to_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_config(folder, **changes):
+    config = PRESETS["test"]()
+    tiles = dataclasses.replace(config.tiles, cache_dir=str(folder / "cache"))
+    return dataclasses.replace(config, out=str(folder / "run"), tiles=tiles, precision="no", **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of the test preset: (its configuration, its folder)."""
+    config = make_config(tmp_path_factory.mktemp("ldm"))
+    return config, train_ldm(config)
+
+
+def test_run_leaves_what_the_report_needs(run):
+    config, out = run
+    result = json.loads((out / "run.json").read_text())
+    assert result["family"] == "ldm"
+    assert result["num_images_seen"] == 64
+    assert result["train_seconds"] == pytest.approx(sum(result["train_seconds_by_stage"].values()))
+    assert config_from_json(LDMConfig, json.dumps(result["config"])) == config
+    assert config_from_json(LDMConfig, (out / "config.json").read_text()) == config
+    data = load_data(config.data, config.tiles, log=lambda text: None)
+    assert result["data"] == data.summary
+    for stage in ("autoencoder", "denoiser"):
+        assert (out / stage / "stats.jsonl").exists()
+        assert list((out / stage / "samples").glob("*.png"))
+
+
+def test_pipeline_of_a_run_generates(run):
+    _, out = run
+    pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np").images
+    assert images.shape == (2, 32, 32, 1)
+    summary = json.loads((out / "run.json").read_text())["data"]
+    assert pipe.config.pixel_size_nm == summary["pixel_size_nm"]
+    assert not pipe.scheduler.config.clip_sample
+
+
+def test_latent_statistics_have_one_home(run):
+    """What normalises the denoiser's latents is measured on the training side and stored with the autoencoder."""
+    config, out = run
+    data = load_data(config.data, config.tiles, log=lambda text: None)
+    pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
+    stage = VQModel.from_pretrained(out / "autoencoder" / "vqvae")
+    assert stage.config.latents_mean == pipe.vqvae.config.latents_mean
+    with torch.no_grad():
+        latents = pipe.vqvae.encode(data.train.batch(range(data.train.num_views))).latents
+    normalised = pipe.normalise_latents(latents)
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
+
+
+def test_second_start_trains_nothing(run, monkeypatch):
+    config, out = run
+    before = (out / "run.json").read_text()
+    weights = (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a finished stage was trained again")
+
+    monkeypatch.setattr("em_diffusion.train.train_autoencoder", refuse)
+    monkeypatch.setattr("em_diffusion.train.train_denoiser", refuse)
+    monkeypatch.setattr("em_diffusion.latents._encode_to_file", refuse)
+    train_ldm(config)
+    assert (out / "run.json").read_text() == before
+    assert (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_another_configuration_in_the_same_folder_is_refused(run):
+    config, out = run
+    other = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"autoencoder.learning_rate was 0.001, is now 0.5.*--out"):
+        train_ldm(other)
+    longer = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, num_images=128))
+    with pytest.raises(ValueError, match=r"autoencoder.num_images was 64, is now 128"):
+        train_ldm(longer)
+    assert config_from_json(LDMConfig, (out / "config.json").read_text()) == config
+
+
+def test_denoiser_can_be_trained_longer(run, tmp_path):
+    import shutil
+
+    config, out = run
+    shutil.copytree(out, tmp_path / "run")
+    denoiser = dataclasses.replace(config.denoiser, num_images=80, log_every=8)
+    train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
+    assert json.loads((tmp_path / "run/run.json").read_text())["num_images_seen"] == 80
+
+
+def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    seen = []
+    from em_diffusion import autoencoder_loop
+
+    original = autoencoder_loop.AutoencoderObjective.forward
+    monkeypatch.setattr(
+        autoencoder_loop.AutoencoderObjective,
+        "forward",
+        lambda self, images: (seen.append(images.clone()), original(self, images))[1],
+    )
+    train_ldm(config)
+    data = load_data(config.data, config.tiles, log=lambda text: None)
+    train = {image.numpy().tobytes() for image in data.train.batch(range(data.train.num_views))}
+    held_out = {image.numpy().tobytes() for image in data.held_out.batch(range(data.held_out.num_views))}
+    trained_on = {image.contiguous().numpy().tobytes() for batch in seen for image in batch}
+    assert len(trained_on) > 32
+    assert trained_on <= train
+    assert not trained_on & held_out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole_and_round_trip(name):
+    config = PRESETS[name]()
+    assert config_from_json(LDMConfig, config_to_json(config)) == config
+    for word in ("Hardware:", "Score to expect:"):
+        assert word in PRESETS[name].__doc__
+
+
+def test_paper_preset_has_the_studys_sizes():
+    from em_diffusion.autoencoder import create_autoencoder
+    from em_diffusion.denoiser import create_denoiser
+
+    config = PRESETS["paper"]()
+    with torch.device("meta"):
+        autoencoder = create_autoencoder(config.autoencoder, 256)
+        unet = create_denoiser(config.denoiser, config.latent_size, 4)
+    assert (config.latent_size, unet.config.sample_size) == (32, 32)
+    assert autoencoder.quantize.embedding.weight.shape == (8192, 4)
+    assert unet.down_blocks[1].attentions[0].heads == 8
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(475e6, rel=0.01)
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Two processes on half the batch each end where one process on the whole batch ends, but for noise and rounding."""
+    config = make_config(tmp_path)
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom em_diffusion import LDMConfig, train_ldm\n"
+        "from em_training import config_from_json\ntorch.set_num_threads(1)\n"
+        "train_ldm(config_from_json(LDMConfig, Path(sys.argv[1]).read_text()))\n"
+    )
+    (tmp_path / "config.json").write_text(config_to_json(config))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(program), str(tmp_path / "config.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = train_ldm(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    a, b = (
+        EMLatentDiffusionPipeline.from_pretrained(folder / "pipeline").vqvae.state_dict()
+        for folder in (whole, tmp_path / "run")
+    )
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=5e-3, msg=name)
+    result = json.loads((tmp_path / "run/run.json").read_text())
+    assert result["num_images_seen"] == 64
+    assert np.isfinite(result["train_seconds"])
