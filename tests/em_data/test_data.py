@@ -3,6 +3,7 @@ import os
 import time
 
 import datasets
+import imagecodecs
 import numpy as np
 import PIL.Image
 import pytest
@@ -150,6 +151,8 @@ def test_bad_images_are_named_in_one_summary_and_skipped(folder, config, noise):
         for name in bad:
             assert name in summary
             assert any(name in line for line in data.summary["ignored"])
+        assert "constant.bmp: constant: every pixel is 9" in summary
+        assert "tiny.png: 15 x 90 pixels, smaller than one tile of 16" in summary
         assert data.summary["num_micrographs"] == 6
         assert data.summary["split_hash"] == clean.summary["split_hash"]
 
@@ -281,7 +284,8 @@ def test_first_so_many_micrographs_in_natural_order(tmp_path, noise, config):
 def test_dataset_of_images_keeps_16_bits(tmp_path, noise, config):
     images = [noise(i, (32, 32), np.uint16) for i in range(3)]
     for i, image in enumerate(images):
-        PIL.Image.fromarray(image).save(tmp_path / f"{i}.png")
+        stored = image if i else np.stack([image] * 3, axis=-1)  # PIL, and so `datasets`, reads 16-bit colour as 8 bits
+        (tmp_path / f"{i}.png").write_bytes(imagecodecs.png_encode(stored))
     table = {
         "image": [str(tmp_path / f"{i}.png") for i in range(3)],
         "pixel_size_nm": [0.5] * 3,
