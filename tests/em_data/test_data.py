@@ -294,7 +294,7 @@ def test_dataset_of_images_keeps_16_bits(tmp_path, noise, config):
     dataset = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
     dataset.save_to_disk(tmp_path / "set")
     for source in (f"datasets:{tmp_path / 'set'}", tmp_path / "set"):
-        data, _ = load(source, config, symmetries="none")
+        data, _ = load(source, config, symmetries="none", on_bad_image="fail")
         assert data.summary["pixel_size_nm"] == 0.5
         assert data.summary["specimens"] == ["a", "b"]
         for tiles in (data.train, data.held_out):
