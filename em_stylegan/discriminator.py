@@ -21,7 +21,7 @@ def minibatch_standard_deviation(x, group_size):
     G = min(group_size, B)
     if B % G:
         raise ValueError(f"the batch ({B} images a process) must be a multiple of the discriminator's group of {G}.")
-    y = x.float().reshape(G, B // G, C, H, W)
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(G, B // G, C, H, W)
     y = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # [B / G]
     y = y.to(x.dtype).reshape(1, B // G, 1, 1, 1).expand(G, -1, 1, H, W).reshape(B, 1, H, W)
     return torch.cat([x, y], dim=1)

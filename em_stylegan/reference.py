@@ -1,0 +1,80 @@
+"""The slow, obvious twins of the operations, step by step as the papers write them; tests hold the fast ones equal to these."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def insert_zeros(x):
+    """Put a zero after every pixel along both sides: [B, C, H, W] -> [B, C, 2H, 2W]."""
+    B, C, H, W = x.shape
+    y = x.new_zeros(B, C, H, 2, W, 2)
+    y[:, :, :, 0, :, 0] = x
+    return y.reshape(B, C, 2 * H, 2 * W)
+
+
+def filter_image(x, kernel, padding, gain=1.0):
+    """Convolve every channel with `kernel` [4, 4], tap by tap, after padding by (left, right, top, bottom) zeros."""
+    x = F.pad(x, padding)
+    height, width = x.shape[2] - 3, x.shape[3] - 3
+    y = x.new_zeros(*x.shape[:2], height, width)
+    for i in range(4):
+        for j in range(4):  # a convolution turns the kernel; this one is symmetric
+            y = y + gain * kernel[3 - i, 3 - j] * x[:, :, i : i + height, j : j + width]
+    return y
+
+
+def upsample(x, kernel):
+    """Double the side: zeros between pixels, then the filter, whose gain of 4 keeps the mean."""
+    return filter_image(insert_zeros(x), kernel, (2, 1, 2, 1), gain=4.0)
+
+
+def downsample(x, kernel):
+    """Halve the side: the filter, then every second pixel."""
+    return filter_image(x, kernel, (1, 1, 1, 1))[:, :, ::2, ::2]
+
+
+def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.0):
+    """Scale the weights of each sample (2020, equations 1 and 3) and convolve samples one by one.
+
+    When the side doubles, zeros are put between the pixels, the weights are convolved over them, then the filter.
+    """
+    outputs = []
+    for sample, style in zip(x, styles, strict=True):
+        w = weight * style[None, :, None, None]  # [O, I, k, k]
+        if demodulate:
+            w = w / (w.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if kernel is None:
+            y = F.conv2d(sample[None], w, padding=weight.shape[2] // 2)
+        else:
+            zeros = F.pad(insert_zeros(sample[None]), (2, 1, 2, 1))  # [1, I, 2H+3, 2W+3]
+            y = filter_image(F.conv2d(zeros, w.flip((2, 3))), kernel, (1, 1, 1, 1), gain=4.0)
+        outputs.append(y * gain)
+    return torch.cat(outputs)
+
+
+def equalized_conv2d(x, weight, bias=None, *, kernel=None, activation=True, gain=1.0, clamp=None):
+    """weight / sqrt(fan in), (filter and stride 2), bias, leaky ReLU times sqrt(2), gain, clamp."""
+    padding = weight.shape[2] // 2
+    weight = weight / math.sqrt(weight[0].numel())
+    if kernel is None:
+        x = F.conv2d(x, weight, padding=padding)
+    else:
+        x = F.conv2d(filter_image(x, kernel, (padding + 1,) * 4), weight)[:, :, ::2, ::2]
+    x = x if bias is None else x + bias[None, :, None, None]
+    x = torch.where(x > 0, x, 0.2 * x) * math.sqrt(2) if activation else x
+    x = x * gain
+    return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
+
+
+def minibatch_standard_deviation(x, group_size):
+    """For each group (images i, i + n, i + 2n, ... of n = B / G groups), the mean of the deviations, as one more channel."""
+    B, _, H, W = x.shape
+    num_groups = B // min(group_size, B)
+    maps = []
+    for i in range(B):
+        group = x[i % num_groups :: num_groups]
+        deviation = ((group - group.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt().mean()
+        maps.append(deviation.expand(1, H, W))
+    return torch.cat([x, torch.stack(maps)], dim=1)

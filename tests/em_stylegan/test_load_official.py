@@ -1,0 +1,218 @@
+"""Networks read from official pickles give the numbers of the original networks; nothing in a pickle is ever run."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from em_stylegan.load_official import (
+    OfficialUnpickler,
+    discriminator_from_official,
+    generator_from_official,
+    main,
+    read_pickle,
+)
+from em_stylegan.losses import path_lengths, r1_penalty
+
+FOLDER = Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures")) / "official_stylegan"
+FIXTURE = FOLDER / "sg2_r32_ch1_c0_map8"
+needs_fixture = pytest.mark.skipif(
+    not FIXTURE.with_suffix(".pkl").exists(),
+    reason=f"{FIXTURE}.pkl is not here (EM_FIXTURES names the fixtures' folder)",
+)
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return {name: torch.from_numpy(value) for name, value in np.load(FIXTURE.with_suffix(".npz")).items()}
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return read_pickle(FIXTURE.with_suffix(".pkl"))
+
+
+@pytest.fixture(scope="module")
+def generator(stored):
+    return generator_from_official(stored["G_ema"])
+
+
+@pytest.fixture(scope="module")
+def discriminator(stored):
+    return discriminator_from_official(stored["D"])
+
+
+def assert_agrees(value, expected):
+    """To 1e-5 of the output's deviation."""
+    error = (value.detach() - expected).abs().max() / expected.std()
+    assert error < 1e-5, f"off by {error:.1e} of the deviation"
+
+
+@needs_fixture
+@pytest.mark.parametrize(
+    ("name", "psi", "cutoff"), [("ws", 1.0, None), ("ws_psi0.5", 0.5, None), ("ws_psi0.7_cut3", 0.7, 3)]
+)
+def test_mapping_and_truncation(generator, numbers, name, psi, cutoff):
+    assert_agrees(generator.mapping(numbers["z"], None, psi, cutoff), numbers[name])
+
+
+@needs_fixture
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("img_const_psi1", {"noise_mode": "const"}),
+        ("img_const_psi0.7", {"noise_mode": "const", "truncation_psi": 0.7}),
+        ("img_const_psi0.7_cut3", {"noise_mode": "const", "truncation_psi": 0.7, "truncation_cutoff": 3}),
+        ("img_none_psi1", {"noise_mode": "none"}),
+    ],
+)
+def test_images(generator, numbers, name, options):
+    assert_agrees(generator(numbers["z"], **options), numbers[name])
+
+
+@needs_fixture
+def test_style_mixing(generator, numbers):
+    assert_agrees(generator.synthesis(numbers["ws_mixed"], noise_mode="const"), numbers["img_mixed"])
+
+
+@needs_fixture
+def test_generator_that_is_not_averaged(stored, numbers):
+    generator = generator_from_official(stored["G"])
+    assert_agrees(generator(numbers["z"], noise_mode="const"), numbers["img_G_const_psi1"])
+
+
+@needs_fixture
+@pytest.mark.parametrize(
+    ("images", "count", "logits"),
+    [("D_img", 8, "D_logits"), ("D_img", 4, "D_logits_b4"), ("img_const_psi1", 4, "D_logits_fake")],
+)
+def test_logits(discriminator, numbers, images, count, logits):
+    assert_agrees(discriminator(numbers[images][:count]), numbers[logits])
+
+
+@needs_fixture
+def test_r1(discriminator, numbers):
+    images = numbers["D_img"][:4].clone().requires_grad_()
+    logits = discriminator(images)
+    assert_agrees(torch.autograd.grad(logits.sum(), images, retain_graph=True)[0], numbers["r1_grads"])
+    assert_agrees(r1_penalty(logits, images), numbers["r1_penalty"])
+
+
+@needs_fixture
+def test_path_lengths(generator, numbers):
+    ws = numbers["ws"].clone().requires_grad_()
+    images = generator.synthesis(ws, noise_mode="const")
+    gradient = torch.autograd.grad((images * numbers["pl_noise"]).sum(), ws, retain_graph=True)[0]
+    assert_agrees(gradient, numbers["pl_grads"])
+    unit_noise = (
+        numbers["pl_noise"] * images.shape[2]
+    )  # the stored noise is already divided by the square root of the pixels
+    assert_agrees(path_lengths(images, ws, unit_noise), numbers["pl_lengths"])
+
+
+@needs_fixture
+def test_command_writes_networks_that_load(tmp_path, monkeypatch, numbers, capsys):
+    from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
+
+    monkeypatch.setattr("sys.argv", ["load_official", str(FIXTURE.with_suffix(".pkl")), str(tmp_path)])
+    main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "G", "G_ema"]
+    generator = StyleGAN2Generator.from_pretrained(tmp_path / "G_ema")
+    with torch.no_grad():
+        assert_agrees(generator(numbers["z"], noise_mode="const"), numbers["img_const_psi1"])
+
+
+@needs_fixture
+def test_truncated_file(tmp_path):
+    path = tmp_path / "short.pkl"
+    path.write_bytes(FIXTURE.with_suffix(".pkl").read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"short\.pkl is not a StyleGAN2 pickle"):
+        read_pickle(path)
+
+
+@needs_fixture
+def test_another_kind_of_network(stored):
+    with pytest.raises(ValueError, match="is a Discriminator, not"):
+        generator_from_official(stored["D"])
+    with pytest.raises(ValueError, match="is a Generator, not"):
+        discriminator_from_official(stored["G"])
+
+
+class Call:
+    """Pickles as the call function(*args)."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "function", [os.system, eval, exec, getattr, __import__, open], ids=lambda function: function.__name__
+)
+def test_malicious_pickle_runs_nothing(tmp_path, function):
+    target = tmp_path / "target"
+    argument = {os.system: f"touch {target}", open: str(target)}.get(function, f"open({str(target)!r}, 'w')")
+    arguments = (argument, "w") if function in (open, getattr) else (argument,)
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps({"G": Call(function, *arguments)}))
+    with pytest.raises(ValueError, match="which is no part of a StyleGAN pickle"):
+        read_pickle(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("dotted", ["OrderedDict.__init__", "OrderedDict.__class__", "abc.sys"])
+def test_attributes_of_what_is_allowed_are_refused(tmp_path, dotted):
+    path = tmp_path / "dotted.pkl"
+    path.write_bytes(b"\x80\x04\x8c\x0bcollections\x8c" + bytes([len(dotted)]) + dotted.encode() + b"\x93.")
+    with pytest.raises(ValueError, match="which is no part"):
+        read_pickle(path)
+
+
+def test_pickle_cannot_alter_its_reader(tmp_path):
+    # GLOBAL collections.OrderedDict, then BUILD on it with a state of attributes to set
+    for state in (b"}\x8c\x09_functionK\x01s", b"N}\x8c\x09_functionK\x01s\x86"):
+        path = tmp_path / "build.pkl"
+        path.write_bytes(b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93" + state + b"b.")
+        with pytest.raises(ValueError, match="may not alter its reader"):
+            read_pickle(path)
+
+
+def test_tensorflow_pickle_is_named(tmp_path):
+    path = tmp_path / "old.pkl"
+    path.write_bytes(b"cdnnlib.tflib.network\nNetwork\n.")
+    with pytest.raises(ValueError, match="TensorFlow-era"):
+        read_pickle(path)
+
+
+class Tensor:
+    """Pickles as a tensor of `size` numbers in a storage of four."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (torch.arange(4.0)._typed_storage(), 1, (self.size,), (1,), False, None)
+
+
+def test_tensors_are_read_and_stay_within_their_storage(tmp_path):
+    path = tmp_path / "tensors.pkl"
+    path.write_bytes(pickle.dumps({"a": Tensor(3)}))
+    with path.open("rb") as file:
+        assert OfficialUnpickler(file).load()["a"].tolist() == [1, 2, 3]
+    path.write_bytes(pickle.dumps({"a": Tensor(4)}))
+    with pytest.raises(ValueError, match="reaches beyond its storage"):
+        read_pickle(path)
+
+
+def test_numbers_and_containers_are_read(tmp_path):
+    path = tmp_path / "plain.pkl"
+    path.write_bytes(pickle.dumps({"a": np.float64(0.25), "b": [1, (2.0, None)]}))
+    with path.open("rb") as file:
+        assert OfficialUnpickler(file).load() == {"a": 0.25, "b": [1, (2.0, None)]}
+    with pytest.raises(ValueError, match="holds no network"):
+        read_pickle(path)
