@@ -1,0 +1,63 @@
+"""The losses against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from em_stylegan.losses import PathLengthMean, discriminator_loss, generator_loss, path_lengths, r1_penalty
+
+
+def test_logistic_losses_are_the_binary_cross_entropy_of_the_probabilities():
+    real, fake = torch.tensor([[2.0], [-1.0]]), torch.tensor([[0.5], [-3.0]])
+    p_real, p_fake = real.sigmoid(), fake.sigmoid()
+    torch.testing.assert_close(discriminator_loss(real, fake), -(p_real.log().mean() + (1 - p_fake).log().mean()))
+    torch.testing.assert_close(generator_loss(fake), -p_fake.log().mean())
+
+
+def test_losses_at_ignorance_are_log_2():
+    nothing = torch.zeros(3, 1)
+    assert generator_loss(nothing).item() == pytest.approx(math.log(2))
+    assert discriminator_loss(nothing, nothing).item() == pytest.approx(2 * math.log(2))
+
+
+def test_losses_stay_finite_and_push_where_a_naive_logarithm_fails():
+    scores = torch.full((1, 1), -200.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(generator_loss(scores), scores)
+    assert generator_loss(scores).item() == pytest.approx(200)
+    assert gradient.item() == pytest.approx(-1)
+
+
+def test_r1_of_a_quadratic_discriminator():
+    images = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = torch.tensor(0.7, requires_grad=True)
+    penalty = r1_penalty(
+        (scale * images.square()).sum(dim=(1, 2, 3)).unsqueeze(1), images
+    )  # D = a |x|^2, dD/dx = 2 a x
+    expected = 4 * 0.7**2 * images.square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(penalty, expected)
+    (gradient,) = torch.autograd.grad(penalty.sum(), scale)
+    torch.testing.assert_close(gradient, (expected * 2 / 0.7).sum())
+
+
+def test_path_length_of_a_linear_generator_is_the_norm_of_its_transpose_times_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(5, 64, generator=generator, dtype=torch.float64).requires_grad_()
+    ws = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    noise = torch.randn(2, 1, 8, 8, generator=generator, dtype=torch.float64)
+    images = (ws.sum(dim=1) @ matrix).reshape(2, 1, 8, 8)
+    lengths = path_lengths(images, ws, noise)
+    expected = (noise.flatten(1) / 8 @ matrix.T).norm(dim=1)  # the same gradient in each of the three layers
+    torch.testing.assert_close(lengths, expected)
+    (a,) = torch.autograd.grad(lengths.sum(), matrix, retain_graph=True)
+    (b,) = torch.autograd.grad(expected.sum(), matrix)
+    torch.testing.assert_close(a, b)
+
+
+def test_path_length_mean_converges_and_is_restored():
+    mean = PathLengthMean(decay=0.1)
+    for n in range(1, 6):
+        assert mean.update(torch.tensor(3.0)).item() == pytest.approx(3 * (1 - 0.9**n))
+    other = PathLengthMean(decay=0.1)
+    other.load_state_dict(mean.state_dict())
+    assert torch.equal(other.update(torch.tensor(1.0)), mean.update(torch.tensor(1.0)))

@@ -1,0 +1,140 @@
+"""The pipeline's call, and its life as a folder that strangers load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from em_data import to_uint8
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
+from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8).eval()
+    for block in generator.synthesis_network.blocks:
+        torch.nn.init.constant_(block.conv1.noise_strength, 0.2)
+    torch.nn.init.normal_(generator.mapping_network.w_mean)
+    return EMStyleGANPipeline(generator, pixel_size_nm=0.5)
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def test_output_types_agree(pipe):
+    pt, array, pictures = (pipe(2, generator=seeds(0, 1), output_type=kind).images for kind in ("pt", "np", "pil"))
+    assert pt.shape == (2, 1, 16, 16)
+    assert array.shape == (2, 16, 16, 1)
+    assert [picture.mode for picture in pictures] == ["L", "L"]
+    np.testing.assert_array_equal(pt.permute(0, 2, 3, 1).numpy(), array)
+    assert 0 <= array.min() < array.max() <= 1
+    grey_levels = to_uint8(pt[:, 0] * 2 - 1)  # the one road gives the same grey levels
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in pictures]), grey_levels)
+
+
+@pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
+def test_image_depends_on_its_generator_alone(pipe, noise_mode):
+    together = pipe(3, generator=seeds(5, 6, 7), noise_mode=noise_mode, output_type="np").images
+    alone = pipe(1, generator=seeds(7), noise_mode=noise_mode, output_type="np").images
+    np.testing.assert_allclose(together[2], alone[0], atol=1e-5)
+    assert np.abs(together[0] - together[2]).max() > 0.01
+
+
+def test_one_generator_serves_a_batch(pipe):
+    first, second = (pipe(2, generator=torch.Generator().manual_seed(3), output_type="np").images for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_latents_make_the_same_images(pipe):
+    latents = pipe(2, generator=seeds(0, 1), truncation_psi=0.7, output_type="latent").images
+    assert latents.shape == (2, pipe.generator.num_ws, 8)
+    expected = pipe(2, generator=seeds(0, 1), truncation_psi=0.7, output_type="np").images
+    np.testing.assert_array_equal(pipe(latents=latents, output_type="np").images, expected)
+    np.testing.assert_array_equal(pipe(latents=latents[:, 0], output_type="np").images, expected)
+
+
+def test_truncation_draws_images_together(pipe):
+    spread = [
+        pipe(4, generator=seeds(0, 1, 2, 3), truncation_psi=psi, output_type="pt").images.var(dim=0).mean().item()
+        for psi in (1.0, 0.5, 0.0)
+    ]
+    assert spread[0] > spread[1] > spread[2]
+    assert spread[2] < 1e-12
+
+
+def test_tuple_and_defaults(pipe):
+    images = pipe(return_dict=False)
+    assert isinstance(images, tuple)
+    assert len(images[0]) == 1
+
+
+def test_reduced_precision(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    reduced = EMStyleGANPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert reduced.generator.dtype == torch.bfloat16
+    images = reduced(2, generator=seeds(0, 1), output_type="np").images
+    np.testing.assert_allclose(images, pipe(2, generator=seeds(0, 1), output_type="np").images, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "must be at least 1"),
+        ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for 2 images"),
+        ({"noise_mode": "loud"}, "choose one of random, const, none"),
+        ({"output_type": "tiff"}, "choose one of pil, np, pt, latent"),
+        ({"latents": torch.zeros(1, 3, 8)}, r"give \[B, 6, 8\]"),
+    ],
+)
+def test_mistakes_are_explained(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_installed_class_needs_no_trust_and_runs_no_code_of_the_folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    for path in (tmp_path / "pipeline_em_stylegan.py", tmp_path / "generator" / "em_stylegan2_generator.py"):
+        path.write_text("raise RuntimeError('this must not run')")
+    loaded = EMStyleGANPipeline.from_pretrained(tmp_path)
+    assert type(loaded.generator) is StyleGAN2Generator
+    assert loaded.config.pixel_size_nm == 0.5
+    expected = pipe(2, generator=seeds(0, 1), output_type="np").images
+    np.testing.assert_array_equal(loaded(2, generator=seeds(0, 1), output_type="np").images, expected)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_unknown_generator_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "generator": ["os", "system"]}))
+    with pytest.raises(ValueError, match=r"holds the generator os\.system"):
+        EMStyleGANPipeline.from_pretrained(tmp_path)
+
+
+def test_stranger_loads_the_folder_without_our_packages(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_em_stylegan", "EMStyleGANPipeline"]
+    assert index["generator"] == ["em_stylegan2_generator", "StyleGAN2Generator"]
+    script = Path(__file__).with_name("load_elsewhere.py").read_text()
+    (tmp_path / "load_elsewhere.py").write_text(script)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    # -S and a path of the site-packages alone: an editable install of our packages stays out of sight
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    command = [sys.executable, "-I", "-S", "-c", program, "load_elsewhere.py", str(tmp_path / "saved"), str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = pipe(2, generator=seeds(0, 1), output_type="np").images
+    for name in ("first", "again"):
+        np.testing.assert_allclose(np.load(tmp_path / f"images_{name}.npy"), expected, atol=1e-6)
