@@ -76,48 +76,50 @@ def small() -> LDMConfig:
 def demo() -> LDMConfig:
     """The embedded micrographs at 64 x 64 with an f4 autoencoder and 16 x 16 x 4 latents: the whole road in minutes.
 
-    Hardware: 2 CPU cores with bfloat16 (AMX). Time: about 3 minutes for the autoencoder and 5 for the denoiser (an
-    estimate from timed steps). Score to expect: not measured here; `make demo` prints it.
+    Hardware: 2 CPU cores. Time: about 3 minutes for the autoencoder and 5 for the denoiser in float32 on cores with AVX-512
+    (an estimate from steps timed on a busy machine); less where the cores have AMX and compute in bfloat16. Score to
+    expect: not measured here; `make demo` prints it.
     """
     return LDMConfig(
         data="synthetic",
         out="runs/demo/ldm",
         tiles=DataConfig(resolution=64, downsample=2, symmetries="paper"),
         autoencoder=AutoencoderConfig(
-            block_out_channels=(32, 64, 64),
+            block_out_channels=(16, 32, 64),
             layers_per_block=1,
             num_codes=1024,
-            norm_num_groups=16,
+            norm_num_groups=8,
             mid_attention=False,
-            perceptual_layers=3,
-            revive_after_images=2_048,
-            num_images=32_000,
-            batch_size=32,
-            learning_rate=1e-3,
-            warmup_images=1_000,
-            num_validation_images=128,
-            log_every=512,
-            validate_every=4_000,
-            sample_every=8_000,
-            checkpoint_every=8_000,
+            perceptual_layers=2,
+            perceptual_weight=0.25,
+            revive_after_images=1_024,
+            num_images=9_600,
+            batch_size=16,
+            learning_rate=2e-3,
+            warmup_images=320,
+            num_validation_images=64,
+            log_every=320,
+            validate_every=1_600,
+            sample_every=3_200,
+            checkpoint_every=3_200,
         ),
         denoiser=DenoiserConfig(
-            base_channels=64,
+            base_channels=48,
             channel_multipliers=(1, 2, 3),
             layers_per_block=1,
-            attention_levels=(1, 2),
-            attention_head_dim=32,
-            norm_num_groups=32,
-            num_images=160_000,
-            batch_size=64,
-            learning_rate=6e-4,
-            warmup_images=4_000,
-            ema_half_life_images=5_000,
-            num_validation_images=256,
+            attention_levels=(2,),
+            attention_head_dim=24,
+            norm_num_groups=16,
+            num_images=45_056,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_images=1_600,
+            ema_half_life_images=2_000,
+            num_validation_images=128,
             log_every=1_024,
-            validate_every=20_000,
-            sample_every=40_000,
-            checkpoint_every=40_000,
+            validate_every=8_192,
+            sample_every=11_264,
+            checkpoint_every=11_264,
         ),
     )
 
