@@ -20,6 +20,9 @@ class PerceptualDistance(nn.Module):
 
     The three input channels are equal for a grey image, so the stem's weights are summed over them, and each batch
     normalisation is folded into its convolution: the same numbers for less work.
+
+    The same network's last features judge the images in `em_evaluation` ("efficientnet-lite0"). An autoencoder trained on
+    its first stages may look better to that metric than to another one: judge by "inception" too where it is at hand.
     """
 
     def __init__(self, num_layers: int = 3):
