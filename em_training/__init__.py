@@ -3,6 +3,7 @@
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from em_training.config import (
     changed_fields,
+    config_from_dict,
     config_from_json,
     config_to_json,
     load_config,
@@ -10,7 +11,7 @@ from em_training.config import (
     write_text_atomically,
 )
 from em_training.ema import EMA
-from em_training.precision import create_accelerator, default_precision
+from em_training.precision import create_accelerator, default_precision, use_cpu
 from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, read_stats
 from em_training.seeding import make_generator, seed_for
 
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingRun",
     "changed_fields",
+    "config_from_dict",
     "config_from_json",
     "config_to_json",
     "create_accelerator",
@@ -32,5 +34,6 @@ __all__ = [
     "save_checkpoint",
     "save_config",
     "seed_for",
+    "use_cpu",
     "write_text_atomically",
 ]

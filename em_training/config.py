@@ -19,7 +19,12 @@ def config_from_json(cls, text: str):
     Raises `ValueError` that names the key for an unknown key (with the nearest known one), a missing key without a default, or a value
     of another type than the field's.
     """
-    return _build(cls, json.loads(text), path="")
+    return config_from_dict(cls, json.loads(text))
+
+
+def config_from_dict(cls, values: dict):
+    """Build the dataclass `cls` from plain values as JSON has them; errors as in `config_from_json`."""
+    return _build(cls, values, path="")
 
 
 def save_config(config, path) -> None:

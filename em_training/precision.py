@@ -2,6 +2,7 @@
 
 import accelerate
 import torch
+from accelerate.utils import parse_flag_from_env
 
 
 def default_precision() -> str:
@@ -10,6 +11,14 @@ def default_precision() -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return "bf16" if has_amx() else "no"
+
+
+def use_cpu() -> bool:
+    """Say whether to compute on the CPU: no accelerator is there, or ACCELERATE_USE_CPU asks for it.
+
+    Accelerate must be told, or several CPU processes started by torchrun each believe to be alone.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerator:
@@ -24,6 +33,7 @@ def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerat
         project_dir=str(out_dir), logging_dir=str(out_dir) + "/tensorboard"
     )
     return accelerate.Accelerator(
+        cpu=use_cpu(),
         mixed_precision=default_precision() if precision == "auto" else precision,
         log_with="tensorboard",
         project_config=configuration,

@@ -1,0 +1,215 @@
+"""Models and micrographs -> one report: what joins the model families to the evaluation, which knows images only."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import accelerate
+import torch
+
+from em_data import DataConfig, load_data, read_image_folder
+from em_evaluation import ModelImages, evaluate_models, get_extractor, write_report
+from em_hub.generation import GenerationConfig, generate_images
+from em_hub.loading import RunInfo, load_pipeline, read_run_info
+from em_training import config_from_dict, read_stats, use_cpu
+
+FAMILY_NAMES = {"ldm": "LDM", "stylegan2": "StyleGAN2"}
+STAGES = ("autoencoder", "denoiser", "stylegan")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Judge one or more trained models by the same protocol and write report.html and report.json."""
+
+    models: tuple[str, ...]
+    """Runs, saved pipelines or Hub ids (owner/name); NAME=MODEL gives one a name of its own in the report."""
+    out: str = "runs/evaluation"
+    """Folder for report.html and report.json; generated images go to images/ in it and are kept for the next time."""
+    num_images: int = 1000
+    """Images of every set: of each model, of each floor, and of the reference."""
+    data: str | None = None
+    """Micrographs to compare with, as in training; left out, those of the models' own run."""
+    tiles: tuple[str, ...] = ()
+    """KEY=VALUE of what differs from the tiling of the models' own run, such as resolution=64 split=specimen."""
+    extractor: str = "efficientnet-lite0"
+    """efficientnet-lite0 (offline) or inception (clean-fid's)."""
+    resize_mode: str | None = None
+    """inception only: clean or legacy_pytorch."""
+    weights: str | None = None
+    """A local file with the extractor's weights instead of the published ones."""
+    floors: tuple[str, ...] = ("real", "reconstruction", "surrogates", "noise")
+    """What is measured beside the models: real, reconstruction (of each LDM's autoencoder), surrogates, noise."""
+    seed: int = 0
+    """Seed of generated images, of drawn tiles and of intervals."""
+    batch_size: int = 50
+    """Images at once."""
+    precision: str = "auto"
+    """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling; features are always float32."""
+
+
+def evaluate_runs(config: EvaluationConfig) -> Path | None:
+    """Generate what is missing, measure all of it, write the report; return the page's path, None on all but the main process.
+
+    Raises `ValueError` when the models were trained on other micrographs, or on another split of them, than they would be judged by.
+    """
+    state = accelerate.PartialState(cpu=use_cpu())
+    models = name_models(config.models)
+    source, tiles = find_data(config, models)
+    with state.main_process_first():
+        data = load_data(source, tiles, log=state.print)
+    refuse_other_splits(models, data.summary)
+
+    generated, untrained = {}, {}
+    for name, (model, info) in models.items():
+        generated[name] = generate(config, name, model)
+        if info.folder is not None and (info.folder / "untrained" / "model_index.json").exists():
+            untrained[name] = generate(config, f"{name} untrained", str(info.folder / "untrained"))
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        return None
+
+    report, pictures = evaluate_models(
+        [describe(name, info, *generated[name]) for name, (_, info) in models.items()],
+        data.summary,
+        data.held_out,
+        data.train,
+        extractor=get_extractor(
+            config.extractor, resize_mode=config.resize_mode, weights=config.weights, device=state.device
+        ),
+        floors=config.floors,
+        num_images=config.num_images,
+        seed=config.seed,
+        reconstruct=make_reconstructions(models, state.device),
+        untrained={name: images for name, (images, _) in untrained.items()},
+        batch_size=config.batch_size,
+        log=state.print,
+    )
+    page = write_report(report, pictures, config.out)
+    print_summary(report, page)
+    state.wait_for_everyone()
+    return page
+
+
+def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
+    """Return {name in the report: (model, what its run says)}; a family's name where it is the only one, else the folder's."""
+    if not models:
+        raise ValueError("no model was named; give at least one run, pipeline or Hub id with --models")
+    infos = []
+    for text in models:
+        name, _, model = text.rpartition("=")
+        infos.append((name, model, read_run_info(model)))
+    families = [info.family for _, _, info in infos]
+    named = {}
+    for name, model, info in infos:
+        alone = families.count(info.family) == 1 and info.family in FAMILY_NAMES
+        name = name or (FAMILY_NAMES[info.family] if alone else info.name)
+        if name in named:
+            raise ValueError(f"two models are called {name}; tell them apart with --models NAME={model}")
+        named[name] = (model, info)
+    return named
+
+
+def find_data(config: EvaluationConfig, models: dict) -> tuple[str, DataConfig]:
+    """Return source and tiling: what the flags say, else what the first model with a run was trained on."""
+    runs = [info for _, info in models.values() if info.config]
+    if config.data is None and not runs:
+        raise ValueError("these models do not say what they were trained on; name the micrographs with --data FOLDER")
+    source = config.data if config.data is not None else runs[0].config["data"]
+    values = dict(runs[0].config["tiles"]) if runs else dataclasses.asdict(DataConfig())
+    return source, config_from_dict(DataConfig, values | parse_pairs(config.tiles))
+
+
+def parse_pairs(pairs: tuple[str, ...]) -> dict:
+    """Return {key: value} of KEY=VALUE texts; a value is read as JSON where it is JSON (64, true, null), else as it stands."""
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--tiles takes KEY=VALUE, such as resolution=64, not {pair!r}")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    return values
+
+
+def refuse_other_splits(models: dict, summary: dict) -> None:
+    """Refuse to judge a model by micrographs that it may have been trained on."""
+    for name, (_, info) in models.items():
+        trained = info.data.get("split_hash")
+        if trained is not None and trained != summary["split_hash"]:
+            raise ValueError(
+                f"{name} was trained on another split ({info.data.get('name')}, {trained}) than it would be judged by "
+                f"({summary['name']}, {summary['split_hash']}): some of the held-out micrographs may have been trained on. "
+                "Evaluate with the --data and --tiles of its training, and compare only models of one split."
+            )
+
+
+def generate(config: EvaluationConfig, name: str, model: str):
+    """Return (images, record) of a model, generated where they are not there yet."""
+    folder = Path(config.out) / "images" / name.lower().replace(" ", "-")
+    record = generate_images(
+        GenerationConfig(
+            model=model,
+            out=str(folder),
+            num_images=config.num_images,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            precision=config.precision,
+        )
+    )
+    return read_image_folder(folder), record
+
+
+def describe(name: str, info: RunInfo, images, record: dict) -> ModelImages:
+    """Return what the report says of one model."""
+    return ModelImages(
+        name=name,
+        family=record["family"],
+        images=images,
+        train_seconds=info.train_seconds,
+        num_images_seen=info.num_images_seen,
+        sample_seconds=record.get("sample_seconds"),
+        sample_images_per_second=record.get("sample_images_per_second"),
+        curves={
+            stage: read_stats(info.folder / stage) for stage in STAGES if info.folder and (info.folder / stage).exists()
+        },
+        info={key: value for key, value in record["settings"].items() if key not in ("model", "format")},
+    )
+
+
+def make_reconstructions(models: dict, device) -> dict:
+    """Return {name: function} that sends images [B, 1, H, W] in [-1, 1] through the autoencoder of each LDM and back."""
+    functions = {}
+    for name, (model, info) in models.items():
+        if info.family in ("ldm", "unknown"):
+            vqvae = getattr(load_pipeline(model, device=device), "vqvae", None)
+            if vqvae is not None:
+                functions[f"autoencoder of {name}"] = lambda images, vqvae=vqvae: reconstruct(vqvae, images)
+    return functions
+
+
+@torch.no_grad()
+def reconstruct(vqvae, images):
+    """Images [B, 1, H, W] in [-1, 1] through encoder, codebook and decoder; float32 on the CPU."""
+    latents = vqvae.encode(images.to(vqvae.device)).latents
+    return vqvae.decode(latents).sample.float().clamp(-1, 1).cpu()
+
+
+def print_summary(report: dict, page: Path) -> None:
+    """Print the table of distances and the conclusion."""
+    rows = [(model["name"], model["metrics"]["frechet_distance"]) for model in report["models"]]
+    rows += [(floor["name"], floor["metrics"]["frechet_distance"]) for floor in report["floors"].values()]
+    width = max(len(name) for name, _ in rows)
+    print(
+        f"\nFrechet distance to held-out micrographs ({report['protocol']['num_images']:,} images each, 95 % interval)"
+    )
+    for name, distance in rows:
+        print(f"  {name:{width}}  {distance['value']:9.4g}  [{distance['low']:.4g}, {distance['high']:.4g}]")
+    print("\n" + "\n".join(str(sentence) for sentence in as_sentences(report["conclusion"])))
+    print(f"\n{page}")
+
+
+def as_sentences(conclusion) -> list[str]:
+    """Return the conclusion as a list of sentences."""
+    return [conclusion] if isinstance(conclusion, str) else list(conclusion)

@@ -1,0 +1,14 @@
+"""Compare trained models with held-out micrographs and with each other: report.html and report.json."""
+
+import tyro
+
+from em_hub.evaluation import EvaluationConfig, evaluate_runs
+from em_training.cli import run_command
+
+
+def main():
+    evaluate_runs(tyro.cli(EvaluationConfig))
+
+
+if __name__ == "__main__":
+    run_command(main)

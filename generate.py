@@ -1,0 +1,14 @@
+"""Generate images from a trained model: a run, a saved pipeline or a Hub repository."""
+
+import tyro
+
+from em_hub.generation import GenerationConfig, generate_images
+from em_training.cli import run_command
+
+
+def main():
+    generate_images(tyro.cli(GenerationConfig))
+
+
+if __name__ == "__main__":
+    run_command(main)
