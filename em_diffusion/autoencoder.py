@@ -112,7 +112,7 @@ class AutoencoderObjective(nn.Module):
 class CodebookMonitor:
     """Counts how often each code is used, and moves codes that fell out of use onto recent encoder outputs.
 
-    A window lasts `window_images`; at its end `revive` moves each code that no latent chose in it. The counts are part
+    A window lasts `window_images`; at its end `end_window` moves each code that no latent chose in it. The counts are part
     of the checkpoint, so that a resumed run revives the same codes at the same moment.
     """
 
@@ -140,19 +140,23 @@ class CodebookMonitor:
         return num_images_seen - self.window_start >= self.window_images
 
     @torch.no_grad()
-    def revive(self, embedding: nn.Embedding, latents, generator, optimizer=None, *, num_images_seen: int) -> int:
+    def end_window(self, embedding: nn.Embedding, latents, generator, optimizer, num_images_seen: int) -> int:
         """Move codes without use onto vectors drawn from latents [B, C, h, w], and begin a new window.
 
-        The optimizer's moments of a moved code are forgotten with it. Returns the number of codes moved.
+        The optimizer's moments of a moved code are forgotten with it. With latents None no code is moved: late in a run
+        the decoder has no steps left to learn what a new code stands for. Returns the number of codes moved.
         """
-        dead = (self.counts == 0).nonzero().flatten()
-        move_codes(embedding, dead, latents, generator)
-        state = optimizer.state.get(embedding.weight, {}) if optimizer is not None else {}
-        for moment in state.values():
-            if torch.is_tensor(moment) and moment.shape == embedding.weight.shape:
-                moment[dead] = 0
+        moved = self._revive(embedding, latents, generator, optimizer) if latents is not None else 0
         self.counts.zero_()
         self.window_start = num_images_seen
+        return moved
+
+    def _revive(self, embedding, latents, generator, optimizer):
+        dead = (self.counts == 0).nonzero().flatten()
+        move_codes(embedding, dead, latents, generator)
+        for moment in optimizer.state.get(embedding.weight, {}).values():
+            if torch.is_tensor(moment) and moment.shape == embedding.weight.shape:
+                moment[dead] = 0
         return len(dead)
 
     def state_dict(self):

@@ -28,7 +28,12 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     objective = AutoencoderObjective(model, config).to(accelerator.device, memory_format=torch.channels_last)
     monitor = CodebookMonitor(config.num_codes, config.revive_after_images, device=accelerator.device)
-    optimizer = create_optimizer(model.parameters(), config)
+    codebook = model.quantize.embedding.weight
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter is not codebook]},
+        {"params": [codebook], "rate_scale": config.codebook_rate_scale},
+    ]
+    optimizer = create_optimizer(groups, config)
     objective = accelerator.prepare_model(objective)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
     validation_images = draw_validation_images(held_out, config.num_validation_images)
@@ -74,8 +79,8 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
             run.log(loss=loss, **terms, learning_rate=learning_rate, gradient_norm=gradient_norm)
             if monitor.is_due(num_images_seen):
                 run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
-                embedding, recent = model.quantize.embedding, accelerator.gather(latents)
-                revived = monitor.revive(embedding, recent, generator, optimizer, num_images_seen=num_images_seen)
+                recent = accelerator.gather(latents) if num_images_seen <= 0.9 * config.num_images else None
+                revived = monitor.end_window(model.quantize.embedding, recent, generator, optimizer, num_images_seen)
                 run.log(codes_revived=revived)
             if run.is_due(config.validate_every, num_images_seen):
                 run.log(**evaluate_reconstruction(model, validation_images, accelerator, config.batch_size))

@@ -27,8 +27,11 @@ class AutoencoderConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     """beta of the VQ-VAE paper: weight of ||z_e - sg(e)||^2 relative to ||sg(z_e) - e||^2."""
+    codebook_rate_scale: float = 5.0
+    """The codes' learning rate over the networks': codes must follow the encoder, which moves under them."""
     revive_after_images: int = 4096
-    """A code that was not the nearest one of any latent for so many images is moved onto a recent encoder output."""
+    """A code that was not the nearest one of any latent for so many images is moved onto a recent encoder output; in the
+    last tenth of the run none is moved."""
 
     num_images: int = 1_000_000
     batch_size: int = 32

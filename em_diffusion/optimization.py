@@ -19,9 +19,9 @@ def learning_rate_at(config, num_images_seen: int) -> float:
 
 
 def set_learning_rate(optimizer, rate: float):
-    """Set the rate of all parameter groups."""
+    """Set the rate of all parameter groups, each times its `rate_scale` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)
 
 
 def match_memory_format(optimizer):
@@ -38,5 +38,5 @@ def match_memory_format(optimizer):
 
 
 def create_optimizer(parameters, config):
-    """Adam without weight decay, one fused kernel for all parameters."""
+    """Adam without weight decay, one fused kernel for all parameters; `parameters` as torch.optim takes them."""
     return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True)

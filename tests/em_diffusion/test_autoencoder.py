@@ -148,7 +148,7 @@ def test_dead_codes_are_revived_and_living_ones_stay():
     monitor = CodebookMonitor(6, window_images=10)
     monitor.count(torch.tensor([1, 4, 4]))
     latents = make_latents(7, (2, 4, 3, 3))
-    moved = monitor.revive(embedding, latents, torch.Generator().manual_seed(0), optimizer, num_images_seen=10)
+    moved = monitor.end_window(embedding, latents, torch.Generator().manual_seed(0), optimizer, 10)
     assert moved == 4
     vectors = latents.movedim(1, -1).reshape(-1, 4)
     dead = [0, 2, 3, 5]
@@ -162,6 +162,16 @@ def test_dead_codes_are_revived_and_living_ones_stay():
     assert monitor.is_due(20)
     # what was dead is now the nearest code of the latents that it was put on
     assert set(nearest_codes(vectors[positions], embedding.weight.detach()).tolist()) == set(dead)
+
+
+def test_late_in_a_run_no_code_moves():
+    embedding = torch.nn.Embedding(6, 4)
+    before = embedding.weight.detach().clone()
+    monitor = CodebookMonitor(6, window_images=10)
+    optimizer = torch.optim.Adam(embedding.parameters())
+    assert monitor.end_window(embedding, None, torch.Generator(), optimizer, 30) == 0
+    assert torch.equal(embedding.weight, before)
+    assert not monitor.is_due(39)
 
 
 def test_weight_hash_sees_every_bit():
