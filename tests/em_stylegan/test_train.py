@@ -1,0 +1,239 @@
+"""The loop: resume to the bit, several processes, what it writes, what it refuses."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from em_data import load_data
+from em_stylegan import loop
+from em_stylegan.config import StyleGANConfig
+from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_stylegan.presets import PRESETS
+from em_stylegan.train import train_gan
+from em_training import (
+    NonFiniteLossError,
+    config_from_json,
+    config_to_json,
+    create_accelerator,
+    load_checkpoint,
+    make_generator,
+    read_stats,
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The test preset: 8 steps of 8 images, R1 in every 4th, path length in every 2nd, checkpoints after 4 and 8."""
+    config = PRESETS["test"]()
+    return replace(config, precision="no", tiles=replace(config.tiles, cache_dir=str(tmp_path_factory.mktemp("cache"))))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    return train_gan(replace(config, out=str(tmp_path_factory.mktemp("runs") / "whole")))
+
+
+def flatten(tree, name=""):
+    if isinstance(tree, dict):
+        tree = tree.items()
+    elif isinstance(tree, list | tuple):
+        tree = enumerate(tree)
+    else:
+        return {name: tree}
+    return {k: v for key, value in tree for k, v in flatten(value, f"{name}/{key}").items()}
+
+
+def test_run_folder(finished, config):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["family"] == "stylegan2"
+    assert run["num_images_seen"] == 64
+    assert run["train_seconds"] > 0
+    assert run["train_seconds_by_stage"] == {"stylegan": run["train_seconds"]}
+    assert run["data"]["num_micrographs"] == 3
+    written = config_from_json(StyleGANConfig, (finished / "config.json").read_text())
+    assert written == replace(config, out=str(finished))
+    assert len(list((finished / "stylegan" / "samples").glob("*.png"))) == 2
+    lines = read_stats(finished / "stylegan")
+    assert [line["num_images_seen"] for line in lines] == [16, 32, 48, 64]
+    expected = {"loss_G", "loss_D", "scores_real", "scores_fake", "path_length", "gradient_norm_G", "gradient_norm_D"}
+    assert all(expected <= set(line) for line in lines)
+    assert ["r1" in line for line in lines] == [True, False, True, False]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_pipelines_before_and_after(finished, config):
+    trained, untrained = (EMStyleGANPipeline.from_pretrained(finished / name) for name in ("pipeline", "untrained"))
+    first, _ = loop.create_networks(config)
+    for a, b in zip(untrained.generator.parameters(), first.parameters(), strict=True):
+        assert torch.equal(a, b)
+    saved = load_checkpoint(finished / "stylegan" / "checkpoints" / f"{64:012d}")["state"]["ema"]
+    for name, value in trained.generator.state_dict().items():
+        assert torch.equal(value, saved[name])
+    images = [
+        pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images for pipe in (trained, untrained)
+    ]
+    assert (images[0] - images[1]).abs().max() > 0.01
+    assert trained.config.pixel_size_nm == untrained.config.pixel_size_nm
+
+
+@pytest.mark.parametrize("steps_lost", [0, 2])
+def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path, monkeypatch, steps_lost):
+    """Stopped dead after 4 steps, or two steps past the checkpoint at 4; then the same command again."""
+
+    class Killed(BaseException):
+        pass
+
+    class MortalRun(loop.TrainingRun):
+        def step(self, num_images_seen):
+            super().step(num_images_seen)
+            if num_images_seen == 32 + 8 * steps_lost:
+                raise Killed
+
+    config = replace(config, out=str(tmp_path / "resumed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "TrainingRun", MortalRun)
+        with pytest.raises(Killed):
+            train_gan(config)
+    assert not (tmp_path / "resumed" / "run.json").exists()
+    out = train_gan(config)
+    name = f"stylegan/checkpoints/{64:012d}"
+    whole, resumed = (flatten(load_checkpoint(folder / name)["state"]) for folder in (finished, out))
+    assert whole.keys() == resumed.keys()
+    for part in ("model", "discriminator", "ema", "optimizer", "optimizer_D", "path_length_mean"):
+        assert any(key.startswith(f"/{part}/") for key in whole)
+    for key, value in whole.items():
+        same = torch.equal(value, resumed[key]) if isinstance(value, torch.Tensor) else value == resumed[key]
+        assert same, key
+    ignored = ("train_seconds", "images_per_second")
+    lines = [
+        [{k: v for k, v in line.items() if k not in ignored} for line in read_stats(o / "stylegan")]
+        for o in (finished, out)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_state_that_resume_must_carry_has_moved(finished):
+    state = load_checkpoint(finished / "stylegan" / "checkpoints" / f"{64:012d}")["state"]
+    assert state["path_length_mean"]["mean"] > 0
+    assert state["model"]["mapping_network.w_mean"].abs().max() > 0
+    assert not torch.equal(
+        state["model"]["synthesis_network.blocks.0.const"], state["ema"]["synthesis_network.blocks.0.const"]
+    )
+
+
+def test_finished_run_is_not_trained_again(finished, config, capsys):
+    before = (finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert train_gan(replace(config, out=str(finished))) == finished
+    assert (finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished, config):
+    other = replace(config, out=str(finished), training=replace(config.training, batch_size=16))
+    with pytest.raises(ValueError, match=r"training\.batch_size was 8, is now 16"):
+        train_gan(other)
+
+
+def test_batch_that_groups_do_not_divide_is_refused(config, tmp_path):
+    training = replace(config.training, batch_size=9)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        train_gan(replace(config, out=str(tmp_path), training=training))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_stops_on_a_loss_that_is_not_finite(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "generator_loss", lambda scores: scores.mean() * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="loss_G"):
+        train_gan(replace(config, out=str(tmp_path)))
+    assert not (tmp_path / "run.json").exists()
+    assert not list((tmp_path / "stylegan" / "checkpoints").glob("*"))
+
+
+def test_two_processes_share_the_work(tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    script = str(Path(__file__).with_name("two_processes.py"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "agreed at 64" in result.stdout
+
+
+def test_lazy_regularisation_leaves_the_optimiser_its_pace():
+    """lr and betas to the power c = k / (k + 1), so that k + 1 steps move as k plain ones do (2020, appendix B)."""
+    optimizer = loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 16)
+    options = optimizer.param_groups[0]
+    assert options["lr"] * 17 == pytest.approx(0.0025 * 16)
+    assert options["betas"][0] == 0
+    assert options["betas"][1] ** 17 == pytest.approx(0.99**16)
+    assert loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 0).param_groups[0]["lr"] == 0.0025
+
+
+def test_style_mixing_changes_w_once_a_picture_at_the_stated_rate(config):
+    model, _ = loop.create_networks(config)
+    w, ws = loop.draw_ws(model, 2000, 0.9, make_generator(0))
+    first = (ws == w.unsqueeze(1)).all(dim=2)  # [B, num_ws]: layers that still have the first w
+    assert first[:, 0].all()
+    assert (first[:, 1:] <= first[:, :-1]).all(), "once changed, it stays changed"
+    assert (~first[:, -1]).float().mean().item() == pytest.approx(0.9, abs=0.03)
+    _, pure = loop.draw_ws(model, 8, 0.0, make_generator(0))
+    assert torch.equal(pure, pure[:, :1].expand_as(pure))
+
+
+def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, monkeypatch):
+    seen = set()
+    forward = loop.StyleGANDiscriminator.forward
+
+    def spy(self, image, class_labels=None, compute_dtype=None):
+        seen.add(compute_dtype)
+        return forward(self, image, class_labels, compute_dtype)
+
+    monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision; this test needs another
+    data = load_data(config.data, config.tiles, log=lambda text: None)
+    short = replace(config, training=replace(config.training, num_images=8))
+    loop.train_stylegan(short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == {torch.bfloat16, None}  # None: R1 in float32
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = PRESETS[name]()
+    assert config_from_json(StyleGANConfig, config_to_json(config)) == config
+    doc = PRESETS[name].__doc__
+    assert "Hardware:" in doc
+    assert "Time:" in doc
+    assert "Score:" in doc
+
+
+def test_paper_preset_is_the_studys_best_gan():
+    config = PRESETS["paper"]()
+    with torch.device("meta"):
+        generator, _ = loop.create_networks(config)
+    assert generator.config.mapping_depth == 4
+    assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [1024] * 4 + [512, 256, 128]
+    assert config.training.num_images == 1_200_000
+    assert config.r1_gamma == pytest.approx(0.4096)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"style_mixing_probability": 1.5}, {"log_every": -1}])
+def test_impossible_training_is_refused(change):
+    with pytest.raises(ValueError, match=f"training.{next(iter(change))}"):
+        replace(PRESETS["test"]().training, **change)

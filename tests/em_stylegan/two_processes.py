@@ -1,0 +1,37 @@
+"""Train a few steps in two processes and compare them: run by test_train.py as `torchrun two_processes.py OUT`."""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from em_data import load_data
+from em_stylegan.loop import create_networks, train_stylegan, update
+from em_stylegan.presets import test as preset
+from em_training import create_accelerator
+
+torch.set_num_threads(1)
+out = sys.argv[1]
+config = preset()
+config = replace(config, out=out, tiles=replace(config.tiles, cache_dir=f"{out}/cache"))
+accelerator = create_accelerator(out, "no")
+assert accelerator.num_processes == 2
+rank = accelerator.process_index
+
+# the reduced gradient is the gradient of the mean loss: rank r pulls the bias to r, together they pull it to 1/2
+model = torch.nn.Linear(1, 1)
+torch.nn.init.zeros_(model.bias)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+update(model, optimizer, (model.bias - rank).square().sum() / 2, accelerator)
+assert model.bias.item() == 0.5
+
+with accelerator.main_process_first():
+    data = load_data(config.data, config.tiles, log=accelerator.print)
+generator, num_images_seen, _ = train_stylegan(config, data.train, accelerator=accelerator, out_dir=out)
+weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
+first, second = accelerator.gather(weights[None])
+assert torch.equal(first, second), "the processes have grown apart"
+untrained = torch.cat([value.flatten() for value in create_networks(config)[0].state_dict().values()])
+assert torch.isfinite(weights).all()
+assert not torch.equal(weights, untrained)
+accelerator.print("agreed at", num_images_seen)
