@@ -38,7 +38,9 @@ STUDY = {
 
 
 def compare_models(names, floors, distances, origin, reference_groups, seed):
-    """Return the Frechet distance's differences, model by model and model by floor, with intervals in which the common reference cancels."""
+    """Return the Frechet distance's differences, model by model and model by floor, with intervals in which the common
+    reference cancels.
+    """
     pairs = [(first, second) for i, first in enumerate(names) for second in names[i + 1 :]]
     pairs += [(name, floor) for name in names for floor in floors]
     comparisons = []
@@ -117,44 +119,61 @@ def _say_which_is_closer(report, comparison):
         if overlap == "overlap"
         else ""
     )
-    return f"{first} is closer to the held-out micrographs than {second}: {numbers}, a difference of {difference}; the intervals {overlap}{how}."
+    return (
+        f"{first} is closer to the held-out micrographs than {second}: {numbers}, a difference of {difference}; "
+        f"the intervals {overlap}{how}."
+    )
 
 
 def _say_structure(report, model):
     comparison = _find(report, model["name"], "surrogates")
     if comparison is None:
         return None
-    floor = _say(report["floors"]["surrogates"]["metrics"]["frechet_distance"])
+    name, floor = model["name"], _say(report["floors"]["surrogates"]["metrics"]["frechet_distance"])
     if comparison["first_is"] == "closer":
-        return f"{model['name']} beats the phase-randomised surrogates at {floor}: it has learnt structure, not only texture."
+        return f"{name} beats the phase-randomised surrogates at {floor}: it has learnt structure, not only texture."
     if comparison["first_is"] == "farther":
-        return f"{model['name']} does not reach the phase-randomised surrogates at {floor}: by this measure it is worse than texture without structure."
-    return f"{model['name']} cannot be told apart from the phase-randomised surrogates at {floor}: that it has learnt structure is not shown."
+        then = "by this measure it is worse than texture without structure"
+        return f"{name} does not reach the phase-randomised surrogates at {floor}: {then}."
+    then = "that it has learnt structure is not shown"
+    return f"{name} cannot be told apart from the phase-randomised surrogates at {floor}: {then}."
 
 
 def _say_autoencoder(report, model):
+    """Say how much of a diffusion model's distance its autoencoder has alone, and how much of what exceeds real images."""
     floors = {key: floor for key, floor in report["floors"].items() if key.startswith("reconstruction")}
     if model["family"] != "ldm" or not floors:
         return None
-    floor = min(floors.values(), key=lambda floor: floor["metrics"]["frechet_distance"]["value"])
-    metric, score = floor["metrics"]["frechet_distance"], model["metrics"]["frechet_distance"]["value"]
-    share = metric["value"] / score if score else 1.0
-    side = "above" if share > 0.5 else "below"
-    then = (
-        "a better autoencoder would help more than a longer diffusion training"
-        if share > 0.5
-        else "the diffusion model, not the autoencoder, limits it"
+    own = [floor for floor in floors.values() if floor["name"].endswith(f" of {model['name']}")]
+    floor = own[0] if own else min(floors.values(), key=_value)
+    autoencoder, score = _value(floor), _value(model)
+    if score <= 0:
+        return None
+    share = autoencoder / score
+    sentence = (
+        f"The autoencoder alone scores {_say(floor['metrics']['frechet_distance'])}, {100 * share:.0f} % of "
+        f"{model['name']}'s distance, {'above' if share > 0.5 else 'below'} half of it"
     )
-    return f"The autoencoder alone scores {_say(metric)}, {100 * share:.0f} % of {model['name']}'s distance, {side} half of it: {then}."
+    if "real" not in report["floors"] or score <= _value(report["floors"]["real"]):
+        return f"{sentence}."
+    real = _value(report["floors"]["real"])
+    excess = (autoencoder - real) / (score - real)
+    then = "a better autoencoder would help most" if excess > 0.5 else "the diffusion model limits it more"
+    return (
+        f"{sentence}; of what {model['name']} has above real images, the autoencoder has {100 * excess:.0f} %: {then}."
+    )
+
+
+def _value(row):
+    return row["metrics"]["frechet_distance"]["value"]
 
 
 def _say_scope(report):
-    real = report["floors"].get("real")
-    against = (
-        f" Real training tiles score {_say(real['metrics']['frechet_distance'])} on the same measure." if real else ""
+    real, protocol = report["floors"].get("real"), report["protocol"]
+    sentence = (
+        f"All of this holds for {protocol['num_images']:,} images of each set, one training run of each model and "
+        f"{protocol['extractor'].split(',')[0]} features; the intervals do not hold the scatter between training runs."
     )
-    num_images, protocol = report["protocol"]["num_images"], report["protocol"]
-    return (
-        f"All of this holds for {num_images:,} images of each set, one training run of each model and {protocol['extractor'].split(',')[0]} features; the "
-        f"intervals do not hold the scatter between training runs.{against}"
-    )
+    if real is None:
+        return sentence
+    return f"{sentence} Real training tiles score {_say(real['metrics']['frechet_distance'])} on the same measure."

@@ -1,7 +1,8 @@
 """Frechet and kernel distance between two sets of features, and intervals around them.
 
-Both distances come with the *influence* of every image: the derivative of the distance by the image's weight. The variance of a distance
-under resampling follows from the influences alone, so that a thousand bootstrap replicates cost nothing beyond the one decomposition.
+Both distances come with the *influence* of every image: the derivative of the distance by the image's weight. The
+variance of a distance under resampling follows from the influences alone, so that a thousand bootstrap replicates cost
+nothing beyond the one decomposition.
 """
 
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ class Interval:
 def frechet_distance(a, b) -> float:
     """Return the Frechet distance of the Gaussians fitted to features a [N, D] and b [M, D], from singular values.
 
-    |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances with N - 1 (Dowson & Landau 1982; Heusel et al. 2017). With A, B the
-    centred rows divided by the root of N - 1, tr (S_a S_b)^(1/2) is the nuclear norm of A B^T: exact also with fewer images than dimensions,
-    where a matrix root of the singular product S_a S_b loses half of its digits. `ValueError` for unequal D or fewer than two rows.
+    |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances with N - 1 (Dowson & Landau 1982; Heusel et al.
+    2017). With A, B the centred rows divided by the root of N - 1, tr (S_a S_b)^(1/2) is the nuclear norm of A B^T:
+    exact also with fewer images than dimensions, where a matrix root of the singular product S_a S_b loses half of its
+    digits. `ValueError` for unequal D or fewer than two rows.
     """
     a, b, mean_difference = _centre(a, b)
     left, right = _triangle(a)[0], _triangle(b)[0]
@@ -45,7 +47,8 @@ def frechet_distance(a, b) -> float:
 def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b) -> float:
     """Return the Frechet distance of two Gaussians from means [D] and covariances [D, D], from eigenvalues.
 
-    S = L L^T with L from the eigenvectors (negative eigenvalues are rounding, and set to 0); tr (S_a S_b)^(1/2) = ||L_a^T L_b||_*.
+    S = L L^T with L from the eigenvectors (negative eigenvalues are rounding, and set to 0); tr (S_a S_b)^(1/2) =
+    ||L_a^T L_b||_*.
     """
     mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
     covariance_a, covariance_b = np.asarray(covariance_a, np.float64), np.asarray(covariance_b, np.float64)
@@ -60,7 +63,8 @@ def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
 def frechet_influence(a, b) -> Distance:
     """Return the Frechet distance of features a [N, D] and b [M, D] with the influence of each row.
 
-    With A B^T = P S Q^T, the derivative of ||A B^T||_* by the weight of row i is (P S P^T)_ii / 2 (Q S Q^T for B); centring is of second order.
+    With A B^T = P S Q^T, the derivative of ||A B^T||_* by the weight of row i is (P S P^T)_ii / 2 (Q S Q^T for B);
+    centring is of second order.
     """
     a, b, mean_difference = _centre(a, b)
     (left, rotate_a), (right, rotate_b) = _triangle(a), _triangle(b)
@@ -108,10 +112,12 @@ def _sum_up(mean_difference, trace_a, trace_b, nuclear_norm):
 
 
 def kernel_distance(a, b, *, subset_size=None, num_subsets=100, seed=0) -> float:
-    """Return the kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+    """Return the kernel inception distance: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al.
+    2018).
 
-    By default over all pairs, which is the mean over infinitely many subsets; with `subset_size` the mean over `num_subsets` random subsets,
-    as other packages do. It may be slightly negative: it is unbiased, at any number of images.
+    By default over all pairs, which is the mean over infinitely many subsets; with `subset_size` the mean over
+    `num_subsets` random subsets, as other packages do. It may be slightly negative: it is unbiased, at any number of
+    images.
     """
     if subset_size is None:
         return kernel_influence(a, b).value
@@ -124,10 +130,12 @@ def kernel_distance(a, b, *, subset_size=None, num_subsets=100, seed=0) -> float
 
 
 def kernel_influence(a, b, block=2048) -> Distance:
-    """Return the kernel distance of features a [N, D] and b [M, D] with the influence of each row, in O(block x M) memory.
+    """Return the kernel distance of features a [N, D] and b [M, D] with the influence of each row, in O(block x M)
+    memory.
 
-    2 (h(x_i) - mean h), h(x) = mean k(x, a') - mean k(x, b): the projection of the U-statistic. Where the true distance is 0 the statistic is
-    degenerate and its variance is overstated by a factor of about 2: such intervals are too wide, never too narrow.
+    2 (h(x_i) - mean h), h(x) = mean k(x, a') - mean k(x, b): the projection of the U-statistic. Where the true distance
+    is 0 the statistic is degenerate and its variance is overstated by a factor of about 2: such intervals are too wide,
+    never too narrow.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -166,10 +174,11 @@ def bootstrap_interval(
 ) -> Interval:
     """Return the `level` interval of a distance from the linearised bootstrap over groups of images.
 
-    A naive bootstrap of the Frechet distance is biased upwards, since its replicates hold duplicates and so have fewer distinct images. Here the
-    weights of the images are resampled in the first-order expansion of the distance (its influences; Efron's infinitesimal jackknife), which
-    has no such bias. `groups_*` [N] name what was drawn independently, such as the micrograph of each tile: whole groups are resampled, with
-    the small-sample factor (G / (G - 1))^(1/2). Without groups, each image is one. The interval is for the distance expected at this number of images.
+    A naive bootstrap of the Frechet distance is biased upwards, since its replicates hold duplicates and so have fewer
+    distinct images. Here the weights of the images are resampled in the first-order expansion of the distance (its
+    influences; Efron's infinitesimal jackknife), which has no such bias. `groups_*` [N] name what was drawn
+    independently, such as the micrograph of each tile: whole groups are resampled, with the small-sample factor (G / (G
+    - 1))^(1/2). Without groups, each image is one. The interval is for the distance expected at this number of images.
     """
     rng = np.random.default_rng(seed)
     replicates = np.full(num_replicates, distance.value)
@@ -192,7 +201,8 @@ def difference_interval(
 ) -> Interval:
     """Return the interval of `first` - `second`, two distances to one reference set (their side b).
 
-    The reference's influence is subtracted row by row, so that what both share cancels: this decides where single intervals overlap.
+    The reference's influence is subtracted row by row, so that what both share cancels: this decides where single
+    intervals overlap.
     """
     rng = np.random.default_rng(seed)
     value = first.value - second.value
@@ -209,13 +219,17 @@ def difference_interval(
 
 
 def frechet_distance_interval(a, b, **options) -> Interval:
-    """Return the Frechet distance of features a [N, D] and b [M, D] with its `bootstrap_interval`, whose options it takes."""
+    """Return the Frechet distance of features a [N, D] and b [M, D] with its `bootstrap_interval`, whose options it
+    takes.
+    """
     interval = bootstrap_interval(frechet_influence(a, b), **options)
     return Interval(interval.value, max(interval.low, 0.0), interval.high)
 
 
 def kernel_distance_interval(a, b, **options) -> Interval:
-    """Return the kernel distance of features a [N, D] and b [M, D] with its `bootstrap_interval`, whose options it takes."""
+    """Return the kernel distance of features a [N, D] and b [M, D] with its `bootstrap_interval`, whose options it
+    takes.
+    """
     return bootstrap_interval(kernel_influence(a, b), **options)
 
 

@@ -1,4 +1,6 @@
-"""Feature extractors: grey images in [-1, 1] -> one row of features each, with an identity that says everything that decides the numbers."""
+"""Feature extractors: grey images in [-1, 1] -> one row of features each, with an identity that says everything that
+decides the numbers.
+"""
 
 import contextlib
 import importlib.metadata
@@ -20,8 +22,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Extractor:
     """A feature network with its preprocessing.
 
-    `identity` is a sentence of everything that decides the features: network, weights' digest, resizing, input side, grey to colour, dtype;
-    it is a part of the key of the feature cache. Subclasses set `name`, `identity`, `num_features` and define `_features`.
+    `identity` is a sentence of everything that decides the features: network, weights' digest, resizing, input side,
+    grey to colour, dtype; it is a part of the key of the feature cache. Subclasses set `name`, `identity`,
+    `num_features` and define `_features`.
     """
 
     name: str
@@ -43,11 +46,13 @@ class Extractor:
 
 
 class EfficientNetLite0(Extractor):
-    """EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package: 1280 features, globally averaged after the last convolution.
+    """EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package: 1280 features, globally averaged
+    after the last convolution.
 
-    Grey becomes three equal channels once, after resizing and before the package's normalisation by ImageNet's mean and standard deviation.
-    The image is resized to `input_px` (a multiple of 32) by bicubic interpolation with anti-aliasing. `fused` folds batch norm and padding
-    into the convolutions; the slow twin (`fused=False`) is the package's own network.
+    Grey becomes three equal channels once, after resizing and before the package's normalisation by ImageNet's mean and
+    standard deviation. The image is resized to `input_px` (a multiple of 32) by bicubic interpolation with
+    anti-aliasing. `fused` folds batch norm and padding into the convolutions; the slow twin (`fused=False`) is the
+    package's own network.
     """
 
     name = "efficientnet-lite0"
@@ -85,8 +90,9 @@ class EfficientNetLite0(Extractor):
 class Inception(Extractor):
     """Inception-v3 of the FID paper through clean-fid (Parmar et al. 2022): 2048 features.
 
-    `resize_mode` "clean" is clean-fid's own (PIL bicubic with anti-aliasing, not quantised, TorchScript network), "legacy_pytorch" that of
-    pytorch-fid (bilinear without anti-aliasing). Grey becomes three equal channels after resizing to 299 x 299 on the scale 0..255.
+    `resize_mode` "clean" is clean-fid's own (PIL bicubic with anti-aliasing, not quantised, TorchScript network),
+    "legacy_pytorch" that of pytorch-fid (bilinear without anti-aliasing). Grey becomes three equal channels after
+    resizing to 299 x 299 on the scale 0..255.
     """
 
     name = "inception"
@@ -118,18 +124,30 @@ class Inception(Extractor):
 
 
 def get_extractor(
-    name="efficientnet-lite0", *, resize_mode=None, weights=None, input_px=None, device="cpu", dtype=torch.float32
+    name="efficientnet-lite0",
+    *,
+    resize_mode=None,
+    weights=None,
+    input_px=None,
+    resolution=None,
+    device="cpu",
+    dtype=torch.float32,
 ) -> Extractor:
-    """Return the extractor `name`: "efficientnet-lite0" (offline, `input_px`) or "inception" (`resize_mode` "clean" or "legacy_pytorch").
+    """Return the extractor `name`: "efficientnet-lite0" (offline, `input_px`) or "inception" (`resize_mode` "clean" or
+    "legacy_pytorch").
 
-    `weights` is a local file in place of the published one. `ValueError` for an unknown name or an option that the extractor has not.
+    EfficientNet reads images of `resolution` up to 128 pixels at 128, three times as fast, and larger or unknown ones
+    at its own 224; `input_px` says otherwise. `weights` is a local file in place of the published one. `ValueError` for
+    an unknown name or an option that the extractor has not.
     """
     if name == "efficientnet-lite0":
         if resize_mode is not None:
             raise ValueError(
                 "efficientnet-lite0 has one resizing; resize_mode belongs to inception, its own option is input_px"
             )
-        return EfficientNetLite0(input_px or 224, device, dtype, weights)
+        if input_px is None:
+            input_px = 128 if resolution is not None and resolution <= 128 else 224
+        return EfficientNetLite0(input_px, device, dtype, weights)
     if name == "inception":
         if input_px is not None:
             raise ValueError("inception reads 299 x 299 pixels; input_px belongs to efficientnet-lite0")
@@ -138,14 +156,18 @@ def get_extractor(
 
 
 def resize(images, side):
-    """Resize images [B, C, H, W] to [B, C, side, side] by bicubic interpolation with anti-aliasing, clipped to [-1, 1] against overshoot."""
+    """Resize images [B, C, H, W] to [B, C, side, side] by bicubic interpolation with anti-aliasing, clipped to [-1, 1]
+    against overshoot.
+    """
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
 def resize_clean(images):
-    """Resize grey images [B, 1, H, W] on the scale 0..255 to [B, 1, 299, 299] as clean-fid does: PIL, bicubic, float, clipped."""
+    """Resize grey images [B, 1, H, W] on the scale 0..255 to [B, 1, 299, 299] as clean-fid does: PIL, bicubic, float,
+    clipped.
+    """
     resized = [Image.fromarray(image[0]).resize((299, 299), Image.BICUBIC) for image in images.float().cpu().numpy()]
     return torch.from_numpy(np.stack([np.asarray(image) for image in resized])[:, None].clip(0, 255))
 
@@ -196,7 +218,9 @@ def ignore_torchscript_deprecation():
 
 
 def fuse_efficientnet(network) -> None:
-    """Fold batch norm and symmetric padding into the convolutions of an EfficientNet-Lite in place: the same function, about twice as fast."""
+    """Fold batch norm and symmetric padding into the convolutions of an EfficientNet-Lite in place: the same function,
+    about twice as fast.
+    """
     network._conv_stem = _fuse(network._conv_stem, network._bn0)
     network._conv_head = _fuse(network._conv_head, network._bn1)
     network._bn0 = network._bn1 = nn.Identity()

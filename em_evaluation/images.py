@@ -15,8 +15,9 @@ from em_evaluation.statistics import iterate_batches
 class ModelImages:
     """A model's generated images with what its run says about itself.
 
-    images: a tensor [N, 1, H, W] in [-1, 1] or anything with `len()` and `.batch(start, stop)`, such as `em_data.read_image_folder`'s.
-    curves: stage -> lines of its stats.jsonl. info: anything else for the report, JSON values.
+    images: a tensor [N, 1, H, W] in [-1, 1] or anything with `len()` and `.batch(start, stop)`, such as
+    `em_data.read_image_folder`'s. curves: stage -> lines of its stats.jsonl. info: anything else for the report, JSON
+    values.
     """
 
     name: str
@@ -32,7 +33,9 @@ class ModelImages:
 
 @dataclass
 class ImageSet:
-    """uint8 images [N, 1, H, W] of one origin; `groups` [N] names what was drawn independently (the micrograph), None for each image."""
+    """uint8 images [N, 1, H, W] of one origin; `groups` [N] names what was drawn independently (the micrograph), None
+    for each image.
+    """
 
     levels: np.ndarray
     groups: np.ndarray | None = None
@@ -54,7 +57,9 @@ def count_images(images) -> int:
 
 
 def read_images(images, count, seed=0, batch_size=256) -> ImageSet:
-    """Take `count` images of a set on the 8-bit road: drawn views where it is tiles, the first ones where it is generated."""
+    """Take `count` images of a set on the 8-bit road: drawn views where it is tiles, the first ones where it is
+    generated.
+    """
     groups = None
     if hasattr(images, "num_views"):
         tile_of_view, _ = images.locate(np.arange(images.num_views))
@@ -75,7 +80,9 @@ def transform_images(images: ImageSet, function: Callable, batch_size=64) -> Ima
 
 
 def select_views(tile_of_view, count, seed) -> np.ndarray:
-    """Draw `count` views without repetition, given the tile of each [V]: every tile once, in a random symmetry, before any tile a second time."""
+    """Draw `count` views without repetition, given the tile of each [V]: every tile once, in a random symmetry, before
+    any tile a second time.
+    """
     tile_of_view = np.asarray(tile_of_view)
     shuffled = np.random.default_rng([seed, len(tile_of_view)]).permutation(len(tile_of_view))
     by_tile = shuffled[np.argsort(tile_of_view[shuffled], kind="stable")]

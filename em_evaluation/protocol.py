@@ -34,18 +34,21 @@ def evaluate_models(
     use_cache=True,
     batch_size=32,
     num_pictures=16,
+    reproduce=(),
     log=print,
 ):
     """Judge generated images of several models by one protocol; return (report, pictures) for `write_report`.
 
-    models: list of ModelImages. data_summary: `Data.summary`. reference, train: the held-out and the training `Tiles`, whose views (all symmetries
-    of training) are drawn each tile once before any twice. floors: which of "real", "reconstruction", "surrogates", "noise" to measure beside
-    the models. reconstruct: name -> function, images [B, 1, H, W] in [-1, 1] to the autoencoder's images of them. untrained: name -> images of an
-    untrained network, one more floor each. Every set has the same number of images: `num_images`, or fewer for all where one set has
-    fewer, which the report says. `ValueError` for fewer than two images or sets of different size in pixels.
+    models: list of ModelImages. data_summary: `Data.summary`. reference, train: the held-out and the training `Tiles`,
+    whose views (all symmetries of training) are drawn each tile once before any twice. floors: which of "real",
+    "reconstruction", "surrogates", "noise" to measure beside the models. reconstruct: name -> function, images [B, 1,
+    H, W] in [-1, 1] to the autoencoder's images of them. untrained: name -> images of an untrained network, one more
+    floor each. Every set has the same number of images: `num_images`, or fewer for all where one set has fewer, which
+    the report says. `ValueError` for fewer than two images or sets of different size in pixels.
     """
     start = time.perf_counter()
     untrained, reconstruct = untrained or {}, reconstruct or {}
+    refuse_names([model.name for model in models])
     unknown = set(floors) - set(FLOORS)
     if unknown:
         raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
@@ -98,7 +101,7 @@ def evaluate_models(
         "format": 1,
         "title": "Synthetic electron micrographs: which generator is closer to the real ones",
         "dataset": to_json({key: value for key, value in data_summary.items() if key != "source"}),  # no paths
-        "protocol": describe_protocol(extractor, num_images, seed, reference, sets, notes),
+        "protocol": describe_protocol(extractor, num_images, seed, reference, sets, data_summary.get("split"), notes),
         "models": [
             {
                 **describe_model(model, num_images),
@@ -121,6 +124,7 @@ def evaluate_models(
         ),
         "study": STUDY,
         "environment": describe_environment(),
+        "reproduce": list(reproduce),
     }
     report["conclusion"] = conclude(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
@@ -156,7 +160,8 @@ def make_floors(train: ImageSet, floors, reconstruct, seed, info):
             sets[key] = transform_images(train, function)
             info[key] = {
                 "name": f"reconstructions by the {name}",
-                "description": "training tiles through the autoencoder and back: what a diffusion model on its latents cannot undercut by much",
+                "description": "training tiles through the autoencoder and back: "
+                "what a diffusion model on its latents cannot undercut by much",
             }
     if "surrogates" in floors:
         surrogates = phase_randomised_surrogates(train.batch(0, len(train)), seed)
@@ -178,7 +183,15 @@ def make_floors(train: ImageSet, floors, reconstruct, seed, info):
     return sets
 
 
+def refuse_names(names):
+    """Refuse two models of one name, and names that floors have."""
+    reserved = [name for name in names if name in FLOORS or name in ("held_out", "train") or names.count(name) > 1]
+    if reserved:
+        raise ValueError(f"models need names of their own, not {', '.join(sorted(set(reserved)))}")
+
+
 def refuse_sizes(sets):
+    """Refuse sets whose images differ in pixels."""
     sizes = {name: images.resolution for name, images in sets.items()}
     expected = sizes["the micrographs"]
     wrong = [f"{name} ({h} x {w})" for name, (h, w) in sizes.items() if (h, w) != expected]
@@ -189,7 +202,11 @@ def refuse_sizes(sets):
         )
 
 
-def describe_protocol(extractor, num_images, seed, reference, sets, notes):
+def describe_protocol(extractor, num_images, seed, reference, sets, split, notes):
+    """Return what two reports must have in common to be compared, and what a reader must know of the measurement."""
+    trained_on = "no view of them was trained on"
+    if split == "leaky":
+        trained_on = "other views of the same micrographs were trained on (leaky split), so that all distances flatter"
     micrographs = sets["held_out"].groups
     num_tiles = min(num_images, getattr(reference, "num_tiles", num_images))
     origin = f", {len(np.unique(micrographs))} micrographs" if micrographs is not None else ""
@@ -199,15 +216,17 @@ def describe_protocol(extractor, num_images, seed, reference, sets, notes):
         "num_images": num_images,
         "resolution": sets["held_out"].resolution[0],
         "grey_levels": "8 bit, generated and real alike",
-        "reference": f"{num_images:,} views of {num_tiles:,} held-out tiles{origin}; no view of them was trained on",
+        "reference": f"{num_images:,} views of {num_tiles:,} held-out tiles{origin}; {trained_on}",
         "reference_num_tiles": num_tiles,
         "reference_num_micrographs": len(np.unique(micrographs)) if micrographs is not None else None,
         "train_reference": f"{num_images:,} views of training tiles, as the study has it",
         "distances": {
-            "frechet_distance": "Frechet distance of Gaussians fitted to the features; biased upwards at a finite number of images, equally for every row",
+            "frechet_distance": "Frechet distance of Gaussians fitted to the features, biased upwards at a finite number of "
+            "images: comparable only at this number",
             "kernel_distance": "unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3",
         },
-        "intervals": "95 %, linearised bootstrap over generated images and over micrographs; they do not hold the scatter between training runs",
+        "intervals": "95 %, linearised bootstrap over generated images and over micrographs; "
+        "they do not hold the scatter between training runs",
         "seed": seed,
         "notes": notes,
     }
@@ -265,11 +284,7 @@ def to_json(value):
     """Return `value` in plain JSON types: numpy and torch scalars become numbers, NaN and infinity None."""
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
-    if (
-        isinstance(value, list | tuple | set | np.ndarray | torch.Tensor)
-        and np.ndim(value) != 0
-        or isinstance(value, set)
-    ):
+    if isinstance(value, list | tuple | set) or np.ndim(value) > 0:
         return [to_json(item) for item in value]
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):
         value = value.item()

@@ -20,8 +20,8 @@ GAP_PX = 1  # between the tiles of a grid
 def write_report(report, pictures, out_dir) -> Path:
     """Write `report.json` and `report.html` into `out_dir` and return the page's path.
 
-    report, pictures: what `evaluate_models` returns. The JSON is strict (no NaN); the page is rendered from it, refers to nothing outside itself,
-    and reads on a phone, on paper, in light and dark. Both are written atomically.
+    report, pictures: what `evaluate_models` returns. The JSON is strict (no NaN); the page is rendered from it, refers
+    to nothing outside itself, and reads on a phone, on paper, in light and dark. Both are written atomically.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,9 @@ def make_figure(picture, pixel_size_nm, num_columns=4) -> dict:
 
 
 def make_scale_bar(pixel_size_nm, tile_px, grid_px):
-    """Return the label of a round length near half a tile and its width in percent of the grid; None for an unknown pixel size."""
+    """Return the label of a round length near half a tile and its width in percent of the grid; None for an unknown
+    pixel size.
+    """
     if not pixel_size_nm:
         return None
     longest = pixel_size_nm * tile_px * 0.75

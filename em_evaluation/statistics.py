@@ -13,9 +13,11 @@ from em_data.cache import find_cache_dir
 
 
 class FeatureStatistics:
-    """Mean and covariance of features in float64, gathered batch by batch and merged exactly (Chan, Golub & LeVeque 1983).
+    """Mean and covariance of features in float64, gathered batch by batch and merged exactly (Chan, Golub & LeVeque
+    1983).
 
-    `update` takes [B, D]; `merge` adds another's, such as another process's; the result depends on batches and order by rounding only.
+    `update` takes [B, D]; `merge` adds another's, such as another process's; the result depends on batches and order by
+    rounding only.
     """
 
     def __init__(self, num_features: int):
@@ -62,7 +64,9 @@ class FeatureStatistics:
 
 
 def iterate_batches(images, batch_size):
-    """Yield float32 batches [B, 1, H, W] in [-1, 1] of a tensor, an array, or anything with `len()` and `.batch(start, stop)`."""
+    """Yield float32 batches [B, 1, H, W] in [-1, 1] of a tensor, an array, or anything with `len()` and `.batch(start,
+    stop)`.
+    """
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
         batch = images.batch(start, stop) if hasattr(images, "batch") else torch.as_tensor(images[start:stop])
@@ -86,9 +90,10 @@ def content_digest(images, batch_size=256) -> str:
 def compute_features(images, extractor, *, batch_size=32, cache_dir=None, use_cache=True, progress=None) -> np.ndarray:
     """Return float32 features [N, D] of images, from the cache where the same images went through the same extractor.
 
-    images: a tensor [N, 1, H, W] in [-1, 1], or anything with `len()` and `.batch(start, stop)`. The cache file's name is the SHA-256 of the
-    images' content and the extractor's identity, so that two sets never share one, whatever they are called; it is written atomically into
-    `cache_dir`/features, by default in the user's cache. `progress` is called with the number of images done. `ValueError` for an empty set.
+    images: a tensor [N, 1, H, W] in [-1, 1], or anything with `len()` and `.batch(start, stop)`. The cache file's name
+    is the SHA-256 of the images' content and the extractor's identity, so that two sets never share one, whatever they
+    are called; it is written atomically into `cache_dir`/features, by default in the user's cache. `progress` is called
+    with the number of images done. `ValueError` for an empty set.
     """
     if len(images) == 0:
         raise ValueError("there are no images to compute features of")

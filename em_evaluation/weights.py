@@ -61,9 +61,9 @@ def find_weights(source: WeightsFile, given=None, cache_dir=None, log=print) -> 
 def download(source: WeightsFile, path, timeout: float = 30.0) -> None:
     """Download `source.url` to `path`: an interrupted download goes on where it stopped, and `path` only appears whole.
 
-    The bytes gather in `path` + `.part` under a lock, so that two processes do not write one file; they are resumed only
-    where the server still serves the same entity (`If-Range` on its ETag), checked against the length that the server
-    states and against `source.sha256` (all or its first digits), and renamed at the end.
+    The bytes gather in `path` + `.part` under a lock, so that two processes do not write one file; they are resumed
+    only where the server still serves the same entity (`If-Range` on its ETag), checked against the length that the
+    server states and against `source.sha256` (all or its first digits), and renamed at the end.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,8 @@ def download(source: WeightsFile, path, timeout: float = 30.0) -> None:
         if source.sha256 is not None and not digest.startswith(source.sha256):
             part.unlink()
             raise ValueError(
-                f"{source.url} has SHA-256 {digest}, expected {source.sha256}: the download was damaged or replaced; try again or pass --weights"
+                f"{source.url} has SHA-256 {digest}, expected {source.sha256}: the download was damaged or replaced; "
+                "try again, or pass the right file with --weights"
             )
         os.replace(part, path)
         etag_file.unlink(missing_ok=True)
