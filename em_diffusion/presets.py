@@ -77,8 +77,8 @@ def demo() -> LDMConfig:
     """The embedded micrographs at 64 x 64 with an f4 autoencoder and 16 x 16 x 4 latents: the whole road in minutes.
 
     Hardware: 2 CPU cores. Time: about 3 minutes for the autoencoder and 5 for the denoiser in float32 on cores with AVX-512
-    (an estimate from steps timed on a busy machine); less where the cores have AMX and compute in bfloat16. Score to
-    expect: not measured here; `make demo` prints it.
+    (an estimate from steps timed on a busy machine); less where the cores have AMX and compute in bfloat16.
+    Score to expect: not measured here; `make demo` prints it.
     """
     return LDMConfig(
         data="synthetic",
