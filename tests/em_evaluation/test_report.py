@@ -1,0 +1,248 @@
+"""The protocol on tiny sets with a tiny extractor, and the page that shows it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from em_evaluation import ModelImages, evaluate_models, write_report
+from em_evaluation.conclusion import format_number
+from em_evaluation.features import Extractor
+from em_evaluation.images import select_views
+from em_evaluation.protocol import to_json
+from em_evaluation.report import format_duration, make_scale_bar
+
+
+class Pooled(Extractor):
+    """Block means and block deviations: texture and brightness, in 32 features."""
+
+    name, identity, num_features = "pooled", "pooled, 32 features", 32
+
+    def _features(self, images):
+        blocks = torch.nn.functional.unfold(images, 4, stride=4)  # [B, 16, 16]
+        return torch.cat([blocks.mean(1), blocks.std(1)], 1)
+
+
+class FakeTiles:
+    """Tiles with two symmetries (as they are, mirrored) of several micrographs."""
+
+    def __init__(self, seed, num_tiles, num_micrographs=6):
+        generator = torch.Generator().manual_seed(seed)
+        self.tiles = blobs(num_tiles, generator)
+        self.num_tiles, self.num_views = num_tiles, 2 * num_tiles
+        self.rows = Rows([f"m{i % num_micrographs}" for i in range(num_tiles)])
+
+    def locate(self, view_ids):
+        return np.divmod(view_ids, 2)
+
+    def batch(self, view_ids):
+        tiles, symmetries = self.locate(np.asarray(view_ids))
+        images = self.tiles[tiles]
+        return torch.where(torch.as_tensor(symmetries).view(-1, 1, 1, 1) == 1, images.flip(-1), images)
+
+
+class Rows(dict):
+    def __init__(self, micrographs):
+        super().__init__(micrograph=micrographs)
+        self.column_names = ["micrograph"]
+
+
+def blobs(count, generator, contrast=1.2):
+    centre = torch.rand(count, 2, 1, 1, 1, generator=generator) * 10 + 3
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    distance = (x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2
+    return 0.4 - contrast * torch.exp(-distance / 6) + 0.05 * torch.randn(count, 1, 16, 16, generator=generator)
+
+
+SUMMARY = {
+    "name": "blobs", "source": "/home/somebody/blobs", "num_micrographs": 12, "num_tiles": 160, "split": "micrograph",
+    "split_hash": "0123456789abcdef", "resolution": 16, "pixel_size_nm": 1.5, "held_out": ["m0"], "ignored": [],
+}  # fmt: skip
+
+
+def evaluate(num_images=80, models=None, seed=0, **options):
+    generator = torch.Generator().manual_seed(5)
+    if models is None:
+        curves = {"denoiser": [{"num_images_seen": 100 * i, "loss": 1 / i, "odd": None} for i in range(1, 300)]}
+        models = [
+            ModelImages("LDM", "ldm", blobs(80, generator, 1.15), 120.0, 5000, 2.0, None, curves),
+            ModelImages("StyleGAN2", "stylegan2", blobs(90, generator, 0.8), 100.0, 4000, None, 400.0),
+        ]
+    return evaluate_models(
+        models, SUMMARY, FakeTiles(1, 80), FakeTiles(2, 80), extractor=Pooled(), num_images=num_images, seed=seed,
+        use_cache=False, log=lambda text: None, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    return evaluate(
+        reconstruct={"autoencoder of LDM": lambda images: images * 0.93},
+        untrained={"StyleGAN2": torch.zeros(80, 1, 16, 16)},
+        reproduce=["make demo"],
+    )
+
+
+def distance(row):
+    return row["metrics"]["frechet_distance"]["value"]
+
+
+def test_the_measure_orders_what_it_must(evaluated):
+    report, _ = evaluated
+    floors, (ldm, gan) = report["floors"], report["models"]
+    assert list(floors) == ["real", "reconstruction", "surrogates", "noise", "untrained_stylegan2"]
+    order = [floors["real"], floors["reconstruction"], ldm, gan, floors["surrogates"], floors["untrained_stylegan2"]]
+    assert [distance(row) for row in order] == sorted(distance(row) for row in order)
+    for row in (*report["models"], *floors.values()):
+        assert row["num_images"] == 80
+        for metric in row["metrics"].values():
+            assert metric["low"] <= metric["value"] <= metric["high"]
+
+
+def test_the_report_has_the_promised_keys_and_no_path(evaluated):
+    report, _ = evaluated
+    assert report["dataset"]["split_hash"] == SUMMARY["split_hash"]
+    assert "somebody" not in json.dumps(report)
+    first = report["models"][0]
+    assert {"name", "family", "train_seconds", "num_images_seen", "metrics", "metrics_against_train"} <= set(first)
+    assert first["sample_images_per_second"] == 40  # 80 images in 2 s
+    assert first["sample_seconds_50000"] == 1250
+    assert len(first["curves"]["denoiser"]) == 200
+    assert first["curves"]["denoiser"][-1]["num_images_seen"] == 29_900
+    assert report["protocol"]["reference_num_micrographs"] == 6
+    assert report["study"]["comparable"] is False
+
+
+def test_the_conclusion_says_what_the_numbers_say(evaluated):
+    report, _ = evaluated
+    text = " ".join(report["conclusion"])
+    assert text.startswith("LDM is closer to the held-out micrographs than StyleGAN2")
+    assert "LDM beats the phase-randomised surrogates" in text
+    share = distance(report["floors"]["reconstruction"]) / distance(report["models"][0])
+    assert f"{100 * share:.0f} % of LDM's distance, {'above' if share > 0.5 else 'below'} half of it" in text
+
+
+def test_equal_models_cannot_be_told_apart_and_order_does_not_matter():
+    images = [blobs(80, torch.Generator().manual_seed(seed)) for seed in (7, 8)]
+    models = [ModelImages(name, "x", batch) for name, batch in zip("AB", images)]
+    one, _ = evaluate(models=models, floors=())
+    other, _ = evaluate(models=models[::-1], floors=())
+    assert one["conclusion"][0].startswith("A and B cannot be told apart")
+    assert distance(one["models"][0]) == pytest.approx(distance(other["models"][1]), rel=1e-12)
+    turned = [ModelImages("A", "x", images[0].flip(0)), models[1]]
+    assert distance(evaluate(models=turned, floors=())[0]["models"][0]) == pytest.approx(distance(one["models"][0]))
+
+
+def test_texture_without_structure_does_not_beat_the_surrogates():
+    generator = torch.Generator().manual_seed(0)
+    noise = ModelImages("Noise", "x", torch.rand(80, 1, 16, 16, generator=generator) * 2 - 1)
+    report, _ = evaluate(models=[noise])
+    assert any("Noise does not reach the phase-randomised surrogates" in text for text in report["conclusion"])
+
+
+def test_fewer_images_lower_the_number_for_all_and_it_is_said():
+    few = ModelImages("LDM", "ldm", blobs(30, torch.Generator().manual_seed(0)))
+    report, _ = evaluate(num_images=70, models=[few])
+    assert report["protocol"]["num_images"] == 30
+    assert {row["num_images"] for row in (*report["models"], *report["floors"].values())} == {30}
+    assert "there are only 30 images of LDM" in report["protocol"]["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("names", "images", "options", "message"),
+    [
+        (["A"], torch.zeros(80, 1, 8, 8), {}, r"16 x 16 pixels, but not A \(8 x 8\)"),
+        (["A"], torch.zeros(1, 1, 16, 16), {}, "there are 1 images of A"),
+        (["A", "A"], torch.zeros(80, 1, 16, 16), {}, "names of their own, not A"),
+        (["noise"], torch.zeros(80, 1, 16, 16), {}, "names of their own, not noise"),
+        (["A"], torch.zeros(80, 1, 16, 16), {"floors": ("ceiling",)}, "unknown floors ceiling"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(names, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(models=[ModelImages(name, "x", images) for name in names], **options)
+
+
+def test_views_are_drawn_every_tile_once_before_any_twice():
+    tile_of_view = np.repeat([4, 7, 9, 11], [3, 1, 2, 6])
+    for count in range(1, 13):
+        views = select_views(tile_of_view, count, seed=3)
+        assert len(set(views.tolist())) == count
+        times = np.unique(tile_of_view[views], return_counts=True)[1]
+        assert len(times) == min(count, 4)
+        assert times.max() == next(n for n in range(1, 7) if np.minimum([3, 1, 2, 6], n).sum() >= count)
+    assert (select_views(tile_of_view, 6, 1) != select_views(tile_of_view, 6, 2)).any()
+
+
+# ---------------------------------------------------------------- page
+
+
+@pytest.fixture(scope="module")
+def written(evaluated, tmp_path_factory):
+    page = write_report(*evaluated, tmp_path_factory.mktemp("report"))
+    return page.read_text(), json.loads((page.parent / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_page_holds_every_number_of_the_json(written):
+    html, report = written
+    rows = [*report["models"], *report["floors"].values()]
+    metrics = [metric for row in rows for metric in row["metrics"].values()]
+    metrics += [metric for model in report["models"] for metric in model["metrics_against_train"].values()]
+    metrics += [comparison["frechet_distance_difference"] for comparison in report["comparisons"]]
+    for metric in metrics:
+        low, high = format_number(metric["low"]), format_number(metric["high"])
+        assert f'{format_number(metric["value"])} <span class="range">[{low}, {high}]</span>' in html
+    for model in report["models"]:
+        for text in (format_duration(model["train_seconds"]), format_duration(model["sample_seconds_50000"])):
+            assert f"<td>{text}" in html
+        assert f"{model['num_images_seen']:,} images seen" in html
+    for model in report["study"]["models"]:
+        assert f"<td>{model['frechet_distance']} " in html
+    assert all(sentence.replace("'", "&#39;") in html for sentence in report["conclusion"])
+    assert "make demo" in html
+
+
+def test_the_page_refers_to_nothing_outside_itself(written):
+    html, _ = written
+    targets = re.findall(r"""(?:src|href|action|data|poster)=["']([^"']*)""", html) + re.findall(
+        r"url\(([^)]*)\)", html
+    )
+    assert targets
+    assert all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
+    assert not re.search(r"<(script|link|iframe|object|embed)|@import|https?://", html)
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert {target[1:] for target in targets if target.startswith("#")} <= set(ids)
+
+
+def test_names_cannot_inject_markup(evaluated, tmp_path):
+    report = json.loads(json.dumps(evaluated[0]))
+    report["models"][0]["name"] = "<script>alert(1)</script>"
+    assert "<script>" not in write_report(report, [], tmp_path).read_text()
+
+
+def test_a_report_with_nan_is_not_written(evaluated, tmp_path):
+    report = {**evaluated[0], "evaluation_seconds": float("nan")}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_report(report, [], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_durations_and_scale_bars_are_formatted_for_people():
+    assert [format_number(x) for x in (123.456, -0.012344, 9999.6, 1.0, 2e-6, 0, None)] == [
+        "123.5", "−0.01234", "10,000", "1.000", "2.000e−06", "0.000", "–",
+    ]  # fmt: skip
+    assert [format_duration(x) for x in (42.04, 480, 21_600, 108_000, 300_000, None)] == [
+        "42 s", "8 min", "6 h", "30 h", "3.47 days", "–",
+    ]  # fmt: skip
+    bar = make_scale_bar(1.5, 64, 259)
+    assert bar["label"] == "50 nm"
+    assert bar["percent"] == pytest.approx(100 * 50 / 1.5 / 259, abs=1e-3)
+    assert make_scale_bar(None, 64, 259) is None
+
+
+def test_json_values_become_plain():
+    value = {"a": np.float32(1.5), "b": torch.tensor([1, 2]), "c": float("nan"), "d": (np.int64(3), {"e": None})}
+    assert to_json(value) == {"a": 1.5, "b": [1, 2], "c": None, "d": [3, {"e": None}]}
