@@ -53,16 +53,11 @@ def evaluate_models(
     if unknown:
         raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
     num_images, notes = agree_on_number(num_images, models, reference, train, untrained)
-    sets = {
-        "held_out": read_images(reference, num_images, seed),
-        "train": read_images(train, num_images, seed + 1),
-    }
-    floor_info, generated = {}, {}
-    for model in models:
-        generated[model.name] = read_images(model.images, num_images)
-    floor_sets = make_floors(sets["train"], floors, reconstruct, seed, floor_info)
+    sets = {"held_out": read_images(reference, num_images, seed), "train": read_images(train, num_images, seed + 1)}
+    generated = {model.name: read_images(model.images, num_images) for model in models}
+    floor_sets, floor_info = make_floors(sets["train"], floors, reconstruct, seed)
     for name, images in untrained.items():
-        key = "untrained_" + name.lower().replace(" ", "_")
+        key = "untrained_" + to_key(name)
         floor_sets[key] = read_images(images, num_images)
         floor_info[key] = {"name": f"untrained {name}", "description": f"images of {name} before training"}
     refuse_sizes({"the micrographs": sets["held_out"], **generated, **floor_sets})
@@ -73,27 +68,21 @@ def evaluate_models(
         log(f"features of {name}: {len(images):,} images in {time.perf_counter() - began:.1f} s")
         return features
 
-    references = {
-        key: (features_of(name, sets[key]), sets[key].groups)
-        for key, name in (("held_out", "held-out tiles"), ("train", "training tiles"))
-    }
-    measured = {}  # name -> {reference: {distance: Distance}}
-    for key, images in {**generated, **floor_sets}.items():
-        features = (
-            references["train"][0] if key == "real" else features_of(floor_info.get(key, {}).get("name", key), images)
-        )
+    features = {"held_out": features_of("held-out tiles", sets["held_out"])}
+    features["train"] = features_of("training tiles", sets["train"])
+    measured, judged = {}, {**generated, **floor_sets}  # measured: key -> {reference: {distance: Distance}}
+    for key, images in judged.items():
+        name = floor_info[key]["name"] if key in floor_info else key
+        own = features["train"] if key == "real" else features_of(name, images)
         sides = ("held_out", "train") if key in generated else ("held_out",)
         measured[key] = {
-            side: {name: measure(features, references[side][0]) for name, measure in DISTANCES.items()}
-            for side in sides
+            side: {name: measure(own, features[side]) for name, measure in DISTANCES.items()} for side in sides
         }
-    origin = {key: images.groups for key, images in {**generated, **floor_sets}.items()}
 
     def metrics(key, side):
+        groups = {"groups_a": judged[key].groups, "groups_b": sets[side].groups}
         return {
-            name: interval_to_json(
-                bootstrap_interval(distance, groups_a=origin[key], groups_b=references[side][1], seed=seed), name
-            )
+            name: interval_to_json(bootstrap_interval(distance, **groups, seed=seed), name)
             for name, distance in measured[key][side].items()
         }
 
@@ -115,11 +104,11 @@ def evaluate_models(
             for key in floor_sets
         },
         "comparisons": compare_models(
-            [model.name for model in models],
+            list(generated),
             list(floor_sets),
             {key: value["held_out"]["frechet_distance"] for key, value in measured.items()},
-            origin,
-            references["held_out"][1],
+            {key: images.groups for key, images in judged.items()},
+            sets["held_out"].groups,
             seed,
         ),
         "study": STUDY,
@@ -128,7 +117,7 @@ def evaluate_models(
     }
     report["conclusion"] = conclude(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-    return report, choose_pictures(models, sets, generated, floor_sets, floor_info, num_pictures)
+    return report, choose_pictures(sets, generated, floor_sets, floor_info, num_pictures)
 
 
 def agree_on_number(num_images, models, reference, train, untrained):
@@ -145,9 +134,9 @@ def agree_on_number(num_images, models, reference, train, untrained):
     return counts[scarcest], [note]
 
 
-def make_floors(train: ImageSet, floors, reconstruct, seed, info):
-    """Make the floors' images from training tiles; `info` gets a name and a description of each."""
-    sets = {}
+def make_floors(train: ImageSet, floors, reconstruct, seed):
+    """Make the floors' images from training tiles; return them and a name and a description of each, by key."""
+    sets, info = {}, {}
     if "real" in floors:
         sets["real"] = train
         info["real"] = {
@@ -156,7 +145,7 @@ def make_floors(train: ImageSet, floors, reconstruct, seed, info):
         }
     if "reconstruction" in floors:
         for name, function in reconstruct.items():
-            key = "reconstruction" if len(reconstruct) == 1 else "reconstruction_" + name.lower().replace(" ", "_")
+            key = "reconstruction" if len(reconstruct) == 1 else "reconstruction_" + to_key(name)
             sets[key] = transform_images(train, function)
             info[key] = {
                 "name": f"reconstructions by the {name}",
@@ -180,7 +169,11 @@ def make_floors(train: ImageSet, floors, reconstruct, seed, info):
             "name": "white noise",
             "description": "Gaussian noise with the mean and variance of the training tiles",
         }
-    return sets
+    return sets, info
+
+
+def to_key(name):
+    return name.lower().replace(" ", "_")
 
 
 def refuse_names(names):
@@ -250,14 +243,14 @@ def describe_model(model, num_images):
     }
 
 
-def choose_pictures(models, sets, generated, floor_sets, floor_info, num_pictures):
+def choose_pictures(sets, generated, floor_sets, floor_info, num_pictures):
     """Return the report's grids: the first images of each set, as they were drawn, not selected."""
 
     def picture(key, title, caption, images):
         return {"key": key, "title": title, "caption": caption, "levels": images.levels[:num_pictures, 0]}
 
     pictures = [picture("held_out", "Real", "held-out tiles, never trained on", sets["held_out"])]
-    pictures += [picture(model.name, model.name, "generated", generated[model.name]) for model in models]
+    pictures += [picture(name, name, "generated", images) for name, images in generated.items()]
     pictures.append(picture("train", "Real, trained on", "training tiles", sets["train"]))
     for key, images in floor_sets.items():
         if key != "real":

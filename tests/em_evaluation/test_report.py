@@ -67,7 +67,7 @@ def evaluate(num_images=80, models=None, seed=0, **options):
     if models is None:
         curves = {"denoiser": [{"num_images_seen": 100 * i, "loss": 1 / i, "odd": None} for i in range(1, 300)]}
         models = [
-            ModelImages("LDM", "ldm", blobs(80, generator, 1.15), 120.0, 5000, 2.0, None, curves),
+            ModelImages("LDM", "ldm", blobs(80, generator, 0.95), 120.0, 5000, 2.0, None, curves),
             ModelImages("StyleGAN2", "stylegan2", blobs(90, generator, 0.8), 100.0, 4000, None, 400.0),
         ]
     return evaluate_models(
@@ -79,7 +79,7 @@ def evaluate(num_images=80, models=None, seed=0, **options):
 @pytest.fixture(scope="module")
 def evaluated():
     return evaluate(
-        reconstruct={"autoencoder of LDM": lambda images: images * 0.93},
+        reconstruct={"autoencoder of LDM": lambda images: images + 0.02},
         untrained={"StyleGAN2": torch.zeros(80, 1, 16, 16)},
         reproduce=["make demo"],
     )
