@@ -14,10 +14,9 @@ from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_training import (
-    changed_fields,
     create_accelerator,
     list_checkpoints,
-    load_config,
+    refuse_other_run,
     save_config,
     seed_for,
     write_text_atomically,
@@ -147,20 +146,13 @@ def check_same_run(config, out):
     What decides no weight may change: the folder's own name, the cache, and intervals. A stage may be
     made longer as long as no later stage has begun.
     """
-    if not (out / "config.json").exists():
-        return
-    old = load_config(LDMConfig, out / "config.json")
-    refused = {
-        name: values
-        for name, values in changed_fields(old, config).items()
-        if not (name in ("out", "tiles.cache_dir") or name.endswith("_every") or _is_longer(name, *values, out))
-    }
-    if refused:
-        changes = "; ".join(f"{name} was {before!r}, is now {after!r}" for name, (before, after) in refused.items())
-        raise ValueError(
-            f"{out} holds a run of another configuration: {changes}. Choose another folder with --out, remove this one, "
-            "or start again with the old values to go on."
-        )
+    refuse_other_run(
+        out,
+        config,
+        lambda name, old, new: (
+            name in ("out", "tiles.cache_dir") or name.endswith("_every") or _is_longer(name, old, new, out)
+        ),
+    )
 
 
 def _is_longer(name, before, after, out) -> bool:

@@ -8,7 +8,7 @@ from em_data import load_data
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
-from em_training import changed_fields, create_accelerator, load_config, save_config, write_text_atomically
+from em_training import create_accelerator, refuse_other_run, save_config, write_text_atomically
 
 
 def train_gan(config: StyleGANConfig) -> Path:
@@ -53,22 +53,12 @@ def train_gan(config: StyleGANConfig) -> Path:
 
 def check_same_run(config, out):
     """Refuse to mix two configurations in one folder; the folder's own name, the cache, intervals and a longer run may differ."""
-    if not (out / "config.json").exists():
-        return
-    old = load_config(StyleGANConfig, out / "config.json")
-    longer = config.training.num_images > old.training.num_images
-    refused = {
-        name: values
-        for name, values in changed_fields(old, config).items()
-        if not (
-            name in ("out", "save_untrained", "tiles.cache_dir")
-            or name in ("training.log_every", "training.sample_every", "training.checkpoint_every")
-            or (name == "training.num_images" and longer)
-        )
-    }
-    if refused:
-        changes = "; ".join(f"{name} was {before!r}, is now {after!r}" for name, (before, after) in refused.items())
-        raise ValueError(
-            f"{out} holds a run of another configuration: {changes}. Choose another folder with --out, remove this one, or start "
-            "again with the old values to go on."
-        )
+    free = (
+        "out",
+        "save_untrained",
+        "tiles.cache_dir",
+        "training.log_every",
+        "training.sample_every",
+        "training.checkpoint_every",
+    )
+    refuse_other_run(out, config, lambda name, old, new: name in free or (name == "training.num_images" and new > old))

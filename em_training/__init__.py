@@ -7,6 +7,7 @@ from em_training.config import (
     config_from_json,
     config_to_json,
     load_config,
+    refuse_other_run,
     save_config,
     write_text_atomically,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "load_config",
     "make_generator",
     "read_stats",
+    "refuse_other_run",
     "save_checkpoint",
     "save_config",
     "seed_for",

@@ -52,6 +52,26 @@ def changed_fields(old, new, prefix: str = "") -> dict[str, tuple]:
     return changes
 
 
+def refuse_other_run(out, config, is_allowed) -> None:
+    """Refuse to go on in the folder `out` when its config.json differs from `config` in a field that decides the result.
+
+    is_allowed: (dotted name, old value, new value) -> whether that change may be made in the middle of a run. Raises `ValueError` with
+    the changed fields and the way out.
+    """
+    path = Path(out) / "config.json"
+    if not path.exists():
+        return
+    changes = changed_fields(load_config(type(config), path), config)
+    refused = [
+        f"{name} was {old!r}, is now {new!r}" for name, (old, new) in changes.items() if not is_allowed(name, old, new)
+    ]
+    if refused:
+        raise ValueError(
+            f"{out} holds a run of another configuration: {'; '.join(refused)}. Choose another folder with --out, remove this one, "
+            "or start again with the old values to go on."
+        )
+
+
 def write_text_atomically(path, text: str) -> None:
     """Write `text` beside `path` and rename it there, so that a reader sees the old file or the new one."""
     path = Path(path)
