@@ -211,7 +211,7 @@ def difference_interval(
     replicates = np.full(num_replicates, value)
     parts = (
         (first.influence_a, groups_first),
-        (second.influence_a, groups_second),  # symmetric under resampling: the sign does not matter
+        (-second.influence_a, groups_second),
         (first.influence_b - second.influence_b, groups_reference),
     )
     for influence, groups in parts:
@@ -245,6 +245,6 @@ def _replicate(influence, groups, num_replicates, rng):
     deviations = np.zeros(num_replicates)
     for start in range(0, num_replicates, 256):  # [256, G] at a time
         rows = slice(start, min(start + 256, num_replicates))
-        weights = rng.multinomial(num, np.full(num, 1 / num), size=rows.stop - rows.start)
-        deviations[rows] = (weights - 1) @ totals / len(influence)
+        drawn = rng.integers(num, size=(rows.stop - rows.start, num))
+        deviations[rows] = totals[drawn].sum(1) / len(influence)  # the influences sum to 0 without resampling
     return deviations * np.sqrt(num / (num - 1))
