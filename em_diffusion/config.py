@@ -73,6 +73,12 @@ class DenoiserConfig:
     """Width of one head, the same on every level: the number of heads is channels / attention_head_dim."""
     norm_num_groups: int = 32
 
+    prediction_type: str = "epsilon"
+    """What the U-Net is asked for: "epsilon", the noise (the study's), or "v_prediction", sqrt(abar) noise - sqrt(1 - abar)
+    latents, which learns an image's layout in fewer steps (Salimans and Ho 2022, arXiv:2202.00512, appendix D)."""
+    timestep_density: str = "uniform"
+    """How often each timestep is trained: "uniform", or "logit_normal", the middle of the noise range more often than
+    its ends (Esser et al. 2024, arXiv:2403.03206, section 3.1)."""
     num_train_timesteps: int = 1000
     beta_schedule: str = "scaled_linear"
     """"scaled_linear": sqrt(beta) is linear in t (latent diffusion's own), or "linear"."""
@@ -100,6 +106,8 @@ class DenoiserConfig:
     def __post_init__(self):
         _check_lengths(self, "denoiser")
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
+        _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        _check_choice("denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal"))
         if any(not 0 <= level < len(self.channel_multipliers) for level in self.attention_levels):
             raise ValueError(
                 f"denoiser.attention_levels is {self.attention_levels}, but there are {len(self.channel_multipliers)} "
@@ -161,6 +169,11 @@ def _check_lengths(config, name):
         raise ValueError(
             f'{name}.learning_rate_decay is "{config.learning_rate_decay}"; choose "cosine" or "constant".'
         )
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f'{name} is "{value}"; choose {" or ".join(choices)}.')
 
 
 def _check_groups(block_out_channels, norm_num_groups, name):

@@ -35,27 +35,33 @@ def create_scheduler(config) -> DDIMScheduler:
         beta_schedule=config.beta_schedule,
         clip_sample=False,
         timestep_spacing="trailing",
-        prediction_type="epsilon",
+        prediction_type=config.prediction_type,
     )
 
 
-def draw_timesteps(count: int, num_train_timesteps: int, generator):
-    """`count` timesteps, int64 [count], each uniform over 0 .. num_train_timesteps - 1, and spread evenly over them.
+def draw_timesteps(count: int, num_train_timesteps: int, generator, density: str = "uniform"):
+    """`count` timesteps, int64 [count] in 0 .. num_train_timesteps - 1, spread evenly over their distribution.
 
-    One uniform offset shifts a comb of `count` teeth: every timestep is as likely as by independent draws, but a batch
-    covers the range, which lowers the variance of its loss.
+    One uniform offset shifts a comb of `count` teeth over the quantiles: every timestep is drawn as often as `density`
+    says, as by independent draws, but a batch covers the range, which lowers the variance of its loss. "uniform" draws
+    each equally often; "logit_normal" draws sigmoid(u) of the range for a standard normal u.
     """
     offset = torch.rand((), generator=generator, device=generator.device)
-    teeth = (torch.arange(count, device=generator.device) + offset) / count  # [count] in [0, 1)
-    return (teeth * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    quantiles = (torch.arange(count, device=generator.device) + offset) / count  # [count] in [0, 1)
+    if density == "logit_normal":
+        quantiles = torch.special.ndtri(quantiles).sigmoid()
+    return (quantiles * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
 
 
 def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
-    """||noise - unet(x_t, t)||^2, mean over elements, for x_t = sqrt(abar_t) latents + sqrt(1 - abar_t) noise.
+    """||target - unet(x_t, t)||^2, mean over elements, for x_t = sqrt(abar_t) latents + sqrt(1 - abar_t) noise.
 
-    The simple objective of DDPM (Ho et al. 2020, arXiv:2006.11239, equation 14). `latents` and `noise` [B, C, h, w]
-    float32, latents normalised; `timesteps` int64 [B]. Returns the loss of each sample, float32 [B].
+    With the scheduler's prediction_type "epsilon" the target is the noise, the simple objective of DDPM (Ho et al. 2020,
+    arXiv:2006.11239, equation 14); with "v_prediction" it is sqrt(abar_t) noise - sqrt(1 - abar_t) latents. `latents` and
+    `noise` [B, C, h, w] float32, latents normalised; `timesteps` int64 [B]. Returns the loss of each sample, float32 [B].
     """
     noisy = scheduler.add_noise(latents, noise, timesteps)
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     predicted = unet(noisy, timesteps).sample
-    return F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+    return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))

@@ -56,7 +56,7 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
             generator = make_generator(config.seed, rank=accelerator.process_index, num_images_seen=num_images_seen)
             images = next(loader)  # [B, C, h, w]
             noise = torch.randn(images.shape, generator=generator)
-            timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator)
+            timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator, config.timestep_density)
             unet.train()
             loss = compute_denoising_loss(unet, scheduler, *move(accelerator, images, noise, timesteps)).mean()
             accelerator.backward(loss)

@@ -35,6 +35,8 @@ class EvaluationConfig:
     """efficientnet-lite0 (offline) or inception (clean-fid's)."""
     resize_mode: str | None = None
     """inception only: clean or legacy_pytorch."""
+    input_px: int | None = None
+    """efficientnet-lite0 only: side that tiles are resized to; left out, 128 for tiles of up to 128 px, else 224."""
     weights: str | None = None
     """A local file with the extractor's weights instead of the published ones."""
     floors: tuple[str, ...] = ("real", "reconstruction", "surrogates", "noise")
@@ -74,7 +76,12 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         data.held_out,
         data.train,
         extractor=get_extractor(
-            config.extractor, resize_mode=config.resize_mode, weights=config.weights, device=state.device
+            config.extractor,
+            resize_mode=config.resize_mode,
+            weights=config.weights,
+            input_px=config.input_px,
+            resolution=data.summary["resolution"],
+            device=state.device,
         ),
         floors=config.floors,
         num_images=config.num_images,
@@ -82,6 +89,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         reconstruct=make_reconstructions(models, state.device),
         untrained={name: images for name, (images, _) in untrained.items()},
         batch_size=config.batch_size,
+        reproduce=list_commands(config, models),
         log=state.print,
     )
     page = write_report(report, pictures, config.out)
@@ -194,6 +202,17 @@ def reconstruct(vqvae, images):
     """Images [B, 1, H, W] in [-1, 1] through encoder, codebook and decoder; float32 on the CPU."""
     latents = vqvae.encode(images.to(vqvae.device)).latents
     return vqvae.decode(latents).sample.float().clamp(-1, 1).cpu()
+
+
+def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
+    """Return the command that makes this report again, with the models' own names in place of paths."""
+    defaults = {field.name: field.default for field in dataclasses.fields(EvaluationConfig)}
+    words = ["python evaluate.py --models", *(info.name for _, info in models.values())]
+    for name in ("num_images", "extractor", "resize_mode", "input_px", "seed", "precision"):
+        value = getattr(config, name)
+        if name == "num_images" or value != defaults[name]:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return [" ".join(words)]
 
 
 def print_summary(report: dict, page: Path) -> None:

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,37 @@ def test_denoising_loss_is_the_formula_and_reaches_every_parameter(config):
     for name, parameter in unet.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_velocity_target_gives_the_latents_back(config):
+    """For a U-Net that answered the velocity itself, the loss is 0 and one DDIM step to the start gives the latents."""
+    scheduler = create_scheduler(dataclasses.replace(config.denoiser, prediction_type="v_prediction"))
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    timesteps = torch.full((3,), 400)
+    abar = scheduler.alphas_cumprod[400]
+    velocity = abar.sqrt() * noise - (1 - abar).sqrt() * latents
+
+    class Oracle(torch.nn.Module):
+        def forward(self, noisy, timesteps):
+            torch.testing.assert_close(noisy, abar.sqrt() * latents + (1 - abar).sqrt() * noise)
+            return SimpleNamespace(sample=velocity)
+
+    assert compute_denoising_loss(Oracle(), scheduler, latents, noise, timesteps).max() < 1e-10
+    scheduler.set_timesteps(1000)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    restored = scheduler.step(velocity, 400, noisy).pred_original_sample
+    torch.testing.assert_close(restored, latents, atol=1e-4, rtol=1e-4)
+
+
+def test_logit_normal_timesteps_have_their_density():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([draw_timesteps(8, 1000, generator, "logit_normal") for _ in range(3000)]).double()
+    assert draws.min() >= 0
+    assert draws.max() <= 999
+    logits = torch.logit((draws + 0.5) / 1000)
+    assert logits.mean().abs() < 0.01
+    assert abs(logits.std() - 1) < 0.01
 
 
 def test_scheduler_suits_latents(config):

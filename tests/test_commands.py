@@ -1,0 +1,147 @@
+"""The root scripts as a user calls them: help, mistakes, two processes, kills."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from em_training import list_checkpoints, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+def run(*arguments, check=True):
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=550, check=False
+    )
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def weights_of(run_dir):
+    return {path.parent.name: load_file(path) for path in sorted(Path(run_dir, "pipeline").rglob("*.safetensors"))}
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for part in a:
+        assert a[part].keys() == b[part].keys()
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), f"{part}: {name}"
+
+
+@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py", "generate.py", "evaluate.py"])
+def test_help_explains_the_flags(script):
+    text = run(script, "--help").stdout
+    assert len(text.splitlines()) > 15
+    assert "micrograph" in text or "images" in text
+
+
+@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
+def test_mistakes_are_one_line(script, tmp_path):
+    result = run(script, "test", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "nowhere" in result.stderr.splitlines()[-2]
+    (tmp_path / "empty").mkdir()
+    result = run(script, "test", "--data", tmp_path / "empty", "--out", tmp_path / "run", check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
+    """8-bit, 16-bit and broken files of two sizes, as they come: both models, one report."""
+    import tifffile
+
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(6):
+        levels = rng.normal(128, 30, (96, 128 + 32 * (i % 2))).clip(0, 255)
+        if i % 2:
+            tifffile.imwrite(data / f"m{i}.tif", (levels * 200).astype(np.uint16))
+        else:
+            Image.fromarray(levels.astype(np.uint8)).save(data / f"m{i}.png")
+    (data / "broken.tif").write_bytes(b"II*\0nothing")
+    tiles = ["--tiles.resolution", "32", "--tiles.downsample", "1", "--tiles.cache-dir", tmp_path / "cache"]
+    ldm = run("train_ldm.py", "test", "--data", data, "--out", tmp_path / "ldm", *tiles)
+    assert "broken.tif" in ldm.stdout
+    run("train_gan.py", "test", "--data", data, "--out", tmp_path / "gan", "--generator.channel-base", "256", *tiles)
+    result = run(
+        "evaluate.py",
+        "--models",
+        tmp_path / "ldm",
+        tmp_path / "gan",
+        "--num-images",
+        "12",
+        "--out",
+        tmp_path / "report",
+    )
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["LDM", "StyleGAN2"]
+    assert report["dataset"]["num_micrographs"] == 6
+    assert {"real", "reconstruction", "surrogates", "noise", "untrained_stylegan2"} <= set(report["floors"])
+    assert all(model["sample_images_per_second"] > 0 for model in report["models"])
+    assert "report.html" in result.stdout
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"{report['models'][0]['metrics']['frechet_distance']['value']:.3g}"[:3] in page
+    # judged by another split, some of the held-out micrographs were trained on
+    other = ["--tiles", "seed=1", "--out", tmp_path / "other", "--num-images", "12"]
+    refused = run("evaluate.py", "--models", tmp_path / "ldm", *other, check=False)
+    assert refused.returncode == 2
+    assert "another split" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
+def test_kill_9_at_random_moments_loses_at_most_the_work_since_the_last_checkpoint(script, tmp_path):
+    """Ten kills each, at least one checkpoint later each time; the end equals the uninterrupted run to the bit."""
+    flags = ["--tiles.cache-dir", tmp_path / "cache"]
+    if script == "train_ldm.py":
+        lengths = ["--autoencoder.num-images", "1600", "--denoiser.num-images", "3200"]
+        stages = ["autoencoder", "denoiser"]
+    else:
+        lengths = ["--training.num-images", "3200"]
+        stages = ["stylegan"]
+    run(script, "test", "--out", tmp_path / "whole", *flags, *lengths)
+
+    rng = random.Random(0)
+    command = [sys.executable, script, "test", "--out", tmp_path / "killed", *flags, *lengths]
+    progress, kills = 0, 0
+
+    def count():
+        found = [list_checkpoints(tmp_path / "killed" / stage / "checkpoints") for stage in stages]
+        return sum(int(paths[-1].name) for paths in found if paths)
+
+    while kills < 10:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and count() == progress:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is not None:
+            break  # it came to its end
+        process.kill()
+        process.wait()
+        kills += 1
+        assert count() > progress  # nothing that was saved was lost, and each start went on
+        progress = count()
+        for stage in stages:
+            for path in list_checkpoints(tmp_path / "killed" / stage / "checkpoints"):
+                assert load_checkpoint(path)["num_images_seen"] == int(path.name)
+    assert kills >= 5
+    run(script, "test", "--out", tmp_path / "killed", *flags, *lengths)
+    assert_same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
