@@ -23,7 +23,7 @@ LABEL_FOLDER = re.compile(rf"^{LABEL_WORDS}(\d*|[-_ ].*)$", re.IGNORECASE)
 LABEL_FILE = re.compile(rf"[-_ .]{LABEL_WORDS}\d*$", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
 OTHER_MICROSCOPY = (".dm3", ".dm4", ".emd", ".ser", ".mrc", ".mrcs", ".hdf5", ".h5", ".npy", ".npz", ".gif", ".webp")
-DEFAULT_NUM_SYNTHETIC = 64
+DEFAULT_NUM_SYNTHETIC = 48
 
 
 @dataclass

@@ -98,9 +98,14 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
     return path, train_seconds
 
 
+def choose_validation_views(tiles, count: int):
+    """Ids of up to `count` views, evenly spaced over all: int64 [N]."""
+    return np.unique(np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views)).astype(np.int64))
+
+
 def draw_validation_images(tiles, count: int):
     """Up to `count` views, evenly spaced over all: float32 [N, 1, R, R]."""
-    return tiles.batch(np.unique(np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views)).astype(np.int64)))
+    return tiles.batch(choose_validation_views(tiles, count))
 
 
 @torch.no_grad()

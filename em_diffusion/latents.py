@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from em_diffusion.autoencoder import hash_weights
 from em_training import write_text_atomically
@@ -41,8 +42,8 @@ class Latents:
         return (raw - self.mean) / self.std
 
 
-def encode_latents(vqvae, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train"):
-    """Encode every view of `tiles` once; return the memory map, float16 [num_views, C, h, w].
+def encode_latents(vqvae, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train", view_ids=None):
+    """Encode the views `view_ids` of `tiles` (all, if not given) once; return the memory map, float16 [N, C, h, w].
 
     An autoencoder does not commute with a flip or a turn, so each view is encoded by itself. Latents are the encoder's
     outputs after `quant_conv`, before quantisation. The file `folder`/`name`-<key>.npy is keyed by the tiles' fingerprint,
@@ -50,7 +51,9 @@ def encode_latents(vqvae, tiles, folder, *, accelerator, batch_size: int = 64, n
     process encodes, others wait.
     """
     folder = Path(folder)
-    key = [tiles.fingerprint, str(tiles.num_views), hash_weights(vqvae.encoder), hash_weights(vqvae.quant_conv)]
+    view_ids = np.arange(tiles.num_views) if view_ids is None else np.asarray(view_ids)
+    views = hashlib.sha256(view_ids.astype(np.int64).tobytes()).hexdigest()
+    key = [tiles.fingerprint, views, hash_weights(vqvae.encoder), hash_weights(vqvae.quant_conv)]
     key = hashlib.sha256("\n".join([*key, accelerator.mixed_precision]).encode()).hexdigest()[:16]
     path = folder / f"{name}-{key}.npy"
     if accelerator.is_main_process and not path.exists():
@@ -58,31 +61,33 @@ def encode_latents(vqvae, tiles, folder, *, accelerator, batch_size: int = 64, n
         for stale in folder.glob(f"{name}-*.npy*"):
             stale.unlink()
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        _encode_to_file(vqvae, tiles, partial, accelerator, batch_size)
+        _encode_to_file(vqvae, tiles, view_ids, partial, accelerator, batch_size, name)
         os.replace(partial, path)
     accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 
 @torch.no_grad()
-def _encode_to_file(vqvae, tiles, path, accelerator, batch_size):
+def _encode_to_file(vqvae, tiles, view_ids, path, accelerator, batch_size, name):
     vqvae = vqvae.eval()
     array = None
-    for start in range(0, tiles.num_views, batch_size):
-        view_ids = np.arange(start, min(start + batch_size, tiles.num_views))
-        images = tiles.batch(view_ids).to(accelerator.device, memory_format=torch.channels_last)
-        with accelerator.autocast():
-            latents = vqvae.encode(images).latents.float()
-        latents = latents.cpu().half()
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"the autoencoder's latents of views {start} to {view_ids[-1]} are not finite in float16; "
-                "it has diverged: train it again with a smaller learning rate, or in float32 (precision 'no')."
-            )
-        if array is None:
-            shape = (tiles.num_views, *latents.shape[1:])
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        array[start : start + len(view_ids)] = latents.numpy()
+    with tqdm(total=len(view_ids), desc=f"latents ({name})", unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+        for start in range(0, len(view_ids), batch_size):
+            part = view_ids[start : start + batch_size]
+            images = tiles.batch(part).to(accelerator.device, memory_format=torch.channels_last)
+            with accelerator.autocast():
+                latents = vqvae.encode(images).latents.float()
+            latents = latents.cpu().half()
+            if not torch.isfinite(latents).all():
+                raise ValueError(
+                    f"the autoencoder's latents of views {part[0]} to {part[-1]} are not finite in float16; "
+                    "it has diverged: train it again with a smaller learning rate, or in float32 (precision 'no')."
+                )
+            if array is None:
+                shape = (len(view_ids), *latents.shape[1:])
+                array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+            array[start : start + len(part)] = latents.numpy()
+            bar.update(len(part))
     array.flush()
     del array
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import UNet2DModel, VQModel
 
 from em_data import load_data
-from em_diffusion.autoencoder_loop import train_autoencoder
+from em_diffusion.autoencoder_loop import choose_validation_views, train_autoencoder
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler
 from em_diffusion.denoiser_loop import train_denoiser
@@ -82,7 +82,8 @@ def run_autoencoder_stage(config, data, accelerator, out):
 
 
 def run_latents_stage(config, data, vqvae, accelerator, out):
-    """Latents of both sides of the split; the statistics are measured on the training side alone."""
+    """Latents of all training views and of the validation views; statistics are measured on the training side alone."""
+    validation = choose_validation_views(data.held_out, config.denoiser.num_validation_images)
     arrays = [
         encode_latents(
             vqvae,
@@ -91,8 +92,9 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
             accelerator=accelerator,
             batch_size=config.autoencoder.batch_size,
             name=name,
+            view_ids=view_ids,
         )
-        for name, tiles in (("train", data.train), ("held_out", data.held_out))
+        for name, tiles, view_ids in (("train", data.train, None), ("held_out", data.held_out, validation))
     ]
     mean, std = measure_latents(arrays[0])
     if accelerator.is_main_process:

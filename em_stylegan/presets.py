@@ -35,7 +35,7 @@ def demo() -> StyleGANConfig:
     return StyleGANConfig(
         out="runs/demo/stylegan2",
         save_untrained=True,
-        tiles=DataConfig(resolution=64),
+        tiles=DataConfig(resolution=64, held_out_fraction=0.33),
         generator=GeneratorConfig(z_dim=64, w_dim=64, channel_base=1024, max_channels=64),
         discriminator=DiscriminatorConfig(channel_base=1024, max_channels=64),
         training=GANTrainingConfig(

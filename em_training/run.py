@@ -218,7 +218,7 @@ class TrainingRun:
         self._seconds_before = saved["train_seconds"]
 
     def _write_log(self, num_images_seen: int) -> None:
-        values = {name: self._mean_over_processes(total / count) for name, (total, count) in sorted(self._sums.items())}
+        values = {name: self._mean_over_processes(total / count) for name, (total, count) in self._sums.items()}
         self._sums = {}
         self._refuse_non_finite(values, num_images_seen)
         values = {name: float(value) for name, value in values.items()}
