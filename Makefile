@@ -9,6 +9,7 @@ DATA ?= synthetic
 OUT ?= runs/demo
 PRESET ?= demo
 NUM_IMAGES ?= 1000
+STEPS ?= 25
 FLAGS ?=
 
 .PHONY: demo test test-slow lint install clean
@@ -16,9 +17,9 @@ FLAGS ?=
 demo: $(INSTALLED)
 	$(RUN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS)
 	$(RUN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(FLAGS)
-	$(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) --out "$(OUT)/images/ldm"
+	$(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) --num-inference-steps $(STEPS) --out "$(OUT)/images/ldm"
 	$(RUN) generate.py --model "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)/images/stylegan2"
-	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)"
+	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --num-inference-steps $(STEPS) --out "$(OUT)"
 
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow"

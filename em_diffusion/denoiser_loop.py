@@ -73,7 +73,7 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
                 run.log(held_out_loss=evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config))
             if run.samples_due(num_images_seen) and accelerator.is_main_process:
                 samples = draw_samples(vqvae, ema.model, scheduler, config, accelerator)
-                save_image_grid(samples, run.samples_path(num_images_seen))
+                save_image_grid(samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples)))
             run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
 

@@ -4,6 +4,10 @@ import hashlib
 import io
 import re
 
+import numpy as np
+
+from em_evaluation.conclusion import format_number
+
 INK, ACCENTS = "#010203", ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # the ink becomes the page's text colour
 RATES = ("num_images_seen", "train_seconds", "images_per_second")  # of a log line, not worth a curve
 
@@ -107,3 +111,32 @@ def _to_svg(figure, label) -> str:
     width = float(re.search(r'width="([\d.]+)pt"', svg).group(1)) * 4 / 3  # points to CSS pixels
     size = f'role="img" aria-label="{label}" style="max-width:{width:.0f}px"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, svg, count=1)
+
+
+def draw_overview(report, pictures, num_columns=4) -> bytes:
+    """Draw held-out tiles and each model's images side by side, with their distances, as a PNG: the report at a glance."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    distances = {model["name"]: model["metrics"]["frechet_distance"] for model in report["models"]}
+    distances["held_out"] = report["floors"].get("real", {}).get("metrics", {}).get("frechet_distance")
+    shown = [picture for picture in pictures if picture["key"] in distances]
+    figure = Figure(figsize=(3.3 * len(shown), 3.9), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    for axes, picture in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        tiles = picture["levels"][: num_columns**2]
+        tiles = np.pad(tiles, ((0, -len(tiles) % num_columns), (1, 1), (1, 1)), constant_values=255)  # [N, H, W]
+        rows = tiles.reshape(-1, num_columns, *tiles.shape[1:]).transpose(0, 2, 1, 3)
+        grid = rows.reshape(rows.shape[0] * rows.shape[1], -1)
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(picture["title"], fontsize=12, fontweight="bold")
+        metric = distances[picture["key"]]
+        if metric is not None:
+            who = "training tiles against them: " if picture["key"] == "held_out" else ""
+            text = f"{who}{format_number(metric['value'])} [{format_number(metric['low'])}, {format_number(metric['high'])}]"
+            axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
+    figure.suptitle("Frechet distance to held-out micrographs, 95 % interval (lower is closer)", fontsize=9, y=0.02)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

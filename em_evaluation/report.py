@@ -11,14 +11,14 @@ import numpy as np
 import PIL.Image
 
 from em_data.cache import write_atomically
-from em_evaluation.charts import draw_curves, draw_distances
+from em_evaluation.charts import draw_curves, draw_distances, draw_overview
 from em_evaluation.conclusion import format_number
 
 GAP_PX = 1  # between the tiles of a grid
 
 
 def write_report(report, pictures, out_dir) -> Path:
-    """Write `report.json` and `report.html` into `out_dir` and return the page's path.
+    """Write `report.json`, `report.html` and `report.png` (the grids side by side) into `out_dir`; return the page's path.
 
     report, pictures: what `evaluate_models` returns. The JSON is strict (no NaN); the page is rendered from it, refers
     to nothing outside itself, and reads on a phone, on paper, in light and dark. Both are written atomically.
@@ -29,6 +29,7 @@ def write_report(report, pictures, out_dir) -> Path:
     page = render_page(json.loads(text), pictures)
     write_atomically(out_dir / "report.json", (text + "\n").encode())
     write_atomically(out_dir / "report.html", page.encode())
+    write_atomically(out_dir / "report.png", draw_overview(json.loads(text), pictures))
     return out_dir / "report.html"
 
 

@@ -45,6 +45,10 @@ class EvaluationConfig:
     """Seed of generated images, of drawn tiles and of intervals."""
     batch_size: int = 50
     """Images at once."""
+    num_inference_steps: int | None = None
+    """LDM only: denoising steps; the pipeline's own default where it is left out."""
+    scheduler: str | None = None
+    """LDM only: ddim, dpm-solver++, unipc, euler or ddpm instead of the scheduler saved with the model."""
     precision: str = "auto"
     """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling; features are always float32."""
 
@@ -164,6 +168,8 @@ def generate(config: EvaluationConfig, name: str, model: str):
             seed=config.seed,
             batch_size=config.batch_size,
             precision=config.precision,
+            num_inference_steps=config.num_inference_steps,
+            scheduler=config.scheduler,
         )
     )
     return read_image_folder(folder), record
@@ -208,7 +214,16 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
     """Return the command that makes this report again, with the models' own names in place of paths."""
     defaults = {field.name: field.default for field in dataclasses.fields(EvaluationConfig)}
     words = ["python evaluate.py --models", *(info.name for _, info in models.values())]
-    for name in ("num_images", "extractor", "resize_mode", "input_px", "seed", "precision"):
+    for name in (
+        "num_images",
+        "num_inference_steps",
+        "scheduler",
+        "extractor",
+        "resize_mode",
+        "input_px",
+        "seed",
+        "precision",
+    ):
         value = getattr(config, name)
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")

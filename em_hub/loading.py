@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
@@ -41,6 +42,8 @@ def load_pipeline(
     class_name = class_name[-1] if isinstance(class_name, list | tuple) else class_name
     if class_name not in PIPELINES:
         raise ValueError(f"{model} holds a {class_name}; this package samples from {', '.join(PIPELINES)}")
+    # the bar over two or three components says nothing; sampling has one of its own
+    diffusers.utils.logging.disable_progress_bar()
     pipeline = PIPELINES[class_name].from_pretrained(source, dtype=dtype, revision=revision)
     return pipeline.to(device)
 

@@ -1,13 +1,16 @@
 """The protocol on tiny sets with a tiny extractor, and the page that shows it."""
 
+import io
 import json
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from em_evaluation import ModelImages, evaluate_models, write_report
+from em_evaluation.charts import draw_overview
 from em_evaluation.conclusion import format_number
 from em_evaluation.features import Extractor
 from em_evaluation.images import select_views
@@ -215,6 +218,17 @@ def test_the_page_refers_to_nothing_outside_itself(written):
     ids = re.findall(r'\sid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert {target[1:] for target in targets if target.startswith("#")} <= set(ids)
+
+
+def test_the_overview_shows_the_pixels_of_every_set_side_by_side(evaluated):
+    report, pictures = evaluated
+    overview = np.asarray(PIL.Image.open(io.BytesIO(draw_overview(report, pictures))).convert("L"))
+    num_panels = 1 + len(report["models"])
+    assert overview.shape[1] == num_panels * 396
+    for i in range(num_panels):  # each panel holds the dark blobs of its images, the gaps are white
+        panel = overview[60:340, i * 396 : (i + 1) * 396]
+        assert panel.min() < 120
+        assert (panel == 255).any()
 
 
 def test_names_cannot_inject_markup(evaluated, tmp_path):
