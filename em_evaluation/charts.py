@@ -136,7 +136,7 @@ def draw_overview(report, pictures, num_columns=4) -> bytes:
             who = "training tiles against them: " if picture["key"] == "held_out" else ""
             text = f"{who}{format_number(metric['value'])} [{format_number(metric['low'])}, {format_number(metric['high'])}]"
             axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
-    figure.suptitle("Frechet distance to held-out micrographs, 95 % interval (lower is closer)", fontsize=9, y=0.02)
+    figure.supxlabel("Frechet distance to held-out micrographs, 95 % interval (lower is closer)", fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -29,7 +29,8 @@ def write_report(report, pictures, out_dir) -> Path:
     page = render_page(json.loads(text), pictures)
     write_atomically(out_dir / "report.json", (text + "\n").encode())
     write_atomically(out_dir / "report.html", page.encode())
-    write_atomically(out_dir / "report.png", draw_overview(json.loads(text), pictures))
+    if pictures:
+        write_atomically(out_dir / "report.png", draw_overview(json.loads(text), pictures))
     return out_dir / "report.html"
 
 

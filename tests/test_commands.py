@@ -74,7 +74,16 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
         else:
             Image.fromarray(levels.astype(np.uint8)).save(data / f"m{i}.png")
     (data / "broken.tif").write_bytes(b"II*\0nothing")
-    tiles = ["--tiles.resolution", "32", "--tiles.downsample", "1", "--tiles.cache-dir", tmp_path / "cache"]
+    tiles = [
+        "--tiles.num-micrographs",
+        "None",
+        "--tiles.resolution",
+        "32",
+        "--tiles.downsample",
+        "1",
+        "--tiles.cache-dir",
+        tmp_path / "cache",
+    ]
     ldm = run("train_ldm.py", "test", "--data", data, "--out", tmp_path / "ldm", *tiles)
     assert "broken.tif" in ldm.stdout
     run("train_gan.py", "test", "--data", data, "--out", tmp_path / "gan", "--generator.channel-base", "256", *tiles)
