@@ -31,11 +31,11 @@ def save_checkpoint(folder, num_images_seen: int, state: dict, *, keep: int = 2)
         _flush_to_disk(temporary / name)
     target = folder / f"{num_images_seen:012d}"
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     temporary.rename(target)
     _flush_to_disk(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
 
 
@@ -57,6 +57,13 @@ def load_checkpoint(path) -> dict:
         raise ValueError(
             f"checkpoint {path} is damaged ({error}); remove that folder to go on from the one before it"
         ) from error
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that a kill halfway leaves no half of one under it."""
+    doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _flatten(value, name: str, tensors: dict):
