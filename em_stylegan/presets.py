@@ -14,13 +14,13 @@ def paper() -> StyleGANConfig:
 
 
 def small() -> StyleGANConfig:
-    """A lighter StyleGAN2 for 128 x 128 tiles and one common GPU: 256 feature maps, 600 kimg.
+    """A lighter StyleGAN2 for 256 x 256 tiles, those of the LDM's `small`, and one common GPU: 256 feature maps, 600 kimg.
 
-    Hardware: one GPU with 8 GB. Time: about 3 hours, an estimate. Score: not measured.
+    Hardware: one GPU with 12 GB. Time: about 12 hours, an estimate. Score: not measured.
     """
     return StyleGANConfig(
         out="runs/stylegan2-small",
-        tiles=DataConfig(resolution=128),
+        tiles=DataConfig(resolution=256),
         generator=GeneratorConfig(z_dim=256, w_dim=256, channel_base=16384, max_channels=256),
         discriminator=DiscriminatorConfig(channel_base=16384, max_channels=256),
         training=GANTrainingConfig(num_images=600_000, r1_gamma=0.5),
