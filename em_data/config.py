@@ -1,5 +1,6 @@
 """Everything that decides tiles and batches, apart from where the micrographs come from."""
 
+import re
 from dataclasses import dataclass
 
 CHOICES = {
@@ -51,6 +52,10 @@ class DataConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        try:
+            re.compile(self.specimen_pattern or "")
+        except re.error as error:
+            raise ValueError(f"specimen_pattern {self.specimen_pattern!r} is no regular expression: {error}") from error
         for name in ("resolution", "downsample", "micrograph_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a number of pixels, at least 1, not {getattr(self, name)}")

@@ -79,7 +79,12 @@ def open_folder(folder, config, cache_dir):
     """List the images below a folder; folders and files that hold labels by their name are left out, and said."""
     folder = Path(folder)
     paths, num_labels, others, closed = [], Counter(), Counter(), []
-    for parent, folders, files in os.walk(folder, onerror=closed.append):
+    visited = set()  # folders reached through links may lead back
+    for parent, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
+        if os.path.realpath(parent) in visited:
+            folders[:] = []
+            continue
+        visited.add(os.path.realpath(parent))
         relative = Path(parent).relative_to(folder)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         label_folder = next((part for part in relative.parts if LABEL_FOLDER.match(part)), None)

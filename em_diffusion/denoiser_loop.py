@@ -97,7 +97,7 @@ def draw_validation_batch(latents, config):
     images = draw_validation_images(latents, config.num_validation_images)
     generator = make_generator(config.seed, stream="validation")
     noise = torch.randn(images.shape, generator=generator)
-    timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator)
+    timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator, config.timestep_density)
     order = torch.randperm(len(images), generator=generator)
     return images, noise, timesteps[order]
 

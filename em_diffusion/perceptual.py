@@ -43,7 +43,9 @@ class PerceptualDistance(nn.Module):
 
     def features(self, images):
         """Unit feature vectors of images [B, 1, H, W] in [-1, 1], a list of [B, C, H / 2^k, W / 2^k]."""
-        x = images * (127.5 / 128) + 0.5 / 128  # the network's own scale: (grey level - 127) / 128
+        x = (
+            images * (127.5 / 128) + 0.5 / 128
+        )  # (grey level - 127) / 128, the scale of the network's TensorFlow original
         x = self.stem(x)  # [B, 32, H / 2, W / 2]
         features = []
         for stage in self.stages:

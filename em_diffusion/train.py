@@ -1,6 +1,7 @@
 """A latent diffusion run from micrographs to a saved pipeline."""
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_training import (
     create_accelerator,
     list_checkpoints,
+    refuse_other_data,
     refuse_other_run,
     save_config,
     seed_for,
@@ -36,22 +38,25 @@ def train_ldm(config: LDMConfig) -> Path:
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
     check_batch_sizes(config, accelerator.num_processes)
+    config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
     with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        refuse_other_data(out, data.summary)
         save_config(config, out / "config.json")
 
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
-    latents, held_out_latents = run_latents_stage(config, data, vqvae, accelerator, out)
+    latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
     unet, denoiser = run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out)
     if accelerator.is_main_process:
         scheduler = create_scheduler(config.denoiser)
         pixel_size_nm = data.summary.get("pixel_size_nm")
         pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm=pixel_size_nm)
         pipeline.save_pretrained(out / "pipeline")
-        seconds = {"autoencoder": autoencoder["train_seconds"], "denoiser": denoiser["train_seconds"]}
+        seconds = {"autoencoder": autoencoder["train_seconds"], "latents": encoding["seconds"]}
+        seconds["denoiser"] = denoiser["train_seconds"]
         run = {
             "name": out.name,
             "family": "ldm",
@@ -82,7 +87,12 @@ def run_autoencoder_stage(config, data, accelerator, out):
 
 
 def run_latents_stage(config, data, vqvae, accelerator, out):
-    """Latents of all training views and of the validation views; statistics are measured on the training side alone."""
+    """Latents of all training views and of the validation views, and the seconds that encoding took.
+
+    Their statistics are measured on the training side alone.
+    """
+    started = time.monotonic()
+    before = set((out / "latents").glob("train-*.npy"))
     validation = choose_validation_views(data.held_out, config.denoiser.num_validation_images)
     arrays = [
         encode_latents(
@@ -101,7 +111,12 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
-    return [Latents(array, mean, std) for array in arrays]
+    path = out / "latents" / "result.json"
+    if accelerator.is_main_process and (set((out / "latents").glob("train-*.npy")) != before or not path.exists()):
+        write_text_atomically(path, json.dumps({"seconds": time.monotonic() - started}) + "\n")
+    accelerator.wait_for_everyone()
+    train, held_out = (Latents(array, mean, std) for array in arrays)
+    return train, held_out, json.loads(path.read_text())
 
 
 def run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out):

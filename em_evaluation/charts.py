@@ -36,7 +36,7 @@ def draw_curves(lines) -> str:
     """Draw every quantity of a stage's log against the number of images seen, one small panel each."""
     names = [
         name
-        for name in lines[-1]
+        for name in dict.fromkeys(key for line in lines for key in line)  # some are logged now and then only
         if name not in RATES and any(isinstance(line.get(name), int | float) for line in lines)
     ]
     if not names:

@@ -131,7 +131,8 @@ def _say_structure(report, model):
         return None
     name, floor = model["name"], _say(report["floors"]["surrogates"]["metrics"]["frechet_distance"])
     if comparison["first_is"] == "closer":
-        return f"{name} beats the phase-randomised surrogates at {floor}: it has learnt structure, not only texture."
+        then = "necessary for having learnt structure, not proof of it"
+        return f"{name} beats the phase-randomised surrogates at {floor}, texture without structure: {then}."
     if comparison["first_is"] == "farther":
         then = "by this measure it is worse than texture without structure"
         return f"{name} does not reach the phase-randomised surrogates at {floor}: {then}."
@@ -158,7 +159,9 @@ def _say_autoencoder(report, model):
         return f"{sentence}."
     real = _value(report["floors"]["real"])
     excess = (autoencoder - real) / (score - real)
-    then = "a better autoencoder would help most" if excess > 0.5 else "the diffusion model limits it more"
+    if not 0 <= excess <= 1:
+        return f"{sentence}."
+    then = "the larger part is the autoencoder's" if excess > 0.5 else "the larger part is the diffusion model's"
     return (
         f"{sentence}; of what {model['name']} has above real images, the autoencoder has {100 * excess:.0f} %: {then}."
     )

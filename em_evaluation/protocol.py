@@ -54,6 +54,7 @@ def evaluate_models(
         raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
     num_images, notes = agree_on_number(num_images, models, reference, train, untrained)
     sets = {"held_out": read_images(reference, num_images, seed), "train": read_images(train, num_images, seed + 1)}
+    notes += note_few_micrographs(sets["held_out"].groups)
     generated = {model.name: read_images(model.images, num_images) for model in models}
     floor_sets, floor_info = make_floors(sets["train"], floors, reconstruct, seed)
     for name, images in untrained.items():
@@ -132,6 +133,18 @@ def agree_on_number(num_images, models, reference, train, untrained):
         return num_images, []
     note = f"{num_images:,} images of each set were asked for; there are only {counts[scarcest]:,} {scarcest}, so every set has that many."
     return counts[scarcest], [note]
+
+
+def note_few_micrographs(groups, enough=5):
+    """Return what to say where the held-out tiles come from too few micrographs for an interval over micrographs."""
+    number = len(np.unique(groups)) if groups is not None else enough
+    if number >= enough:
+        return []
+    few = "one held-out micrograph" if number == 1 else f"{number} held-out micrographs"
+    return [
+        f"The reference is {few}: the intervals show the scatter within {'it' if number == 1 else 'them'}, hardly that "
+        "between micrographs, and are too narrow. Hold out more (--tiles.held-out-fraction) before believing a small difference."
+    ]
 
 
 def make_floors(train: ImageSet, floors, reconstruct, seed):

@@ -4,14 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-import accelerate
 import torch
 
 from em_data import DataConfig, load_data, read_image_folder
 from em_evaluation import ModelImages, evaluate_models, get_extractor, write_report
+from em_evaluation.protocol import FLOORS
 from em_hub.generation import GenerationConfig, generate_images
 from em_hub.loading import RunInfo, load_pipeline, read_run_info
-from em_training import config_from_dict, read_stats, use_cpu
+from em_training import config_from_dict, create_process_state, read_stats
 
 FAMILY_NAMES = {"ldm": "LDM", "stylegan2": "StyleGAN2"}
 STAGES = ("autoencoder", "denoiser", "stylegan")
@@ -58,13 +58,14 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
 
     Raises `ValueError` when the models were trained on other micrographs, or on another split of them, than they would be judged by.
     """
-    state = accelerate.PartialState(cpu=use_cpu())
+    state = create_process_state()
     models = name_models(config.models)
     source, tiles = find_data(config, models)
     with state.main_process_first():
         data = load_data(source, tiles, log=state.print)
     refuse_other_splits(models, data.summary)
 
+    extractor = create_extractor(config, data.summary, state)
     generated, untrained = {}, {}
     for name, (model, info) in models.items():
         generated[name] = generate(config, name, model)
@@ -79,14 +80,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         data.summary,
         data.held_out,
         data.train,
-        extractor=get_extractor(
-            config.extractor,
-            resize_mode=config.resize_mode,
-            weights=config.weights,
-            input_px=config.input_px,
-            resolution=data.summary["resolution"],
-            device=state.device,
-        ),
+        extractor=extractor,
         floors=config.floors,
         num_images=config.num_images,
         seed=config.seed,
@@ -102,13 +96,30 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     return page
 
 
+def create_extractor(config: EvaluationConfig, summary: dict, state):
+    """Return the feature extractor, on the main process, before anything long begins: its mistakes show at once."""
+    unknown = set(config.floors) - set(FLOORS)
+    if unknown:
+        raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
+    if not state.is_main_process:
+        return None
+    return get_extractor(
+        config.extractor,
+        resize_mode=config.resize_mode,
+        weights=config.weights,
+        input_px=config.input_px,
+        resolution=summary["resolution"],
+        device=state.device,
+    )
+
+
 def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
     """Return {name in the report: (model, what its run says)}; a family's name where it is the only one, else the folder's."""
     if not models:
         raise ValueError("no model was named; give at least one run, pipeline or Hub id with --models")
     infos = []
     for text in models:
-        name, _, model = text.rpartition("=")
+        name, _, model = ("", "", text) if Path(text).exists() else text.rpartition("=")
         infos.append((name, model, read_run_info(model)))
     families = [info.family for _, _, info in infos]
     named = {}
@@ -146,7 +157,7 @@ def parse_pairs(pairs: tuple[str, ...]) -> dict:
 
 
 def refuse_other_splits(models: dict, summary: dict) -> None:
-    """Refuse to judge a model by micrographs that it may have been trained on."""
+    """Refuse to judge a model by micrographs that it may have been trained on, or by tiles cut or scaled in another way."""
     for name, (_, info) in models.items():
         trained = info.data.get("split_hash")
         if trained is not None and trained != summary["split_hash"]:
@@ -154,6 +165,12 @@ def refuse_other_splits(models: dict, summary: dict) -> None:
                 f"{name} was trained on another split ({info.data.get('name')}, {trained}) than it would be judged by "
                 f"({summary['name']}, {summary['split_hash']}): some of the held-out micrographs may have been trained on. "
                 "Evaluate with the --data and --tiles of its training, and compare only models of one split."
+            )
+        cut = info.data.get("fingerprint")
+        if cut is not None and cut != summary["fingerprint"]:
+            raise ValueError(
+                f"{name} was trained on tiles cut or scaled in another way (resolution, downsample, intensity) than those it would be "
+                "judged by; evaluate it with the --tiles of its training, and compare only models of one tiling"
             )
 
 
@@ -211,7 +228,7 @@ def reconstruct(vqvae, images):
 
 
 def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
-    """Return the command that makes this report again, with the models' own names in place of paths."""
+    """Return the command that makes this report again, with the models' names in place of paths; local data and weights left out."""
     defaults = {field.name: field.default for field in dataclasses.fields(EvaluationConfig)}
     words = ["python evaluate.py --models", *(info.name for _, info in models.values())]
     for name in (
@@ -227,6 +244,9 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
         value = getattr(config, name)
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
+    for name in ("tiles", "floors"):
+        if getattr(config, name) != defaults[name]:
+            words.append(f"--{name} {' '.join(getattr(config, name))}")
     return [" ".join(words)]
 
 

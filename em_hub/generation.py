@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ from tqdm.auto import tqdm
 
 from em_data import write_image
 from em_hub.loading import find_pipeline_folder, load_pipeline, read_run_info
-from em_training import default_precision, seed_for, use_cpu, write_text_atomically
+from em_training import create_process_state, default_precision, seed_for, write_text_atomically
 
 RECORD = "generation.json"
+NOISE_MODE = "random"  # fresh noise for each StyleGAN image, as in training, from that image's own generator
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
@@ -64,7 +66,7 @@ def generate_images(config: GenerationConfig) -> dict:
     `sample_seconds`. Raises `ValueError` when the folder holds images of other settings or of another model.
     """
     _check(config)
-    state = accelerate.PartialState(cpu=use_cpu())
+    state = create_process_state()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     info = read_run_info(config.model)
@@ -109,7 +111,7 @@ def _generate_missing(
         if config.num_inference_steps is not None:
             call["num_inference_steps"] = config.num_inference_steps
     else:
-        call["truncation_psi"] = config.truncation_psi
+        call |= {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE}
     pixel_size_nm = getattr(pipeline.config, "pixel_size_nm", None)
     started = time.monotonic()
     with (
@@ -151,15 +153,20 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
         "seed": config.seed,
         "format": config.format,
         "bits": config.bits,
-        "precision": config.precision,
+        "precision": "bf16" if _dtype(config.precision) == torch.bfloat16 else "no",
     }
     if family != "ldm":
-        return settings | {"truncation_psi": config.truncation_psi}
+        return settings | {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE}
     if config.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[config.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     name = type(pipeline.scheduler).__name__
-    return settings | {"scheduler": name, "num_inference_steps": config.num_inference_steps, "eta": config.eta}
+    default_steps = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+    return settings | {
+        "scheduler": name,
+        "num_inference_steps": config.num_inference_steps or default_steps,
+        "eta": config.eta,
+    }
 
 
 def _hash_weights(model: str) -> str | None:

@@ -124,6 +124,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         index = json.loads(index_path.read_text())
         index["_class_name"] = [pipeline_file.stem, type(self).__name__]
         index["generator"] = [generator_file.stem, type(self.generator).__name__]
+        index.pop("_name_or_path", None)  # a folder of this machine
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod

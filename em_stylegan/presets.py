@@ -39,7 +39,7 @@ def demo() -> StyleGANConfig:
         generator=GeneratorConfig(z_dim=64, w_dim=64, channel_base=1024, max_channels=64),
         discriminator=DiscriminatorConfig(channel_base=1024, max_channels=64),
         training=GANTrainingConfig(
-            num_images=12_000,
+            num_images=10_000,
             batch_size=16,
             r1_gamma=0.1,
             path_length_weight=0.0,

@@ -1,14 +1,14 @@
 """A StyleGAN run from micrographs to a saved pipeline."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from em_data import load_data
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
-from em_training import create_accelerator, refuse_other_run, save_config, write_text_atomically
+from em_training import create_accelerator, refuse_other_data, refuse_other_run, save_config, write_text_atomically
 
 
 def train_gan(config: StyleGANConfig) -> Path:
@@ -23,12 +23,14 @@ def train_gan(config: StyleGANConfig) -> Path:
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
     check_batch_size(config, accelerator)
+    config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
     with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     pixel_size_nm = data.summary.get("pixel_size_nm")
     if accelerator.is_main_process:
+        refuse_other_data(out, data.summary)
         save_config(config, out / "config.json")
         if config.save_untrained:
             generator, _ = create_networks(config)

@@ -7,12 +7,13 @@ from em_training.config import (
     config_from_json,
     config_to_json,
     load_config,
+    refuse_other_data,
     refuse_other_run,
     save_config,
     write_text_atomically,
 )
 from em_training.ema import EMA
-from em_training.precision import create_accelerator, default_precision, use_cpu
+from em_training.precision import create_accelerator, create_process_state, default_precision, use_cpu
 from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, read_stats
 from em_training.seeding import make_generator, seed_for
 
@@ -26,12 +27,14 @@ __all__ = [
     "config_from_json",
     "config_to_json",
     "create_accelerator",
+    "create_process_state",
     "default_precision",
     "list_checkpoints",
     "load_checkpoint",
     "load_config",
     "make_generator",
     "read_stats",
+    "refuse_other_data",
     "refuse_other_run",
     "save_checkpoint",
     "save_config",

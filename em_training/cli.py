@@ -36,7 +36,7 @@ def run_command(main: Callable[[], None]) -> None:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if "EM_TRACEBACK" in os.environ:
             raise
         print(f"error: {error}\n(EM_TRACEBACK=1 shows where)", file=sys.stderr)

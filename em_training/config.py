@@ -72,6 +72,26 @@ def refuse_other_run(out, config, is_allowed) -> None:
         )
 
 
+def refuse_other_data(out, summary: dict) -> None:
+    """Refuse to go on in the folder `out` when its micrographs or their split are no longer those that it began with.
+
+    summary: of the data as loaded now; its fingerprint and split_hash are written to `out`/data.json at the first start and compared at
+    every later one. Without this, a file added in between would move micrographs across the split. Raises `ValueError`.
+    """
+    path = Path(out) / "data.json"
+    now = {key: summary[key] for key in ("fingerprint", "split_hash", "num_micrographs")}
+    if not path.exists():
+        write_text_atomically(path, json.dumps(now, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text())
+    if before != now:
+        raise ValueError(
+            f"the micrographs are not those that the run in {out} began with ({before['num_micrographs']} then, "
+            f"{now['num_micrographs']} now, or other pixels): held-out ones may have been trained on. "
+            "Bring the old ones back, or choose another folder with --out."
+        )
+
+
 def write_text_atomically(path, text: str) -> None:
     """Write `text` beside `path` and rename it there, so that a reader sees the old file or the new one."""
     path = Path(path)

@@ -1,13 +1,17 @@
 """What number format to compute in, and the Accelerator that knows it."""
 
+from datetime import timedelta
+
 import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
 
+PROCESS_TIMEOUT = timedelta(days=1)  # other processes wait while the main one cuts tiles, encodes latents or evaluates
+
 
 def default_precision() -> str:
     """Return "bf16" where the hardware multiplies bfloat16 natively (CUDA of compute capability 8 on, CPUs with AMX), else "no"."""
-    if torch.cuda.is_available():
+    if not use_cpu() and torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return "bf16" if has_amx() else "no"
@@ -19,6 +23,11 @@ def use_cpu() -> bool:
     Accelerate must be told, or several CPU processes started by torchrun each believe to be alone.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def create_process_state() -> accelerate.PartialState:
+    """Return this process's place among the processes that torchrun or `accelerate launch` started; alone otherwise."""
+    return accelerate.PartialState(cpu=use_cpu(), timeout=PROCESS_TIMEOUT)
 
 
 def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerator:
@@ -34,6 +43,7 @@ def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerat
     )
     return accelerate.Accelerator(
         cpu=use_cpu(),
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         mixed_precision=default_precision() if precision == "auto" else precision,
         log_with="tensorboard",
         project_config=configuration,

@@ -32,7 +32,8 @@ class TrainingRun:
     out_dir, stage: the stage lives in `out_dir`/`stage` (checkpoints/, samples/, stats.jsonl).
     accelerator: its main process writes; its trackers get the same numbers as stats.jsonl.
     num_images, batch_size: length of the run and global batch, both in images.
-    log_every, sample_every, checkpoint_every: intervals in images; 0 turns samples off. num_checkpoints: how many are kept.
+    log_every, sample_every, checkpoint_every: intervals in images, at least a batch; sample_every 0 turns samples off.
+    num_checkpoints: how many are kept.
 
     Raises `ValueError` when another process is training in the same folder.
     """
@@ -50,6 +51,8 @@ class TrainingRun:
         checkpoint_every: int,
         num_checkpoints: int = 2,
     ):
+        if log_every < 1 or checkpoint_every < 1 or sample_every < 0:
+            raise ValueError("log_every and checkpoint_every are at least 1 image, sample_every at least 0 (none)")
         self.dir = Path(out_dir) / stage
         self.stage = stage
         self.accelerator = accelerator
@@ -103,6 +106,10 @@ class TrainingRun:
                 saved = load_checkpoint(path)
             except ValueError as error:
                 self.say(f"{error}; trying the one before it")
+                if path == list_checkpoints(self.dir / "checkpoints")[0]:
+                    raise ValueError(
+                        f"no checkpoint in {self.dir / 'checkpoints'} can be read; remove that folder to start the stage again"
+                    ) from error
                 continue
             self._restore(saved)
             num_images_seen = saved["num_images_seen"]
@@ -185,7 +192,8 @@ class TrainingRun:
         """Write a checkpoint now, unless this count is already on disk."""
         if self._last_saved == num_images_seen:
             return
-        self._refuse_non_finite({name: total / count for name, (total, count) in self._sums.items()}, num_images_seen)
+        pending = {name: self._mean_over_processes(total / count) for name, (total, count) in self._sums.items()}
+        self._refuse_non_finite(pending, num_images_seen)
         if self.accelerator.is_main_process:
             state = {name: part.state_dict() for name, part in self._state.items()}
             content = {
@@ -285,7 +293,7 @@ class TrainingRun:
         self._lock_file = (self.dir / ".lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock_file.close()
             raise ValueError(
                 f"another process is training in {self.dir}; wait for it or choose another folder with --out"

@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from em_training import changed_fields, config_from_json, config_to_json, load_config, save_config
+from em_training import changed_fields, config_from_json, config_to_json, load_config, refuse_other_data, save_config
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,11 @@ def test_changed_fields_are_dotted():
         "limit": (None, 2),
         "inner.width": (3, 4),
     }
+
+
+def test_other_data_is_refused_and_the_same_is_not(tmp_path):
+    summary = {"fingerprint": "a", "split_hash": "b", "num_micrographs": 3, "name": "x"}
+    refuse_other_data(tmp_path, summary)
+    refuse_other_data(tmp_path, summary | {"name": "moved"})
+    with pytest.raises(ValueError, match="3 then, 4 now"):
+        refuse_other_data(tmp_path, summary | {"num_micrographs": 4, "split_hash": "c"})
