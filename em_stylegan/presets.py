@@ -30,7 +30,7 @@ def small() -> StyleGANConfig:
 def demo() -> StyleGANConfig:
     """The embedded micrographs at 64 x 64, for `make demo`.
 
-    Hardware: 2 CPU cores. Time: about 4 minutes in float32 on cores with AVX-512. Score: what README.md shows.
+    Hardware: 2 CPU cores. Time: about 3 minutes in float32 on cores with AVX-512. Score: what README.md shows.
     """
     return StyleGANConfig(
         out="runs/demo/stylegan2",
@@ -39,7 +39,7 @@ def demo() -> StyleGANConfig:
         generator=GeneratorConfig(z_dim=64, w_dim=64, channel_base=1024, max_channels=64),
         discriminator=DiscriminatorConfig(channel_base=1024, max_channels=64),
         training=GANTrainingConfig(
-            num_images=10_000,
+            num_images=8_000,
             batch_size=16,
             r1_gamma=0.1,
             path_length_weight=0.0,
