@@ -59,7 +59,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
 
         Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False. There are no steps and so no progress bar.
         """
-        self._check_inputs(batch_size, generator, noise_mode, output_type)
+        self._check_inputs(batch_size, generator if latents is None else None, noise_mode, output_type)
         device, dtype = self._execution_device, self.generator.dtype
         if latents is None:
             shape = (batch_size, self.generator.config.z_dim)

@@ -145,6 +145,18 @@ def test_texture_without_structure_does_not_beat_the_surrogates():
     assert any("Noise does not reach the phase-randomised surrogates" in text for text in report["conclusion"])
 
 
+@pytest.mark.parametrize(
+    ("num_micrographs", "said"), [(1, "is one held-out micrograph"), (3, "is 3 held-out micrographs"), (6, None)]
+)
+def test_too_few_held_out_micrographs_are_said(num_micrographs, said):
+    models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(0)))]
+    report, _ = evaluate_models(
+        models, SUMMARY, FakeTiles(1, 80, num_micrographs), FakeTiles(2, 80), extractor=Pooled(), num_images=80, use_cache=False,
+        log=lambda text: None,
+    )  # fmt: skip
+    assert [said in note for note in report["protocol"]["notes"]] == ([True] if said else [])
+
+
 def test_fewer_images_lower_the_number_for_all_and_it_is_said():
     few = ModelImages("LDM", "ldm", blobs(30, torch.Generator().manual_seed(0)))
     report, _ = evaluate(num_images=70, models=[few])

@@ -129,7 +129,11 @@ def test_state_that_resume_must_carry_has_moved(finished):
     )
 
 
-def test_finished_run_is_not_trained_again(finished, config, capsys):
+def test_finished_run_is_not_trained_again(finished, config, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(loop, "discriminator_loss", refuse)
     before = (finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert train_gan(replace(config, out=str(finished))) == finished
     assert (finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors").read_bytes() == before
