@@ -1,4 +1,4 @@
-"""The root scripts as a user calls them: help, mistakes, two processes, kills."""
+"""The root scripts as a user calls them: help, mistakes, a whole road, kills."""
 
 import json
 import os
