@@ -1,6 +1,6 @@
 """From numbers to sentences: which difference is beyond chance, which floor binds, and what the study says."""
 
-from em_evaluation.distances import difference_interval
+from em_evaluation.distances import Distance, difference_interval
 
 STUDY = {
     "title": "A Comparative Analysis of GANs and Diffusion Models for Synthesizing Electron Microscopy Images",
@@ -61,15 +61,53 @@ def compare_models(names, floors, distances, origin, reference_groups, seed):
     return comparisons
 
 
+def weigh_autoencoders(models, floor_info, distances, origin, reference_groups, seed):
+    """Return, for each diffusion model with a reconstruction floor, whether that floor lies above half of its distance.
+
+    The interval is of the floor's distance less half of the model's, in which part of the common reference cancels:
+    "above" where it excludes 0 from above, "below" from below, else "undecided".
+    """
+    weighed = []
+    for model in models:
+        key = _find_own_floor(model, floor_info, distances)
+        if key is None or distances[model.name].value <= 0:
+            continue
+        score, floor = distances[model.name], distances[key]
+        interval = difference_interval(
+            floor,
+            Distance(score.value / 2, score.influence_a / 2, score.influence_b / 2),
+            groups_first=origin[key],
+            groups_second=origin[model.name],
+            groups_reference=reference_groups,
+            seed=seed,
+        )
+        verdict = "above" if interval.low > 0 else "below" if interval.high < 0 else "undecided"
+        difference = {"value": interval.value, "low": interval.low, "high": interval.high}
+        share = floor.value / score.value
+        weighed.append(
+            {"model": model.name, "floor": key, "share": share, "difference_to_half": difference, "floor_is": verdict}
+        )
+    return weighed
+
+
+def _find_own_floor(model, floor_info, distances):
+    """Return the key of the reconstruction floor of a model's own autoencoder; of the best where none bears its name."""
+    keys = [key for key in floor_info if key.startswith("reconstruction")]
+    if model.family != "ldm" or not keys:
+        return None
+    own = [key for key in keys if floor_info[key]["name"].endswith(f" of {model.name}")]
+    return own[0] if own else min(keys, key=lambda key: distances[key].value)
+
+
 def conclude(report) -> list[str]:
-    """Return the sentences that the numbers of a report allow, most important first."""
+    """Return the sentences that the numbers of a report allow, most important first; `warn` has what limits the result."""
     names = [model["name"] for model in report["models"]]
     sentences = []
     for comparison in report["comparisons"]:
         if comparison["first"] in names and comparison["second"] in names:
             sentences.append(_say_which_is_closer(report, comparison))
     sentences += [sentence for model in report["models"] if (sentence := _say_structure(report, model))]
-    sentences += [sentence for model in report["models"] if (sentence := _say_autoencoder(report, model))]
+    sentences += [_say_autoencoder(report, each) for each in report["autoencoders"] if not _is_above_half(each)]
     if names:
         sentences.append(_say_scope(report))
     return sentences
@@ -140,31 +178,51 @@ def _say_structure(report, model):
     return f"{name} cannot be told apart from the phase-randomised surrogates at {floor}: {then}."
 
 
-def _say_autoencoder(report, model):
+def _say_autoencoder(report, weighed):
     """Say how much of a diffusion model's distance its autoencoder has alone, and how much of what exceeds real images."""
-    floors = {key: floor for key, floor in report["floors"].items() if key.startswith("reconstruction")}
-    if model["family"] != "ldm" or not floors:
-        return None
-    own = [floor for floor in floors.values() if floor["name"].endswith(f" of {model['name']}")]
-    floor = own[0] if own else min(floors.values(), key=_value)
-    autoencoder, score = _value(floor), _value(model)
-    if score <= 0:
-        return None
-    share = autoencoder / score
-    sentence = (
-        f"The autoencoder alone scores {_say(floor['metrics']['frechet_distance'])}, {100 * share:.0f} % of "
-        f"{model['name']}'s distance, {'above' if share > 0.5 else 'below'} half of it"
-    )
-    if "real" not in report["floors"] or score <= _value(report["floors"]["real"]):
-        return f"{sentence}."
-    real = _value(report["floors"]["real"])
-    excess = (autoencoder - real) / (score - real)
-    if not 0 <= excess <= 1:
+    name, share = weighed["model"], f"{100 * weighed['share']:.0f} %"
+    metrics = _metrics(report)
+    autoencoder, score = metrics[weighed["floor"]], metrics[name]
+    side = "above" if _is_above_half(weighed) else "below"
+    sentence = f"The autoencoder alone scores {_say(autoencoder)}, {share} of {name}'s distance of {_say(score)}, {side} half of it"
+    low, high = score["low"] / 2, score["high"] / 2
+    overlap = autoencoder["low"] <= high and low <= autoencoder["high"]
+    if weighed["floor_is"] == "undecided":
+        sentence += ", but not beyond chance (the interval of what parts it from the half holds 0)"
+    elif overlap:
+        sentence += " (its interval and that of the half overlap, but that of their difference excludes 0)"
+    excess = _find_excess(report, autoencoder["value"], score["value"])
+    if _is_above_half(weighed):
+        is_sure = weighed["floor_is"] == "above" and (excess is None or excess > 0.5)
+        sentence += f": then the autoencoder, not the diffusion, {'is' if is_sure else 'may be'} the limit"
+    if excess is None:
         return f"{sentence}."
     then = "the larger part is the autoencoder's" if excess > 0.5 else "the larger part is the diffusion model's"
-    return (
-        f"{sentence}; of what {model['name']} has above real images, the autoencoder has {100 * excess:.0f} %: {then}."
+    but = "but " if _is_above_half(weighed) and excess <= 0.5 else ""
+    return f"{sentence}; {but}of what {name} has above real images, the autoencoder has {100 * excess:.0f} %: {then}."
+
+
+def warn(report) -> list[str]:
+    """Return what limits the result and the way out: an autoencoder whose floor lies above half of the score reached."""
+    way_out = (
+        "Train the autoencoder longer (--autoencoder.num-images) or with a patch discriminator, or take a better one: "
+        "python -m em_diffusion.select_autoencoder compares candidates."
     )
+    limited = [weighed for weighed in report["autoencoders"] if _is_above_half(weighed)]
+    return [f"{_say_autoencoder(report, weighed)} {way_out}" for weighed in limited]
+
+
+def _is_above_half(weighed):
+    return weighed["share"] > 0.5
+
+
+def _find_excess(report, autoencoder, score):
+    """Return the autoencoder's share of what a score has above real images; None where that means nothing."""
+    if "real" not in report["floors"] or score <= _value(report["floors"]["real"]):
+        return None
+    real = _value(report["floors"]["real"])
+    excess = (autoencoder - real) / (score - real)
+    return excess if 0 <= excess <= 1 else None
 
 
 def _value(row):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from em_data.intensity import to_uint8
-from em_evaluation.conclusion import STUDY, compare_models, conclude
+from em_evaluation.conclusion import STUDY, compare_models, conclude, warn, weigh_autoencoders
 from em_evaluation.distances import Interval, bootstrap_interval, frechet_influence, kernel_influence
 from em_evaluation.environment import describe_environment
 from em_evaluation.images import ImageSet, count_images, read_images, transform_images
@@ -87,6 +87,8 @@ def evaluate_models(
             for name, distance in measured[key][side].items()
         }
 
+    to_held_out = {key: value["held_out"]["frechet_distance"] for key, value in measured.items()}
+    origin = {key: images.groups for key, images in judged.items()}
     report = {
         "format": 1,
         "title": "Synthetic electron micrographs: which generator is closer to the real ones",
@@ -105,18 +107,15 @@ def evaluate_models(
             for key in floor_sets
         },
         "comparisons": compare_models(
-            list(generated),
-            list(floor_sets),
-            {key: value["held_out"]["frechet_distance"] for key, value in measured.items()},
-            {key: images.groups for key, images in judged.items()},
-            sets["held_out"].groups,
-            seed,
+            list(generated), list(floor_sets), to_held_out, origin, sets["held_out"].groups, seed
         ),
+        "autoencoders": weigh_autoencoders(models, floor_info, to_held_out, origin, sets["held_out"].groups, seed),
         "study": STUDY,
         "environment": describe_environment(),
         "reproduce": list(reproduce),
     }
     report["conclusion"] = conclude(report)
+    report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
     return report, choose_pictures(sets, generated, floor_sets, floor_info, num_pictures)
 

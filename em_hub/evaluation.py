@@ -261,6 +261,8 @@ def print_summary(report: dict, page: Path) -> None:
     for name, distance in rows:
         print(f"  {name:{width}}  {distance['value']:9.4g}  [{distance['low']:.4g}, {distance['high']:.4g}]")
     print("\n" + "\n".join(str(sentence) for sentence in as_sentences(report["conclusion"])))
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
     print(f"\n{page}")
 
 

@@ -14,7 +14,7 @@ from em_evaluation.charts import draw_overview
 from em_evaluation.conclusion import format_number
 from em_evaluation.features import Extractor
 from em_evaluation.images import select_views
-from em_evaluation.protocol import to_json
+from em_evaluation.protocol import FLOORS, to_json
 from em_evaluation.report import format_duration, make_scale_bar
 
 
@@ -123,8 +123,68 @@ def test_the_conclusion_says_what_the_numbers_say(evaluated):
     text = " ".join(report["conclusion"])
     assert text.startswith("LDM is closer to the held-out micrographs than StyleGAN2")
     assert "LDM beats the phase-randomised surrogates" in text
-    share = distance(report["floors"]["reconstruction"]) / distance(report["models"][0])
-    assert f"{100 * share:.0f} % of LDM's distance, {'above' if share > 0.5 else 'below'} half of it" in text
+
+
+def blur(amount):
+    """An autoencoder that mixes `amount` of each image's mean into it, and so loses contrast."""
+    return lambda images: images + amount * (images.mean((1, 2, 3), keepdim=True) - images)
+
+
+def evaluate_ldm(amount, contrast=0.6, floors=FLOORS):
+    """The report of an LDM of so much contrast, with an autoencoder that blurs so much, and its two distances."""
+    models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(5), contrast))]
+    report, _ = evaluate(models=models, floors=floors, reconstruct={"autoencoder of LDM": blur(amount)})
+    return report, report["floors"]["reconstruction"], report["models"][0]
+
+
+@pytest.fixture(scope="module")
+def balance():
+    """The greatest amount of blur that stays below half of the LDM's distance, and the least above it, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        _, floor, score = evaluate_ldm(middle, floors=("reconstruction",))
+        low, high = (low, middle) if distance(floor) > distance(score) / 2 else (middle, high)
+    return {"just below": low, "just above": high, "far below": 0.0, "far above": 0.8}
+
+
+@pytest.mark.parametrize("side", ["far below", "just below", "just above", "far above"])
+def test_an_autoencoder_above_half_of_the_score_is_warned_of(side, balance, tmp_path):
+    report, floor, score = evaluate_ldm(balance[side])
+    (weighed,) = report["autoencoders"]
+    assert weighed["difference_to_half"]["value"] == pytest.approx(distance(floor) - distance(score) / 2, abs=1e-9)
+    assert weighed["floor_is"] == {"far below": "below", "far above": "above"}.get(side, "undecided")
+    page = write_report(report, [], tmp_path).read_text()
+    if side.endswith("below"):
+        assert report["warnings"] == []
+        assert "Warning" not in page
+        said = next(sentence for sentence in report["conclusion"] if sentence.startswith("The autoencoder alone"))
+        assert "below half of it" in said
+        assert "is the limit" not in said
+    else:
+        (said,) = report["warnings"]
+        assert said.replace("'", "&#39;") in page
+        assert not any(sentence.startswith("The autoencoder alone") for sentence in report["conclusion"])
+        verb = "is" if side == "far above" else "may be"
+        assert f"above half of it{'' if verb == 'is' else ', but not beyond chance'}" in said
+        assert f"then the autoencoder, not the diffusion, {verb} the limit" in said
+        assert "select_autoencoder" in said
+    assert all(format_number(distance(row)) in said for row in (floor, score))
+    assert ("not beyond chance" in said) == side.startswith("just")
+
+
+def test_a_score_near_that_of_real_images_does_not_blame_the_autoencoder():
+    """Real images have a distance too at a finite number: half of a good score may lie below it."""
+    report, floor, score = evaluate_ldm(amount=0.0, contrast=0.95)
+    assert distance(floor) == distance(report["floors"]["real"]) > distance(score) / 2
+    (said,) = report["warnings"]
+    assert "may be the limit; but of what LDM has above real images, the autoencoder has 0 %" in said
+
+
+def test_the_autoencoder_of_another_family_is_no_limit():
+    models = [ModelImages("GAN", "stylegan2", blobs(80, torch.Generator().manual_seed(5), 0.95))]
+    report, _ = evaluate(models=models, reconstruct={"autoencoder of LDM": blur(0.6)})
+    assert report["autoencoders"] == report["warnings"] == []
 
 
 def test_equal_models_cannot_be_told_apart_and_order_does_not_matter():
