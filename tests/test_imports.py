@@ -14,6 +14,8 @@ ALLOWED = {
     "em_stylegan": {"em_data", "em_training"},
     "em_hub": {"em_data", "em_training", "em_diffusion", "em_stylegan", "em_evaluation"},
 }
+# what judges images while a model is made, and so may call the evaluation, which knows images only
+JUDGES = {"em_diffusion/select_autoencoder.py"}
 # a published component is one file
 HUB_FILES = [
     *ROOT.glob("em_diffusion/pipeline_em_*.py"),
@@ -31,13 +33,17 @@ def imported_modules(path):
             yield node.module.split(".")[0], node.lineno
 
 
+def allowed_as_judge(path):
+    return {"em_evaluation"} if str(path.relative_to(ROOT)) in JUDGES else set()
+
+
 @pytest.mark.parametrize("package", ALLOWED)
 def test_packages_import_only_what_lies_below(package):
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path in (ROOT / package).rglob("*.py")
         for name, line in imported_modules(path)
-        if (name in ALLOWED and name != package and name not in ALLOWED[package])
+        if (name in ALLOWED and name != package and name not in ALLOWED[package] | allowed_as_judge(path))
         or name in {"train_ldm", "train_gan", "evaluate", "generate", "publish", "experiments", "benchmarks"}
     ]
     assert not wrong
