@@ -19,6 +19,7 @@ JUDGES = {"em_diffusion/select_autoencoder.py"}
 # a published component is one file
 HUB_FILES = [
     *ROOT.glob("em_diffusion/pipeline_em_*.py"),
+    *ROOT.glob("em_diffusion/em_*.py"),
     *ROOT.glob("em_stylegan/pipeline_em_*.py"),
     *ROOT.glob("em_stylegan/em_*.py"),
 ]
