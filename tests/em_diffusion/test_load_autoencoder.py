@@ -1,0 +1,101 @@
+"""`load_autoencoder`: one grey interface to every autoencoder, and colour ones folded exactly."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, VQModel
+
+from em_diffusion.grey import fold_to_grey
+from em_diffusion.load_autoencoder import load_autoencoder
+
+SHAPE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+
+
+def create_vq(channels=3, seed=0):
+    torch.manual_seed(seed)
+    model = VQModel(in_channels=channels, out_channels=channels, num_vq_embeddings=32, **SHAPE).eval()
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model
+
+
+def create_kl(channels=3, seed=0):
+    torch.manual_seed(seed)
+    return AutoencoderKL(in_channels=channels, out_channels=channels, **SHAPE).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 1, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def assert_agrees(value, expected):
+    error = float((value - expected).detach().abs().max() / expected.detach().std())
+    assert error < 1e-5, f"off by {error:.1e} of the deviation"
+
+
+@torch.no_grad()
+def test_vq_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
+    model = create_vq()
+    model.save_pretrained(tmp_path)
+    autoencoder = load_autoencoder(tmp_path)
+    latents, indices = autoencoder.encode(images)
+    expected = model.encode(images.repeat(1, 3, 1, 1)).latents
+    assert_agrees(latents, expected)
+    assert torch.equal(indices, model.quantize(expected)[2][2].reshape(3, 8, 12))
+    assert indices.unique().numel() > 1
+    assert_agrees(autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1))
+    assert (autoencoder.kind, autoencoder.num_codes) == ("VQ", 32)
+
+
+@torch.no_grad()
+def test_kl_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
+    model = create_kl()
+    model.save_pretrained(tmp_path)
+    autoencoder = load_autoencoder(tmp_path)
+    latents, indices = autoencoder.encode(images)
+    expected = model.encode(images.repeat(1, 3, 1, 1)).latent_dist.mean
+    assert indices is None
+    assert_agrees(latents, expected)
+    assert_agrees(autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1))
+    assert (autoencoder.kind, autoencoder.num_codes) == ("KL", None)
+
+
+@pytest.mark.parametrize("create", [create_vq, create_kl])
+def test_folded_model_saves_and_loads_as_a_grey_one(tmp_path, create, images):
+    folded = fold_to_grey(create())
+    folded.save_pretrained(tmp_path)
+    loaded = type(folded).from_pretrained(tmp_path)
+    assert loaded.config.in_channels == loaded.config.out_channels == 1
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), folded.state_dict().values()))
+    assert {p.requires_grad for p in folded.parameters()} == {True}
+
+
+def test_grey_model_is_not_touched(tmp_path):
+    model = create_vq(channels=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert fold_to_grey(model) is model
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_other_numbers_of_channels_are_refused():
+    with pytest.raises(ValueError, match="in_channels = 4; only grey"):
+        fold_to_grey(create_vq(channels=4))
+
+
+@pytest.mark.parametrize("folder", ["", "autoencoder/vqvae", "pipeline/vqvae", "vqvae", "vae"])
+def test_found_in_runs_pipelines_and_models(tmp_path, folder, images):
+    create_vq(channels=1).save_pretrained(tmp_path / folder)
+    if folder:
+        (tmp_path / "config.json").write_text('{"data": "synthetic"}')  # a run's own
+    assert load_autoencoder(str(tmp_path)).num_codes == 32
+
+
+def test_folder_without_an_autoencoder(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(ValueError, match="there is no autoencoder in"):
+        load_autoencoder(tmp_path)
