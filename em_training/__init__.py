@@ -13,12 +13,14 @@ from em_training.config import (
     write_text_atomically,
 )
 from em_training.ema import EMA
+from em_training.memory import MicroBatching, is_out_of_memory, run_in_parts
 from em_training.precision import create_accelerator, create_process_state, default_precision, use_cpu
 from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, read_stats
 from em_training.seeding import make_generator, seed_for
 
 __all__ = [
     "EMA",
+    "MicroBatching",
     "NonFiniteLossError",
     "TrainingInterrupted",
     "TrainingRun",
@@ -29,6 +31,7 @@ __all__ = [
     "create_accelerator",
     "create_process_state",
     "default_precision",
+    "is_out_of_memory",
     "list_checkpoints",
     "load_checkpoint",
     "load_config",
@@ -36,6 +39,7 @@ __all__ = [
     "read_stats",
     "refuse_other_data",
     "refuse_other_run",
+    "run_in_parts",
     "save_checkpoint",
     "save_config",
     "seed_for",

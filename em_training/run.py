@@ -206,10 +206,12 @@ class TrainingRun:
         self._last_saved = num_images_seen
         self.accelerator.wait_for_everyone()
 
-    def say(self, text: str) -> None:
-        """Print a line from the main process without breaking the progress bar."""
+    def say(self, text: str, *, from_any_process: bool = False) -> None:
+        """Print a line without breaking the progress bar, from the main process alone or from any, which then names itself."""
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
+        elif from_any_process:
+            tqdm.write(f"process {self.accelerator.process_index}: {text}", file=sys.stderr)
 
     def _restore(self, saved: dict) -> None:
         missing = set(self._state) ^ set(saved["state"])
