@@ -74,8 +74,15 @@ class DenoiserConfig:
     norm_num_groups: int = 32
 
     prediction_type: str = "epsilon"
-    """What the U-Net is asked for: "epsilon", the noise (the study's), or "v_prediction", sqrt(abar) noise - sqrt(1 - abar)
-    latents, which learns an image's layout in fewer steps (Salimans and Ho 2022, arXiv:2202.00512, appendix D)."""
+    """What the U-Net is asked for: "epsilon", the noise (the study's); "v_prediction", sqrt(abar) noise - sqrt(1 - abar)
+    latents, which learns an image's layout in fewer steps (Salimans and Ho 2022, arXiv:2202.00512, appendix D); or "flow",
+    noise - latents along the straight path between them (Lipman et al. 2023, arXiv:2210.02747), without betas."""
+    min_snr_gamma: float = 0.0
+    """Weigh the loss of timesteps by min(SNR, gamma) / SNR, or its form for velocity (Hang et al. 2023, arXiv:2303.09556,
+    who take 5); 0 weighs all alike. Validation losses are never weighted."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that nothing of the image is left at the last timestep, where sampling begins (Lin et al. 2024,
+    arXiv:2305.08891); needs "v_prediction", since noise tells nothing about an image of which nothing is left."""
     timestep_density: str = "uniform"
     """How often each timestep is trained: "uniform", or "logit_normal", the middle of the noise range more often than
     its ends (Esser et al. 2024, arXiv:2403.03206, section 3.1)."""
@@ -88,9 +95,18 @@ class DenoiserConfig:
     num_images: int = 5_000_000
     batch_size: int = 64
     learning_rate: float = 1e-4
+    micro_batch_size: int = 0
+    """Images of one process that are computed at once, with gradients summed over the parts of a batch; 0 for the whole. When
+    the memory runs out, the part is halved and the run goes on."""
+    gradient_checkpointing: bool = False
+    """Compute the U-Net's blocks again in the backward pass instead of keeping what they computed: less memory, a third slower."""
     warmup_images: int = 50_000
     learning_rate_decay: str = "cosine"
-    """"cosine" (to zero at num_images) or "constant"."""
+    """"cosine" (to zero at num_images), "constant", or "inverse_sqrt": learning_rate / sqrt(max(1, images seen /
+    learning_rate_reference_images)) (as in Karras et al. 2024, arXiv:2312.02696). A run with one of the last two can be
+    made longer and is then the longer run."""
+    learning_rate_reference_images: int = 500_000
+    """Images after which "inverse_sqrt" begins to fall."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     ema_half_life_images: float = 100_000
@@ -104,10 +120,12 @@ class DenoiserConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_lengths(self, "denoiser")
+        _check_lengths(self, "denoiser", decays=("cosine", "constant", "inverse_sqrt"))
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
-        _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow"))
         _check_choice("denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal"))
+        _check_choice("denoiser.beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        _check_objective(self)
         if any(not 0 <= level < len(self.channel_multipliers) for level in self.attention_levels):
             raise ValueError(
                 f"denoiser.attention_levels is {self.attention_levels}, but there are {len(self.channel_multipliers)} "
@@ -159,15 +177,42 @@ class LDMConfig:
         return self.tiles.resolution // self.autoencoder.downsampling_factor
 
 
-def _check_lengths(config, name):
+def _check_lengths(config, name, decays=("cosine", "constant"), may_be_zero=()):
     positive = ["num_images", "batch_size", "num_validation_images", "layers_per_block", "learning_rate"]
-    positive += [field_name for field_name in vars(config) if field_name.endswith("_every")]
+    positive += [field_name for field_name in vars(config) if field_name.endswith(("_every", "_reference_images"))]
     for field_name in positive:
-        if getattr(config, field_name) <= 0:
-            raise ValueError(f"{name}.{field_name} is {getattr(config, field_name)}; it must be positive.")
-    if config.learning_rate_decay not in ("cosine", "constant"):
+        value = getattr(config, field_name)
+        if value < 0 or (value == 0 and field_name not in may_be_zero):
+            raise ValueError(f"{name}.{field_name} is {value}; it must be positive.")
+    if getattr(config, "micro_batch_size", 0) < 0:
         raise ValueError(
-            f'{name}.learning_rate_decay is "{config.learning_rate_decay}"; choose "cosine" or "constant".'
+            f"{name}.micro_batch_size is {config.micro_batch_size}; it must be at least 1 image, or 0 for the whole batch."
+        )
+    _check_choice(f"{name}.learning_rate_decay", config.learning_rate_decay, decays)
+
+
+def _check_objective(config):
+    """Refuse what cannot be trained: weights or schedules that the prediction does not know."""
+    if config.min_snr_gamma < 0:
+        raise ValueError(f"denoiser.min_snr_gamma is {config.min_snr_gamma}; it must be positive, or 0 for no weights.")
+    if config.zero_terminal_snr and config.prediction_type != "v_prediction":
+        reason = (
+            "the path of flow ends in pure noise as it is"
+            if config.prediction_type == "flow"
+            else "noise tells nothing there"
+        )
+        raise ValueError(
+            f'denoiser.zero_terminal_snr needs prediction_type "v_prediction", and it is "{config.prediction_type}": {reason}. '
+            "Choose it, or turn zero_terminal_snr off."
+        )
+    if config.min_snr_gamma and config.prediction_type == "flow":
+        raise ValueError(
+            'denoiser.min_snr_gamma weighs "epsilon" and "v_prediction"; with "flow" set it to 0 and choose the timestep_density.'
+        )
+    if config.min_snr_gamma and config.zero_terminal_snr:
+        raise ValueError(
+            "denoiser.min_snr_gamma gives the last timestep, whose SNR zero_terminal_snr makes 0, the weight 0, and sampling begins "
+            "there: turn one of the two off."
         )
 
 

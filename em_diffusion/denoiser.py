@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 
 def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DModel:
@@ -22,12 +22,14 @@ def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DMod
     )
 
 
-def create_scheduler(config) -> DDIMScheduler:
+def create_scheduler(config) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The noise schedule, as the sampler that is saved with the model.
 
     diffusers' default `clip_sample=True` cuts the predicted latents to [-1, 1], right for pixels and wrong for latents of
     unit deviation. Steps are spaced "trailing", so that sampling starts at the noisiest step that was trained.
     """
+    if config.prediction_type == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
     return DDIMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
@@ -36,32 +38,61 @@ def create_scheduler(config) -> DDIMScheduler:
         clip_sample=False,
         timestep_spacing="trailing",
         prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.zero_terminal_snr,
     )
 
 
-def draw_timesteps(count: int, num_train_timesteps: int, generator, density: str = "uniform"):
+def draw_timesteps(count: int, num_train_timesteps: int, generator, density: str = "uniform", continuous: bool = False):
     """`count` timesteps, int64 [count] in 0 .. num_train_timesteps - 1, spread evenly over their distribution.
 
     One uniform offset shifts a comb of `count` teeth over the quantiles: every timestep is drawn as often as `density`
     says, as by independent draws, but a batch covers the range, which lowers the variance of its loss. "uniform" draws
-    each equally often; "logit_normal" draws sigmoid(u) of the range for a standard normal u.
+    each equally often; "logit_normal" draws sigmoid(u) of the range for a standard normal u. `continuous` gives float32
+    anywhere in 0 .. num_train_timesteps, as flow matching wants them.
     """
     offset = torch.rand((), generator=generator, device=generator.device)
     quantiles = (torch.arange(count, device=generator.device) + offset) / count  # [count] in [0, 1)
     if density == "logit_normal":
         quantiles = torch.special.ndtri(quantiles).sigmoid()
-    return (quantiles * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
+    timesteps = quantiles * num_train_timesteps
+    return timesteps if continuous else timesteps.long().clamp(0, num_train_timesteps - 1)
 
 
 def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
-    """||target - unet(x_t, t)||^2, mean over elements, for x_t = sqrt(abar_t) latents + sqrt(1 - abar_t) noise.
+    """||target - unet(x_t, t)||^2, mean over elements, of each sample: float32 [B].
 
-    With the scheduler's prediction_type "epsilon" the target is the noise, the simple objective of DDPM (Ho et al. 2020,
-    arXiv:2006.11239, equation 14); with "v_prediction" it is sqrt(abar_t) noise - sqrt(1 - abar_t) latents. `latents` and
-    `noise` [B, C, h, w] float32, latents normalised; `timesteps` int64 [B]. Returns the loss of each sample, float32 [B].
+    The scheduler decides. A `DDIMScheduler` with x_t = sqrt(abar_t) latents + sqrt(1 - abar_t) noise asks for the noise
+    with prediction_type "epsilon", the simple objective of DDPM (Ho et al. 2020, arXiv:2006.11239, equation 14), and for
+    sqrt(abar_t) noise - sqrt(1 - abar_t) latents with "v_prediction". A `FlowMatchEulerDiscreteScheduler` with
+    x_t = (1 - s) latents + s noise, s = t / num_train_timesteps, asks for dx/ds = noise - latents (Lipman et al. 2023,
+    arXiv:2210.02747; Esser et al. 2024, arXiv:2403.03206). `latents` and `noise` [B, C, h, w] float32, latents
+    normalised; `timesteps` [B], int64, or float32 for flow.
     """
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    if is_flow(scheduler):
+        s = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+        noisy, target = (1 - s) * latents + s * noise, noise - latents
+    else:
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     predicted = unet(noisy, timesteps).sample
     return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+
+def is_flow(scheduler) -> bool:
+    """Say whether the model answers the velocity of a straight path from latents to noise."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def compute_min_snr_weights(scheduler, timesteps, gamma: float):
+    """Weights of the loss at `timesteps`, float32 [B], that count the error of the latents min(SNR, gamma) times (Hang et al. 2023,
+    arXiv:2303.09556, section 3.4), with SNR = abar / (1 - abar).
+
+    An error of the noise is one of the latents divided by SNR^(1/2), one of the velocity divided by (SNR + 1)^(1/2), whence
+    min(SNR, gamma) / SNR for "epsilon" and min(SNR, gamma) / (SNR + 1) for "v_prediction".
+    """
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)
+    abar = scheduler.alphas_cumprod[timesteps]
+    snr = abar / (1 - abar)
+    clipped = snr.clamp(max=gamma)
+    return clipped / (snr + 1) if scheduler.config.prediction_type == "v_prediction" else clipped / snr

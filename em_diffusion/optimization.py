@@ -8,13 +8,16 @@ import torch
 def learning_rate_at(config, num_images_seen: int) -> float:
     """The learning rate of the step that begins after `num_images_seen` images: linear warm-up, then decay.
 
-    `config` has learning_rate, warmup_images, num_images and learning_rate_decay ("cosine" to zero, or "constant").
+    `config` has learning_rate, warmup_images, num_images and learning_rate_decay: "cosine" (to zero at num_images), "constant", or
+    "inverse_sqrt", which falls from `learning_rate_reference_images` on. The last two do not know num_images.
     """
     rate = config.learning_rate
     if config.warmup_images > 0:
         rate *= min(1.0, (num_images_seen + config.batch_size) / config.warmup_images)
     if config.learning_rate_decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, num_images_seen / config.num_images)))
+    if config.learning_rate_decay == "inverse_sqrt":
+        rate /= math.sqrt(max(1.0, num_images_seen / config.learning_rate_reference_images))
     return rate
 
 
