@@ -17,6 +17,8 @@ from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_training import (
     create_accelerator,
     list_checkpoints,
+    load_config,
+    lock_folder,
     refuse_other_data,
     refuse_other_run,
     save_config,
@@ -32,11 +34,18 @@ def train_ldm(config: LDMConfig) -> Path:
     folder. The same call on the same folder goes on where it stopped, to the bit on the same hardware. Several processes
     share the work when they are started by torchrun or `accelerate launch`.
 
-    Raises `ValueError` when the folder holds a run of another configuration, and `TrainingInterrupted` after saving when
-    asked to stop.
+    Raises `ValueError` when the folder holds a run of another configuration or another training is at work in it, and
+    `TrainingInterrupted` after saving when asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
+    with lock_folder(out, is_main_process=accelerator.is_main_process):
+        train_stages(config, accelerator, out)
+    return out
+
+
+def train_stages(config, accelerator, out):
+    """What `train_ldm` does, in a folder that nothing else trains in."""
     check_batch_sizes(config, accelerator.num_processes)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
@@ -72,7 +81,6 @@ def train_ldm(config: LDMConfig) -> Path:
         }
         write_text_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
-    return out
 
 
 def run_autoencoder_stage(config, data, accelerator, out):
@@ -160,16 +168,39 @@ def check_batch_sizes(config, num_processes: int):
 def check_same_run(config, out):
     """Refuse to mix two configurations in one folder.
 
-    What decides no weight may change: the folder's own name, the cache, and intervals. A stage may be
-    made longer as long as no later stage has begun.
+    What decides no weight beyond rounding may change: the folder's own name, the cache, intervals, and how a step is
+    computed. A stage may be made longer as long as no later stage has begun and its learning rate does not aim at its end.
     """
+    refuse_raised_rate(config, out)
     refuse_other_run(
         out,
         config,
         lambda name, old, new: (
-            name in ("out", "tiles.cache_dir") or name.endswith("_every") or _is_longer(name, old, new, out)
+            name in ("out", "tiles.cache_dir")
+            or name.endswith(("_every", ".micro_batch_size", ".gradient_checkpointing"))
+            or _is_longer(name, old, new, out)
         ),
     )
+
+
+def refuse_raised_rate(config, out):
+    """Refuse to lengthen a stage that began to lower its learning rate to zero at its old end.
+
+    Its rate would jump up, and what comes out is neither the longer run nor two runs. "constant" and "inverse_sqrt" do not
+    know the end: a stage with them, lengthened, is to the bit the stage that was long from the start.
+    """
+    if not (out / "config.json").exists():
+        return
+    before = load_config(LDMConfig, out / "config.json")
+    for name in ("autoencoder", "denoiser"):
+        old, new = getattr(before, name), getattr(config, name)
+        has_begun = list_checkpoints(out / name / "checkpoints")
+        if new.num_images > old.num_images and old.learning_rate_decay == "cosine" and has_begun:
+            raise ValueError(
+                f"{name}.num_images was {old.num_images}, is now {new.num_images}, but the stage in {out} lowers its learning rate "
+                "towards its old end, and would go on at a raised one. Train the longer run in another folder with --out; one with "
+                f"--{name}.learning-rate-decay constant (or inverse_sqrt, for the denoiser) can be lengthened at any time."
+            )
 
 
 def _is_longer(name, before, after, out) -> bool:

@@ -8,7 +8,14 @@ from em_data import load_data
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
-from em_training import create_accelerator, refuse_other_data, refuse_other_run, save_config, write_text_atomically
+from em_training import (
+    create_accelerator,
+    lock_folder,
+    refuse_other_data,
+    refuse_other_run,
+    save_config,
+    write_text_atomically,
+)
 
 
 def train_gan(config: StyleGANConfig) -> Path:
@@ -18,10 +25,18 @@ def train_gan(config: StyleGANConfig) -> Path:
     untrained/ (the pipeline of the first weights) into the run's folder. The same call on the same folder goes on where it stopped,
     to the bit on the same hardware. Several processes share the work when they are started by torchrun or `accelerate launch`.
 
-    Raises `ValueError` when the folder holds a run of another configuration, and `TrainingInterrupted` after saving when asked to stop.
+    Raises `ValueError` when the folder holds a run of another configuration or another training is at work in it, and
+    `TrainingInterrupted` after saving when asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
+    with lock_folder(out, is_main_process=accelerator.is_main_process):
+        train_and_save(config, accelerator, out)
+    return out
+
+
+def train_and_save(config, accelerator, out):
+    """What `train_gan` does, in a folder that nothing else trains in."""
     check_batch_size(config, accelerator)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
@@ -50,7 +65,6 @@ def train_gan(config: StyleGANConfig) -> Path:
         }
         write_text_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
-    return out
 
 
 def check_same_run(config, out):

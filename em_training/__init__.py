@@ -15,7 +15,7 @@ from em_training.config import (
 from em_training.ema import EMA
 from em_training.memory import MicroBatching, is_out_of_memory, run_in_parts
 from em_training.precision import create_accelerator, create_process_state, default_precision, use_cpu
-from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, read_stats
+from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, lock_folder, read_stats
 from em_training.seeding import make_generator, seed_for
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_config",
+    "lock_folder",
     "make_generator",
     "read_stats",
     "refuse_other_data",

@@ -69,12 +69,11 @@ class TrainingRun:
         self._last_saved: int | None = None
         self._bar = None
         self._old_handlers: dict = {}
-        self._lock_file = None
+        self._lock = lock_folder(self.dir, is_main_process=accelerator.is_main_process)
 
     def __enter__(self):
+        self._lock.__enter__()
         self.dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            self._lock()
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.stage)
         if threading.current_thread() is threading.main_thread():
@@ -91,8 +90,9 @@ class TrainingRun:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
-        if self._lock_file is not None:
-            self._lock_file.close()
+        self._lock.__exit__(None, None, None)
+        if kind is None and self._stop_signal is not None and self._old_handlers:
+            signal.raise_signal(self._stop_signal)  # came after the last agreement: to whoever handles it now
 
     def resume(self, state: dict) -> int:
         """Load the newest whole checkpoint into `state`, {name: object with state_dict and load_state_dict}; return its images seen, or 0.
@@ -174,13 +174,17 @@ class TrainingRun:
             self.save(num_images_seen)
         if self._must_stop(num_images_seen):
             self.save(num_images_seen)
-            raise TrainingInterrupted(
-                f"{self.stage} stopped and saved at {num_images_seen:,} of {self.num_images:,} images; run the same command to go on"
-            )
+            raise self._interruption(num_images_seen)
 
     def finish(self, num_images_seen: int) -> float:
-        """Save the end of the stage and return its training time in seconds, summed over all resumed parts."""
+        """Save the end of the stage and return its training time in seconds, summed over all resumed parts.
+
+        Raises `TrainingInterrupted` when one of the processes was asked to stop since they last agreed: what comes after the stage
+        waits for the next start.
+        """
         self.save(num_images_seen)
+        if self._agree_to_stop():
+            raise self._interruption(num_images_seen)
         return self.train_seconds
 
     @property
@@ -194,12 +198,13 @@ class TrainingRun:
             return
         pending = {name: self._mean_over_processes(total / count) for name, (total, count) in self._sums.items()}
         self._refuse_non_finite(pending, num_images_seen)
+        sums = self._gather_sums()
         if self.accelerator.is_main_process:
             state = {name: part.state_dict() for name, part in self._state.items()}
             content = {
                 "num_images_seen": num_images_seen,
                 "train_seconds": self.train_seconds,
-                "pending": {name: list(pair) for name, pair in self._sums.items()},
+                "pending": sums,
                 "state": state,
             }
             save_checkpoint(self.dir / "checkpoints", num_images_seen, content, keep=self.num_checkpoints)
@@ -221,10 +226,14 @@ class TrainingRun:
             )
         for name, part in self._state.items():
             part.load_state_dict(saved["state"][name])
-        self._sums = {name: list(pair) for name, pair in saved["pending"].items()}
-        for pair in self._sums.values():
-            if isinstance(pair[0], torch.Tensor):
-                pair[0] = pair[0].to(self.accelerator.device)
+        self._sums = {}
+        for name, pending in saved["pending"].items():
+            totals = pending["totals"]
+            rank, is_same = self.accelerator.process_index, len(totals) == self.accelerator.num_processes
+            total = totals[rank] if is_same else sum(totals) / len(totals)
+            if pending["is_tensor"]:
+                total = torch.tensor(total, dtype=torch.float32, device=self.accelerator.device)
+            self._sums[name] = [total, pending["count"]]
         self._seconds_before = saved["train_seconds"]
 
     def _write_log(self, num_images_seen: int) -> None:
@@ -245,6 +254,17 @@ class TrainingRun:
         first = dict(list(values.items())[:4])
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in first.items()}, refresh=False)
 
+    def _gather_sums(self) -> dict:
+        """What each process has summed since the last log line: a resumed run goes on with its own, and logs the same line."""
+        totals = torch.tensor([float(total) for total, _ in self._sums.values()], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.gather(totals.to(self.accelerator.device)).cpu()
+        by_name = totals.view(self.accelerator.num_processes, -1).T.tolist()  # [names][processes]
+        return {
+            name: {"totals": row, "count": count, "is_tensor": isinstance(total, torch.Tensor)}
+            for (name, (total, count)), row in zip(self._sums.items(), by_name, strict=True)
+        }
+
     def _mean_over_processes(self, value):
         if self.accelerator.num_processes == 1:
             return value
@@ -262,12 +282,20 @@ class TrainingRun:
             )
 
     def _must_stop(self, num_images_seen: int) -> bool:
+        if self.accelerator.num_processes > 1 and (num_images_seen // self.batch_size) % AGREE_EVERY_STEPS:
+            return False
+        return self._agree_to_stop()
+
+    def _agree_to_stop(self) -> bool:
         if self.accelerator.num_processes == 1:
             return self._stop_signal is not None
-        if (num_images_seen // self.batch_size) % AGREE_EVERY_STEPS:
-            return False
         asked = torch.tensor([float(self._stop_signal is not None)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+    def _interruption(self, num_images_seen: int) -> TrainingInterrupted:
+        return TrainingInterrupted(
+            f"{self.stage} stopped and saved at {num_images_seen:,} of {self.num_images:,} images; run the same command to go on"
+        )
 
     def _on_signal(self, number, frame) -> None:
         if self._stop_signal is not None and number == signal.SIGINT:
@@ -291,15 +319,26 @@ class TrainingRun:
         temporary.write_text("".join(kept))
         temporary.replace(path)
 
-    def _lock(self) -> None:
-        self._lock_file = (self.dir / ".lock").open("w")
+
+@contextlib.contextmanager
+def lock_folder(folder, *, is_main_process: bool = True):
+    """Keep other trainings out of `folder` until the end of the block, or of the process however it ends.
+
+    Only the main process of several locks. Raises `ValueError` when another training holds the folder.
+    """
+    if not is_main_process:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._lock_file.close()
             raise ValueError(
-                f"another process is training in {self.dir}; wait for it or choose another folder with --out"
+                f"another process is training in {folder}; wait for it or choose another folder with --out"
             ) from error
+        yield
 
 
 def read_stats(stage_dir) -> list[dict]:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from diffusers import VQModel
 from em_data import load_data
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, train_ldm
 from em_diffusion.autoencoder import create_autoencoder
-from em_training import config_from_json, config_to_json, seed_for
+from em_training import config_from_json, config_to_json, lock_folder, seed_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,14 +99,36 @@ def test_another_configuration_in_the_same_folder_is_refused(run):
     assert config_from_json(LDMConfig, (out / "config.json").read_text()) == config
 
 
-def test_denoiser_can_be_trained_longer(run, tmp_path):
-    import shutil
+def test_a_finished_stage_with_cosine_decay_is_not_lengthened(run):
+    """Its learning rate has come down to its end already."""
+    config, _ = run
+    with pytest.raises(ValueError, match=r"denoiser.num_images was 64, is now 80.*learning-rate-decay constant"):
+        train_ldm(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, num_images=80)))
 
+
+def test_a_lengthened_denoiser_is_the_longer_run(run, tmp_path):
+    """With a learning rate that does not know the end: to the bit."""
     config, out = run
-    shutil.copytree(out, tmp_path / "run")
-    denoiser = dataclasses.replace(config.denoiser, num_images=80, log_every=8)
-    train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
-    assert json.loads((tmp_path / "run/run.json").read_text())["num_images_seen"] == 80
+    for name in ("whole", "parts"):  # the finished autoencoder and its latents
+        shutil.copytree(out, tmp_path / name, ignore=shutil.ignore_patterns("denoiser", "run.json"))
+        (tmp_path / name / "config.json").unlink()
+    denoiser = dataclasses.replace(config.denoiser, learning_rate_decay="constant", log_every=8)
+    longer = dataclasses.replace(denoiser, num_images=80)
+    train_ldm(dataclasses.replace(config, out=str(tmp_path / "parts"), denoiser=denoiser))
+    for name in ("whole", "parts"):
+        train_ldm(dataclasses.replace(config, out=str(tmp_path / name), denoiser=longer))
+        assert json.loads((tmp_path / name / "run.json").read_text())["num_images_seen"] == 80
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "parts" / weights).read_bytes()
+
+
+def test_a_second_training_in_the_folder_is_refused_at_once(run, monkeypatch):
+    config, out = run
+    monkeypatch.setattr(
+        "em_diffusion.train.load_data", lambda *args, **kwargs: pytest.fail("the folder was not locked")
+    )
+    with lock_folder(out), pytest.raises(ValueError, match="another process is training"):
+        train_ldm(config)
 
 
 def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):

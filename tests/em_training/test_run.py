@@ -14,8 +14,10 @@ from em_training import (
     NonFiniteLossError,
     TrainingInterrupted,
     TrainingRun,
+    create_accelerator,
     list_checkpoints,
     load_checkpoint,
+    lock_folder,
     read_stats,
     save_checkpoint,
 )
@@ -140,6 +142,50 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_folder_is_locked_once_and_freed(tmp_path):
+    with lock_folder(tmp_path / "run"):
+        with lock_folder(tmp_path / "run", is_main_process=False):  # other processes of one training
+            pass
+        with pytest.raises(ValueError, match="another process is training"), lock_folder(tmp_path / "run"):
+            raise AssertionError
+    with lock_folder(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("is_finished", "error"), [(False, TrainingInterrupted), (True, KeyboardInterrupt)], ids=["before", "after"]
+)
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error):
+    """Between the last step's look and the end of the stage: the stage is whole, and what comes next does not begin."""
+    sizes = {"num_images": 4, "batch_size": 4, "log_every": 4, "sample_every": 0, "checkpoint_every": 4}
+
+    def train_one_step():
+        with TrainingRun(tmp_path, "toy", accelerator=create_accelerator(tmp_path, "no"), **sizes) as run:
+            run.resume({})
+            run.step(4)
+            if is_finished:
+                run.finish(4)
+            os.kill(os.getpid(), signal.SIGINT)
+            if not is_finished:
+                run.finish(4)
+
+    with pytest.raises(error):
+        train_one_step()
+    assert list_checkpoints(tmp_path / "toy/checkpoints")
+
+
+def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run(
+        [*command, str(program), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("stopped: toy stopped and saved at 20 of 20") == 2
+    assert "both done" in done.stdout
 
 
 def test_intervals_are_crossed_once_whatever_the_batch():
