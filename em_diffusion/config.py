@@ -155,14 +155,14 @@ class LDMConfig:
     seed: int = 0
     """Weights, data order and noise of both stages; the split has its own seed in tiles."""
     precision: str = "auto"
-    """"bf16", "no" (float32), or "auto": bf16 where the hardware computes in it."""
+    """"bf16", "fp16" (GPUs without bf16; the loss is scaled), "no" (float32), or "auto": bf16 where the hardware computes in
+    it, else float32."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self):
-        if self.precision not in ("auto", "bf16", "no"):
-            raise ValueError(f'precision is "{self.precision}"; choose "auto", "bf16" or "no".')
+        _check_choice("precision", self.precision, ("auto", "bf16", "fp16", "no"))
         factor = self.autoencoder.downsampling_factor * 2 ** (len(self.denoiser.channel_multipliers) - 1)
         if self.tiles.resolution % factor:
             raise ValueError(

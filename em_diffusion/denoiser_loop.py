@@ -6,10 +6,26 @@ import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
 from em_diffusion.autoencoder_loop import draw_validation_images, save_model
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
+from em_diffusion.denoiser import (
+    compute_denoising_loss,
+    compute_min_snr_weights,
+    create_denoiser,
+    create_scheduler,
+    draw_timesteps,
+)
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
-from em_training import EMA, TrainingRun, make_generator, seed_for
+from em_training import (
+    EMA,
+    MicroBatching,
+    Prefetcher,
+    TrainingRun,
+    make_generator,
+    run_in_parts,
+    scaler_state,
+    seed_for,
+    step_optimizer,
+)
 
 
 def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out_dir) -> tuple[Path, float]:
@@ -24,11 +40,20 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
         model = create_denoiser(config, latents.shape[-1], latents.shape[0])
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     ema = EMA(model, config.ema_half_life_images)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     scheduler = create_scheduler(config)
-    optimizer = create_optimizer(model.parameters(), config)
-    unet = accelerator.prepare_model(model)
+    parameters = list(model.parameters())
+    optimizer = create_optimizer(parameters, config)
     sampler = ImageSampler(latents.num_views, seed_for(config.seed, "denoiser data"))
     validation_batch = draw_validation_batch(held_out_latents, config)
+
+    def compute_loss(images, noise, timesteps):
+        with accelerator.autocast():
+            losses = compute_denoising_loss(model, scheduler, images, noise, timesteps)  # [B]
+        if config.min_snr_gamma:
+            losses = losses * compute_min_snr_weights(scheduler, timesteps, config.min_snr_gamma)
+        return losses.mean()
 
     with TrainingRun(
         out_dir,
@@ -40,41 +65,28 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
         sample_every=config.sample_every,
         checkpoint_every=config.checkpoint_every,
     ) as run:
-        num_images_seen = run.resume({"model": model, "ema": ema, "optimizer": optimizer})
+        micro_batching = MicroBatching(config.micro_batch_size, run=run, flag="--denoiser.micro-batch-size")
+        state = {"model": model, "ema": ema, "optimizer": optimizer, "micro_batching": micro_batching}
+        num_images_seen = run.resume(state | scaler_state(accelerator))
         match_memory_format(optimizer)
-        loader = iter(
-            BatchLoader(
-                latents,
-                sampler,
-                batch_size=config.batch_size,
-                start=num_images_seen,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-            )
-        )
-        while num_images_seen < config.num_images:
-            generator = make_generator(config.seed, rank=accelerator.process_index, num_images_seen=num_images_seen)
-            images = next(loader)  # [B, C, h, w]
-            noise = torch.randn(images.shape, generator=generator)
-            timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator, config.timestep_density)
-            unet.train()
-            loss = compute_denoising_loss(unet, scheduler, *move(accelerator, images, noise, timesteps)).mean()
-            accelerator.backward(loss)
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            learning_rate = learning_rate_at(config, num_images_seen)
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-            num_images_seen += config.batch_size
-            ema.update(model, num_images_seen, config.batch_size)
+        batches = draw_batches(latents, sampler, config, accelerator, num_images_seen)
+        with Prefetcher(batches, accelerator.device) as batches:
+            while num_images_seen < config.num_images:
+                model.train()
+                loss, _ = micro_batching.backward(compute_loss, parameters, *next(batches))
+                learning_rate = learning_rate_at(config, num_images_seen)
+                set_learning_rate(optimizer, learning_rate)
+                step = step_optimizer(accelerator, optimizer, parameters, config.max_grad_norm)
+                num_images_seen += config.batch_size
+                ema.update(model, num_images_seen, config.batch_size)
 
-            run.log(loss=loss, learning_rate=learning_rate, gradient_norm=gradient_norm)
-            if run.is_due(config.validate_every, num_images_seen):
-                run.log(held_out_loss=evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config))
-            if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                samples = draw_samples(vqvae, ema.model, scheduler, config, accelerator)
-                save_image_grid(samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples)))
-            run.step(num_images_seen)
+                run.log(loss=loss, learning_rate=learning_rate, **step)
+                if run.is_due(config.validate_every, num_images_seen):
+                    run.log(**evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config))
+                if run.samples_due(num_images_seen) and accelerator.is_main_process:
+                    samples = draw_samples(vqvae, ema.model, scheduler, config, accelerator)
+                    save_image_grid(samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples)))
+                run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
 
     path = Path(out_dir) / "denoiser" / "unet"
@@ -84,44 +96,77 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
     return path, train_seconds
 
 
-def move(accelerator, *tensors):
-    """The tensors on the accelerator's device, images channels-last."""
-    return [
-        tensor.to(accelerator.device, memory_format=torch.channels_last if tensor.dim() == 4 else torch.preserve_format)
-        for tensor in tensors
-    ]
+def draw_batches(latents, sampler, config, accelerator, num_images_seen):
+    """Latents [B, C, h, w], noise like them and timesteps [B] of this process's part of each step from `num_images_seen` on."""
+    rank = accelerator.process_index
+    loader = BatchLoader(
+        latents,
+        sampler,
+        batch_size=config.batch_size,
+        start=num_images_seen,
+        rank=rank,
+        world_size=accelerator.num_processes,
+    )
+    for images in loader:
+        generator = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen)
+        yield images, *draw_noise(images.shape, config, generator)
+        num_images_seen += config.batch_size
+
+
+def draw_noise(shape, config, generator):
+    """Noise of `shape` and a timestep for each image, as `config` draws them."""
+    noise = torch.randn(shape, generator=generator)
+    is_flow = config.prediction_type == "flow"
+    return noise, draw_timesteps(shape[0], config.num_train_timesteps, generator, config.timestep_density, is_flow)
 
 
 def draw_validation_batch(latents, config):
     """Held-out latents with the noise and timesteps that every validation of this seed uses."""
     images = draw_validation_images(latents, config.num_validation_images)
     generator = make_generator(config.seed, stream="validation")
-    noise = torch.randn(images.shape, generator=generator)
-    timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator, config.timestep_density)
+    noise, timesteps = draw_noise(images.shape, config, generator)
     order = torch.randperm(len(images), generator=generator)
     return images, noise, timesteps[order]
 
 
 @torch.no_grad()
-def evaluate_denoising(unet, scheduler, batch, accelerator, config):
-    """Mean denoising loss over `batch`, (latents, noise, timesteps)."""
-    losses = []
-    for part in zip(*(tensor.split(config.batch_size) for tensor in batch)):
+def evaluate_denoising(unet, scheduler, batch, accelerator, config) -> dict:
+    """Mean denoising loss over `batch`, (latents, noise, timesteps), without weights: {"held_out_loss": over all,
+    "held_out_loss_q1" to "..._q4": over the quarters of the timesteps, from the least noise to the most, that have any}."""
+
+    def compute_losses(images, noise, timesteps):
+        images, noise = (x.to(accelerator.device, memory_format=torch.channels_last) for x in (images, noise))
         with accelerator.autocast():
-            losses.append(compute_denoising_loss(unet, scheduler, *move(accelerator, *part)))
-    return torch.cat(losses).mean()
+            return compute_denoising_loss(unet, scheduler, images, noise, timesteps.to(accelerator.device))
+
+    losses = run_in_parts(compute_losses, *batch, size=config.batch_size)  # [N]
+    quarters = (batch[2] * 4 / config.num_train_timesteps).long().clamp(max=3)  # [N]
+    means = {"held_out_loss": losses.mean()}
+    for quarter in quarters.unique().tolist():
+        means[f"held_out_loss_q{quarter + 1}"] = losses[(quarters == quarter).to(losses.device)].mean()
+    return means
 
 
 def draw_samples(vqvae, unet, scheduler, config, accelerator):
     """Images of the current average, float32 [N, 1, R, R] in [-1, 1], each from a seed of its own."""
+    return generate_images(
+        vqvae, unet, scheduler, accelerator, config.seed, range(config.num_sample_images), config.num_sample_steps
+    )
+
+
+def generate_images(
+    vqvae, unet, scheduler, accelerator, seed, numbers, num_steps, *, stream="sample", batch_size: int = 32
+):
+    """Images of these numbers by the sampler `scheduler`, float32 [N, 1, R, R] in [-1, 1]: each depends on seed and number alone."""
     pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    generators = [make_generator(config.seed, stream=f"sample {i}") for i in range(config.num_sample_images)]
-    with accelerator.autocast():
-        images = pipeline(
-            batch_size=len(generators),
-            generator=generators,
-            num_inference_steps=config.num_sample_steps,
-            output_type="pt",
-        ).images
-    return images.cpu() * 2 - 1
+
+    def generate(numbers):
+        generators = [make_generator(seed, stream=f"{stream} {number}") for number in numbers.tolist()]
+        with accelerator.autocast():
+            images = pipeline(
+                batch_size=len(generators), generator=generators, num_inference_steps=num_steps, output_type="pt"
+            ).images
+        return images.cpu() * 2 - 1
+
+    return run_in_parts(generate, torch.tensor(numbers), size=batch_size)

@@ -14,7 +14,15 @@ from em_training.config import (
 )
 from em_training.ema import EMA
 from em_training.memory import MicroBatching, is_out_of_memory, run_in_parts
-from em_training.precision import create_accelerator, create_process_state, default_precision, use_cpu
+from em_training.precision import (
+    create_accelerator,
+    create_process_state,
+    default_precision,
+    scaler_state,
+    step_optimizer,
+    use_cpu,
+)
+from em_training.prefetch import Prefetcher
 from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, lock_folder, read_stats
 from em_training.seeding import make_generator, seed_for
 
@@ -22,6 +30,7 @@ __all__ = [
     "EMA",
     "MicroBatching",
     "NonFiniteLossError",
+    "Prefetcher",
     "TrainingInterrupted",
     "TrainingRun",
     "changed_fields",
@@ -43,7 +52,9 @@ __all__ = [
     "run_in_parts",
     "save_checkpoint",
     "save_config",
+    "scaler_state",
     "seed_for",
+    "step_optimizer",
     "use_cpu",
     "write_text_atomically",
 ]

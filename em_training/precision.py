@@ -38,6 +38,8 @@ def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerat
     """
     if precision not in ("auto", "bf16", "fp16", "no"):
         raise ValueError(f"precision '{precision}' is unknown; choose auto, bf16, fp16 or no")
+    if precision == "fp16" and use_cpu():
+        raise ValueError("precision fp16 needs a GPU; choose bf16, no (float32) or auto on the CPU")
     configuration = accelerate.utils.ProjectConfiguration(
         project_dir=str(out_dir), logging_dir=str(out_dir) + "/tensorboard"
     )
@@ -48,3 +50,31 @@ def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerat
         log_with="tensorboard",
         project_config=configuration,
     )
+
+
+def scaler_state(accelerator) -> dict:
+    """Return {"scaler": the scaler of the loss}, a part of the checkpoint in fp16, or nothing in other precisions."""
+    return {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
+
+
+def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float) -> dict:
+    """Clip the gradients that `accelerator.backward` left to a norm of `max_grad_norm`, step, drop them; return what to log.
+
+    In fp16 the loss was scaled: gradients are brought back to scale before they are clipped, and a step whose gradients overflowed
+    is skipped, after which the scale is halved. `gradient_norm` is then 0 in the log and `skipped_steps` says how many there were;
+    in other precisions a norm that is not finite is logged as it is, and ends the run.
+    """
+    scaler = accelerator.scaler
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    if scaler is None:
+        return {"gradient_norm": norm}
+    is_finite = torch.isfinite(norm)
+    return {"gradient_norm": torch.where(is_finite, norm, 0.0), "skipped_steps": 1.0 - is_finite.float()}

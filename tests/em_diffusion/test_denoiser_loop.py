@@ -1,0 +1,167 @@
+"""The denoiser's loop: whatever state an option adds, a resumed run is the run, to the bit."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from em_diffusion import denoiser_loop
+from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
+from em_diffusion.denoiser_loop import draw_noise, draw_validation_batch, evaluate_denoising, train_denoiser
+from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_stats
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_loops import Killed, assert_same_run, kill_at, make_latents
+
+
+@pytest.fixture
+def train(vqvae, accelerator, tmp_path):
+    """Train a stage in the folder `name`; with `kill_after` batches, end there."""
+
+    def train(stage, name, kill_after=None, accelerator=accelerator, **options):
+        latents, held_out = make_latents(), make_latents(6, seed=1)
+        arguments = {"vqvae": vqvae, "accelerator": accelerator, "out_dir": tmp_path / name, **options}
+        if kill_after is None:
+            train_denoiser(stage, latents, held_out, **arguments)
+        else:
+            kill_at(latents, kill_after)
+            with pytest.raises(Killed):
+                train_denoiser(stage, latents, held_out, **arguments)
+        return tmp_path / name / "denoiser"
+
+    return train
+
+
+def load_last(folder):
+    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])["state"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction_type": "flow", "timestep_density": "logit_normal"},
+        {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+        {"prediction_type": "v_prediction", "min_snr_gamma": 5.0, "learning_rate_decay": "inverse_sqrt"},
+        {"micro_batch_size": 3, "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_options_resume_to_the_bit(config, train, changes):
+    stage = dataclasses.replace(config.denoiser, **changes)
+    whole = train(stage, "whole")
+    train(stage, "parts", kill_after=6)
+    assert_same_run(whole, train(stage, "parts"))
+    line = read_stats(whole)[-1]
+    assert {"held_out_loss", "held_out_loss_q1", "held_out_loss_q4"} <= set(line)
+
+
+def test_parts_and_recomputation_change_nothing_but_rounding(config, train):
+    """Weights after 8 steps, against those of the plain loop, and with a memory that holds 3 images."""
+    plain = load_last(train(config.denoiser, "plain"))["model"]
+    for name, changes in (("micro", {"micro_batch_size": 3}), ("again", {"gradient_checkpointing": True})):
+        weights = load_last(train(dataclasses.replace(config.denoiser, **changes), name))["model"]
+        for key, value in plain.items():
+            torch.testing.assert_close(weights[key], value, rtol=2e-3, atol=2e-5)
+
+
+def test_memory_that_runs_out_is_survived_and_resumed(config, train, monkeypatch, capfd):
+    """Where 3 images fit, the run goes on with parts of 2 and is said so once; resumed, it begins with them."""
+
+    def small_memory(unet, scheduler, latents, noise, timesteps):
+        if unet.training and len(latents) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return compute_denoising_loss(unet, scheduler, latents, noise, timesteps)
+
+    monkeypatch.setattr(denoiser_loop, "compute_denoising_loss", small_memory)
+    whole = train(config.denoiser, "whole")
+    assert capfd.readouterr().err.count("--denoiser.micro-batch-size 2 makes it permanent") == 1
+    train(config.denoiser, "parts", kill_after=6)
+    capfd.readouterr()
+    assert_same_run(whole, train(config.denoiser, "parts"))
+    assert "makes it permanent" not in capfd.readouterr().err
+    assert load_last(whole)["micro_batching"] == {"configured": 0, "size": 2}
+
+
+class TestFloat16:
+    """The scaler on the CPU, in float32: a scale of a power of two changes no bit unless something overflows."""
+
+    @pytest.fixture
+    def scaled(self, tmp_path):
+        def make(**options):
+            accelerator = create_accelerator(tmp_path, "no")
+            accelerator.scaler = torch.amp.GradScaler("cpu", **options)
+            return accelerator
+
+        return make
+
+    def test_scaled_is_unscaled(self, config, train, scaled):
+        """Clipping acts on gradients brought back to scale: most steps here are clipped."""
+        stage = dataclasses.replace(config.denoiser, max_grad_norm=0.1)
+        plain = train(stage, "plain")
+        half = train(stage, "half", accelerator=scaled(init_scale=2.0**14, growth_interval=3))
+        for key in ("model", "ema"):
+            for name, value in load_last(plain)[key].items():
+                assert torch.equal(value, load_last(half)[key][name]), name
+        lines = [read_stats(folder)[-1] for folder in (plain, half)]
+        assert lines[0]["gradient_norm"] == lines[1]["gradient_norm"] > 0.1
+        assert load_last(half)["scaler"]["scale"] == 2.0**16
+
+    def test_overflow_skips_steps_and_resumes_to_the_bit(self, config, train, scaled, monkeypatch):
+        """A loss of about 16 overflows at the first scales, and once more when the scale has grown again."""
+        monkeypatch.setattr(denoiser_loop, "compute_denoising_loss", lambda *args: 16 * compute_denoising_loss(*args))
+        stage = dataclasses.replace(config.denoiser, log_every=8)
+        options = {"init_scale": 2.0**127, "growth_interval": 3, "backoff_factor": 0.125, "growth_factor": 8.0}
+        whole = train(stage, "whole", accelerator=scaled(**options))
+        train(stage, "parts", kill_after=6, accelerator=scaled(**options))
+        assert_same_run(whole, train(stage, "parts", accelerator=scaled(**options)))
+        skipped = [line["skipped_steps"] for line in read_stats(whole)]
+        assert skipped == [1, 0, 0, 0, 1, 0, 0, 0]
+        assert load_last(whole)["scaler"]["scale"] == 2.0**127
+        assert load_last(whole)["optimizer"]["state"][0]["step"] == 6
+
+    def test_the_cpu_has_none(self, tmp_path):
+        with pytest.raises(ValueError, match="fp16 needs a GPU"):
+            create_accelerator(tmp_path, "fp16")
+
+
+def test_validation_is_the_loss_by_quarters_of_the_timesteps(config, accelerator):
+    stage = dataclasses.replace(config.denoiser, num_validation_images=32)
+    torch.manual_seed(0)
+    unet, scheduler = create_denoiser(stage, 8, 4).eval(), create_scheduler(stage)
+    batch = draw_validation_batch(make_latents(32), stage)
+    with torch.no_grad():
+        losses = compute_denoising_loss(unet, scheduler, *batch)
+    values = evaluate_denoising(unet, scheduler, batch, accelerator, stage)
+    torch.testing.assert_close(values.pop("held_out_loss"), losses.mean())
+    quarters = {f"held_out_loss_q{q + 1}": losses[batch[2] // 250 == q].mean() for q in range(4)}
+    torch.testing.assert_close(values, quarters)
+    few = evaluate_denoising(unet, scheduler, [tensor[:1] for tensor in batch], accelerator, stage)
+    assert len(few) == 2  # no quarter without timesteps
+
+
+def test_flow_draws_timesteps_between_the_integers(config):
+    stage = dataclasses.replace(config.denoiser, prediction_type="flow")
+    _, timesteps = draw_noise((64, 4, 8, 8), stage, make_generator(0))
+    assert timesteps.dtype == torch.float32
+    assert (timesteps != timesteps.round()).any()
+
+
+@pytest.mark.parametrize("num_levels", [3, 4, 5])
+@pytest.mark.parametrize("batch_size", [8, 16, 32, 64])
+def test_the_studys_variants_are_built_and_stepped(config, num_levels, batch_size):
+    """Three to five levels and batches of 8 to 64 at the study's 32 x 32 x 4 latents, narrow: every parameter gets a gradient."""
+    stage = dataclasses.replace(
+        config.denoiser,
+        base_channels=8,
+        channel_multipliers=(1, 2, 2, 4, 4)[:num_levels],
+        attention_levels=tuple(range(1, num_levels)),
+        batch_size=batch_size,
+    )
+    unet, scheduler = create_denoiser(stage, 32, 4), create_scheduler(stage)
+    latents = torch.randn(batch_size, 4, 32, 32, generator=make_generator(0))
+    losses = compute_denoising_loss(unet, scheduler, latents, *draw_noise(latents.shape, stage, make_generator(1)))
+    assert losses.shape == (batch_size,)
+    losses.mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in unet.parameters())
