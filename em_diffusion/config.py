@@ -110,6 +110,10 @@ class DenoiserConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     ema_half_life_images: float = 100_000
+    posthoc_ema_every: int = 0
+    """Keep snapshots of two power-function averages, from which an average of any width can be made after the training (Karras et
+    al. 2024, arXiv:2312.02696, section 3; `python -m em_diffusion.posthoc_ema`): interval in images, a sixteenth of the run is
+    enough; 0 keeps none. Takes the memory of two more sets of weights."""
     num_validation_images: int = 512
     num_sample_images: int = 16
     num_sample_steps: int = 20
@@ -120,7 +124,7 @@ class DenoiserConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_lengths(self, "denoiser", decays=("cosine", "constant", "inverse_sqrt"))
+        _check_lengths(self, "denoiser", ("cosine", "constant", "inverse_sqrt"), may_be_zero=("posthoc_ema_every",))
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
         _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow"))
         _check_choice("denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal"))

@@ -18,6 +18,7 @@ from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_training import (
     EMA,
     MicroBatching,
+    PosthocEMA,
     Prefetcher,
     TrainingRun,
     make_generator,
@@ -67,7 +68,12 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
     ) as run:
         micro_batching = MicroBatching(config.micro_batch_size, run=run, flag="--denoiser.micro-batch-size")
         state = {"model": model, "ema": ema, "optimizer": optimizer, "micro_batching": micro_batching}
+        posthoc_ema = PosthocEMA(model, run.dir / "posthoc_ema") if config.posthoc_ema_every else None
+        if posthoc_ema:
+            state["posthoc_ema"] = posthoc_ema
         num_images_seen = run.resume(state | scaler_state(accelerator))
+        if posthoc_ema and accelerator.is_main_process:
+            posthoc_ema.drop_snapshots_after(num_images_seen)
         match_memory_format(optimizer)
         batches = draw_batches(latents, sampler, config, accelerator, num_images_seen)
         with Prefetcher(batches, accelerator.device) as batches:
@@ -79,6 +85,10 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
                 step = step_optimizer(accelerator, optimizer, parameters, config.max_grad_norm)
                 num_images_seen += config.batch_size
                 ema.update(model, num_images_seen, config.batch_size)
+                if posthoc_ema:
+                    posthoc_ema.update(model, num_images_seen, config.batch_size)
+                    if run.is_due(config.posthoc_ema_every, num_images_seen) and accelerator.is_main_process:
+                        posthoc_ema.save_snapshot(num_images_seen)
 
                 run.log(loss=loss, learning_rate=learning_rate, **step)
                 if run.is_due(config.validate_every, num_images_seen):

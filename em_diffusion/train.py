@@ -177,7 +177,9 @@ def check_same_run(config, out):
         config,
         lambda name, old, new: (
             name in ("out", "tiles.cache_dir")
-            or name.endswith(("_every", ".micro_batch_size", ".gradient_checkpointing"))
+            or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
+            or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
+            or name.endswith((".micro_batch_size", ".gradient_checkpointing"))
             or _is_longer(name, old, new, out)
         ),
     )

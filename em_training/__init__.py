@@ -14,6 +14,7 @@ from em_training.config import (
 )
 from em_training.ema import EMA
 from em_training.memory import MicroBatching, is_out_of_memory, run_in_parts
+from em_training.posthoc_ema import PosthocEMA
 from em_training.precision import (
     create_accelerator,
     create_process_state,
@@ -30,6 +31,7 @@ __all__ = [
     "EMA",
     "MicroBatching",
     "NonFiniteLossError",
+    "PosthocEMA",
     "Prefetcher",
     "TrainingInterrupted",
     "TrainingRun",

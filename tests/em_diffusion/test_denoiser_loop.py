@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from em_diffusion import denoiser_loop
 from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import draw_noise, draw_validation_batch, evaluate_denoising, train_denoiser
 from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_stats
+from em_training.posthoc_ema import list_snapshots
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_loops import Killed, assert_same_run, kill_at, make_latents
@@ -45,6 +47,7 @@ def load_last(folder):
         {"prediction_type": "v_prediction", "zero_terminal_snr": True},
         {"prediction_type": "v_prediction", "min_snr_gamma": 5.0, "learning_rate_decay": "inverse_sqrt"},
         {"micro_batch_size": 3, "gradient_checkpointing": True},
+        {"posthoc_ema_every": 24},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -55,6 +58,18 @@ def test_options_resume_to_the_bit(config, train, changes):
     assert_same_run(whole, train(stage, "parts"))
     line = read_stats(whole)[-1]
     assert {"held_out_loss", "held_out_loss_q1", "held_out_loss_q4"} <= set(line)
+
+
+def test_snapshots_resume_to_the_bit(config, train):
+    stage = dataclasses.replace(config.denoiser, posthoc_ema_every=16)
+    whole = train(stage, "whole")
+    train(stage, "parts", kill_after=7)  # has written one at 48 that lies after the checkpoint
+    parts = train(stage, "parts")
+    snapshots = list_snapshots(whole / "posthoc_ema")
+    assert [count for count, _ in snapshots.values()] == [16, 16, 32, 32, 48, 48, 64, 64]
+    for path in snapshots:
+        same = [load_file(folder / "posthoc_ema" / path.name) for folder in (whole, parts)]
+        assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
 def test_parts_and_recomputation_change_nothing_but_rounding(config, train):

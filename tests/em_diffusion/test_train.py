@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
+from safetensors.torch import load_file
 
 from em_data import load_data
-from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, train_ldm
+from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, posthoc_ema, train_ldm
 from em_diffusion.autoencoder import create_autoencoder
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
 
@@ -129,6 +130,33 @@ def test_a_second_training_in_the_folder_is_refused_at_once(run, monkeypatch):
     )
     with lock_folder(out), pytest.raises(ValueError, match="another process is training"):
         train_ldm(config)
+
+
+def test_an_average_of_another_width_is_made_after_the_training(run, tmp_path, monkeypatch, capsys):
+    config, out = run
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("denoiser", "run.json"))
+    (tmp_path / "run/config.json").unlink()
+    denoiser = dataclasses.replace(config.denoiser, posthoc_ema_every=16)
+    train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
+    made, command = tmp_path / "made", ["posthoc_ema", str(tmp_path / "run"), "--sigma-rel", "0.1"]
+    monkeypatch.setattr("sys.argv", [*command, "--num-images", "32", "--out", str(made)])
+    posthoc_ema.main()
+    assert "within 0.00%" in capsys.readouterr().err
+    weights = EMLatentDiffusionPipeline.from_pretrained(made / "pipeline").unet.state_dict()
+    stored = load_file(tmp_path / "run/denoiser/posthoc_ema/000000000032-0.1.safetensors")
+    assert weights.keys() == stored.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, stored[name].float(), rtol=1e-5, atol=1e-7)
+    result = json.loads((made / "run.json").read_text())
+    assert (result["name"], result["posthoc_ema"]["sigma_rel"]) == ("made", 0.1)
+    assert result["num_images_seen"] == 32
+    with pytest.raises(ValueError, match="is the run itself"):
+        posthoc_ema.make_posthoc_pipeline(tmp_path / "run", 0.1, tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no training"):
+        posthoc_ema.make_posthoc_pipeline(made, 0.1, tmp_path / "more")
+    none = dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=config.denoiser)
+    with pytest.raises(ValueError, match="posthoc_ema_every was 16, is now 0"):
+        train_ldm(none)
 
 
 def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):

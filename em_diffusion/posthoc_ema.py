@@ -1,0 +1,77 @@
+"""A pipeline whose denoiser is averaged over another width, made after the training: `python -m em_diffusion.posthoc_ema RUN ...`"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from diffusers import VQModel
+
+from em_diffusion.config import LDMConfig
+from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_training import load_config, write_text_atomically
+from em_training.cli import run_command
+from em_training.posthoc_ema import reconstruct_average
+
+DESCRIPTION = """Average the denoiser's weights over another width than those stored, after its training.
+
+The run must have kept snapshots (train_ldm.py ... --denoiser.posthoc-ema-every IMAGES). DIR becomes a run with that denoiser, for
+generate.py and evaluate.py; the autoencoder is RUN's."""
+
+
+def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | None = None) -> float:
+    """Save `run`'s pipeline with the average of width `sigma_rel` in `out`/pipeline; return the relative error of the profile.
+
+    num_images_seen: the moment of a snapshot; the last if not given. `out`/posthoc_ema.json says what was made, and where the run is
+    finished `out`/run.json is the run's own with that added. Raises `ValueError` where the run has no autoencoder or no such snapshots.
+    """
+    run, out = Path(run), Path(out)
+    if not (run / "config.json").exists():
+        raise ValueError(f"{run} holds no training of train_ldm.py (no config.json)")
+    if out.resolve() == run.resolve():
+        raise ValueError(f"--out is the run itself, {run}, whose pipeline would be lost; choose another folder")
+    weights, error, num_images_seen = reconstruct_average(run / "denoiser" / "posthoc_ema", sigma_rel, num_images_seen)
+    config = load_config(LDMConfig, run / "config.json")
+    vqvae = VQModel.from_pretrained(run / "autoencoder" / "vqvae").eval()
+    unet = create_denoiser(config.denoiser, config.latent_size, vqvae.config.latent_channels).eval()
+    unet.load_state_dict(unet.state_dict() | weights)
+    result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
+    pixel_size_nm = result["data"].get("pixel_size_nm") if result else None
+    pipeline = EMLatentDiffusionPipeline(vqvae, unet, create_scheduler(config.denoiser), pixel_size_nm=pixel_size_nm)
+    pipeline.save_pretrained(out / "pipeline")
+    made = {
+        "run": str(run),
+        "sigma_rel": sigma_rel,
+        "num_images_seen": num_images_seen,
+        "relative_error_of_profile": error,
+    }
+    write_text_atomically(out / "posthoc_ema.json", json.dumps(made, indent=2) + "\n")
+    if result:
+        result |= {"name": out.name, "num_images_seen": num_images_seen, "posthoc_ema": made}
+        write_text_atomically(out / "run.json", json.dumps(result, indent=2) + "\n")
+    return error
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m em_diffusion.posthoc_ema",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder, finished or not")
+    parser.add_argument(
+        "--sigma-rel", type=float, required=True, help="width relative to the images seen, such as 0.05"
+    )
+    parser.add_argument("--num-images", type=int, help="average up to the snapshot at this many images; the last one")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the new run")
+    arguments = parser.parse_args()
+    error = make_posthoc_pipeline(arguments.run, arguments.sigma_rel, arguments.out, arguments.num_images)
+    print(
+        f"{arguments.out}/pipeline averages over sigma_rel {arguments.sigma_rel}; the snapshots meet its profile within {error:.2%}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
