@@ -2,12 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
 
+from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
 from em_diffusion.perceptual import PerceptualDistance
 
 MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
@@ -77,36 +79,87 @@ def nearest_codes(vectors, codebook):
     return torch.cat([torch.addmm(half_squares, x, codebook.T, alpha=-1).argmin(dim=1) for x in vectors.split(rows)])
 
 
-class AutoencoderObjective(nn.Module):
-    """The autoencoder with its training loss, as one module, so that data parallelism sees one forward pass."""
+class Objective(NamedTuple):
+    """What one forward pass of the `AutoencoderObjective` gives."""
 
-    def __init__(self, vqvae: VQModel, config):
+    loss: torch.Tensor  # its backward pass gives the autoencoder's gradients
+    terms: dict[str, torch.Tensor]  # the losses by name, without weights and gradients
+    latents: torch.Tensor  # the encoder's outputs [B, C, h, w], without gradient
+    indices: torch.Tensor  # of the codes [B, h, w]
+    discriminator_loss: torch.Tensor | None  # its gradients reach the discriminator alone
+
+
+class AutoencoderObjective(nn.Module):
+    """The autoencoder with its training loss, as one module, so that data parallelism sees one forward pass.
+
+    average: tensor -> its mean over processes, for the gradients that the adaptive weight compares.
+    """
+
+    def __init__(self, vqvae: VQModel, config, average=lambda tensor: tensor):
         super().__init__()
         self.vqvae = vqvae
         self.config = config
+        self.average = average
         self.perceptual = PerceptualDistance(config.perceptual_layers) if config.perceptual_weight > 0 else None
 
-    def forward(self, images):
-        """Loss of images [B, 1, R, R] in [-1, 1]: (loss, terms by name, latents z_e [B, C, h, w], indices [B, h, w])."""
+    def forward(self, images, discriminator=None) -> Objective:
+        """The losses of images [B, 1, R, R] in [-1, 1]; with a `PatchDiscriminator`, the adversarial ones as well."""
         latents = self.vqvae.encode(images).latents  # [B, C, h, w]
         quantised = quantise(latents, self.vqvae.quantize.embedding.weight)
         decoded = self.vqvae.decode(quantised.latents, force_not_quantize=True).sample  # [B, 1, R, R]
-        terms = {
-            "l1": F.l1_loss(decoded.float(), images),
-            "l2": F.mse_loss(decoded.float(), images),
-            "codebook": quantised.codebook_loss,
-            "commitment": quantised.commitment_loss,
-        }
+        c = self.config
+        terms = {"codebook": quantised.codebook_loss, "commitment": quantised.commitment_loss}
+        loss = c.codebook_weight * (terms["codebook"] + c.commitment_weight * terms["commitment"])
+        discriminator_loss = None
+        if discriminator is None:
+            reconstruction, reconstruction_terms = self.compare(decoded, images)
+            loss = reconstruction + loss
+        else:
+            pull, reconstruction_terms, discriminator_loss = self.play(decoded, images, discriminator)
+            loss = pull + loss
+        terms = {name: term.detach() for name, term in (reconstruction_terms | terms).items()}
+        return Objective(loss, terms, latents.detach(), quantised.indices, discriminator_loss)
+
+    def compare(self, decoded, images):
+        """The weighted distance of decoded images to `images`, both [B, 1, R, R], and its terms by name."""
+        terms = {"l1": F.l1_loss(decoded.float(), images), "l2": F.mse_loss(decoded.float(), images)}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(decoded, images)
         c = self.config
-        loss = (
-            c.l1_weight * terms["l1"]
-            + c.l2_weight * terms["l2"]
-            + c.perceptual_weight * terms.get("perceptual", 0.0)
-            + c.codebook_weight * (terms["codebook"] + c.commitment_weight * terms["commitment"])
-        )
-        return loss, {name: term.detach() for name, term in terms.items()}, latents.detach(), quantised.indices
+        loss = c.l1_weight * terms["l1"] + c.l2_weight * terms["l2"]
+        return loss + c.perceptual_weight * terms.get("perceptual", 0.0), terms
+
+    def play(self, decoded, images, discriminator):
+        """One round of the game: (a scalar of the same gradients as L_rec + lambda L_GAN, terms, the discriminator's loss).
+
+        Perceptual network and discriminator are passed forward and backward once, down to the pixels; there the two
+        gradients are compared at the decoder's last layer, weighed, summed, and sent on through the decoder together:
+        <decoded, dL / d decoded>, the second factor constant, has the gradients of L. Its value is shifted to that of L.
+        The discriminator's loss shares the pass over the decoded images, which it sees without gradient to the decoder.
+        """
+        pixels = decoded.detach().requires_grad_()
+        reconstruction, terms = self.compare(pixels, images)
+        logits_fake = discriminator(pixels)  # [B, 1, h, w]
+        adversarial = -logits_fake.float().mean()
+        last = self.vqvae.decoder.conv_out.weight
+        with torch.autocast(pixels.device.type, enabled=False):
+            pulls = [
+                torch.autograd.grad(term, pixels, retain_graph=term is adversarial)[0]
+                for term in (reconstruction, adversarial)
+            ]
+            at_last = torch.stack(
+                [torch.autograd.grad(decoded, last, pull, retain_graph=True)[0].float() for pull in pulls]
+            )
+            weight = adaptive_weight(*self.average(at_last))
+            scale = self.config.discriminator_weight * weight
+            pull = pulls[0].float() + scale * pulls[1].float()
+            surrogate = (decoded.float() * pull).sum()
+        loss = surrogate + (reconstruction + scale * adversarial - surrogate).detach()
+        logits_real = discriminator(images)
+        terms |= {"generator": adversarial, "adaptive_weight": weight}
+        terms |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+        terms["discriminator"] = hinge_loss(logits_real, logits_fake)
+        return loss, terms, terms["discriminator"]
 
 
 class CodebookMonitor:
@@ -140,20 +193,26 @@ class CodebookMonitor:
         return num_images_seen - self.window_start >= self.window_images
 
     @torch.no_grad()
-    def end_window(self, embedding: nn.Embedding, latents, generator, optimizer, num_images_seen: int) -> int:
+    def end_window(
+        self, embedding: nn.Embedding, latents, generator, optimizer, num_images_seen: int, average=None
+    ) -> int:
         """Move codes without use onto vectors drawn from latents [B, C, h, w], and begin a new window.
 
-        The optimizer's moments of a moved code are forgotten with it. With latents None no code is moved: late in a run
-        the decoder has no steps left to learn what a new code stands for. Returns the number of codes moved.
+        The optimizer's moments of a moved code are forgotten with it, and so is its `average`, an embedding whose codes
+        follow those of `embedding`: a mean of the dead place and the new one would be near no latent at all. With latents
+        None no code is moved: late in a run the decoder has no steps left to learn what a new code stands for. Returns the
+        number of codes moved.
         """
-        moved = self._revive(embedding, latents, generator, optimizer) if latents is not None else 0
+        moved = self._revive(embedding, latents, generator, optimizer, average) if latents is not None else 0
         self.counts.zero_()
         self.window_start = num_images_seen
         return moved
 
-    def _revive(self, embedding, latents, generator, optimizer):
+    def _revive(self, embedding, latents, generator, optimizer, average):
         dead = (self.counts == 0).nonzero().flatten()
         move_codes(embedding, dead, latents, generator)
+        if average is not None:
+            average.weight[dead] = embedding.weight[dead]
         for moment in optimizer.state.get(embedding.weight, {}).values():
             if torch.is_tensor(moment) and moment.shape == embedding.weight.shape:
                 moment[dead] = 0

@@ -10,7 +10,8 @@ import torch
 from em_data import BatchLoader, ImageSampler, save_image_grid
 from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder, move_codes
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
-from em_training import TrainingRun, make_generator, seed_for
+from em_diffusion.patch_discriminator import PatchDiscriminator, update_discriminator
+from em_training import EMA, TrainingRun, make_generator, seed_for
 
 NUM_GRID_COLUMNS = 8
 
@@ -20,13 +21,18 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
 
     Returns the folder of the saved `VQModel`, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the
     terms of the loss, the codebook's usage and perplexity over each window, and held-out L1 and PSNR (of a range of 2,
-    each image by itself, then averaged). Sample grids are held-out originals over their reconstructions.
+    each image by itself, then averaged). Sample grids are held-out originals over their reconstructions. With a half-life
+    of the EMA, the averaged weights are the ones validated, drawn and saved.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "autoencoder"))
         model = create_autoencoder(config, tiles.resolution)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    objective = AutoencoderObjective(model, config).to(accelerator.device, memory_format=torch.channels_last)
+    ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
+    averaged = ema.model if ema else model
+    discriminator, optimizer_D = create_discriminator(config, accelerator.device)
+    objective = AutoencoderObjective(model, config, lambda tensor: accelerator.reduce(tensor, "mean"))
+    objective = objective.to(accelerator.device, memory_format=torch.channels_last)
     monitor = CodebookMonitor(config.num_codes, config.revive_after_images, device=accelerator.device)
     codebook = model.quantize.embedding.weight
     groups = [
@@ -48,8 +54,15 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         sample_every=config.sample_every,
         checkpoint_every=config.checkpoint_every,
     ) as run:
-        num_images_seen = run.resume({"model": model, "optimizer": optimizer, "codebook": monitor})
+        state = {"model": model, "optimizer": optimizer, "codebook": monitor}
+        if ema:
+            state["ema"] = ema
+        if discriminator:
+            state |= {"discriminator": discriminator, "optimizer_D": optimizer_D}
+        num_images_seen = run.resume(state)
         match_memory_format(optimizer)
+        if discriminator:
+            match_memory_format(optimizer_D)
         loader = iter(
             BatchLoader(
                 tiles,
@@ -65,37 +78,65 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
             images = next(loader).to(accelerator.device, memory_format=torch.channels_last)  # [B, 1, R, R]
             if num_images_seen == 0:
                 place_codebook(model, images, generator, accelerator)
+                if ema:
+                    ema.load_state_dict(model.state_dict())
             objective.train()
-            loss, terms, latents, indices = objective(images)
+            plays = discriminator is not None and num_images_seen >= config.discriminator_start_images
+            loss, terms, latents, indices, loss_D = objective(images, *([discriminator] if plays else []))
             accelerator.backward(loss)
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             learning_rate = learning_rate_at(config, num_images_seen)
             set_learning_rate(optimizer, learning_rate)
             optimizer.step()
             optimizer.zero_grad()
+            if plays:
+                set_learning_rate(optimizer_D, learning_rate)
+                update_discriminator(discriminator, optimizer_D, loss_D, accelerator)
             num_images_seen += config.batch_size
+            if ema:
+                ema.update(model, num_images_seen, config.batch_size)
 
             monitor.count(indices, accelerator)
             run.log(loss=loss, **terms, learning_rate=learning_rate, gradient_norm=gradient_norm)
             if monitor.is_due(num_images_seen):
                 run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
                 recent = accelerator.gather(latents) if num_images_seen <= 0.9 * config.num_images else None
-                revived = monitor.end_window(model.quantize.embedding, recent, generator, optimizer, num_images_seen)
+                average = ema.model.quantize.embedding if ema else None
+                revived = monitor.end_window(
+                    model.quantize.embedding, recent, generator, optimizer, num_images_seen, average
+                )
                 run.log(codes_revived=revived)
             if run.is_due(config.validate_every, num_images_seen):
-                run.log(**evaluate_reconstruction(model, validation_images, accelerator, config.batch_size))
+                run.log(**evaluate_reconstruction(averaged, validation_images, accelerator, config.batch_size))
             if run.samples_due(num_images_seen) and accelerator.is_main_process:
                 originals = validation_images[:NUM_GRID_COLUMNS]
-                rows = torch.cat([originals, reconstruct(model, originals, accelerator)])
+                rows = torch.cat([originals, reconstruct(averaged, originals, accelerator)])
                 save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
             run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
 
     path = Path(out_dir) / "autoencoder" / "vqvae"
     if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval(), path)
+        save_model(accelerator.unwrap_model(averaged, keep_fp32_wrapper=False).eval(), path)
     accelerator.wait_for_everyone()
     return path, train_seconds
+
+
+def create_discriminator(config, device):
+    """The patch discriminator and its Adam, or two Nones without a `discriminator_weight`; weights depend on the seed alone.
+
+    Its rate is the autoencoder's at each moment, times the ratio of the two. Betas are those of the VQGAN, little momentum
+    in a game whose other player moves.
+    """
+    if config.discriminator_weight == 0:
+        return None, None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "autoencoder discriminator"))
+        discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+    discriminator = discriminator.to(device, memory_format=torch.channels_last)
+    scale = config.discriminator_learning_rate / config.learning_rate
+    groups = [{"params": list(discriminator.parameters()), "rate_scale": scale}]
+    return discriminator, torch.optim.Adam(groups, betas=(0.5, 0.9), fused=True)
 
 
 def choose_validation_views(tiles, count: int):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from em_data import DataConfig
+from em_diffusion.patch_discriminator import smallest_side
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,20 @@ class AutoencoderConfig:
     """A code that was not the nearest one of any latent for so many images is moved onto a recent encoder output; in the
     last tenth of the run none is moved."""
 
+    discriminator_weight: float = 0.0
+    """Weight of the adversarial loss beside its adaptive one, which makes it pull as hard as the reconstruction (VQGAN); 0
+    trains without a discriminator."""
+    discriminator_start_images: int = 250_000
+    """Images after which the discriminator begins to learn and to judge: before, everything that it could say is plain."""
+    discriminator_channels: int = 64
+    """Channels of its first layer; they double from layer to layer, up to eight times."""
+    discriminator_layers: int = 3
+    """Its layers of stride 2: a patch is 16, 34, 70, 142 pixels a side for 1 to 4."""
+    discriminator_learning_rate: float = 2e-4
+    """It decays as the autoencoder's."""
+    ema_half_life_images: float = 0.0
+    """Images after which an old weight counts half in the average that is validated and saved; 0 saves the last weights."""
+
     num_images: int = 1_000_000
     batch_size: int = 32
     learning_rate: float = 2e-4
@@ -53,6 +68,12 @@ class AutoencoderConfig:
         _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
         if not 1 <= self.perceptual_layers <= 4:
             raise ValueError(f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4.")
+        for name in ("discriminator_weight", "discriminator_start_images", "ema_half_life_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("discriminator_channels", "discriminator_layers", "discriminator_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; it must be positive.")
 
     @property
     def downsampling_factor(self) -> int:
@@ -173,6 +194,12 @@ class LDMConfig:
                 f"tiles.resolution is {self.tiles.resolution}, but the autoencoder divides the side by "
                 f"{self.autoencoder.downsampling_factor} and the denoiser's levels by "
                 f"{factor // self.autoencoder.downsampling_factor} more: choose a multiple of {factor}, or fewer levels."
+            )
+        smallest = smallest_side(self.autoencoder.discriminator_layers)
+        if self.autoencoder.discriminator_weight > 0 and self.tiles.resolution < smallest:
+            raise ValueError(
+                f"autoencoder.discriminator_layers is {self.autoencoder.discriminator_layers}, which needs tiles of "
+                f"{smallest} pixels, and tiles.resolution is {self.tiles.resolution}: choose fewer layers."
             )
 
     @property

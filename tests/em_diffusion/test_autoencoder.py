@@ -105,11 +105,11 @@ def test_autoencoder_is_grey_and_in_its_own_scale(config):
 def test_every_parameter_of_the_autoencoder_receives_a_gradient(config, tiles):
     model = create_autoencoder(config.autoencoder, 16)
     objective = AutoencoderObjective(model, config.autoencoder)
-    loss, terms, latents, _ = objective(tiles.batch(range(8)))
+    loss, terms, latents, *_ = objective(tiles.batch(range(8)))
     # all codes near latents, but not on them, where the gradient vanishes
     move_codes(model.quantize.embedding, torch.arange(64), latents, torch.Generator().manual_seed(0))
     model.quantize.embedding.weight.data.add_(0.01)
-    loss, terms, latents, indices = objective(tiles.batch(range(8)))
+    loss, terms, latents, indices, _ = objective(tiles.batch(range(8)))
     loss.backward()
     assert set(terms) == {"l1", "l2", "codebook", "commitment", "perceptual"}
     for name, parameter in model.named_parameters():
@@ -122,7 +122,7 @@ def test_every_parameter_of_the_autoencoder_receives_a_gradient(config, tiles):
 
 def test_loss_is_the_weighted_sum_of_its_terms(config, tiles):
     objective = AutoencoderObjective(create_autoencoder(config.autoencoder, 16), config.autoencoder)
-    loss, t, _, _ = objective(tiles.batch(range(4)))
+    loss, t, *_ = objective(tiles.batch(range(4)))
     c = config.autoencoder
     expected = c.l1_weight * t["l1"] + c.l2_weight * t["l2"] + c.perceptual_weight * t["perceptual"]
     expected += c.codebook_weight * (t["codebook"] + c.commitment_weight * t["commitment"])

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from em_diffusion.autoencoder import CodebookMonitor
 from em_diffusion.autoencoder_loop import evaluate_reconstruction, train_autoencoder
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
 from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents, encode_latents, measure_latents
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format
-from em_training import list_checkpoints, load_checkpoint, read_stats
+from em_training import EMA, list_checkpoints, load_checkpoint, read_stats
 
 
 class Killed(Exception):
@@ -292,3 +293,75 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
 def test_impossible_configurations_name_the_way_out(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def with_discriminator(stage, **changes):
+    """The full recipe, its discriminator beginning after three of eight steps."""
+    changes = {"discriminator_start_images": 24, "ema_half_life_images": 16.0, "revive_after_images": 24} | changes
+    small = {"discriminator_weight": 1.0, "discriminator_channels": 8, "discriminator_layers": 1}
+    return dataclasses.replace(stage, **small, **changes)
+
+
+@pytest.mark.parametrize("killed_after", [2, 6])
+def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tmp_path, killed_after):
+    """Both players, both optimizers, average and codebook; killed before the discriminator's first step and after."""
+    stage = with_discriminator(config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32)
+    train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
+    restore = kill_at(tiles, killed_after)
+    with pytest.raises(Killed):
+        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    restore()
+    path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
+    state = load_checkpoint(list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1])["state"]
+    assert set(state) == {"model", "optimizer", "codebook", "ema", "discriminator", "optimizer_D"}
+    assert state["optimizer_D"]["state"][0]["step"] == 5  # of eight steps, those from the third on
+    from safetensors.torch import load_file
+
+    saved = load_file(path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], state["ema"][name]) for name in saved)
+    assert not all(torch.equal(saved[name], state["model"][name]) for name in saved)
+    lines = read_stats(tmp_path / "parts/autoencoder")
+    game = {"generator", "discriminator", "logits_real", "logits_fake", "adaptive_weight"}
+    assert [bool(game & set(line)) for line in lines] == [False, True, True, True]
+    assert all(game <= set(line) for line in lines[1:])
+
+
+def test_before_the_discriminator_begins_training_is_as_without(config, tiles, held_out, accelerator, tmp_path):
+    plain = dataclasses.replace(config.autoencoder, num_images=32)
+    late = with_discriminator(plain, discriminator_start_images=32, ema_half_life_images=0.0, revive_after_images=32)
+    arguments = {"accelerator": accelerator}
+    a, _ = train_autoencoder(plain, tiles, held_out, **arguments, out_dir=tmp_path / "plain")
+    b, _ = train_autoencoder(late, tiles, held_out, **arguments, out_dir=tmp_path / "late")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (a / weights).read_bytes() == (b / weights).read_bytes()
+
+
+def test_validated_and_saved_are_the_averaged_weights(config, tiles, held_out, accelerator, tmp_path):
+    from diffusers import VQModel
+
+    stage = with_discriminator(config.autoencoder)
+    path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
+    images = held_out.batch(range(6))
+    metrics = evaluate_reconstruction(VQModel.from_pretrained(path).eval(), images, accelerator)
+    last = read_stats(tmp_path / "autoencoder")[-1]
+    assert {name: last[name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
+
+
+def test_revived_codes_are_revived_in_the_average(config):
+    """A moved code stands in the average where it stands in the model, at once; the living ones go on trailing."""
+    model = torch.nn.Embedding(6, 4)
+    ema = EMA(model, half_life_images=1e6, ramp_up=None)
+    with torch.no_grad():
+        model.weight += 1
+    ema.update(model, 100, 10)
+    before = ema.model.weight.clone()
+    monitor = CodebookMonitor(6, window_images=10)
+    monitor.count(torch.tensor([1, 4]))
+    optimizer = torch.optim.Adam(model.parameters())
+    latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    monitor.end_window(model, latents, torch.Generator().manual_seed(0), optimizer, 10, ema.model)
+    dead = [0, 2, 3, 5]
+    assert torch.equal(ema.model.weight[dead], model.weight[dead])
+    assert torch.equal(ema.model.weight[[1, 4]], before[[1, 4]])
+    assert not torch.equal(model.weight[[1, 4]], before[[1, 4]])

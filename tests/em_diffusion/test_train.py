@@ -168,7 +168,7 @@ def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         autoencoder_loop.AutoencoderObjective,
         "forward",
-        lambda self, images: (seen.append(images.clone()), original(self, images))[1],
+        lambda self, images, *rest: (seen.append(images.clone()), original(self, images, *rest))[1],
     )
     train_ldm(config)
     data = load_data(config.data, config.tiles, log=lambda text: None)
@@ -202,9 +202,13 @@ def test_paper_preset_has_the_studys_sizes():
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(475e6, rel=0.01)
 
 
-def test_two_processes_train_one_model(tmp_path):
+@pytest.mark.parametrize("discriminator_weight", [0.0, 0.8])
+def test_two_processes_train_one_model(tmp_path, discriminator_weight):
     """Two processes on half the batch each end where one process on the whole batch ends, but for noise and rounding."""
     config = make_config(tmp_path)
+    recipe = {"discriminator_weight": discriminator_weight, "discriminator_channels": 8, "discriminator_layers": 1}
+    recipe |= {"discriminator_start_images": 16, "ema_half_life_images": 8.0} if discriminator_weight else {}
+    config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **recipe))
     program = tmp_path / "train.py"
     program.write_text(
         "import sys, torch\nfrom pathlib import Path\nfrom em_diffusion import LDMConfig, train_ldm\n"
