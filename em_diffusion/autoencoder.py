@@ -1,12 +1,14 @@
-"""The 1-channel VQ autoencoder: construction, quantisation with its loss, and a codebook that stays alive."""
+"""The 1-channel autoencoders, VQ and KL: construction, encoding, loss, and a codebook that stays alive."""
 
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from torch import nn
 
 from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
@@ -15,32 +17,60 @@ from em_diffusion.perceptual import PerceptualDistance
 MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
 
 
-def create_autoencoder(config, resolution: int) -> VQModel:
-    """A stock `VQModel` for images [B, 1, resolution, resolution], with latents in their own scale.
+def create_autoencoder(config, resolution: int) -> VQModel | AutoencoderKL:
+    """A stock `VQModel` or `AutoencoderKL` for images [B, 1, resolution, resolution], with latents in their own scale.
 
-    diffusers' defaults are for another model: `scaling_factor` is 1 here, since mean and deviation of the latents are
+    diffusers' defaults are for other models: `scaling_factor` is 1 here, since mean and deviation of the latents are
     measured and stored beside it, and the quantiser's `legacy` (beta on the wrong term of the loss) is off. The
     constructor exposes neither `legacy` nor `beta`, so they are set on the quantiser; training does not depend on them
     (see `quantise`), nor does a model that was loaded from disk.
     """
     num_levels = len(config.block_out_channels)
-    vqvae = VQModel(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * num_levels,
-        up_block_types=("UpDecoderBlock2D",) * num_levels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        sample_size=resolution,
-        num_vq_embeddings=config.num_codes,
-        norm_num_groups=config.norm_num_groups,
-        scaling_factor=1.0,
-        mid_block_add_attention=config.mid_attention,
-    )
+    shape = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * num_levels,
+        "up_block_types": ("UpDecoderBlock2D",) * num_levels,
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "sample_size": resolution,
+        "norm_num_groups": config.norm_num_groups,
+        "scaling_factor": 1.0,
+        "mid_block_add_attention": config.mid_attention,
+    }
+    if config.family == "kl":
+        return AutoencoderKL(**shape)
+    vqvae = VQModel(**shape, num_vq_embeddings=config.num_codes)
     vqvae.quantize.legacy = False
     vqvae.quantize.beta = config.commitment_weight
     return vqvae
+
+
+def read_autoencoder(folder):
+    """The `VQModel` or `AutoencoderKL` that `save_pretrained` left in `folder`, in evaluation mode."""
+    name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
+    return {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[name].from_pretrained(folder).eval()
+
+
+def encode(model, images):
+    """Latents of images [B, 1, R, R] in [-1, 1] as a diffusion model learns them: [B, C, h, w] in the autoencoder's scale.
+
+    Of a `VQModel` they are the encoder's outputs before quantisation, of an `AutoencoderKL` the mean of the posterior.
+    """
+    output = model.encode(images)
+    return output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+
+
+def decode(model, latents):
+    """Images [B, 1, R, R] of latents [B, C, h, w] in the autoencoder's scale, moved onto the nearest codes of a `VQModel`.
+
+    Nearest codes are searched in float32, since a narrower type would confuse near ones.
+    """
+    if not isinstance(model, VQModel):
+        return model.decode(latents.to(model.dtype)).sample
+    quantised = quantise(latents, model.quantize.embedding.weight).latents
+    return model.decode(quantised.to(model.dtype), force_not_quantize=True).sample
 
 
 @dataclass
@@ -85,7 +115,7 @@ class Objective(NamedTuple):
     loss: torch.Tensor  # its backward pass gives the autoencoder's gradients
     terms: dict[str, torch.Tensor]  # the losses by name, without weights and gradients
     latents: torch.Tensor  # the encoder's outputs [B, C, h, w], without gradient
-    indices: torch.Tensor  # of the codes [B, h, w]
+    indices: torch.Tensor | None  # of the codes [B, h, w]; None without a codebook
     discriminator_loss: torch.Tensor | None  # its gradients reach the discriminator alone
 
 
@@ -95,30 +125,54 @@ class AutoencoderObjective(nn.Module):
     average: tensor -> its mean over processes, for the gradients that the adaptive weight compares.
     """
 
-    def __init__(self, vqvae: VQModel, config, average=lambda tensor: tensor):
+    def __init__(self, model: VQModel | AutoencoderKL, config, average=lambda tensor: tensor):
         super().__init__()
-        self.vqvae = vqvae
+        self.model = model
         self.config = config
         self.average = average
         self.perceptual = PerceptualDistance(config.perceptual_layers) if config.perceptual_weight > 0 else None
 
-    def forward(self, images, discriminator=None) -> Objective:
-        """The losses of images [B, 1, R, R] in [-1, 1]; with a `PatchDiscriminator`, the adversarial ones as well."""
-        latents = self.vqvae.encode(images).latents  # [B, C, h, w]
-        quantised = quantise(latents, self.vqvae.quantize.embedding.weight)
-        decoded = self.vqvae.decode(quantised.latents, force_not_quantize=True).sample  # [B, 1, R, R]
-        c = self.config
-        terms = {"codebook": quantised.codebook_loss, "commitment": quantised.commitment_loss}
-        loss = c.codebook_weight * (terms["codebook"] + c.commitment_weight * terms["commitment"])
+    def forward(self, images, noise=None, discriminator=None) -> Objective:
+        """The losses of images [B, 1, R, R] in [-1, 1]; with a `PatchDiscriminator`, the adversarial ones as well.
+
+        noise: of the posterior of an `AutoencoderKL`, standard normal [B, C, h, w].
+        """
+        if isinstance(self.model, AutoencoderKL):
+            latents, decoded, loss, terms, indices = self.pass_kl(images, noise)
+        else:
+            latents, decoded, loss, terms, indices = self.pass_vq(images)
         discriminator_loss = None
         if discriminator is None:
             reconstruction, reconstruction_terms = self.compare(decoded, images)
-            loss = reconstruction + loss
         else:
-            pull, reconstruction_terms, discriminator_loss = self.play(decoded, images, discriminator)
-            loss = pull + loss
+            reconstruction, reconstruction_terms, discriminator_loss = self.play(decoded, images, discriminator)
         terms = {name: term.detach() for name, term in (reconstruction_terms | terms).items()}
-        return Objective(loss, terms, latents.detach(), quantised.indices, discriminator_loss)
+        return Objective(reconstruction + loss, terms, latents.detach(), indices, discriminator_loss)
+
+    def pass_vq(self, images):
+        """(encoder's outputs, decoded images, weighted loss of the codebook, its terms, codes) of a `VQModel`."""
+        latents = self.model.encode(images).latents  # [B, C, h, w]
+        quantised = quantise(latents, self.model.quantize.embedding.weight)
+        decoded = self.model.decode(quantised.latents, force_not_quantize=True).sample  # [B, 1, R, R]
+        c = self.config
+        terms = {"codebook": quantised.codebook_loss, "commitment": quantised.commitment_loss}
+        loss = c.codebook_weight * (terms["codebook"] + c.commitment_weight * terms["commitment"])
+        return latents, decoded, loss, terms, quantised.indices
+
+    def pass_kl(self, images, noise):
+        """(posterior's mean, decoded images, weighted divergence, its term, None) of an `AutoencoderKL`.
+
+        The divergence of the posterior from a standard normal is counted in nats per pixel (Kingma and Welling 2014,
+        arXiv:1312.6114, appendix B), the unit in which the reconstruction's loss is counted: `kl_weight` means the same
+        at every resolution and for every number of channels, and about the same as in latent diffusion.
+        """
+        posterior = self.model.encode(images).latent_dist
+        with torch.autocast(images.device.type, enabled=False):
+            mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # [B, C, h, w]
+            latents = mean + (0.5 * log_variance).exp() * noise
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / images.numel()
+        decoded = self.model.decode(latents).sample  # [B, 1, R, R]
+        return mean, decoded, self.config.kl_weight * divergence, {"kl": divergence}, None
 
     def compare(self, decoded, images):
         """The weighted distance of decoded images to `images`, both [B, 1, R, R], and its terms by name."""
@@ -141,7 +195,7 @@ class AutoencoderObjective(nn.Module):
         reconstruction, terms = self.compare(pixels, images)
         logits_fake = discriminator(pixels)  # [B, 1, h, w]
         adversarial = -logits_fake.float().mean()
-        last = self.vqvae.decoder.conv_out.weight
+        last = self.model.decoder.conv_out.weight
         with torch.autocast(pixels.device.type, enabled=False):
             pulls = [
                 torch.autograd.grad(term, pixels, retain_graph=term is adversarial)[0]
@@ -235,10 +289,12 @@ def move_codes(embedding: nn.Embedding, codes, latents, generator):
     embedding.weight[codes] = vectors[chosen]
 
 
-def hash_weights(module: nn.Module) -> str:
-    """SHA-256 of a module's state: names, types, shapes and bytes."""
+def hash_weights(module: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a module's state: names, types, shapes and bytes; without the parts whose names begin so."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(without):
+            continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

@@ -6,11 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import VQModel
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
-from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder, move_codes
+from em_diffusion.autoencoder import (
+    AutoencoderObjective,
+    CodebookMonitor,
+    create_autoencoder,
+    decode,
+    encode,
+    move_codes,
+)
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
 from em_diffusion.patch_discriminator import PatchDiscriminator, update_discriminator
+from em_diffusion.reconstruction import SSIM_WINDOW_PX, psnr, spectrum_error_db, ssim
 from em_training import EMA, TrainingRun, make_generator, seed_for
 
 NUM_GRID_COLUMNS = 8
@@ -19,9 +28,9 @@ NUM_GRID_COLUMNS = 8
 def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple[Path, float]:
     """Train the autoencoder on `tiles`, or go on from its last checkpoint; `held_out` is only looked at.
 
-    Returns the folder of the saved `VQModel`, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the
-    terms of the loss, the codebook's usage and perplexity over each window, and held-out L1 and PSNR (of a range of 2,
-    each image by itself, then averaged). Sample grids are held-out originals over their reconstructions. With a half-life
+    Returns the folder of the saved `VQModel` or `AutoencoderKL`, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the
+    terms of the loss, the codebook's usage and perplexity over each window, and `evaluate_reconstruction` of held-out
+    views. Sample grids are held-out originals over their reconstructions. With a half-life
     of the EMA, the averaged weights are the ones validated, drawn and saved.
     """
     with torch.random.fork_rng(devices=[]):
@@ -33,13 +42,10 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
     objective = AutoencoderObjective(model, config, lambda tensor: accelerator.reduce(tensor, "mean"))
     objective = objective.to(accelerator.device, memory_format=torch.channels_last)
-    monitor = CodebookMonitor(config.num_codes, config.revive_after_images, device=accelerator.device)
-    codebook = model.quantize.embedding.weight
-    groups = [
-        {"params": [parameter for parameter in model.parameters() if parameter is not codebook]},
-        {"params": [codebook], "rate_scale": config.codebook_rate_scale},
-    ]
-    optimizer = create_optimizer(groups, config)
+    monitor = None
+    if isinstance(model, VQModel):
+        monitor = CodebookMonitor(model.quantize.n_e, config.revive_after_images, device=accelerator.device)
+    optimizer = create_optimizer(group_parameters(model, config), config)
     objective = accelerator.prepare_model(objective)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
     validation_images = draw_validation_images(held_out, config.num_validation_images)
@@ -54,7 +60,9 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         sample_every=config.sample_every,
         checkpoint_every=config.checkpoint_every,
     ) as run:
-        state = {"model": model, "optimizer": optimizer, "codebook": monitor}
+        state = {"model": model, "optimizer": optimizer}
+        if monitor:
+            state["codebook"] = monitor
         if ema:
             state["ema"] = ema
         if discriminator:
@@ -76,13 +84,14 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         while num_images_seen < config.num_images:
             generator = make_generator(config.seed, num_images_seen=num_images_seen, stream="codebook")
             images = next(loader).to(accelerator.device, memory_format=torch.channels_last)  # [B, 1, R, R]
-            if num_images_seen == 0:
+            if num_images_seen == 0 and monitor:
                 place_codebook(model, images, generator, accelerator)
                 if ema:
                     ema.load_state_dict(model.state_dict())
             objective.train()
+            noise = None if monitor else draw_posterior_noise(model, images, config, num_images_seen, accelerator)
             plays = discriminator is not None and num_images_seen >= config.discriminator_start_images
-            loss, terms, latents, indices, loss_D = objective(images, *([discriminator] if plays else []))
+            loss, terms, latents, indices, loss_D = objective(images, noise, discriminator if plays else None)
             accelerator.backward(loss)
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             learning_rate = learning_rate_at(config, num_images_seen)
@@ -96,9 +105,10 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
             if ema:
                 ema.update(model, num_images_seen, config.batch_size)
 
-            monitor.count(indices, accelerator)
             run.log(loss=loss, **terms, learning_rate=learning_rate, gradient_norm=gradient_norm)
-            if monitor.is_due(num_images_seen):
+            if monitor:
+                monitor.count(indices, accelerator)
+            if monitor and monitor.is_due(num_images_seen):
                 run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
                 recent = accelerator.gather(latents) if num_images_seen <= 0.9 * config.num_images else None
                 average = ema.model.quantize.embedding if ema else None
@@ -120,6 +130,24 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         save_model(accelerator.unwrap_model(averaged, keep_fp32_wrapper=False).eval(), path)
     accelerator.wait_for_everyone()
     return path, train_seconds
+
+
+def group_parameters(model, config):
+    """The autoencoder's parameters as the optimizer takes them: the codes of a `VQModel` have a rate of their own."""
+    codebook = model.quantize.embedding.weight if isinstance(model, VQModel) else None
+    groups = [{"params": [parameter for parameter in model.parameters() if parameter is not codebook]}]
+    if codebook is not None:
+        groups.append({"params": [codebook], "rate_scale": config.codebook_rate_scale})
+    return groups
+
+
+def draw_posterior_noise(model, images, config, num_images_seen: int, accelerator):
+    """Standard normal noise for the posterior of each of these images: [B, C, h, w]."""
+    rank = accelerator.process_index
+    generator = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior")
+    factor = 2 ** (len(model.config.block_out_channels) - 1)
+    shape = (len(images), model.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
+    return torch.randn(shape, generator=generator).to(images.device)
 
 
 def create_discriminator(config, device):
@@ -160,26 +188,33 @@ def place_codebook(vqvae, images, generator, accelerator):
 
 
 @torch.no_grad()
-def reconstruct(vqvae, images, accelerator, batch_size: int = 32):
-    """Images [N, 1, R, R] in [-1, 1] through encoder, codebook and decoder; float32 on the CPU, clamped to [-1, 1]."""
-    vqvae.eval()
+def reconstruct(model, images, accelerator, batch_size: int = 32):
+    """Images [N, 1, R, R] in [-1, 1] through the autoencoder and back; float32 on the CPU, clamped to [-1, 1]."""
+    model.eval()
     reconstructions = []
     for part in images.split(batch_size):
         part = part.to(accelerator.device, memory_format=torch.channels_last)
         with accelerator.autocast():
-            latents = vqvae.encode(part).latents
-            with torch.autocast(accelerator.device.type, enabled=False):
-                quantised = vqvae.quantize(latents.float())[0]  # the nearest code, searched in float32
-            decoded = vqvae.decode(quantised, force_not_quantize=True).sample
+            decoded = decode(model, encode(model, part))
         reconstructions.append(decoded.float().clamp(-1, 1).cpu())
     return torch.cat(reconstructions)
 
 
-def evaluate_reconstruction(vqvae, images, accelerator, batch_size: int = 32) -> dict[str, float]:
-    """Mean absolute error and PSNR in dB (range 2) of reconstructed images [N, 1, R, R]."""
-    difference = reconstruct(vqvae, images, accelerator, batch_size) - images
-    psnr = 10 * torch.log10(4 / difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
-    return {"held_out_l1": float(difference.abs().mean()), "held_out_psnr": float(psnr.mean())}
+def evaluate_reconstruction(model, images, accelerator, batch_size: int = 32) -> dict[str, float]:
+    """How well images [N, 1, R, R] are reconstructed: mean absolute error, PSNR in dB, SSIM, error of the spectrum in dB.
+
+    SSIM is left out for images smaller than its window of 11 pixels.
+    """
+    images = images.float()
+    reconstructions = reconstruct(model, images, accelerator, batch_size)
+    metrics = {
+        "held_out_l1": float((reconstructions - images).abs().mean()),
+        "held_out_psnr": float(psnr(images, reconstructions).mean()),
+        "held_out_spectrum_error_db": spectrum_error_db(images, reconstructions),
+    }
+    if images.shape[-1] >= SSIM_WINDOW_PX:
+        metrics["held_out_ssim"] = float(ssim(images, reconstructions).mean())
+    return metrics
 
 
 def save_model(model, path):

@@ -8,14 +8,17 @@ from em_diffusion.patch_discriminator import smallest_side
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The 1-channel VQ autoencoder and its training. Every interval and length counts images."""
+    """The 1-channel autoencoder and its training. Every interval and length counts images."""
 
+    family: str = "vq"
+    """"vq": latents on the nearest of num_codes vectors (van den Oord et al. 2017); "kl": continuous latents, pulled
+    towards a standard normal by kl_weight (latent diffusion's other kind)."""
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
-    """Channels by level, finest first; each level after the first halves the side (4 levels: f8)."""
+    """Channels by level, finest first; each level after the first halves the side (3 levels: f4, 4 levels: f8)."""
     layers_per_block: int = 2
     latent_channels: int = 4
     num_codes: int = 8192
-    """Vectors in the codebook, each of latent_channels numbers."""
+    """vq only: vectors in the codebook, each of latent_channels numbers."""
     norm_num_groups: int = 32
     mid_attention: bool = True
     """Self-attention between encoder and decoder levels; its cost grows with the fourth power of the latent side."""
@@ -25,7 +28,10 @@ class AutoencoderConfig:
     perceptual_weight: float = 0.5
     perceptual_layers: int = 3
     """Feature levels of efficientnet-lite0 that are compared: 1 (half the side) to 4 (a sixteenth)."""
+    kl_weight: float = 1e-6
+    """kl only: weight of the posterior's divergence from a standard normal in nats per pixel."""
     codebook_weight: float = 1.0
+    """vq only, as are the next three."""
     commitment_weight: float = 0.25
     """beta of the VQ-VAE paper: weight of ||z_e - sg(e)||^2 relative to ||sg(z_e) - e||^2."""
     codebook_rate_scale: float = 5.0
@@ -66,9 +72,10 @@ class AutoencoderConfig:
     def __post_init__(self):
         _check_lengths(self, "autoencoder")
         _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
+        _check_choice("autoencoder.family", self.family, ("vq", "kl"))
         if not 1 <= self.perceptual_layers <= 4:
             raise ValueError(f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4.")
-        for name in ("discriminator_weight", "discriminator_start_images", "ema_half_life_images"):
+        for name in ("kl_weight", "discriminator_weight", "discriminator_start_images", "ema_half_life_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("discriminator_channels", "discriminator_layers", "discriminator_learning_rate"):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from em_diffusion.autoencoder import hash_weights
+from em_diffusion.autoencoder import encode, hash_weights
 from em_training import write_text_atomically
 
 
@@ -46,14 +46,14 @@ def encode_latents(vqvae, tiles, folder, *, accelerator, batch_size: int = 64, n
     """Encode the views `view_ids` of `tiles` (all, if not given) once; return the memory map, float16 [N, C, h, w].
 
     An autoencoder does not commute with a flip or a turn, so each view is encoded by itself. Latents are the encoder's
-    outputs after `quant_conv`, before quantisation. The file `folder`/`name`-<key>.npy is keyed by the tiles' fingerprint,
-    the encoder's weights and the precision, and is put in place whole or not at all; an existing one is read. The main
-    process encodes, others wait.
+    outputs after `quant_conv`, before quantisation, or the mean of its posterior. The file `folder`/`name`-<key>.npy is keyed
+    by the tiles' fingerprint, the encoder's weights and the precision, and is put in place whole or not at all; an existing
+    one is read. The main process encodes, others wait.
     """
     folder = Path(folder)
     view_ids = np.arange(tiles.num_views) if view_ids is None else np.asarray(view_ids)
     views = hashlib.sha256(view_ids.astype(np.int64).tobytes()).hexdigest()
-    key = [tiles.fingerprint, views, hash_weights(vqvae.encoder), hash_weights(vqvae.quant_conv)]
+    key = [tiles.fingerprint, views, hash_weights(vqvae, without=("decoder.", "post_quant_conv.", "quantize."))]
     key = hashlib.sha256("\n".join([*key, accelerator.mixed_precision]).encode()).hexdigest()[:16]
     path = folder / f"{name}-{key}.npy"
     if accelerator.is_main_process and not path.exists():
@@ -76,7 +76,7 @@ def _encode_to_file(vqvae, tiles, view_ids, path, accelerator, batch_size, name)
             part = view_ids[start : start + batch_size]
             images = tiles.batch(part).to(accelerator.device, memory_format=torch.channels_last)
             with accelerator.autocast():
-                latents = vqvae.encode(images).latents.float()
+                latents = encode(vqvae, images).float()
             latents = latents.cpu().half()
             if not torch.isfinite(latents).all():
                 raise ValueError(

@@ -5,9 +5,10 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffusers import UNet2DModel, VQModel
+from diffusers import UNet2DModel
 
 from em_data import load_data
+from em_diffusion.autoencoder import read_autoencoder
 from em_diffusion.autoencoder_loop import choose_validation_views, train_autoencoder
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler
@@ -90,8 +91,7 @@ def run_autoencoder_stage(config, data, accelerator, out):
         stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
         _, seconds = train_autoencoder(stage, data.train, data.held_out, accelerator=accelerator, out_dir=out)
         result = write_result(out / "autoencoder", stage, seconds, accelerator)
-    vqvae = VQModel.from_pretrained(out / "autoencoder" / "vqvae")
-    return vqvae.to(accelerator.device).eval(), result
+    return read_autoencoder(out / "autoencoder" / "vqvae").to(accelerator.device), result
 
 
 def run_latents_stage(config, data, vqvae, accelerator, out):

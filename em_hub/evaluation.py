@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from em_data import DataConfig, load_data, read_image_folder
+from em_diffusion.autoencoder import decode, encode
 from em_evaluation import ModelImages, evaluate_models, get_extractor, write_report
 from em_evaluation.protocol import FLOORS
 from em_hub.generation import GenerationConfig, generate_images
@@ -222,9 +223,8 @@ def make_reconstructions(models: dict, device) -> dict:
 
 @torch.no_grad()
 def reconstruct(vqvae, images):
-    """Images [B, 1, H, W] in [-1, 1] through encoder, codebook and decoder; float32 on the CPU."""
-    latents = vqvae.encode(images.to(vqvae.device)).latents
-    return vqvae.decode(latents).sample.float().clamp(-1, 1).cpu()
+    """Images [B, 1, H, W] in [-1, 1] through the autoencoder, of either family, and back; float32 on the CPU."""
+    return decode(vqvae, encode(vqvae, images.to(vqvae.device))).float().clamp(-1, 1).cpu()
 
 
 def list_commands(config: EvaluationConfig, models: dict) -> list[str]:

@@ -1,17 +1,22 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import VectorQuantizer
 
 from em_diffusion.autoencoder import (
     AutoencoderObjective,
     CodebookMonitor,
     create_autoencoder,
+    decode,
+    encode,
     hash_weights,
     move_codes,
     nearest_codes,
     quantise,
+    read_autoencoder,
 )
 from em_diffusion.perceptual import PerceptualDistance, _load_efficientnet_lite0
 
@@ -209,3 +214,67 @@ def test_perceptual_distance_is_zero_on_itself_and_grows_with_blur():
     assert values[0] < values[1] < values[2] < 4
     assert not any(p.requires_grad for p in distance.train().parameters())
     assert not distance.training
+
+
+@pytest.fixture
+def kl_stage(config):
+    return dataclasses.replace(config.autoencoder, family="kl", kl_weight=0.1)
+
+
+@pytest.mark.parametrize("family", ["vq", "kl"])
+@pytest.mark.parametrize(("channels", "factor"), [((8, 16, 16), 4), ((8, 8, 16, 16), 8)])
+def test_f4_and_f8_of_both_families(config, family, channels, factor):
+    stage = dataclasses.replace(config.autoencoder, family=family, block_out_channels=channels, latent_channels=3)
+    model = create_autoencoder(stage, 32)
+    images = torch.rand(2, 1, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = encode(model, images)
+        assert latents.shape == (2, 3, 32 // factor, 32 // factor)
+        assert decode(model, latents).shape == images.shape
+    assert stage.downsampling_factor == factor
+    assert model.config.scaling_factor == 1
+
+
+def test_kl_latents_are_the_mean_of_the_posterior(kl_stage, tiles):
+    model = create_autoencoder(kl_stage, 16)
+    images = tiles.batch(range(3))
+    with torch.no_grad():
+        moments = model.quant_conv(model.encoder(images))
+        torch.testing.assert_close(encode(model, images), moments.chunk(2, dim=1)[0])
+
+
+def test_kl_is_its_integral_and_the_latents_are_of_the_posterior(kl_stage, tiles):
+    """The divergence against a numerical integral of q log(q / p), and the decoded sample of each noise."""
+    model = create_autoencoder(kl_stage, 16)
+    objective = AutoencoderObjective(model, kl_stage)
+    images = tiles.batch(range(2))
+    noise = make_latents(0, (2, 4, 8, 8))
+    ours = objective(images, noise)
+    with torch.no_grad():
+        posterior = model.encode(images).latent_dist
+        mean, deviation = posterior.mean.double(), posterior.std.double()
+        q = torch.distributions.Normal(mean, deviation)
+        z = mean + deviation * torch.linspace(-9, 9, 4001, dtype=torch.float64).view(-1, 1, 1, 1, 1)
+        density = q.log_prob(z).exp() * (q.log_prob(z) - torch.distributions.Normal(0, 1).log_prob(z))
+        integral = torch.trapezoid(density, z, dim=0).sum() / images.numel()
+        decoded = model.decode((mean + deviation * noise).float()).sample
+    assert ours.terms["kl"].item() == pytest.approx(integral.item(), rel=1e-5)
+    assert ours.terms["l1"].item() == pytest.approx((decoded - images).abs().mean().item(), rel=1e-4)
+    c, t = kl_stage, ours.terms
+    expected = c.l1_weight * t["l1"] + c.perceptual_weight * t["perceptual"] + c.kl_weight * t["kl"]
+    torch.testing.assert_close(ours.loss.detach(), expected)
+    assert ours.indices is None
+    torch.testing.assert_close(ours.latents, mean.float())
+    ours.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_saved_autoencoders_come_back_as_what_they_are(config, kl_stage, tmp_path):
+    for stage, cls in ((config.autoencoder, VQModel), (kl_stage, AutoencoderKL)):
+        model = create_autoencoder(stage, 16)
+        model.save_pretrained(tmp_path / stage.family)
+        read = read_autoencoder(tmp_path / stage.family)
+        assert type(read) is cls
+        assert hash_weights(read) == hash_weights(model)
+        assert not read.training

@@ -12,6 +12,7 @@ from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, creat
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents, encode_latents, measure_latents
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format
+from em_diffusion.reconstruction import spectrum_error_db, ssim
 from em_training import EMA, list_checkpoints, load_checkpoint, read_stats
 
 
@@ -78,7 +79,8 @@ def test_autoencoder_resumes_to_the_bit(config, tiles, held_out, accelerator, tm
     weights = "diffusion_pytorch_model.safetensors"
     assert (path / weights).read_bytes() == (tmp_path / "whole/autoencoder/vqvae" / weights).read_bytes()
     last = read_stats(tmp_path / "parts/autoencoder")[-1]
-    assert {"held_out_psnr", "held_out_l1", "perceptual", "codebook", "commitment"} <= set(last)
+    assert {"held_out_psnr", "held_out_l1", "held_out_ssim", "held_out_spectrum_error_db"} <= set(last)
+    assert {"perceptual", "codebook", "commitment"} <= set(last)
 
 
 def make_latents(num_views=24, seed=0):
@@ -103,10 +105,16 @@ def test_denoiser_resumes_to_the_bit(config, vqvae, accelerator, tmp_path):
         assert same[0] == same[1]
 
 
-def test_autoencoder_learns(config, tiles, accelerator, tmp_path):
+@pytest.mark.parametrize("family", ["vq", "kl"])
+def test_autoencoder_learns(config, tiles, accelerator, tmp_path, family):
     """On what it trains on, the error falls far below that of the mean image, and no code is left to die."""
     stage = dataclasses.replace(
-        config.autoencoder, num_images=800, perceptual_weight=0.0, learning_rate=3e-3, checkpoint_every=800
+        config.autoencoder,
+        family=family,
+        num_images=800,
+        perceptual_weight=0.0,
+        learning_rate=3e-3,
+        checkpoint_every=800,
     )
     stage = dataclasses.replace(stage, revive_after_images=200, sample_every=800, log_every=200)
     train_autoencoder(stage, tiles, tiles, accelerator=accelerator, out_dir=tmp_path)
@@ -114,8 +122,9 @@ def test_autoencoder_learns(config, tiles, accelerator, tmp_path):
     images = tiles.batch(range(24))
     deviation = images.std(dim=(1, 2, 3)).mean().item()
     assert last["held_out_l1"] < 0.25 * deviation
-    assert last["codebook_usage"] > 0.9
-    assert last["codebook_perplexity"] > 20
+    if family == "vq":
+        assert last["codebook_usage"] > 0.9
+        assert last["codebook_perplexity"] > 20
 
 
 def test_denoising_loss_is_the_formula_and_reaches_every_parameter(config):
@@ -275,6 +284,9 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
     metrics = evaluate_reconstruction(vqvae, images, accelerator, batch_size=2)
     assert metrics["held_out_l1"] == pytest.approx(error.abs().mean().item(), rel=1e-4)
     assert metrics["held_out_psnr"] == pytest.approx(psnr, rel=1e-4)
+    assert metrics["held_out_ssim"] == pytest.approx(ssim(images, decoded).mean().item(), rel=1e-4)
+    assert metrics["held_out_spectrum_error_db"] == pytest.approx(spectrum_error_db(images, decoded), rel=1e-4)
+    assert "held_out_ssim" not in evaluate_reconstruction(vqvae, images[..., :8, :8], accelerator)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +294,8 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
     [
         (lambda: AutoencoderConfig(norm_num_groups=48), "must divide the channels"),
         (lambda: AutoencoderConfig(perceptual_layers=9), "choose 1 to 4"),
+        (lambda: AutoencoderConfig(family="gumbel"), "choose vq or kl"),
+        (lambda: AutoencoderConfig(discriminator_weight=-1.0), "must not be negative"),
         (lambda: DenoiserConfig(attention_levels=(7,)), "count them from 0"),
         (lambda: DenoiserConfig(attention_head_dim=60), "must divide the channels of every level"),
         (lambda: DenoiserConfig(batch_size=0), "must be positive"),
@@ -302,10 +316,10 @@ def with_discriminator(stage, **changes):
     return dataclasses.replace(stage, **small, **changes)
 
 
-@pytest.mark.parametrize("killed_after", [2, 6])
-def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tmp_path, killed_after):
+@pytest.mark.parametrize(("family", "killed_after"), [("vq", 2), ("vq", 6), ("kl", 6)])
+def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tmp_path, family, killed_after):
     """Both players, both optimizers, average and codebook; killed before the discriminator's first step and after."""
-    stage = with_discriminator(config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32)
+    stage = with_discriminator(config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32, family=family)
     train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
     restore = kill_at(tiles, killed_after)
     with pytest.raises(Killed):
@@ -314,7 +328,8 @@ def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tm
     path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
     assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
     state = load_checkpoint(list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1])["state"]
-    assert set(state) == {"model", "optimizer", "codebook", "ema", "discriminator", "optimizer_D"}
+    expected = {"model", "optimizer", "ema", "discriminator", "optimizer_D"}
+    assert set(state) == (expected | {"codebook"} if family == "vq" else expected)
     assert state["optimizer_D"]["state"][0]["step"] == 5  # of eight steps, those from the third on
     from safetensors.torch import load_file
 

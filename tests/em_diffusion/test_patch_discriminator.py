@@ -92,10 +92,10 @@ def game(config, tiles):
 def test_one_pass_equals_the_slow_twin(game):
     """Gradients of autoencoder and discriminator against the plain way: the paper's loss, a pass for each player."""
     stage, objective, discriminator, images = game
-    model = objective.vqvae
+    model = objective.model
     parameters, last = list(model.parameters()), model.decoder.conv_out.weight
 
-    ours = objective(images, discriminator)
+    ours = objective(images, None, discriminator)
     gradients = torch.autograd.grad(ours.loss, parameters, retain_graph=True)
     gradients_D = torch.autograd.grad(ours.discriminator_loss, list(discriminator.parameters()))
 
@@ -129,13 +129,13 @@ def test_one_pass_equals_the_slow_twin(game):
 def test_each_player_moves_alone(game):
     """The autoencoder's loss gives the discriminator no gradient, nor the discriminator's loss the autoencoder."""
     _, objective, discriminator, images = game
-    ours = objective(images, discriminator)
+    ours = objective(images, None, discriminator)
     ours.loss.backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in discriminator.parameters())
-    assert all(parameter.grad is not None for parameter in objective.vqvae.parameters())
+    assert all(parameter.grad is not None for parameter in objective.model.parameters())
     objective.zero_grad()
     ours.discriminator_loss.backward()
-    assert all(parameter.grad is None for parameter in objective.vqvae.parameters())
+    assert all(parameter.grad is None for parameter in objective.model.parameters())
     for name, parameter in discriminator.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
 
@@ -145,12 +145,12 @@ def test_a_step_makes_one_pass_of_each_network(game):
     _, objective, discriminator, images = game
     passes = {"decoder": 0, "encoder": 0, "discriminator": 0}
     for name, module in (
-        ("decoder", objective.vqvae.decoder),
-        ("encoder", objective.vqvae.encoder),
+        ("decoder", objective.model.decoder),
+        ("encoder", objective.model.encoder),
         ("discriminator", discriminator),
     ):
         module.register_forward_pre_hook(lambda *_, name=name: passes.update({name: passes[name] + 1}))
-    objective(images, discriminator)
+    objective(images, None, discriminator)
     assert passes == {"decoder": 1, "encoder": 1, "discriminator": 2}
 
 
