@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import nn
 
 from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
-from em_diffusion.perceptual import PerceptualDistance
+from em_diffusion.perceptual import create_perceptual_distance
 
 MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
 
@@ -130,7 +130,7 @@ class AutoencoderObjective(nn.Module):
         self.model = model
         self.config = config
         self.average = average
-        self.perceptual = PerceptualDistance(config.perceptual_layers) if config.perceptual_weight > 0 else None
+        self.perceptual = create_perceptual_distance(config)
 
     def forward(self, images, noise=None, discriminator=None) -> Objective:
         """The losses of images [B, 1, R, R] in [-1, 1]; with a `PatchDiscriminator`, the adversarial ones as well.

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from em_data import DataConfig
 from em_diffusion.patch_discriminator import smallest_side
+from em_diffusion.perceptual import NETWORKS
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class AutoencoderConfig:
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     perceptual_weight: float = 0.5
+    perceptual_network: str = "efficientnet-lite0"
+    """What compares images in the perceptual loss: "efficientnet-lite0", offline, or "lpips" (package lpips, VGG16)."""
     perceptual_layers: int = 3
-    """Feature levels of efficientnet-lite0 that are compared: 1 (half the side) to 4 (a sixteenth)."""
+    """efficientnet-lite0 only: feature levels that are compared: 1 (half the side) to 4 (a sixteenth)."""
     kl_weight: float = 1e-6
     """kl only: weight of the posterior's divergence from a standard normal in nats per pixel."""
     codebook_weight: float = 1.0
@@ -73,6 +76,7 @@ class AutoencoderConfig:
         _check_lengths(self, "autoencoder")
         _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
         _check_choice("autoencoder.family", self.family, ("vq", "kl"))
+        _check_choice("autoencoder.perceptual_network", self.perceptual_network, NETWORKS)
         if not 1 <= self.perceptual_layers <= 4:
             raise ValueError(f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4.")
         for name in ("kl_weight", "discriminator_weight", "discriminator_start_images", "ema_half_life_images"):
