@@ -40,13 +40,12 @@ def test_folded_efficientnet_equals_the_packages_own(images):
     assert slow.std(0).mean() > 1e-2  # the images differ
 
 
-def test_efficientnet_preprocessing_is_that_of_its_package(images):
-    """One image by hand: bicubic resize, three equal channels, ImageNet's mean and standard deviation, pooling."""
+def test_efficientnet_preprocessing_is_that_of_its_weights(images):
+    """One image by hand: bicubic resize, three equal channels, (grey level - 127) / 128, pooling."""
     extractor = EfficientNetLite0(64, fused=False)
     resized = nn.functional.interpolate(images[:1], size=64, mode="bicubic", antialias=True).clamp(-1, 1)
-    colour = resized.add(1).div(2).repeat(1, 3, 1, 1)
-    for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
-        colour[:, channel] = (colour[:, channel] - mean) / std
+    levels = resized.add(1).mul(127.5)  # 0..255
+    colour = levels.sub(127).div(128).repeat(1, 3, 1, 1)
     with torch.no_grad():
         network = extractor.network
         expected = network._avg_pooling(network.extract_features(colour)).flatten(1)
