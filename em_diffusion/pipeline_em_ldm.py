@@ -1,18 +1,31 @@
 """Latent diffusion for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
 
+import importlib
+import importlib.util
 import inspect
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel, VQModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PACKAGE = "em_diffusion"  # where this file and the components that it may load are installed
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
 
 
 def _is_about_other_things(record: logging.LogRecord) -> bool:
@@ -25,32 +38,49 @@ logging.getLogger("diffusers.configuration_utils").addFilter(_is_about_other_thi
 
 
 class EMLatentDiffusionPipeline(DiffusionPipeline):
-    """Generates 1-channel micrographs: noise -> denoised latents (U-Net) -> nearest codes -> image (VQ decoder).
+    """Generates 1-channel micrographs: noise -> denoised latents (U-Net) -> image (decoder, of the nearest codes for a VQ one).
 
-    vqvae: a 1-channel `VQModel`. Its config holds `latents_mean` and `latents_std`, one number per latent channel, by which
-        the denoiser's latents are put back into its own scale; without them, its `scaling_factor` alone.
-    unet: an unconditional `UNet2DModel` over the latents [B, C, h, w].
-    scheduler: `DDIMScheduler` as saved; any diffusers scheduler can take its place, as in
-        `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
+    vqvae: a 1-channel autoencoder: `VQModel`, `AutoencoderKL`, or a component of our own with the interface of one of the two.
+        Its config holds `latents_mean` and `latents_std`, one number per latent channel, by which the denoiser's latents are
+        put back into its own scale; without them, its `scaling_factor` and `shift_factor`.
+    unet: an unconditional `UNet2DModel` over the latents [B, C, h, w], or one of our own (`EMUNet2DModel`).
+    scheduler: what solves the model's equation. As saved, with `default_num_inference_steps`, it is the model's default; any
+        diffusers scheduler for what the U-Net predicts can take its place. Flow matching: `FlowMatchEulerDiscreteScheduler` and
+        `FlowMatchHeunDiscreteScheduler`.
     pixel_size_nm: side of a pixel of the generated images in nanometres; None if it is not known.
+    default_num_inference_steps: denoising steps where the call does not say.
+
+    `from_pretrained` of the installed class runs no code of a repository. A narrower type halves memory: with
+    `pipe.to(torch.bfloat16)`, or `from_pretrained(..., dtype=torch.bfloat16)` of the installed class, the codes are kept in
+    float32 for the search of the nearest; `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and
+    `pipe.vqvae.to(torch.bfloat16)` round them, which confuses near ones.
     """
 
     model_cpu_offload_seq = "unet->vqvae"
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
-        self, vqvae: VQModel, unet: UNet2DModel, scheduler: SchedulerMixin, pixel_size_nm: float | None = None
+        self,
+        vqvae: ModelMixin,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        pixel_size_nm: float | None = None,
+        default_num_inference_steps: int = 50,
     ):
         super().__init__()
+        self._kept_codes = None
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
-        self.register_to_config(pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm))
+        self.register_to_config(
+            pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm),
+            default_num_inference_steps=int(default_num_inference_steps),
+        )
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -58,41 +88,92 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
     ):
-        """Generate `batch_size` images.
+        """Generate `batch_size` images: `denoise`, then `decode`, whose arguments see there.
+
+        output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32 [B, 1, H, W] in [0, 1]) or
+            "latent" (float32 [B, C, h, w] in the autoencoder's scale, as `decode` takes them).
+
+        Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.')
+        latents = self.denoise(
+            batch_size,
+            generator,
+            num_inference_steps,
+            eta,
+            latents,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        images = latents if output_type == "latent" else self._convert(self.decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        eta: float = 0.0,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ):
+        """Denoise `batch_size` latents: float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
         generator: one for the batch, or a list of `batch_size`; with a list, image i depends on generator i alone.
-        num_inference_steps: denoising steps.
+        num_inference_steps: denoising steps; None for the pipeline's `default_num_inference_steps`. Heun's schedulers call the
+            U-Net twice in all steps but the last.
         eta: noise added back in each step of DDIM, 0 (none) to 1 (as in DDPM); other schedulers do not take it.
         latents: the initial noise [B, C, h, w], of unit variance, instead of the generator's.
-        output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32 [B, 1, H, W] in [0, 1]) or
-            "latent" (float32 [B, C, h, w] in the autoencoder's scale, as `vqvae.decode` takes them).
         callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...}) after each step; what it returns under
             "latents" takes their place.
 
-        The noise and the scheduler's arithmetic are float32 whatever the type of the models.
-        Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False.
+        The noise and the scheduler's arithmetic are float32 whatever the type of the models. Timesteps stay on the CPU, so that
+        no step waits for the device.
         """
-        self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        self._check_inputs(batch_size, generator, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         latents = self._prepare_latents(batch_size, generator, latents, device)  # [B, C, h, w]
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._prepare_scheduler(num_inference_steps, batch_size, generator)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         step_arguments = self._find_step_arguments(generator, eta)
+        timesteps = self.scheduler.timesteps
+        timesteps_on_device = timesteps.to(device)
 
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
             model_input = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-            output = self.unet(model_input.to(self.unet.dtype), timestep).sample.float()  # [B, C, h, w]
+            output = self.unet(model_input.to(self.unet.dtype), timesteps_on_device[i]).sample.float()  # [B, C, h, w]
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", latents)
+        return self.denormalise_latents(latents)
 
-        latents = self.denormalise_latents(latents)
-        images = latents if output_type == "latent" else self._convert(self.decode_latents(latents), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    @torch.no_grad()
+    def decode(self, latents):
+        """Decode latents [B, C, h, w] in the autoencoder's scale to float32 images [B, 1, H, W] in [-1, 1].
+
+        A VQ autoencoder decodes the nearest codes, which are searched in float32.
+        """
+        codes = self._find_codes()
+        if codes is None:
+            if self.vqvae.dtype == torch.float16 and self.vqvae.config.get("force_upcast"):
+                self.vqvae.to(torch.float32)  # its config says that it overflows
+            images = self.vqvae.decode(latents.to(self.vqvae.dtype)).sample
+        else:
+            quantised = self._quantise(latents, codes).to(self.vqvae.dtype)
+            images = self.vqvae.decode(quantised, force_not_quantize=True).sample
+        if images.shape[1] != 1:
+            raise ValueError(
+                f"the autoencoder decodes to {images.shape[1]} channels, a micrograph has one; fold its colours into one channel "
+                "first (em_diffusion.load_autoencoder does)."
+            )
+        return images.float().clamp(-1, 1)
 
     def normalise_latents(self, latents):
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1 in each channel; float32."""
@@ -104,27 +185,71 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         mean, std = self._find_latent_statistics(latents.device)
         return latents.float() * std + mean
 
-    @torch.no_grad()
-    def decode_latents(self, latents):
-        """Decode latents [B, C, h, w] in the autoencoder's scale to float32 images [B, 1, H, W] in [-1, 1].
+    def _find_codes(self):
+        """The codebook [num_codes, C] in float32, from before it was rounded where that was seen; None for an autoencoder without."""
+        embedding = getattr(getattr(self.vqvae, "quantize", None), "embedding", None)
+        if embedding is None:
+            return None
+        weight, kept = embedding.weight, self._kept_codes
+        if kept is not None and kept[0] is weight and kept[1] == weight._version:
+            return kept[2].to(weight.device)
+        return weight.float()
 
-        The nearest code is searched in float32, since a narrower type would confuse near ones.
-        """
-        vectors = latents.float().movedim(1, -1)  # [B, h, w, C]
-        codebook = self.vqvae.quantize.embedding.weight
-        flat = vectors.reshape(-1, vectors.shape[-1])
-        indices = [torch.cdist(part, codebook.float()).argmin(dim=1) for part in flat.split(2**14)]
-        quantised = codebook[torch.cat(indices)].reshape(vectors.shape).movedim(-1, 1).contiguous()  # [B, C, h, w]
-        images = self.vqvae.decode(quantised.to(self.vqvae.dtype), force_not_quantize=True).sample
-        return images.float().clamp(-1, 1)
+    def _quantise(self, latents, codes):
+        """The nearest of `codes` [K, C] at each position of latents [B, C, h, w], in float32 whatever the autocast."""
+        with torch.autocast(latents.device.type, enabled=False):
+            vectors = latents.float().movedim(1, -1)  # [B, h, w, C]
+            flat, half_squares = vectors.reshape(-1, vectors.shape[-1]), codes.square().sum(dim=1) / 2
+            parts = flat.split(max(1, MAX_DISTANCES // len(codes)))
+            indices = [torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(dim=1) for part in parts]
+            return codes[torch.cat(indices)].reshape(vectors.shape).movedim(-1, 1).contiguous()  # [B, C, h, w]
+
+    def to(self, *args, **kwargs):
+        """Move or convert the models as `DiffusionPipeline.to` does, and keep the float32 codes of a VQ autoencoder."""
+        codes = self._find_codes()
+        codes = None if codes is None else codes.detach().clone()
+        super().to(*args, **kwargs)
+        if codes is not None:
+            weight = self.vqvae.quantize.embedding.weight
+            is_narrow = weight.dtype != torch.float32
+            self._kept_codes = (weight, weight._version, codes.to(weight.device)) if is_narrow else None
+        return self
 
     def _find_latent_statistics(self, device):
         config = self.vqvae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
-            return 0.0, 1.0 / config.scaling_factor
+            return config.get("shift_factor") or 0.0, 1.0 / config.scaling_factor
         shape = (1, -1, 1, 1)
         return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)
+
+    def _prepare_scheduler(self, num_inference_steps, batch_size, generator):
+        """Set the timesteps, on the CPU; seed what draws noise of its own.
+
+        diffusers spreads n steps of flow matching from 1000 to 1, so that the last one does next to nothing, and applies `shift`
+        twice; here they go from 1000 to 1000 / n, and to 0. `DPMSolverSDEScheduler` knows no generator, but a seed for each image.
+        """
+        scheduler = self.scheduler
+        num_steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        if num_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_steps}; it must be at least 1.")
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], device="cpu")
+        elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
+            scheduler.set_timesteps(num_steps, device="cpu")
+        else:
+            scheduler.set_timesteps(num_steps, device="cpu")
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        if hasattr(scheduler, "noise_sampler_seed"):
+            scheduler.noise_sampler = None
+            scheduler.noise_sampler_seed = None
+            if generator is not None:
+                generators = generator if isinstance(generator, list | tuple) else [generator] * batch_size
+                scheduler.noise_sampler_seed = [
+                    int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in generators
+                ]
 
     def _prepare_latents(self, batch_size, generator, latents, device):
         size = self.unet.config.sample_size
@@ -143,15 +268,13 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         arguments = {"eta": eta, "generator": generator}
         return {name: value for name, value in arguments.items() if name in accepted}
 
-    def _check_inputs(self, batch_size, generator, output_type, callback_tensor_inputs):
+    def _check_inputs(self, batch_size, generator, callback_tensor_inputs):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if isinstance(generator, list | tuple) and len(generator) != batch_size:
             raise ValueError(
                 f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.')
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be given.")
@@ -164,27 +287,65 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return images if output_type == "np" else self.numpy_to_pil(images)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Write model_index.json and this file beside it, so that the folder loads where our packages are absent.
+        """Write model_index.json, this file, and the file of each component of our own into its folder, so that the whole loads where
+        our packages are absent.
 
         Folders on this machine from which components were loaded are not told to the world.
         """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
-        source, folder = Path(__file__), Path(save_directory)
+        source, folder = Path(inspect.getsourcefile(type(self))), Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
         index["_class_name"] = [source.stem, type(self).__name__]
+        _copy_file(source, folder)
+        for name, component in self.components.items():
+            cls = type(getattr(component, "_orig_mod", component))  # torch.compile wraps
+            if cls.__module__.split(".")[0] != "diffusers":
+                component_source = Path(inspect.getsourcefile(cls))
+                _copy_file(component_source, folder / name)
+                index[name] = [component_source.stem, cls.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for path in [index_path, *(folder / name / "config.json" for name in self.components)]:
             if path.exists():
                 config = json.loads(path.read_text())
                 config.pop("_name_or_path", None)
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if source.resolve() != (folder / source.name).resolve():
-            shutil.copyfile(source, folder / source.name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a folder or Hub repository; options are those of `DiffusionPipeline.from_pretrained`.
+
+        The installed class loads components with installed code alone: it runs no code from the repository and needs no
+        `trust_remote_code`. `ValueError` for a component that this version does not know.
+        """
+        if not cls._is_installed():  # this file came with the repository, and so did the components'
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        kwargs.setdefault("use_safetensors", True)
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options)
+        for name, value in index.items():
+            if _is_own_component(name, value) and name not in kwargs:
+                component = _import_own_component(pretrained_model_name_or_path, name, *value)
+                kwargs[name] = component.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=name, use_safetensors=True, **hub_options
+                )
+        if not isinstance(dtype, torch.dtype):
+            return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+        wide = {"vqvae": torch.float32, "default": dtype}  # until `to` has put the codes aside
+        return super().from_pretrained(pretrained_model_name_or_path, dtype=wide, **kwargs).to(dtype)
+
+    @classmethod
+    def _is_installed(cls):
+        return __name__.rpartition(".")[0] == PACKAGE
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
-        """Read an index as one of this very class: diffusers then runs the class at hand and not the folder's file."""
+        """Read an index as one of this very class: diffusers then runs the class at hand and not the folder's file.
+
+        Components of our own, which `from_pretrained` hands over loaded, are called models of diffusers for the same reason.
+        """
         index = super()._dict_from_json_file(*args, **kwargs)
         name = index.get("_class_name")
         name = name[-1] if isinstance(name, list | tuple) else name
@@ -192,4 +353,33 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"This is a {name}, not a {cls.__name__}; load it with its own class or DiffusionPipeline."
             )
-        return {**index, "_class_name": name} if name is not None else index
+        if name is None or not cls._is_installed():
+            return index
+        own = [key for key, value in index.items() if _is_own_component(key, value)]
+        return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+def _is_own_component(name, value):
+    """Say whether an entry of model_index.json names a component outside of diffusers."""
+    return (
+        not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] not in (None, "diffusers")
+    )
+
+
+def _import_own_component(source, name, module, class_name):
+    """The installed class that model_index.json names; `ValueError` where it is none of ours."""
+    is_ours = isinstance(module, str) and re.fullmatch(r"em_[a-z0-9_]+", module)
+    found = is_ours and importlib.util.find_spec(f"{PACKAGE}.{module}")
+    component = getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None) if found else None
+    if not isinstance(component, type) or not issubclass(component, ModelMixin):
+        raise ValueError(
+            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} does not have; update it, or load the "
+            "whole with DiffusionPipeline and trust_remote_code=True if you have read its code."
+        )
+    return component
+
+
+def _copy_file(source: Path, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != (folder / source.name).resolve():
+        shutil.copyfile(source, folder / source.name)
