@@ -89,9 +89,43 @@ class _Maker:
         raise pickle.UnpicklingError("a pickle may not alter its reader")
 
 
+class _Array:
+    """A numpy array of numbers, being read: numpy's own `__setstate__` would believe any sizes it is told."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_):
+        object.__setattr__(self, "array", None)
+
+    def __setstate__(self, state):
+        _, shape, dtype, is_fortran, data = state
+        self.array = _read_array(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _read_array(data, dtype, shape, order="C", *_):
+    if not isinstance(dtype, _DType) or order not in ("C", "F"):
+        raise pickle.UnpicklingError("malformed array")
+    return np.frombuffer(bytes(data), dtype=dtype.numpy()).reshape(tuple(int(n) for n in shape), order=order).copy()
+
+
+class _Dict(dict):
+    """What stands for `dnnlib.util.EasyDict`: a dictionary and nothing more."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("a dictionary with attributes")
+
+
 _read_scalar = _Maker(lambda dtype, data: np.frombuffer(data, dtype=dtype.numpy(), count=1)[0].item())
+_read_set = _Maker(lambda items=(): set(items))
 ALLOWED = {
+    ("builtins", "set"): _read_set,  # of protocol 3, in which Python 3.7 wrote
+    ("__builtin__", "set"): _read_set,
+    ("builtins", "bytearray"): _Maker(lambda data=b"": bytes(data)),
+    ("_codecs", "encode"): _Maker(lambda text, _: text.encode("latin1")),  # bytes of protocol 2
     ("collections", "OrderedDict"): _Maker(lambda: OrderedDict()),
+    ("dnnlib.util", "EasyDict"): _Dict,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Maker(
         lambda meta: Stored(str(meta.get("class_name")), dict(meta.get("state") or {}))
     ),
@@ -99,16 +133,19 @@ ALLOWED = {
     ("torch._utils", "_rebuild_parameter"): _Maker(lambda data, *_: data),
     ("torch.storage", "_load_from_bytes"): _Maker(_read_storage),
     ("numpy", "dtype"): _Maker(lambda name, *_: _DType(name)),
-    ("numpy.core.multiarray", "scalar"): _read_scalar,
-    ("numpy._core.multiarray", "scalar"): _read_scalar,
+    ("numpy", "ndarray"): "numpy.ndarray",  # only an argument of the next
 }
+for _module in ("numpy.core", "numpy._core"):
+    ALLOWED[f"{_module}.multiarray", "scalar"] = _read_scalar
+    ALLOWED[f"{_module}.multiarray", "_reconstruct"] = _Maker(_Array)
+    ALLOWED[f"{_module}.numeric", "_frombuffer"] = _Maker(_read_array)
 
 
 class OfficialUnpickler(pickle.Unpickler):
     """An unpickler that builds tensors, numbers and plain containers, and refuses everything else."""
 
     def find_class(self, module, name):
-        if module.split(".")[0] == "dnnlib":
+        if module.split(".")[:2] == ["dnnlib", "tflib"]:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}: a TensorFlow-era pickle; convert it with stylegan3's legacy.py"
             )

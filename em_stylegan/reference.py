@@ -78,3 +78,59 @@ def minibatch_standard_deviation(x, group_size):
         deviation = ((group - group.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt().mean()
         maps.append(deviation.expand(1, H, W))
     return torch.cat([x, torch.stack(maps)], dim=1)
+
+
+def resample(x, taps, up, down, padding):
+    """Put up - 1 zeros after every sample of x [B, C, S, S], pad by (left, right) on both sides (negative: crop), convolve with `taps`
+    [n] along both sides or [n, n], keep every `down`-th sample. No gain."""
+    B, C, H, W = x.shape
+    y = x.new_zeros(B, C, H, up, W, up)
+    y[:, :, :, 0, :, 0] = x
+    y = F.pad(y.reshape(B, C, H * up, W * up), (*padding, *padding))
+    taps = torch.outer(taps, taps) if taps.ndim == 1 else taps
+    kernel = taps.flip((0, 1)).to(y)[None, None]  # conv2d does not turn its kernel, a convolution does
+    return F.conv2d(y.flatten(0, 1)[:, None], kernel).unflatten(0, (B, C))[:, :, 0, ::down, ::down]
+
+
+def filtered_leaky_relu(x, bias, up_taps, down_taps, *, up, down, padding, gain, slope, clamp):
+    """Bias, upsampling with gain up^2, leaky ReLU, gain, clamp, downsampling (2021, figure 4b)."""
+    x = resample(x + bias[None, :, None, None], up_taps, up, 1, padding) * up**2
+    x = torch.where(x > 0, x, slope * x) * gain
+    x = x if clamp is None else x.clamp(-clamp, clamp)
+    return resample(x, down_taps, 1, down, (0, 0))
+
+
+def alias_free_modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=1.0):
+    """StyleGAN3's: weights scaled per sample and normed, the input's gain after that, a full convolution of sample by sample."""
+    outputs = []
+    for sample, style in zip(x, styles, strict=True):
+        w = weight * style[None, :, None, None]  # [O, I, k, k]
+        if demodulate:
+            w = w / w.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+        outputs.append(F.conv2d(sample[None] * input_gain, w, padding=weight.shape[2] - 1))
+    return torch.cat(outputs)
+
+
+def fourier_features(
+    w, size, sampling_rate, bandwidth, frequencies, phases, transform, weight, affine_weight, affine_bias
+):
+    """Waves of StyleGAN3's input, wave by wave and pixel by pixel."""
+    images = []
+    for one in w:
+        c, s, *shift = (affine_weight / math.sqrt(len(one)) @ one + affine_bias).unbind()
+        length = (c.square() + s.square()).sqrt()
+        c, s, shift = c / length, s / length, torch.stack(shift) / length
+        image = w.new_zeros(len(weight), size, size)
+        for i in range(size):
+            for j in range(size):
+                point = (
+                    torch.tensor([j - (size - 1) / 2, i - (size - 1) / 2, sampling_rate], dtype=w.dtype) / sampling_rate
+                )
+                u, v = (transform @ point)[:2] - shift
+                u, v = c * u - s * v, s * u + c * v
+                image[:, i, j] = torch.sin(2 * math.pi * (frequencies[:, 0] * u + frequencies[:, 1] * v + phases))
+        turn = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
+        radius = (frequencies @ turn @ transform[:2, :2]).norm(dim=1)
+        amplitude = (1 - (radius - bandwidth) / (sampling_rate / 2 - bandwidth)).clamp(0, 1)
+        images.append(torch.einsum("oi,i,ihw->ohw", weight / math.sqrt(len(frequencies)), amplitude, image))
+    return torch.stack(images)

@@ -1,0 +1,604 @@
+"""StyleGAN3 generator (T and R) in one file, for grey or colour images; it needs only torch, numpy, diffusers and the standard library.
+
+Written from "Alias-Free Generative Adversarial Networks" (Karras et al. 2021) and "A Style-Based Generator Architecture for GANs"
+(Karras et al. 2019). From leaf to root: filter design, filtered leaky ReLU, modulated convolution, mapping, Fourier features,
+synthesis, `StyleGAN3Generator`.
+
+The signal is a continuous function on a canvas of width 1, sampled `sampling_rate` times a unit; frequencies are in cycles a unit.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+NOISE_MODES = ("random", "const", "none")
+SQRT_2 = math.sqrt(2)
+DENSE_SIZE = 192  # up to this many pixels a side, filters run as matrix products; beyond, as convolutions
+
+
+# ---------------------------------------------------------------------------------------------------------- filter design
+
+
+def kaiser_beta(num_taps, width, sampling_rate):
+    """Kaiser's beta for a filter of `num_taps` whose transition band is `width` wide (Kaiser 1974; 2021, appendix B, equation 17)."""
+    attenuation = 2.285 * (num_taps - 1) * math.pi * width / (sampling_rate / 2) + 7.95  # dB
+    if attenuation > 50:
+        return 0.1102 * (attenuation - 8.7)
+    if attenuation > 21:
+        return 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)
+    return 0.0
+
+
+def design_filter(num_taps, cutoff, width, sampling_rate):
+    """A low-pass filter [num_taps] in float64: sinc times Kaiser window, with a sum of 1 (2021, appendix B)."""
+    if num_taps == 1:
+        return np.ones(1)
+    x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
+    taps = np.sinc(2 * cutoff * x) * np.kaiser(num_taps, kaiser_beta(num_taps, width, sampling_rate))
+    return taps / taps.sum()
+
+
+def bessel_j1(x):
+    """The Bessel function J1 of an array, from its integral (1 / pi) int_0^pi cos(t - x sin t) dt.
+
+    The integrand is periodic and analytic, so that the midpoint rule reaches rounding as soon as its points outnumber max|x|.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    num_points = 64 + 2 * math.ceil(float(np.abs(x).max(initial=0)))
+    t = (np.arange(num_points) + 0.5) * (math.pi / num_points)
+    return np.cos(t - x[..., None] * np.sin(t)).mean(axis=-1)
+
+
+def design_radial_filter(num_taps, cutoff, width, sampling_rate):
+    """A low-pass filter [num_taps, num_taps] in float64 that is the same in all directions: jinc times the outer product of Kaiser
+    windows, with a sum of 1 (2021, section 3.2 and appendix B)."""
+    if num_taps == 1:
+        return np.ones((1, 1))
+    x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
+    r = np.hypot(x[:, None], x[None])
+    safe = np.where(r > 0, r, 1.0)
+    # 2 fc J1(2 pi fc r) / (2 fc pi r) tends to pi fc^2 ... here without constants, since the sum is set to 1
+    jinc = np.where(r > 0, bessel_j1(2 * math.pi * cutoff * safe) / (math.pi * safe), cutoff)
+    window = np.kaiser(num_taps, kaiser_beta(num_taps, width, sampling_rate))
+    taps = jinc * np.outer(window, window)
+    return taps / taps.sum()
+
+
+def upsampling_matrix(taps, size, factor, padding):
+    """[size * factor + sum(padding) - num_taps + 1, size]: zeros between the samples, padding (negative: cropping), filter, gain `factor`.
+
+    taps [n]; sample i lands at i * factor + padding[0] and reaches the output o with tap n - 1 - (i * factor + padding[0] - o).
+    """
+    rows = size * factor + sum(padding) - len(taps) + 1
+    tap = np.arange(size)[None] * factor + padding[0] - np.arange(rows)[:, None]
+    inside = (tap >= 0) & (tap < len(taps))
+    return np.where(inside, factor * taps[::-1][tap.clip(0, len(taps) - 1)], 0.0)
+
+
+def downsampling_matrix(taps, size, factor):
+    """[(size - num_taps) // factor + 1, size]: the filter where it lies whole within the samples, then every `factor`-th one."""
+    rows = (size - len(taps)) // factor + 1
+    tap = np.arange(size)[None] - np.arange(rows)[:, None] * factor
+    inside = (tap >= 0) & (tap < len(taps))
+    return np.where(inside, taps[::-1][tap.clip(0, len(taps) - 1)], 0.0)
+
+
+# -------------------------------------------------------------------------------------------------- filtered leaky ReLU
+
+
+def resample_dense(x, matrix):
+    """Multiply rows and columns of x [B, C, H, W] (channels last) by `matrix` [M, H = W] -> [B, C, M, M]."""
+    B, C, H, W = x.shape
+    matrix = matrix.to(x.dtype)
+    x = x.permute(0, 2, 3, 1).reshape(B, H, W * C)
+    x = torch.matmul(matrix, x).view(B * len(matrix), W, C)
+    return torch.matmul(matrix, x).view(B, len(matrix), len(matrix), C).permute(0, 3, 1, 2)
+
+
+def upsample(x, taps, factor, padding):
+    """Zeros between the samples of x [B, C, H, W], padding (left, right; negative: cropping) on both sides, the filter `taps` [n], gain
+    factor^2 -> [B, C, M, M] with M = H * factor + sum(padding) - n + 1."""
+    num_channels, size, num_taps = x.shape[1], x.shape[2], len(taps)
+    weight = (taps.flip(0) * factor).to(x.dtype).expand(num_channels, 1, 1, num_taps)
+    # a transposed convolution pads by n - 1 on the left; that much of its output, less the padding asked for, is cut off
+    left = num_taps - 1 - padding[0]
+    length = size * factor + sum(padding) - num_taps + 1
+    for dim in (3, 2):
+        stride = (1, factor) if dim == 3 else (factor, 1)
+        x = F.conv_transpose2d(x, weight, stride=stride, groups=num_channels)
+        right = length + left - x.shape[dim]
+        x = F.pad(x, (-left, right) if dim == 3 else (0, 0, -left, right))
+        weight = weight.transpose(2, 3)
+    return x
+
+
+def downsample(x, taps, factor):
+    """The filter `taps` [n] or [n, n] where it lies whole within x [B, C, H, W], then every `factor`-th sample of both sides."""
+    num_channels, num_taps = x.shape[1], len(taps)
+    if taps.ndim == 2:
+        weight = taps.flip((0, 1)).to(x.dtype).expand(num_channels, 1, num_taps, num_taps)
+        return F.conv2d(x, weight, stride=factor, groups=num_channels)
+    weight = taps.flip(0).to(x.dtype).expand(num_channels, 1, 1, num_taps)
+    x = F.conv2d(x, weight, stride=(1, factor), groups=num_channels)
+    return F.conv2d(x, weight.transpose(2, 3), stride=(factor, 1), groups=num_channels)
+
+
+class FilteredLeakyReLU(nn.Module):
+    """Leaky ReLU as an operation on continuous signals: at a higher sampling rate, between two low-pass filters (2021, section 3.2).
+
+    forward(x [B, C, in_size, in_size], bias [C]) -> [B, C, out_size, out_size]: bias; zeros between the samples, padding or cropping,
+    filter; leaky ReLU, gain, clamp; filter, every `down`-th sample. The output's samples lie symmetrically within the input's.
+
+    up_taps [n], down_taps [m] or [m, m]: numpy arrays.
+    """
+
+    def __init__(self, in_size, out_size, up, down, up_taps, down_taps, gain=SQRT_2, slope=0.2, clamp=None):
+        super().__init__()
+        self.up, self.down, self.gain, self.slope, self.clamp = up, down, gain, slope, clamp
+        # samples wanted before the last filter, less those that there are after the first
+        total = (out_size - 1) * down + len(down_taps) - (in_size * up - len(up_taps) + 1)
+        left = (
+            total + up
+        ) // 2  # zeros follow a sample, so that the middle of the samples lies (up - 1) / 2 to the left
+        self.padding = (left, total - left)
+        self.identity = up == down == len(up_taps) == len(down_taps) == 1 and total == 0
+        self.dense = max(in_size, out_size) <= DENSE_SIZE
+        middle = (out_size - 1) * down + len(down_taps)
+        self._buffer("up_taps", up_taps)
+        self._buffer("down_taps", down_taps)
+        if self.dense:
+            self._buffer("up_matrix", upsampling_matrix(up_taps, in_size, up, self.padding))
+            if down_taps.ndim == 1:
+                self._buffer("down_matrix", downsampling_matrix(down_taps, middle, down))
+
+    def _buffer(self, name, array):
+        self.register_buffer(name, torch.from_numpy(array.astype(np.float32)), persistent=False)
+
+    def forward(self, x, bias):
+        # leaky_relu(a x) = a leaky_relu(x): the gain joins the bias and the input, which has fewer samples
+        x = (x + bias.to(x.dtype)[:, None, None]) * self.gain
+        if not self.identity:
+            x = x.contiguous(memory_format=torch.channels_last)
+            if self.dense:
+                x = resample_dense(x, self.up_matrix)
+            else:
+                x = upsample(x, self.up_taps, self.up, self.padding)
+        x = x if self.slope == 1 else F.leaky_relu(x, self.slope)
+        x = x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
+        if self.identity:
+            return x
+        if self.dense and self.down_taps.ndim == 1:
+            return resample_dense(x, self.down_matrix)
+        return downsample(x, self.down_taps, self.down)
+
+
+# -------------------------------------------------------------------------------------------------- modulated convolution
+
+
+def modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=None):
+    """Convolve x with weights scaled per sample, by scaling the activations instead of the weights; a full convolution.
+
+    x [B, I, H, W], weight [O, I, k, k], styles [B, I], input_gain: a number that scales x -> [B, O, H + k - 1, W + k - 1]. With
+    demodulation, output map o is divided by the norm of its modulated weights; weights and styles are brought to a mean square of 1
+    before, which leaves the result and keeps half precision in its range.
+    """
+    dtype = x.dtype
+    if demodulate:
+        weight = weight * weight.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+        styles = styles * styles.square().mean().rsqrt()
+        scale = (F.linear(styles.square(), weight.square().sum(dim=(2, 3))) + 1e-8).rsqrt()  # [B, O]
+    if input_gain is not None:
+        styles = styles * input_gain
+    x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
+    x = F.conv2d(x, weight.to(dtype), padding=weight.shape[2] - 1)  # [B, O, H + k - 1, W + k - 1]
+    return x * scale.to(dtype)[:, :, None, None] if demodulate else x
+
+
+# ---------------------------------------------------------------------------------------------------------------- mapping
+
+
+class EqualizedLinear(nn.Module):
+    """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
+
+    def __init__(self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+        self.activation = activation
+
+    def forward(self, x):
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)  # [B, out_features]
+        return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
+
+
+def normalize_second_moment(x):
+    """Scale each row of x [B, D] to a mean square of one."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+class MappingNetwork(nn.Module):
+    """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
+
+    forward(z [B, z_dim], class_labels=None) -> w [B, w_dim]. `w_mean` is the running mean of w for truncation; it moves only
+    when `update_w_mean` is called.
+    """
+
+    def __init__(self, z_dim, w_dim, depth, num_classes=0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
+        num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
+        self.layers = nn.ModuleList(
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True) for a, b in pairwise(num_features)
+        )
+        self.register_buffer("w_mean", torch.zeros(w_dim))
+
+    def forward(self, z, class_labels=None):
+        inputs = [normalize_second_moment(z)]
+        if self.embed is not None:
+            if class_labels is None:
+                raise ValueError(f"this network knows {self.num_classes} classes: give class_labels, integers [B].")
+            if class_labels.ndim == 1:
+                class_labels = F.one_hot(class_labels.long(), self.num_classes)  # [B, num_classes]
+            inputs.append(normalize_second_moment(self.embed(class_labels.to(self.embed.weight.dtype))))
+        x = torch.cat(inputs, dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return x  # [B, w_dim]
+
+    @torch.no_grad()
+    def update_w_mean(self, w_batch_mean, decay=0.998):
+        """Move the running mean towards the mean [w_dim] of a batch of w."""
+        self.w_mean.lerp_(w_batch_mean.to(self.w_mean.dtype), 1 - decay)
+
+
+# -------------------------------------------------------------------------------------------------------------- synthesis
+
+
+class FourierFeatures(nn.Module):
+    """The first signal: waves of frequencies within a disc, turned and shifted by w, mixed by one matrix (2021, sections 3.1 and F).
+
+    forward(w [B, w_dim]) -> [B, num_channels, size, size]. `transform` [3, 3] maps the canvas's coordinates (x, y, 1), the origin in its
+    middle, to those at which the waves are taken: a shift or turn of the whole image, for measuring equivariance and for animation.
+    """
+
+    def __init__(self, w_dim, num_channels, size, sampling_rate, bandwidth):
+        super().__init__()
+        self.size, self.sampling_rate, self.bandwidth = size, sampling_rate, bandwidth
+        # directions uniform, radii so distributed that the disc of radius 1 is filled nearly evenly
+        frequencies = torch.randn(num_channels, 2)
+        radii = frequencies.norm(dim=1, keepdim=True)
+        frequencies = frequencies / (radii * radii.square().exp().pow(0.25)) * bandwidth
+        self.weight = nn.Parameter(torch.randn(num_channels, num_channels))
+        self.affine = EqualizedLinear(w_dim, 4)
+        with torch.no_grad():
+            self.affine.weight.zero_()
+            self.affine.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        self.register_buffer("frequencies", frequencies)
+        self.register_buffer("phases", torch.rand(num_channels) - 0.5)
+        self.register_buffer("transform", torch.eye(3))
+
+    def forward(self, w):
+        w = w.to(self.weight.dtype)
+        t = self.affine(w)  # [B, 4]: cosine and sine of the turn, shift
+        t = t / t[:, :2].norm(dim=1, keepdim=True)
+        cos, sin, shift = t[:, 0], t[:, 1], t[:, 2:]
+        turn = torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)  # [B, 2, 2]
+        # x -> turn (A x + b - shift), A and b from `transform`
+        matrix = turn @ self.transform[:2, :2]  # [B, 2, 2]
+        offset = turn @ (self.transform[:2, 2] - shift).unsqueeze(2)  # [B, 2, 1]
+        phases = self.phases + (self.frequencies @ offset).squeeze(2)  # [B, C]
+        frequencies = self.frequencies @ matrix  # [B, C, 2]
+        # a user's transform may raise frequencies: those beyond the sampling rate fade out
+        norm = frequencies.norm(dim=2)
+        amplitudes = (1 - (norm - self.bandwidth) / (self.sampling_rate / 2 - self.bandwidth)).clamp(0, 1)  # [B, C]
+        position = torch.arange(self.size, device=w.device, dtype=w.dtype)
+        position = (position - (self.size - 1) / 2) / self.sampling_rate
+        along_x = frequencies[:, :, 0, None] * position  # [B, C, W]
+        along_y = frequencies[:, :, 1, None] * position + phases[:, :, None]  # [B, C, H]
+        waves = torch.sin(2 * math.pi * (along_x[:, :, None, :] + along_y[:, :, :, None]))  # [B, C, H, W]
+        weight = self.weight * amplitudes[:, None, :] / math.sqrt(self.weight.shape[1])  # [B, C, C]
+        B, C, H, W = waves.shape
+        return (weight @ waves.reshape(B, C, H * W)).view(B, C, H, W)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated convolution of the input brought to unit magnitude, then a filtered leaky ReLU; the last layer has neither demodulation nor
+    filter and makes the image (2021, figure 4b)."""
+
+    def __init__(self, plan, w_dim, clamp, magnitude_decay):
+        super().__init__()
+        self.to_image = plan.to_image
+        self.reduced = plan.reduced
+        self.magnitude_decay = magnitude_decay
+        k = plan.kernel_size
+        self.style = EqualizedLinear(w_dim, plan.in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(plan.out_channels, plan.in_channels, k, k))
+        self.bias = nn.Parameter(torch.zeros(plan.out_channels))
+        self.register_buffer("magnitude", torch.ones(()))  # running mean square of the input
+        self.activation = FilteredLeakyReLU(
+            plan.in_size + k - 1,
+            plan.out_size,
+            plan.up,
+            plan.down,
+            plan.up_taps,
+            plan.down_taps,
+            gain=1.0 if plan.to_image else SQRT_2,
+            slope=1.0 if plan.to_image else 0.2,
+            clamp=clamp,
+        )
+
+    def forward(self, x, w, update_magnitude, compute_dtype):
+        if update_magnitude:
+            with torch.no_grad():
+                current = x.to(self.magnitude.dtype).square().mean()
+                self.magnitude.copy_(current.lerp(self.magnitude, self.magnitude_decay))
+        styles = self.style(w)  # [B, in]
+        if self.to_image:
+            styles = styles / math.sqrt(self.weight[0].numel())
+        x = x.to(compute_dtype if self.reduced and compute_dtype is not None else styles.dtype)  # [B, in, S, S]
+        gain = self.magnitude.to(styles.dtype).rsqrt()
+        x = modulated_conv2d(x, self.weight, styles, demodulate=not self.to_image, input_gain=gain)
+        return self.activation(x, self.bias)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """All that a layer's place decides. `in_size` is before the convolution; frequencies are in cycles a canvas."""
+
+    index: int
+    in_channels: int
+    out_channels: int
+    in_size: int
+    out_size: int
+    in_sampling_rate: int
+    out_sampling_rate: int
+    middle_sampling_rate: int
+    in_cutoff: float
+    out_cutoff: float
+    in_half_width: float
+    out_half_width: float
+    kernel_size: int
+    filter_size: int
+    to_image: bool
+    radial: bool
+    reduced: bool
+
+    @property
+    def up(self):
+        return self.middle_sampling_rate // self.in_sampling_rate
+
+    @property
+    def down(self):
+        return self.middle_sampling_rate // self.out_sampling_rate
+
+    @property
+    def up_taps(self):
+        num_taps = self.filter_size * self.up if self.up > 1 and not self.to_image else 1
+        return design_filter(num_taps, self.in_cutoff, 2 * self.in_half_width, self.middle_sampling_rate)
+
+    @property
+    def down_taps(self):
+        num_taps = self.filter_size * self.down if self.down > 1 and not self.to_image else 1
+        design = design_radial_filter if self.radial and num_taps > 1 else design_filter
+        return design(num_taps, self.out_cutoff, 2 * self.out_half_width, self.middle_sampling_rate)
+
+
+def plan_layers(
+    resolution,
+    image_channels,
+    channel_base,
+    max_channels,
+    num_layers,
+    num_critical,
+    first_cutoff,
+    first_stopband,
+    last_stopband_ratio,
+    margin,
+    kernel_size,
+    filter_size,
+    lrelu_upsampling,
+    radial_filters,
+    num_reduced_resolutions,
+):
+    """The `num_layers` + 1 layers' `LayerPlan`: cutoff and stopband grow geometrically to the critically sampled last layers, and each
+    layer's sampling rate is the least power of two that holds its stopband (2021, section 3.2 and figure 4c)."""
+    last_cutoff = resolution / 2
+    last_stopband = last_cutoff * last_stopband_ratio
+    progress = np.minimum(np.arange(num_layers + 1) / (num_layers - num_critical), 1)
+    cutoffs = first_cutoff * (last_cutoff / first_cutoff) ** progress
+    stopbands = first_stopband * (last_stopband / first_stopband) ** progress
+    sampling_rates = np.exp2(np.ceil(np.log2(np.minimum(stopbands * 2, resolution)))).astype(int)
+    half_widths = np.maximum(stopbands, sampling_rates / 2) - cutoffs
+    sizes = sampling_rates + 2 * margin
+    sizes[-2:] = resolution
+    channels = np.rint(np.minimum(channel_base / 2 / cutoffs, max_channels)).astype(int)
+    channels[-1] = image_channels
+    plans = []
+    for i in range(num_layers + 1):
+        before = max(i - 1, 0)
+        to_image = i == num_layers
+        middle = max(sampling_rates[before], sampling_rates[i]) * (1 if to_image else lrelu_upsampling)
+        plans.append(
+            LayerPlan(
+                index=i,
+                in_channels=int(channels[before]),
+                out_channels=int(channels[i]),
+                in_size=int(sizes[before]),
+                out_size=int(sizes[i]),
+                in_sampling_rate=int(sampling_rates[before]),
+                out_sampling_rate=int(sampling_rates[i]),
+                middle_sampling_rate=int(middle),
+                in_cutoff=float(cutoffs[before]),
+                out_cutoff=float(cutoffs[i]),
+                in_half_width=float(half_widths[before]),
+                out_half_width=float(half_widths[i]),
+                kernel_size=1 if to_image else kernel_size,
+                filter_size=filter_size,
+                to_image=to_image,
+                radial=radial_filters and i < num_layers - num_critical,  # critical sampling wants all of the square
+                reduced=bool(sampling_rates[i] * 2**num_reduced_resolutions > resolution),
+            )
+        )
+    return plans
+
+
+class SynthesisNetwork(nn.Module):
+    """w of every layer -> image.
+
+    forward(ws [B, num_ws, w_dim], update_magnitudes=False, compute_dtype=None) -> float image [B, image_channels, R, R], nominally in
+    [-1, 1]. The first w goes to the Fourier features, one to each layer. `update_magnitudes` moves the running magnitudes of the layers'
+    inputs (training). `compute_dtype` is the type of the feature maps of the highest resolutions.
+    """
+
+    def __init__(self, w_dim, plans, output_scale, clamp, magnitude_decay):
+        super().__init__()
+        first = plans[0]
+        self.output_scale = output_scale
+        self.num_ws = len(plans) + 1
+        self.input = FourierFeatures(w_dim, first.in_channels, first.in_size, first.in_sampling_rate, first.in_cutoff)
+        self.layers = nn.ModuleList(SynthesisLayer(plan, w_dim, clamp, magnitude_decay) for plan in plans)
+
+    def forward(self, ws, update_magnitudes=False, compute_dtype=None):
+        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
+            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
+        ws = ws.unbind(dim=1)
+        x = self.input(ws[0])  # [B, C, S, S]
+        for layer, w in zip(self.layers, ws[1:], strict=True):
+            x = layer(x, w, update_magnitudes, compute_dtype)  # [B, C', S', S']
+        return x.to(ws[0].dtype) * self.output_scale
+
+
+class StyleGAN3Generator(ModelMixin, ConfigMixin):
+    """Alias-free generator of StyleGAN3 (Karras et al. 2021).
+
+    The defaults are StyleGAN3-T, equivariant to translation. For StyleGAN3-R, to rotation as well: kernel_size=1, radial_filters=True,
+    and twice the channel_base and max_channels.
+
+    Args:
+        resolution: side of the image in pixels, a power of two, at least 16.
+        image_channels: 1 for micrographs.
+        z_dim, w_dim: width of the latent and of the intermediate latent.
+        mapping_depth: layers of the mapping network.
+        channel_base, max_channels: feature maps of a layer of cutoff c are min(channel_base / (2 c), max_channels).
+        num_classes: 0 for an unconditional generator.
+        num_layers: layers without the last, which makes the image; num_critical: of these, critically sampled ones at the end.
+        first_cutoff, first_stopband, last_stopband_ratio: ends of the geometric schedules, in cycles an image; the last relative to
+            half the resolution.
+        margin: samples beyond each border of the canvas.
+        kernel_size: of the convolutions.
+        filter_size: taps of a filter at the lower of its two sampling rates.
+        lrelu_upsampling: sampling rate of the non-linearity relative to the layer's.
+        radial_filters: the same in all directions, but for the critically sampled layers.
+        output_scale: factor on the image.
+        clamp: bound on the activations before the second filter, or None.
+        magnitude_decay: of the running magnitude of each layer's input, a step.
+        num_reduced_resolutions: sampling rates, from the highest down, that `compute_dtype` holds for.
+    """
+
+    _keep_in_fp32_modules = ("synthesis_network.input",)  # positions in half precision would be off by pixels
+
+    @register_to_config
+    def __init__(
+        self,
+        resolution: int = 256,
+        image_channels: int = 1,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_depth: int = 2,
+        channel_base: int = 32768,
+        max_channels: int = 512,
+        num_classes: int = 0,
+        num_layers: int = 14,
+        num_critical: int = 2,
+        first_cutoff: float = 2.0,
+        first_stopband: float = 2**2.1,
+        last_stopband_ratio: float = 2**0.3,
+        margin: int = 10,
+        kernel_size: int = 3,
+        filter_size: int = 6,
+        lrelu_upsampling: int = 2,
+        radial_filters: bool = False,
+        output_scale: float = 0.25,
+        clamp: float | None = 256,
+        magnitude_decay: float = 0.999,
+        num_reduced_resolutions: int = 4,
+    ):
+        super().__init__()
+        if resolution < 16 or resolution & (resolution - 1):
+            raise ValueError(f"resolution must be a power of two, at least 16; got {resolution}.")
+        if channel_base < resolution:
+            raise ValueError(
+                f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
+            )
+        if not 0 <= num_critical < num_layers:
+            raise ValueError(f"num_critical must be from 0 to num_layers - 1 ({num_layers - 1}); got {num_critical}.")
+        self.plans = plan_layers(
+            resolution,
+            image_channels,
+            channel_base,
+            max_channels,
+            num_layers,
+            num_critical,
+            first_cutoff,
+            first_stopband,
+            last_stopband_ratio,
+            margin,
+            kernel_size,
+            filter_size,
+            lrelu_upsampling,
+            radial_filters,
+            num_reduced_resolutions,
+        )
+        self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
+        self.synthesis_network = SynthesisNetwork(w_dim, self.plans, output_scale, clamp, magnitude_decay)
+
+    @property
+    def num_ws(self):
+        """Number of style inputs: one for the Fourier features and one a layer."""
+        return self.synthesis_network.num_ws
+
+    def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
+        """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
+        `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
+        w = self.mapping_network(z, class_labels)
+        ws = w.unsqueeze(1).expand(-1, self.num_ws, -1)
+        if truncation_psi == 1.0:
+            return ws
+        truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
+        if truncation_cutoff is None:
+            return truncated
+        return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
+
+    def synthesis(self, ws, noise_mode="none", generator=None, compute_dtype=None, update_magnitudes=False):
+        """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]. StyleGAN3 has no noise inputs: `noise_mode` and
+        `generator` are checked and change nothing."""
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
+        return self.synthesis_network(ws, update_magnitudes, compute_dtype)
+
+    def forward(
+        self,
+        z,
+        class_labels=None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "random",
+        generator=None,
+    ):
+        """z [B, z_dim] -> image [B, image_channels, R, R], nominally in [-1, 1].
+
+        `class_labels`: integers [B] for a conditional generator. `noise_mode`, `generator`: as `StyleGAN2Generator` has them, without
+        effect.
+        """
+        ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, noise_mode, generator)
