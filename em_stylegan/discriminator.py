@@ -1,4 +1,4 @@
-"""StyleGAN2 discriminator: residual blocks, minibatch standard deviation, one logit (Karras et al. 2018 and 2020)."""
+"""StyleGAN2 discriminator: blocks, minibatch standard deviation, one logit (Karras et al. 2018 and 2020)."""
 
 import math
 from itertools import pairwise
@@ -8,36 +8,59 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from em_stylegan.em_stylegan2_generator import EqualizedConv2d, EqualizedLinear, MappingNetwork
+from em_stylegan.em_stylegan2_generator import (
+    ARCHITECTURES,
+    EqualizedConv2d,
+    EqualizedLinear,
+    MappingNetwork,
+    blur,
+    blur_kernel,
+)
 
 
-def minibatch_standard_deviation(x, group_size):
-    """Append one map that holds how much the images of a group differ (2018, section 3).
+def minibatch_standard_deviation(x, group_size, num_maps=1):
+    """Append `num_maps` maps that hold how much the images of a group differ (2018, section 3).
 
-    x [B, C, H, W] -> [B, C + 1, H, W]. The batch is cut into B / G groups of G = min(group_size, B) images, image i being in group
-    i mod (B / G); the map is the mean over C, H, W of the deviation over the group. ValueError when G does not divide B.
+    x [B, C, H, W] -> [B, C + num_maps, H, W]. The batch is cut into B / G groups of G = min(group_size, B) images (one group when None),
+    image i being in group i mod (B / G); a map is the mean over H, W and its share of the C channels of the deviation over the group.
+    ValueError when G does not divide B, or `num_maps` C.
     """
     B, C, H, W = x.shape
-    G = min(group_size, B)
+    G = B if group_size is None else min(group_size, B)
     if B % G:
         raise ValueError(f"the batch ({B} images a process) must be a multiple of the discriminator's group of {G}.")
-    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(G, B // G, C, H, W)
-    y = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # [B / G]
-    y = y.to(x.dtype).reshape(1, B // G, 1, 1, 1).expand(G, -1, 1, H, W).reshape(B, 1, H, W)
+    if C % num_maps:
+        raise ValueError(f"{C} channels cannot be shared out to {num_maps} deviation maps.")
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(G, B // G, num_maps, C // num_maps, H, W)
+    y = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(2, 3, 4))  # [B / G, num_maps]
+    y = y.to(x.dtype).reshape(1, B // G, num_maps, 1, 1).expand(G, -1, -1, H, W).reshape(B, num_maps, H, W)
     return torch.cat([x, y], dim=1)
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3 x 3 convolutions, the second halving the side, beside a halving 1 x 1 skip; both scaled by 1 / sqrt(2)."""
+    """Two 3 x 3 convolutions, the second halving the side (2020, figure 7).
 
-    def __init__(self, in_channels, out_channels, clamp=None):
+    "orig": no more. "resnet": beside a halving 1 x 1 convolution, both scaled by 1 / sqrt(2). "skip": the image of this resolution joins
+    the input, and is halved for the next.
+    """
+
+    def __init__(self, in_channels, out_channels, clamp=None, *, architecture="resnet", image_channels=None):
         super().__init__()
         self.clamp = clamp
+        self.from_image = None if image_channels is None else EqualizedConv2d(image_channels, in_channels, 1)
         self.conv0 = EqualizedConv2d(in_channels, in_channels, 3)
         self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, down=True)
-        self.skip = EqualizedConv2d(in_channels, out_channels, 1, down=True, bias=False, activation=False)
+        self.skip = None
+        if architecture == "resnet":
+            self.skip = EqualizedConv2d(in_channels, out_channels, 1, down=True, bias=False, activation=False)
 
-    def forward(self, x):
+    def forward(self, x, image):
+        if self.from_image is not None:
+            y = self.from_image(image, clamp=self.clamp)  # [B, in, R, R]
+            y = y.contiguous(memory_format=torch.channels_last)  # one channel leaves the layout open
+            x = y if x is None else x + y
+        if self.skip is None:
+            return self.conv1(self.conv0(x, clamp=self.clamp), clamp=self.clamp)  # [B, out, R/2, R/2]
         y = self.skip(x, gain=math.sqrt(0.5))  # [B, out, R/2, R/2]
         x = self.conv0(x, clamp=self.clamp)  # [B, in, R, R]
         x = self.conv1(x, gain=math.sqrt(0.5), clamp=self.clamp)  # [B, out, R/2, R/2]
@@ -45,15 +68,18 @@ class DiscriminatorBlock(nn.Module):
 
 
 class StyleGANDiscriminator(ModelMixin, ConfigMixin):
-    """Residual discriminator of StyleGAN2 and 3.
+    """Discriminator of StyleGAN2 and 3.
 
     forward(image [B, image_channels, R, R] in [-1, 1], class_labels=None, compute_dtype=None) -> logits [B, 1], float32 whenever
     the parameters are. `compute_dtype` is the type of the feature maps above 4 x 4. Large logits mean real. With classes, the
     logit is the projection of the features on the class's mapped vector (Miyato and Koyama 2018).
 
     Args:
-        group_size: images in a minibatch-deviation group; it must divide the batch of a process.
-        class_mapping_depth: layers of the class's mapping network.
+        architecture: "resnet", "orig" or "skip" (2020, figure 7).
+        group_size: images in a minibatch-deviation group; it must divide the batch of a process. None for the whole batch.
+        num_deviation_maps: 0 for no minibatch deviation.
+        class_mapping_depth: layers of the class's mapping network; class_mapping_width: its width, None for the last feature maps' number.
+        num_reduced_resolutions: resolutions, from the highest down, that `compute_dtype` holds for; None for all above 4 x 4.
         The others as in `StyleGAN2Generator`.
     """
 
@@ -64,35 +90,67 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         image_channels: int = 1,
         channel_base: int = 32768,
         max_channels: int = 512,
-        group_size: int = 4,
+        group_size: int | None = 4,
         num_classes: int = 0,
         class_mapping_depth: int = 8,
         clamp: float | None = None,
+        architecture: str = "resnet",
+        num_deviation_maps: int = 1,
+        class_mapping_width: int | None = None,
+        num_reduced_resolutions: int | None = None,
     ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.')
         self.clamp = clamp
         self.group_size = group_size
+        self.num_deviation_maps = num_deviation_maps
         resolutions = [2**i for i in range(int(math.log2(resolution)), 1, -1)]  # R ... 4
         num_channels = [min(channel_base // r, max_channels) for r in resolutions]
         last = num_channels[-1]
-        self.from_image = EqualizedConv2d(image_channels, num_channels[0], 1)
-        self.blocks = nn.ModuleList(DiscriminatorBlock(a, b, clamp) for a, b in pairwise(num_channels))
-        self.conv = EqualizedConv2d(last + 1, last, 3)
+        self.num_reduced = len(resolutions) if num_reduced_resolutions is None else num_reduced_resolutions
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(
+                a,
+                b,
+                clamp,
+                architecture=architecture,
+                image_channels=image_channels if i == 0 or architecture == "skip" else None,
+            )
+            for i, (a, b) in enumerate(pairwise(num_channels))
+        )
+        self.from_image = None
+        if architecture == "skip":
+            self.from_image = EqualizedConv2d(image_channels, last, 1)
+            self.register_buffer("kernel", blur_kernel(), persistent=False)
+        self.conv = EqualizedConv2d(last + num_deviation_maps, last, 3)
         self.linear = EqualizedLinear(last * 16, last, activation=True)
         self.class_mapping = None
+        width = class_mapping_width or last
         if num_classes > 0:
-            self.class_mapping = MappingNetwork(0, last, class_mapping_depth, num_classes, track_mean=False)
-        self.out = EqualizedLinear(last, last if num_classes > 0 else 1)
+            self.class_mapping = MappingNetwork(0, width, class_mapping_depth, num_classes, track_mean=False)
+        self.out = EqualizedLinear(last, width if num_classes > 0 else 1)
+
+    def freezable_layers(self):
+        """The layers from the image on, in the order in which Freeze-D freezes them (Mo et al. 2020)."""
+        for block in self.blocks:
+            yield from (m for m in (block.from_image, block.conv0, block.conv1, block.skip) if m is not None)
 
     def forward(self, image, class_labels=None, compute_dtype=None):
         dtype = self.out.weight.dtype
-        x = self.from_image(image.to(compute_dtype or dtype), clamp=self.clamp)
-        x = x.contiguous(memory_format=torch.channels_last)  # [B, C, R, R]; one channel leaves the layout open
-        for block in self.blocks:
-            x = block(x)  # [B, C', R/2, R/2]
-        x = minibatch_standard_deviation(x.to(dtype), self.group_size)  # [B, C + 1, 4, 4]
+        x = None
+        for i, block in enumerate(self.blocks):
+            block_dtype = compute_dtype if i < self.num_reduced and compute_dtype is not None else dtype
+            x = block(x if x is None else x.to(block_dtype), image.to(block_dtype))  # [B, C', R/2, R/2]
+            if self.from_image is not None:
+                image = blur(image, self.kernel, padding=1, stride=2)  # [B, image_channels, R/2, R/2]
+        x = x.to(dtype)
+        if self.from_image is not None:
+            x = x + self.from_image(image.to(dtype))  # [B, C, 4, 4]
+        if self.num_deviation_maps:
+            x = minibatch_standard_deviation(x, self.group_size, self.num_deviation_maps)  # [B, C + maps, 4, 4]
         x = self.conv(x, clamp=self.clamp)  # [B, C, 4, 4]
         x = self.out(self.linear(x.flatten(1)))  # [B, 1], or [B, C] with classes
         if self.class_mapping is None:

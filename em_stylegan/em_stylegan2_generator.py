@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 NOISE_MODES = ("random", "const", "none")
+ARCHITECTURES = ("skip", "orig", "resnet")
 
 
 # ---------------------------------------------------------------------------------------------------------------- filters
@@ -61,20 +62,22 @@ class EqualizedLinear(nn.Module):
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution with equalised learning rate, optional halving of the side (filter, then stride 2) and leaky ReLU.
+    """Convolution with equalised learning rate, optional halving of the side (filter, then stride 2) or, for 1 x 1 kernels, doubling
+    (convolution, then filter), and leaky ReLU.
 
-    forward(x [B, in, H, W], gain=1.0, clamp=None) -> [B, out, H or H/2, W or W/2] in the type of x.
+    forward(x [B, in, H, W], gain=1.0, clamp=None) -> [B, out, H, W], or half or twice the side, in the type of x.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, *, down=False, bias=True, activation=True):
+    def __init__(self, in_channels, out_channels, kernel_size, *, down=False, up=False, bias=True, activation=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
         self.kernel_size = kernel_size
         self.down = down
+        self.up = up
         self.activation = activation
-        if down:
+        if down or up:
             self.register_buffer("kernel", blur_kernel(), persistent=False)
 
     def forward(self, x, gain=1.0, clamp=None):
@@ -83,7 +86,9 @@ class EqualizedConv2d(nn.Module):
         gain = gain * math.sqrt(2) if self.activation else gain
         weight = (self.weight * (self.weight_gain * gain)).to(x.dtype)
         bias = None if self.bias is None else (self.bias * gain).to(x.dtype)
-        if not self.down:
+        if self.up:
+            x = upsample(F.conv2d(x, weight, bias), self.kernel)  # [B, out, 2H, 2W]
+        elif not self.down:
             x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
         elif self.kernel_size == 1:
             x = F.conv2d(blur(x, self.kernel, padding=1, stride=2), weight, bias)  # [B, out, H/2, W/2]
@@ -112,6 +117,11 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.
     multiplies whole output maps: one ordinary convolution serves the batch.
     """
     dtype = x.dtype
+    if (
+        demodulate and dtype == torch.float16
+    ):  # within its range; demodulation takes the scales back (2020 ADA, appendix D.1)
+        weight = weight / weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True) / math.sqrt(weight[0].numel())
+        styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
     if kernel is None:
         x = F.conv2d(x, weight.to(dtype), padding=weight.shape[2] // 2)  # [B, O, H, W]
@@ -188,10 +198,10 @@ class SynthesisLayer(nn.Module):
         if up:
             self.register_buffer("kernel", blur_kernel(), persistent=False)
 
-    def forward(self, x, w, noise_mode, generator):
-        gain = math.sqrt(
-            2
-        )  # leaky_relu(a x) = a leaky_relu(x): the gain joins the demodulation, the noise and the bias
+    def forward(self, x, w, noise_mode, generator, gain=1.0):
+        clamp = None if self.clamp is None else self.clamp * gain
+        # leaky_relu(a x) = a leaky_relu(x): the gain joins the demodulation, the noise and the bias
+        gain = gain * math.sqrt(2)
         styles = self.style(w)  # [B, in]
         x = modulated_conv2d(
             x, self.weight, styles, kernel=self.kernel if self.up else None, gain=gain
@@ -203,7 +213,7 @@ class SynthesisLayer(nn.Module):
         elif noise_mode == "const":
             x = x + (self.noise_const * (self.noise_strength * gain)).to(x.dtype)
         x = F.leaky_relu(x + (self.bias * gain).to(x.dtype)[:, None, None], 0.2)
-        return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
+        return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 class ToImage(nn.Module):
@@ -227,9 +237,13 @@ class ToImage(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: (doubling layer), layer, and an image added to the doubled image of the block before (skip generator)."""
+    """One resolution: (doubling layer), layer, and what makes the image of it (2020, figure 7).
 
-    def __init__(self, in_channels, out_channels, w_dim, resolution, image_channels, clamp=None):
+    "skip": each block adds an image to the doubled one of the block before. "orig": the last block alone makes the image. "resnet": the
+    same, and a 1 x 1 convolution of the block's doubled input is added to its output, both scaled by 1 / sqrt(2).
+    """
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, image_channels, architecture, is_last, clamp=None):
         super().__init__()
         self.first = in_channels == 0
         if self.first:
@@ -239,20 +253,32 @@ class SynthesisBlock(nn.Module):
             self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up=True, clamp=clamp)
             self.register_buffer("kernel", blur_kernel(), persistent=False)
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, clamp=clamp)
-        self.to_image = ToImage(out_channels, image_channels, w_dim, clamp=clamp)
+        self.to_image = self.skip = None
+        if is_last or architecture == "skip":
+            self.to_image = ToImage(out_channels, image_channels, w_dim, clamp=clamp)
+        if not self.first and architecture == "resnet":
+            self.skip = EqualizedConv2d(in_channels, out_channels, 1, up=True, bias=False, activation=False)
         self.num_convs = 1 if self.first else 2
 
     def forward(self, x, image, ws, noise_mode, generator, compute_dtype):
         ws = list(ws.unbind(dim=1))  # num_convs + 1 of [B, w_dim]
+        gain = 1.0 if self.skip is None else math.sqrt(0.5)
         if self.first:
             x = self.const.to(compute_dtype).expand(ws[0].shape[0], -1, -1, -1)
             x = x.contiguous(memory_format=torch.channels_last)  # [B, C, 4, 4]
         else:
+            x = x.to(compute_dtype)
+            y = None if self.skip is None else self.skip(x, gain=gain)  # [B, C, R, R]
             x = self.conv0(x, ws.pop(0), noise_mode, generator)  # [B, C, R, R]
+        x = self.conv1(x, ws.pop(0), noise_mode, generator, gain)  # [B, C, R, R]
+        if self.skip is not None:
+            x = x + y
+        if image is not None:
             image = upsample(image, self.kernel)  # [B, image_channels, R, R]
-        x = self.conv1(x, ws.pop(0), noise_mode, generator)  # [B, C, R, R]
-        residual = self.to_image(x, ws.pop(0))  # [B, image_channels, R, R]
-        return x, residual if image is None else image + residual
+        if self.to_image is not None:
+            own = self.to_image(x, ws.pop(0))  # [B, image_channels, R, R]
+            image = own if image is None else image + own
+        return x, image
 
 
 class SynthesisNetwork(nn.Module):
@@ -260,38 +286,51 @@ class SynthesisNetwork(nn.Module):
 
     forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None, compute_dtype=None) -> float image
     [B, image_channels, R, R], nominally in [-1, 1]. `compute_dtype` (for example torch.bfloat16) is the type of the feature
-    maps; styles, demodulation and the sum of images keep the type of the parameters.
+    maps of the highest `num_reduced_resolutions` (all when None); styles, demodulation and the sum of images keep the type of the
+    parameters.
     """
 
-    def __init__(self, w_dim, resolution, image_channels, channel_base, max_channels, clamp=None):
+    def __init__(
+        self,
+        w_dim,
+        resolution,
+        image_channels,
+        channel_base,
+        max_channels,
+        architecture,
+        clamp=None,
+        num_reduced_resolutions=None,
+    ):
         super().__init__()
         resolutions = [2**i for i in range(2, int(math.log2(resolution)) + 1)]
         num_channels = [min(channel_base // r, max_channels) for r in resolutions]
         self.blocks = nn.ModuleList(
-            SynthesisBlock(a, b, w_dim, r, image_channels, clamp)
+            SynthesisBlock(a, b, w_dim, r, image_channels, architecture, r == resolution, clamp)
             for a, b, r in zip([0] + num_channels[:-1], num_channels, resolutions, strict=True)
         )
-        self.num_ws = (
-            sum(block.num_convs for block in self.blocks) + 1
-        )  # a block's image shares its w with the next block
+        # a block's image shares its w with the next block
+        self.num_ws = sum(block.num_convs for block in self.blocks) + 1
+        reduced = len(resolutions) if num_reduced_resolutions is None else num_reduced_resolutions
+        self.num_full_resolutions = max(len(resolutions) - reduced, 0)
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
         if ws.ndim != 3 or ws.shape[1] != self.num_ws:
             raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
-        compute_dtype = compute_dtype or self.blocks[0].const.dtype
+        dtype = self.blocks[0].const.dtype
         x = image = None
         index = 0
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             block_ws = ws[:, index : index + block.num_convs + 1]
-            x, image = block(x, image, block_ws, noise_mode, generator, compute_dtype)
+            block_dtype = compute_dtype if i >= self.num_full_resolutions and compute_dtype is not None else dtype
+            x, image = block(x, image, block_ws, noise_mode, generator, block_dtype)
             index += block.num_convs
         return image
 
 
 class StyleGAN2Generator(ModelMixin, ConfigMixin):
-    """StyleGAN2 generator with skip connections (Karras et al. 2020).
+    """StyleGAN2 generator (Karras et al. 2020).
 
     Args:
         resolution: side of the image in pixels, a power of two, at least 8.
@@ -301,6 +340,8 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         channel_base, max_channels: feature maps at resolution r are min(channel_base // r, max_channels).
         num_classes: 0 for an unconditional generator.
         clamp: bound on the feature maps, or None; official checkpoints trained in half precision have 256.
+        architecture: "skip" (each resolution adds to the image), "orig" (the last alone makes it) or "resnet" (2020, figure 7).
+        num_reduced_resolutions: resolutions, from the highest down, that `compute_dtype` holds for; None for all.
     """
 
     @register_to_config
@@ -315,8 +356,12 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         max_channels: int = 512,
         num_classes: int = 0,
         clamp: float | None = None,
+        architecture: str = "skip",
+        num_reduced_resolutions: int | None = None,
     ):
         super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.')
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
         if channel_base < resolution:
@@ -324,7 +369,16 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
                 f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
             )
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
-        self.synthesis_network = SynthesisNetwork(w_dim, resolution, image_channels, channel_base, max_channels, clamp)
+        self.synthesis_network = SynthesisNetwork(
+            w_dim,
+            resolution,
+            image_channels,
+            channel_base,
+            max_channels,
+            architecture,
+            clamp,
+            num_reduced_resolutions,
+        )
 
     @property
     def num_ws(self):

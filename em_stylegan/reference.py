@@ -68,15 +68,15 @@ def equalized_conv2d(x, weight, bias=None, *, kernel=None, activation=True, gain
     return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
 
 
-def minibatch_standard_deviation(x, group_size):
-    """For each group (images i, i + n, i + 2n, ... of n = B / G groups), the mean of the deviations, as one more channel."""
+def minibatch_standard_deviation(x, group_size, num_maps=1):
+    """For each group (images i, i + n, i + 2n, ... of n = B / G groups), the means of the deviations, as `num_maps` more channels."""
     B, _, H, W = x.shape
-    num_groups = B // min(group_size, B)
+    num_groups = B // min(group_size or B, B)
     maps = []
     for i in range(B):
         group = x[i % num_groups :: num_groups]
-        deviation = ((group - group.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt().mean()
-        maps.append(deviation.expand(1, H, W))
+        deviation = ((group - group.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt()
+        maps.append(torch.stack([part.mean().expand(H, W) for part in deviation.chunk(num_maps)]))
     return torch.cat([x, torch.stack(maps)], dim=1)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.load_official import (
     OfficialUnpickler,
     discriminator_from_official,
@@ -113,6 +114,67 @@ def test_path_lengths(generator, numbers):
     assert_agrees(path_lengths(images, ws, unit_noise), numbers["pl_lengths"])
 
 
+FIXTURE_3 = FOLDER / "sg3t_r32_ch1_c0_map2"
+needs_fixture_3 = pytest.mark.skipif(not FIXTURE_3.with_suffix(".pkl").exists(), reason=f"{FIXTURE_3}.pkl is not here")
+
+
+@pytest.fixture(scope="module")
+def numbers_3():
+    return {name: torch.from_numpy(value) for name, value in np.load(FIXTURE_3.with_suffix(".npz")).items()}
+
+
+@pytest.fixture(scope="module")
+def stored_3():
+    return read_pickle(FIXTURE_3.with_suffix(".pkl"))
+
+
+@pytest.fixture(scope="module")
+def generator_3(stored_3):
+    return generator_from_official(stored_3["G_ema"])
+
+
+@needs_fixture_3
+@pytest.mark.parametrize("dense", [True, False], ids=["matrices", "convolutions"])
+def test_alias_free_generator(stored_3, numbers_3, monkeypatch, dense):
+    if not dense:
+        monkeypatch.setattr("em_stylegan.em_stylegan3_generator.DENSE_SIZE", 0)
+    generator = generator_from_official(stored_3["G_ema"])
+    assert isinstance(generator, StyleGAN3Generator)
+    assert all(layer.activation.dense == dense for layer in generator.synthesis_network.layers)
+    z = numbers_3["z"]
+    for name, psi, cutoff in (("ws", 1.0, None), ("ws_psi0.5", 0.5, None), ("ws_psi0.7_cut3", 0.7, 3)):
+        assert_agrees(generator.mapping(z, None, psi, cutoff), numbers_3[name])
+    for name, options in (
+        ("img_const_psi1", {"noise_mode": "const"}),
+        ("img_const_psi0.7", {"truncation_psi": 0.7}),
+        ("img_const_psi0.7_cut3", {"truncation_psi": 0.7, "truncation_cutoff": 3}),
+        ("img_none_psi1", {"noise_mode": "none"}),
+    ):
+        assert_agrees(generator(z, **options), numbers_3[name])
+    assert_agrees(generator.synthesis(numbers_3["ws_mixed"]), numbers_3["img_mixed"])
+    assert_agrees(generator_from_official(stored_3["G"])(z), numbers_3["img_G_const_psi1"])
+
+
+@needs_fixture_3
+def test_alias_free_path_lengths_and_its_discriminator(generator_3, stored_3, numbers_3):
+    ws = numbers_3["ws"].clone().requires_grad_()
+    images = generator_3.synthesis(ws)
+    gradient = torch.autograd.grad((images * numbers_3["pl_noise"]).sum(), ws, retain_graph=True)[0]
+    assert_agrees(gradient, numbers_3["pl_grads"])
+    assert_agrees(path_lengths(images, ws, numbers_3["pl_noise"] * images.shape[2]), numbers_3["pl_lengths"])
+    discriminator = discriminator_from_official(stored_3["D"])
+    for images, count, logits in (
+        ("D_img", 8, "D_logits"),
+        ("D_img", 4, "D_logits_b4"),
+        ("img_const_psi1", 4, "D_logits_fake"),
+    ):
+        assert_agrees(discriminator(numbers_3[images][:count]), numbers_3[logits])
+    images = numbers_3["D_img"][:4].clone().requires_grad_()
+    logits = discriminator(images)
+    assert_agrees(torch.autograd.grad(logits.sum(), images, retain_graph=True)[0], numbers_3["r1_grads"])
+    assert_agrees(r1_penalty(logits, images), numbers_3["r1_penalty"])
+
+
 @needs_fixture
 def test_command_writes_networks_that_load(tmp_path, monkeypatch, numbers, capsys):
     from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
@@ -129,7 +191,7 @@ def test_command_writes_networks_that_load(tmp_path, monkeypatch, numbers, capsy
 def test_truncated_file(tmp_path):
     path = tmp_path / "short.pkl"
     path.write_bytes(FIXTURE.with_suffix(".pkl").read_bytes()[:100_000])
-    with pytest.raises(ValueError, match=r"short\.pkl is not a StyleGAN2 pickle"):
+    with pytest.raises(ValueError, match=r"short\.pkl is not a StyleGAN pickle"):
         read_pickle(path)
 
 

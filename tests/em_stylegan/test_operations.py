@@ -65,12 +65,14 @@ def test_halving_filter():
     )
 
 
-@pytest.mark.parametrize("batch_size", [2, 4, 8])
-def test_minibatch_standard_deviation(batch_size):
+@pytest.mark.parametrize(
+    ("batch_size", "group_size", "num_maps"), [(2, 4, 1), (4, 4, 1), (8, 4, 1), (8, 2, 2), (6, None, 4)]
+)
+def test_minibatch_standard_deviation(batch_size, group_size, num_maps):
     compare(
-        lambda x: fast_discriminator.minibatch_standard_deviation(x, 4),
-        lambda x: slow.minibatch_standard_deviation(x, 4),
-        [draw(batch_size, 2, 3, 3)],
+        lambda x: fast_discriminator.minibatch_standard_deviation(x, group_size, num_maps),
+        lambda x: slow.minibatch_standard_deviation(x, group_size, num_maps),
+        [draw(batch_size, 4, 3, 3)],
     )
 
 

@@ -1,0 +1,207 @@
+"""Every configuration that the official trainings write is read back equal, from files in their format."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
+from em_stylegan.load_official import discriminator_from_official, generator_from_official, main, read_pickle
+
+_spec = importlib.util.spec_from_file_location("official_format", Path(__file__).with_name("official_format.py"))
+official_format = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(official_format)
+
+SMALL = {"z_dim": 8, "w_dim": 12, "channel_base": 256, "max_channels": 16}
+
+
+def shake(model):
+    """Give every parameter and buffer a value of its own, so that none can stand for another."""
+    generator = torch.Generator().manual_seed(3)
+    for name, value in model.state_dict().items():
+        noise = torch.randn(value.shape, generator=generator)
+        value.add_(0.3 * noise.abs() if "magnitude" in name else 0.3 * noise)
+    return model.eval()
+
+
+def assert_same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+    for name, value in a.config.items():
+        if not name.startswith("_") and name not in (
+            "channel_base",
+            "max_channels",
+            "class_mapping_width",
+            "class_mapping_depth",
+        ):
+            other = b.config[name]
+            same = math.isclose(value, other) if isinstance(value, float) else value == other
+            assert same or name == "num_reduced_resolutions", (name, value, other)
+
+
+def labels(model):
+    return torch.tensor([0, 2, 1]) if model.config.num_classes else None
+
+
+GENERATORS = {
+    "32": {},
+    "64 colour": {"resolution": 64, "image_channels": 3, "mapping_depth": 8},
+    "128 classes": {"resolution": 128, "num_classes": 3, "mapping_depth": 4},
+    "odd base": {"channel_base": 300, "clamp": 256.0},
+    "orig": {"architecture": "orig", "image_channels": 3},
+    "resnet": {"architecture": "resnet", "num_classes": 3},
+    "fp16": {"num_reduced_resolutions": 2, "clamp": 256.0},
+    "fp32": {"num_reduced_resolutions": 0},
+    "8": {"resolution": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"), [*((name, 4) for name in GENERATORS), *(("128 classes", p) for p in (2, 3, 5))]
+)
+def test_stylegan2_generators(name, protocol, tmp_path):
+    torch.manual_seed(0)
+    model = shake(StyleGAN2Generator(**{"resolution": 32, **SMALL, "mapping_depth": 2, **GENERATORS[name]}))
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": official_format.generator(model)}, protocol)
+    loaded = generator_from_official(read_pickle(path)["G_ema"])
+    assert_same(model, loaded)
+    z = torch.randn(3, 8)
+    assert torch.equal(
+        loaded(z, labels(model), 0.7, noise_mode="const"), model(z, labels(model), 0.7, noise_mode="const")
+    )
+
+
+GENERATORS_3 = {
+    "t32": {},
+    "t64 colour": {"resolution": 64, "image_channels": 3, "mapping_depth": 8},
+    "t128 classes": {"resolution": 128, "num_classes": 3},
+    "r32": {"kernel_size": 1, "radial_filters": True, "channel_base": 512, "max_channels": 32},
+    "r64 classes": {"resolution": 64, "kernel_size": 1, "radial_filters": True, "num_classes": 3},
+    "fp32": {"num_reduced_resolutions": 0, "clamp": None},
+    "decay": {"magnitude_decay": 0.5 ** (16 / 20e3), "num_reduced_resolutions": 2},
+    "shallow": {"num_layers": 8, "margin": 6, "output_scale": 0.5, "filter_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"), [*((name, 4) for name in GENERATORS_3), *(("r64 classes", p) for p in (2, 3, 5))]
+)
+def test_stylegan3_generators(name, protocol, tmp_path):
+    torch.manual_seed(0)
+    model = shake(StyleGAN3Generator(**{"resolution": 32, **SMALL, **GENERATORS_3[name]}))
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": official_format.generator(model)}, protocol)
+    loaded = generator_from_official(read_pickle(path)["G_ema"])
+    assert_same(model, loaded)
+    assert loaded.plans == model.plans
+    z = torch.randn(3, 8)
+    assert torch.equal(loaded(z, labels(model), 0.7), model(z, labels(model), 0.7))
+
+
+DISCRIMINATORS = {
+    "32": {},
+    "64 colour": {"resolution": 64, "image_channels": 3},
+    "128 classes": {"resolution": 128, "num_classes": 3, "class_mapping_depth": 8},
+    "orig": {"architecture": "orig"},
+    "skip": {"architecture": "skip", "image_channels": 3},
+    "other map": {"num_classes": 3, "class_mapping_width": 7, "class_mapping_depth": 2},
+    "whole batch": {"group_size": None, "num_deviation_maps": 2},
+    "no deviation": {"num_deviation_maps": 0, "group_size": None},
+    "fp16": {"num_reduced_resolutions": 2, "clamp": 256.0},
+    "8": {"resolution": 8},
+}
+
+
+@pytest.mark.parametrize("num_frozen", [0, 4])
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_discriminators(name, num_frozen, tmp_path):
+    torch.manual_seed(0)
+    options = {"resolution": 32, "channel_base": 256, "max_channels": 16, "group_size": 3, **DISCRIMINATORS[name]}
+    model = shake(StyleGANDiscriminator(**options))
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"D": official_format.discriminator(model, num_frozen)})
+    loaded = discriminator_from_official(read_pickle(path)["D"])
+    assert_same(model, loaded)
+    images = torch.randn(3, options.get("image_channels", 1), options["resolution"], options["resolution"])
+    assert torch.equal(loaded(images, labels(model)), model(images, labels(model)))
+
+
+def make_generator(**options):
+    torch.manual_seed(0)
+    return StyleGAN3Generator(**{"resolution": 32, **SMALL, **options})
+
+
+def write(tmp_path, network):
+    return read_pickle(official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": network}))["G_ema"]
+
+
+def test_another_filter_is_refused(tmp_path):
+    stored = write(tmp_path, official_format.generator(make_generator()))
+    name = stored.state["_modules"]["synthesis"].state["layer_names"][3]
+    stored.state["_modules"]["synthesis"].state["_modules"][name].state["_buffers"]["up_filter"][2] += 1e-3
+    with pytest.raises(ValueError, match="another up_filter"):
+        generator_from_official(stored)
+
+
+def test_another_schedule_is_refused(tmp_path):
+    stored = write(tmp_path, official_format.generator(make_generator()))
+    synthesis = stored.state["_modules"]["synthesis"]
+    synthesis.state["_init_kwargs"]["first_stopband"] = 6.0
+    with pytest.raises(ValueError, match="the constructor's arguments give"):
+        generator_from_official(stored)
+
+
+def test_generator_of_another_project_is_refused(tmp_path):
+    network = official_format.Persistent("Generator", modules={}, z_dim=8, img_resolution=32)
+    with pytest.raises(ValueError, match="has not the parts of StyleGAN's"):
+        generator_from_official(write(tmp_path, network))
+    model = make_generator()
+    network = official_format.generator(model)
+    network.meta["state"]["_modules"]["synthesis"].meta["state"]["_modules"]["extra"] = official_format.linear(
+        model.mapping_network.layers[0]
+    )
+    with pytest.raises(ValueError, match=r"unknown \['synthesis.extra"):
+        generator_from_official(write(tmp_path, network))
+
+
+def test_module_source_in_the_file_is_not_run(tmp_path):
+    """`write_pickle` puts a raise statement where the wild files have source text."""
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"G": official_format.generator(make_generator())})
+    assert b"this must not run" in path.read_bytes()
+    read_pickle(path)
+    assert "torch_utils" not in sys.modules
+    assert "dnnlib" not in sys.modules
+
+
+def test_command_explains_itself(tmp_path, monkeypatch, capsys):
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"augment_pipe": official_format.Persistent("AugmentPipe"), "training_set_kwargs": {}}
+    )
+    monkeypatch.setattr("sys.argv", ["load_official", str(path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "holds no network: expected 'G_ema', 'G' or 'D', found augment_pipe" in capsys.readouterr().err
+
+
+def test_array_that_lies_about_its_shape_is_refused(tmp_path):
+    class Lie:
+        def __reduce__(self):
+            array = np.arange(4)
+            function, arguments, state = array.__reduce__()
+            return function, arguments, (state[0], (1000,), *state[2:])
+
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"a": Lie()})
+    with pytest.raises(ValueError, match="cannot reshape"):
+        read_pickle(path)
+
+
+def test_array_of_objects_is_refused(tmp_path):
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"a": np.array([None, print], dtype=object)})
+    with pytest.raises(ValueError, match="can be read safely"):
+        read_pickle(path)
