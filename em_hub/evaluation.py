@@ -14,7 +14,13 @@ from em_hub.generation import GenerationConfig, generate_images
 from em_hub.loading import RunInfo, load_pipeline, read_run_info
 from em_training import config_from_dict, create_process_state, read_stats
 
-FAMILY_NAMES = {"ldm": "LDM", "stylegan2": "StyleGAN2"}
+FAMILY_NAMES = {
+    "ldm": "LDM",
+    "stylegan1": "StyleGAN",
+    "stylegan2": "StyleGAN2",
+    "stylegan3-t": "StyleGAN3-T",
+    "stylegan3-r": "StyleGAN3-R",
+}
 STAGES = ("autoencoder", "denoiser", "stylegan")
 
 

@@ -4,11 +4,16 @@ from dataclasses import dataclass, field
 
 from em_data import DataConfig
 
+ARCHITECTURES = ("stylegan2", "stylegan3-t", "stylegan3-r", "stylegan1")
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """The StyleGAN2 generator; its resolution is the tiles'."""
+    """The generator; its resolution is the tiles'."""
 
+    architecture: str = "stylegan2"
+    """"stylegan2", "stylegan3-t" (equivariant to translation), "stylegan3-r" (and to rotation; it wants twice the feature maps), or
+    "stylegan1" (2019, for comparison)."""
     z_dim: int = 512
     w_dim: int = 512
     mapping_depth: int = 4
@@ -17,21 +22,50 @@ class GeneratorConfig:
     """Feature maps at side r are min(channel_base // r, max_channels)."""
     max_channels: int = 1024
     """The study compares 256, 512 and 1024."""
+    clamp: float | None = None
+    """Bound on the feature maps, for half precision; None for the architecture's own: none in StyleGAN2, 256 in StyleGAN3."""
+    num_reduced_resolutions: int | None = None
+    """Resolutions, from the highest down, whose maps have the run's precision, the others being float32; None for the architecture's own:
+    all in StyleGAN2, 4 in StyleGAN3."""
+    magnitude_half_life_images: float = 20_000
+    """Of the running magnitudes by which StyleGAN3 scales the layers' inputs."""
+
+    def __post_init__(self):
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f'generator.architecture is "{self.architecture}"; choose one of {", ".join(ARCHITECTURES)}.'
+            )
+        if self.magnitude_half_life_images <= 0:
+            raise ValueError(
+                f"generator.magnitude_half_life_images is {self.magnitude_half_life_images}; it must be positive."
+            )
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The residual discriminator; its resolution is the tiles'."""
+    """The discriminator; its resolution is the tiles'."""
 
+    architecture: str = "resnet"
+    """"resnet", "orig" or "skip" (2020, figure 7)."""
     channel_base: int = 32768
     max_channels: int = 1024
     group_size: int = 4
     """Images whose deviation from each other the discriminator sees; it must divide a process's batch."""
+    clamp: float | None = None
+    """Bound on the feature maps, for half precision; None for none."""
+    num_reduced_resolutions: int | None = None
+    """Resolutions, from the highest down, whose maps have the run's precision; None for all above 4 x 4."""
+    num_frozen_layers: int = 0
+    """Layers, from the image on, that are not trained: for a discriminator that starts from another's weights."""
+
+    def __post_init__(self):
+        if self.num_frozen_layers < 0:
+            raise ValueError(f"discriminator.num_frozen_layers is {self.num_frozen_layers}; it must not be negative.")
 
 
 @dataclass(frozen=True)
 class GANTrainingConfig:
-    """The loop of StyleGAN2. Every interval and length counts images, but for the two of lazy regularisation."""
+    """The loop. Every interval and length counts images, but for the two of lazy regularisation."""
 
     num_images: int = 1_200_000
     """Real images shown to the discriminator."""
@@ -49,6 +83,10 @@ class GANTrainingConfig:
     path_length_decay: float = 0.01
     style_mixing_probability: float = 0.9
     w_mean_decay: float = 0.998
+    blur_initial_sigma_px: float = 0.0
+    """Deviation of a Gaussian that blurs what the discriminator sees, at the start; StyleGAN3-R has 10 (2021, appendix E)."""
+    blur_fade_images: float = 200_000
+    """Images after which that deviation has fallen to 0, linearly."""
     ema_half_life_images: float = 10_000
     ema_ramp_up: float | None = 0.05
     """The EMA's half-life is at most this share of the images seen; None for no such bound."""
@@ -69,7 +107,14 @@ class GANTrainingConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be positive.")
         not_negative = ("r1_every_steps", "path_length_every_steps", "path_length_weight", "ema_half_life_images")
-        for name in (*not_negative, "log_every", "sample_every", "checkpoint_every"):
+        for name in (
+            *not_negative,
+            "blur_initial_sigma_px",
+            "blur_fade_images",
+            "log_every",
+            "sample_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("style_mixing_probability", "path_length_batch_fraction", "path_length_decay", "w_mean_decay"):
@@ -99,9 +144,10 @@ class StyleGANConfig:
     def __post_init__(self):
         if self.precision not in ("auto", "bf16", "no"):
             raise ValueError(f'precision is "{self.precision}"; choose "auto", "bf16" or "no".')
-        if self.tiles.resolution < 8 or self.tiles.resolution & (self.tiles.resolution - 1):
+        smallest = 16 if self.generator.architecture.startswith("stylegan3") else 8
+        if self.tiles.resolution < smallest or self.tiles.resolution & (self.tiles.resolution - 1):
             raise ValueError(
-                f"tiles.resolution is {self.tiles.resolution}; StyleGAN2 needs a power of two, at least 8."
+                f"tiles.resolution is {self.tiles.resolution}; {self.generator.architecture} needs a power of two, at least {smallest}."
             )
 
     @property

@@ -505,7 +505,8 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         num_reduced_resolutions: sampling rates, from the highest down, that `compute_dtype` holds for.
     """
 
-    _keep_in_fp32_modules = ("synthesis_network.input",)  # positions in half precision would be off by pixels
+    # frequencies and phases in half precision would be off by pixels; diffusers wants a list
+    _keep_in_fp32_modules = ["input"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

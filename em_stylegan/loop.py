@@ -1,11 +1,21 @@
-"""Training of StyleGAN2."""
+"""Training of StyleGAN2 and 3."""
 
 import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
 from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
-from em_stylegan.losses import PathLengthMean, discriminator_loss, generator_loss, path_lengths, r1_penalty
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
+from em_stylegan.losses import (
+    PathLengthMean,
+    blur_sigma,
+    discriminator_loss,
+    gaussian_blur,
+    generator_loss,
+    path_lengths,
+    r1_penalty,
+)
 from em_training import EMA, TrainingRun, make_generator, seed_for
 
 
@@ -13,9 +23,41 @@ def create_networks(config):
     """Generator and discriminator of a `StyleGANConfig`, with weights that depend on its seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "stylegan"))
-        generator = StyleGAN2Generator(resolution=config.tiles.resolution, **vars(config.generator))
-        discriminator = StyleGANDiscriminator(resolution=config.tiles.resolution, **vars(config.discriminator))
+        generator = create_generator(config)
+        options = dict(vars(config.discriminator))
+        num_frozen = options.pop("num_frozen_layers")
+        discriminator = StyleGANDiscriminator(resolution=config.tiles.resolution, **options)
+    num_layers = len(list(discriminator.freezable_layers()))
+    if num_frozen > num_layers:
+        raise ValueError(f"discriminator.num_frozen_layers is {num_frozen}; there are {num_layers} layers above 4 x 4.")
     return generator.train(), discriminator.train()
+
+
+def create_generator(config):
+    """The generator that `config.generator.architecture` names, with random weights."""
+    options = dict(vars(config.generator))
+    architecture, half_life = options.pop("architecture"), options.pop("magnitude_half_life_images")
+    for name in ("clamp", "num_reduced_resolutions"):  # the architecture's own
+        if options[name] is None:
+            del options[name]
+    resolution = config.tiles.resolution
+    if architecture == "stylegan2":
+        return StyleGAN2Generator(resolution, **options)
+    if architecture == "stylegan1":
+        for name in ("clamp", "num_reduced_resolutions"):
+            if name in options:
+                raise ValueError(f"generator.{name} is {options[name]}; stylegan1 has no such option.")
+        return StyleGAN1Generator(resolution, **options)
+    if architecture == "stylegan3-r":
+        options |= {"kernel_size": 1, "radial_filters": True}
+    return StyleGAN3Generator(resolution, magnitude_decay=0.5 ** (config.training.batch_size / half_life), **options)
+
+
+def set_trainable(discriminator, trainable, num_frozen):
+    """Let the discriminator's parameters take gradients, or none; its first `num_frozen` layers never do."""
+    discriminator.requires_grad_(trainable)
+    for layer in list(discriminator.freezable_layers())[:num_frozen]:
+        layer.requires_grad_(False)
 
 
 def create_optimizer(model, learning_rate, every_steps):
@@ -26,7 +68,7 @@ def create_optimizer(model, learning_rate, every_steps):
 
 
 def train_stylegan(config, tiles, *, accelerator, out_dir):
-    """Train StyleGAN2 on `tiles`, or go on from the last checkpoint in `out_dir`/stylegan.
+    """Train StyleGAN on `tiles`, or go on from the last checkpoint in `out_dir`/stylegan.
 
     A step updates the discriminator on a batch and on as many generated images, with R1 in every 16th step, then the generator on
     the same generated images, with path length in every 8th. Returns (averaged generator, images seen, training seconds).
@@ -36,6 +78,9 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
     path_length_every = training.path_length_every_steps if training.path_length_weight > 0 else 0
     local_batch_size = check_batch_size(config, accelerator)
     model, discriminator = (network.to(device) for network in create_networks(config))
+    num_frozen = config.discriminator.num_frozen_layers
+    set_trainable(discriminator, True, num_frozen)
+    update_magnitudes = {"update_magnitudes": True} if isinstance(model, StyleGAN3Generator) else {}
     ema = EMA(model, training.ema_half_life_images, training.ema_ramp_up)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
@@ -78,24 +123,26 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
             generator = make_generator(
                 config.seed, rank=accelerator.process_index, num_images_seen=num_images_seen, device=device
             )
+            sigma = blur_sigma(num_images_seen, training.blur_initial_sigma_px, training.blur_fade_images)
             images = next(loader).to(device)  # [B, 1, R, R]
             w, ws = draw_ws(model, local_batch_size, training.style_mixing_probability, generator)
-            images_fake = model.synthesis(ws, "random", generator, compute_dtype)  # [B, 1, R, R]
+            images_fake = model.synthesis(ws, "random", generator, compute_dtype, **update_magnitudes)  # [B, 1, R, R]
+            seen_fake = gaussian_blur(images_fake, sigma)
 
-            scores_real = discriminator(images, compute_dtype=compute_dtype)
-            scores_fake = discriminator(images_fake.detach(), compute_dtype=compute_dtype)
+            scores_real = discriminator(gaussian_blur(images, sigma), compute_dtype=compute_dtype)
+            scores_fake = discriminator(seen_fake.detach(), compute_dtype=compute_dtype)
             loss_D = discriminator_loss(scores_real, scores_fake)
             gradient_norm_D = update(discriminator, optimizer_D, loss_D, accelerator)
             if r1_every and step % r1_every == 0:
                 images.requires_grad_()
-                penalty = r1_penalty(discriminator(images), images).mean()
+                penalty = r1_penalty(discriminator(gaussian_blur(images, sigma)), images).mean()
                 update(discriminator, optimizer_D, penalty * (config.r1_gamma / 2 * r1_every), accelerator)
                 run.log(r1=penalty)
 
             discriminator.requires_grad_(False)
-            loss = generator_loss(discriminator(images_fake, compute_dtype=compute_dtype))
+            loss = generator_loss(discriminator(seen_fake, compute_dtype=compute_dtype))
             gradient_norm = update(model, optimizer, loss, accelerator)
-            discriminator.requires_grad_(True)
+            set_trainable(discriminator, True, num_frozen)
             if path_length_every and step % path_length_every == 0:
                 count = max(1, round(local_batch_size * training.path_length_batch_fraction))
                 lengths = compute_path_lengths(model, count, training.style_mixing_probability, generator)
@@ -106,6 +153,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
             num_images_seen += training.batch_size
             w_mean = accelerator.reduce(w.detach().mean(dim=0), "mean")
             model.mapping_network.update_w_mean(w_mean, training.w_mean_decay)
+            share_magnitudes(model, accelerator)
             ema.update(model, num_images_seen, training.batch_size)
 
             run.log(loss_G=loss, loss_D=loss_D, scores_real=scores_real.mean(), scores_fake=scores_fake.mean())
@@ -154,7 +202,7 @@ def update(model, optimizer, loss, accelerator):
 
     The reduction is explicit, on one flat tensor: the wrappers that reduce in hooks do not survive double backward.
     """
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -167,6 +215,16 @@ def update(model, optimizer, loss, accelerator):
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+@torch.no_grad()
+def share_magnitudes(model, accelerator):
+    """Give all processes the mean of their running magnitudes, which is the running magnitude of all their images."""
+    if accelerator.num_processes == 1 or not isinstance(model, StyleGAN3Generator):
+        return
+    magnitudes = [layer.magnitude for layer in model.synthesis_network.layers]
+    for magnitude, mean in zip(magnitudes, accelerator.reduce(torch.stack(magnitudes), "mean"), strict=True):
+        magnitude.copy_(mean)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The losses of StyleGAN2, each from its equation (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020)."""
+"""The losses of StyleGAN, each from its equation (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020 and 2021)."""
 
 import math
 
@@ -35,6 +35,27 @@ def path_lengths(images, ws, noise):
     noise = noise / math.sqrt(images.shape[2] * images.shape[3])
     (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
     return gradient.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+def gaussian_blur(images, sigma_px):
+    """Blur images [B, C, H, W] with a Gaussian of deviation `sigma_px` pixels, reflected at the borders; unchanged for 0.
+
+    StyleGAN3 shows its discriminator blurred images at first, lest it judge by sharpness before the generator has any (2021, appendix E).
+    """
+    radius = min(math.ceil(3 * sigma_px), images.shape[2] - 1)
+    if radius < 1:
+        return images
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=images.device) / sigma_px).square())
+    taps = (taps / taps.sum()).to(images.dtype)
+    num_channels = images.shape[1]
+    images = F.pad(images, (radius,) * 4, mode="reflect")
+    images = F.conv2d(images, taps.expand(num_channels, 1, 1, -1), groups=num_channels)
+    return F.conv2d(images, taps[:, None].expand(num_channels, 1, -1, 1), groups=num_channels)
+
+
+def blur_sigma(num_images_seen, initial_sigma_px, fade_images):
+    """The deviation of that blur in pixels: `initial_sigma_px` at first, falling linearly to 0 at `fade_images`."""
+    return initial_sigma_px * max(1 - num_images_seen / fade_images, 0) if fade_images > 0 else 0.0
 
 
 class PathLengthMean:

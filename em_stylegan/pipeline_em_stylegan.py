@@ -13,15 +13,18 @@ from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 NOISE_MODES = ("random", "const", "none")
+# module -> class, the components that this pipeline knows
 GENERATORS = {
-    "em_stylegan2_generator": "StyleGAN2Generator"
-}  # module -> class, the components that this pipeline knows
+    "em_stylegan1_generator": "StyleGAN1Generator",
+    "em_stylegan2_generator": "StyleGAN2Generator",
+    "em_stylegan3_generator": "StyleGAN3Generator",
+}
 
 
 class EMStyleGANPipeline(DiffusionPipeline):
     """Generates 1-channel micrographs in one pass: z -> w (mapping) -> image (synthesis).
 
-    generator: a `StyleGAN2Generator`.
+    generator: a `StyleGAN2Generator` or `StyleGAN3Generator`, or the 2019 `StyleGAN1Generator`.
     pixel_size_nm: side of a pixel of the generated images in nanometres; None if it is not known.
     """
 
@@ -110,7 +113,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Write model_index.json and the code beside it, so that the folder loads where our packages are absent.
 
-        The index names the pipeline's file and the component's own, `generator/em_stylegan2_generator.py`.
+        The index names the pipeline's file and the component's own, such as `generator/em_stylegan2_generator.py`.
         """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
         folder = Path(save_directory)

@@ -80,6 +80,16 @@ def minibatch_standard_deviation(x, group_size, num_maps=1):
     return torch.cat([x, torch.stack(maps)], dim=1)
 
 
+def adaptive_instance_norm(x, scale, shift):
+    """Map by map: subtract the mean, divide by the deviation, scale, shift (2019, equation 1)."""
+    y = torch.empty_like(x)
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            z = x[b, c] - x[b, c].mean()
+            y[b, c] = z / (z.square().mean() + 1e-8).sqrt() * scale[b, c] + shift[b, c]
+    return y
+
+
 def resample(x, taps, up, down, padding):
     """Put up - 1 zeros after every sample of x [B, C, S, S], pad by (left, right) on both sides (negative: crop), convolve with `taps`
     [n] along both sides or [n, n], keep every `down`-th sample. No gain."""

@@ -19,7 +19,7 @@ from em_training import (
 
 
 def train_gan(config: StyleGANConfig) -> Path:
-    """Train the StyleGAN2 of `config` and save its averaged generator as a pipeline; return `config.out`.
+    """Train the StyleGAN of `config` and save its averaged generator as a pipeline; return `config.out`.
 
     Writes config.json, pipeline/ (load it with `EMStyleGANPipeline.from_pretrained`), run.json and, with `save_untrained`,
     untrained/ (the pipeline of the first weights) into the run's folder. The same call on the same folder goes on where it stopped,
@@ -56,7 +56,7 @@ def train_and_save(config, accelerator, out):
         EMStyleGANPipeline(generator, pixel_size_nm=pixel_size_nm).save_pretrained(out / "pipeline")
         run = {
             "name": out.name,
-            "family": "stylegan2",
+            "family": config.generator.architecture,
             "train_seconds": train_seconds,
             "train_seconds_by_stage": {"stylegan": train_seconds},
             "num_images_seen": num_images_seen,

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from em_stylegan.losses import PathLengthMean, discriminator_loss, generator_loss, path_lengths, r1_penalty
+from em_stylegan.losses import (
+    PathLengthMean,
+    blur_sigma,
+    discriminator_loss,
+    gaussian_blur,
+    generator_loss,
+    path_lengths,
+    r1_penalty,
+)
 
 
 def test_logistic_losses_are_the_binary_cross_entropy_of_the_probabilities():
@@ -61,3 +69,23 @@ def test_path_length_mean_converges_and_is_restored():
     other = PathLengthMean(decay=0.1)
     other.load_state_dict(mean.state_dict())
     assert torch.equal(other.update(torch.tensor(1.0)), mean.update(torch.tensor(1.0)))
+
+
+def test_blur_is_a_gaussian_of_that_deviation():
+    image = torch.zeros(1, 1, 65, 65, dtype=torch.float64)
+    image[0, 0, 32, 32] = 1
+    blurred = gaussian_blur(image, 3.0)[0, 0]
+    position = torch.arange(65, dtype=torch.float64) - 32
+    assert blurred.sum().item() == pytest.approx(1)
+    for weights in (blurred.sum(dim=0), blurred.sum(dim=1)):
+        assert (weights * position).sum().item() == pytest.approx(0, abs=1e-12)
+        assert (weights * position**2).sum().item() == pytest.approx(9, rel=0.05)
+    constant = torch.ones(1, 2, 8, 8)
+    torch.testing.assert_close(gaussian_blur(constant, 10.0), constant)
+    assert gaussian_blur(constant, 0.0) is constant
+
+
+def test_blur_fades():
+    assert [blur_sigma(n, 10.0, 200) for n in (0, 100, 200, 300)] == [10.0, 5.0, 0.0, 0.0]
+    assert blur_sigma(0, 0.0, 200) == 0
+    assert blur_sigma(0, 10.0, 0) == 0

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from em_stylegan import discriminator as fast_discriminator
 from em_stylegan import em_stylegan2_generator as fast
 from em_stylegan import reference as slow
+from em_stylegan.em_stylegan1_generator import adaptive_instance_norm
 
 KERNEL = fast.blur_kernel().double()
 
@@ -74,6 +75,14 @@ def test_minibatch_standard_deviation(batch_size, group_size, num_maps):
         lambda x: slow.minibatch_standard_deviation(x, group_size, num_maps),
         [draw(batch_size, 4, 3, 3)],
     )
+
+
+def test_adaptive_instance_norm():
+    inputs = [draw(2, 3, 4, 5), draw(2, 3, seed=1), draw(2, 3, seed=2)]
+    compare(adaptive_instance_norm, slow.adaptive_instance_norm, inputs)
+    inputs = [draw(1, 2, 3, 2), draw(1, 2, seed=1), draw(1, 2, seed=2)]
+    assert gradcheck(adaptive_instance_norm, inputs)
+    assert gradgradcheck(adaptive_instance_norm, inputs)
 
 
 def test_minibatch_standard_deviation_of_equal_images_is_nothing():

@@ -1,0 +1,235 @@
+"""The StyleGAN generator of 2019 in one file, for grey or colour images; it needs only torch, numpy, diffusers and the standard library.
+
+Written from "A Style-Based Generator Architecture for GANs" (Karras et al. 2019, figure 1b and appendix C): styles enter by adaptive
+instance normalisation, which StyleGAN2 gave up for its droplets. Here for comparison; all resolutions are trained at once, without growing.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+NOISE_MODES = ("random", "const", "none")
+
+
+def blur_kernel():
+    """The separable filter [1, 2, 1] as a 3 x 3 kernel that sums to one (2019, appendix C)."""
+    taps = torch.tensor([1.0, 2.0, 1.0])
+    return torch.outer(taps, taps) / 16
+
+
+def blur(x, kernel):
+    """Filter each channel of x [B, C, H, W] with a 3 x 3 kernel after zero padding."""
+    num_channels = x.shape[1]
+    return F.conv2d(x, kernel.to(x.dtype).expand(num_channels, 1, 3, 3), padding=1, groups=num_channels)
+
+
+def adaptive_instance_norm(x, scale, shift):
+    """Bring every map of x [B, C, H, W] to mean 0 and deviation 1, then to `shift` and `scale` [B, C] (2019, equation 1).
+
+    As one multiplication and one addition a map: both moments join the style.
+    """
+    variance, mean = torch.var_mean(x.to(scale.dtype), dim=(2, 3), correction=0)  # [B, C]
+    scale = scale * (variance + 1e-8).rsqrt()
+    shift = shift - mean * scale
+    return x * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
+
+
+class EqualizedLinear(nn.Module):
+    """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
+
+    def __init__(self, in_features, out_features, *, lr_multiplier=1.0, activation=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+        self.activation = activation
+
+    def forward(self, x):
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)  # [B, out_features]
+        return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
+
+
+def normalize_second_moment(x):
+    """Scale each row of x [B, D] to a mean square of one."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+class MappingNetwork(nn.Module):
+    """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
+
+    forward(z [B, z_dim], class_labels=None) -> w [B, w_dim]. `w_mean` is the running mean of w for truncation; it moves only
+    when `update_w_mean` is called.
+    """
+
+    def __init__(self, z_dim, w_dim, depth, num_classes=0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
+        num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
+        self.layers = nn.ModuleList(
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True) for a, b in pairwise(num_features)
+        )
+        self.register_buffer("w_mean", torch.zeros(w_dim))
+
+    def forward(self, z, class_labels=None):
+        inputs = [normalize_second_moment(z)]
+        if self.embed is not None:
+            if class_labels is None:
+                raise ValueError(f"this network knows {self.num_classes} classes: give class_labels, integers [B].")
+            if class_labels.ndim == 1:
+                class_labels = F.one_hot(class_labels.long(), self.num_classes)  # [B, num_classes]
+            inputs.append(normalize_second_moment(self.embed(class_labels.to(self.embed.weight.dtype))))
+        x = torch.cat(inputs, dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return x  # [B, w_dim]
+
+    @torch.no_grad()
+    def update_w_mean(self, w_batch_mean, decay=0.998):
+        """Move the running mean towards the mean [w_dim] of a batch of w."""
+        self.w_mean.lerp_(w_batch_mean.to(self.w_mean.dtype), 1 - decay)
+
+
+class SynthesisLayer(nn.Module):
+    """(Doubling,) convolution, noise, bias, leaky ReLU, style; the first layer of all has no convolution (2019, figure 1b)."""
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, *, up=False):
+        super().__init__()
+        self.resolution = resolution
+        self.up = up
+        self.weight = None
+        if in_channels > 0:
+            self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+            self.weight_gain = math.sqrt(2 / (in_channels * 9))
+        if up:
+            self.register_buffer("kernel", blur_kernel(), persistent=False)
+        self.style = EqualizedLinear(w_dim, 2 * out_channels)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.noise_strength = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+
+    def forward(self, x, w, noise_mode, generator):
+        if self.weight is not None:
+            weight = (self.weight * self.weight_gain).to(x.dtype)
+            if self.up:
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = F.conv2d(x, weight, padding=1)  # [B, out, R, R]
+            x = blur(x, self.kernel) if self.up else x
+        strength = self.noise_strength[:, None, None]
+        if noise_mode == "random":
+            shape = (x.shape[0], 1, self.resolution, self.resolution)
+            noise = randn_tensor(shape, generator=generator, device=x.device, dtype=strength.dtype)
+            x = x + (noise * strength).to(x.dtype)
+        elif noise_mode == "const":
+            x = x + (self.noise_const * strength).to(x.dtype)
+        x = F.leaky_relu(x + self.bias.to(x.dtype)[:, None, None], 0.2)
+        scale, shift = self.style(w).chunk(2, dim=1)  # [B, out]
+        return adaptive_instance_norm(x, scale + 1, shift)
+
+
+class SynthesisNetwork(nn.Module):
+    """w of every layer -> image.
+
+    forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None, compute_dtype=None) -> float image
+    [B, image_channels, R, R], nominally in [-1, 1].
+    """
+
+    def __init__(self, w_dim, resolution, image_channels, channel_base, max_channels):
+        super().__init__()
+        resolutions = [2**i for i in range(2, int(math.log2(resolution)) + 1)]
+        num_channels = [min(channel_base // r, max_channels) for r in resolutions]
+        self.const = nn.Parameter(torch.ones(num_channels[0], 4, 4))
+        layers = []
+        for i, (r, c) in enumerate(zip(resolutions, num_channels, strict=True)):
+            layers.append(SynthesisLayer(num_channels[i - 1] if i else 0, c, w_dim, r, up=i > 0))
+            layers.append(SynthesisLayer(c, c, w_dim, r))
+        self.layers = nn.ModuleList(layers)
+        self.to_image = nn.Parameter(torch.randn(image_channels, num_channels[-1], 1, 1))
+        self.to_image_bias = nn.Parameter(torch.zeros(image_channels))
+        self.num_ws = len(layers)
+
+    def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
+        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
+            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
+        x = self.const.to(compute_dtype or self.const.dtype).expand(len(ws), -1, -1, -1)
+        x = x.contiguous(memory_format=torch.channels_last)  # [B, C, 4, 4]
+        for layer, w in zip(self.layers, ws.unbind(dim=1), strict=True):
+            x = layer(x, w, noise_mode, generator)  # [B, C', R', R']
+        x = x.to(self.const.dtype)
+        return F.conv2d(x, self.to_image / math.sqrt(self.to_image.shape[1]), self.to_image_bias)
+
+
+class StyleGAN1Generator(ModelMixin, ConfigMixin):
+    """The generator of StyleGAN (Karras et al. 2019), with adaptive instance normalisation.
+
+    Args as in `StyleGAN2Generator`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        resolution: int = 256,
+        image_channels: int = 1,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_depth: int = 8,
+        channel_base: int = 16384,
+        max_channels: int = 512,
+        num_classes: int = 0,
+    ):
+        super().__init__()
+        if resolution < 8 or resolution & (resolution - 1):
+            raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
+        if channel_base < resolution:
+            raise ValueError(
+                f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
+            )
+        self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
+        self.synthesis_network = SynthesisNetwork(w_dim, resolution, image_channels, channel_base, max_channels)
+
+    @property
+    def num_ws(self):
+        """Number of style inputs: one a layer."""
+        return self.synthesis_network.num_ws
+
+    def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
+        """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
+        `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
+        w = self.mapping_network(z, class_labels)
+        ws = w.unsqueeze(1).expand(-1, self.num_ws, -1)
+        if truncation_psi == 1.0:
+            return ws
+        truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
+        if truncation_cutoff is None:
+            return truncated
+        return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
+
+    def synthesis(self, ws, noise_mode="random", generator=None, compute_dtype=None):
+        """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]."""
+        return self.synthesis_network(ws, noise_mode, generator, compute_dtype)
+
+    def forward(
+        self,
+        z,
+        class_labels=None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "random",
+        generator=None,
+    ):
+        """z [B, z_dim] -> image [B, image_channels, R, R], nominally in [-1, 1].
+
+        `class_labels`: integers [B] for a conditional generator. `noise_mode`: fresh noise, the stored noise, or none.
+        `generator`: a torch.Generator for fresh noise, or a list of one an image.
+        """
+        ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, noise_mode, generator)
