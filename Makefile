@@ -11,15 +11,29 @@ PRESET ?= demo
 NUM_IMAGES ?= 1000
 STEPS ?= 25
 FLAGS ?=
+SAMPLING = --num-inference-steps $(STEPS) --eta 1
+DEMO_JOBS ?= 2
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+THREADS = OMP_NUM_THREADS=$(shell n=$$(( $(CORES) / $(DEMO_JOBS) )); echo $$(( n > 0 ? n : 1 )))
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo demo-ldm demo-gan test test-slow lint install clean
 
+# The two models train side by side, each with half of the cores: small networks gain less from a second core than from
+# having one to themselves. DEMO_JOBS=1 trains one after the other, on all cores.
 demo: $(INSTALLED)
-	$(RUN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS)
-	$(RUN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(FLAGS)
-	$(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) --num-inference-steps $(STEPS) --out "$(OUT)/images/ldm"
-	$(RUN) generate.py --model "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)/images/stylegan2"
-	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --num-inference-steps $(STEPS) --out "$(OUT)"
+	@mkdir -p "$(OUT)"
+	@echo "LDM and StyleGAN2 train side by side; StyleGAN2's progress is in $(OUT)/stylegan2.log"
+	$(MAKE) --no-print-directory -j $(DEMO_JOBS) demo-ldm demo-gan
+	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) $(SAMPLING) --out "$(OUT)"
+
+demo-ldm: $(INSTALLED)
+	$(THREADS) $(RUN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS)
+	$(THREADS) $(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) $(SAMPLING) --out "$(OUT)/images/ldm"
+
+demo-gan: $(INSTALLED)
+	@{ $(THREADS) $(RUN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(FLAGS) && \
+	  $(THREADS) $(RUN) generate.py --model "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)/images/stylegan2"; } \
+	  > "$(OUT)/stylegan2.log" 2>&1 || { tail -n 3 "$(OUT)/stylegan2.log" >&2; exit 1; }
 
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow"
