@@ -9,9 +9,7 @@ DATA ?= synthetic
 OUT ?= runs/demo
 PRESET ?= demo
 NUM_IMAGES ?= 1000
-STEPS ?= 25
 FLAGS ?=
-SAMPLING = --num-inference-steps $(STEPS) --eta 1
 DEMO_JOBS ?= 2
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 THREADS = OMP_NUM_THREADS=$(shell n=$$(( $(CORES) / $(DEMO_JOBS) )); echo $$(( n > 0 ? n : 1 )))
@@ -24,11 +22,11 @@ demo: $(INSTALLED)
 	@mkdir -p "$(OUT)"
 	@echo "LDM and StyleGAN2 train side by side; StyleGAN2's progress is in $(OUT)/stylegan2.log"
 	$(MAKE) --no-print-directory -j $(DEMO_JOBS) demo-ldm demo-gan
-	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) $(SAMPLING) --out "$(OUT)"
+	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)"
 
 demo-ldm: $(INSTALLED)
 	$(THREADS) $(RUN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS)
-	$(THREADS) $(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) $(SAMPLING) --out "$(OUT)/images/ldm"
+	$(THREADS) $(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) --out "$(OUT)/images/ldm"
 
 demo-gan: $(INSTALLED)
 	@{ $(THREADS) $(RUN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(FLAGS) && \

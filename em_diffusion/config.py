@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from em_data import DataConfig
+from em_diffusion.denoiser import create_scheduler
 from em_diffusion.patch_discriminator import smallest_side
 from em_diffusion.perceptual import NETWORKS
+from em_diffusion.samplers import create_sampler
 
 
 @dataclass(frozen=True)
@@ -193,12 +195,22 @@ class LDMConfig:
     precision: str = "auto"
     """"bf16", "fp16" (GPUs without bf16; the loss is scaled), "no" (float32), or "auto": bf16 where the hardware computes in
     it, else float32."""
+    sampler: str | None = None
+    """Sampler that the pipeline is saved with, by its name in em_diffusion.samplers: ddim, dpm-solver++, dpm-solver++-sde, ...;
+    left out, the fastest one that costs no quality. Another one may be chosen at any time, and in generate.py."""
+    num_inference_steps: int | None = None
+    """Denoising steps that the pipeline is saved with; left out, those of the sampler that is chosen when `sampler` is left
+    out, else 50."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self):
         _check_choice("precision", self.precision, ("auto", "bf16", "fp16", "no"))
+        if self.sampler is not None:
+            create_sampler(self.sampler, create_scheduler(self.denoiser))  # refuses what does not suit the prediction
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1.")
         factor = self.autoencoder.downsampling_factor * 2 ** (len(self.denoiser.channel_multipliers) - 1)
         if self.tiles.resolution % factor:
             raise ValueError(

@@ -85,6 +85,8 @@ def demo() -> LDMConfig:
     return LDMConfig(
         data="synthetic",
         out="runs/demo/ldm",
+        sampler="dpm-solver++-sde",
+        num_inference_steps=15,
         tiles=DataConfig(resolution=64, symmetries="paper", held_out_fraction=0.33),
         autoencoder=AutoencoderConfig(
             block_out_channels=(8, 32, 64, 64),
@@ -138,6 +140,7 @@ def test() -> LDMConfig:
     return LDMConfig(
         data="synthetic",
         out="runs/test/ldm",
+        num_inference_steps=5,
         tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),
         autoencoder=AutoencoderConfig(
             block_out_channels=(16, 32),

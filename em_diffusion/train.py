@@ -15,6 +15,7 @@ from em_diffusion.denoiser import create_scheduler
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_diffusion.samplers import choose_default_sampler, create_sampler
 from em_training import (
     create_accelerator,
     list_checkpoints,
@@ -61,9 +62,9 @@ def train_stages(config, accelerator, out):
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
     unet, denoiser = run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out)
     if accelerator.is_main_process:
-        scheduler = create_scheduler(config.denoiser)
+        scheduler, num_steps = choose_sampler(config)
         pixel_size_nm = data.summary.get("pixel_size_nm")
-        pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm=pixel_size_nm)
+        pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps)
         pipeline.save_pretrained(out / "pipeline")
         seconds = {"autoencoder": autoencoder["train_seconds"], "latents": encoding["seconds"]}
         seconds["denoiser"] = denoiser["train_seconds"]
@@ -137,6 +138,16 @@ def run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, ou
     return UNet2DModel.from_pretrained(out / "denoiser" / "unet"), result
 
 
+def choose_sampler(config):
+    """The scheduler and the number of steps that the pipeline is saved with: as `config` says, or the fast default."""
+    scheduler = create_scheduler(config.denoiser)
+    if config.sampler is None:
+        scheduler, num_steps = choose_default_sampler(scheduler)
+    else:
+        scheduler, num_steps = create_sampler(config.sampler, scheduler), 50
+    return scheduler, config.num_inference_steps or num_steps
+
+
 def read_result(folder, num_images: int) -> dict | None:
     """What a finished stage left, or None when it is not finished or was made for fewer images."""
     path = folder / "result.json"
@@ -168,7 +179,7 @@ def check_batch_sizes(config, num_processes: int):
 def check_same_run(config, out):
     """Refuse to mix two configurations in one folder.
 
-    What decides no weight beyond rounding may change: the folder's own name, the cache, intervals, and how a step is
+    What decides no weight beyond rounding may change: the folder's own name, the cache, the sampler, intervals, and how a step is
     computed. A stage may be made longer as long as no later stage has begun and its learning rate does not aim at its end.
     """
     refuse_raised_rate(config, out)
@@ -176,7 +187,7 @@ def check_same_run(config, out):
         out,
         config,
         lambda name, old, new: (
-            name in ("out", "tiles.cache_dir")
+            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps")
             or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
             or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
             or name.endswith((".micro_batch_size", ".gradient_checkpointing"))
