@@ -151,6 +151,11 @@ class DenoiserConfig:
     num_validation_images: int = 512
     num_sample_images: int = 16
     num_sample_steps: int = 20
+    evaluate_every: int = 0
+    """Interval, in images, at which the averaged weights' images are compared with held-out tiles (Frechet distance,
+    efficientnet-lite0); the nearest weights are kept as best/unet and go into the pipeline. 0: never, and the last weights do."""
+    num_evaluation_images: int = 500
+    num_evaluation_steps: int = 20
     log_every: int = 5_000
     validate_every: int = 100_000
     sample_every: int = 100_000
@@ -158,7 +163,12 @@ class DenoiserConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_lengths(self, "denoiser", ("cosine", "constant", "inverse_sqrt"), may_be_zero=("posthoc_ema_every",))
+        _check_lengths(
+            self,
+            "denoiser",
+            ("cosine", "constant", "inverse_sqrt"),
+            may_be_zero=("posthoc_ema_every", "evaluate_every"),
+        )
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
         _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow"))
         _check_choice("denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal"))
@@ -233,7 +243,9 @@ class LDMConfig:
 
 def _check_lengths(config, name, decays=("cosine", "constant"), may_be_zero=()):
     positive = ["num_images", "batch_size", "num_validation_images", "layers_per_block", "learning_rate"]
-    positive += [field_name for field_name in vars(config) if field_name.endswith(("_every", "_reference_images"))]
+    positive += [
+        name for name in vars(config) if name.endswith(("_every", "_reference_images", "_steps", "_evaluation_images"))
+    ]
     for field_name in positive:
         value = getattr(config, field_name)
         if value < 0 or (value == 0 and field_name not in may_be_zero):

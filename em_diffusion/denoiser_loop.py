@@ -1,5 +1,6 @@
 """Training of the denoiser."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from em_diffusion.denoiser import (
     create_scheduler,
     draw_timesteps,
 )
+from em_diffusion.evaluation import BestWeights
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_training import (
@@ -29,12 +31,16 @@ from em_training import (
 )
 
 
-def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out_dir) -> tuple[Path, float]:
+def train_denoiser(
+    config, latents, held_out_latents, vqvae, *, accelerator, out_dir, held_out=None
+) -> tuple[Path, float]:
     """Train the denoiser on `latents`, or go on from its last checkpoint; `held_out_latents` are only looked at.
 
-    `vqvae` decodes the sample grids, which are drawn from the averaged weights by DDIM, always from the same noise.
-    Returns the folder of the averaged `UNet2DModel`, `out_dir`/denoiser/unet, and the training time in seconds. Logs the
-    loss and, on held-out latents, the averaged weights' loss, always with the same noise and timesteps.
+    `vqvae` decodes the sample grids, which are drawn from the averaged weights by the scheduler that is saved with them,
+    always from the same noise. Returns the folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in
+    seconds. Logs the loss and, on held-out latents, the averaged weights' loss, always with the same noise and timesteps;
+    with `config.evaluate_every` also the distance of generated images to the tiles `held_out`, and keeps the weights that
+    came nearest in `out_dir`/denoiser/best (`em_diffusion.evaluation.read_best`).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "denoiser"))
@@ -75,6 +81,8 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
         if posthoc_ema and accelerator.is_main_process:
             posthoc_ema.drop_snapshots_after(num_images_seen)
         match_memory_format(optimizer)
+        best = BestWeights(held_out, config, run) if config.evaluate_every else None
+        generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed)
         batches = draw_batches(latents, sampler, config, accelerator, num_images_seen)
         with Prefetcher(batches, accelerator.device) as batches:
             while num_images_seen < config.num_images:
@@ -93,8 +101,11 @@ def train_denoiser(config, latents, held_out_latents, vqvae, *, accelerator, out
                 run.log(loss=loss, learning_rate=learning_rate, **step)
                 if run.is_due(config.validate_every, num_images_seen):
                     run.log(**evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config))
+                if run.is_due(config.evaluate_every, num_images_seen):
+                    generate_evaluation = partial(generate, num_steps=config.num_evaluation_steps, stream="evaluation")
+                    run.log(held_out_frechet_distance=best.update(ema.model, generate_evaluation, num_images_seen))
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                    samples = draw_samples(vqvae, ema.model, scheduler, config, accelerator)
+                    samples = generate(range(config.num_sample_images), config.num_sample_steps)
                     save_image_grid(samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples)))
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
@@ -155,13 +166,6 @@ def evaluate_denoising(unet, scheduler, batch, accelerator, config) -> dict:
     for quarter in quarters.unique().tolist():
         means[f"held_out_loss_q{quarter + 1}"] = losses[(quarters == quarter).to(losses.device)].mean()
     return means
-
-
-def draw_samples(vqvae, unet, scheduler, config, accelerator):
-    """Images of the current average, float32 [N, 1, R, R] in [-1, 1], each from a seed of its own."""
-    return generate_images(
-        vqvae, unet, scheduler, accelerator, config.seed, range(config.num_sample_images), config.num_sample_steps
-    )
 
 
 def generate_images(

@@ -13,6 +13,7 @@ from em_diffusion.autoencoder_loop import choose_validation_views, train_autoenc
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler
 from em_diffusion.denoiser_loop import train_denoiser
+from em_diffusion.evaluation import read_best
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
@@ -60,7 +61,7 @@ def train_stages(config, accelerator, out):
 
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
-    unet, denoiser = run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out)
+    unet, denoiser = run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out)
     if accelerator.is_main_process:
         scheduler, num_steps = choose_sampler(config)
         pixel_size_nm = data.summary.get("pixel_size_nm")
@@ -78,6 +79,7 @@ def train_stages(config, accelerator, out):
                 "autoencoder": autoencoder["num_images_seen"],
                 "denoiser": denoiser["num_images_seen"],
             },
+            "denoiser_weights": denoiser["weights"],
             "config": asdict(config),
             "data": data.summary,
         }
@@ -128,14 +130,20 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
     return train, held_out, json.loads(path.read_text())
 
 
-def run_denoiser_stage(config, latents, held_out_latents, vqvae, accelerator, out):
-    """The trained denoiser (averaged weights) and its result; trained or loaded."""
+def run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out):
+    """The trained denoiser and its result; trained or loaded. Averaged weights: the best ones where distances were measured."""
     result = read_result(out / "denoiser", config.denoiser.num_images)
     if result is None:
         stage = replace(config.denoiser, seed=seed_for(config.seed, config.denoiser.seed))
-        _, seconds = train_denoiser(stage, latents, held_out_latents, vqvae, accelerator=accelerator, out_dir=out)
+        _, seconds = train_denoiser(
+            stage, latents, held_out_latents, vqvae, accelerator=accelerator, out_dir=out, held_out=data.held_out
+        )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
-    return UNet2DModel.from_pretrained(out / "denoiser" / "unet"), result
+    with accelerator.main_process_first():  # which may have to tidy up after a kill
+        best = read_best(out / "denoiser")
+    folder = out / "denoiser" / "best" if best else out / "denoiser"
+    result["weights"] = {"of": "the best checkpoint", **best} if best else {"of": "the last step"}
+    return UNet2DModel.from_pretrained(folder / "unet"), result
 
 
 def choose_sampler(config):

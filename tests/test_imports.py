@@ -10,7 +10,7 @@ ALLOWED = {
     "em_data": set(),
     "em_training": set(),
     "em_evaluation": {"em_data"},
-    "em_diffusion": {"em_data", "em_training"},
+    "em_diffusion": {"em_data", "em_training", "em_evaluation"},
     "em_stylegan": {"em_data", "em_training"},
     "em_hub": {"em_data", "em_training", "em_diffusion", "em_stylegan", "em_evaluation"},
 }

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from em_diffusion import denoiser_loop
 from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import draw_noise, draw_validation_batch, evaluate_denoising, train_denoiser
+from em_diffusion.evaluation import read_best
 from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_stats
 from em_training.posthoc_ema import list_snapshots
 
@@ -70,6 +71,21 @@ def test_snapshots_resume_to_the_bit(config, train):
     for path in snapshots:
         same = [load_file(folder / "posthoc_ema" / path.name) for folder in (whole, parts)]
         assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_the_best_resumes_to_the_bit(config, train, held_out):
+    """Killed after the best at 48 was kept and before it was in a checkpoint: it is found again, by replay."""
+    stage = dataclasses.replace(config.denoiser, evaluate_every=16, num_evaluation_images=6, num_evaluation_steps=2)
+    whole = train(stage, "whole", held_out=held_out)
+    train(stage, "parts", kill_after=7, held_out=held_out)
+    assert_same_run(whole, train(stage, "parts", held_out=held_out))
+    parts = whole.parents[1] / "parts/denoiser"
+    distances = {line["num_images_seen"]: line["held_out_frechet_distance"] for line in read_stats(whole)}
+    best = read_best(whole)
+    assert best == read_best(parts)
+    assert best["frechet_distance"] == min(distances.values()) == distances[best["num_images_seen"]]
+    weights = [load_file(f / "best/unet/diffusion_pytorch_model.safetensors") for f in (whole, parts)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_parts_and_recomputation_change_nothing_but_rounding(config, train):

@@ -132,6 +132,27 @@ def test_a_second_training_in_the_folder_is_refused_at_once(run, monkeypatch):
         train_ldm(config)
 
 
+def test_the_pipeline_takes_the_best_weights(run, tmp_path, monkeypatch):
+    config, out = run
+    assert json.loads((out / "run.json").read_text())["denoiser_weights"] == {"of": "the last step"}
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("denoiser", "run.json"))
+    (tmp_path / "run/config.json").unlink()
+    denoiser = dataclasses.replace(config.denoiser, evaluate_every=16, num_evaluation_images=4)
+    values = iter([7.0, 5.0, 6.0, 8.0])
+    monkeypatch.setattr("em_diffusion.evaluation.HeldOutDistance.measure", lambda self, generate: next(values))
+    out = train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
+    result = json.loads((out / "run.json").read_text())
+    assert result["num_images_seen"] == 64
+    expected = {"of": "the best checkpoint", "num_images_seen": 32, "frechet_distance": 5.0, "num_images": 4}
+    assert result["denoiser_weights"] == expected | {"num_inference_steps": 20}
+    best, last, chosen = (
+        load_file(out / folder / "unet/diffusion_pytorch_model.safetensors")
+        for folder in ("denoiser/best", "denoiser", "pipeline")
+    )
+    assert all(torch.equal(chosen[name], best[name]) for name in best)
+    assert not all(torch.equal(chosen[name], last[name]) for name in last)
+
+
 def test_an_average_of_another_width_is_made_after_the_training(run, tmp_path, monkeypatch, capsys):
     config, out = run
     shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("denoiser", "run.json"))

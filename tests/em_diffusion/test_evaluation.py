@@ -1,0 +1,107 @@
+"""The distance during training, and the best weights on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from em_data.intensity import from_uint, to_uint8
+from em_diffusion.evaluation import HeldOutDistance, read_best, save_best
+from em_evaluation import frechet_distance, get_extractor
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_distance_is_that_of_the_evaluation(held_out, accelerator):
+    """Of the images that are asked for, once each, after 8 bits, to all held-out views."""
+    distance = HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator)
+    images = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    asked = []
+
+    def generate(numbers):
+        asked.extend(numbers)
+        return images[list(numbers)]
+
+    value = distance.measure(generate)
+    assert asked == list(range(6))
+    extractor = get_extractor(resolution=16)
+    a, b = (extractor(from_uint(to_uint8(x))).numpy() for x in (images, held_out.images))
+    assert value == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    assert distance.measure(lambda numbers: held_out.images[list(numbers)]) < 1e-3 * value
+
+
+def test_few_held_out_views_are_said_or_refused(held_out, accelerator):
+    said = []
+    assert HeldOutDistance(held_out, 100, seed=0, accelerator=accelerator, say=said.append).num_images == 6
+    assert "over 6 images" in said[0]
+    held_out.num_views = 1
+    with pytest.raises(ValueError, match="turn evaluate_every off"):
+        HeldOutDistance(held_out, 100, seed=0, accelerator=accelerator)
+
+
+class Model:
+    def __init__(self, value):
+        self.value = value
+
+    def save_pretrained(self, folder):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(str(self.value))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_kill_leaves_the_old_best_or_the_new(tmp_path, monkeypatch, moment):
+    """At every moment of the exchange the weights that are found belong to the record that is found."""
+    save_best(Model(1), tmp_path, {"frechet_distance": 1.0})
+    calls = 0
+
+    def kill_at_moment(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill_at_moment(os.replace))
+        patch.setattr("shutil.rmtree", kill_at_moment(lambda path, ignore_errors: None))
+        with pytest.raises(Killed):
+            save_best(Model(2), tmp_path, {"frechet_distance": 2.0})
+    found = read_best(tmp_path)
+    assert found["frechet_distance"] == float((tmp_path / "best/unet/weights").read_text())
+    assert found["frechet_distance"] == (1.0 if moment < 3 else 2.0)
+    save_best(Model(3), tmp_path, {"frechet_distance": 3.0})
+    assert (read_best(tmp_path)["frechet_distance"], (tmp_path / "best/unet/weights").read_text()) == (3.0, "3")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_there_is_no_best_without_a_record(tmp_path):
+    assert read_best(tmp_path) is None
+    (tmp_path / ".best-new/unet").mkdir(parents=True)
+    (tmp_path / ".best-new/best.json").write_text('{"frechet')
+    assert read_best(tmp_path) is None
+
+
+def test_two_processes_measure_what_one_measures(tmp_path):
+    """Shares of unequal size, weights that stay equal, one best: two_processes.py, against the same stage in one process."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = Path(__file__).with_name("two_processes.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, arguments in (("two", launch), ("one", [])):
+        command = [sys.executable, *arguments, str(program), str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (json.loads((tmp_path / name / "measured.json").read_text()) for name in ("two", "one"))
+    np.testing.assert_allclose(two["distance"], one["distance"], rtol=1e-4)
+    assert two["best"] is not None
