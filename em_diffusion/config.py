@@ -134,6 +134,8 @@ class DenoiserConfig:
     the memory runs out, the part is halved and the run goes on."""
     gradient_checkpointing: bool = False
     """Compute the U-Net's blocks again in the backward pass instead of keeping what they computed: less memory, a third slower."""
+    compile: str = "auto"
+    """`torch.compile` of the U-Net's training step: "on", "off", or "auto", measured at the start of a run on a GPU, off on the CPU."""
     warmup_images: int = 50_000
     learning_rate_decay: str = "cosine"
     """"cosine" (to zero at num_images), "constant", or "inverse_sqrt": learning_rate / sqrt(max(1, images seen /
@@ -173,6 +175,7 @@ class DenoiserConfig:
         _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow"))
         _check_choice("denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal"))
         _check_choice("denoiser.beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        _check_choice("denoiser.compile", self.compile, ("auto", "on", "off"))
         _check_objective(self)
         if any(not 0 <= level < len(self.channel_multipliers) for level in self.attention_levels):
             raise ValueError(

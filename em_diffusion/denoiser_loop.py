@@ -19,6 +19,7 @@ from em_diffusion.optimization import create_optimizer, learning_rate_at, match_
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_training import (
     EMA,
+    Compilation,
     MicroBatching,
     PosthocEMA,
     Prefetcher,
@@ -55,13 +56,6 @@ def train_denoiser(
     sampler = ImageSampler(latents.num_views, seed_for(config.seed, "denoiser data"))
     validation_batch = draw_validation_batch(held_out_latents, config)
 
-    def compute_loss(images, noise, timesteps):
-        with accelerator.autocast():
-            losses = compute_denoising_loss(model, scheduler, images, noise, timesteps)  # [B]
-        if config.min_snr_gamma:
-            losses = losses * compute_min_snr_weights(scheduler, timesteps, config.min_snr_gamma)
-        return losses.mean()
-
     with TrainingRun(
         out_dir,
         "denoiser",
@@ -73,7 +67,9 @@ def train_denoiser(
         checkpoint_every=config.checkpoint_every,
     ) as run:
         micro_batching = MicroBatching(config.micro_batch_size, run=run, flag="--denoiser.micro-batch-size")
-        state = {"model": model, "ema": ema, "optimizer": optimizer, "micro_batching": micro_batching}
+        compilation = Compilation(config.compile, model, run=run)
+        state = {"model": model, "ema": ema, "optimizer": optimizer}
+        state |= {"micro_batching": micro_batching, "compilation": compilation}
         posthoc_ema = PosthocEMA(model, run.dir / "posthoc_ema") if config.posthoc_ema_every else None
         if posthoc_ema:
             state["posthoc_ema"] = posthoc_ema
@@ -83,8 +79,23 @@ def train_denoiser(
         match_memory_format(optimizer)
         best = BestWeights(held_out, config, run) if config.evaluate_every else None
         generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed)
-        batches = draw_batches(latents, sampler, config, accelerator, num_images_seen)
-        with Prefetcher(batches, accelerator.device) as batches:
+
+        def compute_loss(images, noise, timesteps):
+            with accelerator.autocast():
+                losses = compute_denoising_loss(compilation.network, scheduler, images, noise, timesteps)  # [B]
+            if config.min_snr_gamma:
+                losses = losses * compute_min_snr_weights(scheduler, timesteps, config.min_snr_gamma)
+            return losses.mean()
+
+        def try_step():
+            model.train()
+            batch = next(Prefetcher(draw_next(), accelerator.device, threaded=False))
+            micro_batching.backward(compute_loss, parameters, *batch, average=False)
+            optimizer.zero_grad()
+
+        draw_next = partial(draw_batches, latents, sampler, config, accelerator, num_images_seen)
+        compilation.decide(try_step, (config.num_images - num_images_seen) // config.batch_size)
+        with Prefetcher(draw_next(), accelerator.device) as batches:
             while num_images_seen < config.num_images:
                 model.train()
                 loss, _ = micro_batching.backward(compute_loss, parameters, *next(batches))

@@ -198,7 +198,7 @@ def check_same_run(config, out):
             name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps")
             or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
             or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
-            or name.endswith((".micro_batch_size", ".gradient_checkpointing"))
+            or name.endswith((".micro_batch_size", ".gradient_checkpointing", ".compile"))
             or _is_longer(name, old, new, out)
         ),
     )

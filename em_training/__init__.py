@@ -1,6 +1,7 @@
 """What every training loop shares, and no loop: checkpoints, EMA, seeding, run log, strict configuration."""
 
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from em_training.compilation import Compilation
 from em_training.config import (
     changed_fields,
     config_from_dict,
@@ -29,6 +30,7 @@ from em_training.seeding import make_generator, seed_for
 
 __all__ = [
     "EMA",
+    "Compilation",
     "MicroBatching",
     "NonFiniteLossError",
     "PosthocEMA",

@@ -23,7 +23,7 @@ class MicroBatching:
         self.configured = self.size = micro_batch_size
         self.run, self.flag = run, flag
 
-    def backward(self, compute, parameters, *tensors):
+    def backward(self, compute, parameters, *tensors, average: bool = True):
         """Leave the gradients of a step in `parameters`: of all images, averaged over processes; return (loss, outputs).
 
         compute: (part of each tensor) -> the part's mean loss, or (loss, {name: tensor}). tensors: images, noise, labels: whatever has
@@ -35,8 +35,8 @@ class MicroBatching:
         without a graph. When the memory runs out, the step is done again from its start, random state included; what `compute` changes
         beside gradients must bear that. Raises `ValueError` when not even one image fits.
 
-        `compute` calls modules that are not wrapped in DistributedDataParallel: its hooks would wait for a process that began again.
-        Gradients are reduced here, once, after the parts.
+        average: over processes; without it, none waits for another. `compute` calls modules that are not wrapped in
+        DistributedDataParallel: its hooks would wait for a process that began again. Gradients are reduced here, once, after the parts.
         """
         parameters = list(parameters)
         batch_size = len(tensors[0])
@@ -65,7 +65,7 @@ class MicroBatching:
                 f"gradients, and the run goes on so; {self.flag} {size} makes it permanent.",
                 from_any_process=True,
             )
-        if self.run.accelerator.num_processes > 1:
+        if average and self.run.accelerator.num_processes > 1:
             average_gradients(parameters)
         return _join(results, batch_size)
 
