@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ from tqdm.auto import tqdm
 
 from em_diffusion.autoencoder import encode, hash_weights
 from em_training import write_text_atomically
+
+BATCHES_PER_CHUNK = 4  # what a kill may cost each process
 
 
 class Latents:
@@ -42,54 +47,152 @@ class Latents:
         return (raw - self.mean) / self.std
 
 
-def encode_latents(vqvae, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train", view_ids=None):
-    """Encode the views `view_ids` of `tiles` (all, if not given) once; return the memory map, float16 [N, C, h, w].
+def encode_latents(model, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train", view_ids=None):
+    """Encode the views `view_ids` of `tiles` (all, if not given) once; return (the memory map [N, C, h, w] float16, seconds).
 
     An autoencoder does not commute with a flip or a turn, so each view is encoded by itself. Latents are the encoder's
-    outputs after `quant_conv`, before quantisation, or the mean of its posterior. The file `folder`/`name`-<key>.npy is keyed
-    by the tiles' fingerprint, the encoder's weights and the precision, and is put in place whole or not at all; an existing
-    one is read. The main process encodes, others wait.
+    outputs after `quant_conv`, before quantisation, or the mean of its posterior. The file `folder`/`name`-<key>.npy is
+    keyed by the tiles' fingerprint, the encoder's weights and the precision; an existing one is read.
+
+    All processes encode, each its share of the chunks, into one file under another name; `folder` is common to them. A
+    chunk is noted as done after it is on the disk, and the file gets its name when all are: a start after a kill encodes
+    what is not noted, and nothing half-written is ever read. A batch is the same views whatever the number of processes.
+    The seconds are those of encoding, summed over all starts and divided by the number of processes.
     """
     folder = Path(folder)
     view_ids = np.arange(tiles.num_views) if view_ids is None else np.asarray(view_ids)
     views = hashlib.sha256(view_ids.astype(np.int64).tobytes()).hexdigest()
-    key = [tiles.fingerprint, views, hash_weights(vqvae, without=("decoder.", "post_quant_conv.", "quantize."))]
-    key = hashlib.sha256("\n".join([*key, accelerator.mixed_precision]).encode()).hexdigest()[:16]
+    weights = hash_weights(model, without=("decoder.", "post_quant_conv.", "quantize."))
+    key = "\n".join([tiles.fingerprint, views, weights, accelerator.mixed_precision])
+    key = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = folder / f"{name}-{key}.npy"
-    if accelerator.is_main_process and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{name}-*.npy*"):
-            stale.unlink()
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        _encode_to_file(vqvae, tiles, view_ids, partial, accelerator, batch_size, name)
-        os.replace(partial, path)
+    if not path.exists():
+        work = LatentsFile(path, view_ids, batch_size)
+        shape = encode_views(model, tiles, view_ids[:1], accelerator).shape[1:]
+        if accelerator.is_main_process:
+            work.begin(tuple(shape))
+        accelerator.wait_for_everyone()
+        encode_chunks(work, model, tiles, accelerator, name)
+        if accelerator.is_main_process:
+            work.finish(accelerator.num_processes)
     accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r"), json.loads(seconds_path(path).read_text())["seconds"]
+
+
+def seconds_path(path: Path) -> Path:
+    """Where the time is kept that a file of latents took."""
+    return path.with_suffix(".json")
+
+
+class LatentsFile:
+    """A file of latents that several processes write, chunk by chunk, and that may be killed at any moment.
+
+    path: the file's name once it is whole; until then it is `path`.partial, and `path`.chunks-<size>/ notes what is done.
+    """
+
+    def __init__(self, path: Path, view_ids, batch_size: int):
+        size = batch_size * BATCHES_PER_CHUNK
+        self.path, self.view_ids, self.batch_size = path, view_ids, batch_size
+        self.partial = path.with_name(f"{path.name}.partial")
+        self.notes = path.with_name(f"{path.name}.chunks-{size}")
+        self.chunks = [slice(i, min(i + size, len(view_ids))) for i in range(0, len(view_ids), size)]
+
+    def begin(self, shape: tuple[int, int, int]):
+        """Make the file, unless a killed start has left it; throw out the latents of other weights."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        left = self.partial.exists() and self.notes.exists()
+        family = self.path.name.rsplit("-", 1)[0]
+        for stale in self.path.parent.glob(f"{family}-*"):
+            if not (left and stale in (self.partial, self.notes)):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        if not left:
+            blank = self.path.with_name(f"{self.path.name}.new")
+            array = np.lib.format.open_memmap(blank, mode="w+", dtype=np.float16, shape=(len(self.view_ids), *shape))
+            array.flush()
+            del array
+            self.notes.mkdir()
+            os.replace(blank, self.partial)
+
+    def batches(self, number: int):
+        """The views of a chunk, batch by batch."""
+        views = self.view_ids[self.chunks[number]]
+        return [views[i : i + self.batch_size] for i in range(0, len(views), self.batch_size)]
+
+    def list_missing(self) -> list[int]:
+        """Numbers of the chunks that are not done."""
+        done = {int(note.stem) for note in self.notes.glob("*.json")}
+        return [number for number in range(len(self.chunks)) if number not in done]
+
+    def count_done(self) -> int:
+        """Latents in the chunks that are done, of all processes."""
+        missing = self.list_missing()
+        return len(self.view_ids) - sum(self.chunks[i].stop - self.chunks[i].start for i in missing)
+
+    def write(self, number: int, latents, seconds: float):
+        """Write the latents of a chunk, float16 [n, C, h, w], to the disk, and note that it is done."""
+        array = np.lib.format.open_memmap(self.partial, mode="r+")
+        array[self.chunks[number]] = latents
+        array.flush()
+        del array
+        write_text_atomically(self.notes / f"{number:06d}.json", json.dumps({"seconds": seconds}) + "\n")
+
+    def finish(self, num_processes: int):
+        """Give the file its name, and keep the time that it took."""
+        missing = self.list_missing()
+        assert not missing, f"chunks {missing} of {self.path} are missing"
+        seconds = sum(json.loads(note.read_text())["seconds"] for note in self.notes.glob("*.json"))
+        write_text_atomically(seconds_path(self.path), json.dumps({"seconds": seconds / num_processes}) + "\n")
+        os.replace(self.partial, self.path)
+        shutil.rmtree(self.notes)
+
+
+def encode_chunks(work: LatentsFile, model, tiles, accelerator, name: str):
+    """Encode this process's share of the chunks that are missing; `ValueError` in all processes where one fails."""
+    missing = work.list_missing()
+    accelerator.wait_for_everyone()  # all have read the same list before anyone notes a chunk
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    failure = None
+    with tqdm(
+        total=len(work.view_ids),
+        initial=work.count_done(),
+        desc=f"latents ({name})",
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        for number in mine:
+            started = time.monotonic()
+            try:
+                latents = [encode_views(model, tiles, views, accelerator).numpy() for views in work.batches(number)]
+            except ValueError as error:
+                failure = error
+                break
+            work.write(number, np.concatenate(latents), time.monotonic() - started)
+            bar.update(work.count_done() - bar.n)
+        failed = accelerator.reduce(torch.tensor([float(failure is not None)], device=accelerator.device), "sum")
+        bar.update(work.count_done() - bar.n)
+    if failure is not None:
+        raise failure
+    if failed > 0:
+        raise ValueError("another process could not encode its share of the latents; it says why.")
 
 
 @torch.no_grad()
-def _encode_to_file(vqvae, tiles, view_ids, path, accelerator, batch_size, name):
-    vqvae = vqvae.eval()
-    array = None
-    with tqdm(total=len(view_ids), desc=f"latents ({name})", unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-        for start in range(0, len(view_ids), batch_size):
-            part = view_ids[start : start + batch_size]
-            images = tiles.batch(part).to(accelerator.device, memory_format=torch.channels_last)
-            with accelerator.autocast():
-                latents = encode(vqvae, images).float()
-            latents = latents.cpu().half()
-            if not torch.isfinite(latents).all():
-                raise ValueError(
-                    f"the autoencoder's latents of views {part[0]} to {part[-1]} are not finite in float16; "
-                    "it has diverged: train it again with a smaller learning rate, or in float32 (precision 'no')."
-                )
-            if array is None:
-                shape = (len(view_ids), *latents.shape[1:])
-                array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-            array[start : start + len(part)] = latents.numpy()
-            bar.update(len(part))
-    array.flush()
-    del array
+def encode_views(model, tiles, view_ids, accelerator):
+    """Latents of these views, float16 [B, C, h, w] on the CPU; `ValueError` where float16 cannot hold them."""
+    model = model.eval()
+    images = tiles.batch(view_ids).to(accelerator.device, memory_format=torch.channels_last)
+    with accelerator.autocast():
+        latents = encode(model, images)
+    latents = latents.float().cpu().half()
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            f"the autoencoder's latents of views {view_ids[0]} to {view_ids[-1]} are not finite in float16; "
+            "it has diverged: train it again with a smaller learning rate, or in float32 (precision 'no')."
+        )
+    return latents
 
 
 def measure_latents(array, chunk: int = 4096):

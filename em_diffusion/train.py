@@ -1,7 +1,6 @@
 """A latent diffusion run from micrographs to a saved pipeline."""
 
 import json
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -102,10 +101,8 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
 
     Their statistics are measured on the training side alone.
     """
-    started = time.monotonic()
-    before = set((out / "latents").glob("train-*.npy"))
     validation = choose_validation_views(data.held_out, config.denoiser.num_validation_images)
-    arrays = [
+    (train, train_seconds), (held_out, held_out_seconds) = (
         encode_latents(
             vqvae,
             tiles,
@@ -116,18 +113,13 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
             view_ids=view_ids,
         )
         for name, tiles, view_ids in (("train", data.train, None), ("held_out", data.held_out, validation))
-    ]
-    mean, std = measure_latents(arrays[0])
+    )
+    mean, std = measure_latents(train)
     if accelerator.is_main_process:
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
-    path = out / "latents" / "result.json"
-    if accelerator.is_main_process and (set((out / "latents").glob("train-*.npy")) != before or not path.exists()):
-        write_text_atomically(path, json.dumps({"seconds": time.monotonic() - started}) + "\n")
-    accelerator.wait_for_everyone()
-    train, held_out = (Latents(array, mean, std) for array in arrays)
-    return train, held_out, json.loads(path.read_text())
+    return Latents(train, mean, std), Latents(held_out, mean, std), {"seconds": train_seconds + held_out_seconds}
 
 
 def run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out):

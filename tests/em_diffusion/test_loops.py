@@ -10,7 +10,7 @@ from em_diffusion.autoencoder_loop import evaluate_reconstruction, train_autoenc
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
 from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
 from em_diffusion.denoiser_loop import train_denoiser
-from em_diffusion.latents import Latents, encode_latents, measure_latents
+from em_diffusion.latents import Latents
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format
 from em_diffusion.reconstruction import spectrum_error_db, ssim
 from em_training import EMA, list_checkpoints, load_checkpoint, read_stats
@@ -229,50 +229,6 @@ def test_resumed_moments_lie_as_their_parameters(config):
         step(layer, optimizer)
         step(resumed, resumed_optimizer)
     assert torch.equal(layer.weight, resumed.weight)
-
-
-def test_latents_are_encoded_view_by_view_once_and_normalised(vqvae, tiles, accelerator, tmp_path):
-    array = encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator, batch_size=7)
-    assert array.shape == (24, 4, 8, 8)
-    assert tiles.seen == set(range(24))
-    with torch.no_grad():
-        one = vqvae.encode(tiles.batch([5])).latents
-    torch.testing.assert_close(torch.from_numpy(array[[5]]).float(), one, rtol=1e-3, atol=1e-3)
-    latents = Latents(array, *measure_latents(array, chunk=5))
-    normalised = latents.batch(range(24))
-    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
-    torch.testing.assert_close(normalised.std(dim=(0, 2, 3), unbiased=False), torch.ones(4), rtol=0, atol=1e-3)
-
-    tiles.seen.clear()
-    encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
-    assert not tiles.seen  # read from the cache
-    torch.nn.init.normal_(vqvae.quant_conv.weight)
-    other = encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
-    assert tiles.seen == set(range(24))  # other weights, other latents
-    assert abs(other - array).max() > 0
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_an_encoder_does_not_commute_with_a_flip(vqvae, tiles):
-    """The reason to encode every view: turning latents instead would be wrong."""
-    images = tiles.batch([0])
-    with torch.no_grad():
-        a, b = vqvae.encode(images.flip(-1)).latents, vqvae.encode(images).latents.flip(-1)
-    assert (a - b).abs().max() > 0.1 * b.std()
-
-
-def test_latents_that_cannot_be_stored_are_refused(vqvae, tiles, accelerator, tmp_path):
-    vqvae.quant_conv.bias.data.fill_(1e6)
-    with pytest.raises(ValueError, match="not finite"):
-        encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
-    assert not list(tmp_path.glob("train-*.npy"))
-
-
-def test_a_collapsed_channel_is_named():
-    array = torch.randn(8, 3, 2, 2).numpy()
-    array[:, 1] = 0.5
-    with pytest.raises(ValueError, match=r"channels \[1\]"):
-        measure_latents(array)
 
 
 def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):

@@ -83,7 +83,7 @@ def test_second_start_trains_nothing(run, monkeypatch):
 
     monkeypatch.setattr("em_diffusion.train.train_autoencoder", refuse)
     monkeypatch.setattr("em_diffusion.train.train_denoiser", refuse)
-    monkeypatch.setattr("em_diffusion.latents._encode_to_file", refuse)
+    monkeypatch.setattr("em_diffusion.latents.encode_views", refuse)
     train_ldm(config)
     assert (out / "run.json").read_text() == before
     assert (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights

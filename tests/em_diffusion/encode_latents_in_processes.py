@@ -1,0 +1,57 @@
+"""Encode 48 views, a process of them killed after so many chunks: run by test_latents.py under torchrun."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from em_diffusion.autoencoder import create_autoencoder
+from em_diffusion.latents import LatentsFile, encode_latents
+from em_diffusion.presets import test as preset
+from em_training import create_accelerator
+
+
+class CountedTiles:
+    """Random tiles that remember which of them were asked for in batches, after the one that tells the latents' shape."""
+
+    def __init__(self):
+        self.images = torch.rand(48, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.num_views, self.fingerprint, self.calls = 48, "counted", []
+
+    def batch(self, view_ids):
+        self.calls.append([int(view) for view in view_ids])
+        return self.images[torch.as_tensor(view_ids)]
+
+
+def make_parts():
+    """The same autoencoder and tiles in every process."""
+    torch.manual_seed(0)
+    return create_autoencoder(preset().autoencoder, 16).eval(), CountedTiles()
+
+
+def main(folder, killed_after):
+    torch.set_num_threads(1)
+    accelerator = create_accelerator(folder, "no")
+    assert accelerator.num_processes == 2
+    write, count = LatentsFile.write, 0
+
+    def write_or_die(self, *arguments):
+        nonlocal count
+        write(self, *arguments)
+        count += 1
+        if accelerator.process_index == 1 and count == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LatentsFile.write = write_or_die
+    model, tiles = make_parts()
+    encode_latents(model, tiles, folder / "latents", accelerator=accelerator, batch_size=1)
+    seen = [view for views in tiles.calls[1:] for view in views]
+    assert len(seen) == len(set(seen))
+    (folder / f"seen-{accelerator.process_index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
