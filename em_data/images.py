@@ -107,6 +107,32 @@ class ImageFolder:
         return torch.stack(images).unsqueeze(1) if images else torch.empty(0, 1, *self.shape)
 
 
+class ImageDataset:
+    """The images of a folder that `datasets` has written, of its first column of 2-D arrays, on their type's full range."""
+
+    def __init__(self, folder):
+        import datasets
+
+        self.folder = Path(folder)
+        dataset = datasets.load_from_disk(str(folder))
+        columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Array2D)]
+        if not columns or not len(dataset):
+            raise ValueError(f"{folder} is a data set without images (a column of the type Array2D)")
+        feature = dataset.features[columns[0]]
+        if feature.dtype not in ("uint8", "uint16"):
+            raise ValueError(f"{folder} holds {feature.dtype}; grey levels are uint8 or uint16")
+        self.shape, self.column = tuple(feature.shape), columns[0]
+        self.levels = dataset.select_columns(columns[:1]).with_format("numpy", dtype=np.dtype(feature.dtype))
+        self.pixel_size_nm = dataset[0].get("pixel_size_nm")
+
+    def __len__(self):
+        return len(self.levels)
+
+    def batch(self, start, stop):
+        """Return images start .. stop - 1 as float32 [B, 1, H, W] in [-1, 1]."""
+        return from_uint(np.asarray(self.levels[start : min(stop, len(self))][self.column])).unsqueeze(1)
+
+
 def read_image_folder(path):
-    """Open a folder of images; returns an ImageFolder, which reads them batch by batch."""
-    return ImageFolder(path)
+    """Open a folder of images, files or a data set on disk; returns what reads them batch by batch."""
+    return ImageDataset(path) if (Path(path) / "state.json").is_file() else ImageFolder(path)

@@ -218,7 +218,9 @@ def open_dataset(name_or_path, config):
     if is_image:
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     known = {key: dataset[key][:] for key in ("name", "micrograph", "pixel_size_nm", "specimen") if key in features}
-    arrays = dataset.select_columns([column]).with_format(None if is_image else "numpy")
+    arrays = dataset.select_columns([column])
+    if not is_image:  # without its type, `datasets` makes 64 bits of any integer, and 8 bits are 8 bits no more
+        arrays = arrays.with_format("numpy", dtype=np.dtype(features[column].dtype))
     entries = []
     for i in range(len(dataset)):
         row = {key: values[i] for key, values in known.items()}

@@ -1,5 +1,6 @@
 """Latent diffusion for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -206,14 +207,20 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
 
     def to(self, *args, **kwargs):
         """Move or convert the models as `DiffusionPipeline.to` does, and keep the float32 codes of a VQ autoencoder."""
+        with self._keep_codes():
+            super().to(*args, **kwargs)
+        return self
+
+    @contextlib.contextmanager
+    def _keep_codes(self):
+        """Put the float32 codes aside when the block leaves them in a narrower type."""
         codes = self._find_codes()
         codes = None if codes is None else codes.detach().clone()
-        super().to(*args, **kwargs)
+        yield
         if codes is not None:
             weight = self.vqvae.quantize.embedding.weight
             is_narrow = weight.dtype != torch.float32
             self._kept_codes = (weight, weight._version, codes.to(weight.device)) if is_narrow else None
-        return self
 
     def _find_latent_statistics(self, device):
         config = self.vqvae.config
@@ -323,18 +330,23 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         kwargs.pop("trust_remote_code", None)
         kwargs.setdefault("use_safetensors", True)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        is_narrow = isinstance(dtype, torch.dtype) and dtype != torch.float32
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options)
         for name, value in index.items():
             if _is_own_component(name, value) and name not in kwargs:
                 component = _import_own_component(pretrained_model_name_or_path, name, *value)
+                options = hub_options | ({} if name == "vqvae" or not is_narrow else {"torch_dtype": dtype})
                 kwargs[name] = component.from_pretrained(
-                    pretrained_model_name_or_path, subfolder=name, use_safetensors=True, **hub_options
+                    pretrained_model_name_or_path, subfolder=name, use_safetensors=True, **options
                 )
-        if not isinstance(dtype, torch.dtype):
+        if not is_narrow:
             return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
-        wide = {"vqvae": torch.float32, "default": dtype}  # until `to` has put the codes aside
-        return super().from_pretrained(pretrained_model_name_or_path, dtype=wide, **kwargs).to(dtype)
+        wide = {"vqvae": torch.float32, "default": dtype}
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, dtype=wide, **kwargs)
+        with pipeline._keep_codes():
+            torch.nn.Module.to(pipeline.vqvae, dtype)  # diffusers' own `to` warns of every narrower type
+        return pipeline
 
     @classmethod
     def _is_installed(cls):

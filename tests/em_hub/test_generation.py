@@ -11,11 +11,17 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel, VQModel
 from PIL import Image
 
+from em_data import load_data, read_image_folder
+from em_data.config import DataConfig
+from em_data.sources import open_source
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_hub import generation
 from em_hub.generation import GenerationConfig, generate_images
+from em_hub.image_store import ArrowStore, FileStore, cut_into_shards
 from em_hub.loading import find_pipeline_folder, load_pipeline, read_run_info
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_training import seed_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,7 +150,7 @@ def test_sixteen_bit_tiff(model, tmp_path):
 
 def test_another_scheduler_is_used(tmp_path):
     make_ldm().save_pretrained(tmp_path / "ldm")
-    for scheduler in ("ddim", "dpm-solver++", "unipc", "euler", "ddpm"):
+    for scheduler in ("ddim", "dpm-solver++-karras", "unipc", "euler", "heun", "ddpm"):
         config = GenerationConfig(
             model=str(tmp_path / "ldm"),
             out=str(tmp_path / scheduler),
@@ -160,10 +166,13 @@ def test_another_scheduler_is_used(tmp_path):
     ("changes", "message"),
     [
         ({"num_images": 0}, "at least 1"),
-        ({"format": "gif"}, "png or tiff"),
+        ({"format": "gif"}, "png, tiff or arrow"),
         ({"bits": 12}, "8 or 16"),
         ({"precision": "fp8"}, "precision"),
         ({"scheduler": "magic"}, "dpm-solver"),
+        ({"scheduler": "ddim"}, "wants --num-inference-steps"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"decode_batch_size": 0}, "at least 1"),
         ({"model": "runs/none"}, "no folder runs/none"),
     ],
 )
@@ -182,3 +191,290 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_pipeline(str(tmp_path))
     assert find_pipeline_folder("someone/em-ldm") is None
     assert read_run_info("someone/em-ldm").name == "em-ldm"
+
+
+# ---------------------------------------------------------------- to the bit, whatever the batches
+
+
+class RecordingStore:
+    """Keeps what would be written, as float32, by number."""
+
+    def __init__(self):
+        self.images = {}
+
+    def write(self, numbers, images):
+        for number, image in zip(numbers, images, strict=True):
+            assert number not in self.images  # no duplicate
+            self.images[number] = image.clone()
+        return len(images)
+
+
+def sample(model, numbers, **changes):
+    """The images `numbers` as float32, by the same road as generate_images."""
+    config = config_for(model, "unused", **changes)
+    pipeline = load_pipeline(model)
+    maker = generation.create_sampling(pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config)
+    store, counts, said = RecordingStore(), [], []
+    maker.say = said.append
+    maker.generate(list(numbers), store.write, num_writers=2, progress=counts.append)
+    assert sum(counts) == len(numbers) == len(store.images)
+    return store.images, maker, said
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_on_one_thread_the_batch_changes_no_bit_from_16_on(model, eta):
+    if eta and "ldm" not in model:
+        pytest.skip("the StyleGAN takes no eta")
+    whole, _, _ = sample(model, range(40), batch_size=40, eta=eta)
+    for numbers, batch_size in ((range(40), 16), (range(40), 23), ([3, 17, 39], 32), (range(39, 20, -1), 20)):
+        part, _, _ = sample(model, numbers, batch_size=batch_size, eta=eta)
+        assert all(torch.equal(part[i], whole[i]) for i in numbers)
+    small, _, _ = sample(model, range(6), batch_size=5, eta=eta)
+    for i, image in small.items():  # below 16 up to rounding; a code may be another, rarely
+        assert (image - whole[i]).abs().median() < 1e-4
+
+
+def test_decoding_apart_is_the_plain_call(tmp_path):
+    pipeline = make_ldm()
+    pipeline.save_pretrained(tmp_path / "ldm")
+    pipeline.set_progress_bar_config(disable=True)
+    for sizes in ({"batch_size": 20}, {"batch_size": 20, "decode_batch_size": 16}):
+        images, maker, _ = sample(str(tmp_path / "ldm"), range(20), **sizes)
+        assert maker.decode_batch_size == sizes.get("decode_batch_size", 20)
+        generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(20)]
+        for model in (pipeline.unet, pipeline.vqvae):
+            model.to(memory_format=torch.channels_last)
+        expected = pipeline(20, generators, 2, output_type="pt").images * 2 - 1
+        assert all(torch.allclose(images[i], expected[i], atol=1e-6) for i in range(20))
+
+
+def test_compiled_models_see_one_shape(tmp_path, monkeypatch):
+    make_ldm().save_pretrained(tmp_path / "ldm")
+    shapes, compiled = set(), []
+
+    def compile(model, options=None):
+        compiled.append(options)
+        model.register_forward_pre_hook(lambda module, arguments: shapes.add(arguments[0].shape))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    plain, _, _ = sample(str(tmp_path / "ldm"), range(21), batch_size=8)
+    padded, _, _ = sample(str(tmp_path / "ldm"), range(21), batch_size=8, compile=True)
+    assert compiled == [{"freezing": True}]
+    assert shapes == {(8, 2, 8, 8)}
+    assert all(torch.equal(plain[i], padded[i]) for i in range(21))
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError("none left"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+def test_out_of_memory_halves_the_batch_and_is_said_once(model, error, monkeypatch):
+    whole, _, _ = sample(model, range(40), batch_size=40)
+    sizes = []
+    name = "denoise" if "ldm" in Path(model).name else "__call__"
+    cls = EMLatentDiffusionPipeline if name == "denoise" else EMStyleGANPipeline
+    original = getattr(cls, name)
+
+    def limited(self, batch_size=1, *arguments, **options):
+        sizes.append(batch_size)
+        if batch_size > 17:
+            raise error
+        return original(self, batch_size, *arguments, **options)
+
+    monkeypatch.setattr(cls, name, limited)
+    images, maker, said = sample(model, range(40), batch_size=64)
+    assert sizes == [40, 20, 10, 10, 10, 10]
+    assert maker.batch_size == 10
+    assert said == ["out of memory: going on with --batch-size 10"]
+    assert all(torch.allclose(images[i], whole[i], atol=1e-5) for i in range(40))
+
+
+def test_out_of_memory_in_decoding_halves_the_decoders_batch(tmp_path, monkeypatch):
+    make_ldm().save_pretrained(tmp_path / "ldm")
+    whole, _, _ = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
+    decode, sizes = EMLatentDiffusionPipeline.decode, []
+
+    def limited(self, latents):
+        sizes.append(len(latents))
+        if len(latents) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, latents)
+
+    monkeypatch.setattr(EMLatentDiffusionPipeline, "decode", limited)
+    images, maker, said = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
+    assert sizes == [20, 10, 5, 5, 5, 5]
+    assert (maker.batch_size, maker.decode_batch_size) == (20, 5)
+    assert said == ["out of memory: going on with --decode-batch-size 5"]
+    assert all(torch.allclose(images[i], whole[i], atol=1e-5) for i in range(20))
+
+
+def test_one_image_that_does_not_fit_is_an_error_and_others_stay_themselves(tmp_path, monkeypatch):
+    make_ldm().save_pretrained(tmp_path / "ldm")
+
+    def fail(message):
+        def raises(*arguments, **options):
+            raise RuntimeError(message)
+
+        return raises
+
+    monkeypatch.setattr(EMLatentDiffusionPipeline, "denoise", fail("CUDA out of memory"))
+    with pytest.raises(ValueError, match="not even one image fits"):
+        sample(str(tmp_path / "ldm"), range(3))
+    monkeypatch.setattr(EMLatentDiffusionPipeline, "denoise", fail("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        sample(str(tmp_path / "ldm"), range(3))
+
+
+def test_a_failing_disk_ends_the_run(model):
+    config = config_for(model, "unused")
+    pipeline = load_pipeline(model)
+    maker = generation.create_sampling(pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config)
+
+    def full(numbers, images):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        maker.generate(list(range(20)), full, num_writers=1, progress=lambda count: None)
+
+
+# ---------------------------------------------------------------- where images go
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_arrow_holds_the_levels_of_the_files(model, tmp_path, bits, monkeypatch):
+    import datasets
+    import tifffile
+
+    monkeypatch.setattr("em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4))
+    options = {"bits": bits, "num_images": 11, "batch_size": 16}
+    generate_images(config_for(model, tmp_path / "files", format="tiff", **options))
+    record = generate_images(config_for(model, tmp_path / "arrow", format="arrow", **options))
+    assert record["timed_images"] == 11
+    expected = np.stack([tifffile.imread(tmp_path / "files" / f"{i:06d}.tif") for i in range(11)])
+    dataset = datasets.load_from_disk(str(tmp_path / "arrow"))
+    assert dataset.features["image"].dtype == f"uint{bits}"
+    np.testing.assert_array_equal(dataset.with_format("numpy")[:]["image"], expected)
+    assert dataset["number"][:] == list(range(11))
+    assert len(list((tmp_path / "arrow").glob("*.arrow"))) == 3
+    images, files = read_image_folder(tmp_path / "arrow"), read_image_folder(tmp_path / "files")
+    assert len(images) == len(files) == 11
+    assert images.shape == files.shape
+    assert torch.equal(images.batch(2, 20), files.batch(2, 20))
+    # and as a source of micrographs, by the folder's name alone
+    side = expected.shape[1]
+    config = DataConfig(resolution=side, num_micrographs=None, downsample=1, cache_dir=str(tmp_path / "cache"))
+    data = load_data(str(tmp_path / "arrow"), config, log=lambda line: None)
+    assert data.summary["num_micrographs"] == 11
+    opened = open_source(str(tmp_path / "arrow"), config, None)
+    np.testing.assert_array_equal(opened.entries[3].read().image, expected[3])
+    assert opened.entries[3].read().image.dtype == expected.dtype
+
+
+def test_arrow_goes_on_after_a_kill_and_grows(model, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4))
+    config = config_for(model, tmp_path, format="arrow", num_images=10, batch_size=16)
+    generate_images(config)
+
+    def levels():
+        dataset = datasets.load_from_disk(str(tmp_path)).with_format("numpy")[:]
+        assert dataset["number"].tolist() == list(range(len(dataset["number"])))  # no duplicate, no gap, in order
+        return dataset["image"]
+
+    whole, fingerprint = levels(), datasets.load_from_disk(str(tmp_path))._fingerprint
+    (tmp_path / "images-000004-000008.arrow").unlink()
+    (tmp_path / ".images-000004-000008.arrow.123").write_bytes(b"half")
+    generate_images(config)
+    np.testing.assert_array_equal(levels(), whole)
+    assert not list(tmp_path.glob(".images*"))
+    generate_images(replace(config, num_images=17))
+    assert len(levels()) == 17
+    np.testing.assert_array_equal(levels()[:10], whole)
+    assert datasets.load_from_disk(str(tmp_path))._fingerprint != fingerprint
+    with pytest.raises(ValueError, match="format differ"):
+        generate_images(replace(config, format="png"))
+
+
+def test_shards_are_runs_within_blocks():
+    assert cut_into_shards([0, 1, 2, 3, 4, 6, 9, 10], size=4) == [range(4), range(4, 5), range(6, 7), range(9, 11)]
+    assert cut_into_shards([]) == []
+
+
+@pytest.mark.parametrize("format", ["png", "arrow"])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_processes_share_what_is_missing_without_gap_or_duplicate(tmp_path, format, num_processes):
+    make = (
+        (lambda: ArrowStore(tmp_path, 8, None)) if format == "arrow" else (lambda: FileStore(tmp_path, "png", 8, None))
+    )
+    missing = [i for i in range(1500) if i % 700 > 5]
+    shares = [make().share(missing, rank, num_processes) for rank in range(num_processes)]
+    assert sorted(number for share in shares for number in share) == missing
+    assert max(map(len, shares)) - min(map(len, shares)) <= (256 if format == "arrow" else 1)
+
+
+def test_a_scan_of_50000_files_takes_moments(tmp_path):
+    import time
+
+    for i in range(50_000):
+        os.close(os.open(tmp_path / f"{i:06d}.png", os.O_CREAT))
+    started = time.process_time()
+    assert FileStore(tmp_path, "png", 8, None).find_missing(50_010) == list(range(50_000, 50_010))
+    assert time.process_time() - started < 2
+
+
+def test_two_generations_in_one_folder_are_refused(model, tmp_path):
+    with generation._lock(tmp_path), pytest.raises(ValueError, match="another process generates into"):
+        generate_images(config_for(model, tmp_path))
+    generate_images(config_for(model, tmp_path, num_images=1))
+
+
+@pytest.mark.parametrize("format", ["png", pytest.param("arrow", marks=pytest.mark.slow)])
+def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
+    """kill -9 in the middle, then two processes, then one: equal to one run, to the bit."""
+    import datasets
+
+    make_ldm().save_pretrained(tmp_path / "ldm")
+    flags = ["--model", tmp_path / "ldm", "--num-images", "1200", "--batch-size", "16", "--precision", "no", "--format", format,
+             "--num-inference-steps", "2"]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "generate.py", "--out", tmp_path / "killed", *flags]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command[1:]]
+
+    def count():
+        names = [path.name for path in (tmp_path / "killed").glob("[!.]*") if path.suffix in (".png", ".arrow")]
+        return len(names)
+
+    reached = 0
+    for arguments in (command, command):
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and count() <= reached:
+            pass
+        assert process.poll() is None, "it came to its end before it was killed"
+        process.kill()
+        process.wait()
+        assert count() > reached  # nothing is lost
+        reached = count()
+    subprocess.run(torchrun, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "generate.py", "--out", tmp_path / "whole", *flags],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    if format == "arrow":
+        killed, whole = (
+            datasets.load_from_disk(str(tmp_path / name)).with_format("numpy")[:] for name in ("killed", "whole")
+        )
+        assert killed["number"].tolist() == list(range(1200))
+        np.testing.assert_array_equal(killed["image"], whole["image"])
+    else:
+        assert len(read(tmp_path / "killed")) == 1200
+        np.testing.assert_array_equal(read(tmp_path / "killed"), read(tmp_path / "whole"))
+        assert not list((tmp_path / "killed").glob(".0*"))
+    assert json.loads((tmp_path / "killed" / "generation.json").read_text())["num_images"] == 1200
