@@ -11,8 +11,6 @@ import io
 import math
 import pickle
 import warnings
-from collections import OrderedDict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +19,17 @@ import torch
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-
-
-@dataclass
-class Stored:
-    """A pickled object as data: the name of its class, and its state. It has no behaviour."""
-
-    class_name: str
-    state: dict = field(default_factory=dict)
-
-
-class _DType:
-    """The name and byte order of a numpy scalar type; numbers only."""
-
-    def __init__(self, name):
-        self.name, self.byte_order = str(name), "<"
-
-    def __setstate__(self, state):
-        self.byte_order = str(state[1])
-
-    def numpy(self):
-        dtype = np.dtype(self.name)
-        if dtype.kind not in "fiub":
-            raise pickle.UnpicklingError(f"a scalar of type {self.name!r} is not a number")
-        return dtype.newbyteorder(self.byte_order if self.byte_order in "<>" else "=")
+from em_training.safe_pickle import (
+    PLAIN,
+    Maker,
+    PlainDict,
+    Record,
+    SafeUnpickler,
+    StoredArray,
+    check_extent,
+    check_opcodes,
+    flatten_module,
+)
 
 
 def _read_storage(data):
@@ -58,130 +43,50 @@ def _read_storage(data):
 
 
 def _make_tensor(storage, offset, size, stride, *_):
-    size, stride = tuple(size), tuple(stride)
-    if (
-        not isinstance(storage, torch.TypedStorage)
-        or len(size) != len(stride)
-        or min((offset, *size, *stride), default=0) < 0
-    ):
+    if not isinstance(storage, torch.TypedStorage):
         raise pickle.UnpicklingError("malformed tensor")
+    size, stride = tuple(size), tuple(stride)
     untyped, dtype = storage._untyped_storage, storage.dtype
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if math.prod(size) and last >= untyped.nbytes() // dtype.itemsize:
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    check_extent(untyped.nbytes() // dtype.itemsize, offset, size, stride)
     return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride).clone()
 
 
-class _Maker:
-    """A function that a pickle may call and cannot alter."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function):
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *args):
-        return self._function(*args)
-
-    def __setattr__(self, name, value):
-        raise pickle.UnpicklingError("a pickle may not alter its reader")
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("a pickle may not alter its reader")
+def _make_network(meta):
+    return Record.named(meta.get("class_name"), meta.get("state") or {})
 
 
-class _Array:
-    """A numpy array of numbers, being read: numpy's own `__setstate__` would believe any sizes it is told."""
+class OfficialUnpickler(SafeUnpickler):
+    """An unpickler that builds tensors, numbers and plain containers, networks as `Record`s, and refuses everything else."""
 
-    __slots__ = ("array",)
+    allowed = PLAIN | {
+        ("dnnlib.util", "EasyDict"): PlainDict,
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): Maker(_make_network),
+        ("torch._utils", "_rebuild_tensor_v2"): Maker(_make_tensor),
+        ("torch._utils", "_rebuild_parameter"): Maker(lambda data, *_: data),
+        ("torch.storage", "_load_from_bytes"): Maker(_read_storage),
+    }
 
-    def __init__(self, *_):
-        object.__setattr__(self, "array", None)
-
-    def __setstate__(self, state):
-        _, shape, dtype, is_fortran, data = state
-        self.array = _read_array(data, dtype, shape, "F" if is_fortran else "C")
-
-
-def _read_array(data, dtype, shape, order="C", *_):
-    if not isinstance(dtype, _DType) or order not in ("C", "F"):
-        raise pickle.UnpicklingError("malformed array")
-    return np.frombuffer(bytes(data), dtype=dtype.numpy()).reshape(tuple(int(n) for n in shape), order=order).copy()
-
-
-class _Dict(dict):
-    """What stands for `dnnlib.util.EasyDict`: a dictionary and nothing more."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("a dictionary with attributes")
-
-
-_read_scalar = _Maker(lambda dtype, data: np.frombuffer(data, dtype=dtype.numpy(), count=1)[0].item())
-_read_set = _Maker(lambda items=(): set(items))
-ALLOWED = {
-    ("builtins", "set"): _read_set,  # of protocol 3, in which Python 3.7 wrote
-    ("__builtin__", "set"): _read_set,
-    ("builtins", "bytearray"): _Maker(lambda data=b"": bytes(data)),
-    ("_codecs", "encode"): _Maker(lambda text, _: text.encode("latin1")),  # bytes of protocol 2
-    ("collections", "OrderedDict"): _Maker(lambda: OrderedDict()),
-    ("dnnlib.util", "EasyDict"): _Dict,
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Maker(
-        lambda meta: Stored(str(meta.get("class_name")), dict(meta.get("state") or {}))
-    ),
-    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_make_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Maker(lambda data, *_: data),
-    ("torch.storage", "_load_from_bytes"): _Maker(_read_storage),
-    ("numpy", "dtype"): _Maker(lambda name, *_: _DType(name)),
-    ("numpy", "ndarray"): "numpy.ndarray",  # only an argument of the next
-}
-for _module in ("numpy.core", "numpy._core"):
-    ALLOWED[f"{_module}.multiarray", "scalar"] = _read_scalar
-    ALLOWED[f"{_module}.multiarray", "_reconstruct"] = _Maker(_Array)
-    ALLOWED[f"{_module}.numeric", "_frombuffer"] = _Maker(_read_array)
-
-
-class OfficialUnpickler(pickle.Unpickler):
-    """An unpickler that builds tensors, numbers and plain containers, and refuses everything else."""
-
-    def find_class(self, module, name):
+    def find_other(self, module, name):
         if module.split(".")[:2] == ["dnnlib", "tflib"]:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}: a TensorFlow-era pickle; convert it with stylegan3's legacy.py"
             )
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a StyleGAN pickle") from None
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to objects outside the file")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a StyleGAN pickle")
 
 
 def read_pickle(path):
-    """The dictionary of an official pickle, networks as `Stored`; ValueError that names the file and what is wrong with it."""
+    """The dictionary of an official pickle, networks as `Record`s; ValueError that names the file and what is wrong with it."""
     try:
         with open(path, "rb") as file:
+            check_opcodes(file)
             contents = OfficialUnpickler(file).load()
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise anything; whatever it raises, the file is not one of ours
         raise ValueError(f"{path} is not a StyleGAN pickle that can be read safely: {error}") from error
-    if not isinstance(contents, dict) or not any(isinstance(value, Stored) for value in contents.values()):
+    if not isinstance(contents, dict) or not any(isinstance(value, Record) for value in contents.values()):
         raise ValueError(f"{path} holds no network: expected a dictionary with 'G_ema', 'G' or 'D'.")
     return contents
-
-
-def flatten_state(network, prefix=""):
-    """All parameters and buffers of a `Stored` network as {dotted name: tensor}."""
-    tensors = {}
-    for kind in ("_parameters", "_buffers"):
-        tensors |= {prefix + name: value for name, value in network.state.get(kind, {}).items() if value is not None}
-    for name, child in network.state.get("_modules", {}).items():
-        if child is not None:
-            tensors |= flatten_state(child, f"{prefix}{name}.")
-    return tensors
 
 
 def _submodule(network, path):
@@ -202,7 +107,7 @@ def _channel_config(num_channels):
 def _walk(network):
     yield network
     for child in network.state.get("_modules", {}).values():
-        if isinstance(child, Stored):
+        if isinstance(child, Record):
             yield from _walk(child)
 
 
@@ -210,7 +115,7 @@ def _check(network, class_name):
     """Refuse what our networks cannot compute: another class, another filter, another activation."""
     if network.class_name != class_name:
         raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
-    for name, tensor in flatten_state(network).items():
+    for name, tensor in flatten_module(network).items():
         if name.endswith("resample_filter") and not torch.equal(tensor.float(), blur_kernel()):
             raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
     for layer in _walk(network):
@@ -271,7 +176,7 @@ def _common(network, depth):
 
 
 def generator_from_official(network):
-    """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Stored` official generator (`G` or `G_ema`); ValueError when it
+    """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Record` official generator (`G` or `G_ema`); ValueError when it
     is another network."""
     _check(network, "Generator")
     try:
@@ -285,7 +190,7 @@ def _generator2(network):
     resolution = int(network.state["img_resolution"])
     resolutions = [2**i for i in range(2, resolution.bit_length())]
     blocks = [f"synthesis.b{r}" for r in resolutions]
-    tensors = flatten_state(network)
+    tensors = flatten_module(network)
     depth, names = _mapping(network, "mapping", "mapping_network")
     model = StyleGAN2Generator(
         **_common(network, depth),
@@ -349,13 +254,13 @@ PLAN = {  # attribute of an official layer -> of ours
 
 def _plain(value):
     """A number, or all numbers of an array or list, as a list of floats."""
-    value = value.array if isinstance(value, _Array) else value
+    value = value.array if isinstance(value, StoredArray) else value
     return np.asarray(value, dtype=np.float64).reshape(-1)
 
 
 def _generator3(network):
     synthesis = _submodule(network, "synthesis")
-    tensors = flatten_state(network)
+    tensors = flatten_module(network)
     depth, names = _mapping(network, "mapping", "mapping_network")
     given = {**synthesis.state.get("_init_kwargs", {})}
     given |= {name: synthesis.state[name] for name in SCHEDULE if name in synthesis.state}
@@ -407,7 +312,7 @@ def _generator3(network):
 
 
 def discriminator_from_official(network):
-    """`StyleGANDiscriminator` with the weights of a `Stored` official discriminator (`D`); ValueError when it is another network."""
+    """`StyleGANDiscriminator` with the weights of a `Record` official discriminator (`D`); ValueError when it is another network."""
     _check(network, "Discriminator")
     try:
         return _discriminator(network)
@@ -420,7 +325,7 @@ def discriminator_from_official(network):
 def _discriminator(network):
     resolution = int(network.state["img_resolution"])
     resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R ... 8
-    tensors = flatten_state(network)
+    tensors = flatten_module(network)
     num_classes = int(network.state["c_dim"])
     deviation = _submodule(network, "b4").state["_modules"].get("mbstd")
     deviation = {"group_size": None, "num_channels": 0} if deviation is None else deviation.state
@@ -460,7 +365,7 @@ def main():
     args = parser.parse_args()
     try:
         contents = read_pickle(args.pickle)
-        models = {key: make(contents[key]) for key, make in CONVERTERS.items() if isinstance(contents.get(key), Stored)}
+        models = {key: make(contents[key]) for key, make in CONVERTERS.items() if isinstance(contents.get(key), Record)}
         if not models:
             raise ValueError(
                 f"{args.pickle} holds no network: expected 'G_ema', 'G' or 'D', found {', '.join(map(str, contents))}."

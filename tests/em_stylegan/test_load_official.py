@@ -236,10 +236,10 @@ def test_attributes_of_what_is_allowed_are_refused(tmp_path, dotted):
 
 
 def test_pickle_cannot_alter_its_reader(tmp_path):
-    # GLOBAL collections.OrderedDict, then BUILD on it with a state of attributes to set
+    # GLOBAL torch._utils._rebuild_tensor_v2, then BUILD on it with a state of attributes to set
     for state in (b"}\x8c\x09_functionK\x01s", b"N}\x8c\x09_functionK\x01s\x86"):
         path = tmp_path / "build.pkl"
-        path.write_bytes(b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93" + state + b"b.")
+        path.write_bytes(b"\x80\x04\x8c\x0ctorch._utils\x8c\x12_rebuild_tensor_v2\x93" + state + b"b.")
         with pytest.raises(ValueError, match="may not alter its reader"):
             read_pickle(path)
 
