@@ -64,6 +64,29 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True)
+class AugmentationConfig:
+    """Augmentation of what the discriminator sees, for few micrographs (Karras et al. 2020, ADA)."""
+
+    mode: str = "none"
+    """"none", "adaptive" (ADA), or "fixed" (the initial probability throughout)."""
+    initial_probability: float = 0.0
+    """Of each transformation."""
+    target: float = 0.6
+    """Mean sign of the real images' logits at which the probability is held."""
+    images_to_one: float = 500_000
+    """Images in which the probability can rise from 0 to 1."""
+    every_steps: int = 4
+
+    def __post_init__(self):
+        if self.mode not in ("none", "adaptive", "fixed"):
+            raise ValueError(f'training.augmentation.mode is "{self.mode}"; choose "none", "adaptive" or "fixed".')
+        if not 0 <= self.initial_probability <= 1:
+            raise ValueError("training.augmentation.initial_probability must lie between 0 and 1.")
+        if self.images_to_one <= 0 or self.every_steps < 1:
+            raise ValueError("training.augmentation.images_to_one and every_steps must be positive.")
+
+
+@dataclass(frozen=True)
 class GANTrainingConfig:
     """The loop. Every interval and length counts images, but for the two of lazy regularisation."""
 
@@ -90,6 +113,7 @@ class GANTrainingConfig:
     ema_half_life_images: float = 10_000
     ema_ramp_up: float | None = 0.05
     """The EMA's half-life is at most this share of the images seen; None for no such bound."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     num_sample_images: int = 16
     log_every: int = 4_000
     sample_every: int = 40_000

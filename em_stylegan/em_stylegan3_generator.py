@@ -20,7 +20,9 @@ from torch import nn
 
 NOISE_MODES = ("random", "const", "none")
 SQRT_2 = math.sqrt(2)
-DENSE_SIZE = 192  # up to this many pixels a side, filters run as matrix products; beyond, as convolutions
+# up to this many pixels a side, filters run as matrix products; beyond, as convolutions. On the CPU about where the two were measured to
+# meet; on a GPU by counting operations, unmeasured
+DENSE_SIZE, DENSE_SIZE_CPU = 320, 128
 
 
 # ---------------------------------------------------------------------------------------------------------- filter design
@@ -149,7 +151,8 @@ class FilteredLeakyReLU(nn.Module):
         ) // 2  # zeros follow a sample, so that the middle of the samples lies (up - 1) / 2 to the left
         self.padding = (left, total - left)
         self.identity = up == down == len(up_taps) == len(down_taps) == 1 and total == 0
-        self.dense = max(in_size, out_size) <= DENSE_SIZE
+        self.size = max(in_size, out_size)
+        self.dense = self.size <= DENSE_SIZE
         middle = (out_size - 1) * down + len(down_taps)
         self._buffer("up_taps", up_taps)
         self._buffer("down_taps", down_taps)
@@ -164,9 +167,10 @@ class FilteredLeakyReLU(nn.Module):
     def forward(self, x, bias):
         # leaky_relu(a x) = a leaky_relu(x): the gain joins the bias and the input, which has fewer samples
         x = (x + bias.to(x.dtype)[:, None, None]) * self.gain
+        dense = self.dense and (self.size <= DENSE_SIZE_CPU or x.device.type != "cpu")
         if not self.identity:
             x = x.contiguous(memory_format=torch.channels_last)
-            if self.dense:
+            if dense:
                 x = resample_dense(x, self.up_matrix)
             else:
                 x = upsample(x, self.up_taps, self.up, self.padding)
@@ -174,7 +178,7 @@ class FilteredLeakyReLU(nn.Module):
         x = x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
         if self.identity:
             return x
-        if self.dense and self.down_taps.ndim == 1:
+        if dense and self.down_taps.ndim == 1:
             return resample_dense(x, self.down_matrix)
         return downsample(x, self.down_taps, self.down)
 

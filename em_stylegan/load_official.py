@@ -221,7 +221,7 @@ SCHEDULE = {  # name of the official constructor's argument -> ours, and what it
     "channel_max": ("max_channels", 512),
     "num_layers": ("num_layers", 14),
     "num_critical": ("num_critical", 2),
-    "first_cutoff": ("first_cutoff", 2),
+    "first_cutoff": ("first_cutoff", 2.0),
     "first_stopband": ("first_stopband", 2**2.1),
     "last_stopband_rel": ("last_stopband_ratio", 2**0.3),
     "margin_size": ("margin", 10),

@@ -3,6 +3,7 @@
 import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_stylegan.augmentation import AdaptiveProbability, augment
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
@@ -53,6 +54,14 @@ def create_generator(config):
     return StyleGAN3Generator(resolution, magnitude_decay=0.5 ** (config.training.batch_size / half_life), **options)
 
 
+def create_augmentation(config, device):
+    """The probability of augmentation that an `AugmentationConfig` asks for; None for no augmentation."""
+    if config.mode == "none":
+        return None
+    target = config.target if config.mode == "adaptive" else None
+    return AdaptiveProbability(config.initial_probability, target, config.images_to_one, config.every_steps, device)
+
+
 def set_trainable(discriminator, trainable, num_frozen):
     """Let the discriminator's parameters take gradients, or none; its first `num_frozen` layers never do."""
     discriminator.requires_grad_(trainable)
@@ -85,6 +94,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
     path_length_mean = PathLengthMean(training.path_length_decay, device)
+    augmentation = create_augmentation(training.augmentation, device)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "stylegan data"))
     compute_dtype = {"bf16": torch.bfloat16}.get(accelerator.mixed_precision)
 
@@ -106,6 +116,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
                 "optimizer": optimizer,
                 "optimizer_D": optimizer_D,
                 "path_length_mean": path_length_mean,
+                **({} if augmentation is None else {"augmentation": augmentation}),
             }
         )
         loader = iter(
@@ -127,15 +138,17 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
             images = next(loader).to(device)  # [B, 1, R, R]
             w, ws = draw_ws(model, local_batch_size, training.style_mixing_probability, generator)
             images_fake = model.synthesis(ws, "random", generator, compute_dtype, **update_magnitudes)  # [B, 1, R, R]
-            seen_fake = gaussian_blur(images_fake, sigma)
+            p = 0.0 if augmentation is None else augmentation.p
+            seen_fake = augment(gaussian_blur(images_fake, sigma), p, generator)
+            seen_real = augment(gaussian_blur(images, sigma), p, generator)
 
-            scores_real = discriminator(gaussian_blur(images, sigma), compute_dtype=compute_dtype)
+            scores_real = discriminator(seen_real, compute_dtype=compute_dtype)
             scores_fake = discriminator(seen_fake.detach(), compute_dtype=compute_dtype)
             loss_D = discriminator_loss(scores_real, scores_fake)
             gradient_norm_D = update(discriminator, optimizer_D, loss_D, accelerator)
             if r1_every and step % r1_every == 0:
                 images.requires_grad_()
-                penalty = r1_penalty(discriminator(gaussian_blur(images, sigma)), images).mean()
+                penalty = r1_penalty(discriminator(augment(gaussian_blur(images, sigma), p, generator)), images).mean()
                 update(discriminator, optimizer_D, penalty * (config.r1_gamma / 2 * r1_every), accelerator)
                 run.log(r1=penalty)
 
@@ -154,6 +167,10 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
             w_mean = accelerator.reduce(w.detach().mean(dim=0), "mean")
             model.mapping_network.update_w_mean(w_mean, training.w_mean_decay)
             share_magnitudes(model, accelerator)
+            if augmentation is not None:
+                run.log(augmentation_probability=p)
+                sign = accelerator.reduce(scores_real.detach().float().sign().mean(), "mean")
+                augmentation.update(sign, training.batch_size)
             ema.update(model, num_images_seen, training.batch_size)
 
             run.log(loss_G=loss, loss_D=loss_D, scores_real=scores_real.mean(), scores_fake=scores_fake.mean())
