@@ -1,14 +1,13 @@
 """The 1-channel autoencoders, VQ and KL: construction, encoding, loss, and a codebook that stays alive."""
 
 import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
+from diffusers.models.autoencoders.vae import VectorQuantizer
 from torch import nn
 
 from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
@@ -47,10 +46,14 @@ def create_autoencoder(config, resolution: int) -> VQModel | AutoencoderKL:
     return vqvae
 
 
-def read_autoencoder(folder):
-    """The `VQModel` or `AutoencoderKL` that `save_pretrained` left in `folder`, in evaluation mode."""
-    name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
-    return {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[name].from_pretrained(folder).eval()
+def has_codebook(model) -> bool:
+    """Whether the model is a `VQModel` whose codes are the nearest ones, as `quantise` takes them; a `GumbelVQ`'s are not."""
+    return isinstance(model, VQModel) and isinstance(model.quantize, VectorQuantizer)
+
+
+def is_trainable(model) -> bool:
+    """Whether the `AutoencoderObjective` knows the model's loss."""
+    return has_codebook(model) or isinstance(model, AutoencoderKL)
 
 
 def encode(model, images):
@@ -65,9 +68,9 @@ def encode(model, images):
 def decode(model, latents):
     """Images [B, 1, R, R] of latents [B, C, h, w] in the autoencoder's scale, moved onto the nearest codes of a `VQModel`.
 
-    Nearest codes are searched in float32, since a narrower type would confuse near ones.
+    Nearest codes are searched in float32, since a narrower type would confuse near ones. Other kinds quantise by themselves.
     """
-    if not isinstance(model, VQModel):
+    if not has_codebook(model):
         return model.decode(latents.to(model.dtype)).sample
     quantised = quantise(latents, model.quantize.embedding.weight).latents
     return model.decode(quantised.to(model.dtype), force_not_quantize=True).sample
@@ -120,16 +123,12 @@ class Objective(NamedTuple):
 
 
 class AutoencoderObjective(nn.Module):
-    """The autoencoder with its training loss, as one module, so that data parallelism sees one forward pass.
+    """The autoencoder with its training loss."""
 
-    average: tensor -> its mean over processes, for the gradients that the adaptive weight compares.
-    """
-
-    def __init__(self, model: VQModel | AutoencoderKL, config, average=lambda tensor: tensor):
+    def __init__(self, model: VQModel | AutoencoderKL, config):
         super().__init__()
         self.model = model
         self.config = config
-        self.average = average
         self.perceptual = create_perceptual_distance(config)
 
     def forward(self, images, noise=None, discriminator=None) -> Objective:
@@ -190,23 +189,27 @@ class AutoencoderObjective(nn.Module):
         gradients are compared at the decoder's last layer, weighed, summed, and sent on through the decoder together:
         <decoded, dL / d decoded>, the second factor constant, has the gradients of L. Its value is shifted to that of L.
         The discriminator's loss shares the pass over the decoded images, which it sees without gradient to the decoder.
+
+        Gradients at the pixels of a mean over them are tiny: they are computed of the sum, which float16 can hold, and the
+        scale is taken off in float32. Several processes, and parts of a batch, each weigh by their own images.
         """
         pixels = decoded.detach().requires_grad_()
         reconstruction, terms = self.compare(pixels, images)
         logits_fake = discriminator(pixels)  # [B, 1, h, w]
         adversarial = -logits_fake.float().mean()
-        last = self.model.decoder.conv_out.weight
+        last, count = self.model.decoder.conv_out.weight, pixels.numel()
         with torch.autocast(pixels.device.type, enabled=False):
             pulls = [
-                torch.autograd.grad(term, pixels, retain_graph=term is adversarial)[0]
+                torch.autograd.grad(term * count, pixels, retain_graph=term is adversarial)[0]
                 for term in (reconstruction, adversarial)
             ]
-            at_last = torch.stack(
-                [torch.autograd.grad(decoded, last, pull, retain_graph=True)[0].float() for pull in pulls]
-            )
-            weight = adaptive_weight(*self.average(at_last))
+            at_last = [
+                torch.autograd.grad(decoded, last, pull / count**0.5, retain_graph=True)[0].float() / count**0.5
+                for pull in pulls
+            ]
+            weight = adaptive_weight(*at_last)
             scale = self.config.discriminator_weight * weight
-            pull = pulls[0].float() + scale * pulls[1].float()
+            pull = (pulls[0].float() + scale * pulls[1].float()) / count
             surrogate = (decoded.float() * pull).sum()
         loss = surrogate + (reconstruction + scale * adversarial - surrogate).detach()
         logits_real = discriminator(images)

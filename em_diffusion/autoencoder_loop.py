@@ -1,12 +1,13 @@
 """Training of the autoencoder."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderKL
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
 from em_diffusion.autoencoder import (
@@ -15,12 +16,26 @@ from em_diffusion.autoencoder import (
     create_autoencoder,
     decode,
     encode,
+    has_codebook,
+    is_trainable,
     move_codes,
 )
+from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
-from em_diffusion.patch_discriminator import PatchDiscriminator, update_discriminator
+from em_diffusion.patch_discriminator import PatchDiscriminator
 from em_diffusion.reconstruction import SSIM_WINDOW_PX, psnr, spectrum_error_db, ssim
-from em_training import EMA, TrainingRun, make_generator, seed_for
+from em_training import (
+    EMA,
+    MicroBatching,
+    Prefetcher,
+    TrainingRun,
+    make_generator,
+    run_in_parts,
+    scaler_state,
+    seed_for,
+    step_optimizer,
+    write_text_atomically,
+)
 
 NUM_GRID_COLUMNS = 8
 
@@ -28,27 +43,28 @@ NUM_GRID_COLUMNS = 8
 def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple[Path, float]:
     """Train the autoencoder on `tiles`, or go on from its last checkpoint; `held_out` is only looked at.
 
-    Returns the folder of the saved `VQModel` or `AutoencoderKL`, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the
-    terms of the loss, the codebook's usage and perplexity over each window, and `evaluate_reconstruction` of held-out
-    views. Sample grids are held-out originals over their reconstructions. With a half-life
-    of the EMA, the averaged weights are the ones validated, drawn and saved.
+    Returns the folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the terms of
+    the loss, the codebook's usage and perplexity over each window, and `evaluate_reconstruction` of held-out views. Sample
+    grids are held-out originals over their reconstructions. With a half-life of the EMA, the averaged weights are the ones
+    validated, drawn and saved. With `num_images` 0, the autoencoder of `init_from` is saved as it is, whatever its kind.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(config.seed, "autoencoder"))
-        model = create_autoencoder(config, tiles.resolution)
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    model = build_autoencoder(config, tiles.resolution, accelerator)
+    validation_images = draw_validation_images(held_out, config.num_validation_images)
+    path = Path(out_dir) / "autoencoder" / "vqvae"
+    if config.num_images == 0:
+        write_only_line(path.parent, evaluate_reconstruction(model, validation_images, accelerator, config.batch_size))
+        return save_autoencoder(model, path, accelerator), 0.0
+
     ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
-    objective = AutoencoderObjective(model, config, lambda tensor: accelerator.reduce(tensor, "mean"))
-    objective = objective.to(accelerator.device, memory_format=torch.channels_last)
-    monitor = None
-    if isinstance(model, VQModel):
-        monitor = CodebookMonitor(model.quantize.n_e, config.revive_after_images, device=accelerator.device)
+    objective = AutoencoderObjective(model, config).to(accelerator.device, memory_format=torch.channels_last)
+    parameters = list(model.parameters())
     optimizer = create_optimizer(group_parameters(model, config), config)
-    objective = accelerator.prepare_model(objective)
+    monitor = None
+    if has_codebook(model):
+        monitor = CodebookMonitor(model.quantize.n_e, config.revive_after_images, device=accelerator.device)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
-    validation_images = draw_validation_images(held_out, config.num_validation_images)
 
     with TrainingRun(
         out_dir,
@@ -60,94 +76,156 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         sample_every=config.sample_every,
         checkpoint_every=config.checkpoint_every,
     ) as run:
-        state = {"model": model, "optimizer": optimizer}
-        if monitor:
-            state["codebook"] = monitor
-        if ema:
-            state["ema"] = ema
-        if discriminator:
-            state |= {"discriminator": discriminator, "optimizer_D": optimizer_D}
-        num_images_seen = run.resume(state)
+        micro_batching = MicroBatching(config.micro_batch_size, run=run, flag="--autoencoder.micro-batch-size")
+        state = {"model": model, "optimizer": optimizer, "micro_batching": micro_batching}
+        state |= {"codebook": monitor} if monitor else {}
+        state |= {"ema": ema} if ema else {}
+        state |= {"discriminator": discriminator, "optimizer_D": optimizer_D} if discriminator else {}
+        num_images_seen = run.resume(state | scaler_state(accelerator))
         match_memory_format(optimizer)
         if discriminator:
             match_memory_format(optimizer_D)
-        loader = iter(
-            BatchLoader(
-                tiles,
-                sampler,
-                batch_size=config.batch_size,
-                start=num_images_seen,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-            )
-        )
-        while num_images_seen < config.num_images:
-            generator = make_generator(config.seed, num_images_seen=num_images_seen, stream="codebook")
-            images = next(loader).to(accelerator.device, memory_format=torch.channels_last)  # [B, 1, R, R]
-            if num_images_seen == 0 and monitor:
-                place_codebook(model, images, generator, accelerator)
+        batches = draw_batches(tiles, sampler, model, config, accelerator, num_images_seen)
+        with Prefetcher(batches, accelerator.device) as batches:
+            while num_images_seen < config.num_images:
+                generator = make_generator(config.seed, num_images_seen=num_images_seen, stream="codebook")
+                batch = next(batches)  # images [B, 1, R, R], and noise [B, C, h, w] for a KL autoencoder
+                if num_images_seen == 0 and monitor and config.init_from is None:
+                    place_codebook(model, batch[0], generator, accelerator)
+                    if ema:
+                        ema.load_state_dict(model.state_dict())
+                plays = discriminator is not None and num_images_seen >= config.discriminator_start_images
+                players = [*parameters, *discriminator.parameters()] if plays else parameters
+                objective.train()
+                compute = make_step(objective, discriminator if plays else None, accelerator)
+                _, outputs = micro_batching.backward(compute, players, *batch)
+                learning_rate = learning_rate_at(config, num_images_seen)
+                if plays:
+                    set_learning_rate(optimizer_D, learning_rate)
+                    step_discriminator(accelerator, optimizer_D)
+                set_learning_rate(optimizer, learning_rate)
+                step = step_optimizer(accelerator, optimizer, parameters, config.max_grad_norm)
+                num_images_seen += config.batch_size
                 if ema:
-                    ema.load_state_dict(model.state_dict())
-            objective.train()
-            noise = None if monitor else draw_posterior_noise(model, images, config, num_images_seen, accelerator)
-            plays = discriminator is not None and num_images_seen >= config.discriminator_start_images
-            loss, terms, latents, indices, loss_D = objective(images, noise, discriminator if plays else None)
-            accelerator.backward(loss)
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            learning_rate = learning_rate_at(config, num_images_seen)
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-            if plays:
-                set_learning_rate(optimizer_D, learning_rate)
-                update_discriminator(discriminator, optimizer_D, loss_D, accelerator)
-            num_images_seen += config.batch_size
-            if ema:
-                ema.update(model, num_images_seen, config.batch_size)
+                    ema.update(model, num_images_seen, config.batch_size)
 
-            run.log(loss=loss, **terms, learning_rate=learning_rate, gradient_norm=gradient_norm)
-            if monitor:
-                monitor.count(indices, accelerator)
-            if monitor and monitor.is_due(num_images_seen):
-                run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
-                recent = accelerator.gather(latents) if num_images_seen <= 0.9 * config.num_images else None
-                average = ema.model.quantize.embedding if ema else None
-                revived = monitor.end_window(
-                    model.quantize.embedding, recent, generator, optimizer, num_images_seen, average
-                )
-                run.log(codes_revived=revived)
-            if run.is_due(config.validate_every, num_images_seen):
-                run.log(**evaluate_reconstruction(averaged, validation_images, accelerator, config.batch_size))
-            if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                originals = validation_images[:NUM_GRID_COLUMNS]
-                rows = torch.cat([originals, reconstruct(averaged, originals, accelerator)])
-                save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
-            run.step(num_images_seen)
+                latents, indices = outputs.pop("latents"), outputs.pop("indices", None)
+                run.log(**outputs, learning_rate=learning_rate, **step)
+                if monitor:
+                    monitor.count(indices, accelerator)
+                if monitor and monitor.is_due(num_images_seen):
+                    run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
+                    recent = accelerator.gather(latents) if num_images_seen <= 0.9 * config.num_images else None
+                    average = ema.model.quantize.embedding if ema else None
+                    codes = model.quantize.embedding
+                    revived = monitor.end_window(codes, recent, generator, optimizer, num_images_seen, average)
+                    run.log(codes_revived=revived)
+                if run.is_due(config.validate_every, num_images_seen):
+                    run.log(**evaluate_reconstruction(averaged, validation_images, accelerator, config.batch_size))
+                if run.samples_due(num_images_seen) and accelerator.is_main_process:
+                    originals = validation_images[:NUM_GRID_COLUMNS]
+                    rows = torch.cat([originals, reconstruct(averaged, originals, accelerator)])
+                    save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
+                run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
+    return save_autoencoder(averaged, path, accelerator), train_seconds
 
-    path = Path(out_dir) / "autoencoder" / "vqvae"
-    if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(averaged, keep_fp32_wrapper=False).eval(), path)
-    accelerator.wait_for_everyone()
-    return path, train_seconds
+
+def build_autoencoder(config, resolution: int, accelerator):
+    """The autoencoder that training begins with, on the accelerator's device: a new one, or that of `config.init_from`.
+
+    The architecture of a loaded one stands, whatever the configuration says; what differs is printed once. Raises
+    `ValueError` for one that cannot be trained on, unless it is to be used as it is, and for tiles that it cannot halve.
+    """
+    if config.init_from is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(config.seed, "autoencoder"))
+            model = create_autoencoder(config, resolution)
+    else:
+        with accelerator.main_process_first():  # the first to come may download it
+            model = load_autoencoder(config.init_from).model
+        if config.num_images > 0 and not is_trainable(model):
+            raise ValueError(
+                f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which is not trained on here; only VQ "
+                "models with nearest codes and KL models are. Use it as it is with --autoencoder.num-images 0."
+            )
+        changes = [f"{name} {own} (not {asked})" for name, (asked, own) in find_changes(config, model).items()]
+        if changes:
+            accelerator.print(f"{config.init_from} keeps its own architecture: {', '.join(changes)}")
+        unknown_yet = {name: None for name in ("latents_mean", "latents_std") if name in model.config}
+        model.register_to_config(**unknown_yet)  # those of other micrographs; measured anew
+        model.requires_grad_(True)
+    return model.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def find_changes(config, model) -> dict:
+    """{name: (in the configuration, in the model)} of the fields of the architecture in which the two differ."""
+    own = {
+        "family": "kl" if isinstance(model, AutoencoderKL) else "vq",
+        "block_out_channels": tuple(model.config.get("block_out_channels", ())),
+        "layers_per_block": model.config.get("layers_per_block"),
+        "latent_channels": model.config.get("latent_channels"),
+        "num_codes": model.config.get("num_vq_embeddings"),
+        "norm_num_groups": model.config.get("norm_num_groups"),
+        "mid_attention": model.config.get("mid_block_add_attention"),
+    }
+    known = {name: value for name, value in own.items() if value not in (None, ())}
+    return {name: (getattr(config, name), value) for name, value in known.items() if getattr(config, name) != value}
+
+
+def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
+    """Images [B, 1, R, R], and for a KL autoencoder noise of its posterior [B, C, h, w], of this process's part of each step."""
+    rank = accelerator.process_index
+    loader = BatchLoader(
+        tiles,
+        sampler,
+        batch_size=config.batch_size,
+        start=num_images_seen,
+        rank=rank,
+        world_size=accelerator.num_processes,
+    )
+    for images in loader:
+        if isinstance(model, AutoencoderKL):
+            generator = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior")
+            factor = 2 ** (len(model.config.block_out_channels) - 1)
+            height, width = images.shape[2] // factor, images.shape[3] // factor
+            yield images, torch.randn((len(images), model.config.latent_channels, height, width), generator=generator)
+        else:
+            yield (images,)
+        num_images_seen += config.batch_size
+
+
+def make_step(objective, discriminator, accelerator):
+    """The function of a part of a batch whose gradients `MicroBatching` accumulates, for both players at once."""
+
+    def compute(images, noise=None):
+        with accelerator.autocast():
+            result = objective(images, noise, discriminator)
+        outputs = {"loss": result.loss, **result.terms, "latents": result.latents}
+        if result.indices is not None:
+            outputs["indices"] = result.indices
+        total = result.loss if result.discriminator_loss is None else result.loss + result.discriminator_loss
+        return total, outputs
+
+    return compute
+
+
+def step_discriminator(accelerator, optimizer):
+    """Step on the gradients that `accelerator.backward` left, and drop them; before `step_optimizer`, which adapts the scale."""
+    if accelerator.scaler is None:
+        optimizer.step()
+    else:
+        accelerator.scaler.step(optimizer)
+    optimizer.zero_grad()
 
 
 def group_parameters(model, config):
     """The autoencoder's parameters as the optimizer takes them: the codes of a `VQModel` have a rate of their own."""
-    codebook = model.quantize.embedding.weight if isinstance(model, VQModel) else None
+    codebook = model.quantize.embedding.weight if has_codebook(model) else None
     groups = [{"params": [parameter for parameter in model.parameters() if parameter is not codebook]}]
     if codebook is not None:
         groups.append({"params": [codebook], "rate_scale": config.codebook_rate_scale})
     return groups
-
-
-def draw_posterior_noise(model, images, config, num_images_seen: int, accelerator):
-    """Standard normal noise for the posterior of each of these images: [B, C, h, w]."""
-    rank = accelerator.process_index
-    generator = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior")
-    factor = 2 ** (len(model.config.block_out_channels) - 1)
-    shape = (len(images), model.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
-    return torch.randn(shape, generator=generator).to(images.device)
 
 
 def create_discriminator(config, device):
@@ -178,26 +256,29 @@ def draw_validation_images(tiles, count: int):
 
 
 @torch.no_grad()
-def place_codebook(vqvae, images, generator, accelerator):
+def place_codebook(model, images, generator, accelerator):
     """Put all codes onto encoder outputs of the first batch, of all processes: no code begins far from every latent."""
-    vqvae.eval()
-    with accelerator.autocast():
-        latents = vqvae.encode(images).latents.float()
-    codes = torch.arange(vqvae.quantize.n_e, device=latents.device)
-    move_codes(vqvae.quantize.embedding, codes, accelerator.gather(latents), generator)
+    model.eval()
+
+    def find_latents(images):
+        with accelerator.autocast():
+            return encode(model, images).float()
+
+    latents = run_in_parts(find_latents, images, size=len(images))
+    codes = torch.arange(model.quantize.n_e, device=latents.device)
+    move_codes(model.quantize.embedding, codes, accelerator.gather(latents), generator)
 
 
-@torch.no_grad()
 def reconstruct(model, images, accelerator, batch_size: int = 32):
     """Images [N, 1, R, R] in [-1, 1] through the autoencoder and back; float32 on the CPU, clamped to [-1, 1]."""
     model.eval()
-    reconstructions = []
-    for part in images.split(batch_size):
-        part = part.to(accelerator.device, memory_format=torch.channels_last)
+
+    def reconstruct_part(images):
         with accelerator.autocast():
-            decoded = decode(model, encode(model, part))
-        reconstructions.append(decoded.float().clamp(-1, 1).cpu())
-    return torch.cat(reconstructions)
+            decoded = decode(model, encode(model, images.to(accelerator.device, memory_format=torch.channels_last)))
+        return decoded.float().clamp(-1, 1).cpu()
+
+    return run_in_parts(reconstruct_part, images, size=batch_size)
 
 
 def evaluate_reconstruction(model, images, accelerator, batch_size: int = 32) -> dict[str, float]:
@@ -215,6 +296,21 @@ def evaluate_reconstruction(model, images, accelerator, batch_size: int = 32) ->
     if images.shape[-1] >= SSIM_WINDOW_PX:
         metrics["held_out_ssim"] = float(ssim(images, reconstructions).mean())
     return metrics
+
+
+def write_only_line(folder, metrics: dict):
+    """Write the log of a stage that does not train."""
+    write_text_atomically(
+        folder / "stats.jsonl", json.dumps({"num_images_seen": 0, "train_seconds": 0.0, **metrics}) + "\n"
+    )
+
+
+def save_autoencoder(model, path, accelerator) -> Path:
+    """Save the model from the main process, when all are there; return `path`."""
+    if accelerator.is_main_process:
+        save_model(model.eval(), path)
+    accelerator.wait_for_everyone()
+    return path
 
 
 def save_model(model, path):

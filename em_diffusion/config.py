@@ -13,6 +13,9 @@ from em_diffusion.samplers import create_sampler
 class AutoencoderConfig:
     """The 1-channel autoencoder and its training. Every interval and length counts images."""
 
+    init_from: str | None = None
+    """A trained autoencoder to begin with instead of random weights, whose architecture then stands: a run's folder, a
+    pipeline's, a model's, or a Hub id. With num_images 0 it is used as it is."""
     family: str = "vq"
     """"vq": latents on the nearest of num_codes vectors (van den Oord et al. 2017); "kl": continuous latents, pulled
     towards a standard normal by kl_weight (latent diffusion's other kind)."""
@@ -61,6 +64,9 @@ class AutoencoderConfig:
 
     num_images: int = 1_000_000
     batch_size: int = 32
+    micro_batch_size: int = 0
+    """Images of one process computed at once, with accumulated gradients; 0 for its whole batch. Halved by itself when the
+    memory runs out. The adaptive weight of the discriminator is then that of each part."""
     learning_rate: float = 2e-4
     warmup_images: int = 5_000
     learning_rate_decay: str = "cosine"
@@ -75,7 +81,11 @@ class AutoencoderConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_lengths(self, "autoencoder")
+        if self.num_images == 0 and self.init_from is None:
+            raise ValueError(
+                "autoencoder.num_images is 0; it must be positive, or a trained autoencoder be named by autoencoder.init_from."
+            )
+        _check_lengths(self, "autoencoder", may_be_zero=("num_images",))
         _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
         _check_choice("autoencoder.family", self.family, ("vq", "kl"))
         _check_choice("autoencoder.perceptual_network", self.perceptual_network, NETWORKS)
@@ -225,7 +235,7 @@ class LDMConfig:
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1.")
         factor = self.autoencoder.downsampling_factor * 2 ** (len(self.denoiser.channel_multipliers) - 1)
-        if self.tiles.resolution % factor:
+        if self.autoencoder.init_from is None and self.tiles.resolution % factor:
             raise ValueError(
                 f"tiles.resolution is {self.tiles.resolution}, but the autoencoder divides the side by "
                 f"{self.autoencoder.downsampling_factor} and the denoiser's levels by "
@@ -240,7 +250,7 @@ class LDMConfig:
 
     @property
     def latent_size(self) -> int:
-        """Side of the latents."""
+        """Side of the latents of an autoencoder of our own architecture; one of `init_from` has its own."""
         return self.tiles.resolution // self.autoencoder.downsampling_factor
 
 

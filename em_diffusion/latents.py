@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from em_diffusion.autoencoder import encode, hash_weights
-from em_training import write_text_atomically
+from em_training import run_in_parts, write_text_atomically
 
 BATCHES_PER_CHUNK = 4  # what a kill may cost each process
 
@@ -179,14 +179,16 @@ def encode_chunks(work: LatentsFile, model, tiles, accelerator, name: str):
         raise ValueError("another process could not encode its share of the latents; it says why.")
 
 
-@torch.no_grad()
 def encode_views(model, tiles, view_ids, accelerator):
     """Latents of these views, float16 [B, C, h, w] on the CPU; `ValueError` where float16 cannot hold them."""
     model = model.eval()
-    images = tiles.batch(view_ids).to(accelerator.device, memory_format=torch.channels_last)
-    with accelerator.autocast():
-        latents = encode(model, images)
-    latents = latents.float().cpu().half()
+
+    def encode_part(images):
+        with accelerator.autocast():
+            latents = encode(model, images.to(accelerator.device, memory_format=torch.channels_last))
+        return latents.float().cpu().half()
+
+    latents = run_in_parts(encode_part, tiles.batch(view_ids), size=len(view_ids))
     if not torch.isfinite(latents).all():
         raise ValueError(
             f"the autoencoder's latents of views {view_ids[0]} to {view_ids[-1]} are not finite in float16; "

@@ -1,8 +1,7 @@
-"""The VQGAN's discriminator: real or reconstructed, judged patch by patch, with its losses and its update."""
+"""The VQGAN's discriminator: real or reconstructed, judged patch by patch, with its losses."""
 
 import itertools
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -60,21 +59,3 @@ def adaptive_weight(reconstruction_gradient, adversarial_gradient):
     """
     ratio = reconstruction_gradient.float().norm() / (adversarial_gradient.float().norm() + ADAPTIVE_EPSILON)
     return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
-
-
-def update_discriminator(discriminator, optimizer, loss, accelerator):
-    """One optimizer step on `loss`, gradients averaged over processes.
-
-    The reduction is explicit, on one flat tensor: the loss shares its forward pass with the autoencoder's, which a wrapper
-    of its own could not see.
-    """
-    parameters = list(discriminator.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if accelerator.num_processes > 1:
-        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = torch.empty_like(parameter).copy_(gradient)  # laid out as the fused optimizer reads it
-    optimizer.step()
-    optimizer.zero_grad()

@@ -4,16 +4,18 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DModel
 
 from em_data import load_data
-from em_diffusion.autoencoder import read_autoencoder
+from em_diffusion.autoencoder import encode
 from em_diffusion.autoencoder_loop import choose_validation_views, train_autoencoder
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.evaluation import read_best
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
+from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
 from em_training import (
@@ -91,9 +93,29 @@ def run_autoencoder_stage(config, data, accelerator, out):
     result = read_result(out / "autoencoder", config.autoencoder.num_images)
     if result is None:
         stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
+        if stage.init_from is not None:
+            check_latent_size(config, accelerator)
         _, seconds = train_autoencoder(stage, data.train, data.held_out, accelerator=accelerator, out_dir=out)
         result = write_result(out / "autoencoder", stage, seconds, accelerator)
-    return read_autoencoder(out / "autoencoder" / "vqvae").to(accelerator.device), result
+    return load_autoencoder(out / "autoencoder" / "vqvae", device=accelerator.device).model, result
+
+
+def check_latent_size(config, accelerator):
+    """Refuse tiles that the autoencoder of `init_from` and the denoiser's levels cannot halve, before anything is trained."""
+    with accelerator.main_process_first():  # the first to come may download it
+        model = load_autoencoder(config.autoencoder.init_from).model
+    resolution, num_halvings = config.tiles.resolution, len(config.denoiser.channel_multipliers) - 1
+    with torch.no_grad():
+        try:
+            side = encode(model, torch.zeros(1, 1, resolution, resolution)).shape[-1]
+        except (RuntimeError, ValueError):  # too small for so many levels
+            side = 0
+    if side == 0 or resolution % side or side % 2**num_halvings:
+        raise ValueError(
+            f"tiles.resolution is {resolution}, which the autoencoder of {config.autoencoder.init_from} "
+            f"{f'makes latents of {side} x {side} of' if side else 'cannot encode'}, and the denoiser halves latents "
+            f"{num_halvings} times: choose another resolution, or fewer levels of the denoiser."
+        )
 
 
 def run_latents_stage(config, data, vqvae, accelerator, out):

@@ -16,8 +16,8 @@ from em_diffusion.autoencoder import (
     move_codes,
     nearest_codes,
     quantise,
-    read_autoencoder,
 )
+from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.perceptual import PerceptualDistance, _load_efficientnet_lite0
 
 
@@ -274,7 +274,7 @@ def test_saved_autoencoders_come_back_as_what_they_are(config, kl_stage, tmp_pat
     for stage, cls in ((config.autoencoder, VQModel), (kl_stage, AutoencoderKL)):
         model = create_autoencoder(stage, 16)
         model.save_pretrained(tmp_path / stage.family)
-        read = read_autoencoder(tmp_path / stage.family)
+        read = load_autoencoder(tmp_path / stage.family).model
         assert type(read) is cls
         assert hash_weights(read) == hash_weights(model)
         assert not read.training

@@ -4,16 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from em_diffusion.autoencoder import CodebookMonitor
-from em_diffusion.autoencoder_loop import evaluate_reconstruction, train_autoencoder
+from em_diffusion import autoencoder, autoencoder_loop
+from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder
+from em_diffusion.autoencoder_loop import build_autoencoder, evaluate_reconstruction, make_step, train_autoencoder
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
 from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents
+from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format
 from em_diffusion.reconstruction import spectrum_error_db, ssim
-from em_training import EMA, list_checkpoints, load_checkpoint, read_stats
+from em_training import EMA, MicroBatching, list_checkpoints, load_checkpoint, read_stats
 
 
 class Killed(Exception):
@@ -251,6 +254,8 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
         (lambda: AutoencoderConfig(norm_num_groups=48), "must divide the channels"),
         (lambda: AutoencoderConfig(perceptual_layers=9), "choose 1 to 4"),
         (lambda: AutoencoderConfig(family="gumbel"), "choose vq or kl"),
+        (lambda: AutoencoderConfig(num_images=0), "init_from"),
+        (lambda: AutoencoderConfig(micro_batch_size=-1), "0 for the whole batch"),
         (lambda: AutoencoderConfig(discriminator_weight=-1.0), "must not be negative"),
         (lambda: DenoiserConfig(attention_levels=(7,)), "count them from 0"),
         (lambda: DenoiserConfig(attention_head_dim=60), "must divide the channels of every level"),
@@ -284,11 +289,9 @@ def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tm
     path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
     assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
     state = load_checkpoint(list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1])["state"]
-    expected = {"model", "optimizer", "ema", "discriminator", "optimizer_D"}
+    expected = {"model", "optimizer", "ema", "discriminator", "optimizer_D", "micro_batching"}
     assert set(state) == (expected | {"codebook"} if family == "vq" else expected)
     assert state["optimizer_D"]["state"][0]["step"] == 5  # of eight steps, those from the third on
-    from safetensors.torch import load_file
-
     saved = load_file(path / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name], state["ema"][name]) for name in saved)
     assert not all(torch.equal(saved[name], state["model"][name]) for name in saved)
@@ -296,6 +299,146 @@ def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tm
     game = {"generator", "discriminator", "logits_real", "logits_fake", "adaptive_weight"}
     assert [bool(game & set(line)) for line in lines] == [False, True, True, True]
     assert all(game <= set(line) for line in lines[1:])
+
+
+@pytest.mark.parametrize("family", ["vq", "kl"])
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
+    config, tiles, held_out, accelerator, tmp_path, monkeypatch, capfd, family
+):
+    """Parts of 2 of a batch of 8, found by two halvings, give the weights of the whole batch but for rounding."""
+    stage = dataclasses.replace(
+        config.autoencoder, family=family, num_images=24, checkpoint_every=24, validate_every=24
+    )
+    whole, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
+    forward, sizes = autoencoder.AutoencoderObjective.forward, []
+
+    def forward_within_memory(self, images, *rest):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return forward(self, images, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder.AutoencoderObjective, "forward", forward_within_memory)
+        parts, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    assert sizes == [8, 4] + [2] * 12
+    said = capfd.readouterr().err
+    assert said.count("The step was done again in parts of 2 images") == 1
+    assert "--autoencoder.micro-batch-size 2" in said
+    a, b = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (whole, parts))
+    start = build_autoencoder(stage, 16, accelerator).state_dict()
+    apart, moved = (
+        torch.stack([(x[name] - y[name]).square().sum() for name in a if "quantize" not in name]).sum().sqrt()
+        for x, y in ((a, b), (a, start))
+    )
+    assert apart < 0.05 * moved
+    logs = [read_stats(tmp_path / name / "autoencoder")[-1] for name in ("whole", "parts")]
+    assert logs[0].keys() == logs[1].keys()
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["vq", "kl"])
+def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, family):
+    """Without a discriminator the loss is a mean over images: gradients and outputs of parts are those of the batch."""
+    stage = dataclasses.replace(config.autoencoder, family=family, kl_weight=0.01)
+    objective = AutoencoderObjective(build_autoencoder(stage, 16, accelerator), stage)
+    parameters = list(objective.model.parameters())
+    batch = [tiles.batch(range(8))]
+    if family == "kl":
+        batch.append(torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    run = SimpleNamespace(accelerator=accelerator, stage="autoencoder")
+    results = []
+    for size in (0, 3):
+        loss, outputs = MicroBatching(size, run=run, flag="").backward(
+            make_step(objective, None, accelerator), parameters, *batch
+        )
+        results.append((loss, outputs, [p.grad.clone() for p in parameters]))
+        objective.zero_grad()
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-4, atol=1e-5)
+    for a, b in zip(results[0][2], results[1][2]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1e-6, a.abs().max().item()))
+
+
+@pytest.mark.parametrize("family", ["vq", "kl"])
+def test_training_goes_on_from_a_loaded_autoencoder(config, tiles, held_out, accelerator, tmp_path, capfd, family):
+    """Its weights and architecture, not the configuration's; the codebook stays where it is; resumable to the bit."""
+    torch.manual_seed(5)
+    source = create_autoencoder(
+        dataclasses.replace(config.autoencoder, family=family, latent_channels=3, num_codes=32), 16
+    )
+    if family == "vq":
+        torch.nn.init.normal_(source.quantize.embedding.weight)
+    source.register_to_config(latents_mean=[9.0] * 3, latents_std=[9.0] * 3)  # of other micrographs
+    source.save_pretrained(tmp_path / "source")
+    stage = with_discriminator(
+        config.autoencoder, init_from=str(tmp_path / "source"), learning_rate=1e-8, discriminator_start_images=0
+    )
+    path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
+    trained = load_autoencoder(path).model
+    assert trained.config.latent_channels == 3
+    assert trained.config.latents_mean is None
+    for name, value in trained.state_dict().items():
+        if "quantize" not in name:
+            torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=1e-5)
+    said = capfd.readouterr().out
+    assert said.count("keeps its own architecture") == 1
+    assert "latent_channels 3 (not 4)" in said
+    assert ("family kl (not vq)" in said) == (family == "kl")
+    assert ("num_codes 32 (not 64)" in said) == (family == "vq")
+
+    restore = kill_at(tiles, 6)
+    with pytest.raises(Killed):
+        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    restore()
+    train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
+
+
+def test_a_loaded_codebook_is_not_placed_anew(config, tiles, held_out, accelerator, tmp_path):
+    source = create_autoencoder(config.autoencoder, 16)
+    torch.nn.init.normal_(source.quantize.embedding.weight, mean=5.0)
+    source.save_pretrained(tmp_path / "source")
+    stage = dataclasses.replace(
+        config.autoencoder,
+        init_from=str(tmp_path / "source"),
+        learning_rate=1e-9,
+        num_images=16,
+        revive_after_images=10_000,
+    )
+    path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
+    codes = load_autoencoder(path).model.quantize.embedding.weight
+    torch.testing.assert_close(codes, source.quantize.embedding.weight, rtol=0, atol=1e-5)
+
+
+class ArgMaxQuantizer(torch.nn.Module):
+    """Codes by a classifier, as those of a GumbelVQ and of DALL-E: no nearest ones."""
+
+    n_e = 64
+
+    def forward(self, latents):
+        return latents, None, (None, None, None)
+
+
+def test_an_autoencoder_that_cannot_be_trained_is_refused_but_used(
+    config, vqvae, tiles, held_out, accelerator, tmp_path, monkeypatch
+):
+    vqvae.quantize = ArgMaxQuantizer()
+    monkeypatch.setattr(autoencoder_loop, "load_autoencoder", lambda source: SimpleNamespace(model=vqvae))
+    stage = dataclasses.replace(config.autoencoder, init_from="somewhere")
+    with pytest.raises(
+        ValueError, match=r"somewhere is a VQModel, which is not trained on.*--autoencoder.num-images 0"
+    ):
+        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
+    stage = dataclasses.replace(stage, num_images=0)
+    path, seconds = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
+    assert seconds == 0
+    saved = load_file(path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, vqvae.state_dict()[name]) for name, value in saved.items())
+    (line,) = read_stats(tmp_path / "autoencoder")
+    assert line["num_images_seen"] == 0
+    assert line["held_out_psnr"] == pytest.approx(
+        evaluate_reconstruction(vqvae, held_out.batch(range(6)), accelerator)["held_out_psnr"]
+    )
 
 
 def test_before_the_discriminator_begins_training_is_as_without(config, tiles, held_out, accelerator, tmp_path):
@@ -309,12 +452,10 @@ def test_before_the_discriminator_begins_training_is_as_without(config, tiles, h
 
 
 def test_validated_and_saved_are_the_averaged_weights(config, tiles, held_out, accelerator, tmp_path):
-    from diffusers import VQModel
-
     stage = with_discriminator(config.autoencoder)
     path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
     images = held_out.batch(range(6))
-    metrics = evaluate_reconstruction(VQModel.from_pretrained(path).eval(), images, accelerator)
+    metrics = evaluate_reconstruction(load_autoencoder(path).model, images, accelerator)
     last = read_stats(tmp_path / "autoencoder")[-1]
     assert {name: last[name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
 

@@ -1,12 +1,13 @@
 import dataclasses
 
-import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 
 from em_diffusion.autoencoder import AutoencoderObjective, create_autoencoder
+from em_diffusion.autoencoder_loop import create_discriminator
 from em_diffusion.config import AutoencoderConfig, LDMConfig
+from em_diffusion.optimization import set_learning_rate
 from em_diffusion.patch_discriminator import (
     ADAPTIVE_EPSILON,
     MAX_ADAPTIVE_WEIGHT,
@@ -14,7 +15,6 @@ from em_diffusion.patch_discriminator import (
     adaptive_weight,
     hinge_loss,
     smallest_side,
-    update_discriminator,
 )
 
 
@@ -154,15 +154,20 @@ def test_a_step_makes_one_pass_of_each_network(game):
     assert passes == {"decoder": 1, "encoder": 1, "discriminator": 2}
 
 
-def test_the_discriminator_learns_to_tell_blurred_from_sharp():
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
+def test_the_discriminator_learns_to_tell_blurred_from_sharp(config):
     torch.manual_seed(0)
-    discriminator = PatchDiscriminator(8, 2).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.9), fused=True)
+    stage = dataclasses.replace(config.autoencoder, discriminator_weight=1.0, discriminator_learning_rate=2e-3)
+    discriminator, optimizer = create_discriminator(
+        dataclasses.replace(stage, discriminator_channels=8, discriminator_layers=2), "cpu"
+    )
+    set_learning_rate(optimizer, stage.learning_rate)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
     generator = torch.Generator().manual_seed(1)
     for _ in range(60):
         real = torch.randn(8, 1, 32, 32, generator=generator)
         fake = F.avg_pool2d(real, 3, 1, 1) * 3  # the same deviation without the fine grain
         loss = hinge_loss(discriminator(real), discriminator(fake))
-        update_discriminator(discriminator, optimizer, loss, accelerator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert loss.item() < 0.2

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file
 
 from em_data import load_data
@@ -264,3 +264,69 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
     result = json.loads((tmp_path / "run/run.json").read_text())
     assert result["num_images_seen"] == 64
     assert np.isfinite(result["train_seconds"])
+
+
+def test_kl_run_from_micrographs_to_reconstructions(tmp_path):
+    """Autoencoder by the full recipe, latents, denoiser, pipeline, and the floor of the report."""
+    from em_hub.evaluation import reconstruct
+
+    config = make_config(tmp_path)
+    recipe = {
+        "family": "kl",
+        "discriminator_weight": 1.0,
+        "discriminator_start_images": 32,
+        "discriminator_channels": 8,
+    }
+    recipe |= {"discriminator_layers": 1, "ema_half_life_images": 8.0, "block_out_channels": (8, 16, 16)}  # f4
+    out = train_ldm(dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **recipe)))
+    pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
+    assert isinstance(pipe.vqvae, AutoencoderKL)
+    assert pipe.unet.config.sample_size == 8
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 1, 32, 32)
+    data = load_data(config.data, config.tiles, log=lambda text: None)
+    held_out = data.held_out.batch(range(4))
+    with torch.no_grad():
+        latents = pipe.vqvae.encode(data.train.batch(range(data.train.num_views))).latent_dist.mean
+        expected = pipe.vqvae.decode(pipe.vqvae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
+    normalised = pipe.normalise_latents(latents)
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(reconstruct(pipe.vqvae, held_out), expected)
+    assert list((out / "denoiser/samples").glob("*.png"))
+
+
+def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch):
+    """`init_from` with no images: the study's way, a pretrained autoencoder; a second start does not need it any more."""
+    import shutil
+
+    finished, source = run
+    shutil.copytree(source, tmp_path / "source")
+    config = make_config(tmp_path)
+    tiles = dataclasses.replace(config.tiles, cache_dir=finished.tiles.cache_dir)
+    autoencoder = dataclasses.replace(config.autoencoder, init_from=str(tmp_path / "source"), num_images=0)
+    config = dataclasses.replace(config, autoencoder=autoencoder, tiles=tiles)
+    out = train_ldm(config)
+    result = json.loads((out / "run.json").read_text())
+    assert result["num_images_seen_by_stage"] == {"autoencoder": 0, "denoiser": 64}
+    assert result["train_seconds_by_stage"]["autoencoder"] == 0
+    name = "pipeline/vqvae/diffusion_pytorch_model.safetensors"
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+    a, b = (EMLatentDiffusionPipeline.from_pretrained(folder / "pipeline").vqvae.config for folder in (out, source))
+    assert a.latents_mean == pytest.approx(b.latents_mean)  # measured anew, on the same micrographs
+    shutil.rmtree(tmp_path / "source")
+    train_ldm(config)
+
+
+def test_tiles_that_a_loaded_autoencoder_cannot_halve_are_refused_before_training(tmp_path):
+    config = make_config(tmp_path)
+    for width, message in ((16, r"makes latents of 1 x 1 of, and the denoiser halves"), (8, "cannot encode")):
+        f32 = dataclasses.replace(config.autoencoder, block_out_channels=(width,) * 6)
+        create_autoencoder(f32, 32).save_pretrained(tmp_path / "source")  # with 8 groups, 8 channels have no deviation
+        autoencoder = dataclasses.replace(config.autoencoder, init_from=str(tmp_path / "source"))
+        with pytest.raises(ValueError, match=message):
+            train_ldm(dataclasses.replace(config, out=str(tmp_path / f"run{width}"), autoencoder=autoencoder))
+    missing = dataclasses.replace(config.autoencoder, init_from=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere"):
+        train_ldm(dataclasses.replace(config, out=str(tmp_path / "other"), autoencoder=missing))
