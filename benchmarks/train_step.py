@@ -1,16 +1,20 @@
 """Seconds of a training step of the denoiser: ours, the plain loop's, and the bare pass of the network; all in one run.
 
-    python benchmarks/train_step.py [--preset small] [--resolution 256] [--base-channels 64] [--batch-size 8] [--threads 1]
+    python benchmarks/train_step.py [--preset small] [--resolution 256] [--base-channels 64] [--batch-size 8]
 
-Ours is `train_denoiser` itself, held between two batches: cached latents, channels-last, fused Adam, averaged weights, log.
+Ours is `train_denoiser` itself, held between two steps: cached latents, channels-last, fused Adam, averaged weights, log.
 The plain loop (plain_loop.py) decodes PNG tiles and encodes them with the autoencoder in every step, in float32 and eager
 mode. The bare pass is forward and backward of the same network on a batch that lies ready, with and without the optimizer.
 U-Net, autoencoder and batch are the same on all sides; weights are random, which costs the same as trained ones.
 
 Rounds of all sides alternate after a warm-up, so that a busy machine slows all of them; medians count. What a run does now
 and then (validation, sample grids, checkpoints) is left out on both sides. One JSON line a figure: the ratio to the plain
-loop, the ratio to the bare pass, and the seconds of each part. The ratio to the plain loop falls as the U-Net grows against
-the autoencoder, whose work is what caching saves: by default the U-Net has half of the preset's width.
+loop, the ratio to the bare pass, and the seconds of each part.
+
+Caching saves the encoder's work, so the ratio to the plain loop hangs on how large the U-Net is against the encoder, and means
+nothing without it: `encoder_share` says what part of the plain step it is. By default the U-Net has half of the preset's width
+and one block a level, as its autoencoder has; --base-channels 0 --layers-per-block 0 takes the preset's own, for which the
+ratio is about 2 in float32 on a CPU.
 """
 
 import argparse
@@ -21,46 +25,38 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from data_loading import write_png_tiles
 from plain_loop import PlainLoop
 
-from em_data import DataConfig, load_data
+from em_data import DataConfig, ImageSampler, load_data
+from em_diffusion import denoiser_loop
 from em_diffusion.autoencoder import create_autoencoder
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
-from em_diffusion.denoiser_loop import move, train_denoiser
+from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
 from em_diffusion.latents import Latents, encode_latents, measure_latents
 from em_diffusion.optimization import create_optimizer
 from em_diffusion.presets import PRESETS
-from em_training import EMA, create_accelerator, make_generator
+from em_training import EMA, Prefetcher, TrainingRun, create_accelerator, make_generator
 
 NUM_VIEWS = 16  # latents to train on: their number changes no step's time
 
 
 class LoopInSteps:
-    """A training loop that goes on by one step at a time, as it reaches for its next batch.
+    """`train_denoiser` as it is, held at the end of each step until it is let go on.
 
-    `run(tiles)` is the loop, in a thread of its own; only one of it and its caller runs at any time. A step begins where the
-    loop asks for a batch and ends where it asks for the next one, so that nothing which it does is left out.
+    `train()` calls it, in a thread of its own; only one of it and its caller runs at any time. What the loop does between
+    the ends of two steps is one step, nothing left out. Construction trains the first one.
     """
 
-    def __init__(self, run, tiles, num_threads):
-        self.tiles, self.num_views, self.shape = tiles, tiles.num_views, tiles.shape
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self, train, num_threads):
+        self._go, self._held = threading.Semaphore(0), threading.Semaphore(0)
         self._error, self._stopped = None, False
-        self._thread = threading.Thread(target=self._work, args=(run, num_threads), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(train, num_threads), daemon=True)
         self._thread.start()
         self._wait()
-
-    def batch(self, view_ids):
-        """A batch of the tiles, when the caller lets the loop go on."""
-        self._paused.release()
-        self._go.acquire()
-        if self._stopped:
-            raise StopLoop
-        return self.tiles.batch(view_ids)
 
     def step(self):
         self._go.release()
@@ -72,20 +68,34 @@ class LoopInSteps:
         self._thread.join()
 
     def _wait(self):
-        self._paused.acquire()
+        self._held.acquire()
         if self._error is not None:
             raise self._error
 
-    def _work(self, run, num_threads):
+    def _hold(self):
+        self._held.release()
+        self._go.acquire()
+        if self._stopped:
+            raise StopLoop
+
+    def _work(self, train, num_threads):
         torch.set_num_threads(num_threads)  # the number of threads belongs to the thread that computes
+        hold = self._hold
+
+        class HeldRun(TrainingRun):
+            def step(self, num_images_seen):
+                super().step(num_images_seen)
+                hold()
+
         try:
-            run(self)
+            with mock.patch.object(denoiser_loop, "TrainingRun", HeldRun):
+                train()
             raise RuntimeError("the loop came to its end: num_images is too small for so many steps")
         except StopLoop:
             pass
         except Exception as error:  # is raised in the caller's thread
             self._error = error
-            self._paused.release()
+            self._held.release()
 
 
 class StopLoop(Exception):
@@ -96,30 +106,21 @@ class BarePass:
     """Forward, backward and optimizer step of the network on a batch that lies ready; with each other part of our step."""
 
     def __init__(self, config, latents, accelerator):
+        self.config, self.accelerator = config, accelerator
         model = create_denoiser(config, latents.shape[-1], latents.shape[0])
         self.model = model.to(accelerator.device, memory_format=torch.channels_last)
         self.optimizer = create_optimizer(self.model.parameters(), config)
         self.ema = EMA(self.model, config.ema_half_life_images)
-        self.unet = accelerator.prepare_model(self.model)
-        self.scheduler, self.config, self.latents, self.accelerator = (
-            create_scheduler(config),
-            config,
-            latents,
-            accelerator,
-        )
-        self.batch = self.draw_batch()
-
-    def draw_batch(self):
-        config = self.config
-        images = self.latents.batch(np.arange(config.batch_size) % self.latents.num_views)
-        generator = make_generator(config.seed)
-        noise = torch.randn(images.shape, generator=generator)
-        timesteps = draw_timesteps(len(images), config.num_train_timesteps, generator, config.timestep_density)
-        return move(self.accelerator, images, noise, timesteps)
+        self.scheduler = create_scheduler(config)
+        sampler = ImageSampler(latents.num_views, seed=0)
+        batches = denoiser_loop.draw_batches(latents, sampler, config, accelerator, 0)
+        self.batches = Prefetcher(batches, accelerator.device, threaded=False)
+        self.batch = next(self.batches)
 
     def step(self, lap):
         """One pass; `lap(part)` after each part: first the bare ones, then what else our step has."""
-        loss = compute_denoising_loss(self.unet, self.scheduler, *self.batch).mean()
+        with self.accelerator.autocast():
+            loss = compute_denoising_loss(self.model, self.scheduler, *self.batch).mean()
         self.accelerator.backward(loss)
         lap("forward and backward")
         self.optimizer.step()
@@ -129,32 +130,32 @@ class BarePass:
         self.optimizer.zero_grad()
         self.ema.update(self.model, 10 * self.config.batch_size, self.config.batch_size)
         lap("average of the weights")
-        self.draw_batch()
+        next(self.batches)
         lap("read latents, draw noise")
 
 
 class Laps:
-    """A stopwatch: seconds of each part since the lap before it."""
+    """A stopwatch: seconds of each part since the lap before it, on `clock`."""
 
-    def __init__(self, device):
-        self.device, self.seconds = device, {}
-        self.last = read_clock(device)
+    def __init__(self, clock):
+        self.clock, self.seconds = clock, {}
+        self.last = clock()
 
     def __call__(self, part):
-        now = read_clock(self.device)
+        now = self.clock()
         self.seconds[part], self.last = now - self.last, now
 
 
-def read_clock(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+def make_clock(name, device):
+    """A function that gives seconds, after all that was queued on the device is done: of the wall, or of this process."""
+    read = {"wall": time.perf_counter, "cpu": time.process_time}[name]
 
+    def clock():
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return read()
 
-def time_once(function, device):
-    start = read_clock(device)
-    function()
-    return read_clock(device) - start
+    return clock
 
 
 def prepare(arguments, folder):
@@ -171,11 +172,14 @@ def prepare(arguments, folder):
     view_ids = np.arange(min(NUM_VIEWS, tiles.num_views))
     array = encode_latents(vqvae, tiles, folder, accelerator=accelerator, batch_size=4, view_ids=view_ids)
     latents = Latents(array, *measure_latents(array))
-    num_images = arguments.batch_size * (arguments.steps * (arguments.rounds + 1) + 2)  # the loop never comes to its end
+    num_images = arguments.batch_size * (
+        arguments.steps * (arguments.rounds + 1) + 2
+    )  # the loop never comes to its end
     config = replace(
         preset.denoiser,
         batch_size=arguments.batch_size,
         base_channels=arguments.base_channels or preset.denoiser.base_channels,
+        layers_per_block=arguments.layers_per_block or preset.denoiser.layers_per_block,
         num_images=num_images,
         validate_every=num_images,
         sample_every=num_images,
@@ -187,7 +191,7 @@ def prepare(arguments, folder):
 
 def measure(config, tiles, paths, vqvae, latents, accelerator, arguments, folder):
     """Seconds of each side and part, one dictionary a round."""
-    device = accelerator.device
+    clock = make_clock(arguments.clock, accelerator.device)
     bare = BarePass(config, latents, accelerator)
     plain = PlainLoop(
         create_denoiser(config, latents.shape[-1], latents.shape[0]), vqvae, create_scheduler(config), tiles, paths,
@@ -195,18 +199,22 @@ def measure(config, tiles, paths, vqvae, latents, accelerator, arguments, folder
         generator=make_generator(0),
     )  # fmt: skip
 
-    def train(stepped):
-        train_denoiser(config, stepped, latents, vqvae, accelerator=accelerator, out_dir=Path(folder) / "run")
+    def train():
+        out_dir = Path(folder) / "run"
+        denoiser_loop.train_denoiser(config, latents, latents, vqvae, accelerator=accelerator, out_dir=out_dir)
 
-    ours = LoopInSteps(train, latents, arguments.threads)
+    ours = LoopInSteps(train, arguments.threads)
     rounds = []
     for number in range(-1, arguments.rounds):  # the first warms up
-        plain_laps = Laps(device)
+        plain_laps = Laps(clock)
         plain.step(plain_laps)
         steps, bare_laps = [], []
         for _ in range(arguments.steps):
-            steps.append(time_once(ours.step, device))
-            bare_laps.append(Laps(device))
+            whole = Laps(clock)
+            ours.step()
+            whole("step")
+            steps.append(whole.seconds["step"])
+            bare_laps.append(Laps(clock))
             bare.step(bare_laps[-1])
         if number >= 0:
             parts = {name: statistics.median(laps.seconds[name] for laps in bare_laps) for name in bare_laps[0].seconds}
@@ -235,6 +243,7 @@ def summarise(rounds, facts, batch_size):
         "ours": round(batch_size / middle(ours), 3),
         "baseline": round(batch_size / middle(plain), 3),
         **ratio(plain, ours),
+        "encoder_share": round(middle([each["plain"]["encode"] / total for each, total in zip(rounds, plain)]), 3),
         "baseline_is": "PNG decoded and encoded by the autoencoder in every step, float32, eager",
         **facts,
     }
@@ -273,10 +282,17 @@ def parse_arguments(argv=None):
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="whose autoencoder and U-Net")
     parser.add_argument("--resolution", type=int, default=256, help="side of a tile in pixels")
     parser.add_argument("--base-channels", type=int, default=64, help="width of the U-Net; 0 for the preset's own")
+    parser.add_argument("--layers-per-block", type=int, default=1, help="of the U-Net; 0 for the preset's own")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=5, help="that are timed")
     parser.add_argument("--steps", type=int, default=3, help="of ours and of the bare pass, for each of the plain loop")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor seconds, for a machine busy with others",
+    )
     parser.add_argument(
         "--precision", default="auto", help="of ours: auto (bf16 where the hardware has it), bf16 or no"
     )
@@ -294,11 +310,13 @@ def main():
         "preset": arguments.preset,
         "resolution": arguments.resolution,
         "base_channels": config.base_channels,
+        "layers_per_block": config.layers_per_block,
         "unet_million_parameters": round(sum(p.numel() for p in unet.parameters()) / 1e6, 1),
         "batch_size": config.batch_size,
         "device": accelerator.device.type,
         "precision": accelerator.mixed_precision,
         "num_threads": arguments.threads,
+        "clock": arguments.clock,
     }
     for figure in summarise(rounds, facts, config.batch_size):
         print(json.dumps(figure))

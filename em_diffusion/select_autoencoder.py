@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from em_data import DataConfig, load_data, to_uint8
 from em_diffusion.autoencoder import CodebookMonitor, hash_weights
-from em_diffusion.candidates import load_autoencoder
+from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.reconstruction import psnr, spectrum_difference_db, ssim
 from em_diffusion.selection_output import draw_selection, format_table
 from em_evaluation import bootstrap_interval, compute_features, get_extractor
@@ -44,7 +44,7 @@ class SelectionConfig:
     selection.png."""
 
     candidates: tuple[str, ...]
-    """NAME=SOURCE, or SOURCE alone: a run, a pipeline, or a folder saved by diffusers."""
+    """NAME=SOURCE, or SOURCE alone: whatever `load_autoencoder` reads, such as a run, a pipeline or a folder saved by diffusers."""
     data: str = "synthetic"
     """Micrographs, as in training."""
     out: str = "runs/selection"
