@@ -140,6 +140,38 @@ def write(tmp_path, network):
     return read_pickle(official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": network}))["G_ema"]
 
 
+def test_schedule_that_only_the_constructor_knows(tmp_path):
+    """First and last band edges are attributes of no layer: they are read from the stored arguments."""
+    options = {"first_cutoff": 2.5, "first_stopband": 5.5, "last_stopband_ratio": 1.4, "lrelu_upsampling": 4}
+    model = make_generator(**options)
+    network = official_format.generator(model)
+    synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
+    synthesis["_init_kwargs"] |= {
+        "first_cutoff": 2.5,
+        "first_stopband": 5.5,
+        "last_stopband_rel": 1.4,
+        "lrelu_upsampling": 4,
+    }
+    loaded = generator_from_official(write(tmp_path, network))
+    assert loaded.plans == model.plans
+    z = torch.randn(2, 8)
+    assert torch.equal(loaded(z), model.eval()(z))
+
+
+def test_layers_without_noise(tmp_path):
+    torch.manual_seed(0)
+    model = StyleGAN2Generator(16, **SMALL, mapping_depth=2).eval()
+    network = official_format.generator(model)
+    for block in network.meta["state"]["_modules"]["synthesis"].meta["state"]["_modules"].values():
+        for name, layer in block.meta["state"]["_modules"].items():
+            if name.startswith("conv"):
+                layer.meta["state"]["use_noise"] = False
+                del layer.meta["state"]["_parameters"]["noise_strength"], layer.meta["state"]["_buffers"]["noise_const"]
+    loaded = generator_from_official(write(tmp_path, network))
+    z = torch.randn(2, 8)
+    assert torch.equal(loaded(z, noise_mode="random"), model(z, noise_mode="none"))
+
+
 def test_another_filter_is_refused(tmp_path):
     stored = write(tmp_path, official_format.generator(make_generator()))
     name = stored.state["_modules"]["synthesis"].state["layer_names"][3]
