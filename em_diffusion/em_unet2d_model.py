@@ -1,13 +1,15 @@
-"""A `UNet2DModel` whose attention has the same number of heads on every level: one self-contained file, which travels with its weights."""
+"""A `UNet2DModel` with a fixed number of heads in its attention: one self-contained file, which travels with its weights."""
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
 
 
 class EMUNet2DModel(UNet2DModel):
-    """diffusers' `UNet2DModel` with one more argument, `num_attention_heads`; parameters have the stock names and shapes.
+    """diffusers' `UNet2DModel` with two more arguments; parameters have the stock names and shapes.
 
     The stock model knows one width of head for all levels: 64 gives 8 heads at 512 channels and 16 at 1024. Models that were
     trained with a fixed number of heads (latent diffusion's `num_heads`) load into it without a complaint and answer wrongly.
@@ -15,6 +17,8 @@ class EMUNet2DModel(UNet2DModel):
     num_attention_heads: heads of every attention, each channels / num_attention_heads wide, with the softmax of
         q k^T / sqrt(channels / num_attention_heads); `attention_head_dim` is then not used, and stored as null.
         None: the stock model, with heads `attention_head_dim` wide.
+    resample_with_conv: False joins the levels by 2 x 2 means and repeated pixels alone, without the convolutions of
+        `downsample_type` and `upsample_type` "conv".
 
     All other arguments are the stock ones. Raises `ValueError` when the heads do not divide the channels of an attention.
     """
@@ -51,15 +55,18 @@ class EMUNet2DModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         num_attention_heads: int | None = None,
+        resample_with_conv: bool = True,
     ):
         arguments = dict(locals())
-        for name in ("self", "__class__", "num_attention_heads"):
+        for name in ("self", "__class__", "num_attention_heads", "resample_with_conv"):
             del arguments[name]
         if num_attention_heads is not None:
             arguments["attention_head_dim"] = None  # one head of full width, which is then divided
         super().__init__(**arguments)
         if num_attention_heads is not None:
             set_attention_heads(self, num_attention_heads)
+        if not resample_with_conv:
+            remove_resampling_convolutions(self)
 
 
 def set_attention_heads(model: torch.nn.Module, num_heads: int) -> None:
@@ -74,3 +81,13 @@ def set_attention_heads(model: torch.nn.Module, num_heads: int) -> None:
             )
         module.heads = module.sliceable_head_dim = num_heads
         module.scale = (module.inner_dim // num_heads) ** -0.5
+
+
+def remove_resampling_convolutions(model: torch.nn.Module) -> None:
+    """Put 2 x 2 means and repeated pixels in the place of every convolution between two levels of `model`."""
+    for block in [*model.down_blocks, *model.up_blocks]:
+        for name, layer in (("downsamplers", Downsample2D), ("upsamplers", Upsample2D)):
+            old = getattr(block, name, None)
+            if old is not None and isinstance(old[0], layer) and old[0].use_conv:
+                own_name = "op" if layer is Downsample2D else "conv"
+                setattr(block, name, torch.nn.ModuleList([layer(old[0].channels, use_conv=False, name=own_name)]))

@@ -77,10 +77,11 @@ def relative(a, b):
     return float((a - b).detach().abs().max() / b.detach().std())
 
 
-def test_signature_is_the_stock_one_and_the_heads():
+def test_signature_is_the_stock_one_and_two_more():
     ours, stock = (inspect.signature(cls.__init__).parameters for cls in (EMUNet2DModel, UNet2DModel))
     assert {name: p.default for name, p in ours.items()} == {name: p.default for name, p in stock.items()} | {
-        "num_attention_heads": None
+        "num_attention_heads": None,
+        "resample_with_conv": True,
     }
 
 
@@ -163,6 +164,21 @@ def test_head_width_that_does_not_divide_is_no_obstacle():
 def test_heads_must_divide_the_channels(num_heads):
     with pytest.raises(ValueError, match="must divide the channels of every attention"):
         EMUNet2DModel(**SHAPE, num_attention_heads=num_heads)
+
+
+@torch.no_grad()
+def test_resampling_without_convolutions_takes_means_and_repeats(tmp_path, noisy):
+    model = create(2, resample_with_conv=False)
+    assert not [name for name in model.state_dict() if "samplers" in name]
+    seen = []
+    for block, name in ((model.down_blocks[0], "downsamplers"), (model.up_blocks[0], "upsamplers")):
+        getattr(block, name)[0].register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    expected = model(*noisy).sample
+    (wide, narrow), (small, large) = seen
+    torch.testing.assert_close(narrow, wide.reshape(*narrow.shape[:3], 2, narrow.shape[3], 2).mean((3, 5)))
+    assert torch.equal(large, small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(EMUNet2DModel.from_pretrained(tmp_path)(*noisy).sample, expected)
 
 
 @torch.no_grad()

@@ -1,0 +1,216 @@
+"""Autoencoders of taming-transformers and latent-diffusion that the stock `VQModel` and `AutoencoderKL` cannot hold.
+
+One self-contained file, which travels with its weights. All parameters have the stock names.
+"""
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+
+class EMTamingVQModel(VQModel):
+    """diffusers' `VQModel` with what else the original format allows.
+
+    stem_channels: channels after the encoder's first convolution, which lead into the first level; None: those of that level.
+    resample_with_conv: whether levels are joined by convolutions; without, by 2 x 2 means and repeated pixels.
+    tanh_output: whether the decoder ends in a tanh.
+    average_output: whether the channels of the decoder's answer are averaged into one. Where the end is linear, the last
+        convolution holds that average instead.
+    latents_mean, latents_std: of each latent channel, for a diffusion model over them.
+
+    All other arguments are the stock ones; `scaling_factor` is 1 unless given.
+    """
+
+    quantizer_class = None  # the stock one
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 1.0,
+        norm_type: str = "group",
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+        stem_channels: int | None = None,
+        resample_with_conv: bool = True,
+        tanh_output: bool = False,
+        average_output: bool = False,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+            num_vq_embeddings=num_vq_embeddings,
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=vq_embed_dim,
+            scaling_factor=scaling_factor,
+            norm_type=norm_type,
+            mid_block_add_attention=mid_block_add_attention,
+            lookup_from_codebook=lookup_from_codebook,
+            force_upcast=force_upcast,
+        )
+        if self.quantizer_class is not None:
+            self.quantize = self.quantizer_class(num_vq_embeddings, vq_embed_dim or latent_channels)
+        _adapt(self)
+
+    def decode(self, h, force_not_quantize=False, return_dict=True, shape=None):
+        """As the stock model: latents [B, C, h, w], quantised on the way unless told not to, to images [B, out, H, W]."""
+        output = super().decode(h, force_not_quantize, True, shape)
+        output.sample = _finish(self, output.sample)
+        return output if return_dict else (output.sample, output.commit_loss)
+
+
+class GumbelQuantizer(nn.Module):
+    """Replaces each latent vector by its most probable code; answers as diffusers' `VectorQuantizer`."""
+
+    def __init__(self, num_codes, channels):
+        super().__init__()
+        self.n_e, self.vq_embed_dim = num_codes, channels
+        self.proj = nn.Conv2d(channels, num_codes, 1)
+        self.embed = nn.Embedding(num_codes, channels)
+
+    def forward(self, z):
+        """(codes [B, C, h, w], loss 0, (None, None, indices [B h w])) of latents [B, C, h, w]."""
+        indices = self.proj(z).argmax(dim=1)  # [B, h, w]
+        codes = self.embed(indices).movedim(-1, 1).contiguous()  # [B, C, h, w]
+        return codes, codes.new_zeros(()), (None, None, indices.flatten())
+
+    def get_codebook_entry(self, indices, shape):
+        """Codes [B, C, h, w] of indices; shape: (B, h, w, C), or None for [N, C]."""
+        codes = self.embed(indices)
+        return codes if shape is None else codes.view(shape).movedim(-1, 1).contiguous()
+
+
+class EMGumbelVQModel(EMTamingVQModel):
+    """taming-transformers' `GumbelVQ`: the code is the most probable one by a classifier, not the nearest one.
+
+    `encode` gives the latents after `quant_conv`; `quantize.proj`, a 1 x 1 convolution, gives the logits of the codes at each
+    position; `quantize.embed` holds the codes, and `post_quant_conv` leads them into the decoder. The original draws the code
+    with Gumbel noise, even in evaluation; here it is the arg-max, the one it draws most often.
+    """
+
+    quantizer_class = GumbelQuantizer
+
+
+class EMTamingAutoencoderKL(AutoencoderKL):
+    """diffusers' `AutoencoderKL` with what else the original format allows.
+
+    z_channels: channels between encoder and `quant_conv`, and between `post_quant_conv` and decoder; None: `latent_channels`.
+
+    stem_channels, resample_with_conv, tanh_output, average_output: see `EMTamingVQModel`. All other arguments are the stock
+    ones; `scaling_factor` is 1 unless given.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 1.0,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = False,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+        z_channels: int | None = None,
+        stem_channels: int | None = None,
+        resample_with_conv: bool = True,
+        tanh_output: bool = False,
+        average_output: bool = False,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            force_upcast=force_upcast,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        if z_channels is not None and z_channels != latent_channels:
+            last = block_out_channels[-1]
+            self.encoder.conv_out = nn.Conv2d(last, 2 * z_channels, 3, padding=1)
+            self.quant_conv = nn.Conv2d(2 * z_channels, 2 * latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(latent_channels, z_channels, 1)
+            self.decoder.conv_in = nn.Conv2d(z_channels, last, 3, padding=1)
+        _adapt(self)
+
+    def decode(self, z, return_dict=True, generator=None):
+        """As the stock model: latents [B, C, h, w] to images [B, out, H, W]."""
+        output = super().decode(z, return_dict=True, generator=generator)
+        output.sample = _finish(self, output.sample)
+        return output if return_dict else (output.sample,)
+
+
+def _adapt(model):
+    """Put stem and resampling of the model's config in the place of the stock ones."""
+    config = model.config
+    first = config.block_out_channels[0]
+    if config.stem_channels is not None and config.stem_channels != first:
+        model.encoder.conv_in = nn.Conv2d(config.in_channels, config.stem_channels, 3, padding=1)
+        model.encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
+            in_channels=config.stem_channels,
+            out_channels=first,
+            temb_channels=None,
+            eps=1e-6,
+            groups=config.norm_num_groups,
+        )
+    if not config.resample_with_conv:
+        for block in model.encoder.down_blocks:
+            if block.downsamplers is not None:
+                channels = block.downsamplers[0].channels
+                block.downsamplers = nn.ModuleList([Downsample2D(channels, use_conv=False, name="op")])
+        for block in model.decoder.up_blocks:
+            if block.upsamplers is not None:
+                channels = block.upsamplers[0].channels
+                block.upsamplers = nn.ModuleList([Upsample2D(channels, use_conv=False)])
+
+
+def _finish(model, images: torch.Tensor) -> torch.Tensor:
+    images = images.tanh() if model.config.tanh_output else images
+    return images.mean(dim=1, keepdim=True) if model.config.average_output else images
