@@ -51,7 +51,7 @@ def train_denoiser(
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     scheduler = create_scheduler(config)
-    parameters = list(model.parameters())
+    parameters = list(model.train().parameters())
     optimizer = create_optimizer(parameters, config)
     sampler = ImageSampler(latents.num_views, seed_for(config.seed, "denoiser data"))
     validation_batch = draw_validation_batch(held_out_latents, config)
@@ -88,7 +88,6 @@ def train_denoiser(
             return losses.mean()
 
         def try_step():
-            model.train()
             batch = next(Prefetcher(draw_next(), accelerator.device, threaded=False))
             micro_batching.backward(compute_loss, parameters, *batch, average=False)
             optimizer.zero_grad()
@@ -97,7 +96,6 @@ def train_denoiser(
         compilation.decide(try_step, (config.num_images - num_images_seen) // config.batch_size)
         with Prefetcher(draw_next(), accelerator.device) as batches:
             while num_images_seen < config.num_images:
-                model.train()
                 loss, _ = micro_batching.backward(compute_loss, parameters, *next(batches))
                 learning_rate = learning_rate_at(config, num_images_seen)
                 set_learning_rate(optimizer, learning_rate)
@@ -105,7 +103,7 @@ def train_denoiser(
                 num_images_seen += config.batch_size
                 ema.update(model, num_images_seen, config.batch_size)
                 if posthoc_ema:
-                    posthoc_ema.update(model, num_images_seen, config.batch_size)
+                    posthoc_ema.update(num_images_seen, config.batch_size)
                     if run.is_due(config.posthoc_ema_every, num_images_seen) and accelerator.is_main_process:
                         posthoc_ema.save_snapshot(num_images_seen)
 

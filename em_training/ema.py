@@ -19,6 +19,7 @@ class EMA:
         self.half_life_images = half_life_images
         self.ramp_up = ramp_up
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._followed = None
 
     def decay(self, num_images_seen: int, batch_size: int) -> float:
         """Return b, in [0, 1), for a step of `batch_size` images that brought the count to `num_images_seen`."""
@@ -31,10 +32,15 @@ class EMA:
     def update(self, model: torch.nn.Module, num_images_seen: int, batch_size: int) -> None:
         """Move the average towards `model`, whose last step brought the count to `num_images_seen`."""
         decay = self.decay(num_images_seen, batch_size)
-        averages, weights = list(self.model.parameters()), [p.detach() for p in model.parameters()]
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        for average, buffer in zip(self.model.buffers(), model.buffers()):
+        if (
+            model is not self._followed
+        ):  # listing the tensors of a large model takes longer than averaging them on a GPU
+            self._followed = model
+            self._weights, self._averages = ([p.detach() for p in m.parameters()] for m in (model, self.model))
+            self._buffers = list(zip(self.model.buffers(), model.buffers()))
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        for average, buffer in self._buffers:
             average.copy_(buffer)
 
     def state_dict(self) -> dict:

@@ -20,7 +20,7 @@ LARGEST_ERROR = 0.2
 
 
 class PosthocEMA:
-    """Two power-function averages of `model` and their snapshots in `folder`, one file each.
+    """Two power-function averages of `model`, trained in place, and their snapshots in `folder`, one file each.
 
     `update` after every step; `save_snapshot` now and then: 16 in all meet any sigma_rel from 0.03 to 0.2 within a few percent. A
     snapshot takes 2 bytes a weight and average (float16, or 4 where that would not hold them). Buffers are those of the model.
@@ -29,20 +29,19 @@ class PosthocEMA:
     def __init__(self, model: torch.nn.Module, folder, sigma_rels=SIGMA_RELS):
         self.folder = Path(folder)
         self.names = [name for name, _ in model.named_parameters()]
-        weights = [parameter.detach() for parameter in model.parameters()]
-        self.averages = {sigma_rel: [weight.clone() for weight in weights] for sigma_rel in sigma_rels}
+        self.weights = [parameter.detach() for parameter in model.parameters()]
+        self.averages = {sigma_rel: [weight.clone() for weight in self.weights] for sigma_rel in sigma_rels}
         self.gammas = {sigma_rel: sigma_rel_to_gamma(sigma_rel) for sigma_rel in sigma_rels}
 
     @torch.no_grad()
-    def update(self, model: torch.nn.Module, num_images_seen: int, batch_size: int) -> None:
-        """Move the averages towards `model`, whose last step, of `batch_size` images, brought the count to `num_images_seen`.
+    def update(self, num_images_seen: int, batch_size: int) -> None:
+        """Move the averages towards the model, whose last step, of `batch_size` images, brought the count to `num_images_seen`.
 
         beta = (1 - batch_size / t)^(gamma + 1), with which each step's weights count by the integral of p over its images.
         """
-        weights = [parameter.detach() for parameter in model.parameters()]
         for sigma_rel, averages in self.averages.items():
             beta = (1 - batch_size / num_images_seen) ** (self.gammas[sigma_rel] + 1)
-            torch._foreach_lerp_(averages, weights, 1 - beta)
+            torch._foreach_lerp_(averages, self.weights, 1 - beta)
 
     def save_snapshot(self, num_images_seen: int) -> None:
         """Write the averages as they are now, each file whole or not at all."""

@@ -67,7 +67,9 @@ def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float) -> 
     scaler = accelerator.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if norm.device.type != "cpu" or not norm + 1e-6 <= max_grad_norm:  # asking a GPU would wait for it
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if scaler is None:
         optimizer.step()
     else:

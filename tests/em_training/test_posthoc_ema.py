@@ -51,8 +51,8 @@ def record(weights, folder, every, start=0, state=None):
     if state is not None:
         ema.load_state_dict(state)
     for step in range(start + 1, len(weights) + 1):
-        model.weight.data = torch.tensor(weights[step - 1], dtype=torch.float32).view(5, 8)
-        ema.update(model, step * BATCH, BATCH)
+        model.weight.data.copy_(torch.tensor(weights[step - 1], dtype=torch.float32).view(5, 8))
+        ema.update(step * BATCH, BATCH)
         if step % every == 0:
             ema.save_snapshot(step * BATCH)
     return ema
