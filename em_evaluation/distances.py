@@ -197,6 +197,7 @@ def difference_interval(
     groups_first=None,
     groups_second=None,
     groups_reference=None,
+    paired=False,
     level=0.95,
     num_replicates=2000,
     seed=0,
@@ -204,16 +205,16 @@ def difference_interval(
     """Return the interval of `first` - `second`, two distances to one reference set (their side b).
 
     The reference's influence is subtracted row by row, so that what both share cancels: this decides where single
-    intervals overlap.
+    intervals overlap. `paired`: row i of both first sides has one origin, such as one noise that two samplers began with;
+    then they, too, are resampled together, in groups `groups_first`.
     """
     rng = np.random.default_rng(seed)
     value = first.value - second.value
     replicates = np.full(num_replicates, value)
-    parts = (
-        (first.influence_a, groups_first),
-        (-second.influence_a, groups_second),
-        (first.influence_b - second.influence_b, groups_reference),
-    )
+    sides = ((first.influence_a, groups_first), (-second.influence_a, groups_second))
+    if paired:
+        sides = ((first.influence_a - second.influence_a, groups_first),)
+    parts = (*sides, (first.influence_b - second.influence_b, groups_reference))
     for influence, groups in parts:
         replicates += _replicate(influence, groups, num_replicates, rng)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])

@@ -189,7 +189,7 @@ def _lock(out: Path):
 
 def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
     """Return what decides an image's content, so that a folder never mixes two kinds; an LDM's scheduler is put in place here."""
-    weights = _hash_weights(config.model)
+    weights = hash_weights(config.model)
     settings = {
         **({"weights_sha256": weights} if weights else {"model": config.model}),
         "seed": config.seed,
@@ -212,7 +212,7 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
     }
 
 
-def _hash_weights(model: str) -> str | None:
+def hash_weights(model: str) -> str | None:
     """Return the SHA-256 of a local pipeline's weight files, so that a retrained model is another model; None for a Hub id."""
     folder = find_pipeline_folder(model)
     if folder is None:

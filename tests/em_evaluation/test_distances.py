@@ -1,5 +1,7 @@
 """Distances against closed forms, slow twins and repeated draws."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import linalg
@@ -151,6 +153,31 @@ def test_a_common_reference_cancels_in_the_difference():
     itself = difference_interval(first, first)
     assert itself.value == 0
     assert itself.low < 0 < itself.high
+
+
+def test_a_paired_difference_holds_only_what_differs():
+    """Two samples of one origin: their common scatter cancels, what each has of its own stays."""
+    rng = np.random.default_rng(0)
+    origin, reference = rng.normal(size=(400, 6)), rng.normal(size=(500, 6))
+    first = frechet_influence(origin + 0.3 + 0.01 * rng.normal(size=origin.shape), reference)
+    second = frechet_influence(origin + 0.31, reference)
+    paired, apart = (difference_interval(first, second, paired=paired) for paired in (True, False))
+    assert paired.value == apart.value == first.value - second.value
+    assert 0 < paired.high - paired.low < 0.2 * (apart.high - apart.low)
+    itself = difference_interval(first, first, paired=True)
+    assert itself.low == itself.high == 0
+    # the interval covers: the same difference in fresh draws scatters as wide as it says
+    differences = []
+    for _ in range(60):
+        origin = rng.normal(size=(400, 6))
+        a, b = origin + 0.3 + 0.01 * rng.normal(size=origin.shape), origin + 0.31
+        differences.append(frechet_influence(a, reference).value - frechet_influence(b, reference).value)
+    fixed = difference_interval(
+        dataclasses.replace(first, influence_b=0 * first.influence_b),
+        dataclasses.replace(second, influence_b=0 * second.influence_b),
+        paired=True,
+    )
+    assert 0.6 < (fixed.high - fixed.low) / (3.92 * np.std(differences)) < 1.6
 
 
 def test_unequal_dimensions_and_single_images_are_refused():

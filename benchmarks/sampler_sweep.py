@@ -1,0 +1,236 @@
+"""Which sampler, and how many steps: distance to the held-out micrographs against steps against images/s.
+
+    python benchmarks/sampler_sweep.py --model RUN [--write]
+
+Every point draws the same images (the same seeds, the same noise) as the reference, DDIM with 200 steps (flow matching: Euler with 200),
+so that differences are sharper than the distances themselves. One JSON line a point; sampler_sweep.json and sampler_sweep.png in --out.
+The rule: the default is the fastest point whose distance equals the reference's within its interval, that is, the upper end of the
+95 % interval of their difference is no more than the reference's own interval reaches upwards. --write stores it in the run's pipeline
+as the scheduler and default_num_inference_steps that every call uses.
+
+On a CPU, run it with one thread (the default): then images/s are those of one core's own time, which other programs do not disturb.
+What was measured is kept in --out and not measured again.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from em_diffusion.samplers import SAMPLERS, create_sampler, is_flow, list_samplers, store_default_sampler
+from em_hub.generation import GenerationConfig, create_sampling, hash_weights
+from em_hub.loading import find_pipeline_folder, load_pipeline
+from em_hub.sampler_points import is_as_good, load_reference, sample_levels
+from em_training import create_process_state, default_precision, write_text_atomically
+from em_training.cli import run_command
+
+NUM_REFERENCE_STEPS = 200
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#882255")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Measure samplers and steps on one trained latent diffusion model, and name the default by the rule."""
+
+    model: str
+    """A run's folder; its own micrographs are the reference."""
+    out: str | None = None
+    """Folder for the results; left out, MODEL/sampler_sweep."""
+    num_images: int = 1000
+    """Images of each point and of the reference."""
+    samplers: tuple[str, ...] = ()
+    """Which; left out, all that suit the model and draw no noise of their own."""
+    steps: tuple[int, ...] = (4, 5, 6, 8, 10, 15, 20, 50)
+    """Denoising steps to try for each; Heun's call the U-Net twice in all steps but the last."""
+    data: str | None = None
+    """Micrographs, where the model does not say what it was trained on."""
+    seed: int = 0
+    batch_size: int = 50
+    precision: str = "auto"
+    threads: int = 1
+    """Of the CPU."""
+    write: bool = False
+    """Store the chosen sampler and steps in the model's pipeline."""
+
+
+def main():
+    sweep(tyro.cli(SweepConfig))
+
+
+def sweep(config: SweepConfig) -> dict:
+    """Measure all points, print and store them, and return what sampler_sweep.json holds."""
+    state = create_process_state()
+    if state.num_processes > 1:
+        raise ValueError("the sweep compares times, so it runs in one process")
+    if config.write and find_pipeline_folder(config.model) is None:
+        raise ValueError(
+            f"--write stores into a folder on this machine, and {config.model} is a Hub id; download it first"
+        )
+    torch.set_num_threads(config.threads)
+    out = Path(config.out) if config.out else Path(config.model) / "sampler_sweep"
+    out.mkdir(parents=True, exist_ok=True)
+    precision = default_precision() if config.precision == "auto" else config.precision
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    pipeline = load_pipeline(config.model, device=state.device, dtype=dtype)
+    reference = load_reference(config.model, config.num_images, data=config.data, seed=config.seed, device=state.device)
+    saved = pipeline.scheduler
+    first = ("flow-euler" if is_flow(saved) else "ddim", NUM_REFERENCE_STEPS)
+    key = [hash_weights(config.model), config.seed, reference.num_images, precision, reference.extractor.identity]
+    key += [str(state.device), config.threads, config.batch_size]
+
+    points, baseline = [], None
+    for name, num_steps in [first, *list_points(config, saved, first)]:
+        images, seconds = measure(pipeline, saved, name, num_steps, config, reference.num_images, out, key)
+        distance = reference.measure(images)
+        interval = reference.interval(distance)
+        if baseline is None:
+            baseline, baseline_interval, baseline_rate = distance, interval, reference.num_images / seconds
+        difference = reference.difference(distance, baseline)
+        rate = reference.num_images / seconds
+        point = {
+            "sampler": name,
+            "num_inference_steps": num_steps,
+            "unet_evaluations": count_evaluations(name, num_steps),
+            "frechet_distance": rounded(interval),
+            "difference_to_reference": rounded(difference),
+            "images_per_second": round(rate, 3),
+            "times_reference": round(rate / baseline_rate, 2),
+            "as_good": is_as_good(difference, baseline_interval),
+        }
+        print(json.dumps(point), flush=True)
+        points.append(point)
+
+    chosen = choose(points)
+    clock = (
+        f"CPU time of one thread, {state.device}"
+        if config.threads == 1 and state.device.type == "cpu"
+        else f"wall time, {state.device}"
+    )
+    result = {
+        "reference": f"{first[0]} with {first[1]} steps",
+        "rule": "the fastest whose distance equals the reference's within its interval: upper end of the 95 % interval of the paired "
+        "difference no more than the upward half-width of the reference's own interval",
+        "chosen": {key: chosen[key] for key in ("sampler", "num_inference_steps")},
+        "num_images": reference.num_images,
+        "data": reference.data,
+        "extractor": reference.extractor.identity,
+        "seconds_are": clock,
+        "precision": precision,
+        "batch_size": config.batch_size,
+        "points": points,
+    }
+    write_text_atomically(out / "sampler_sweep.json", json.dumps(result, indent=2) + "\n")
+    draw(result, out / "sampler_sweep.png")
+    print(
+        f"default by the rule: {chosen['sampler']} with {chosen['num_inference_steps']} steps, {chosen['times_reference']:g} times the "
+        f"images/s of {result['reference']}; {out / 'sampler_sweep.png'}"
+    )
+    if config.write:
+        folder = find_pipeline_folder(config.model)
+        store_default_sampler(folder, chosen["sampler"], chosen["num_inference_steps"])
+        print(f"stored in {folder}")
+    return result
+
+
+def list_points(config: SweepConfig, scheduler, first) -> list[tuple[str, int]]:
+    """(sampler, steps) to measure beside the reference."""
+    suitable = list_samplers(scheduler)
+    names = config.samplers or tuple(name for name in suitable if name not in ("ddpm", "dpm-solver++-sde", "euler"))
+    for name in names:
+        if name not in suitable:
+            raise ValueError(f"{name} does not suit {config.model}; choose {', '.join(suitable)}")
+    points = [(name, num_steps) for name in names for num_steps in config.steps]
+    return [point for point in points if point != first]
+
+
+def count_evaluations(name: str, num_steps: int) -> int:
+    """How often the U-Net is called: Heun's last step is one of Euler's."""
+    return num_steps if SAMPLERS[name].evaluations_per_step == 1 else 2 * num_steps - 1
+
+
+def measure(pipeline, saved, name, num_steps, config: SweepConfig, num_images: int, out: Path, key):
+    """(images uint8 [N, 1, H, W], seconds) of one point, read where an earlier sweep has left them."""
+    pipeline.scheduler = create_sampler(name, saved)
+    key = json.dumps([*key, name, num_steps])
+    path = out / "points" / f"{name}-{num_steps}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["key"]) == key:
+                return stored["images"], float(stored["seconds"])
+    settings = GenerationConfig(
+        model=config.model, out="", seed=config.seed, batch_size=config.batch_size, num_inference_steps=num_steps
+    )
+    sampling = create_sampling(pipeline, "ldm", settings)
+    if not (out / "points").exists():
+        sample_levels(sampling, min(num_images, config.batch_size))  # the first batch pays for what comes once
+    images, seconds = sample_levels(sampling, num_images)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez(file, key=key, images=images, seconds=seconds)
+    temporary.replace(path)
+    return images, seconds
+
+
+def choose(points: list[dict]) -> dict:
+    """The fastest point that is as good as the first, the reference."""
+    return max(
+        (point for point in points if point["as_good"]), key=lambda point: point["images_per_second"], default=points[0]
+    )
+
+
+def rounded(interval) -> dict:
+    return {key: float(f"{getattr(interval, key):.5g}") for key in ("value", "low", "high")}
+
+
+def draw(result: dict, path: Path) -> None:
+    """Plot the distances with their intervals against U-Net evaluations and against images/s; the reference as a band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    reference, chosen = result["points"][0], result["chosen"]
+    band = reference["frechet_distance"]
+    names = list(dict.fromkeys(point["sampler"] for point in result["points"]))
+    for axes, quantity in zip(panels, ("unet_evaluations", "images_per_second")):
+        axes.axhspan(band["low"], band["high"], color="#bbbbbb", alpha=0.4, linewidth=0)
+        axes.axhline(band["value"], color="#777777", linewidth=1)
+        for name, colour in zip(names, COLOURS):
+            points = sorted((p for p in result["points"] if p["sampler"] == name), key=lambda p: p[quantity])
+            values = [p["frechet_distance"] for p in points]
+            reach = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
+            x, y = [p[quantity] for p in points], [v["value"] for v in values]
+            axes.errorbar(
+                x, y, yerr=reach, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name
+            )
+            for p, v in zip(points, values):
+                if all(p[key] == chosen[key] for key in chosen):
+                    axes.plot(
+                        p[quantity], v["value"], "o", markersize=13, markerfacecolor="none", markeredgecolor="black"
+                    )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25, which="both")
+        axes.set_xlabel(
+            {
+                "unet_evaluations": "U-Net evaluations an image",
+                "images_per_second": f"images/s ({result['seconds_are']})",
+            }[quantity]
+        )
+    panels[0].set_ylabel(f"Frechet distance to held-out tiles ({result['num_images']:,} images)")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(
+        f"band: {result['reference']} with its 95 % interval; ring: the default by the rule, {chosen['sampler']} with "
+        f"{chosen['num_inference_steps']} steps",
+        fontsize=10,
+    )
+    figure.savefig(path, format="png")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,232 @@
+"""Our sampling against stock diffusers: `LDMPipeline` with DDIM in 200 steps, float32, the same weights, the same noise.
+
+    python benchmarks/sampling.py --model RUN
+
+One JSON line a figure, each a ratio against the baseline timed in the same run. Both make the same images from the same noise in
+batches of one size, by turns, so that a machine whose speed drifts is fair to both: on one thread in its own CPU time, which other
+programs do not disturb; on all cores in wall time, where ours runs as one process a core, as generate.py under torchrun. Ours is
+what generate.py does with the sampler and the steps that the pipeline has as its default, decoding included. The distances to
+held-out tiles come with intervals, and so does their difference, paired by the noise.
+
+Without --model a small model is trained first (runs/benchmark, kept): its images are poor, the times and the equality are real.
+About 6 minutes on 2 cores.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from em_diffusion.presets import PRESETS
+from em_diffusion.samplers import create_sampler, is_flow
+from em_hub.generation import GenerationConfig, create_sampling
+from em_hub.loading import load_pipeline
+from em_hub.sampler_points import choose_clock, is_as_good, load_reference
+from em_training import create_process_state, seed_for
+from em_training.cli import run_command
+
+ROOT = Path(__file__).parents[1]
+BASELINE = "diffusers LDMPipeline, DDIM with 200 steps, float32"
+GPU_COMMAND = (
+    "accelerate launch generate.py --model RUN_OF_PRESET_paper --num-images 50000 --format arrow --compile --out images"
+)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time our sampling of images against stock diffusers, and compare the distances of both."""
+
+    model: str | None = None
+    """A run of a latent diffusion model; left out, a small one is trained from the preset demo into runs/benchmark."""
+    num_images: int = 200
+    """Images of each for the distances and for the times on one thread."""
+    batch_size: int = 50
+    """Of both."""
+    num_baseline_steps: int = 200
+    cores: int = os.cpu_count() or 1
+    """For the second figure; 1 leaves it out."""
+    seed: int = 0
+
+
+def main():
+    benchmark(tyro.cli(BenchmarkConfig))
+
+
+def benchmark(config: BenchmarkConfig) -> list[dict]:
+    """Measure, print a line a figure, and return the lines."""
+    state = create_process_state()
+    torch.set_num_threads(1)
+    model = config.model or train_small_model()
+    sampling, baseline = prepare(model, config, state.device)
+    steps = sampling.pipeline.config.default_num_inference_steps
+    facts = {
+        "sampler": type(sampling.pipeline.scheduler).__name__,
+        "num_inference_steps": steps,
+        "batch_size": config.batch_size,
+        "device": str(state.device),
+        "latents": list(latent_shape(baseline.unet)),
+        "unet_parameters": sum(parameter.numel() for parameter in baseline.unet.parameters()),
+    }
+    lines = []
+
+    def report(name, ours, theirs, **more):
+        line = {
+            "name": name,
+            "ours": round(ours, 3),
+            "baseline": round(theirs, 3),
+            "ratio": round(ours / theirs, 2),
+            **more,
+        }
+        lines.append(line | {"baseline_is": BASELINE, **facts})
+        print(json.dumps(lines[-1]), flush=True)
+
+    reference = load_reference(model, config.num_images, device=state.device, log=lambda line: None)
+    ours, theirs, seconds = run_by_turns(sampling, baseline, config, reference.num_images)
+    clock = "CPU time, one thread" if state.device.type == "cpu" else "wall time"
+    rate = reference.num_images / seconds.sum(axis=0)
+    report("images per second", *rate, clock=clock, ratio_by_batch=[round(b / a, 1) for a, b in seconds])
+
+    distances = [reference.measure(images) for images in (ours, theirs)]
+    intervals = [reference.interval(distance) for distance in distances]
+    difference = reference.difference(*distances)
+    report(
+        "frechet distance",
+        distances[0].value,
+        distances[1].value,
+        intervals=[[round(i.low, 2), round(i.high, 2)] for i in intervals],
+        difference=[round(value, 2) for value in (difference.value, difference.low, difference.high)],
+        equal_within_interval=is_as_good(difference, intervals[1]),
+        num_images=reference.num_images,
+    )
+    if config.cores > 1 and state.device.type == "cpu":
+        report(
+            "images per second, all cores",
+            *run_on_cores(model, baseline, config),
+            clock="wall time",
+            cores=config.cores,
+        )
+    gpu = {
+        "name": "50,000 images of 256 x 256 with the U-Net of `paper` on a GPU, target 480 s",
+        "command": GPU_COMMAND,
+    }
+    print(json.dumps(gpu | {"measured": "not tried here"}))
+    return lines
+
+
+def prepare(model: str, config: BenchmarkConfig, device):
+    """(our sampling, the stock pipeline) with weights of their own, since ours lays them out in another way."""
+    from diffusers import LDMPipeline
+
+    stock = load_pipeline(model, device=device)
+    if is_flow(stock.scheduler):
+        raise ValueError(
+            "stock LDMPipeline cannot sample a model of flow matching; give a run with another prediction_type"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and says so
+        baseline = LDMPipeline(ScaledAutoencoder(stock), stock.unet, create_sampler("ddim", stock.scheduler))
+    baseline.set_progress_bar_config(disable=True)
+    settings = GenerationConfig(model=model, out="", seed=config.seed, batch_size=config.batch_size, precision="no")
+    return create_sampling(load_pipeline(model, device=device), "ldm", settings), baseline
+
+
+class ScaledAutoencoder(torch.nn.Module):
+    """The autoencoder as LDMPipeline wants it, which knows one `scaling_factor` only: latents are put into its scale before decoding."""
+
+    def __init__(self, pipeline):
+        super().__init__()
+        self.vqvae, self.config = pipeline.vqvae, type("Config", (), {"scaling_factor": 1.0})
+        self.denormalise = pipeline.denormalise_latents
+        self.device, self.dtype = pipeline.vqvae.device, pipeline.vqvae.dtype
+
+    def decode(self, latents):
+        return self.vqvae.decode(self.denormalise(latents))
+
+
+def run_by_turns(sampling, baseline, config: BenchmarkConfig, num_images: int):
+    """(our images, the baseline's, uint8 [N, 1, H, W]; seconds [batches, 2]) of the same noise, batch after batch."""
+    clock = choose_clock(sampling.pipeline.device)
+    ours, theirs, seconds = {}, [], []
+
+    def write(numbers, images):
+        ours.update(zip(numbers, images, strict=True))
+        return len(images)
+
+    def make_ours(numbers):
+        sampling.generate(numbers, write, num_writers=1, progress=lambda count: None)
+
+    make_ours(list(range(min(num_images, config.batch_size))))  # the first calls pay for what comes once
+    sample_stock(baseline, list(range(min(num_images, config.batch_size))), config, num_steps=2)
+    for first in range(0, num_images, config.batch_size):
+        numbers = list(range(first, min(first + config.batch_size, num_images)))
+        times = [clock()]
+        make_ours(numbers)
+        times.append(clock())
+        theirs.append(sample_stock(baseline, numbers, config, config.num_baseline_steps))
+        times.append(clock())
+        seconds.append(np.diff(times))
+    return to_levels([ours[i] for i in range(num_images)]), to_levels(np.concatenate(theirs)), np.array(seconds)
+
+
+def sample_stock(baseline, numbers, config: BenchmarkConfig, num_steps: int):
+    """The stock pipeline's images of these numbers, float32 [B, 1, H, W] in [-1, 1]."""
+    generators = [torch.Generator().manual_seed(seed_for(config.seed, i)) for i in numbers]
+    images = baseline(len(numbers), generators, num_inference_steps=num_steps, output_type="np").images
+    return images.transpose(0, 3, 1, 2) * 2 - 1
+
+
+def to_levels(images):
+    from em_data import to_uint8
+
+    return to_uint8(torch.stack([torch.as_tensor(image) for image in images]))
+
+
+def run_on_cores(model: str, baseline, config: BenchmarkConfig) -> tuple[float, float]:
+    """Images per second of wall time on all cores: ours as one process a core, the baseline with as many threads."""
+    torch.set_num_threads(config.cores)
+    numbers = list(range(config.batch_size))
+    sample_stock(baseline, numbers, config, num_steps=2)
+    started = time.perf_counter()
+    sample_stock(baseline, numbers, config, config.num_baseline_steps)
+    theirs = len(numbers) / (time.perf_counter() - started)
+    num_images = 4 * config.cores * config.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.cores)]
+        command += [str(ROOT / "generate.py"), "--model", str(model), "--out", folder, "--num-images", str(num_images)]
+        command += ["--batch-size", str(config.batch_size), "--precision", "no"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        record = json.loads((Path(folder) / "generation.json").read_text())
+    return record["sample_images_per_second"], theirs
+
+
+def latent_shape(unet) -> tuple[int, ...]:
+    return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+
+
+def train_small_model() -> str:
+    """Train the preset demo for a fraction of its length, with latents of 16 x 16 and three levels of U-Net; return its folder."""
+    from em_diffusion import train_ldm
+
+    preset = PRESETS["demo"]()
+    autoencoder = replace(preset.autoencoder, block_out_channels=(16, 32, 64), latent_channels=4, num_images=1_600)
+    denoiser = replace(preset.denoiser, channel_multipliers=(1, 2, 2), attention_levels=(1, 2), num_images=1_600)
+    config = replace(preset, out="runs/benchmark", autoencoder=autoencoder, denoiser=denoiser)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    train_ldm(config)
+    torch.set_num_threads(threads)
+    return config.out
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,79 @@
+"""Samplers as points: how far from the held-out micrographs, how many images a second, and which is the default by that."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from em_data import load_data, to_uint8
+from em_evaluation import get_extractor
+from em_evaluation.distances import Interval, bootstrap_interval, difference_interval, frechet_influence
+from em_evaluation.images import ImageSet, read_images
+from em_evaluation.statistics import compute_features
+from em_hub.evaluation import EvaluationConfig, find_data, name_models, refuse_other_splits
+
+
+@dataclass
+class Reference:
+    """Held-out tiles as features [N, D], with the micrograph of each, and what made them."""
+
+    features: np.ndarray
+    groups: np.ndarray | None
+    extractor: object
+    num_images: int
+    data: str
+
+    def measure(self, images):
+        """The Frechet distance of images, uint8 [N, 1, H, W], with the influence of each."""
+        return frechet_influence(self.extract(images), self.features)
+
+    def extract(self, images):
+        return compute_features(ImageSet(images), self.extractor, use_cache=False)
+
+    def interval(self, distance) -> Interval:
+        return bootstrap_interval(distance, groups_b=self.groups)
+
+    def difference(self, first, second) -> Interval:
+        """The interval of a difference of two distances of images that began with the same noise."""
+        return difference_interval(first, second, groups_reference=self.groups, paired=True)
+
+
+def load_reference(model: str, num_images: int, *, data=None, tiles=(), seed=0, device="cpu", log=print) -> Reference:
+    """Read the held-out tiles that `model` is judged by, at most `num_images`; errors as in evaluate.py."""
+    models = name_models((model,))
+    source, tiling = find_data(EvaluationConfig(models=(model,), data=data, tiles=tuple(tiles)), models)
+    loaded = load_data(source, tiling, log=log)
+    refuse_other_splits(models, loaded.summary)
+    num_images = min(num_images, loaded.held_out.num_views)
+    extractor = get_extractor(resolution=loaded.summary["resolution"], device=device)
+    images = read_images(loaded.held_out, num_images, seed)
+    features = compute_features(images, extractor)
+    return Reference(features, images.groups, extractor, num_images, loaded.summary["name"])
+
+
+def sample_levels(sampling, num_images: int, clock=None) -> tuple[np.ndarray, float]:
+    """Make images 0 .. num_images - 1 by the road of generate.py, without the disk: (uint8 [N, 1, H, W], seconds by `clock`)."""
+    clock = clock or choose_clock(sampling.pipeline.device)
+    levels: dict[int, np.ndarray] = {}
+
+    def write(numbers, images):
+        levels.update(zip(numbers, to_uint8(images), strict=True))
+        return len(images)
+
+    started = clock()
+    sampling.generate(list(range(num_images)), write, num_writers=1, progress=lambda count: None)
+    return np.stack([levels[i] for i in range(num_images)]), clock() - started
+
+
+def choose_clock(device):
+    """The clock for one thread of a CPU that others use, too: seconds of computing, which are those on a quiet machine."""
+    return (
+        time.process_time if torch.device(device).type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    )
+
+
+def is_as_good(difference: Interval, reference: Interval) -> bool:
+    """Say whether a distance equals the reference's within its interval: the difference, with its own uncertainty, is no more than
+    the reference's distance is uncertain upwards."""
+    return difference.high <= reference.high - reference.value
