@@ -55,7 +55,7 @@ class EvaluationConfig:
     num_inference_steps: int | None = None
     """LDM only: denoising steps; the pipeline's own default where it is left out."""
     scheduler: str | None = None
-    """LDM only: ddim, dpm-solver++, unipc, euler or ddpm instead of the scheduler saved with the model."""
+    """LDM only: a sampler instead of the one saved with the model, as generate.py takes it; wants --num-inference-steps."""
     precision: str = "auto"
     """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling; features are always float32."""
 
