@@ -1,0 +1,378 @@
+"""The distance reached on the same budget of training time: our denoiser stage against the plain loop.
+
+    python benchmarks/training_budget.py --seconds 600 [--autoencoder RUN] [--out runs/training-budget]
+
+Both train the U-Net of the preset `demo` on the embedded micrographs, for the same seconds of the wall's clock, on latents of
+one autoencoder, which is trained once (or taken from --autoencoder) and counts for neither. Then both sample the same number of
+images by the same sampler, and the Frechet distance to held-out tiles is measured.
+
+Ours: `train_denoiser` with the preset's settings; the time to encode all views once is charged to its budget, and so are
+its log and its checkpoints. Its learning rate falls to zero at an end that is counted in images: the speed is measured
+first, for some steps that count for neither, and a run that is slower than that is stopped when the time is up.
+
+The plain loop (plain_loop.py): what a user would write from diffusers' unconditional training example with the study's
+settings. Noise prediction, independent uniform timesteps, PNG tiles decoded and encoded in every step, float32 and eager
+mode, Adam at a constant 1e-4, the last weights and no average. It is given our normalisation of the latents and the preset's
+batch size.
+
+Everything that is finished is kept in --out: a second start does only what is missing. One JSON line, with the ratio and its
+interval, and in --out report.html, report.json and report.png, which shows both grids.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from data_loading import write_png_tiles
+from plain_loop import PlainLoop
+from tqdm.auto import tqdm
+from train_step import LoopInSteps
+
+from em_data import load_data, read_image_folder
+from em_diffusion import PRESETS, EMLatentDiffusionPipeline, denoiser_loop
+from em_diffusion.autoencoder import decode, encode, read_autoencoder
+from em_diffusion.autoencoder_loop import save_model
+from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.train import run_autoencoder_stage, run_latents_stage
+from em_evaluation import ModelImages, compute_features, evaluate_models, get_extractor, write_report
+from em_evaluation.distances import Distance, difference_interval, frechet_influence
+from em_evaluation.images import read_images
+from em_hub.generation import GenerationConfig, generate_images
+from em_training import (
+    TrainingRun,
+    create_accelerator,
+    list_checkpoints,
+    load_checkpoint,
+    make_generator,
+    seed_for,
+    write_text_atomically,
+)
+from em_training.cli import run_command
+
+OURS, PLAIN = "ours", "plain loop"
+PLAIN_LEARNING_RATE = 1e-4  # the study's, and the example's
+MARGIN = 0.97  # of the images that the measured speed allows: an end that is reached beats one that is cut off
+SPEED_SECONDS = 5.0  # of steps by which the speed is measured
+FAR = 1_000_000  # images: an end that steps to measure the speed do not reach
+
+
+@dataclass
+class Shared:
+    """What both sides have in common."""
+
+    config: object  # LDMConfig
+    data: object
+    vqvae: torch.nn.Module
+    latents: object
+    held_out_latents: object
+    encode_seconds: float
+    accelerator: object
+
+
+class BudgetSpent(Exception):
+    """Ends our training when its time is up."""
+
+
+def prepare(arguments) -> Shared:
+    """Data, the autoencoder and cached latents, made once in `out`/shared by the stages of `train_ldm`."""
+    folder = Path(arguments.out) / "shared"
+    config = PRESETS[arguments.preset]()
+    config = replace(config, data=arguments.data, seed=arguments.seed)
+    accelerator = create_accelerator(folder, config.precision)
+    config = replace(config, out=str(folder), precision=accelerator.mixed_precision)
+    refuse_other_settings(folder, {"config": asdict(config), "autoencoder": arguments.autoencoder})
+    data = load_data(config.data, config.tiles)
+    path = folder / "autoencoder" / "vqvae"
+    if arguments.autoencoder is None:
+        vqvae, _ = run_autoencoder_stage(config, data, accelerator, folder)
+    else:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(load_autoencoder(arguments.autoencoder).model, path)
+        vqvae = read_autoencoder(path).to(accelerator.device)
+    latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, folder)
+    return Shared(config, data, vqvae, latents, held_out_latents, encoding["seconds"], accelerator)
+
+
+def refuse_other_settings(folder, settings):
+    """Refuse to mix two benchmarks in one folder."""
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{folder} was made with another preset, data, seed or autoencoder; choose another --out")
+    write_text_atomically(path, json.dumps(settings, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- ours
+
+
+def train_ours(shared, seconds, out):
+    """Our denoiser stage within the budget; what is known of it. Goes on where it was stopped."""
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    plan = make_plan(shared, seconds, out)
+    config = plan_config(shared.config.denoiser, plan["num_images"])
+    limit = seconds - shared.encode_seconds
+
+    class BudgetedRun(TrainingRun):
+        def step(self, num_images_seen):
+            super().step(num_images_seen)
+            if self.train_seconds >= limit:
+                self.save(num_images_seen)
+                raise BudgetSpent
+
+    try:
+        with mock.patch.object(denoiser_loop, "TrainingRun", BudgetedRun):
+            train_denoiser(config, shared, out)
+    except BudgetSpent:
+        pass
+    checkpoint = load_checkpoint(list_checkpoints(out / "denoiser" / "checkpoints")[-1])
+    unet = create_unet(config, shared)
+    unet.load_state_dict(checkpoint["state"]["ema"])
+    save_pipeline(unet, config, shared, out)
+    result = {
+        **plan,
+        "num_images_seen": checkpoint["num_images_seen"],
+        "train_seconds": checkpoint["train_seconds"],
+        "encode_seconds": shared.encode_seconds,
+    }
+    write_text_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def make_plan(shared, seconds, out):
+    """How many images the budget allows, by the speed of some steps in a folder that is thrown away; decided once."""
+    path = out / "plan.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    if shared.encode_seconds >= seconds:
+        raise ValueError(
+            f"encoding all views takes {shared.encode_seconds:.0f} s, more than --seconds {seconds:g}: give more"
+        )
+    batch_size = shared.config.denoiser.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        rate = measure_speed(shared, folder)
+    num_steps = int(MARGIN * rate * (seconds - shared.encode_seconds) / batch_size)
+    plan = {"images_per_second": rate, "num_images": max(1, num_steps) * batch_size}
+    write_text_atomically(path, json.dumps(plan, indent=2) + "\n")
+    return plan
+
+
+def measure_speed(shared, folder):
+    """Images per second of our training loop, after a warm-up."""
+    config = plan_config(shared.config.denoiser, FAR)
+    loop = LoopInSteps(lambda: train_denoiser(config, shared, folder), torch.get_num_threads())
+    for _ in range(3):
+        loop.step()
+    started, num_steps = time.perf_counter(), 0
+    while time.perf_counter() - started < SPEED_SECONDS or num_steps < 3:
+        loop.step()
+        num_steps += 1
+    rate = num_steps * config.batch_size / (time.perf_counter() - started)
+    loop.stop()
+    return rate
+
+
+def plan_config(config, num_images):
+    """The preset's denoiser for so many images; grids and validation, which are evaluation, only at the end and small."""
+    once = {"validate_every": num_images, "sample_every": num_images}
+    return replace(config, num_images=num_images, num_sample_images=1, num_sample_steps=1, **once)
+
+
+def train_denoiser(config, shared, out):
+    config = replace(config, seed=seed_for(shared.config.seed, config.seed))  # as train_ldm has it
+    denoiser_loop.train_denoiser(
+        config, shared.latents, shared.held_out_latents, shared.vqvae, accelerator=shared.accelerator, out_dir=out
+    )
+
+
+# ---------------------------------------------------------------- the plain loop
+
+
+def train_plain(shared, seconds, out):
+    """The plain loop within the budget; what is known of it. One that was stopped begins again."""
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    config = replace(shared.config.denoiser, prediction_type="epsilon", zero_terminal_snr=False, min_snr_gamma=0.0)
+    (out / "png").mkdir(parents=True, exist_ok=True)
+    tiles = shared.data.train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(shared.config.seed, "plain"))
+        unet = create_unet(config, shared)
+    loop = PlainLoop(
+        unet,
+        shared.vqvae,
+        create_scheduler(config),
+        tiles,
+        write_png_tiles(tiles, out / "png"),
+        batch_size=config.batch_size,
+        learning_rate=PLAIN_LEARNING_RATE,
+        latents_mean=shared.latents.mean,
+        latents_std=shared.latents.std,
+        generator=make_generator(shared.config.seed, stream="plain"),
+    )
+    losses, num_images_seen = [], 0
+    started = time.monotonic()
+    with tqdm(desc=PLAIN, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=5) as bar:
+        while time.monotonic() - started < seconds:
+            losses.append(loop.step())
+            num_images_seen += config.batch_size
+            bar.update(config.batch_size)
+    elapsed = time.monotonic() - started
+    save_pipeline(unet.eval(), config, shared, out)
+    last = torch.stack(losses[-len(losses) // 10 - 1 :]).mean().item()
+    result = {"num_images_seen": num_images_seen, "train_seconds": elapsed, "last_loss": last}
+    write_text_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def create_unet(config, shared):
+    channels, size = shared.latents.shape[0], shared.latents.shape[-1]
+    return create_denoiser(config, size, channels)
+
+
+def save_pipeline(unet, config, shared, out):
+    pipeline = EMLatentDiffusionPipeline(shared.vqvae, unet, create_scheduler(config))
+    pipeline.save_pretrained(out / "pipeline")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(shared, results, arguments, out):
+    """Sample from both, measure, write the report; return the line of the benchmark."""
+    data, names = shared.data, {OURS: "ours", PLAIN: "plain"}
+    models = []
+    for name, key in names.items():
+        record = generate_images(
+            GenerationConfig(
+                model=str(out / key),
+                out=str(out / key / "images"),
+                num_images=arguments.num_images,
+                seed=arguments.seed,
+                num_inference_steps=arguments.num_inference_steps,
+                eta=arguments.eta,
+            )
+        )
+        result = results[name]
+        models.append(
+            ModelImages(
+                name,
+                "ldm",
+                read_image_folder(out / key / "images"),
+                train_seconds=result["train_seconds"] + result.get("encode_seconds", 0.0),
+                num_images_seen=result["num_images_seen"],
+                sample_seconds=record["sample_seconds"],
+                sample_images_per_second=record.get("sample_images_per_second"),
+            )
+        )
+    extractor = get_extractor(resolution=data.summary["resolution"], device=shared.accelerator.device)
+
+    @torch.no_grad()
+    def reconstruct(images):
+        return decode(shared.vqvae, encode(shared.vqvae, images.to(shared.accelerator.device))).clamp(-1, 1).cpu()
+
+    report, pictures = evaluate_models(
+        models,
+        data.summary,
+        data.held_out,
+        data.train,
+        extractor=extractor,
+        floors=("real", "reconstruction"),
+        num_images=arguments.num_images,
+        seed=arguments.seed,
+        reconstruct={"autoencoder of both": reconstruct},
+    )
+    write_report(report, pictures, out)
+    return make_figure(report, find_ratio(models, data.held_out, extractor, report, arguments.seed))
+
+
+def find_ratio(models, held_out, extractor, report, seed):
+    """The ratio of the two distances with its 95 % interval, in which the common reference cancels."""
+    num_images = report["protocol"]["num_images"]
+    reference = read_images(held_out, num_images, seed)
+    reference_features = compute_features(reference, extractor)
+    logarithms = []
+    for model in models:
+        features = compute_features(read_images(model.images, num_images), extractor)
+        logarithms.append(take_logarithm(frechet_influence(features, reference_features)))
+    interval = difference_interval(*logarithms, groups_reference=reference.groups, seed=seed)
+    return {key: float(np.exp(getattr(interval, key))) for key in ("value", "low", "high")}
+
+
+def take_logarithm(distance: Distance) -> Distance:
+    """The logarithm of a distance with its influences, to first order: d log x = dx / x."""
+    value = max(distance.value, 1e-12)
+    return Distance(float(np.log(value)), distance.influence_a / value, distance.influence_b / value)
+
+
+def make_figure(report, ratio):
+    """The line of the benchmark."""
+    distances = {model["name"]: model["metrics"]["frechet_distance"] for model in report["models"]}
+    floors = {key: floor["metrics"]["frechet_distance"]["value"] for key, floor in report["floors"].items()}
+
+    def shorten(metric):
+        return [round(metric["low"], 1), round(metric["high"], 1)]
+
+    return {
+        "name": "Frechet distance on the same budget of training time",
+        "ours": round(distances[OURS]["value"], 1),
+        "baseline": round(distances[PLAIN]["value"], 1),
+        "ratio": round(ratio["value"], 3),
+        "ratio_interval": [round(ratio["low"], 3), round(ratio["high"], 3)],
+        "ours_interval": shorten(distances[OURS]),
+        "baseline_interval": shorten(distances[PLAIN]),
+        "real_against_real": round(floors["real"], 1),
+        "autoencoder_alone": round(floors["reconstruction"], 1),
+        "num_images": report["protocol"]["num_images"],
+        "extractor": report["protocol"]["extractor"].split(",")[0],
+        "baseline_is": "noise prediction, uniform timesteps, PNG decoded and encoded in every step, float32, Adam 1e-4, no average",
+    }
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600.0, help="of training for each side")
+    parser.add_argument("--out", default="runs/training-budget", help="folder for everything; a second start goes on")
+    parser.add_argument("--autoencoder", help="a run or folder whose autoencoder to take; trained where it is left out")
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="whose networks and settings")
+    parser.add_argument("--data", default="synthetic", help="micrographs; 'synthetic' are the embedded ones")
+    parser.add_argument("--num-images", type=int, default=1000, help="sampled from each, and as many real ones")
+    parser.add_argument("--num-inference-steps", type=int, default=25, help="of DDIM, for both")
+    parser.add_argument("--eta", type=float, default=1.0, help="of DDIM, for both: 0 no fresh noise, 1 as much as DDPM")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for torch's own number")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    if arguments.seconds <= 0 or arguments.num_images < 2:
+        parser.error("--seconds is positive and --num-images at least 2")
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    shared = prepare(arguments)
+    out = Path(arguments.out) / f"{arguments.seconds:g}s"
+    results = {OURS: train_ours(shared, arguments.seconds, out / "ours")}
+    results[PLAIN] = train_plain(shared, arguments.seconds, out / "plain")
+    figure = evaluate(shared, results, arguments, out)
+    for name, key in ((OURS, "ours"), (PLAIN, "baseline")):
+        figure[f"{key}_images_seen"] = results[name]["num_images_seen"]
+        figure[f"{key}_seconds"] = round(results[name]["train_seconds"] + results[name].get("encode_seconds", 0.0), 1)
+    figure |= {"encode_seconds": round(shared.encode_seconds, 1), "budget_seconds": arguments.seconds}
+    figure |= {"preset": arguments.preset, "num_threads": torch.get_num_threads(), "seed": arguments.seed}
+    figure["device"] = shared.accelerator.device.type
+    write_text_atomically(out / "figure.json", json.dumps(figure) + "\n")
+    print(json.dumps(figure))
+
+
+if __name__ == "__main__":
+    run_command(main)
