@@ -170,7 +170,7 @@ def prepare(arguments, folder):
     torch.manual_seed(0)
     vqvae = create_autoencoder(preset.autoencoder, arguments.resolution).to(accelerator.device).eval()
     view_ids = np.arange(min(NUM_VIEWS, tiles.num_views))
-    array = encode_latents(vqvae, tiles, folder, accelerator=accelerator, batch_size=4, view_ids=view_ids)
+    array, _ = encode_latents(vqvae, tiles, folder, accelerator=accelerator, batch_size=4, view_ids=view_ids)
     latents = Latents(array, *measure_latents(array))
     num_images = arguments.batch_size * (
         arguments.steps * (arguments.rounds + 1) + 2
@@ -184,6 +184,7 @@ def prepare(arguments, folder):
         validate_every=num_images,
         sample_every=num_images,
         checkpoint_every=num_images,
+        evaluate_every=0,
         num_validation_images=2,
     )
     return config, tiles, paths, vqvae, latents, accelerator

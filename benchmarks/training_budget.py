@@ -182,7 +182,7 @@ def measure_speed(shared, folder):
 
 def plan_config(config, num_images):
     """The preset's denoiser for so many images; grids and validation, which are evaluation, only at the end and small."""
-    once = {"validate_every": num_images, "sample_every": num_images}
+    once = {"validate_every": num_images, "sample_every": num_images, "evaluate_every": 0}
     return replace(config, num_images=num_images, num_sample_images=1, num_sample_steps=1, **once)
 
 
