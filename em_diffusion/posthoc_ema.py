@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from diffusers import VQModel
-
 from em_diffusion.config import LDMConfig
-from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.denoiser import create_denoiser
+from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_diffusion.train import choose_sampler
 from em_training import load_config, write_text_atomically
 from em_training.cli import run_command
 from em_training.posthoc_ema import reconstruct_average
@@ -33,12 +33,13 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
         raise ValueError(f"--out is the run itself, {run}, whose pipeline would be lost; choose another folder")
     weights, error, num_images_seen = reconstruct_average(run / "denoiser" / "posthoc_ema", sigma_rel, num_images_seen)
     config = load_config(LDMConfig, run / "config.json")
-    vqvae = VQModel.from_pretrained(run / "autoencoder" / "vqvae").eval()
+    vqvae = load_autoencoder(run / "autoencoder" / "vqvae").model
     unet = create_denoiser(config.denoiser, config.latent_size, vqvae.config.latent_channels).eval()
     unet.load_state_dict(unet.state_dict() | weights)
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None
-    pipeline = EMLatentDiffusionPipeline(vqvae, unet, create_scheduler(config.denoiser), pixel_size_nm=pixel_size_nm)
+    scheduler, num_steps = choose_sampler(config)
+    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps)
     pipeline.save_pretrained(out / "pipeline")
     made = {
         "run": str(run),

@@ -89,14 +89,14 @@ def demo() -> StyleGANConfig:
 
 
 def test() -> StyleGANConfig:
-    """A few steps of tiny networks at 16 x 16, to see that everything runs.
+    """A few steps of tiny networks at 32 x 32, on the tiles of the LDM's `test`, to see that everything runs.
 
     Hardware: any. Time: seconds. Score: meaningless.
     """
     return StyleGANConfig(
         out="runs/test/stylegan2",
         save_untrained=True,
-        tiles=DataConfig(resolution=16, num_micrographs=3, micrograph_size=64),
+        tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),
         generator=GeneratorConfig(z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8),
         discriminator=DiscriminatorConfig(channel_base=128, max_channels=8, group_size=2),
         training=GANTrainingConfig(
