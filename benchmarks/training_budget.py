@@ -36,7 +36,7 @@ from train_step import LoopInSteps
 
 from em_data import load_data, read_image_folder
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, denoiser_loop
-from em_diffusion.autoencoder import decode, encode, read_autoencoder
+from em_diffusion.autoencoder import decode, encode
 from em_diffusion.autoencoder_loop import save_model
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.load_autoencoder import load_autoencoder
@@ -96,7 +96,7 @@ def prepare(arguments) -> Shared:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             save_model(load_autoencoder(arguments.autoencoder).model, path)
-        vqvae = read_autoencoder(path).to(accelerator.device)
+        vqvae = load_autoencoder(path, device=accelerator.device).model
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, folder)
     return Shared(config, data, vqvae, latents, held_out_latents, encoding["seconds"], accelerator)
 
