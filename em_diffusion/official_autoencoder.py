@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
@@ -64,7 +65,8 @@ def create_first_stage(config):
 
 def load_first_stage(weights, config, prefix="", use_ema=None):
     """The model of a `FirstStage` with the tensors of `OriginalWeights` whose names begin with `prefix`."""
-    model = create_first_stage(config)
+    with torch.device("meta"):  # shapes alone: an absurd yaml takes no memory
+        model = create_first_stage(config)
     num_levels = len(config.ch_mult)
 
     def find_source(name):

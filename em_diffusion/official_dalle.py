@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_training.safe_pickle import Record, flatten_module
 from em_training.torch_checkpoint import read_torch_checkpoint
@@ -32,7 +34,8 @@ def load_dalle(folder) -> EMDalleVAE:
         decoder_channels = decoder["blocks.output.conv.w"].shape[0] // 2
     except KeyError as error:
         raise ValueError(f"{folder} does not hold the two halves of DALL-E's dVAE: there is no {error}.") from error
-    model = EMDalleVAE(num_hidden, num_init, num_blocks, num_codes, in_channels, decoder_channels).eval()
+    with torch.device("meta"):  # shapes alone: absurd ones take no memory
+        model = EMDalleVAE(num_hidden, num_init, num_blocks, num_codes, in_channels, decoder_channels).eval()
     codes = decoder.pop("blocks.input.w")[..., 0, 0].T + decoder.pop("blocks.input.b")  # what a one-hot code gives
     state = {"quantize.embedding.weight": codes}
     for half, tensors in (("encoder", encoder), ("decoder", decoder)):
@@ -43,7 +46,7 @@ def load_dalle(folder) -> EMDalleVAE:
         raise ValueError(
             f"{folder} does not hold the two halves of one dVAE of DALL-E: {', '.join(wrong[:3])} do not fit."
         )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     return model
 
 

@@ -82,7 +82,8 @@ def _refuse_widths(config, attends):
 
 def load_unet(weights, config, use_ema=None):
     """The U-Net of an `OriginalUNet` with the tensors of `OriginalWeights`, averaged ones where there are any, unless told."""
-    unet = create_unet(config)
+    with torch.device("meta"):  # shapes alone: an absurd yaml takes no memory
+        unet = create_unet(config)
     modules = dict(unet.named_modules())
 
     def find_source(name):

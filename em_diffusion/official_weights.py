@@ -54,7 +54,7 @@ class OriginalWeights:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def load(self, model, find_source, *, what, ema_name=None, use_ema=None):
-        """Fill `model` with the tensors that it needs, all of them; return the model in evaluation mode.
+        """Give `model`, which may be on the meta device, the tensors that it needs, all of them; return it in evaluation mode.
 
         find_source: name in `model` -> (name in the checkpoint, function of the tensor, or None for the tensor itself).
         ema_name: name in the checkpoint -> that of its average; None where there are none.
@@ -82,9 +82,9 @@ class OriginalWeights:
                     f"{stored[source]} is {list(tensor.shape)} in {self.path}, and {list(target.shape)} by the yaml: it is "
                     "the yaml of another model; name the right one with --config."
                 )
-            state[name] = tensor
+            state[name] = tensor.contiguous()
         self._used.update(raw & self.tensors.keys())
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
     def _refuse_missing(self, missing, num_needed, what):

@@ -43,13 +43,13 @@ def number(values, key, default):
     return result
 
 
-def count(values, key):
+def count(values, key, largest=2**20):
     """The positive whole number under this key."""
     value = values.get(key)
     if value is None:
         raise ValueError(f"{key} is missing")
-    if type(value) is not int or not 1 <= value <= 2**20:
-        raise ValueError(f"{key} is {value!r}; expected a positive whole number")
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"{key} is {value!r}; expected a whole number from 1 to {largest}")
     return value
 
 

@@ -1,5 +1,13 @@
 """`load_autoencoder`: one grey interface to every autoencoder, and colour ones folded exactly."""
 
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -99,3 +107,94 @@ def test_folder_without_an_autoencoder(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="there is no autoencoder in"):
         load_autoencoder(tmp_path)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The piece of the Hub that downloads need: /owner/name/resolve/revision/path, with the file's hash and a commit."""
+
+    folder, asked = None, None
+
+    def do_GET(self):
+        self.asked.append(f"{self.command} {self.path}")
+        owner, name, *parts = self.path.split("?")[0].split("/")[1:]
+        parts = parts[2:]
+        path = self.folder.joinpath(owner, name, *parts)
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if not path.is_file():
+            self.send_header(
+                "X-Error-Code", "EntryNotFound" if path.parents[len(parts) - 1].is_dir() else "RepoNotFound"
+            )
+        data = path.read_bytes() if path.is_file() else b""
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Serves a folder as the Hub; call it with Python code to run against it, which returns what the code printed."""
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def run(code):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.folder, run.asked = handler.folder, handler.asked
+    yield run
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_from_the_hub(hub, tmp_path, images):
+    """In one process, since each costs seconds: a model, a pipeline, a repository without one, and one that is not there."""
+    expected = {}
+    for repository, model in (("lab/model", create_vq()), ("lab/pipeline/vqvae", create_kl())):
+        model.save_pretrained(hub.folder / repository)
+        (hub.folder / repository / "code.py").write_text("raise AssertionError")
+        expected[repository] = load_autoencoder(hub.folder / repository)
+    (hub.folder / "lab" / "pipeline" / "model_index.json").write_text("{}")
+    (hub.folder / "lab" / "other").mkdir()
+    (hub.folder / "lab" / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    torch.save(images, tmp_path / "images.pt")
+    code = """
+import torch
+from em_diffusion.load_autoencoder import load_autoencoder
+images = torch.load("images.pt")
+for name in ("model", "pipeline"):
+    torch.save(load_autoencoder(f"lab/{name}").encode(images)[0], f"{name}.pt")
+for name in ("other", "nothing"):
+    try:
+        load_autoencoder(f"lab/{name}")
+    except ValueError as error:
+        print(error)
+"""
+    other, nothing = hub(code).splitlines()
+    assert "the Hub repository lab/other has no autoencoder" in other
+    assert "lab/nothing is no file or folder, and cannot be fetched from the Hub" in nothing
+    for name, repository in (("model", "lab/model"), ("pipeline", "lab/pipeline/vqvae")):
+        assert_agrees(torch.load(tmp_path / f"{name}.pt"), expected[repository].encode(images)[0])
+    fetched = {line.split("/")[-1] for line in hub.asked if line.startswith("GET") and "/resolve/" in line}
+    assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}
