@@ -115,6 +115,9 @@ class DenoiserConfig:
     """Levels with self-attention, 0 the finest; the block between down and up path always has it."""
     attention_head_dim: int = 64
     """Width of one head, the same on every level: the number of heads is channels / attention_head_dim."""
+    num_attention_heads: int = 0
+    """Heads of every level, each channels / num_attention_heads wide, instead of attention_head_dim; makes the U-Net an
+    `EMUNet2DModel`. 0: heads of attention_head_dim, in diffusers' own `UNet2DModel`."""
     norm_num_groups: int = 32
 
     prediction_type: str = "epsilon"
@@ -193,10 +196,15 @@ class DenoiserConfig:
                 "levels; count them from 0, the finest."
             )
         attending = [self.block_out_channels[level] for level in self.attention_levels] + [self.block_out_channels[-1]]
-        if any(channels % self.attention_head_dim for channels in attending):
+        if self.num_attention_heads < 0:
             raise ValueError(
-                f"denoiser.attention_head_dim is {self.attention_head_dim}; it must divide the channels of every level "
-                f"with attention, {attending}."
+                f"denoiser.num_attention_heads is {self.num_attention_heads}; it must be at least 1, or 0 for attention_head_dim."
+            )
+        name = "num_attention_heads" if self.num_attention_heads else "attention_head_dim"
+        if any(channels % getattr(self, name) for channels in attending):
+            raise ValueError(
+                f"denoiser.{name} is {getattr(self, name)}; it must divide the channels of every level with attention, "
+                f"{attending}."
             )
 
     @property

@@ -4,12 +4,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
+from em_diffusion.em_unet2d_model import EMUNet2DModel
+
 
 def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DModel:
-    """A stock `UNet2DModel` over latents [B, latent_channels, latent_size, latent_size]."""
+    """A U-Net over latents [B, latent_channels, latent_size, latent_size]: the stock `UNet2DModel`, or with
+    `config.num_attention_heads` an `EMUNet2DModel`."""
+    heads = {"attention_head_dim": config.attention_head_dim}
+    if config.num_attention_heads:
+        heads = {"num_attention_heads": config.num_attention_heads}
     num_levels = len(config.channel_multipliers)
     attends = [level in config.attention_levels for level in range(num_levels)]
-    return UNet2DModel(
+    return (EMUNet2DModel if config.num_attention_heads else UNet2DModel)(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -17,9 +23,18 @@ def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DMod
         up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)),
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
-        attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
+        **heads,
     )
+
+
+def load_denoiser(folder) -> UNet2DModel:
+    """The U-Net saved in `folder`, of the class that it was saved from."""
+    classes = {cls.__name__: cls for cls in (UNet2DModel, EMUNet2DModel)}
+    name = UNet2DModel.load_config(folder)["_class_name"]
+    if name not in classes:
+        raise ValueError(f"{folder} holds a {name}; a denoiser is one of {', '.join(classes)}.")
+    return classes[name].from_pretrained(folder)
 
 
 def create_scheduler(config) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:

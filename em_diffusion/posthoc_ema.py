@@ -5,6 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+from em_diffusion.autoencoder import encode
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_denoiser
 from em_diffusion.load_autoencoder import load_autoencoder
@@ -33,8 +36,11 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
         raise ValueError(f"--out is the run itself, {run}, whose pipeline would be lost; choose another folder")
     weights, error, num_images_seen = reconstruct_average(run / "denoiser" / "posthoc_ema", sigma_rel, num_images_seen)
     config = load_config(LDMConfig, run / "config.json")
-    vqvae = load_autoencoder(run / "autoencoder" / "vqvae").model
-    unet = create_denoiser(config.denoiser, config.latent_size, vqvae.config.latent_channels).eval()
+    vqvae = load_autoencoder(run / "autoencoder" / "vqvae").model.eval()
+    resolution = config.tiles.resolution
+    with torch.no_grad():
+        num_channels, side = encode(vqvae, torch.zeros(1, 1, resolution, resolution)).shape[1:3]
+    unet = create_denoiser(config.denoiser, side, num_channels).eval()
     unet.load_state_dict(unet.state_dict() | weights)
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None

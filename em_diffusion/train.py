@@ -5,13 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 
 from em_data import load_data
 from em_diffusion.autoencoder import encode
 from em_diffusion.autoencoder_loop import choose_validation_views, train_autoencoder
 from em_diffusion.config import LDMConfig
-from em_diffusion.denoiser import create_scheduler
+from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.evaluation import read_best
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
@@ -157,7 +156,7 @@ def run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerat
         best = read_best(out / "denoiser")
     folder = out / "denoiser" / "best" if best else out / "denoiser"
     result["weights"] = {"of": "the best checkpoint", **best} if best else {"of": "the last step"}
-    return UNet2DModel.from_pretrained(folder / "unet"), result
+    return load_denoiser(folder / "unet"), result
 
 
 def choose_sampler(config):

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 
 from em_diffusion import denoiser_loop
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
+from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import draw_noise, draw_validation_batch, evaluate_denoising, train_denoiser
+from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.evaluation import read_best
 from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_stats
 from em_training.posthoc_ema import list_snapshots
@@ -49,6 +52,7 @@ def load_last(folder):
         {"prediction_type": "v_prediction", "min_snr_gamma": 5.0, "learning_rate_decay": "inverse_sqrt"},
         {"micro_batch_size": 3, "gradient_checkpointing": True},
         {"posthoc_ema_every": 24},
+        {"num_attention_heads": 4},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -71,6 +75,26 @@ def test_snapshots_resume_to_the_bit(config, train):
     for path in snapshots:
         same = [load_file(folder / "posthoc_ema" / path.name) for folder in (whole, parts)]
         assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_heads_of_one_number_are_counted_and_saved(config, tmp_path):
+    """As many on every level, whatever its channels; the stock model where heads have one width."""
+    stage = dataclasses.replace(config.denoiser, channel_multipliers=(1, 2, 4), attention_levels=(1, 2))
+    for changes, kind, heads in (({"num_attention_heads": 8}, EMUNet2DModel, {8}), ({}, UNet2DModel, {4, 8})):
+        unet = create_denoiser(dataclasses.replace(stage, **changes), 8, 4)
+        assert type(unet) is kind
+        assert {module.heads for module in unet.modules() if isinstance(module, Attention)} == heads
+        unet.save_pretrained(tmp_path / kind.__name__)
+        loaded = load_denoiser(tmp_path / kind.__name__)
+        assert type(loaded) is kind
+        x, t = torch.randn(1, 4, 8, 8, generator=make_generator(0)), torch.tensor([3])
+        assert torch.equal(loaded(x, t).sample, unet.eval()(x, t).sample)
+    with pytest.raises(ValueError, match="num_attention_heads is 3; it must divide"):
+        dataclasses.replace(stage, num_attention_heads=3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(ValueError, match="holds a VQModel"):
+        load_denoiser(tmp_path / "other")
 
 
 def test_the_best_resumes_to_the_bit(config, train, held_out):

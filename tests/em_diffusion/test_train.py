@@ -132,6 +132,18 @@ def test_a_second_training_in_the_folder_is_refused_at_once(run, monkeypatch):
         train_ldm(config)
 
 
+def test_a_run_with_a_number_of_heads_ends_in_its_own_unet(run, tmp_path):
+    config, out = run
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("denoiser", "run.json", "pipeline"))
+    (tmp_path / "run/config.json").unlink()
+    denoiser = dataclasses.replace(config.denoiser, num_attention_heads=2)
+    out = train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
+    unet = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline").unet
+    assert type(unet).__name__ == "EMUNet2DModel"
+    assert unet.config.num_attention_heads == 2
+    assert (out / "pipeline/unet/em_unet2d_model.py").exists()
+
+
 def test_the_pipeline_takes_the_best_weights(run, tmp_path, monkeypatch):
     config, out = run
     assert json.loads((out / "run.json").read_text())["denoiser_weights"] == {"of": "the last step"}
