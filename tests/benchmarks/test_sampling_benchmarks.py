@@ -47,9 +47,11 @@ def test_equal_means_no_worse_than_the_reference_is_uncertain():
 def test_the_fastest_of_those_as_good_is_chosen():
     sweep = load_script("sampler_sweep")
     points = [
-        {"images_per_second": rate, "as_good": good} for rate, good in ((1, True), (30, False), (20, True), (5, True))
+        {"images_per_second": rate, "as_good": good, "frechet_distance": {"value": value}}
+        for rate, good, value in ((1, True, 50), (30, False, 49), (20, True, 52), (19, True, 51), (5, True, 48))
     ]
-    assert sweep.choose(points) is points[2]
+    assert sweep.choose(points) is points[3]  # as fast as the third but for the clock, and nearer
+    assert sweep.choose(points[:3]) is points[2]
     assert sweep.choose(points[:2]) is points[0]
 
 
@@ -100,10 +102,11 @@ def test_a_sweep_measures_draws_and_stores_the_default(run, tmp_path, capsys):
 
 def test_a_trained_run_has_the_default_sampler(run):
     pipeline = EMLatentDiffusionPipeline.from_pretrained(Path(run) / "pipeline")
-    name, num_steps = DEFAULT_SAMPLERS[False]
+    name, _ = DEFAULT_SAMPLERS[False]
     assert type(pipeline.scheduler).__name__ == SAMPLERS[name].scheduler
     assert pipeline.scheduler.config.use_karras_sigmas == name.endswith("karras")
-    assert pipeline.config.default_num_inference_steps == num_steps < 50
+    assert (pipeline.scheduler.config.algorithm_type == "sde-dpmsolver++") == name.endswith("sde")
+    assert pipeline.config.default_num_inference_steps == PRESETS["test"]().num_inference_steps
 
 
 def test_the_benchmark_compares_the_same_images(run, capsys):
