@@ -14,6 +14,8 @@ RATES = ("num_images_seen", "train_seconds", "images_per_second")  # of a log li
 
 def draw_distances(report) -> str:
     """Draw the Frechet distances of models and floors with their intervals, sorted, on a logarithmic axis."""
+    from matplotlib import ticker
+
     rows = [(model["name"], model["metrics"]["frechet_distance"], True) for model in report["models"]]
     rows += [(floor["name"], floor["metrics"]["frechet_distance"], False) for floor in report["floors"].values()]
     rows.sort(key=lambda row: -row[1]["value"])
@@ -27,6 +29,9 @@ def draw_distances(report) -> str:
             axes.plot([value], [y], "o" if is_model else "D", color=colour, markersize=7)
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("Frechet distance to held-out micrographs (lower is closer)")
         axes.grid(axis="x", which="both", alpha=0.2)
         return _to_svg(figure, "Frechet distance of every model and floor, with intervals")

@@ -244,7 +244,9 @@ def _precision(config: GenerationConfig) -> str:
 
 
 def _check(config: GenerationConfig) -> None:
-    if config.num_images < 1 or config.batch_size < 1 or (config.decode_batch_size or 1) < 1:
+    if min(config.num_images, config.batch_size) < 1 or (
+        config.decode_batch_size is not None and config.decode_batch_size < 1
+    ):
         raise ValueError("--num-images, --batch-size and --decode-batch-size must be at least 1")
     if config.format not in FORMATS:
         raise ValueError(f"--format {config.format} is unknown; choose png, tiff or arrow")

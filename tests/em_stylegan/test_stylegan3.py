@@ -242,7 +242,7 @@ def test_other_architectures_train_and_are_saved_with_their_code(config, tmp_pat
     assert json.loads((out / "pipeline" / "model_index.json").read_text())["generator"][0] == file
     pipe = EMStyleGANPipeline.from_pretrained(out / "pipeline")
     images = pipe(2, generator=torch.Generator().manual_seed(0), output_type="np").images
-    assert images.shape == (2, 16, 16, 1)
+    assert images.shape == (2, 32, 32, 1)
 
 
 def test_installed_code_is_self_contained(finished, tmp_path):
@@ -270,7 +270,7 @@ def test_impossible_configurations_are_refused(make, message):
 
 def test_too_many_frozen_layers_are_refused(config):
     config = replace(config, discriminator=replace(config.discriminator, num_frozen_layers=99))
-    with pytest.raises(ValueError, match="there are 7 layers above 4 x 4"):
+    with pytest.raises(ValueError, match="there are 10 layers above 4 x 4"):
         loop.create_networks(config)
 
 
