@@ -116,16 +116,14 @@ def demo() -> LDMConfig:
 
     A third of the micrographs is held out, so that a distance over 1,000 images has as many real tiles to compare with.
     The denoiser predicts velocity and trains the middle timesteps more often: with noise prediction and uniform timesteps,
-    the study's way and that of `paper`, minutes on a CPU do not suffice for loops. Sampling draws fresh noise in each step,
-    which mends what an unfinished denoiser gets wrong in the step before: rings close.
+    the study's way and that of `paper`, minutes on a CPU do not suffice for loops. The default sampler draws fresh noise in
+    each step, which mends what an unfinished denoiser gets wrong in the step before: rings close.
 
     Hardware: one CPU core. Time: about 12 minutes in float32 on a core with AVX-512. Score to expect: what README.md shows.
     """
     return LDMConfig(
         data="synthetic",
         out="runs/demo/ldm",
-        sampler="dpm-solver++-sde",
-        num_inference_steps=15,
         tiles=DataConfig(resolution=64, symmetries="paper", held_out_fraction=0.33),
         autoencoder=AutoencoderConfig(
             block_out_channels=(8, 32, 64, 64),
