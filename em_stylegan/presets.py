@@ -67,7 +67,7 @@ def stylegan3_r() -> StyleGANConfig:
 def demo() -> StyleGANConfig:
     """The embedded micrographs at 64 x 64, for `make demo`.
 
-    Hardware: one CPU core. Time: about 9 minutes in float32 on a core with AVX-512. Score: what README.md shows.
+    Hardware: one CPU core. Time: about 6 minutes in float32 on a core with AVX-512. Score: what README.md shows.
     """
     return StyleGANConfig(
         out="runs/demo/stylegan2",
@@ -76,14 +76,14 @@ def demo() -> StyleGANConfig:
         generator=GeneratorConfig(z_dim=64, w_dim=64, channel_base=1024, max_channels=64),
         discriminator=DiscriminatorConfig(channel_base=1024, max_channels=64),
         training=GANTrainingConfig(
-            num_images=16_000,
+            num_images=12_000,
             batch_size=16,
             r1_gamma=0.1,
             path_length_weight=0.0,
             ema_half_life_images=500,
             log_every=320,
             sample_every=4_000,
-            checkpoint_every=8_000,
+            checkpoint_every=6_000,
         ),
     )
 
