@@ -85,7 +85,7 @@ def base() -> LDMConfig:
     The denoiser predicts velocity, trains the middle timesteps more often, keeps the best weights by the distance to held-out
     tiles, and stores what `python -m em_diffusion.posthoc_ema` needs. It can be made longer at any time.
 
-    Hardware: one GPU of 24 GB; a batch that does not fit is computed in parts. Hours and score: not measured.
+    Hardware: one GPU of 24 GB; a batch that does not fit is computed in parts. Hours: not measured. Score to expect: not measured.
     """
     return LDMConfig(
         out="runs/ldm-base",
