@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from sampler_points import is_as_good, load_reference, sample_levels
 
 from em_diffusion.samplers import SAMPLERS, create_sampler, is_flow, list_samplers, store_default_sampler
 from em_hub.generation import GenerationConfig, create_sampling, hash_weights
 from em_hub.loading import find_pipeline_folder, load_pipeline
-from em_hub.sampler_points import is_as_good, load_reference, sample_levels
 from em_training import create_process_state, default_precision, write_text_atomically
 from em_training.cli import run_command
 
