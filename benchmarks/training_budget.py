@@ -40,6 +40,7 @@ from em_diffusion.autoencoder import decode, encode
 from em_diffusion.autoencoder_loop import save_model
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.samplers import DEFAULT_SAMPLERS, SAMPLERS
 from em_diffusion.train import run_autoencoder_stage, run_latents_stage
 from em_evaluation import ModelImages, compute_features, evaluate_models, get_extractor, write_report
 from em_evaluation.distances import Distance, difference_interval, frechet_influence
@@ -257,8 +258,8 @@ def evaluate(shared, results, arguments, out):
                 out=str(out / key / "images"),
                 num_images=arguments.num_images,
                 seed=arguments.seed,
+                scheduler=arguments.sampler,
                 num_inference_steps=arguments.num_inference_steps,
-                eta=arguments.eta,
             )
         )
         result = results[name]
@@ -345,8 +346,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="whose networks and settings")
     parser.add_argument("--data", default="synthetic", help="micrographs; 'synthetic' are the embedded ones")
     parser.add_argument("--num-images", type=int, default=1000, help="sampled from each, and as many real ones")
-    parser.add_argument("--num-inference-steps", type=int, default=25, help="of DDIM, for both")
-    parser.add_argument("--eta", type=float, default=1.0, help="of DDIM, for both: 0 no fresh noise, 1 as much as DDPM")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default=DEFAULT_SAMPLERS[False][0], help="for both")
+    parser.add_argument("--num-inference-steps", type=int, default=DEFAULT_SAMPLERS[False][1], help="for both")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for torch's own number")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -368,6 +369,7 @@ def main():
         figure[f"{key}_images_seen"] = results[name]["num_images_seen"]
         figure[f"{key}_seconds"] = round(results[name]["train_seconds"] + results[name].get("encode_seconds", 0.0), 1)
     figure |= {"encode_seconds": round(shared.encode_seconds, 1), "budget_seconds": arguments.seconds}
+    figure |= {"sampler": arguments.sampler, "num_inference_steps": arguments.num_inference_steps}
     figure |= {"preset": arguments.preset, "num_threads": torch.get_num_threads(), "seed": arguments.seed}
     figure["device"] = shared.accelerator.device.type
     write_text_atomically(out / "figure.json", json.dumps(figure) + "\n")
