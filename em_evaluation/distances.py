@@ -131,12 +131,17 @@ def kernel_distance(a, b, *, subset_size=None, num_subsets=100, seed=0) -> float
 
 
 def kernel_influence(a, b, block=2048) -> Distance:
-    """Return the kernel distance of features a [N, D] and b [M, D] with the influence of each row, in O(block x M)
-    memory.
+    """Return the kernel distance of features a [N, D] and b [M, D] with the influence of each row; see `mmd_influence`."""
+    return mmd_influence(a, b, _kernel, _kernel_diagonal, block)
 
-    2 (h(x_i) - mean h), h(x) = mean k(x, a') - mean k(x, b): the projection of the U-statistic. Where the true distance
-    is 0 the statistic is degenerate and its variance is overstated by a factor of about 2: such intervals are too wide,
-    never too narrow.
+
+def mmd_influence(a, b, kernel, kernel_diagonal, block=2048) -> Distance:
+    """Return the unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) with the influence of each row.
+
+    kernel: (x [N, D], y [M, D]) -> [N, M]; kernel_diagonal: x -> its values k(x, x) [N]. The memory is O(block x M). The
+    influence is 2 (h(x_i) - mean h), h(x) = mean k(x, a') - mean k(x, b): the projection of the U-statistic. Where the
+    true distance is 0 the statistic is degenerate and its variance is overstated by a factor of about 2: such intervals
+    are too wide, never too narrow.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -146,13 +151,13 @@ def kernel_influence(a, b, block=2048) -> Distance:
     within_a, within_b, across_a, across_b = (np.zeros(len(rows)) for rows in (a, b, a, b))
     for start in range(0, len(a), block):
         rows = slice(start, start + block)
-        within_a[rows] = _kernel(a[rows], a).sum(1) - _kernel_diagonal(a[rows])
-        across = _kernel(a[rows], b)
+        within_a[rows] = kernel(a[rows], a).sum(1) - kernel_diagonal(a[rows])
+        across = kernel(a[rows], b)
         across_a[rows] = across.sum(1)
         across_b += across.sum(0)
     for start in range(0, len(b), block):
         rows = slice(start, start + block)
-        within_b[rows] = _kernel(b[rows], b).sum(1) - _kernel_diagonal(b[rows])
+        within_b[rows] = kernel(b[rows], b).sum(1) - kernel_diagonal(b[rows])
     projection_a = within_a / (len(a) - 1) - across_a / len(b)  # [N]
     projection_b = within_b / (len(b) - 1) - across_b / len(a)  # [M]
     value = float(projection_a.mean() + projection_b.mean())
