@@ -13,33 +13,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from em_evaluation.extractor import Extractor
+from em_evaluation.fused_inception import fuse_inception, resize_bilinear
+from em_evaluation.vision_models import CLIP, DINOV2, TimmModel, TransformersModel
 from em_evaluation.weights import INCEPTION_WEIGHTS, find_weights, sha256_of
 
-
-class Extractor:
-    """A feature network with its preprocessing.
-
-    `identity` is a sentence of everything that decides the features: network, weights' digest, resizing, input side,
-    grey to colour, dtype; it is a part of the key of the feature cache. Subclasses set `name`, `identity`,
-    `num_features` and define `_features`.
-    """
-
-    name: str
-    identity: str
-    num_features: int
-
-    def __init__(self, device="cpu", dtype=torch.float32):
-        self.device, self.dtype = torch.device(device), dtype
-
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images float [B, 1, H, W] in [-1, 1] to float32 features [B, num_features] on the CPU."""
-        if images.ndim != 4 or images.shape[1] != 1:
-            raise ValueError(f"images must be [B, 1, H, W], grey in [-1, 1], and are {list(images.shape)}")
-        return self._features(images.to(self.device, torch.float32)).float().cpu()
-
-    def _features(self, images):
-        raise NotImplementedError
+NAMES = "efficientnet-lite0, inception, dinov2, clip, timm:NAME or transformers:NAME"
 
 
 class EfficientNetLite0(Extractor):
@@ -91,19 +70,25 @@ class Inception(Extractor):
 
     `resize_mode` "clean" is clean-fid's own (PIL bicubic with anti-aliasing, not quantised, TorchScript network),
     "legacy_pytorch" that of pytorch-fid (bilinear without anti-aliasing). Grey becomes three equal channels after
-    resizing to 299 x 299 on the scale 0..255.
+    resizing to 299 x 299 on the scale 0..255. `fused` folds legacy_pytorch's batch norms, and its three equal channels into one
+    (`em_evaluation.fused_inception`); the slow twin (`fused=False`) is the package's own network.
     """
 
     name = "inception"
     num_features = 2048
 
-    def __init__(self, resize_mode="clean", weights=None, device="cpu", dtype=torch.float32, cache_dir=None):
+    def __init__(
+        self, resize_mode="clean", weights=None, device="cpu", dtype=torch.float32, cache_dir=None, fused=True
+    ):
         super().__init__(device, dtype)
         if resize_mode not in INCEPTION_WEIGHTS:
             raise ValueError(f"resize_mode must be one of {', '.join(INCEPTION_WEIGHTS)}, not {resize_mode!r}")
         path = find_weights(INCEPTION_WEIGHTS[resize_mode], weights, cache_dir)
         load = load_torchscript_inception if resize_mode == "clean" else load_pytorch_inception
         network = load(path).eval().requires_grad_(False)
+        self.fused = fused and resize_mode == "legacy_pytorch"
+        if self.fused:
+            fuse_inception(network)
         self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
         self.resize_mode = resize_mode
         self.identity = (
@@ -117,8 +102,8 @@ class Inception(Extractor):
             x = resize_clean(x).to(self.device)  # [B, 1, 299, 299]
             x = x.to(self.dtype).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
             return self.network(x)  # [B, 2048]
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False).clamp(0, 255)
-        x = x.to(self.dtype).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = resize_bilinear(x).clamp(0, 255)
+        x = x.to(self.dtype).expand(-1, 1 if self.fused else 3, -1, -1).contiguous(memory_format=torch.channels_last)
         return self.network(x / 255)[0].flatten(1)  # [B, 2048]
 
 
@@ -132,26 +117,41 @@ def get_extractor(
     device="cpu",
     dtype=torch.float32,
 ) -> Extractor:
-    """Return the extractor `name`: "efficientnet-lite0" (offline, `input_px`) or "inception" (`resize_mode` "clean" or
-    "legacy_pytorch").
+    """Return the extractor `name`.
+
+    efficientnet-lite0 (offline, `input_px`), inception (`resize_mode` "clean" or "legacy_pytorch"), dinov2
+    (facebook/dinov2-base), clip (the embedding of openai/clip-vit-large-patch14-336, for CMMD), timm:NAME or transformers:NAME for any of
+    their vision models; NAME may be a folder for transformers.
 
     EfficientNet reads images of `resolution` up to 128 pixels at 128, three times as fast, and larger or unknown ones
-    at its own 224; `input_px` says otherwise. `weights` is a local file in place of the published one. `ValueError` for
-    an unknown name or an option that the extractor has not.
+    at its own 224; `input_px` says otherwise. `weights` is a local file in place of the published one, for dinov2 and clip a
+    folder. `dtype` bfloat16 is for hardware that has it. `ValueError` for an unknown name or an option that the extractor has not.
     """
+    if resize_mode is not None and name != "inception":
+        own = ", its own option is input_px" if name == "efficientnet-lite0" else ""
+        raise ValueError(f"{name} has one resizing; resize_mode belongs to inception{own}")
+    if input_px is not None and name != "efficientnet-lite0":
+        own = " reads 299 x 299 pixels" if name == "inception" else " reads its own size"
+        raise ValueError(f"{name}{own}; input_px belongs to efficientnet-lite0")
+    options = {"device": device, "dtype": dtype}
     if name == "efficientnet-lite0":
-        if resize_mode is not None:
-            raise ValueError(
-                "efficientnet-lite0 has one resizing; resize_mode belongs to inception, its own option is input_px"
-            )
         if input_px is None:
             input_px = 128 if resolution is not None and resolution <= 128 else 224
-        return EfficientNetLite0(input_px, device, dtype, weights)
+        return EfficientNetLite0(input_px, weights=weights, **options)
     if name == "inception":
-        if input_px is not None:
-            raise ValueError("inception reads 299 x 299 pixels; input_px belongs to efficientnet-lite0")
-        return Inception(resize_mode or "clean", weights, device, dtype)
-    raise ValueError(f"extractor must be efficientnet-lite0 or inception, not {name!r}")
+        return Inception(resize_mode or "clean", weights, **options)
+    if name == "dinov2":
+        return TransformersModel(DINOV2, weights, label="dinov2", **options)
+    if name == "clip":
+        return TransformersModel(CLIP, weights, label="clip", embedding=True, **options)
+    library, _, model = name.partition(":")
+    if library not in ("timm", "transformers") or not model:
+        raise ValueError(f"the extractor must be {NAMES}, not {name!r}")
+    if weights is not None:
+        raise ValueError(
+            f"{library}:NAME takes no --weights; name the folder itself, transformers:FOLDER or timm:local-dir:FOLDER"
+        )
+    return TimmModel(model, **options) if library == "timm" else TransformersModel(model, **options)
 
 
 def resize(images, side):

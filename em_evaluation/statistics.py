@@ -87,36 +87,64 @@ def content_digest(images, batch_size=256) -> str:
     return digest.hexdigest()
 
 
-def compute_features(images, extractor, *, batch_size=32, cache_dir=None, use_cache=True, progress=None) -> np.ndarray:
+def compute_features(
+    images, extractor, *, batch_size=32, cache_dir=None, use_cache=True, progress=None, state=None
+) -> np.ndarray | None:
     """Return float32 features [N, D] of images, from the cache where the same images went through the same extractor.
 
     images: a tensor [N, 1, H, W] in [-1, 1], or anything with `len()` and `.batch(start, stop)`. The cache file's name
     is the SHA-256 of the images' content and the extractor's identity, so that two sets never share one, whatever they
     are called; it is written atomically into `cache_dir`/features, by default in the user's cache. `progress` is called
-    with the number of images done. `ValueError` for an empty set.
+    with the number of images done. state: accelerate's state where several processes call this together, each with all of the
+    images: they share the work, and the main process alone gets the features, the others None. `ValueError` for an
+    empty set.
     """
     if len(images) == 0:
         raise ValueError("there are no images to compute features of")
-    path = None
-    if use_cache:
+    is_main, path, features = state is None or state.is_main_process, None, None
+    if use_cache and is_main:
         key = hashlib.sha256(f"{content_digest(images)}\n{extractor.identity}".encode()).hexdigest()
         path = find_cache_dir(cache_dir) / "features" / f"{key}.npy"
         with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # absent or damaged: computed again
-            features = np.load(path, allow_pickle=False)
-            if features.shape == (len(images), extractor.num_features):
-                return features
-    features = np.empty((len(images), extractor.num_features), np.float32)
-    done = 0
-    for batch in iterate_batches(images, batch_size):
-        features[done : done + len(batch)] = extractor(batch).numpy()
-        done += len(batch)
-        if progress:
-            progress(done)
+            cached = np.load(path, allow_pickle=False)
+            features = cached if cached.shape == (len(images), extractor.num_features) else None
+    if _is_known(features, state):
+        return features
+    features = _compute_shares(images, extractor, batch_size, progress, state)
     if not np.isfinite(features).all():
         raise ValueError(f"{extractor.name} gives non-finite features: the images hold NaN or infinite values")
     if path is not None:
         save_array(path, features)
-    return features
+    return features if is_main else None
+
+
+def _is_known(features, state):
+    """Return on every process whether the main one has found the features."""
+    if state is None or state.num_processes == 1:
+        return features is not None
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([features is not None])[0]
+
+
+def _compute_shares(images, extractor, batch_size, progress, state):
+    """Return the features of all images, each process having computed its contiguous share of them."""
+    num_processes, index = (state.num_processes, state.process_index) if state is not None else (1, 0)
+    share = -(-len(images) // num_processes)
+    first, last = min(index * share, len(images)), min((index + 1) * share, len(images))
+    features = np.zeros((share, extractor.num_features), np.float32)
+    for start in range(first, last, batch_size):
+        stop = min(start + batch_size, last)
+        batch = images.batch(start, stop) if hasattr(images, "batch") else torch.as_tensor(images[start:stop])
+        features[start - first : stop - first] = extractor(batch.to(torch.float32)).numpy()
+        if progress:
+            progress(stop - first)
+    if num_processes == 1:
+        return features
+    from accelerate.utils import gather
+
+    gathered = gather(torch.from_numpy(features).to(state.device)).cpu().numpy()
+    return gathered[: len(images)]  # what fills up the last share is cut off
 
 
 def save_array(path: Path, array) -> None:

@@ -77,7 +77,7 @@ def download(source: WeightsFile, path, timeout: float = 30.0) -> None:
         except (urllib.error.URLError, OSError) as error:
             raise ConnectionError(
                 f"cannot download {source.url} ({error}). Without a network: fetch it elsewhere and pass the file with --weights, "
-                f"put it at {path}, or use --extractor efficientnet-lite0, whose weights come with the package."
+                f"put it at {path}, or use the extractor efficientnet-lite0, whose weights come with the package."
             ) from error
         digest = sha256_of(part)
         if source.sha256 is not None and not digest.startswith(source.sha256):

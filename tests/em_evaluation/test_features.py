@@ -1,8 +1,12 @@
 """Extractors against their packages, their weights over a real connection, and a cache that never mixes."""
 
 import http.server
+import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from torch import nn
 
 from em_evaluation import features, weights
 from em_evaluation.features import EfficientNetLite0, Extractor, get_extractor
+from em_evaluation.fused_inception import fuse_inception
 from em_evaluation.statistics import compute_features
 
 
@@ -69,7 +74,7 @@ def test_identity_says_everything_that_decides_the_features():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "vgg"}, "must be efficientnet-lite0 or inception"),
+        ({"name": "vgg"}, "must be efficientnet-lite0, inception, dinov2, clip"),
         ({"resize_mode": "clean"}, "belongs to inception"),
         ({"input_px": 100}, "multiple of 32"),
         ({"name": "inception", "input_px": 128}, "belongs to efficientnet"),
@@ -114,6 +119,27 @@ def test_damaged_cache_file_is_computed_again(images, tmp_path):
     np.testing.assert_array_equal(compute_features(images, Moments(), cache_dir=tmp_path), expected)
     np.testing.assert_array_equal(np.load(path), expected)
     assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_several_processes_share_the_images_and_find_what_one_finds(tmp_path):
+    """Shares of unequal size and one process without any: features_in_processes.py under torchrun, against one process."""
+    program = Path(__file__).with_name("features_in_processes.py")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+        str(tmp_path),
+    ]
+    result = subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for num in (7, 1):
+        images = torch.rand(num, 1, 8, 8, generator=torch.Generator().manual_seed(num)) * 2 - 1
+        alone = compute_features(images, Moments(), batch_size=2, use_cache=False)
+        np.testing.assert_allclose(np.load(tmp_path / f"{num}.npy"), alone, rtol=1e-5, atol=1e-6)
 
 
 def test_empty_and_non_finite_sets_are_refused(images, tmp_path):
@@ -184,13 +210,46 @@ def test_legacy_inception_loads_a_state_dict_and_resizes_as_pytorch_fid(images, 
     original = inception_pytorch.load_state_dict_from_url
     state = nn.Linear(3 * 64, 2048).state_dict()
     torch.save(state, tmp_path / "weights.pth")
-    found = get_extractor("inception", resize_mode="legacy_pytorch", weights=tmp_path / "weights.pth")(images)
+    found = features.Inception("legacy_pytorch", tmp_path / "weights.pth", fused=False)(images)
     resized = nn.functional.interpolate((images + 1) / 2, size=(299, 299), mode="bilinear", align_corners=False)
     pooled = nn.functional.adaptive_avg_pool2d(resized.repeat(1, 3, 1, 1), 8).flatten(1)
     torch.testing.assert_close(
         found, nn.functional.linear(pooled, state["weight"], state["bias"]), rtol=1e-4, atol=1e-4
     )
     assert inception_pytorch.load_state_dict_from_url is original
+
+
+class Block(nn.Module):
+    """A convolution as pytorch-fid has it: without bias, then batch norm, then ReLU."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
+
+    def forward(self, x):
+        return nn.functional.relu(self.bn(self.conv(x)))
+
+
+def test_folded_inception_reads_one_channel_and_equals_three():
+    torch.manual_seed(0)
+    network = nn.Sequential(Block(3, 8), nn.MaxPool2d(2), nn.Sequential(Block(8, 6))).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            (
+                module.running_mean.uniform_(-1, 1),
+                module.running_var.uniform_(0.5, 2),
+                module.weight.data.uniform_(0.5, 2),
+            )
+    images = torch.rand(3, 1, 20, 20) * 2 - 1
+    with torch.no_grad():
+        expected = network(images.repeat(1, 3, 1, 1))
+        fuse_inception(network)
+        torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.01
+    assert not [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    with pytest.raises(ValueError, match="three channels, not 1"):
+        fuse_inception(network)
 
 
 # ---------------------------------------------------------------- download

@@ -1,0 +1,208 @@
+"""Feature extractors from transformers and timm: DINOv2, CLIP's embedding, or any vision model by its name."""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from em_evaluation.extractor import Extractor
+
+DINOV2 = "facebook/dinov2-base"
+CLIP = "openai/clip-vit-large-patch14-336"  # the network of the CMMD paper
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # of a configuration, not of the function
+INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+class VisionModel(Extractor):
+    """A vision network with the preprocessing that it was published with, read from its own files.
+
+    Grey becomes three equal channels after resizing; each is normalised by the network's own mean and deviation. The
+    whole tile is resized to the network's side (anti-aliased, clipped against overshoot), never cropped: a processor that resizes
+    to a larger side and cuts the middle out would drop the border of every tile. Subclasses set `network` and define
+    `_embed`; `identity` has the digest of the weights and of the configuration, no folder's name.
+    """
+
+    unit_norm = False
+
+    def _prepare(self, label, network, side, interpolation, mean, std, configuration):
+        self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.side, self.interpolation = side, interpolation
+        self.mean, self.std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, std))
+        with torch.inference_mode():
+            self.num_features = self._features(torch.zeros(1, 1, *side, device=self.device)).shape[1]
+        setting = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.identity = (
+            f"{label}, weights sha256 {digest_weights(network)[:16]}, configuration {setting}, {self.pooling} {self.num_features}, "
+            f"{interpolation} anti-aliased to {side[0]} x {side[1]} px, grey to three equal channels, mean {list(mean)}, std {list(std)}, "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def _features(self, images):
+        x = images
+        if tuple(x.shape[-2:]) != self.side:
+            options = {} if self.interpolation == "nearest" else {"antialias": True, "align_corners": False}
+            x = F.interpolate(x, size=self.side, mode=self.interpolation, **options).clamp(-1, 1)
+        x = ((x + 1) / 2 - self.mean) / self.std  # [B, 3, H, W]
+        return self._embed(x.to(self.dtype)).float()
+
+    def _embed(self, x):
+        raise NotImplementedError
+
+
+class TransformersModel(VisionModel):
+    """A vision model of transformers by its Hub id or folder: its pooled output where the checkpoint has one, else the mean of
+    the last tokens or map.
+
+    With `embedding` it is CLIP's image embedding, normalised to length 1, as CMMD takes it. `ValueError` where the
+    checkpoint leaves weights at random, `ConnectionError` where it cannot be had.
+    """
+
+    def __init__(self, name, folder=None, *, label=None, embedding=False, device="cpu", dtype=torch.float32):
+        super().__init__(device, dtype)
+        self.unit_norm = embedding
+        source = str(folder or name)
+        label = label or f"transformers:{Path(source).name if Path(source).is_dir() else name}"
+        self.name = label
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"--weights {folder}: no such folder; give a local copy of the Hub's {name}")
+        network, missing, processor = _load_transformers(source, embedding)
+        pooler = {key for key in missing if "pool" in key.split(".")[0]}
+        if missing - pooler:
+            raise ValueError(
+                f"{label} lacks weights ({', '.join(sorted(missing - pooler)[:3])}, ...): random ones would measure nothing; "
+                "take a checkpoint of the whole vision model"
+            )
+        self.has_pooler = not pooler
+        self.pooling = (
+            "embedding of length 1," if embedding else "pooled" if self._can_pool(network) else "mean of the last"
+        )
+        configuration = {key: value for key, value in network.config.to_dict().items() if key not in VOLATILE}
+        preprocessing = _read_processor(processor, getattr(network.config, "vision_config", network.config))
+        if embedding:
+            network = ImageEmbedding(network)
+        elif hasattr(network, "vision_model"):
+            network = network.vision_model
+        self._prepare(label, network, *preprocessing, configuration)
+
+    def _can_pool(self, network):
+        return self.has_pooler and (
+            hasattr(network, "pooler") or hasattr(network, "vision_model") or _is_dinov2(network)
+        )
+
+    def _embed(self, x):
+        if self.unit_norm:
+            return F.normalize(self.network(x).float(), dim=-1)
+        output = self.network(pixel_values=x)
+        pooled = getattr(output, "pooler_output", None)
+        if self.has_pooler and pooled is not None:
+            return pooled.flatten(1)
+        last = output.last_hidden_state
+        return last.mean(1) if last.ndim == 3 else last.mean((2, 3))
+
+
+class ImageEmbedding(nn.Module):
+    """The half of a CLIP model that sees: vision tower and projection. The whole model is loaded, since its configuration
+    has the projection's size at the top.
+    """
+
+    def __init__(self, clip):
+        super().__init__()
+        self.vision_model, self.visual_projection = clip.vision_model, clip.visual_projection
+
+    def forward(self, x):
+        return self.visual_projection(self.vision_model(pixel_values=x).pooler_output)
+
+
+class TimmModel(VisionModel):
+    """A model of timm by its name, such as vit_small_patch14_dinov2.lvd142m: what its classifier would read."""
+
+    pooling = "pooled"
+
+    def __init__(self, name, *, device="cpu", dtype=torch.float32, pretrained=True):
+        super().__init__(device, dtype)
+        try:
+            import timm
+        except ImportError as error:
+            raise ValueError(f'timm:{name} needs timm: pip install "em-synthesis[timm]"') from error
+        local = name.startswith("local-dir:")
+        label = f"timm:{Path(name).name}" if local else f"timm:{name}"
+        self.name = label
+        with _explain(label, "timm:local-dir:FOLDER"):
+            network = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        data = timm.data.resolve_model_data_config(network)
+        configuration = {"architecture": network.pretrained_cfg.get("architecture"), "modules": str(network)}
+        interpolation = data["interpolation"] if data["interpolation"] in INTERPOLATIONS.values() else "bicubic"
+        self._prepare(
+            label, network, tuple(data["input_size"][-2:]), interpolation, data["mean"], data["std"], configuration
+        )
+
+    def _embed(self, x):
+        return self.network(x)
+
+
+def digest_weights(network) -> str:
+    """Return the SHA-256 of a network's weights, whatever file they came from: names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _load_transformers(source, embedding):
+    import transformers
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    model_class = transformers.CLIPModel if embedding else transformers.AutoModel
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its table of unused weights; those that lack are refused below
+    try:
+        with _explain(source, "--weights with the extractor's name and a folder (NAME=FOLDER)"):
+            network, info = model_class.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+            processor, _ = BaseImageProcessor.get_image_processor_dict(source)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    return network, set(info["missing_keys"]) | mismatched, processor
+
+
+def _read_processor(processor, config):
+    """Return (side, interpolation, mean, std) of a processor's dictionary."""
+    size = processor.get("size") or getattr(config, "image_size", 224)
+    if processor.get("do_center_crop") and processor.get("crop_size"):
+        size = processor["crop_size"]
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        size = (size.get("height", edge), size.get("width", edge))
+    side = (int(size), int(size)) if isinstance(size, int | float) else tuple(int(each) for each in size)
+    interpolation = INTERPOLATIONS.get(processor.get("resample", 3), "bicubic")
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3:
+        raise ValueError(
+            "the model's preprocessor says no mean and deviation of three channels; take another vision model"
+        )
+    return side, interpolation, mean, std
+
+
+def _is_dinov2(network):
+    return "dinov2" in network.config.model_type  # its pooled output is the class token after the last norm
+
+
+@contextlib.contextmanager
+def _explain(name, way_out):
+    """Turn what hubs raise without a network into one sentence with the way out."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConnectionError(
+            f"cannot load {name} ({first}). Without a network: fetch it elsewhere and give the folder, {way_out}; "
+            "or use the extractor efficientnet-lite0, whose weights come with the package."
+        ) from error
