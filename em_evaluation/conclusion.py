@@ -6,8 +6,8 @@ STUDY = {
     "title": "A Comparative Analysis of GANs and Diffusion Models for Synthesizing Electron Microscopy Images",
     "metric": "Frechet Inception distance (FID), against training images",
     "comparable": False,
-    "note": "The study's distances are of Inception features of 256 x 256 images of other micrographs, against training images and without "
-    "intervals. They stand beside ours for orientation and must not be compared with them in value.",
+    "note": "The study's distances are of another protocol: Inception features of 50,000 images of 256 x 256 pixels of other micrographs, "
+    "against training images and without intervals. They stand beside ours for orientation and must not be compared with them in value.",
     "num_micrographs": 494,
     "num_tiles": 10_400,
     "num_views": 62_400,

@@ -7,13 +7,14 @@ import torch
 
 from em_data.intensity import to_uint8
 from em_evaluation.conclusion import STUDY, compare_models, conclude, warn, weigh_autoencoders
-from em_evaluation.distances import Interval, bootstrap_interval, frechet_influence, kernel_influence
 from em_evaluation.environment import describe_environment
 from em_evaluation.images import ImageSet, count_images, read_images, transform_images
-from em_evaluation.statistics import compute_features
+from em_evaluation.measurement import measure_with_extractor
+from em_evaluation.metrics import METRICS, refuse_unmeasurable
+from em_evaluation.quiz import NUM_QUIZ_IMAGES
+from em_evaluation.statistics import content_digest
 from em_evaluation.surrogates import fraction_outside, phase_randomised_surrogates
 
-DISTANCES = {"frechet_distance": frechet_influence, "kernel_distance": kernel_influence}
 FLOORS = ("real", "reconstruction", "surrogates", "noise")
 MAX_CURVE_POINTS = 200
 
@@ -25,6 +26,7 @@ def evaluate_models(
     train,
     *,
     extractor,
+    metrics=(),
     floors=FLOORS,
     num_images=1000,
     seed=0,
@@ -35,9 +37,14 @@ def evaluate_models(
     batch_size=32,
     num_pictures=16,
     reproduce=(),
+    state=None,
     log=print,
 ):
     """Judge generated images of several models by one protocol; return (report, pictures) for `write_report`.
+
+    extractor: an Extractor or several; the first one's Frechet distance carries the conclusion. metrics: names in
+    `em_evaluation.metrics.METRICS`, by default all that apply. state: accelerate's, where several processes call this
+    together with the same images and share the features; all but the main one get None.
 
     models: list of ModelImages. data_summary: `Data.summary`. reference, train: the held-out and the training `Tiles`,
     whose views (all symmetries of training) are drawn each tile once before any twice. floors: which of "real",
@@ -48,7 +55,9 @@ def evaluate_models(
     """
     start = time.perf_counter()
     untrained, reconstruct = untrained or {}, reconstruct or {}
+    extractors = [extractor] if hasattr(extractor, "identity") else list(extractor)
     refuse_names([model.name for model in models])
+    refuse_unmeasurable(metrics, extractors)
     unknown = set(floors) - set(FLOORS)
     if unknown:
         raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
@@ -63,49 +72,38 @@ def evaluate_models(
         floor_info[key] = {"name": f"untrained {name}", "description": f"images of {name} before training"}
     refuse_sizes({"the micrographs": sets["held_out"], **generated, **floor_sets})
 
-    def features_of(name, images):
-        began = time.perf_counter()
-        features = compute_features(images, extractor, batch_size=batch_size, cache_dir=cache_dir, use_cache=use_cache)
-        log(f"features of {name}: {len(images):,} images in {time.perf_counter() - began:.1f} s")
-        return features
-
-    features = {"held_out": features_of("held-out tiles", sets["held_out"])}
-    features["train"] = features_of("training tiles", sets["train"])
-    measured, judged = {}, {**generated, **floor_sets}  # measured: key -> {reference: {distance: Distance}}
-    for key, images in judged.items():
-        name = floor_info[key]["name"] if key in floor_info else key
-        own = features["train"] if key == "real" else features_of(name, images)
-        sides = ("held_out", "train") if key in generated else ("held_out",)
-        measured[key] = {
-            side: {name: measure(own, features[side]) for name, measure in DISTANCES.items()} for side in sides
-        }
-
-    def metrics(key, side):
-        groups = {"groups_a": judged[key].groups, "groups_b": sets[side].groups}
-        return {
-            name: interval_to_json(bootstrap_interval(distance, **groups, seed=seed), name)
-            for name, distance in measured[key][side].items()
-        }
-
-    to_held_out = {key: value["held_out"]["frechet_distance"] for key, value in measured.items()}
-    origin = {key: images.groups for key, images in judged.items()}
+    caching = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache, "state": state}
+    measured = [
+        measure_with_extractor(
+            each, metrics, sets, generated, floor_sets, floor_info, models, seed=seed, log=log, **caching
+        )
+        for each in extractors
+    ]
+    if measured[0][0] is None:  # not the main process
+        return None
+    measurements, (to_held_out, *_), more_notes = zip(*measured)
+    notes += list(dict.fromkeys(note for each in more_notes for note in each))
+    rows = measurements[0]["rows"]
+    origin = {key: images.groups for key, images in {**generated, **floor_sets}.items()}
     report = {
         "format": 1,
         "title": "Synthetic electron micrographs: which generator is closer to the real ones",
         "dataset": to_json({key: value for key, value in data_summary.items() if key != "source"}),  # no paths
-        "protocol": describe_protocol(extractor, num_images, seed, reference, sets, data_summary.get("split"), notes),
+        "protocol": describe_protocol(
+            extractors, measurements, num_images, seed, reference, sets, data_summary.get("split"), notes
+        ),
         "models": [
             {
                 **describe_model(model, num_images),
-                "metrics": metrics(model.name, "held_out"),
-                "metrics_against_train": metrics(model.name, "train"),
+                "metrics": rows[model.name]["held_out"],
+                "metrics_against_train": rows[model.name]["train"],
             }
             for model in models
         ],
         "floors": {
-            key: {**floor_info[key], "num_images": num_images, "metrics": metrics(key, "held_out")}
-            for key in floor_sets
+            key: {**floor_info[key], "num_images": num_images, "metrics": rows[key]["held_out"]} for key in floor_sets
         },
+        "measurements": list(measurements),
         "comparisons": compare_models(
             list(generated), list(floor_sets), to_held_out, origin, sets["held_out"].groups, seed
         ),
@@ -207,7 +205,7 @@ def refuse_sizes(sets):
         )
 
 
-def describe_protocol(extractor, num_images, seed, reference, sets, split, notes):
+def describe_protocol(extractors, measurements, num_images, seed, reference, sets, split, notes):
     """Return what two reports must have in common to be compared, and what a reader must know of the measurement."""
     trained_on = "no view of them was trained on"
     if split == "leaky":
@@ -216,8 +214,8 @@ def describe_protocol(extractor, num_images, seed, reference, sets, split, notes
     num_tiles = min(num_images, getattr(reference, "num_tiles", num_images))
     origin = f", {len(np.unique(micrographs))} micrographs" if micrographs is not None else ""
     return {
-        "extractor": extractor.identity,
-        "num_features": extractor.num_features,
+        "extractor": extractors[0].identity,
+        "num_features": extractors[0].num_features,
         "num_images": num_images,
         "resolution": sets["held_out"].resolution[0],
         "grey_levels": "8 bit, generated and real alike",
@@ -225,13 +223,11 @@ def describe_protocol(extractor, num_images, seed, reference, sets, split, notes
         "reference_num_tiles": num_tiles,
         "reference_num_micrographs": len(np.unique(micrographs)) if micrographs is not None else None,
         "train_reference": f"{num_images:,} views of training tiles, as the study has it",
-        "distances": {
-            "frechet_distance": "Frechet distance of Gaussians fitted to the features, biased upwards at a finite number of "
-            "images: comparable only at this number",
-            "kernel_distance": "unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3",
-        },
-        "intervals": "95 %, linearised bootstrap over generated images and over micrographs; "
-        "they do not hold the scatter between training runs",
+        "reference_digest": content_digest(sets["held_out"])[:16],
+        "train_digest": content_digest(sets["train"])[:16],
+        "distances": {name: METRICS[name].definition for each in measurements for name in each["metrics"]},
+        "intervals": "95 %, over generated images and over micrographs: linearised bootstrap of the distances, half-samples for "
+        "precision, recall, density and coverage; they do not hold the scatter between training runs",
         "seed": seed,
         "notes": notes,
     }
@@ -256,10 +252,19 @@ def describe_model(model, num_images):
 
 
 def choose_pictures(sets, generated, floor_sets, floor_info, num_pictures):
-    """Return the report's grids: the first images of each set, as they were drawn, not selected."""
+    """Return the report's grids: the first images of each set, as they were drawn, not selected; `unseen` are the next ones."""
 
     def picture(key, title, caption, images):
-        return {"key": key, "title": title, "caption": caption, "levels": images.levels[:num_pictures, 0]}
+        unseen = images.levels[num_pictures : num_pictures + NUM_QUIZ_IMAGES, 0]
+        levels = images.levels[:num_pictures, 0]
+        return {
+            "key": key,
+            "title": title,
+            "caption": caption,
+            "levels": levels,
+            "unseen": unseen,
+            "is_model": key in generated,
+        }
 
     pictures = [picture("held_out", "Real", "held-out tiles, never trained on", sets["held_out"])]
     pictures += [picture(name, name, "generated", images) for name, images in generated.items()]
@@ -271,11 +276,6 @@ def choose_pictures(sets, generated, floor_sets, floor_info, num_pictures):
             name = floor_info[key]["name"]
             pictures.append(picture(key, name[0].upper() + name[1:], caption, images))
     return pictures
-
-
-def interval_to_json(interval: Interval, name):
-    low = max(interval.low, 0.0) if name == "frechet_distance" else interval.low
-    return {"value": interval.value, "low": low, "high": interval.high}
 
 
 def thin_out(lines, most=MAX_CURVE_POINTS):

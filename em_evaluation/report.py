@@ -13,6 +13,8 @@ import PIL.Image
 from em_data.cache import write_atomically
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
 from em_evaluation.conclusion import format_number
+from em_evaluation.metrics import METRICS
+from em_evaluation.quiz import make_quiz
 
 GAP_PX = 1  # between the tiles of a grid
 
@@ -47,6 +49,8 @@ def render_page(report, pictures) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         pictures=[make_figure(picture, report["dataset"].get("pixel_size_nm")) for picture in pictures],
+        quiz=make_quiz(pictures, report["protocol"]["seed"]),
+        metrics=METRICS,
         distances_svg=draw_distances(report),
         curves=[
             {"model": model["name"], "stage": stage, "svg": draw_curves(lines)}

@@ -286,7 +286,7 @@ def test_the_page_refers_to_nothing_outside_itself(written):
     )
     assert targets
     assert all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
-    assert not re.search(r"<(script|link|iframe|object|embed)|@import|https?://", html)
+    assert not re.search(r"<(link|iframe|object|embed)|<script[^>]|@import|https?://|import\(", html)
     ids = re.findall(r'\sid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert {target[1:] for target in targets if target.startswith("#")} <= set(ids)

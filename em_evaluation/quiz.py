@@ -1,0 +1,38 @@
+"""Real or generated: the page's quiz, one image at a time, out of images that no grid of the page shows."""
+
+import base64
+import io
+
+import numpy as np
+import PIL.Image
+
+NUM_QUIZ_IMAGES = 24  # at most, half of them real
+FEWEST = 4  # of either kind
+
+
+def make_quiz(pictures, seed=0) -> dict | None:
+    """Return a strip of real and generated images in random order as a data URI, with where each comes from; None for too few.
+
+    pictures: those of `evaluate_models`; the images are their `unseen` ones, as many of each model as of any other. uri: a PNG
+    [H, N W]; origins: for each image "" where it is real, else the model's name.
+    """
+    real = [picture["unseen"] for picture in pictures if picture["key"] == "held_out"]
+    models = [(picture["title"], picture["unseen"]) for picture in pictures if picture["is_model"]]
+    if not real or not models:
+        return None
+    share = min([NUM_QUIZ_IMAGES // 2 // len(models), *(len(levels) for _, levels in models)])
+    share = min(share, len(real[0]) // len(models))
+    if share * len(models) < FEWEST:
+        return None
+    images = list(real[0][: share * len(models)]) + [level for _, levels in models for level in levels[:share]]
+    origins = [""] * (share * len(models)) + [name for name, _ in models for _ in range(share)]
+    order = np.random.default_rng(seed).permutation(len(images))
+    strip = np.concatenate([images[i] for i in order], axis=1)  # uint8 [H, N W]
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(strip, "L").save(buffer, "PNG", optimize=True)
+    return {
+        "uri": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "height": strip.shape[0],
+        "width": strip.shape[1] // len(images),
+        "origins": [origins[i] for i in order],
+    }
