@@ -11,6 +11,7 @@ from em_evaluation.environment import describe_environment
 from em_evaluation.images import ImageSet, count_images, read_images, transform_images
 from em_evaluation.measurement import measure_with_extractor
 from em_evaluation.metrics import METRICS, refuse_unmeasurable
+from em_evaluation.microscopy import measure_microscopy
 from em_evaluation.quiz import NUM_QUIZ_IMAGES
 from em_evaluation.statistics import content_digest
 from em_evaluation.surrogates import fraction_outside, phase_randomised_surrogates
@@ -36,6 +37,7 @@ def evaluate_models(
     use_cache=True,
     batch_size=32,
     num_pictures=16,
+    microscopy=True,
     reproduce=(),
     state=None,
     log=print,
@@ -50,8 +52,9 @@ def evaluate_models(
     whose views (all symmetries of training) are drawn each tile once before any twice. floors: which of "real",
     "reconstruction", "surrogates", "noise" to measure beside the models. reconstruct: name -> function, images [B, 1,
     H, W] in [-1, 1] to the autoencoder's images of them. untrained: name -> images of an untrained network, one more
-    floor each. Every set has the same number of images: `num_images`, or fewer for all where one set has fewer, which
-    the report says. `ValueError` for fewer than two images or sets of different size in pixels.
+    floor each. microscopy: whether to add that section. Every set has the same number of images: `num_images`, or fewer
+    for all where one set has fewer, which the report says. `ValueError` for fewer than two images or sets of different
+    size in pixels.
     """
     start = time.perf_counter()
     untrained, reconstruct = untrained or {}, reconstruct or {}
@@ -112,6 +115,10 @@ def evaluate_models(
         "environment": describe_environment(),
         "reproduce": list(reproduce),
     }
+    if microscopy:
+        report["microscopy"] = measure_microscopy(
+            sets["held_out"], judged, list(generated), list(floor_sets), data_summary.get("pixel_size_nm"), seed, log
+        )
     report["conclusion"] = conclude(report)
     report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)

@@ -14,6 +14,7 @@ from em_data.cache import write_atomically
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
 from em_evaluation.conclusion import format_number
 from em_evaluation.metrics import METRICS
+from em_evaluation.microscopy_report import view_microscopy
 from em_evaluation.quiz import make_quiz
 
 GAP_PX = 1  # between the tiles of a grid
@@ -52,6 +53,7 @@ def render_page(report, pictures) -> str:
         quiz=make_quiz(pictures, report["protocol"]["seed"]),
         metrics=METRICS,
         distances_svg=draw_distances(report),
+        microscopy=view_microscopy(report),
         curves=[
             {"model": model["name"], "stage": stage, "svg": draw_curves(lines)}
             for model in report["models"]
