@@ -1,0 +1,59 @@
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+hub_server = importlib.util.module_from_spec(spec)
+sys.modules["hub_server"] = hub_server
+spec.loader.exec_module(hub_server)
+
+
+@pytest.fixture
+def hub_machine(tmp_path, monkeypatch):
+    """How a test gives this process a Hub, a private cache and a token of its own: call it with a server."""
+
+    def use(server, token="write-token", cache=None):
+        home = Path(cache or tmp_path / "hf")
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        else:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+        return home
+
+    return use
+
+
+@pytest.fixture
+def hub(hub_machine):
+    """The stand-in, used by this process."""
+    with hub_server.HubServer() as server:
+        hub_machine(server)
+        yield server
+
+
+def make_environment(server, home, **changes) -> dict:
+    """Environment of a process with a private cache that speaks to `server`."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
+    return keep | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }
