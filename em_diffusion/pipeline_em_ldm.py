@@ -1,6 +1,7 @@
 """Latent diffusion for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -8,7 +9,7 @@ import json
 import logging
 import os
 import re
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self._kept_codes = None
+        for component in (vqvae, unet, scheduler):
+            cls = type(getattr(component, "_orig_mod", component))
+            if cls.__module__.split(".")[0] != "diffusers":
+                _read_source(cls)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
         self.register_to_config(
             pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm),
@@ -161,6 +166,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
 
         A VQ autoencoder decodes the nearest codes, which are searched in float32.
         """
+        _wake(self.vqvae)
         codes = self._find_codes()
         if codes is None:
             if self.vqvae.dtype == torch.float16 and self.vqvae.config.get("force_upcast"):
@@ -300,17 +306,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         Folders on this machine from which components were loaded are not told to the world.
         """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
-        source, folder = Path(inspect.getsourcefile(type(self))), Path(save_directory)
+        folder = Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
-        index["_class_name"] = [source.stem, type(self).__name__]
-        _copy_file(source, folder)
+        index["_class_name"] = _write_source(type(self), folder)
         for name, component in self.components.items():
             cls = type(getattr(component, "_orig_mod", component))  # torch.compile wraps
             if cls.__module__.split(".")[0] != "diffusers":
-                component_source = Path(inspect.getsourcefile(cls))
-                _copy_file(component_source, folder / name)
-                index[name] = [component_source.stem, cls.__name__]
+                index[name] = _write_source(cls, folder / name)
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for path in [index_path, *(folder / name / "config.json" for name in self.components)]:
             if path.exists():
@@ -391,7 +394,42 @@ def _import_own_component(source, name, module, class_name):
     return component
 
 
-def _copy_file(source: Path, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    if source.resolve() != (folder / source.name).resolve():
-        shutil.copyfile(source, folder / source.name)
+def _wake(model):
+    """Bring an offloaded model to its device, as its `forward` would: for its other methods."""
+    hook = getattr(model, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(model)
+
+
+def _read_source(cls):
+    """The file that a class comes from: (name without suffix, content); the class keeps it from its first reading on.
+
+    diffusers copies the files of all repositories into one folder and runs a second one of the same name over the first one's module:
+    both would then run the second's functions and be saved with its code. So a class that came with a repository takes its module
+    with it, under a name of its own, and removes the compiled file, which may be taken for that of a second one of the same size.
+    """
+    if "_source" in vars(cls):
+        return cls._source
+    module = sys.modules[cls.__module__]
+    path = Path(inspect.getsourcefile(module))
+    cls._source = (path.stem, path.read_bytes())
+    if cls.__module__.startswith("diffusers_modules."):
+        with contextlib.suppress(OSError):
+            Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+        sys.modules.pop(cls.__module__)
+        cls.__module__ = f"{cls.__module__}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
+        sys.modules[cls.__module__] = module
+    return cls._source
+
+
+def _write_source(cls, folder: Path):
+    """Write the file that a class comes from into `folder`; return the file's name without its suffix and the class's name."""
+    stem, content = _read_source(cls)
+    path = folder / f"{stem}.py"
+    if not path.is_file() or path.read_bytes() != content:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return [stem, cls.__name__]
+
+
+_read_source(EMLatentDiffusionPipeline)

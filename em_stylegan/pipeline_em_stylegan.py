@@ -1,10 +1,13 @@
 """StyleGAN for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
 
+import contextlib
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
-import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +35,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
 
     def __init__(self, generator: ModelMixin, pixel_size_nm: float | None = None):
         super().__init__()
+        _read_source(type(getattr(generator, "_orig_mod", generator)))
         self.register_modules(generator=generator)
         self.register_to_config(pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm))
 
@@ -64,6 +68,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         """
         self._check_inputs(batch_size, generator if latents is None else None, noise_mode, output_type)
         device, dtype = self._execution_device, self.generator.dtype
+        _wake(self.generator)
         if latents is None:
             shape = (batch_size, self.generator.config.z_dim)
             z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # [B, z_dim]
@@ -117,16 +122,12 @@ class EMStyleGANPipeline(DiffusionPipeline):
         """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
         folder = Path(save_directory)
-        pipeline_file = Path(inspect.getsourcefile(type(self)))
-        generator_file = Path(inspect.getsourcefile(type(self.generator)))
-        (folder / "generator").mkdir(exist_ok=True)
-        for source, target in ((pipeline_file, folder), (generator_file, folder / "generator")):
-            if source.resolve() != (target / source.name).resolve():
-                shutil.copyfile(source, target / source.name)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
-        index["_class_name"] = [pipeline_file.stem, type(self).__name__]
-        index["generator"] = [generator_file.stem, type(self.generator).__name__]
+        index["_class_name"] = _write_source(type(self), folder)
+        index["generator"] = _write_source(
+            type(getattr(self.generator, "_orig_mod", self.generator)), folder / "generator"
+        )
         index.pop("_name_or_path", None)  # a folder of this machine
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
@@ -157,3 +158,44 @@ class EMStyleGANPipeline(DiffusionPipeline):
         pipeline = cls(generator=generator, pixel_size_nm=pixel_size_nm)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
+
+
+def _wake(model):
+    """Bring an offloaded model to its device, as its `forward` would: for its other methods."""
+    hook = getattr(model, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(model)
+
+
+def _read_source(cls):
+    """The file that a class comes from: (name without suffix, content); the class keeps it from its first reading on.
+
+    diffusers copies the files of all repositories into one folder and runs a second one of the same name over the first one's module:
+    both would then run the second's functions and be saved with its code. So a class that came with a repository takes its module
+    with it, under a name of its own, and removes the compiled file, which may be taken for that of a second one of the same size.
+    """
+    if "_source" in vars(cls):
+        return cls._source
+    module = sys.modules[cls.__module__]
+    path = Path(inspect.getsourcefile(module))
+    cls._source = (path.stem, path.read_bytes())
+    if cls.__module__.startswith("diffusers_modules."):
+        with contextlib.suppress(OSError):
+            Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+        sys.modules.pop(cls.__module__)
+        cls.__module__ = f"{cls.__module__}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
+        sys.modules[cls.__module__] = module
+    return cls._source
+
+
+def _write_source(cls, folder: Path):
+    """Write the file that a class comes from into `folder`; return the file's name without its suffix and the class's name."""
+    stem, content = _read_source(cls)
+    path = folder / f"{stem}.py"
+    if not path.is_file() or path.read_bytes() != content:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return [stem, cls.__name__]
+
+
+_read_source(EMStyleGANPipeline)

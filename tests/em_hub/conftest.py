@@ -7,10 +7,17 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-hub_server = importlib.util.module_from_spec(spec)
-sys.modules["hub_server"] = hub_server
-spec.loader.exec_module(hub_server)
+
+def load_helper(name):
+    """Import a file that lies beside this one, under its own name."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+hub_server = load_helper("hub_server")
+models = load_helper("models")
 
 
 @pytest.fixture
