@@ -29,7 +29,7 @@ class EvaluationConfig:
     """Judge one or more trained models by the same protocol and write report.html and report.json."""
 
     models: tuple[str, ...]
-    """Runs, saved pipelines or Hub ids (owner/name); NAME=MODEL gives one a name of its own in the report."""
+    """Runs, saved pipelines or Hub ids (owner/name, owner/name@revision); NAME=MODEL gives one a name of its own in the report."""
     out: str = "runs/evaluation"
     """Folder for report.html and report.json; generated images go to images/ in it and are kept for the next time."""
     num_images: int = 1000
@@ -142,9 +142,10 @@ def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
 def find_data(config: EvaluationConfig, models: dict) -> tuple[str, DataConfig]:
     """Return source and tiling: what the flags say, else what the first model with a run was trained on."""
     runs = [info for _, info in models.values() if info.config]
-    if config.data is None and not runs:
+    told = [info.config["data"] for info in runs if info.config.get("data")]  # not of a private folder's on the Hub
+    if config.data is None and not told:
         raise ValueError("these models do not say what they were trained on; name the micrographs with --data FOLDER")
-    source = config.data if config.data is not None else runs[0].config["data"]
+    source = config.data if config.data is not None else told[0]
     values = dict(runs[0].config["tiles"]) if runs else dataclasses.asdict(DataConfig())
     return source, config_from_dict(DataConfig, values | parse_pairs(config.tiles))
 

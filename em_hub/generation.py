@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from em_diffusion.samplers import SAMPLERS, create_sampler
 from em_hub.image_store import create_store, holds_images, remove_remains
-from em_hub.loading import find_pipeline_folder, load_pipeline, read_run_info
+from em_hub.loading import OTHER_VARIANTS, fetch_pipeline_folder, load_pipeline, read_run_info
 from em_hub.sampling import DECODED_PIXELS, Sampling
 from em_training import create_process_state, default_precision, write_text_atomically
 
@@ -32,7 +32,7 @@ class GenerationConfig:
     """Generate images from a trained model into a folder."""
 
     model: str
-    """A run's folder, a folder with a saved pipeline, or a Hub id (owner/name)."""
+    """A run's folder, a folder with a saved pipeline, or a Hub id (owner/name, owner/name@revision)."""
     out: str
     """Folder for the images and generation.json. A second start with the same settings goes on where the first stopped."""
     num_images: int = 1000
@@ -189,9 +189,8 @@ def _lock(out: Path):
 
 def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
     """Return what decides an image's content, so that a folder never mixes two kinds; an LDM's scheduler is put in place here."""
-    weights = hash_weights(config.model)
     settings = {
-        **({"weights_sha256": weights} if weights else {"model": config.model}),
+        "weights_sha256": hash_weights(config.model),
         "seed": config.seed,
         "format": config.format,
         "bits": config.bits,
@@ -212,13 +211,13 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
     }
 
 
-def hash_weights(model: str) -> str | None:
-    """Return the SHA-256 of a local pipeline's weight files, so that a retrained model is another model; None for a Hub id."""
-    folder = find_pipeline_folder(model)
-    if folder is None:
-        return None
+def hash_weights(model: str) -> str:
+    """Return the SHA-256 of a pipeline's weight files, so that a retrained model, or another revision, is another model."""
+    folder = fetch_pipeline_folder(model)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
+        if any(path.match(pattern) for pattern in OTHER_VARIANTS):
+            continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

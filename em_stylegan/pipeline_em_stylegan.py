@@ -128,8 +128,12 @@ class EMStyleGANPipeline(DiffusionPipeline):
         index["generator"] = _write_source(
             type(getattr(self.generator, "_orig_mod", self.generator)), folder / "generator"
         )
-        index.pop("_name_or_path", None)  # a folder of this machine
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for path in (index_path, folder / "generator" / "config.json"):
+            if path.exists():  # folders on this machine are not told to the world
+                config = json.loads(path.read_text())
+                config.pop("_name_or_path", None)
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,5 +1,4 @@
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -49,18 +48,3 @@ def hub(hub_machine):
     with hub_server.HubServer() as server:
         hub_machine(server)
         yield server
-
-
-def make_environment(server, home, **changes) -> dict:
-    """Environment of a process with a private cache that speaks to `server`."""
-    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
-    return keep | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "OMP_NUM_THREADS": "1",
-        **changes,
-    }

@@ -10,6 +10,7 @@ import base64
 import email.utils
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -525,3 +526,18 @@ ROUTES = [
     ("POST", r"/lfs-verify/(?P<oid>[0-9a-f]{64})", "verify"),
     ("GET|HEAD", rf"/(?P<prefix>datasets/|spaces/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "resolve"),
 ]
+
+
+def make_environment(server, home, **changes) -> dict:
+    """Environment of a process with a private cache that speaks to `server`."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
+    return keep | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }

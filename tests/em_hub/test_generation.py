@@ -18,7 +18,7 @@ from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_hub import generation
 from em_hub.generation import GenerationConfig, generate_images
 from em_hub.image_store import ArrowStore, FileStore, cut_into_shards
-from em_hub.loading import find_pipeline_folder, load_pipeline, read_run_info
+from em_hub.loading import find_pipeline_folder, load_pipeline
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import seed_for
@@ -190,7 +190,9 @@ def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="StableDiffusionPipeline"):
         load_pipeline(str(tmp_path))
     assert find_pipeline_folder("someone/em-ldm") is None
-    assert read_run_info("someone/em-ldm").name == "em-ldm"
+    assert find_pipeline_folder("someone/em-ldm@v1") is None
+    with pytest.raises(ValueError, match="not a Hub id"):
+        find_pipeline_folder("someone/em-ldm/v1")
 
 
 # ---------------------------------------------------------------- to the bit, whatever the batches

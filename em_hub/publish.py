@@ -1,0 +1,233 @@
+"""A run -> a repository on the Hub that loads where this project is absent: weights, code, card, samples, evaluation."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from em_data import save_image_grid
+from em_data.hub import HUB_ID, find_account, upload_folder
+from em_evaluation.environment import describe_environment
+from em_hub.card import VARIANT, make_card, read_evaluation
+from em_hub.generation import hash_weights
+from em_hub.loading import PIPELINES, find_pipeline_folder, load_pipeline, read_class_name
+from em_training import write_text_atomically
+
+WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|generator)/.+"
+HIDDEN = ("source", "held_out", "ignored", "notices", "specimens")  # of the data: names of files, folders and specimens
+PUBLIC_DATA = ("synthetic", "hub:")
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishConfig:
+    """Publish a trained model on the Hub, so that others load it in one line. A second call sends what has changed or is missing."""
+
+    run: str
+    """A run's folder, or a folder with a saved pipeline."""
+    repo: str
+    """The repository's name: owner/name, or name for one's own. Made where there is none."""
+    private: bool = False
+    """Show a new repository to its owner alone."""
+    revision: str | None = None
+    """A branch to publish to, made where there is none; left out, main."""
+    token: str | None = None
+    """A token with write rights; left out, that of HF_TOKEN or of `hf auth login`."""
+    evaluation: str | None = None
+    """report.json of evaluate.py, whose numbers go into the card and the Hub's own metadata."""
+    license: str | None = None
+    """Licence of the weights by its name on the Hub, such as apache-2.0 or cc-by-4.0; left out, the card says that none is stated."""
+    num_samples: int = 16
+    """Images in the card's picture; 0 for none."""
+    dry_run: str | None = None
+    """Write the repository into this new folder, and upload nothing."""
+
+
+def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.stderr)) -> str:
+    """Build the repository of a run, upload it in one commit, compare what the Hub then holds; return the page's address.
+
+    Raises `ValueError` in one sentence: no finished run, no token or one without rights, a name that holds something else, no
+    network, a Hub that is busy. Nothing is visible before all of it has arrived; the same call goes on where an upload was cut.
+    """
+    folder = find_pipeline_folder(config.run)
+    if folder is None:
+        raise ValueError(f"there is no folder {config.run}; give a run's folder, or a folder with a saved pipeline")
+    if config.dry_run is not None:
+        out = Path(config.dry_run)
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty; give a new folder with --dry-run")
+        build_repository(config, out)
+        say(f"{out}: the whole repository; nothing was uploaded")
+        return str(out)
+    config = dataclasses.replace(config, repo=find_account(config.repo, config.token))  # before anything long begins
+    with tempfile.TemporaryDirectory(prefix="em-publish-") as temporary:
+        build_repository(config, Path(temporary))
+        class_name = read_class_name(Path(temporary))
+        upload = upload_folder(
+            temporary,
+            config.repo,
+            private=config.private,
+            revision=config.revision,
+            token=config.token,
+            message=f"Publish {Path(config.run).resolve().name}",
+            check=lambda api, repo_id, paths: refuse_other_content(api, repo_id, paths, class_name),
+            is_replaced=lambda path: bool(re.fullmatch(rf"{WEIGHTS_OF_A_PART}|[^/]+\.py", path)),
+        )
+    if config.license is None:
+        say("the card says that no licence is stated: name one with --license, such as --license apache-2.0")
+    say(f"{upload.url} (commit {upload.commit[:8]}), verified")
+    return upload.url
+
+
+def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None:
+    """Train as the command line asks and, with --push-to-hub REPO (and --private), publish the run when it is finished.
+
+    parse: the other words of the command line -> configuration with a field `out`. train: configuration -> run. The token is
+    tried before the training begins.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--push-to-hub")
+    flags.add_argument("--private", action="store_true")
+    push, argv = flags.parse_known_args(argv)
+    config = parse(argv)
+    if push.push_to_hub is None:
+        if push.private:
+            raise ValueError("--private goes with --push-to-hub REPO")
+        train(config)
+        return
+    repo = find_account(push.push_to_hub)
+    train(config)
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes, the first publishes
+    try:
+        publish_run(PublishConfig(run=config.out, repo=repo, private=push.private))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error}. The training is finished and saved: `python publish.py {config.out} {repo}` publishes it"
+        ) from error
+
+
+def refuse_other_content(api, repo_id: str, paths: set[str], class_name: str) -> None:
+    """Refuse a repository that holds anything else than a pipeline of the same class."""
+    held = None
+    if "model_index.json" in paths:
+        held = json.loads(Path(api.hf_hub_download(repo_id, "model_index.json")).read_text()).get("_class_name")
+        held = held[-1] if isinstance(held, list) else held
+    if held != class_name:
+        what = f"a {held}" if held else f"something else ({', '.join(sorted(paths)[:3])})"
+        raise ValueError(f"{repo_id} holds {what}, not a {class_name}; choose another name, or empty it first")
+
+
+def build_repository(config: PublishConfig, out: Path) -> None:
+    """Write all that the repository of a run holds into `out`."""
+    license = config.license
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(
+            f"--license {license} is no licence's name on the Hub; write it as apache-2.0, cc-by-4.0 or other"
+        )
+    if config.num_samples < 0:
+        raise ValueError(f"--num-samples {config.num_samples}: a number of images, or 0 for none")
+    source = find_pipeline_folder(config.run)
+    evaluation = read_evaluation(config.evaluation, hash_weights(str(source))) if config.evaluation else None
+    pipeline = load_pipeline(str(source))
+    if type(pipeline).__name__ not in PIPELINES:
+        raise ValueError(f"{config.run} holds a {type(pipeline).__name__}; only {', '.join(PIPELINES)} are published")
+    record = make_record(Path(config.run))
+    if config.num_samples:
+        save_image_grid(draw_samples(pipeline, config.num_samples), out / "samples.png")
+    card = make_card(
+        pipeline,
+        repo_id=config.repo,
+        record=record,
+        evaluation=evaluation,
+        license=license,
+        revision=config.revision,
+        num_samples=config.num_samples,
+    )
+    save_weights(pipeline, out)
+    write_text_atomically(out / "README.md", card)
+    write_text_atomically(out / "run.json", json.dumps(record, indent=2) + "\n")
+    if evaluation is not None:
+        write_text_atomically(out / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
+
+
+def save_weights(pipeline, out: Path) -> None:
+    """Save a float32 pipeline and the narrow variant of its weights; leaves the pipeline narrow.
+
+    The codes of a VQ autoencoder stay float32 in the variant, since rounded ones are confused with each other.
+    """
+    pipeline.save_pretrained(out)
+    codes = getattr(getattr(getattr(pipeline, "vqvae", None), "quantize", None), "embedding", None)
+    exact = None if codes is None else codes.weight.detach().clone()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch.bfloat16)  # diffusers' own `to` warns of every narrower type
+    if exact is not None:
+        codes.weight = torch.nn.Parameter(exact, requires_grad=False)
+    pipeline.save_pretrained(out, variant=VARIANT)
+
+
+def draw_samples(pipeline, num: int):
+    """The images of the card: [N, 1, H, W] in [-1, 1], image i of generator i, as the card's own call makes them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(num)]
+    pipeline.set_progress_bar_config(desc="samples of the card", disable=not sys.stderr.isatty())
+    return pipeline(batch_size=num, generator=generators, output_type="pt").images * 2 - 1
+
+
+def make_record(run: Path) -> dict:
+    """Return what the repository's run.json says: the run's own, with the versions, without what names files, folders or specimens."""
+    with contextlib.suppress(FileNotFoundError):
+        content = json.loads((run / "run.json").read_text())
+        data, config = content.get("data") or {}, dict(content.get("config") or {})
+        source, stages = str(config.pop("data", "")), content.get("train_seconds_by_stage") or {}
+        config.pop("out", None)
+        config = hide_paths(config)
+        if is_public(source):
+            config["data"] = source
+        return {
+            **{key: content.get(key) for key in ("name", "family", "train_seconds", "num_images_seen")},
+            "stages": stages,
+            "has_stages": len(stages) > 1,
+            "config": config,
+            "data": {key: value for key, value in data.items() if key not in HIDDEN},
+            "versions": list_versions(),
+        }
+    name = run.resolve().parent.name if run.resolve().name == "pipeline" else run.resolve().name
+    return {"name": name, "family": "unknown", "versions": list_versions()}
+
+
+def is_public(source: str) -> bool:
+    """Say whether the name of a run's data means the same to others: the embedded micrographs, or a set on the Hub."""
+    if source.startswith("datasets:"):
+        return (
+            bool(HUB_ID.fullmatch(source.removeprefix("datasets:")))
+            and not Path(source.removeprefix("datasets:")).exists()
+        )
+    return source.startswith(PUBLIC_DATA)
+
+
+def hide_paths(value):
+    """Return a configuration with the last name alone of every path on this machine."""
+    if isinstance(value, dict):
+        return {key: None if key == "cache_dir" else hide_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [hide_paths(each) for each in value]
+    if isinstance(value, str) and ("/" in value or "\\" in value):
+        is_path = (
+            value.startswith((".", "/", "~")) or "\\" in value or Path(value).exists() or not HUB_ID.fullmatch(value)
+        )
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
+    return value
+
+
+def list_versions() -> dict:
+    """Return the versions of this project and of what decides its images."""
+    environment = describe_environment()
+    return {"python": environment["python"], **environment["versions"]}
