@@ -117,7 +117,13 @@ def evaluate_models(
     }
     if microscopy:
         report["microscopy"] = measure_microscopy(
-            sets["held_out"], judged, list(generated), list(floor_sets), data_summary.get("pixel_size_nm"), seed, log
+            sets["held_out"],
+            {**generated, **floor_sets},
+            list(generated),
+            list(floor_sets),
+            data_summary.get("pixel_size_nm"),
+            seed,
+            log,
         )
     report["conclusion"] = conclude(report)
     report["warnings"] = warn(report)
