@@ -84,7 +84,7 @@ def create_environment() -> jinja2.Environment:
     """Return what renders the templates; a placeholder without a value is an error."""
     try:
         loader = jinja2.PackageLoader("model_cards", package_path="")
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ValueError(
             "the templates of the model cards (package model_cards) are not installed; install the project again"
         ) from error

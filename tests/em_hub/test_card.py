@@ -1,0 +1,157 @@
+"""The model card: no number of its own, and what the Hub reads off it."""
+
+import json
+import re
+from pathlib import Path
+
+import jinja2
+import pytest
+from huggingface_hub import ModelCard
+from models import MAKERS
+
+import model_cards
+from em_hub.card import create_environment, is_about, make_card, read_evaluation
+
+TEMPLATES = sorted(Path(model_cards.__file__).parent.glob("*.j2"))
+RECORD = {"name": "my-run", "family": "ldm", "train_seconds": 61.5, "num_images_seen": 1234, "has_stages": True}
+RECORD |= {"stages": {"autoencoder": 20.5, "denoiser": 41.0}, "versions": {"torch": "9.8.7"}, "config": {}}
+RECORD["data"] = {"name": "set", "num_micrographs": 4711, "num_held_out_micrographs": 31, "num_train_tiles": 12345}
+RECORD["data"] |= {
+    "num_held_out_tiles": 678,
+    "split": "micrograph",
+    "symmetries": "paper",
+    "bits": 16,
+    "intensity": "full",
+}
+
+
+def interval(value):
+    return {"value": value, "low": value - 1, "high": value + 1}
+
+
+def make_report(path):
+    """A report of two models, in the form of evaluate.py."""
+
+    def row(name, value, **more):
+        return {
+            "name": name,
+            "metrics": {"frechet_distance": interval(value), "kernel_distance": interval(value / 100)},
+        } | more
+
+    settings = {"scheduler": "DDIMScheduler", "num_inference_steps": 7, "eta": 0.0, "seed": 0, "bits": 8}
+    report = {
+        "dataset": {
+            "name": "set",
+            "split": "micrograph",
+            "split_hash": "12ab",
+            "source": "hidden",
+            "held_out": ["hidden"],
+        },
+        "protocol": {"num_images": 2000, "extractor": "efficientnet-lite0, pooled", "intervals": "95 %, bootstrap"},
+        "models": [
+            row("StyleGAN", 50.25, family="stylegan1", info={"weights_sha256": "other"}, curves={}),
+            row("StyleGAN2", 36.125, family="stylegan2", info=settings | {"weights_sha256": "mine"}, curves={}),
+        ],
+        "floors": {
+            "real": row("real training tiles", 5.5, description="real against real"),
+            "reconstruction": row(
+                "reconstructions by the autoencoder of StyleGAN", 9.75, description="not of this one"
+            ),
+            "untrained": row("untrained StyleGAN2", 900.5, description="before training"),
+        },
+        "conclusion": ["StyleGAN2 is closer than StyleGAN.", "StyleGAN2 beats the surrogates.", "StyleGAN does not."],
+        "warnings": [],
+    }
+    path.write_text(json.dumps(report))
+    return path
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_a_template_has_no_number_of_its_own(path):
+    environment = jinja2.Environment()
+    for line, kind, text in environment.lex(path.read_text()):
+        if kind not in ("comment", "whitespace"):
+            assert not re.search(r"\d", text.replace(".j2", "")), f"{path.name}:{line} says {text.strip()!r}"
+            assert kind not in ("integer", "float")
+
+
+def test_there_are_templates():
+    assert {"base.md.j2", "ldm.md.j2", "stylegan.md.j2"} <= {path.name for path in TEMPLATES}
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
+    evaluation = read_evaluation(make_report(tmp_path / "report.json"), "mine")
+    pipeline = MAKERS[family]()
+    card = make_card(
+        pipeline, repo_id="you/em", record=RECORD, evaluation=evaluation, license="cc-by-4.0", num_samples=5
+    )
+    page = card.split("---\n", 2)[2]
+    for number in (
+        "4,711",
+        "12,345",
+        "678",
+        "1,234",
+        "61.5 s",
+        "9.8.7",
+        "2,000",
+        "36.12 [35.12, 37.12]",
+        "0.5000 nm",
+    ):
+        assert number in page
+    assert "5.500 [4.500, 6.500]" in page
+    assert "900.5" in page
+    for absent in ("50.25", "9.750", "hidden", "not of this one", "StyleGAN does not", "closer than"):
+        assert absent not in page
+    assert "StyleGAN2 beats the surrogates." in page
+    assert "num inference steps 7" in page
+    assert ("VQModel.from_pretrained" in page) == (family == "ldm")
+    assert ("EMUNet2DModel.from_pretrained" in page) is False  # ours is no stock class
+    assert "{{" not in page
+    assert "{%" not in page
+    bare = make_card(pipeline, repo_id="you/em", record={"name": "x", "versions": {}})
+    for sentence in ("None was given when", "not published from a training run", "has not stated one", "Not recorded."):
+        assert sentence in bare
+    assert "samples.png" not in bare
+    assert not re.search(r"^\n\n\n", page, re.MULTILINE)
+
+
+def test_the_hub_reads_the_evaluation_off_the_card(tmp_path, hub):
+    evaluation = read_evaluation(make_report(tmp_path / "report.json"), "mine")
+    text = make_card(MAKERS["stylegan"](), repo_id="you/em", record=RECORD, evaluation=evaluation, license="cc-by-4.0")
+    card = ModelCard(text)
+    card.validate()  # posts to the stand-in what the Hub itself would judge
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    results = {result.metric_type: result for result in card.data.eval_results}
+    distance = results["frechet_distance"]
+    assert distance.metric_value == 36.125
+    assert (distance.metric_args["low"], distance.metric_args["high"]) == (35.125, 37.125)
+    assert distance.dataset_args["num_images"] == 2000
+    assert results["kernel_distance"].metric_value == pytest.approx(0.36125)
+    (index,) = card.data.to_dict()["model-index"]
+    assert index["name"] == "my-run"
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_a_report_of_other_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"does not judge this model \(StyleGAN, StyleGAN2 had other weights\)"):
+        read_evaluation(make_report(tmp_path / "report.json"), "unknown")
+    (tmp_path / "other.json").write_text("{}")
+    for path in (tmp_path / "other.json", tmp_path / "nothing.json"):
+        with pytest.raises(ValueError, match=r"is no report of evaluate\.py"):
+            read_evaluation(path, "mine")
+
+
+def test_names_are_told_apart_as_words():
+    assert is_about("StyleGAN", "the autoencoder of StyleGAN.")
+    assert not is_about("StyleGAN", "StyleGAN2 and myStyleGAN")
+    assert is_about("StyleGAN", "StyleGAN2 and StyleGAN's")
+
+
+def test_templates_are_found_wherever_the_package_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert set(create_environment().list_templates(extensions=["j2"])) >= {"base.md.j2"}
+    monkeypatch.setitem(__import__("sys").modules, "model_cards", None)
+    with pytest.raises(ValueError, match="install the project again"):
+        create_environment()
