@@ -57,14 +57,13 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x, image):
         if self.from_image is not None:
             y = self.from_image(image, clamp=self.clamp)  # [B, in, R, R]
-            y = y.contiguous(memory_format=torch.channels_last)  # one channel leaves the layout open
             x = y if x is None else x + y
         if self.skip is None:
             return self.conv1(self.conv0(x, clamp=self.clamp), clamp=self.clamp)  # [B, out, R/2, R/2]
         y = self.skip(x, gain=math.sqrt(0.5))  # [B, out, R/2, R/2]
         x = self.conv0(x, clamp=self.clamp)  # [B, in, R, R]
         x = self.conv1(x, gain=math.sqrt(0.5), clamp=self.clamp)  # [B, out, R/2, R/2]
-        return x + y
+        return y.add_(x)
 
 
 class StyleGANDiscriminator(ModelMixin, ConfigMixin):

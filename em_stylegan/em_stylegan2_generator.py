@@ -42,6 +42,14 @@ def upsample(x, kernel):
     return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=num_channels)
 
 
+def pointwise_conv2d(x, weight, bias=None):
+    """1 x 1 convolution of x [B, I, H, W] with weight [O, I, 1, 1], as a matrix product over the channels of every pixel.
+
+    It neither copies nor moves maps that lie channels-last, as ours do; libraries are slow where one side has a single channel.
+    """
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)  # [B, O, H, W]
+
+
 # ------------------------------------------------------------------------------------------------------- equalised layers
 
 
@@ -87,14 +95,15 @@ class EqualizedConv2d(nn.Module):
         weight = (self.weight * (self.weight_gain * gain)).to(x.dtype)
         bias = None if self.bias is None else (self.bias * gain).to(x.dtype)
         if self.up:
-            x = upsample(F.conv2d(x, weight, bias), self.kernel)  # [B, out, 2H, 2W]
-        elif not self.down:
-            x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
+            x = upsample(pointwise_conv2d(x, weight, bias), self.kernel)  # [B, out, 2H, 2W]
         elif self.kernel_size == 1:
-            x = F.conv2d(blur(x, self.kernel, padding=1, stride=2), weight, bias)  # [B, out, H/2, W/2]
-        else:
+            x = blur(x, self.kernel, padding=1, stride=2) if self.down else x
+            x = pointwise_conv2d(x, weight, bias)  # [B, out, H, W] or [B, out, H/2, W/2]
+        elif self.down:
             x = F.conv2d(blur(x, self.kernel, padding=2), weight, bias, stride=2)  # [B, out, H/2, W/2]
-        x = F.leaky_relu(x, 0.2) if self.activation else x
+        else:
+            x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
+        x = F.leaky_relu_(x, 0.2) if self.activation else x
         return x if clamp is None else x.clamp(-clamp, clamp)
 
 
@@ -123,7 +132,9 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.
         weight = weight / weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True) / math.sqrt(weight[0].numel())
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
-    if kernel is None:
+    if kernel is None and weight.shape[2] == 1:
+        x = pointwise_conv2d(x, weight.to(dtype))  # [B, O, H, W]
+    elif kernel is None:
         x = F.conv2d(x, weight.to(dtype), padding=weight.shape[2] // 2)  # [B, O, H, W]
     else:
         x = F.conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)  # [B, O, 2H+1, 2W+1]
@@ -209,10 +220,10 @@ class SynthesisLayer(nn.Module):
         if noise_mode == "random":
             shape = (x.shape[0], 1, self.resolution, self.resolution)
             noise = randn_tensor(shape, generator=generator, device=x.device, dtype=self.noise_strength.dtype)
-            x = x + (noise * (self.noise_strength * gain)).to(x.dtype)
+            x = x.add_((noise * (self.noise_strength * gain)).to(x.dtype))
         elif noise_mode == "const":
-            x = x + (self.noise_const * (self.noise_strength * gain)).to(x.dtype)
-        x = F.leaky_relu(x + (self.bias * gain).to(x.dtype)[:, None, None], 0.2)
+            x = x.add_((self.noise_const * (self.noise_strength * gain)).to(x.dtype))
+        x = F.leaky_relu_(x.add_((self.bias * gain).to(x.dtype)[:, None, None]), 0.2)
         return x if clamp is None else x.clamp(-clamp, clamp)
 
 

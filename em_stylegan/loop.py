@@ -73,7 +73,7 @@ def create_optimizer(model, learning_rate, every_steps):
     """Adam without momentum; lazy regularisation every k steps adds one step in k, and lr and betas give way by c = k / (k + 1)
     (2020, appendix B)."""
     c = every_steps / (every_steps + 1) if every_steps else 1.0
-    return torch.optim.Adam(model.parameters(), lr=learning_rate * c, betas=(0.0, 0.99**c), eps=1e-8)
+    return torch.optim.Adam(model.parameters(), lr=learning_rate * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
 def train_stylegan(config, tiles, *, accelerator, out_dir):

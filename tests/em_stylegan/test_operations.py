@@ -122,3 +122,19 @@ def test_filter_keeps_a_constant_and_removes_the_finest_stripes():
     assert fast.blur(stripes, fast.blur_kernel(), padding=0).abs().max() < 1e-6
     doubled = fast.upsample(constant, fast.blur_kernel())[:, :, 2:-2, 2:-2]
     torch.testing.assert_close(doubled, torch.ones_like(doubled))
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 3), (3, 1), (2, 4)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_convolution(in_channels, out_channels, memory_format):
+    x, weight, bias = (
+        draw(2, in_channels, 3, 4),
+        draw(out_channels, in_channels, 1, 1, seed=1),
+        draw(out_channels, seed=2),
+    )
+
+    def run_fast(x, weight, bias):
+        return fast.pointwise_conv2d(x.contiguous(memory_format=memory_format), weight, bias)
+
+    compare(run_fast, torch.nn.functional.conv2d, [x, weight, bias])
+    assert gradgradcheck(run_fast, (x, weight, bias))
