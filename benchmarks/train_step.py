@@ -45,13 +45,14 @@ NUM_VIEWS = 16  # latents to train on: their number changes no step's time
 
 
 class LoopInSteps:
-    """`train_denoiser` as it is, held at the end of each step until it is let go on.
+    """`train_denoiser`, or the loop of another `module`, as it is, held at the end of each step until it is let go on.
 
     `train()` calls it, in a thread of its own; only one of it and its caller runs at any time. What the loop does between
     the ends of two steps is one step, nothing left out. Construction trains the first one.
     """
 
-    def __init__(self, train, num_threads):
+    def __init__(self, train, num_threads, module=denoiser_loop):
+        self._module = module
         self._go, self._held = threading.Semaphore(0), threading.Semaphore(0)
         self._error, self._stopped = None, False
         self._thread = threading.Thread(target=self._work, args=(train, num_threads), daemon=True)
@@ -88,7 +89,7 @@ class LoopInSteps:
                 hold()
 
         try:
-            with mock.patch.object(denoiser_loop, "TrainingRun", HeldRun):
+            with mock.patch.object(self._module, "TrainingRun", HeldRun):
                 train()
             raise RuntimeError("the loop came to its end: num_images is too small for so many steps")
         except StopLoop:
