@@ -14,11 +14,12 @@ from em_diffusion.denoiser import (
     create_scheduler,
     draw_timesteps,
 )
-from em_diffusion.evaluation import BestWeights
 from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_evaluation.held_out import HeldOutDistance
 from em_training import (
     EMA,
+    BestWeights,
     Compilation,
     MicroBatching,
     PosthocEMA,
@@ -41,7 +42,7 @@ def train_denoiser(
     always from the same noise. Returns the folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in
     seconds. Logs the loss and, on held-out latents, the averaged weights' loss, always with the same noise and timesteps;
     with `config.evaluate_every` also the distance of generated images to the tiles `held_out`, and keeps the weights that
-    came nearest in `out_dir`/denoiser/best (`em_diffusion.evaluation.read_best`).
+    came nearest in `out_dir`/denoiser/best (`em_training.read_best`).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "denoiser"))
@@ -77,7 +78,7 @@ def train_denoiser(
         if posthoc_ema and accelerator.is_main_process:
             posthoc_ema.drop_snapshots_after(num_images_seen)
         match_memory_format(optimizer)
-        best = BestWeights(held_out, config, run) if config.evaluate_every else None
+        best = create_best_weights(held_out, config, run) if config.evaluate_every else None
         generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed)
 
         def compute_loss(images, noise, timesteps):
@@ -124,6 +125,13 @@ def train_denoiser(
         save_model(ema.model, path)
     accelerator.wait_for_everyone()
     return path, train_seconds
+
+
+def create_best_weights(held_out, config, run):
+    """What measures the distance to `held_out` during training, and keeps the best U-Net."""
+    seed = seed_for(config.seed, "held-out distance")
+    distance = HeldOutDistance(held_out, config.num_evaluation_images, seed, accelerator=run.accelerator, say=run.say)
+    return BestWeights(distance, run, "unet", num_inference_steps=config.num_evaluation_steps)
 
 
 def draw_batches(latents, sampler, config, accelerator, num_images_seen):

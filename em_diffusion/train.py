@@ -12,7 +12,6 @@ from em_diffusion.autoencoder_loop import choose_validation_views, train_autoenc
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
-from em_diffusion.evaluation import read_best
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -22,6 +21,7 @@ from em_training import (
     list_checkpoints,
     load_config,
     lock_folder,
+    read_best,
     refuse_other_data,
     refuse_other_run,
     save_config,

@@ -95,6 +95,9 @@ class GANTrainingConfig:
     batch_size: int = 32
     generator_learning_rate: float = 0.0025
     discriminator_learning_rate: float = 0.0025
+    loss: str = "logistic"
+    """"logistic" (StyleGAN's), or "relativistic": each generated image against a real one, with R1 on real and R2 on generated images
+    (R3GAN, Huang et al. 2024, which computes both in every step: r1_every_steps 1)."""
     r1_gamma: float | None = None
     """Weight of R1; None for 0.0002 resolution^2 / batch_size."""
     r1_every_steps: int = 16
@@ -114,18 +117,25 @@ class GANTrainingConfig:
     ema_ramp_up: float | None = 0.05
     """The EMA's half-life is at most this share of the images seen; None for no such bound."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    evaluate_every: int = 0
+    """Interval, in images, at which the averaged generator's images are compared with held-out tiles (Frechet distance,
+    efficientnet-lite0); the nearest weights are kept as best/generator and go into the pipeline. 0: never, and the last weights do."""
+    num_evaluation_images: int = 500
     num_sample_images: int = 16
     log_every: int = 4_000
     sample_every: int = 40_000
     checkpoint_every: int = 100_000
 
     def __post_init__(self):
+        if self.loss not in ("logistic", "relativistic"):
+            raise ValueError(f'training.loss is "{self.loss}"; choose "logistic" or "relativistic".')
         positive = (
             "num_images",
             "batch_size",
             "generator_learning_rate",
             "discriminator_learning_rate",
             "num_sample_images",
+            "num_evaluation_images",
         )
         for name in positive:
             if getattr(self, name) <= 0:
@@ -135,6 +145,7 @@ class GANTrainingConfig:
             *not_negative,
             "blur_initial_sigma_px",
             "blur_fade_images",
+            "evaluate_every",
             "log_every",
             "sample_every",
             "checkpoint_every",
@@ -158,6 +169,9 @@ class StyleGANConfig:
     """Weights, data order and noise; the split has its own seed in tiles."""
     precision: str = "auto"
     """"bf16", "no" (float32), or "auto": bf16 where the hardware computes in it."""
+    init_from: str | None = None
+    """Weights to start from instead of random ones: the folder of a run, or one that `em_stylegan.load_official` wrote, with networks of
+    the same sizes. With few micrographs, discriminator.num_frozen_layers keeps what such a discriminator has learned."""
     save_untrained: bool = False
     """Save the pipeline of the first, random weights as well, for comparison."""
     tiles: DataConfig = field(default_factory=DataConfig)

@@ -1,8 +1,12 @@
 """Training of StyleGAN2 and 3."""
 
+from functools import partial
+from pathlib import Path
+
 import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_evaluation.held_out import HeldOutDistance
 from em_stylegan.augmentation import AdaptiveProbability, augment
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
@@ -16,8 +20,11 @@ from em_stylegan.losses import (
     generator_loss,
     path_lengths,
     r1_penalty,
+    relativistic_discriminator_loss,
+    relativistic_generator_loss,
 )
-from em_training import EMA, TrainingRun, make_generator, seed_for
+from em_stylegan.transfer import start_from
+from em_training import EMA, BestWeights, TrainingRun, list_checkpoints, make_generator, seed_for
 
 
 def create_networks(config):
@@ -76,21 +83,27 @@ def create_optimizer(model, learning_rate, every_steps):
     return torch.optim.Adam(model.parameters(), lr=learning_rate * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
-def train_stylegan(config, tiles, *, accelerator, out_dir):
+def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     """Train StyleGAN on `tiles`, or go on from the last checkpoint in `out_dir`/stylegan.
 
     A step updates the discriminator on a batch and on as many generated images, with R1 in every 16th step, then the generator on
-    the same generated images, with path length in every 8th. Returns (averaged generator, images seen, training seconds).
+    the same generated images, with path length in every 8th. With `evaluate_every` it measures the distance of the averaged generator's
+    images to the tiles `held_out`, and keeps the weights that came nearest in `out_dir`/stylegan/best. Returns (averaged generator,
+    images seen, training seconds).
     """
     training, device = config.training, accelerator.device
     r1_every = training.r1_every_steps
     path_length_every = training.path_length_every_steps if training.path_length_weight > 0 else 0
+    is_relativistic = training.loss == "relativistic"
+    loss_of_D = relativistic_discriminator_loss if is_relativistic else discriminator_loss
     local_batch_size = check_batch_size(config, accelerator)
     model, discriminator = (network.to(device) for network in create_networks(config))
     num_frozen = config.discriminator.num_frozen_layers
     set_trainable(discriminator, True, num_frozen)
     update_magnitudes = {"update_magnitudes": True} if isinstance(model, StyleGAN3Generator) else {}
     ema = EMA(model, training.ema_half_life_images, training.ema_ramp_up)
+    if config.init_from is not None and not list_checkpoints(Path(out_dir) / "stylegan" / "checkpoints"):
+        start_from(config, model, discriminator, ema.model, accelerator.print)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
     path_length_mean = PathLengthMean(training.path_length_decay, device)
@@ -119,6 +132,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
                 **({} if augmentation is None else {"augmentation": augmentation}),
             }
         )
+        best = create_best_weights(held_out, config, run) if training.evaluate_every else None
         loader = iter(
             BatchLoader(
                 tiles,
@@ -139,21 +153,27 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
             w, ws = draw_ws(model, local_batch_size, training.style_mixing_probability, generator)
             images_fake = model.synthesis(ws, "random", generator, compute_dtype, **update_magnitudes)  # [B, 1, R, R]
             p = 0.0 if augmentation is None else augmentation.p
-            seen_fake = augment(gaussian_blur(images_fake, sigma), p, generator)
-            seen_real = augment(gaussian_blur(images, sigma), p, generator)
+            show = partial(show_images, sigma=sigma, p=p, generator=generator)
+            seen_fake, seen_real = show(images_fake), show(images)
 
             scores_real = discriminator(seen_real, compute_dtype=compute_dtype)
             scores_fake = discriminator(seen_fake.detach(), compute_dtype=compute_dtype)
-            loss_D = discriminator_loss(scores_real, scores_fake)
+            loss_D = loss_of_D(scores_real, scores_fake)
             gradient_norm_D = update(discriminator, optimizer_D, loss_D, accelerator)
             if r1_every and step % r1_every == 0:
-                images.requires_grad_()
-                penalty = r1_penalty(discriminator(augment(gaussian_blur(images, sigma), p, generator)), images).mean()
-                update(discriminator, optimizer_D, penalty * (config.r1_gamma / 2 * r1_every), accelerator)
-                run.log(r1=penalty)
+                penalties = {"r1": compute_gradient_penalty(discriminator, images, show)}
+                if is_relativistic:
+                    penalties["r2"] = compute_gradient_penalty(discriminator, images_fake.detach(), show)
+                penalty = sum(penalties.values()) * (config.r1_gamma / 2 * r1_every)
+                update(discriminator, optimizer_D, penalty, accelerator)
+                run.log(**penalties)
 
             discriminator.requires_grad_(False)
-            loss = generator_loss(discriminator(seen_fake, compute_dtype=compute_dtype))
+            judge = partial(discriminator, compute_dtype=compute_dtype)
+            if is_relativistic:  # the real images as the updated discriminator judges them
+                loss = relativistic_generator_loss(judge(seen_real).detach(), judge(seen_fake))
+            else:
+                loss = generator_loss(judge(seen_fake))
             gradient_norm = update(model, optimizer, loss, accelerator)
             set_trainable(discriminator, True, num_frozen)
             if path_length_every and step % path_length_every == 0:
@@ -175,6 +195,9 @@ def train_stylegan(config, tiles, *, accelerator, out_dir):
 
             run.log(loss_G=loss, loss_D=loss_D, scores_real=scores_real.mean(), scores_fake=scores_fake.mean())
             run.log(gradient_norm_G=gradient_norm, gradient_norm_D=gradient_norm_D)
+            if run.is_due(training.evaluate_every, num_images_seen):
+                generate = partial(generate_images, ema.model, config)
+                run.log(held_out_frechet_distance=best.update(ema.model, generate, num_images_seen))
             if run.samples_due(num_images_seen) and accelerator.is_main_process:
                 save_image_grid(draw_samples(ema.model, config), run.samples_path(num_images_seen))
             run.step(num_images_seen)
@@ -204,6 +227,17 @@ def draw_ws(model, batch_size, mixing_probability, generator):
     ws, ws_second = model.mapping(z).chunk(2)  # [B, num_ws, w_dim]
     second = mixed & (torch.arange(num_ws, device=device) >= cutoffs)  # [B, num_ws]
     return ws[:, 0], torch.where(second.unsqueeze(2), ws_second, ws)
+
+
+def show_images(images, sigma, p, generator):
+    """What the discriminator sees of images: blurred, then transformed at random."""
+    return augment(gaussian_blur(images, sigma), p, generator)
+
+
+def compute_gradient_penalty(discriminator, images, show):
+    """Mean squared gradient of the discriminator at images [B, 1, R, R] that it sees through `show`, in float32."""
+    images.requires_grad_()
+    return r1_penalty(discriminator(show(images)), images).mean()
 
 
 def compute_path_lengths(model, batch_size, mixing_probability, generator):
@@ -242,6 +276,25 @@ def share_magnitudes(model, accelerator):
     magnitudes = [layer.magnitude for layer in model.synthesis_network.layers]
     for magnitude, mean in zip(magnitudes, accelerator.reduce(torch.stack(magnitudes), "mean"), strict=True):
         magnitude.copy_(mean)
+
+
+def create_best_weights(held_out, config, run):
+    """What measures the distance to `held_out` during training, and keeps the best generator."""
+    seed = seed_for(config.seed, "held-out distance")
+    num_images = config.training.num_evaluation_images
+    distance = HeldOutDistance(held_out, num_images, seed, accelerator=run.accelerator, say=run.say)
+    return BestWeights(distance, run, "generator")
+
+
+@torch.no_grad()
+def generate_images(model, config, numbers):
+    """Images of these numbers, float32 [N, 1, R, R] on the CPU: each depends on the seed and its number alone."""
+    z = [
+        torch.randn(config.generator.z_dim, generator=make_generator(config.seed, stream=f"evaluation {number}"))
+        for number in numbers
+    ]
+    parts = torch.stack(z).split(config.training.batch_size)
+    return torch.cat([model(part.to(model.device), noise_mode="const").cpu() for part in parts])
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""The losses of StyleGAN, each from its equation (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020 and 2021)."""
+"""The losses of StyleGAN, each from its equation (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020 and 2021), and of R3GAN
+(Huang et al. 2024)."""
 
 import math
 
@@ -16,8 +17,20 @@ def discriminator_loss(scores_real, scores_fake):
     return F.softplus(scores_fake).mean() + F.softplus(-scores_real).mean()
 
 
+def relativistic_generator_loss(scores_real, scores_fake):
+    """Loss of the generator that wants each image judged more real than a real one, E[softplus(D(x) - D(G(z)))] (Huang et al. 2024,
+    "The GAN is dead; long live the GAN!", equation 2; the pairing of Jolicoeur-Martineau 2018). scores [B, 1], paired by their order."""
+    return F.softplus(scores_real - scores_fake).mean()
+
+
+def relativistic_discriminator_loss(scores_real, scores_fake):
+    """Loss of the discriminator in the same game, E[softplus(D(G(z)) - D(x))]."""
+    return F.softplus(scores_fake - scores_real).mean()
+
+
 def r1_penalty(scores_real, images):
-    """Squared norm of the gradient of D at real images, |dD/dx|^2 (Mescheder et al. 2018, equation 9, without gamma / 2).
+    """Squared norm of the gradient of D at real images, |dD/dx|^2 (Mescheder et al. 2018, equation 9, without gamma / 2); of generated
+    images it is R2 (equation 10).
 
     scores_real [B, 1] computed from images [B, C, H, W] that require a gradient -> [B], differentiable.
     """

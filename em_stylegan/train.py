@@ -8,9 +8,11 @@ from em_data import load_data
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_stylegan.transfer import start_from
 from em_training import (
     create_accelerator,
     lock_folder,
+    read_best,
     refuse_other_data,
     refuse_other_run,
     save_config,
@@ -48,11 +50,18 @@ def train_and_save(config, accelerator, out):
         refuse_other_data(out, data.summary)
         save_config(config, out / "config.json")
         if config.save_untrained:
-            generator, _ = create_networks(config)
+            generator, discriminator = create_networks(config)
+            if config.init_from is not None:
+                start_from(config, generator, discriminator, generator, accelerator.print)
             EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(out / "untrained")
 
-    generator, num_images_seen, train_seconds = train_stylegan(config, data.train, accelerator=accelerator, out_dir=out)
+    generator, num_images_seen, train_seconds = train_stylegan(
+        config, data.train, accelerator=accelerator, out_dir=out, held_out=data.held_out
+    )
     if accelerator.is_main_process:
+        best = read_best(out / "stylegan") if config.training.evaluate_every else None
+        if best:
+            generator = type(generator).from_pretrained(out / "stylegan" / "best" / "generator").eval()
         EMStyleGANPipeline(generator, pixel_size_nm=pixel_size_nm).save_pretrained(out / "pipeline")
         run = {
             "name": out.name,
@@ -60,6 +69,7 @@ def train_and_save(config, accelerator, out):
             "train_seconds": train_seconds,
             "train_seconds_by_stage": {"stylegan": train_seconds},
             "num_images_seen": num_images_seen,
+            "generator_weights": {"of": "the best checkpoint", **best} if best else {"of": "the last step"},
             "config": asdict(config),
             "data": data.summary,
         }
@@ -73,6 +83,7 @@ def check_same_run(config, out):
         "out",
         "save_untrained",
         "tiles.cache_dir",
+        "training.evaluate_every",
         "training.log_every",
         "training.sample_every",
         "training.checkpoint_every",

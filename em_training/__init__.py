@@ -1,5 +1,6 @@
 """What every training loop shares, and no loop: checkpoints, EMA, seeding, run log, strict configuration."""
 
+from em_training.best_weights import BestWeights, read_best, save_best
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from em_training.compilation import Compilation
 from em_training.config import (
@@ -30,6 +31,7 @@ from em_training.seeding import make_generator, seed_for
 
 __all__ = [
     "EMA",
+    "BestWeights",
     "Compilation",
     "MicroBatching",
     "NonFiniteLossError",
@@ -50,10 +52,12 @@ __all__ = [
     "load_config",
     "lock_folder",
     "make_generator",
+    "read_best",
     "read_stats",
     "refuse_other_data",
     "refuse_other_run",
     "run_in_parts",
+    "save_best",
     "save_checkpoint",
     "save_config",
     "scaler_state",

@@ -11,7 +11,7 @@ ALLOWED = {
     "em_training": set(),
     "em_evaluation": {"em_data"},
     "em_diffusion": {"em_data", "em_training", "em_evaluation"},
-    "em_stylegan": {"em_data", "em_training"},
+    "em_stylegan": {"em_data", "em_training", "em_evaluation"},
     "em_hub": {"em_data", "em_training", "em_diffusion", "em_stylegan", "em_evaluation"},
 }
 # what judges images while a model is made, and so may call the evaluation, which knows images only

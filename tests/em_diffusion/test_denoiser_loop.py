@@ -14,8 +14,7 @@ from em_diffusion import denoiser_loop
 from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import draw_noise, draw_validation_batch, evaluate_denoising, train_denoiser
 from em_diffusion.em_unet2d_model import EMUNet2DModel
-from em_diffusion.evaluation import read_best
-from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_stats
+from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_best, read_stats
 from em_training.posthoc_ema import list_snapshots
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from em_data.intensity import from_uint, to_uint8
-from em_diffusion.evaluation import HeldOutDistance, read_best, save_best
 from em_evaluation import frechet_distance, get_extractor
+from em_evaluation.held_out import HeldOutDistance
+from em_training import read_best, save_best
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +61,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("moment", range(5))
 def test_a_kill_leaves_the_old_best_or_the_new(tmp_path, monkeypatch, moment):
     """At every moment of the exchange the weights that are found belong to the record that is found."""
-    save_best(Model(1), tmp_path, {"frechet_distance": 1.0})
+    save_best(Model(1), tmp_path, {"frechet_distance": 1.0}, "unet")
     calls = 0
 
     def kill_at_moment(function):
@@ -77,11 +78,11 @@ def test_a_kill_leaves_the_old_best_or_the_new(tmp_path, monkeypatch, moment):
         patch.setattr(os, "replace", kill_at_moment(os.replace))
         patch.setattr("shutil.rmtree", kill_at_moment(lambda path, ignore_errors: None))
         with pytest.raises(Killed):
-            save_best(Model(2), tmp_path, {"frechet_distance": 2.0})
+            save_best(Model(2), tmp_path, {"frechet_distance": 2.0}, "unet")
     found = read_best(tmp_path)
     assert found["frechet_distance"] == float((tmp_path / "best/unet/weights").read_text())
     assert found["frechet_distance"] == (1.0 if moment < 3 else 2.0)
-    save_best(Model(3), tmp_path, {"frechet_distance": 3.0})
+    save_best(Model(3), tmp_path, {"frechet_distance": 3.0}, "unet")
     assert (read_best(tmp_path)["frechet_distance"], (tmp_path / "best/unet/weights").read_text()) == (3.0, "3")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 

@@ -151,7 +151,7 @@ def test_the_pipeline_takes_the_best_weights(run, tmp_path, monkeypatch):
     (tmp_path / "run/config.json").unlink()
     denoiser = dataclasses.replace(config.denoiser, evaluate_every=16, num_evaluation_images=4)
     values = iter([7.0, 5.0, 6.0, 8.0])
-    monkeypatch.setattr("em_diffusion.evaluation.HeldOutDistance.measure", lambda self, generate: next(values))
+    monkeypatch.setattr("em_evaluation.held_out.HeldOutDistance.measure", lambda self, generate: next(values))
     out = train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
     result = json.loads((out / "run.json").read_text())
     assert result["num_images_seen"] == 64

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from em_stylegan.loop import compute_gradient_penalty
 from em_stylegan.losses import (
     PathLengthMean,
     blur_sigma,
@@ -13,6 +14,8 @@ from em_stylegan.losses import (
     generator_loss,
     path_lengths,
     r1_penalty,
+    relativistic_discriminator_loss,
+    relativistic_generator_loss,
 )
 
 
@@ -89,3 +92,34 @@ def test_blur_fades():
     assert [blur_sigma(n, 10.0, 200) for n in (0, 100, 200, 300)] == [10.0, 5.0, 0.0, 0.0]
     assert blur_sigma(0, 0.0, 200) == 0
     assert blur_sigma(0, 10.0, 0) == 0
+
+
+def test_relativistic_losses_and_their_gradients():
+    """softplus of the difference of a pair; the derivative is the sigmoid, and the two sides pull against each other."""
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(5, 1, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    difference = (real - fake).detach()
+    loss_D, loss_G = relativistic_discriminator_loss(real, fake), relativistic_generator_loss(real, fake)
+    torch.testing.assert_close(loss_D, (-difference.sigmoid().log()).mean())
+    torch.testing.assert_close(loss_G, (-(-difference).sigmoid().log()).mean())
+    for loss, pull in ((loss_D, -(-difference).sigmoid() / 5), (loss_G, difference.sigmoid() / 5)):
+        at_real, at_fake = torch.autograd.grad(loss, (real, fake))
+        torch.testing.assert_close(at_real, pull)
+        torch.testing.assert_close(at_fake, -pull)
+    torch.testing.assert_close(relativistic_discriminator_loss(real + 3, fake + 3), loss_D)  # only differences count
+    assert relativistic_generator_loss(torch.full((1, 1), 300.0), torch.zeros(1, 1)).item() == pytest.approx(300)
+
+
+def test_gradients_of_r1_and_r2_of_a_quadratic_discriminator():
+    """D = a |x|^2: R1 + R2 = 4 a^2 (E|x|^2 + E|G|^2), whose derivative in a is twice that over a."""
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    penalty = sum(
+        compute_gradient_penalty(lambda x: (a * x.square()).sum(dim=(1, 2, 3)), images, lambda x: x)
+        for images in (real, fake)
+    )
+    squares = sum(images.detach().square().sum(dim=(1, 2, 3)).mean() for images in (real, fake))
+    torch.testing.assert_close(penalty, 4 * 0.7**2 * squares)
+    (gradient,) = torch.autograd.grad(penalty, a)
+    torch.testing.assert_close(gradient, 8 * 0.7 * squares)

@@ -25,15 +25,22 @@ from em_training import (
     create_accelerator,
     load_checkpoint,
     make_generator,
+    read_best,
     read_stats,
 )
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The test preset: 8 steps of 8 images, R1 in every 4th, path length in every 2nd, checkpoints after 4 and 8."""
+    """The test preset: 8 steps of 8 images, R1 in every 4th, path length in every 2nd, distance, checkpoints after 4 and 8."""
     config = PRESETS["test"]()
-    return replace(config, precision="no", tiles=replace(config.tiles, cache_dir=str(tmp_path_factory.mktemp("cache"))))
+    training = replace(config.training, evaluate_every=32, num_evaluation_images=12)
+    return replace(
+        config,
+        precision="no",
+        training=training,
+        tiles=replace(config.tiles, cache_dir=str(tmp_path_factory.mktemp("cache"))),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,12 @@ def test_run_folder(finished, config):
     assert [line["num_images_seen"] for line in lines] == [16, 32, 48, 64]
     expected = {"loss_G", "loss_D", "scores_real", "scores_fake", "path_length", "gradient_norm_G", "gradient_norm_D"}
     assert all(expected <= set(line) for line in lines)
+    distances = {line["num_images_seen"]: line.get("held_out_frechet_distance") for line in lines}
+    assert [value is not None for value in distances.values()] == [False, True, False, True]
+    best = read_best(finished / "stylegan")
+    assert best["frechet_distance"] == min(distances[32], distances[64]) == distances[best["num_images_seen"]]
+    assert run["generator_weights"] == {"of": "the best checkpoint", **best}
+    assert list((finished / "tensorboard").rglob("events.out.tfevents.*"))
     assert ["r1" in line for line in lines] == [True, False, True, False]
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
@@ -74,7 +87,8 @@ def test_pipelines_before_and_after(finished, config):
     first, _ = loop.create_networks(config)
     for a, b in zip(untrained.generator.parameters(), first.parameters(), strict=True):
         assert torch.equal(a, b)
-    saved = load_checkpoint(finished / "stylegan" / "checkpoints" / f"{64:012d}")["state"]["ema"]
+    best = read_best(finished / "stylegan")
+    saved = load_checkpoint(finished / "stylegan" / "checkpoints" / f"{best['num_images_seen']:012d}")["state"]["ema"]
     for name, value in trained.generator.state_dict().items():
         assert torch.equal(value, saved[name])
     images = [
@@ -118,6 +132,26 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path,
         for o in (finished, out)
     ]
     assert lines[0] == lines[1]
+    assert read_best(finished / "stylegan") == read_best(out / "stylegan")
+    kept = "stylegan/best/generator/diffusion_pytorch_model.safetensors"
+    assert (finished / kept).read_bytes() == (out / kept).read_bytes()
+
+
+def test_without_evaluation_the_last_weights_are_kept(config, tmp_path):
+    training = replace(config.training, evaluate_every=0, num_images=8)
+    out = train_gan(replace(config, out=str(tmp_path / "run"), training=training))
+    assert json.loads((out / "run.json").read_text())["generator_weights"] == {"of": "the last step"}
+    assert not (out / "stylegan" / "best").exists()
+
+
+def test_relativistic_training(config, tmp_path):
+    training = replace(config.training, loss="relativistic", r1_every_steps=1, num_images=16, evaluate_every=0)
+    (line,) = read_stats(train_gan(replace(config, out=str(tmp_path / "run"), training=training)) / "stylegan")
+    assert line["r1"] > 0
+    assert line["r2"] > 0
+    assert abs(line["loss_D"] - math.log(2)) < 0.3  # a pair begins undecided
+    with pytest.raises(ValueError, match=r"training\.loss"):
+        replace(training, loss="hinge")
 
 
 def test_state_that_resume_must_carry_has_moved(finished):

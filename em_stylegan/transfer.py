@@ -1,0 +1,148 @@
+"""Weights to start from: those of another run, or of an official checkpoint that `em_stylegan.load_official` converted."""
+
+from pathlib import Path
+
+from em_stylegan.config import StyleGANConfig
+from em_stylegan.discriminator import StyleGANDiscriminator
+from em_training import list_checkpoints, load_checkpoint, load_config
+
+SIZES = ("mapping_depth", "z_dim", "w_dim", "channel_base", "max_channels")
+
+
+def start_from(config, model, discriminator, average, say=print):
+    """Give the networks, and the average of the first, the weights that `config.init_from` holds; see `load_initial_weights`."""
+    weights = load_initial_weights(config, model, discriminator, say)
+    for network, name in ((model, "model"), (average, "ema"), (discriminator, "discriminator")):
+        if weights[name] is not None:
+            network.load_state_dict(weights[name])
+
+
+def load_initial_weights(config, model, discriminator, say=print) -> dict:
+    """The weights that `config.init_from` holds for these networks: {"model", "ema", "discriminator"}, each a state dictionary.
+
+    `init_from` is a run's folder (its last checkpoint) or one that `python -m em_stylegan.load_official` wrote (G_ema, G, D; a missing
+    G is G_ema, a missing D None: it starts at random). Weights for three image channels are made those of one: the generator's image is
+    the mean of the three, and the discriminator sees a grey image as it saw one with three equal channels.
+
+    Raises `ValueError` when there are no such weights, or they are those of networks of another size.
+    """
+    folder = Path(config.init_from)
+    if (folder / "stylegan" / "checkpoints").is_dir():
+        found = _from_run(folder)
+    else:
+        found = _from_converted(folder, type(model))
+    weights = {name: _fit(found[name], model, _generator_to_grey) for name in ("model", "ema")}
+    weights["discriminator"] = None
+    if found["discriminator"] is not None:
+        weights["discriminator"] = _fit(found["discriminator"], discriminator, _discriminator_to_grey)
+    problems = _compare(weights["ema"], model, "generator") + _compare(
+        weights["discriminator"], discriminator, "discriminator"
+    )
+    if problems:
+        raise ValueError(
+            f"init_from {folder} has other networks than this run: {'; '.join(problems)}.{found['advice']}"
+        )
+    say(f"starting from the weights of {folder}{found['note']}")
+    if weights["discriminator"] is None:
+        say(f"{folder} has no discriminator (D): it starts at random")
+    return weights
+
+
+def _from_run(folder):
+    paths = list_checkpoints(folder / "stylegan" / "checkpoints")
+    if not paths:
+        raise ValueError(
+            f"the run in {folder} has no checkpoint yet to start from; let it train on, or give another init_from"
+        )
+    saved, config = load_checkpoint(paths[-1]), load_config(StyleGANConfig, folder / "config.json")
+    sizes = {f"generator.{name}": getattr(config.generator, name) for name in ("architecture", *SIZES)}
+    sizes |= {f"discriminator.{name}": getattr(config.discriminator, name) for name in SIZES[3:]}
+    return {
+        **{name: saved["state"][name] for name in ("model", "discriminator", "ema")},
+        "note": f" at {saved['num_images_seen']:,} images",
+        "advice": _advise({"tiles.resolution": config.tiles.resolution, **sizes}),
+    }
+
+
+def _from_converted(folder, generator_type):
+    def load(name, kind):
+        return kind.from_pretrained(folder / name) if (folder / name / "config.json").is_file() else None
+
+    average = _load_generator(folder / "G_ema", generator_type)
+    model = _load_generator(folder / "G", generator_type)
+    if average is None and model is None:
+        raise ValueError(
+            f"init_from {folder} is neither the folder of a run (stylegan/checkpoints) nor one with G_ema, G or D from "
+            "`python -m em_stylegan.load_official IN.pkl OUT_DIR`"
+        )
+    average, model = average or model, model or average
+    discriminator = load("D", StyleGANDiscriminator)
+    config = average.config
+    sizes = {f"generator.{name}": config[name] for name in SIZES}
+    if discriminator is not None:
+        sizes |= {f"discriminator.{name}": discriminator.config[name] for name in SIZES[3:]}
+    return {
+        "model": model.state_dict(),
+        "ema": average.state_dict(),
+        "discriminator": None if discriminator is None else discriminator.state_dict(),
+        "note": "",
+        "advice": _advise({"tiles.resolution": config["resolution"], **sizes}),
+    }
+
+
+def _load_generator(path, generator_type):
+    if not (path / "config.json").is_file():
+        return None
+    name = generator_type.load_config(path)["_class_name"]
+    if name != generator_type.__name__:
+        raise ValueError(
+            f"{path} holds a {name}, this run trains a {generator_type.__name__}: set generator.architecture"
+        )
+    return generator_type.from_pretrained(path)
+
+
+def _fit(state, network, to_grey):
+    """`state` with image channels made one where `network` has one."""
+    expected = network.state_dict()
+    return {
+        name: to_grey(tensor, expected[name]) if name in expected and tensor.shape != expected[name].shape else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _generator_to_grey(tensor, expected):
+    """A last layer's weights [3, ...] as those [1, ...] that make the mean of its three channels."""
+    if tensor.shape[:1] == (3,) and expected.shape == (1, *tensor.shape[1:]):
+        return tensor.mean(dim=0, keepdim=True)
+    return tensor
+
+
+def _discriminator_to_grey(tensor, expected):
+    """A first layer's weights [C, 3, 1, 1] as those [C, 1, 1, 1] for a grey image: both are scaled by 1 / sqrt(channels) in use."""
+    if tensor.ndim == 4 and tensor.shape[1] == 3 and expected.shape[1] == 1:
+        return tensor.sum(dim=1, keepdim=True) / 3**0.5
+    return tensor
+
+
+def _compare(state, network, name):
+    """What differs between weights and a network, as at most one sentence in a list."""
+    if state is None:
+        return []
+    expected = network.state_dict()
+    other = [key for key in state if key in expected and state[key].shape != expected[key].shape]
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if not (other or missing or unknown):
+        return []
+    parts = [
+        f"{len(keys)} tensors {what}"
+        for keys, what in ((other, "of another shape"), (missing, "missing"), (unknown, "too many"))
+        if keys
+    ]
+    key = next(iter(other), None)
+    example = f" (such as {key}: {list(state[key].shape)} for {list(expected[key].shape)})" if key else ""
+    return [f"in the {name} {', '.join(parts)}{example}"]
+
+
+def _advise(sizes):
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    return f" Train with its sizes: {flags}"

@@ -1,0 +1,104 @@
+"""Training that starts from other weights: the same images at first, frozen layers that stay, sizes that do not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator
+from em_stylegan.loop import create_networks
+from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_stylegan.presets import PRESETS
+from em_stylegan.train import train_gan
+from em_stylegan.transfer import load_initial_weights, start_from
+from em_training import load_checkpoint
+
+SIZES = {"channel_base": 128, "max_channels": 8}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = PRESETS["test"]()
+    tiles = replace(config.tiles, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    training = replace(config.training, num_images=16, num_sample_images=1, sample_every=0)
+    return replace(config, precision="no", tiles=tiles, training=training, save_untrained=False)
+
+
+@pytest.fixture(scope="module")
+def source(config, tmp_path_factory):
+    return train_gan(replace(config, seed=5, out=str(tmp_path_factory.mktemp("runs") / "source")))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """G_ema and D for three image channels, as `load_official` writes them."""
+    folder = tmp_path_factory.mktemp("converted")
+    torch.manual_seed(3)
+    generator = StyleGAN2Generator(32, 3, z_dim=8, w_dim=8, mapping_depth=2, **SIZES)
+    with torch.no_grad():
+        generator.mapping_network.w_mean.normal_()
+        for block in generator.synthesis_network.blocks:
+            block.to_image.bias.normal_()
+    generator.save_pretrained(folder / "G_ema")
+    StyleGANDiscriminator(32, 3, group_size=2, **SIZES).save_pretrained(folder / "D")
+    return folder
+
+
+def test_a_run_starts_where_another_ended_and_frozen_layers_stay(config, source, tmp_path):
+    frozen = replace(config.discriminator, num_frozen_layers=3)
+    out = train_gan(
+        replace(config, init_from=str(source), out=str(tmp_path / "next"), save_untrained=True, discriminator=frozen)
+    )
+    before, first, after = (
+        EMStyleGANPipeline.from_pretrained(path) for path in (source / "pipeline", out / "untrained", out / "pipeline")
+    )
+    images = [
+        pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images for pipe in (before, first, after)
+    ]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    old, new = (
+        load_checkpoint(run / f"stylegan/checkpoints/{16:012d}")["state"]["discriminator"] for run in (source, out)
+    )
+    _, discriminator = create_networks(config)
+    layers = list(discriminator.freezable_layers())
+    names = {id(p): name for name, p in discriminator.named_parameters()}
+    stays = {names[id(p)] for layer in layers[:3] for p in layer.parameters()}
+    assert stays
+    for name in names.values():
+        assert torch.equal(old[name], new[name]) == (name in stays), name
+
+
+def test_colour_becomes_grey(config, converted):
+    """The image is the mean of the three channels, and a grey image is judged as its three equal channels were."""
+    generator, discriminator = create_networks(config)
+    start_from(replace(config, init_from=str(converted)), generator, discriminator, generator, lambda text: None)
+    colour = StyleGAN2Generator.from_pretrained(converted / "G_ema")
+    z = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = colour(z, noise_mode="const", truncation_psi=0.7).mean(dim=1, keepdim=True)
+        torch.testing.assert_close(generator(z, noise_mode="const", truncation_psi=0.7), expected, rtol=1e-4, atol=1e-5)
+        judge = StyleGANDiscriminator.from_pretrained(converted / "D")
+        torch.testing.assert_close(discriminator(expected), judge(expected.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_discriminator_is_said(config, converted, tmp_path):
+    (tmp_path / "G_ema").symlink_to(converted / "G_ema")
+    said = []
+    weights = load_initial_weights(replace(config, init_from=str(tmp_path)), *create_networks(config), said.append)
+    assert weights["discriminator"] is None
+    assert any("no discriminator" in line for line in said)
+
+
+def test_other_sizes_are_refused_with_the_flags_that_fit(config, source, converted, tmp_path):
+    for folder in (source, converted):
+        wider = replace(
+            config, init_from=str(folder), generator=replace(config.generator, max_channels=16, channel_base=512)
+        )
+        with pytest.raises(ValueError, match=r"of another shape.*--tiles\.resolution 32.*--generator\.max-channels 8"):
+            load_initial_weights(wider, *create_networks(wider))
+    with pytest.raises(ValueError, match="neither the folder of a run"):
+        load_initial_weights(replace(config, init_from=str(tmp_path)), *create_networks(config))
+    other = replace(config, init_from=str(converted), generator=replace(config.generator, architecture="stylegan3-t"))
+    with pytest.raises(ValueError, match=r"holds a StyleGAN2Generator.*set generator\.architecture"):
+        load_initial_weights(other, *create_networks(other))
