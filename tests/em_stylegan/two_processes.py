@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from em_data import load_data
+from em_stylegan import loop
 from em_stylegan.loop import create_networks, train_stylegan, update
 from em_stylegan.presets import test as preset
 from em_training import create_accelerator
@@ -34,4 +35,23 @@ assert torch.equal(first, second), "the processes have grown apart"
 untrained = torch.cat([value.flatten() for value in create_networks(config)[0].state_dict().values()])
 assert torch.isfinite(weights).all()
 assert not torch.equal(weights, untrained)
+
+# StyleGAN3's running magnitudes are those of all images: equal in both processes, in the model that trains as in its average
+config = replace(
+    config,
+    generator=replace(config.generator, architecture="stylegan3-t", magnitude_half_life_images=50),
+    training=replace(config.training, num_images=24, path_length_weight=0.0),
+)
+models = []
+average = loop.EMA
+loop.EMA = lambda model, *options: models.append(model) or average(model, *options)
+generator, _, _ = train_stylegan(config, data.train, accelerator=accelerator, out_dir=f"{out}/alias-free")
+for network in (generator, *models):
+    state = network.state_dict()
+    for name, value in state.items():
+        first, second = accelerator.gather(value.contiguous()[None])
+        assert torch.equal(first, second), f"{name} has grown apart"
+    magnitudes = [value.item() for name, value in state.items() if name.endswith("magnitude")]
+    assert magnitudes
+    assert all(magnitude != 1 for magnitude in magnitudes)
 accelerator.print("agreed at", num_images_seen)
