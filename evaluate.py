@@ -1,4 +1,4 @@
-"""Compare trained models with held-out micrographs and with each other: report.html and report.json."""
+"""Compare trained models with held-out micrographs and with each other: report.html and report.json; or reports with --compare."""
 
 import tyro
 

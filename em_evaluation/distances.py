@@ -45,10 +45,10 @@ def frechet_distance(a, b) -> float:
 
 
 def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b) -> float:
-    """Return the Frechet distance of two Gaussians from means [D] and covariances [D, D], from eigenvalues.
+    """Return the Frechet distance of two Gaussians from means [D] and covariances [D, D], from singular values of their roots.
 
-    S = L L^T with L from the eigenvectors (those below rounding are set to 0); tr (S_a S_b)^(1/2) =
-    ||L_a^T L_b||_*.
+    S = L L^T with L from Cholesky's factorisation, or from the eigenvectors where S is singular (eigenvalues below
+    rounding are set to 0); tr (S_a S_b)^(1/2) = ||L_a^T L_b||_*.
     """
     mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
     covariance_a, covariance_b = np.asarray(covariance_a, np.float64), np.asarray(covariance_b, np.float64)
@@ -100,6 +100,13 @@ def _triangle(rows):
 
 
 def _square_root(covariance):
+    try:  # an order of magnitude faster than eigenvectors
+        return linalg.cholesky(covariance, lower=True)
+    except linalg.LinAlgError:
+        return _symmetric_root(covariance)
+
+
+def _symmetric_root(covariance):
     eigenvalues, eigenvectors = linalg.eigh(covariance)
     rounding = len(eigenvalues) * np.finfo(np.float64).eps * abs(eigenvalues[-1])
     return eigenvectors * np.sqrt(np.where(eigenvalues > rounding, eigenvalues, 0.0))

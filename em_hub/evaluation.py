@@ -8,8 +8,9 @@ import torch
 
 from em_data import DataConfig, load_data, read_image_folder
 from em_diffusion.autoencoder import decode, encode
-from em_evaluation import ModelImages, evaluate_models, get_extractor, write_report
-from em_evaluation.protocol import FLOORS
+from em_evaluation import ModelImages, evaluate_models, write_report
+from em_evaluation.compare import compare_reports
+from em_hub.extractors import create_extractors
 from em_hub.generation import GenerationConfig, generate_images
 from em_hub.loading import RunInfo, load_pipeline, read_run_info
 from em_training import config_from_dict, create_process_state, read_stats
@@ -28,7 +29,7 @@ STAGES = ("autoencoder", "denoiser", "stylegan")
 class EvaluationConfig:
     """Judge one or more trained models by the same protocol and write report.html and report.json."""
 
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
     """Runs, saved pipelines or Hub ids (owner/name, owner/name@revision); NAME=MODEL gives one a name of its own in the report."""
     out: str = "runs/evaluation"
     """Folder for report.html and report.json; generated images go to images/ in it and are kept for the next time."""
@@ -38,14 +39,21 @@ class EvaluationConfig:
     """Micrographs to compare with, as in training; left out, those of the models' own run."""
     tiles: tuple[str, ...] = ()
     """KEY=VALUE of what differs from the tiling of the models' own run, such as resolution=64 split=specimen."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (offline) or inception (clean-fid's)."""
+    extractors: tuple[str, ...] = ("efficientnet-lite0",)
+    """One or more of efficientnet-lite0 (offline), inception (clean-fid's), dinov2, clip, timm:NAME, transformers:NAME; the first one's
+    Frechet distance carries the conclusion."""
+    metrics: tuple[str, ...] = ()
+    """Some of frechet_distance (always), frechet_distance_infinite, kernel_distance, cmmd (with clip), precision, recall, density,
+    coverage; left out, all that apply."""
     resize_mode: str | None = None
     """inception only: clean or legacy_pytorch."""
     input_px: int | None = None
     """efficientnet-lite0 only: side that tiles are resized to; left out, 128 for tiles of up to 128 px, else 224."""
-    weights: str | None = None
-    """A local file with the extractor's weights instead of the published ones."""
+    weights: tuple[str, ...] = ()
+    """EXTRACTOR=PATH of local weights instead of the published ones: a file, for dinov2 and clip a folder; PATH alone where there is one
+    extractor."""
+    feature_precision: str = "no"
+    """Of the extractors: no (float32) or bf16, on hardware that has it; a report of one is not compared with one of the other."""
     floors: tuple[str, ...] = ("real", "reconstruction", "surrogates", "noise")
     """What is measured beside the models: real, reconstruction (of each LDM's autoencoder), surrogates, noise."""
     seed: int = 0
@@ -57,14 +65,22 @@ class EvaluationConfig:
     scheduler: str | None = None
     """LDM only: a sampler instead of the one saved with the model, as generate.py takes it; wants --num-inference-steps."""
     precision: str = "auto"
-    """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling; features are always float32."""
+    """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling."""
+    compare: tuple[str, ...] = ()
+    """Two or more report.json to put beside each other instead of evaluating; refused where their protocols differ."""
 
 
 def evaluate_runs(config: EvaluationConfig) -> Path | None:
     """Generate what is missing, measure all of it, write the report; return the page's path, None on all but the main process.
 
-    Raises `ValueError` when the models were trained on other micrographs, or on another split of them, than they would be judged by.
+    With `compare`, print the reports' models beside each other instead. Raises `ValueError` when the models were trained on other
+    micrographs, or on another split of them, than they would be judged by.
     """
+    if config.compare:
+        if config.models:
+            raise ValueError("--compare reads reports that are there; evaluate --models in a call of its own")
+        print(compare_reports(config.compare))
+        return None
     state = create_process_state()
     models = name_models(config.models)
     source, tiles = find_data(config, models)
@@ -72,22 +88,21 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         data = load_data(source, tiles, log=state.print)
     refuse_other_splits(models, data.summary)
 
-    extractor = create_extractor(config, data.summary, state)
+    with state.main_process_first():
+        extractors = create_extractors(config, data.summary, state)
     generated, untrained = {}, {}
     for name, (model, info) in models.items():
         generated[name] = generate(config, name, model)
         if info.folder is not None and (info.folder / "untrained" / "model_index.json").exists():
             untrained[name] = generate(config, f"{name} untrained", str(info.folder / "untrained"))
-    if not state.is_main_process:
-        state.wait_for_everyone()
-        return None
 
-    report, pictures = evaluate_models(
+    evaluated = evaluate_models(
         [describe(name, info, *generated[name]) for name, (_, info) in models.items()],
         data.summary,
         data.held_out,
         data.train,
-        extractor=extractor,
+        extractor=extractors,
+        metrics=config.metrics,
         floors=config.floors,
         num_images=config.num_images,
         seed=config.seed,
@@ -95,29 +110,17 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         untrained={name: images for name, (images, _) in untrained.items()},
         batch_size=config.batch_size,
         reproduce=list_commands(config, models),
+        state=state,
         log=state.print,
     )
+    if evaluated is None:
+        state.wait_for_everyone()
+        return None
+    report, pictures = evaluated
     page = write_report(report, pictures, config.out)
     print_summary(report, page)
     state.wait_for_everyone()
     return page
-
-
-def create_extractor(config: EvaluationConfig, summary: dict, state):
-    """Return the feature extractor, on the main process, before anything long begins: its mistakes show at once."""
-    unknown = set(config.floors) - set(FLOORS)
-    if unknown:
-        raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
-    if not state.is_main_process:
-        return None
-    return get_extractor(
-        config.extractor,
-        resize_mode=config.resize_mode,
-        weights=config.weights,
-        input_px=config.input_px,
-        resolution=summary["resolution"],
-        device=state.device,
-    )
 
 
 def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
@@ -242,16 +245,16 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
         "num_images",
         "num_inference_steps",
         "scheduler",
-        "extractor",
         "resize_mode",
         "input_px",
+        "feature_precision",
         "seed",
         "precision",
     ):
         value = getattr(config, name)
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
-    for name in ("tiles", "floors"):
+    for name in ("extractors", "metrics", "tiles", "floors"):
         if getattr(config, name) != defaults[name]:
             words.append(f"--{name} {' '.join(getattr(config, name))}")
     return [" ".join(words)]
@@ -268,6 +271,10 @@ def print_summary(report: dict, page: Path) -> None:
     for name, distance in rows:
         print(f"  {name:{width}}  {distance['value']:9.4g}  [{distance['low']:.4g}, {distance['high']:.4g}]")
     print("\n" + "\n".join(str(sentence) for sentence in as_sentences(report["conclusion"])))
+    for measurement in report["measurements"]:
+        for each in measurement["blindness"]:
+            if each["misordered"]:
+                print(each["sentence"])
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     print(f"\n{page}")

@@ -7,6 +7,7 @@ import pytest
 from scipy import linalg
 
 from em_evaluation.distances import (
+    _symmetric_root,
     bootstrap_interval,
     difference_interval,
     frechet_distance,
@@ -44,6 +45,15 @@ def test_singular_values_equal_eigenvalues_with_more_and_fewer_images_than_dimen
     expected = frechet_distance_from_statistics(*statistics(a), *statistics(b))
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
     assert frechet_influence(a, b).value == pytest.approx(expected, rel=1e-10)
+
+
+def test_roots_by_cholesky_equal_roots_by_eigenvectors_and_singular_covariances_have_one(monkeypatch):
+    full, singular = (statistics(draw(seed, num, 20, 1.3, 0.1)) for seed, num in ((1, 300), (2, 12)))
+    pairs = [(full, statistics(draw(3, 200, 20))), (full, singular), (singular, singular)]
+    found = [frechet_distance_from_statistics(*first, *second) for first, second in pairs]
+    monkeypatch.setattr("em_evaluation.distances._square_root", _symmetric_root)
+    expected = [frechet_distance_from_statistics(*first, *second) for first, second in pairs]
+    assert found == pytest.approx(expected, rel=1e-8, abs=1e-7)
 
 
 def test_distance_equals_the_matrix_root_of_scipy():

@@ -4,7 +4,16 @@ from diffusers import VQModel
 
 from em_data import DataConfig
 from em_hub import evaluation
-from em_hub.evaluation import EvaluationConfig, find_data, name_models, parse_pairs, reconstruct, refuse_other_splits
+from em_hub.evaluation import (
+    EvaluationConfig,
+    evaluate_runs,
+    find_data,
+    name_models,
+    parse_pairs,
+    reconstruct,
+    refuse_other_splits,
+)
+from em_hub.extractors import create_extractors, pair_weights
 from em_hub.loading import RunInfo
 
 
@@ -80,3 +89,48 @@ def test_reconstruction_quantises():
         codes = vqvae.quantize(vqvae.encode(images).latents)[0]
         expected = vqvae.decode(codes, force_not_quantize=True).sample.clamp(-1, 1)
     torch.testing.assert_close(reconstruct(vqvae, images), expected)
+
+
+def test_weights_go_to_the_extractor_that_they_name():
+    assert pair_weights(("w=1.pt",), ("inception",)) == {"inception": "w=1.pt"}  # a path may hold a sign of equality
+    assert pair_weights(("dinov2=folder", "inception=w.pt"), ("inception", "dinov2")) == {
+        "dinov2": "folder",
+        "inception": "w.pt",
+    }
+    with pytest.raises(ValueError, match="EXTRACTOR=PATH with one of inception, dinov2"):
+        pair_weights(("w.pt",), ("inception", "dinov2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"floors": ("ceiling",)}, "unknown floors ceiling"),
+        ({"extractors": ()}, "one or more names"),
+        ({"extractors": ("inception", "inception")}, "each once"),
+        ({"feature_precision": "fp8"}, "no or bf16"),
+        ({"resize_mode": "clean"}, "--resize-mode belongs to inception, which is not among"),
+        ({"metrics": ("fid",)}, "unknown metrics fid; there are frechet_distance"),
+        ({"metrics": ("cmmd",)}, "add the extractor clip"),
+    ],
+)
+def test_mistakes_in_the_flags_show_before_anything_long(changes, message):
+    state = type("State", (), {"device": "cpu"})()
+    with pytest.raises(ValueError, match=message):
+        create_extractors(EvaluationConfig(models=("a",), **changes), {"resolution": 64}, state)
+
+
+def test_extractors_take_their_own_options():
+    state = type("State", (), {"device": "cpu"})()
+    config = EvaluationConfig(models=("a",), input_px=96, feature_precision="bf16", metrics=("kernel_distance",))
+    (extractor,) = create_extractors(config, {"resolution": 64}, state)
+    assert "96 x 96" in extractor.identity
+    assert extractor.dtype is torch.bfloat16
+
+
+def test_comparing_reports_evaluates_nothing(tmp_path):
+    with pytest.raises(ValueError, match="at least two reports"):
+        evaluate_runs(EvaluationConfig(compare=(str(tmp_path),)))
+    with pytest.raises(ValueError, match="in a call of its own"):
+        evaluate_runs(EvaluationConfig(models=("a",), compare=("b", "c")))
+    with pytest.raises(ValueError, match=r"not a report\.json of evaluate\.py"):
+        evaluate_runs(EvaluationConfig(compare=(str(tmp_path), str(tmp_path))))

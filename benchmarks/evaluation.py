@@ -1,0 +1,166 @@
+"""How fast the evaluation is: the Frechet distance against scipy's matrix root, Inception's features against pytorch-fid's loop.
+
+python benchmarks/evaluation.py                      # 2048 dimensions and 2,000 tiles: an hour on 2 slow cores, for the baselines
+python benchmarks/evaluation.py --num-tiles 100      # fewer tiles
+
+Each line is JSON with the ratio to a baseline of the same run, on the same weights (random, made on the spot, batch norms
+set by one pass over the first tiles) and the same files. The plain loop is pytorch-fid's: PNG files through PIL and a
+DataLoader in batches of 50, three channels, float32, the network as published (clean-fid's copy of it).
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import scipy
+import torch
+from scipy import linalg
+
+from em_data import DataConfig, load_data, read_image_folder
+from em_evaluation.distances import frechet_distance, frechet_distance_from_statistics
+from em_evaluation.environment import describe_environment
+from em_evaluation.features import Inception, load_pytorch_inception
+from em_evaluation.images import read_images
+from em_evaluation.statistics import compute_features
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-tiles", type=int, default=2000, help="tiles that both loops read")
+    parser.add_argument("--dimensions", type=int, default=2048, help="of the statistics")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    if arguments.num_tiles < 8 or arguments.dimensions < 8:
+        parser.error("--num-tiles and --dimensions must be at least 8")
+    torch.set_num_threads(arguments.threads)
+    print(json.dumps({"environment": describe_environment(), "scipy": scipy.__version__}), flush=True)
+    print(json.dumps(time_distance(arguments.dimensions)), flush=True)
+    print(json.dumps(time_features(arguments.num_tiles, arguments.batch_size)), flush=True)
+
+
+def time_distance(dimensions, seed=0) -> dict:
+    """Time the distance from statistics of `dimensions` against tr (S_a S_b)^(1/2) by scipy's sqrtm, as pytorch-fid has it."""
+    rng = np.random.default_rng(seed)
+    decay = np.exp(-np.arange(dimensions) / dimensions * 6)  # a spectrum like that of features
+
+    def statistics(scale):
+        rows = rng.normal(size=(2 * dimensions, dimensions)) * np.sqrt(decay) * scale
+        return rows.mean(0), np.cov(rows, rowvar=False)
+
+    (mean_a, covariance_a), (mean_b, covariance_b) = statistics(1.0), statistics(1.2)
+    ours, fast_seconds = _time(lambda: frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b))
+
+    def plain():
+        root = linalg.sqrtm(covariance_a @ covariance_b).real
+        shift = mean_a - mean_b
+        return shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.trace(root)
+
+    theirs, plain_seconds = _time(plain)
+    return {
+        "benchmark": "frechet_distance_from_statistics",
+        "dimensions": dimensions,
+        "seconds": round(fast_seconds, 3),
+        "sqrtm_seconds": round(plain_seconds, 3),
+        "times_as_fast": round(plain_seconds / fast_seconds, 2),
+        "relative_difference": float(abs(ours - theirs) / theirs),
+    }
+
+
+def time_features(num_tiles, batch_size) -> dict:
+    """Time Inception's features of PNG files against the plain loop, and compare the Frechet distances of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        files, weights = write_tiles(Path(folder), num_tiles), make_weights(Path(folder))
+        plain_network = load_pytorch_inception(weights).eval()
+        extractor = Inception("legacy_pytorch", weights)
+        half = len(files) // 2
+        images = read_image_folder(Path(folder) / "tiles")
+        run_plain(plain_network, files[:2], batch_size)  # warm up both
+        compute_features(images.batch(0, 2), extractor, use_cache=False)
+        fast, fast_seconds = _time(lambda: compute_features(images, extractor, batch_size=batch_size, use_cache=False))
+        plain, plain_seconds = _time(lambda: run_plain(plain_network, files, batch_size))
+    distances = [frechet_distance(features[:half], features[half:]) for features in (fast, plain)]
+    return {
+        "benchmark": "inception_features",
+        "num_tiles": len(files),
+        "batch_size": batch_size,
+        "images_per_second": round(len(files) / fast_seconds, 2),
+        "plain_images_per_second": round(len(files) / plain_seconds, 2),
+        "times_as_fast": round(plain_seconds / fast_seconds, 2),
+        "relative_difference_of_distance": float(abs(distances[0] - distances[1]) / distances[1]),
+        "greatest_difference_of_features": float(np.abs(fast - plain).max() / plain.std()),
+    }
+
+
+def write_tiles(folder, num_tiles):
+    """Write `num_tiles` views of the embedded micrographs' tiles as 8-bit PNG; return their paths in order."""
+    data = load_data("synthetic", DataConfig(resolution=64), log=lambda text: None)
+    tiles = folder / "tiles"
+    tiles.mkdir()
+    levels = read_images(data.train, min(num_tiles, data.train.num_views)).levels[:, 0]
+    paths = [tiles / f"{i:06d}.png" for i in range(len(levels))]
+    for path, image in zip(paths, levels):
+        PIL.Image.fromarray(image).save(path)
+    return paths
+
+
+def make_weights(folder):
+    """Write a random Inception-v3 whose batch norms hold the statistics of noise, so that features neither vanish nor burst."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of slow initialisation
+        state = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    path = folder / "weights.pth"
+    torch.save(state, path)
+    network = load_pytorch_inception(path)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.nn.functional.interpolate(torch.rand(8, 1, 24, 24), 299).expand(-1, 3, -1, -1))
+    blocks = network.state_dict()  # the same tensors in the order of the network's own names
+    names = [name for name in state if not name.startswith("fc.")]
+    taken = dict(zip(names, (blocks[name] for name in blocks)))
+    torch.save(state | {name: value for name, value in taken.items() if value.shape == state[name].shape}, path)
+    return path
+
+
+class _Files(torch.utils.data.Dataset):
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        from torchvision.transforms.functional import to_tensor
+
+        return to_tensor(PIL.Image.open(self.paths[index]).convert("RGB"))
+
+
+def run_plain(network, paths, batch_size):
+    """Compute features as pytorch-fid's loop does."""
+    loader = torch.utils.data.DataLoader(_Files(paths), batch_size=batch_size, num_workers=0)
+    features = []
+    with torch.no_grad():
+        for batch in loader:
+            batch = torch.nn.functional.interpolate(batch, size=(299, 299), mode="bilinear", align_corners=False)
+            features.append(network(batch)[0].squeeze(3).squeeze(2).numpy())
+    return np.concatenate(features)
+
+
+def _time(function):
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

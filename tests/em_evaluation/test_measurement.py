@@ -1,0 +1,199 @@
+"""Which metrics are measured, what each is blind to, which reports may be compared, and the quiz."""
+
+import base64
+import copy
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from em_evaluation.blindness import expect_order, find_blindness
+from em_evaluation.compare import compare_reports, find_differences
+from em_evaluation.distances import frechet_distance, kernel_distance
+from em_evaluation.extractor import Extractor
+from em_evaluation.metrics import METRICS, choose_metrics, measure, refuse_unmeasurable
+from em_evaluation.quiz import make_quiz
+
+
+class Plain(Extractor):
+    name, identity, num_features = "plain", "plain", 8
+
+
+class Unit(Plain):
+    unit_norm = True
+
+
+def test_metrics_that_apply_are_chosen_and_the_rest_is_said():
+    every = tuple(METRICS)
+    assert choose_metrics((), Unit(), 100) == (every, [])
+    assert choose_metrics((), Plain(), 100) == (tuple(name for name in every if name != "cmmd"), [])
+    assert choose_metrics(("recall",), Plain(), 100) == (("frechet_distance", "recall"), [])
+    names, notes = choose_metrics((), Plain(), 8)
+    assert names == ("frechet_distance", "frechet_distance_infinite", "kernel_distance")
+    assert notes == ["Precision, Recall, Density, Coverage need 12 images of each set, not 8: left out."]
+    with pytest.raises(ValueError, match="unknown metrics fid; there are frechet_distance"):
+        choose_metrics(("fid",), Plain(), 100)
+    with pytest.raises(ValueError, match="cmmd needs embeddings of length 1; add the extractor clip"):
+        refuse_unmeasurable(("cmmd",), [Plain()])
+    refuse_unmeasurable(("cmmd",), [Plain(), Unit()])
+
+
+def test_all_metrics_are_measured_with_intervals_that_hold_them():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(shift, 1, (60, 8)) for shift in (0.5, 0.2))
+    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b))
+    found, distances = measure(tuple(METRICS), a, b)
+    assert list(found) == list(METRICS)
+    assert all(interval.low <= interval.value <= interval.high for interval in found.values())
+    assert all(interval.low < interval.high for interval in found.values())
+    assert found["frechet_distance"].value == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert found["kernel_distance"].value == pytest.approx(kernel_distance(a, b), rel=1e-9)
+    assert set(distances) == {"frechet_distance", "kernel_distance", "cmmd"}
+    turned, _ = measure(("recall", "frechet_distance"), a[::-1], b[::-1])
+    assert turned["recall"].value == found["recall"].value
+
+
+# ---------------------------------------------------------------- blindness
+
+FLOORS = {
+    "real": {"name": "real training tiles"},
+    "reconstruction": {"name": "reconstructions by the autoencoder of LDM"},
+    "surrogates": {"name": "phase-randomised surrogates"},
+    "noise": {"name": "white noise"},
+}
+MODELS = {"LDM": "ldm", "GAN": "stylegan2"}
+GOOD = {"real": 1, "reconstruction": 2, "LDM": 3, "GAN": 1.5, "surrogates": 5, "noise": 9}  # a GAN has no autoencoder
+
+
+def blindness(metric, values, sign=1):
+    rows = {key: {"held_out": {metric: {"value": sign * value}}} for key, value in values.items()}
+    (found,) = find_blindness({"extractor": "plain", "metrics": [metric], "rows": rows}, MODELS, FLOORS)
+    return found, [(each["nearer"], each["farther"]) for each in found["misordered"]]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("frechet_distance", 1), ("recall", -1)])
+def test_a_metric_that_orders_everything_is_blind_to_nothing(metric, sign):
+    found, wrong = blindness(metric, GOOD, sign)
+    assert wrong == []
+    assert found["num_pairs"] == 13
+    assert found["sentence"].endswith("puts every set in the order that it must.")
+    assert len(blindness(metric, GOOD, -sign)[1]) == 13
+
+
+def test_a_metric_is_blind_to_each_pair_that_it_turns_or_levels():
+    found, wrong = blindness("recall", GOOD | {"noise": 5}, -1)
+    assert wrong == [("surrogates", "noise")]
+    assert "does not tell phase-randomised surrogates (−5.000) from white noise (−5.000)" in found["sentence"]
+    assert "truly" not in found["sentence"]
+    found, wrong = blindness("frechet_distance", GOOD | {"LDM": 6})
+    assert wrong == [("LDM", "surrogates")]
+    assert found["sentence"].endswith("Where one of a pair is a model, that model may truly be no better.")
+    assert blindness("frechet_distance", GOOD | {"reconstruction": 4})[1] == [("reconstruction", "LDM")]
+
+
+def test_autoencoders_are_set_against_their_own_model_alone():
+    floors = {f"reconstruction_{i}": {"name": f"reconstructions by the autoencoder of {i}"} for i in "ab"}
+    pairs = expect_order({"a": "ldm", "b": "ldm", "c": "stylegan2"}, floors)
+    own = [(near, far) for near, far in pairs if near in floors and far in "abc"]
+    assert own == [("reconstruction_a", "a"), ("reconstruction_b", "b")]
+    assert ("reconstruction_a", "b") not in pairs
+    assert ("reconstruction_a", "c") not in pairs
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def report(**changes):
+    def interval(value):
+        return {"value": value, "low": value - 1, "high": value + 1}
+
+    protocol = {"num_images": 10, "resolution": 64, "grey_levels": "8 bit", "seed": 0}
+    protocol |= {"reference_digest": "r", "train_digest": "t"}
+    rows = {"A": {"held_out": {"frechet_distance": interval(changes.pop("distance", 5.0))}}}
+    return {
+        "protocol": protocol | changes,
+        "dataset": {"split_hash": "s", "fingerprint": "f"},
+        "models": [{"name": "A"}],
+        "measurements": [
+            {"extractor": "plain", "identity": "plain 1", "metrics": ["frechet_distance"], "rows": rows},
+        ],
+    }
+
+
+def write(folder, name, content):
+    (folder / name).mkdir()
+    (folder / name / "report.json").write_text(json.dumps(content))
+    return folder / name
+
+
+def test_reports_of_one_protocol_are_put_beside_each_other(tmp_path):
+    near, far = write(tmp_path, "near", report()), write(tmp_path, "far", report(distance=9.0))
+    text = compare_reports([far / "report.json", near])
+    assert text.index(f"A ({near})") < text.index(f"A ({far / 'report.json'})")
+    assert "9.000  [8.000, 10.00]" in text
+    assert f"A ({near}) is closer to the held-out micrographs than" in text
+    close = write(tmp_path, "close", report(distance=6.0))
+    assert "cannot be told apart" in compare_reports([near, close])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r["protocol"].update(num_images=20), "number of images: 10 and 20"),
+        (lambda r: r["protocol"].update(reference_digest="x"), "content of the reference images: r and x"),
+        (lambda r: r["dataset"].update(split_hash="x"), "split of the micrographs: s and x"),
+        (lambda r: r["measurements"][0].update(identity="plain 2"), "features: plain 1 and plain 2"),
+    ],
+)
+def test_reports_of_unequal_protocol_are_refused_with_the_reason(change, reason, tmp_path):
+    first, second = report(), report()
+    assert find_differences(first, second) == []
+    change(second)
+    assert find_differences(first, second) == [reason]
+    paths = [write(tmp_path, "a", first), write(tmp_path, "b", second)]
+    with pytest.raises(ValueError, match=f"cannot be compared, they were measured differently:\n  {reason}"):
+        compare_reports(paths)
+
+
+def test_what_is_no_report_is_refused(tmp_path):
+    old = copy.deepcopy(report())
+    del old["measurements"]
+    paths = [write(tmp_path, "old", old), write(tmp_path, "new", report())]
+    with pytest.raises(ValueError, match="older version; evaluate again"):
+        compare_reports(paths)
+    (tmp_path / "new" / "report.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"not a report\.json of evaluate\.py"):
+        compare_reports(paths[::-1])
+
+
+# ---------------------------------------------------------------- quiz
+
+
+def picture(key, level, num, is_model=False):
+    return {"key": key, "title": key, "unseen": np.full((num, 4, 6), level, np.uint8), "is_model": is_model}
+
+
+def test_the_quiz_holds_as_many_real_images_as_generated_ones_and_knows_each():
+    pictures = [
+        picture("held_out", 10, 30),
+        picture("A", 20, 30, True),
+        picture("B", 30, 5, True),
+        picture("train", 40, 9),
+    ]
+    quiz = make_quiz(pictures)
+    strip = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(quiz["uri"].split(",")[1]))))
+    assert (quiz["height"], quiz["width"]) == (4, 6)
+    levels = strip.reshape(4, -1, 6).transpose(1, 0, 2)  # [N, H, W]
+    assert levels.std((1, 2)).max() == 0
+    assert [{10: "", 20: "A", 30: "B"}[int(level[0, 0])] for level in levels] == quiz["origins"]
+    assert [quiz["origins"].count(origin) for origin in ("", "A", "B")] == [10, 5, 5]
+    assert make_quiz(pictures)["origins"] == quiz["origins"] != make_quiz(pictures, seed=1)["origins"]
+
+
+def test_too_few_images_make_no_quiz():
+    assert make_quiz([picture("held_out", 10, 30), picture("A", 20, 3, True)]) is None
+    assert make_quiz([picture("held_out", 10, 3), picture("A", 20, 30, True)]) is None
+    assert make_quiz([picture("A", 20, 30, True)]) is None
+    assert make_quiz([]) is None
