@@ -10,6 +10,8 @@ from em_evaluation.conclusion import STUDY, compare_models, conclude, warn, weig
 from em_evaluation.environment import describe_environment
 from em_evaluation.images import ImageSet, count_images, read_images, transform_images
 from em_evaluation.measurement import measure_with_extractor
+from em_evaluation.memorisation import measure_memorisation
+from em_evaluation.memorisation_report import make_gallery
 from em_evaluation.metrics import METRICS, refuse_unmeasurable
 from em_evaluation.microscopy import measure_microscopy
 from em_evaluation.quiz import NUM_QUIZ_IMAGES
@@ -38,6 +40,7 @@ def evaluate_models(
     batch_size=32,
     num_pictures=16,
     microscopy=True,
+    memorisation=True,
     reproduce=(),
     state=None,
     log=print,
@@ -52,7 +55,7 @@ def evaluate_models(
     whose views (all symmetries of training) are drawn each tile once before any twice. floors: which of "real",
     "reconstruction", "surrogates", "noise" to measure beside the models. reconstruct: name -> function, images [B, 1,
     H, W] in [-1, 1] to the autoencoder's images of them. untrained: name -> images of an untrained network, one more
-    floor each. microscopy: whether to add that section. Every set has the same number of images: `num_images`, or fewer
+    floor each. microscopy, memorisation: whether to add these sections. Every set has the same number of images: `num_images`, or fewer
     for all where one set has fewer, which the report says. `ValueError` for fewer than two images or sets of different
     size in pixels.
     """
@@ -125,10 +128,17 @@ def evaluate_models(
             seed,
             log,
         )
+    pairs = []
+    if memorisation:
+        feature_options = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache}
+        report["memorisation"], pairs = measure_memorisation(
+            generated, sets["held_out"], train, extractor=extractors[0], seed=seed, log=log, **feature_options
+        )
     report["conclusion"] = conclude(report)
     report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-    return report, choose_pictures(sets, generated, floor_sets, floor_info, num_pictures)
+    pictures = choose_pictures(sets, generated, floor_sets, floor_info, num_pictures)
+    return report, pictures + (make_gallery(pairs, report["memorisation"]) if pairs else [])
 
 
 def agree_on_number(num_images, models, reference, train, untrained):

@@ -13,6 +13,7 @@ import PIL.Image
 from em_data.cache import write_atomically
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
 from em_evaluation.conclusion import format_number
+from em_evaluation.memorisation_report import view_memorisation
 from em_evaluation.metrics import METRICS
 from em_evaluation.microscopy_report import view_microscopy
 from em_evaluation.quiz import make_quiz
@@ -46,14 +47,21 @@ def render_page(report, pictures) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    pixel_size_nm = report["dataset"].get("pixel_size_nm")
     environment.filters |= {"number": format_number, "duration": format_duration, "count": format_count}
     return environment.get_template("report.html.j2").render(
         report=report,
-        pictures=[make_figure(picture, report["dataset"].get("pixel_size_nm")) for picture in pictures],
-        quiz=make_quiz(pictures, report["protocol"]["seed"]),
+        pictures=[make_figure(picture, pixel_size_nm) for picture in pictures if "section" not in picture],
+        quiz=make_quiz([picture for picture in pictures if "section" not in picture], report["protocol"]["seed"]),
         metrics=METRICS,
         distances_svg=draw_distances(report),
         microscopy=view_microscopy(report),
+        memorisation=view_memorisation(report),
+        closest_pairs=[
+            make_figure(picture, pixel_size_nm, len(picture["levels"]) // 2)
+            for picture in pictures
+            if picture.get("section") == "memorisation"
+        ],
         curves=[
             {"model": model["name"], "stage": stage, "svg": draw_curves(lines)}
             for model in report["models"]

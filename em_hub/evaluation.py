@@ -56,6 +56,10 @@ class EvaluationConfig:
     """Of the extractors: no (float32) or bf16, on hardware that has it; a report of one is not compared with one of the other."""
     floors: tuple[str, ...] = ("real", "reconstruction", "surrogates", "noise")
     """What is measured beside the models: real, reconstruction (of each LDM's autoencoder), surrogates, noise."""
+    microscopy: bool = True
+    """Measure spectrum, noise, two-point correlation and defects, as a microscopist would."""
+    memorisation: bool = True
+    """Seek the nearest training view of every generated image."""
     seed: int = 0
     """Seed of generated images, of drawn tiles and of intervals."""
     batch_size: int = 50
@@ -109,6 +113,8 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         reconstruct=make_reconstructions(models, state.device),
         untrained={name: images for name, (images, _) in untrained.items()},
         batch_size=config.batch_size,
+        microscopy=config.microscopy,
+        memorisation=config.memorisation,
         reproduce=list_commands(config, models),
         state=state,
         log=state.print,
@@ -254,6 +260,7 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
         value = getattr(config, name)
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
+    words += [f"--no-{name}" for name in ("microscopy", "memorisation") if not getattr(config, name)]
     for name in ("extractors", "metrics", "tiles", "floors"):
         if getattr(config, name) != defaults[name]:
             words.append(f"--{name} {' '.join(getattr(config, name))}")
