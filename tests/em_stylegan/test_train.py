@@ -245,7 +245,7 @@ def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, mo
     monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision; this test needs another
     data = load_data(config.data, config.tiles, log=lambda text: None)
-    short = replace(config, training=replace(config.training, num_images=8))
+    short = replace(config, training=replace(config.training, num_images=8, evaluate_every=0))
     loop.train_stylegan(short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert seen == {torch.bfloat16, None}  # None: R1 in float32
