@@ -322,6 +322,15 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a pipeline of another one's components; options are those of `DiffusionPipeline.from_pipe`.
+
+        diffusers takes over only models of exactly the class in the signature, and ours names what they have in common.
+        """
+        own = cls._get_signature_keys(cls)[0]
+        return super().from_pipe(pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load a folder or Hub repository; options are those of `DiffusionPipeline.from_pretrained`.
 
@@ -339,7 +348,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         for name, value in index.items():
             if _is_own_component(name, value) and name not in kwargs:
                 component = _import_own_component(pretrained_model_name_or_path, name, *value)
-                options = hub_options | ({} if name == "vqvae" or not is_narrow else {"torch_dtype": dtype})
+                options = hub_options | ({"variant": kwargs["variant"]} if kwargs.get("variant") else {})
+                options |= {} if name == "vqvae" or not is_narrow else {"torch_dtype": dtype}
                 kwargs[name] = component.from_pretrained(
                     pretrained_model_name_or_path, subfolder=name, use_safetensors=True, **options
                 )

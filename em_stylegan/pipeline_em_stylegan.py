@@ -136,6 +136,15 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a pipeline of another one's components; options are those of `DiffusionPipeline.from_pipe`.
+
+        diffusers takes over only models of exactly the class in the signature, and ours names what they have in common.
+        """
+        own = cls._get_signature_keys(cls)[0]
+        return super().from_pipe(pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load a folder or Hub repository. The installed class reads weights and numbers with the installed code alone: it runs
         no code from the repository and needs no `trust_remote_code`. Options are those of `ModelMixin.from_pretrained`,
