@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from em_data.cache import write_atomically
+from em_data.hub import fetch_repository, hash_as_hub
 from em_data.intensity import float_to_uint16
 from em_data.micrograph import Micrograph
 from em_data.reading import SUFFIXES, natural_key, read_micrograph
@@ -54,10 +55,12 @@ class Source:
 
 
 def open_source(source, config, cache_dir):
-    """Return the Source that a string names: a folder, "synthetic", or "datasets:NAME_OR_PATH"."""
+    """Return the Source that a string names: a folder, "synthetic", "hub:owner/name[@revision]", or "datasets:NAME_OR_PATH"."""
     source = os.path.expanduser(str(source))
     if source == "synthetic":
         opened = open_synthetic(config)
+    elif source.startswith("hub:"):
+        opened = open_dataset(source, config)
     elif source.startswith("datasets:"):
         opened = open_dataset(source.removeprefix("datasets:"), config)
     elif (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
@@ -67,7 +70,9 @@ def open_source(source, config, cache_dir):
     elif Path(source).exists():
         raise ValueError(f"{source} is a file; give the folder that holds the micrographs")
     else:
-        raise ValueError(f"{source!r} is no folder here; give a folder, 'synthetic', or 'datasets:NAME_OR_PATH'")
+        raise ValueError(
+            f"{source!r} is no folder here; give a folder, 'synthetic', 'hub:owner/name' or 'datasets:NAME_OR_PATH'"
+        )
     if config.num_micrographs is not None and len(opened.entries) > config.num_micrographs:
         opened.ignored.append(f"{len(opened.entries) - config.num_micrographs} images beyond the first "
                               f"{config.num_micrographs}, as num_micrographs asks")  # fmt: skip
@@ -205,7 +210,7 @@ def open_dataset(name_or_path, config):
     import datasets
 
     ignored = []
-    dataset = _load_dataset(name_or_path, ignored)
+    dataset, fingerprint = _load_dataset(name_or_path, ignored)
     features = dataset.features
     images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
     images += [key for key, feature in features.items() if isinstance(feature, datasets.Array2D)]
@@ -230,15 +235,19 @@ def open_dataset(name_or_path, config):
             return _read_row(arrays[i][column], name, row, config)
 
         group = row.get("micrograph") and str(row["micrograph"])
-        entries.append(Entry(name, f"{dataset._fingerprint}-{i}", read, row.get("specimen"), group))
+        entries.append(Entry(name, f"{fingerprint}-{i}", read, row.get("specimen"), group))
     if not entries:
         raise ValueError(f"{name_or_path} has no rows")
-    return Source(Path(str(name_or_path).rstrip("/")).name, entries, ignored)
+    name = str(name_or_path).rstrip("/")
+    return Source(Path(name.split("@")[0] if name.startswith("hub:") else name).name, entries, ignored)
 
 
 def _load_dataset(name_or_path, ignored):
+    """Return (dataset, what names its content)."""
     import datasets
 
+    if str(name_or_path).startswith("hub:"):
+        return _load_from_hub(str(name_or_path).removeprefix("hub:"))
     path = Path(name_or_path)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -253,7 +262,22 @@ def _load_dataset(name_or_path, ignored):
         if len(dataset) > 1:
             ignored.append(f"splits {', '.join(key for key in dataset if key != split)}: split {split} is used")
         dataset = dataset[split]
-    return dataset
+    return dataset, dataset._fingerprint
+
+
+def _load_from_hub(name):
+    """The Parquet files of a data set on the Hub, downloaded once; named by their checksums, so alike on every machine."""
+    import datasets
+
+    folder = fetch_repository(name, ["*.parquet"], kind="dataset")
+    paths = sorted(folder.rglob("*.parquet"))
+    if not paths:
+        raise ValueError(f"the data set {name} on the Hub holds no Parquet file; write one with python -m em_data.push")
+    content = hashlib.sha256("".join(hash_as_hub(path)[0] for path in paths).encode()).hexdigest()[:32]
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train"), content
+    except Exception as error:  # any of its parts: the files, the disk
+        raise ValueError(f"hub:{name} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from error
 
 
 def _read_row(value, name, row, config):

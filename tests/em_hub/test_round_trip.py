@@ -21,6 +21,7 @@ from em_hub.evaluation import EvaluationConfig, evaluate_runs
 from em_hub.publish import PublishConfig, publish_run
 from em_stylegan import EMStyleGANPipeline, train_gan
 
+pytestmark = pytest.mark.slow  # two trainings, an evaluation and a second interpreter
 CLASSES = {"em-ldm": EMLatentDiffusionPipeline, "em-gan": EMStyleGANPipeline}
 
 

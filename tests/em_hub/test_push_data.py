@@ -1,0 +1,112 @@
+"""A folder of micrographs to the Hub and back: every grey level, pixel size, box and mask."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+from huggingface_hub import DatasetCard, constants
+
+from em_data import DataConfig, load_data
+from em_data.labels import make_coco, write_labelled
+from em_data.push import PushConfig, push_folder
+from em_data.sources import open_source
+from em_data.synthetic import synthesise_micrographs
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two specimens, 8 and 16 bits, one pixel size, a label bar's worth of nothing."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "micrographs"
+    for i in range(4):
+        levels = random.integers(0, 2**16 if i % 2 else 2**8, (40, 48)).astype(np.uint16 if i % 2 else np.uint8)
+        path = folder / f"specimen {i // 2}" / f"frame_{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, levels, metadata={"pixel_size_nm": 0.25})
+    return folder
+
+
+def push(folder, repo="you/set", **options):
+    return push_folder(PushConfig(str(folder), repo, **options), say=lambda text: None)
+
+
+def test_every_grey_level_comes_back(folder, hub, tmp_path, monkeypatch):
+    assert push(folder, "set", private=True, license="cc-by-4.0") == f"{hub.url}/datasets/you/set"
+    assert hub.repos["datasets", "you/set"].private
+    config = DataConfig(resolution=16, split="specimen", held_out_fraction=0.5, symmetries="none")
+    sent, got = open_source(str(folder), config, tmp_path), open_source("hub:you/set", config, tmp_path)
+    assert got.name == "set"
+    for first, second in zip(sent.entries, got.entries, strict=True):
+        a, b = first.read(), second.read()
+        assert a.image.dtype == b.image.dtype
+        np.testing.assert_array_equal(a.image, b.image)
+        assert (a.pixel_size_nm, a.specimen) == (b.pixel_size_nm, b.specimen)
+    data = load_data("hub:you/set", config, log=lambda text: None)
+    same = load_data(str(folder), config, log=lambda text: None)
+    assert data.summary["num_tiles"] == same.summary["num_tiles"] == 4 * 6
+    assert data.summary["split_hash"] == same.summary["split_hash"]
+    assert data.summary["pixel_size_nm"] == 0.25
+    card = DatasetCard(hub.read("you/set", "README.md", kind="datasets").decode())
+    assert card.data.license == "cc-by-4.0"
+    assert "4 electron micrographs of 8 and 16 bits" in card.text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = open_source("hub:you/set@main", config, tmp_path)
+    assert [entry.key for entry in again.entries] == [entry.key for entry in got.entries]
+
+
+def test_boxes_and_masks_come_along(tmp_path):
+    import datasets
+
+    micrographs = list(synthesise_micrographs(2, 0, 128))
+    write_labelled(micrographs, tmp_path / "labelled")
+    out = push(tmp_path / "labelled", dry_run=str(tmp_path / "set"))
+    rows = datasets.load_dataset("parquet", data_files=f"{out}/data/*.parquet", split="train")
+    rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column("mask", datasets.Image(decode=False))
+    coco = make_coco(micrographs)
+    by_name = {
+        f"images/{image['file_name']}": (image["id"], m) for image, m in zip(coco["images"], micrographs, strict=True)
+    }
+    for row in rows:
+        image_id, micrograph = by_name[row["name"]]
+        np.testing.assert_array_equal(np.asarray(PIL.Image.open(io.BytesIO(row["image"]["bytes"]))), micrograph.image)
+        boxes = [each["bbox"] for each in coco["annotations"] if each["image_id"] == image_id]
+        assert [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in (each["box_px"] for each in row["objects"])] == boxes
+        assert [each["kind"] for each in row["objects"]] == [defect.kind for defect in micrograph.defects]
+        mask = np.asarray(PIL.Image.open(io.BytesIO(row["mask"]["bytes"])))
+        assert mask.max() == len(micrograph.defects)
+    assert sum(len(row["objects"]) for row in rows) == len(coco["annotations"]) > 0
+
+
+def test_what_cannot_be_published_is_refused(folder, hub, tmp_path):
+    (folder / "specimen 0" / "broken.tif").write_bytes(b"II*\0")
+    with pytest.raises(ValueError, match=r"broken\.tif: unreadable"):
+        push(folder)
+    assert not hub.repos
+    (folder / "specimen 0" / "broken.tif").unlink()
+    push(folder)
+    fault = hub.fail("PUT", "/lfs-storage/", cut_after=100, times=100)
+    (folder / "specimen 0" / "frame_0.tif").unlink()
+    before = hub.files("you/set", kind="datasets")
+    with pytest.raises(ValueError, match="what arrived is kept"):
+        push(folder)
+    assert hub.files("you/set", kind="datasets") == before
+    fault.times = 0
+    push(folder)
+    assert len(open_source("hub:you/set", DataConfig(), tmp_path).entries) == 3
+    hub.tamper("you/set", "data/train-00000.parquet", kind="datasets")
+    import shutil
+
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(ValueError, match="another checksum"):
+        open_source("hub:you/set", DataConfig(), tmp_path)
+    with pytest.raises(ValueError, match="there is no such repository"):
+        open_source("hub:you/nothing", DataConfig(), tmp_path)
