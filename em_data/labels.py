@@ -11,7 +11,7 @@ from em_data.images import write_image
 from em_data.intensity import from_uint
 from em_data.micrograph import DEFECT_KINDS
 
-KIND_COLOURS = {"loop_111": "#4cc9f0", "loop_100": "#ffb703", "dot": "#80ed99", "line": "#ff5d8f"}
+KIND_COLOURS = {"loop_111": "#4cc9f0", "loop_100": "#ffb703", "dot": "#80ed99", "line": "#ff5d8f", "loop": "#b197fc"}
 
 
 def write_labelled(micrographs, folder):

@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-DEFECT_KINDS = ("loop_111", "loop_100", "dot", "line")
+DEFECT_KINDS = ("loop_111", "loop_100", "dot", "line", "loop")
 
 
 @dataclass(eq=False)
 class Defect:
     """One labelled defect of a micrograph.
 
-    kind: one of DEFECT_KINDS: a loop with Burgers vector 1/2<111> or <100>, a black dot, a dislocation line.
+    kind: one of DEFECT_KINDS: a loop with Burgers vector 1/2<111> or <100>, a black dot, a dislocation line, or a loop
+        of which nobody has said the Burgers vector.
     box_px: (x0, y0, x1, y1) in pixels of the micrograph, x1 and y1 exclusive: image[y0:y1, x0:x1] holds the defect.
     mask: bool [y1 - y0, x1 - x0] inside the box, or [H, W] of the whole micrograph.
     diameter_nm: the long axis of a loop or the diameter of a dot, in nanometres; None for a line.

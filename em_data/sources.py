@@ -55,12 +55,17 @@ class Source:
 
 
 def open_source(source, config, cache_dir):
-    """Return the Source that a string names: a folder, "synthetic", "hub:owner/name[@revision]", or "datasets:NAME_OR_PATH"."""
+    """Return the Source that a string names: a folder, "synthetic", "hub:owner/name[@revision]", "damaged-alloys:FOLDER", or
+    "datasets:NAME_OR_PATH"."""
     source = os.path.expanduser(str(source))
     if source == "synthetic":
         opened = open_synthetic(config)
     elif source.startswith("hub:"):
         opened = open_dataset(source, config)
+    elif source.startswith("damaged-alloys:"):
+        from em_data.damaged_alloys import open_damaged_alloys  # not at the top: it is a command, too
+
+        opened = open_damaged_alloys(Path(source.removeprefix("damaged-alloys:")).expanduser(), config, cache_dir)
     elif source.startswith("datasets:"):
         opened = open_dataset(source.removeprefix("datasets:"), config)
     elif (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
@@ -71,7 +76,8 @@ def open_source(source, config, cache_dir):
         raise ValueError(f"{source} is a file; give the folder that holds the micrographs")
     else:
         raise ValueError(
-            f"{source!r} is no folder here; give a folder, 'synthetic', 'hub:owner/name' or 'datasets:NAME_OR_PATH'"
+            f"{source!r} is no folder here; give a folder, 'synthetic', 'hub:owner/name', 'damaged-alloys:FOLDER' or "
+            "'datasets:NAME_OR_PATH'"
         )
     if config.num_micrographs is not None and len(opened.entries) > config.num_micrographs:
         opened.ignored.append(f"{len(opened.entries) - config.num_micrographs} images beyond the first "

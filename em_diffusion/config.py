@@ -218,7 +218,8 @@ class LDMConfig:
     """A latent diffusion run: data, where it goes, and its two trained stages."""
 
     data: str = "synthetic"
-    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), or "datasets:NAME_OR_PATH"."""
+    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), "damaged-alloys:FOLDER" or
+    "datasets:NAME_OR_PATH"."""
     out: str = "runs/ldm"
     """The run's folder; the same command on it resumes."""
     seed: int = 0

@@ -162,7 +162,8 @@ class StyleGANConfig:
     """A StyleGAN run: data, where it goes, networks and training."""
 
     data: str = "synthetic"
-    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), or "datasets:NAME_OR_PATH"."""
+    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), "damaged-alloys:FOLDER" or
+    "datasets:NAME_OR_PATH"."""
     out: str = "runs/stylegan2"
     """The run's folder; the same command on it resumes."""
     seed: int = 0
