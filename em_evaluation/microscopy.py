@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from em_evaluation.calibrate_detector import calibrate_detector
 from em_evaluation.defects import (
     KINDS,
     DetectorSettings,
@@ -172,6 +171,8 @@ def compare_microscopy(
     independently [N], or None. models, floors: the keys to compare with each other and with "real". Returns the report's
     section "microscopy".
     """
+    from em_evaluation.calibrate_detector import calibrate_detector  # not at the top: it is a command, too
+
     reference = sets["held_out"]
     settings = DetectorSettings()
     unit_px = 1.0 if pixel_size_nm is None else 1 / pixel_size_nm

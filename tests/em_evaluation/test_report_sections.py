@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from em_data.synthetic import synthesise_micrographs
-from em_evaluation import ModelImages, evaluate_models, microscopy, write_report
+from em_evaluation import ModelImages, evaluate_models, write_report
+from em_evaluation import calibrate_detector as calibration
 from em_evaluation.features import Extractor
 
 SUMMARY = {"name": "tiles", "num_micrographs": 6, "split": "micrograph", "resolution": 48, "pixel_size_nm": 1.0}
@@ -40,7 +41,7 @@ class FakeTiles:
 
 @pytest.fixture(scope="module")
 def evaluated():
-    quick = microscopy.calibrate_detector
+    quick = calibration.calibrate_detector
     train, held_out = FakeTiles(0), FakeTiles(1)
     models = [
         ModelImages("Copier", "ldm", train.batch(np.arange(24)).flip(-1)),
@@ -62,7 +63,9 @@ def evaluated():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            microscopy, "calibrate_detector", lambda side, pixel, num_micrographs: quick(side, pixel, num_micrographs=2)
+            calibration,
+            "calibrate_detector",
+            lambda side, pixel, num_micrographs: quick(side, pixel, num_micrographs=2),
         )
         return evaluate(), evaluate(microscopy=False, memorisation=False)
 
