@@ -94,7 +94,7 @@ def draw_memorisation(section, models) -> str:
                 )
             axes.axvline(section["copy_ratio"], color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(f"In {space}, share of images", loc="left")
-            axes.set_xlabel("distance to nearest training view / median of held-out")
+            axes.set_xlabel("nearest training view / held-out median")
             axes.set_xlim(left=0)
             axes.grid(alpha=0.2)
         panels.flat[0].legend(frameon=False, fontsize=8)

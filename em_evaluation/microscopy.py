@@ -236,7 +236,9 @@ def _describe_levels(mean):
 
     def interval(values):
         low, high = np.quantile(values[1:], [0.025, 0.975]) if np.isfinite(values).all() else (np.nan, np.nan)
-        return {"value": float(values[0]), "low": float(low), "high": float(high)} if np.isfinite(low) else None
+        return (
+            {"value": float(values[0]), "low": max(float(low), 0.0), "high": float(high)} if np.isfinite(low) else None
+        )
 
     levels = {"noise_level": interval(mean["noise"][:, 0]), "signal_to_noise": interval(mean["ratio"][:, 0])}
     levels["dark_share"] = interval(mean["two_point"][:, 0])
