@@ -1,0 +1,114 @@
+"""What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
+
+    python experiments/ada/run.py [--preset demo] [--num-micrographs 2] [--num-images 12000] [--data FOLDER]
+
+Two trainings that differ in `training.augmentation.mode` alone, on the tiles of few micrographs; every `--evaluate-every` images the
+averaged generator's distance to held-out tiles. Writes results/ada.json (both curves) and results/ada.png, and goes on where it was
+stopped. Without augmentation the distance falls and then rises again, once the discriminator knows the few images by heart (Karras et al.
+2020, ADA, figure 1); whether it does within a training so short, the curve says.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from em_stylegan import PRESETS, train_gan
+from em_training import read_stats, write_text_atomically
+from em_training.cli import run_command
+
+MODES = ("none", "adaptive")
+
+
+def make_config(mode, arguments):
+    config = PRESETS[arguments.preset]()
+    tiles = {"num_micrographs": arguments.num_micrographs, "held_out_fraction": 0.5}
+    tiles |= {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
+    # p may reach 1 within a tenth of the training: the paper's 500 kimg are of 25,000
+    augmentation = replace(config.training.augmentation, mode=mode, images_to_one=max(1, arguments.num_images / 10))
+    training = replace(
+        config.training, num_images=arguments.num_images, augmentation=augmentation,
+        evaluate_every=arguments.evaluate_every, log_every=arguments.evaluate_every, num_evaluation_images=arguments.num_evaluation_images,
+    )  # fmt: skip
+    return replace(
+        config,
+        data=arguments.data,
+        out=str(Path(arguments.runs) / mode),
+        save_untrained=False,
+        tiles=replace(config.tiles, **tiles),
+        training=training,
+    )
+
+
+def read_curve(run):
+    """[[images seen, distance, probability of augmentation], ...] of a run."""
+    return [
+        [line["num_images_seen"], line["held_out_frechet_distance"], line.get("augmentation_probability", 0.0)]
+        for line in read_stats(run / "stylegan")
+        if "held_out_frechet_distance" in line
+    ]
+
+
+def run_experiment(arguments) -> dict:
+    """Both trainings and the files of the comparison; returns what ada.json holds."""
+    curves, data = {}, None
+    for mode in MODES:
+        run = train_gan(make_config(mode, arguments))
+        curves[mode] = read_curve(run)
+        data = json.loads((run / "run.json").read_text())["data"]
+    result = {
+        "preset": arguments.preset,
+        "num_micrographs": data["num_micrographs"],
+        "num_training_tiles": data.get("num_train_tiles"),
+        "columns": ["num_images_seen", "held_out_frechet_distance", "augmentation_probability"],
+        "curves": curves,
+        "best": {mode: min(point[1] for point in curve) for mode, curve in curves.items()},
+        "last": {mode: curve[-1][1] for mode, curve in curves.items()},
+    }
+    folder = Path(arguments.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder / "ada.json", json.dumps(result, indent=2) + "\n")
+    draw(curves, folder / "ada.png")
+    return result
+
+
+def draw(curves, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for mode, label in zip(MODES, ("without augmentation", "adaptive augmentation")):
+        axes.plot([point[0] for point in curves[mode]], [point[1] for point in curves[mode]], marker="o", label=label)
+    axes.set(xlabel="real images shown", ylabel="Frechet distance to held-out tiles")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo")
+    parser.add_argument("--data", default="synthetic")
+    parser.add_argument("--num-micrographs", type=int, default=2, help="half of them, at least one, are held out")
+    parser.add_argument("--num-images", type=int, default=12_000)
+    parser.add_argument("--evaluate-every", type=int, default=1_000)
+    parser.add_argument("--num-evaluation-images", type=int, default=500)
+    parser.add_argument("--runs", default="runs/ada")
+    parser.add_argument("--results", default=str(Path(__file__).parent / "results"))
+    parser.add_argument("--cache-dir", help="of the tiles")
+    return parser.parse_args(argv)
+
+
+def main():
+    result = run_experiment(parse_arguments())
+    print(json.dumps({name: result[name] for name in ("best", "last")}))
+
+
+if __name__ == "__main__":
+    run_command(main)
