@@ -24,7 +24,7 @@ from em_stylegan.losses import (
     relativistic_generator_loss,
 )
 from em_stylegan.transfer import start_from
-from em_training import EMA, BestWeights, TrainingRun, list_checkpoints, make_generator, seed_for
+from em_training import EMA, BestWeights, TrainingRun, keep_freed_memory, list_checkpoints, make_generator, seed_for
 
 
 def create_networks(config):
@@ -92,6 +92,8 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     images seen, training seconds).
     """
     training, device = config.training, accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
     r1_every = training.r1_every_steps
     path_length_every = training.path_length_every_steps if training.path_length_weight > 0 else 0
     is_relativistic = training.loss == "relativistic"

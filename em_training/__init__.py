@@ -1,5 +1,6 @@
 """What every training loop shares, and no loop: checkpoints, EMA, seeding, run log, strict configuration."""
 
+from em_training.allocation import keep_freed_memory
 from em_training.best_weights import BestWeights, read_best, save_best
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from em_training.compilation import Compilation
@@ -47,6 +48,7 @@ __all__ = [
     "create_process_state",
     "default_precision",
     "is_out_of_memory",
+    "keep_freed_memory",
     "list_checkpoints",
     "load_checkpoint",
     "load_config",

@@ -5,6 +5,7 @@ import urllib.error
 import pytest
 import torch
 
+from em_diffusion import PRESETS
 from em_training import perceptual
 from em_training.perceptual import LPIPSDistance, PerceptualDistance, create_perceptual_distance
 
@@ -88,8 +89,8 @@ def test_lpips_executes_no_pickle(hub):
     assert not (hub / "ran").exists()
 
 
-def test_configuration_decides_the_distance(config, hub):
-    stage = config.autoencoder
+def test_configuration_decides_the_distance(hub):
+    stage = PRESETS["test"]().autoencoder
     assert isinstance(create_perceptual_distance(stage), PerceptualDistance)
     assert isinstance(create_perceptual_distance(dataclasses.replace(stage, perceptual_network="lpips")), LPIPSDistance)
     assert create_perceptual_distance(dataclasses.replace(stage, perceptual_weight=0.0)) is None
