@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import fft, ndimage
 from tqdm import tqdm
 
@@ -99,9 +100,8 @@ def _standardise(windows):
 
 
 def _average(windows, factor):
-    side = windows.shape[-1] // factor
-    windows = windows[..., : side * factor, : side * factor]
-    return windows.reshape(*windows.shape[:-2], side, factor, side, factor).mean((-3, -1))
+    """Return windows [B, H, W] averaged over squares of `factor` pixels, the rest at the right and the bottom left out."""
+    return F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(windows))[:, None], factor)[:, 0].numpy()
 
 
 def _coarsen_tiles(tiles, margin, factor, name, block=512):
