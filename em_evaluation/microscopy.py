@@ -99,7 +99,7 @@ def make_metrics(unit, area_unit, bins):
 
 
 def measure_set(levels, threshold, bins, pixel_size_nm, settings=None):
-    """Return {metric: rows [N, K]} of uint8 images [N, H, W], and the defects' images [first so many] it is counted on."""
+    """Return {metric: rows [N, K]} of uint8 images [N, H, W]; those of defects have a row for each image that is searched."""
     settings = settings or DetectorSettings()
     noise = noise_level(levels)
     rows = {

@@ -40,7 +40,7 @@ class TileReader:
     """Training tiles, each once, as uint8 by number: of `Tiles` (or what has `locate` and `batch`) or an array [T, H, W]."""
 
     def __init__(self, train):
-        self.train, self.views = train, None
+        self.train, self.views, self.coarse = train, None, {}  # coarse: averaged tiles, made once for several sets
         if hasattr(train, "locate"):
             _, self.views = np.unique(train.locate(np.arange(train.num_views))[0], return_index=True)
 
@@ -105,12 +105,15 @@ def _average(windows, factor):
 
 
 def _coarsen_tiles(tiles, margin, factor, name, block=512):
+    if (margin, factor) in tiles.coarse:
+        return tiles.coarse[margin, factor]
     rows = []
     for start in tqdm(range(0, len(tiles), block), f"{name}: tiles", unit="block", leave=False):
         smooth = _smooth(tiles[np.arange(start, min(start + block, len(tiles)))])
         inner = _average(smooth[:, margin:-margin, margin:-margin] if margin else smooth, factor)
         rows.append(_standardise(inner.reshape(len(inner), -1)))
-    return torch.from_numpy(np.concatenate(rows))
+    tiles.coarse[margin, factor] = torch.from_numpy(np.concatenate(rows))
+    return tiles.coarse[margin, factor]
 
 
 def _make_windows(images, shifts, margin, factor):
