@@ -118,19 +118,20 @@ def summarise(rows) -> list[dict]:
             set.intersection(*({row["num_images"] for row in mine if row["split"] == split} for split in SPLITS))
         )
 
-        def find(split, reference, num, mine=mine):
+        def find(split, reference, num, key="value", mine=mine):
             return next(
-                row["frechet_distance"]["value"]
+                row["frechet_distance"][key]
                 for row in mine
                 if (row["split"], row["reference"], row["num_images"]) == (split, reference, num)
             )
 
-        ours = find("micrograph", "held_out", nums[-1])
+        ours, low, high = (find("micrograph", "held_out", nums[-1], key) for key in ("value", "low", "high"))
         summary.append(
             {
                 "generator": name,
                 "num_images": nums[-1],
                 "honest_protocol": ours,
+                "half_interval": (high - low) / 2,
                 "leaky_split_adds": find("leaky", "held_out", nums[-1]) - ours,
                 "training_reference_adds": find("micrograph", "train", nums[-1]) - ours,
                 "both_add": find("leaky", "train", nums[-1]) - ours,
@@ -139,6 +140,33 @@ def summarise(rows) -> list[dict]:
             }
         )
     return summary
+
+
+def conclude(summary) -> list[str]:
+    """Return what the summary allows to say: which habit moves the distance by more than its interval's half width."""
+    habits = {
+        "leaky_split_adds": "the leaky split",
+        "training_reference_adds": "the training reference",
+        "both_add": "both together",
+        "fewer_images_add": "fewer images",
+    }
+    sentences = []
+    for row in summary:
+        moved = [habit for key, habit in habits.items() if abs(row[key]) > row["half_interval"]]
+        still = [habit for habit in habits.values() if habit not in moved]
+        sentences.append(
+            f"{row['generator']}, half width of the 95 % interval {row['half_interval']:.2f}: moved beyond it by "
+            f"{', '.join(moved) or 'nothing'}; not by {', '.join(still) or 'nothing'}."
+        )
+    scores = {row["generator"]: row["honest_protocol"] for row in summary}
+    if {"honest", "learnt by heart"} <= set(scores):
+        better = "no worse than" if scores["learnt by heart"] <= scores["honest"] else "worse than"
+        sentences.append(
+            f"By the honest protocol the generator that has learnt by heart scores {better} the honest one "
+            f"({scores['learnt by heart']:.2f} against {scores['honest']:.2f}): the distance is "
+            f"{'no' if better == 'no worse than' else 'not by itself a'} guard against copies; the report's memorisation section is."
+        )
+    return sentences
 
 
 def write_tables(result) -> str:
@@ -163,6 +191,7 @@ def write_tables(result) -> str:
             *(f"{add:+.2f}" for add in adds),
         ]
         lines.append("| " + " | ".join([*cells, f"{row['fewer_images_add']:+.2f} at {row['fewer_images']}"]) + " |")
+    lines += ["", *(f"- {sentence}" for sentence in conclude(result["summary"]))]
     lines += ["", "Every distance with its 95 % interval:", ""]
     lines += ["| split | reference | generator | images | Frechet distance |", "|---|---|---|---|---|"]
     for row in result["rows"]:
