@@ -171,6 +171,9 @@ class DenoiserConfig:
     efficientnet-lite0); the nearest weights are kept as best/unet and go into the pipeline. 0: never, and the last weights do."""
     num_evaluation_images: int = 500
     num_evaluation_steps: int = 20
+    evaluation_metrics: tuple[str, ...] = ()
+    """Further metrics at these moments, for the curves of the report: kernel_distance, precision, recall, density, coverage,
+    frechet_distance_infinite. The weights are chosen by the Frechet distance."""
     log_every: int = 5_000
     validate_every: int = 100_000
     sample_every: int = 100_000

@@ -114,6 +114,7 @@ def train_denoiser(
                 if run.is_due(config.evaluate_every, num_images_seen):
                     generate_evaluation = partial(generate, num_steps=config.num_evaluation_steps, stream="evaluation")
                     run.log(held_out_frechet_distance=best.update(ema.model, generate_evaluation, num_images_seen))
+                    run.log(**{f"held_out_{name}": value for name, value in best.distance.further.items()})
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
                     samples = generate(range(config.num_sample_images), config.num_sample_steps)
                     save_image_grid(samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples)))
@@ -130,7 +131,14 @@ def train_denoiser(
 def create_best_weights(held_out, config, run):
     """What measures the distance to `held_out` during training, and keeps the best U-Net."""
     seed = seed_for(config.seed, "held-out distance")
-    distance = HeldOutDistance(held_out, config.num_evaluation_images, seed, accelerator=run.accelerator, say=run.say)
+    distance = HeldOutDistance(
+        held_out,
+        config.num_evaluation_images,
+        seed,
+        accelerator=run.accelerator,
+        metrics=config.evaluation_metrics,
+        say=run.say,
+    )
     return BestWeights(distance, run, "unet", num_inference_steps=config.num_evaluation_steps)
 
 

@@ -7,6 +7,7 @@ from em_data.intensity import to_uint8
 from em_evaluation.distances import frechet_distance
 from em_evaluation.features import get_extractor
 from em_evaluation.images import ImageSet, read_images
+from em_evaluation.metrics import choose_metrics, measure_values
 from em_evaluation.statistics import compute_features
 
 
@@ -15,10 +16,21 @@ class HeldOutDistance:
 
     Both sides have `num_images`, or as many as there are held-out views, and go through 8 bits; `seed` chooses the views. The smaller
     they are, the larger the distance of the same model: it tells two moments of one run apart and is not the number of a report.
-    Several processes share the images; what is measured does not depend on how many they are.
+    Several processes share the images; what is measured does not depend on how many they are. `metrics` names more of
+    `em_evaluation.metrics.METRICS`, whose values stand in `further` after each measurement.
     """
 
-    def __init__(self, held_out, num_images: int, seed: int, *, accelerator, say=print, extractor="efficientnet-lite0"):
+    def __init__(
+        self,
+        held_out,
+        num_images: int,
+        seed: int,
+        *,
+        accelerator,
+        metrics=(),
+        say=print,
+        extractor="efficientnet-lite0",
+    ):
         self.accelerator = accelerator
         self.num_images = min(num_images, held_out.num_views)
         if self.num_images < 2:
@@ -28,6 +40,11 @@ class HeldOutDistance:
         if self.num_images < num_images:
             say(f"the distance during training is over {self.num_images} images, as many as there are held-out views")
         self.extractor = get_extractor(extractor, resolution=held_out.resolution, device=accelerator.device)
+        self.further = {}
+        self.metrics, notes = choose_metrics(metrics, self.extractor, self.num_images) if metrics else ((), [])
+        self.metrics = tuple(name for name in self.metrics if name != "frechet_distance")
+        for note in notes:
+            say(note)
         self.reference = None
         if accelerator.is_main_process:
             images = read_images(held_out, self.num_images, seed % 2**32)
@@ -45,7 +62,13 @@ class HeldOutDistance:
         features = accelerator.gather(features.to(accelerator.device))[
             : self.num_images
         ]  # what fills up the last share is cut off
-        distance = torch.zeros(1, device=accelerator.device)
+        values = torch.zeros(1 + len(self.metrics), device=accelerator.device)
         if accelerator.is_main_process:
-            distance += frechet_distance(features.cpu().numpy(), self.reference)
-        return float(broadcast(distance))
+            features = features.cpu().numpy()
+            further = measure_values(self.metrics, features, self.reference)
+            values += torch.tensor(
+                [frechet_distance(features, self.reference), *further.values()], device=values.device
+            )
+        distance, *further = broadcast(values).tolist()
+        self.further = dict(zip(self.metrics, further))
+        return distance

@@ -6,8 +6,8 @@ import numpy as np
 
 from em_evaluation.clip_distance import cmmd_influence
 from em_evaluation.distances import Distance, Interval, bootstrap_interval, frechet_influence, kernel_influence
-from em_evaluation.extrapolation import frechet_distance_infinite_interval
-from em_evaluation.neighbours import measure_neighbour_intervals
+from em_evaluation.extrapolation import frechet_distance_infinite, frechet_distance_infinite_interval
+from em_evaluation.neighbours import measure_neighbour_intervals, measure_neighbours
 
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
@@ -85,9 +85,8 @@ def choose_metrics(names, extractor, num_images) -> tuple[tuple[str, ...], list[
     notes = []
     if few:
         labels = ", ".join(METRICS[name].label for name in few)
-        notes = [
-            f"{labels} need {max(METRICS[name].least for name in few)} images of each set, not {num_images}: left out."
-        ]
+        least = max(METRICS[name].least for name in few)
+        notes = [f"{labels}: {least} images of each set are needed, there are {num_images}: left out."]
     return tuple(name for name in wanted if name not in few), notes
 
 
@@ -117,6 +116,17 @@ def measure(names, a, b, *, groups_a=None, groups_b=None, seed=0) -> tuple[dict[
         four = measure_neighbour_intervals(a, b, groups_generated=groups_a, groups_real=groups_b, seed=seed)
         found |= {name: getattr(four, name) for name in NEIGHBOURS}
     return {name: found[name] for name in names}, distances
+
+
+def measure_values(names, a, b, *, seed=0) -> dict[str, float]:
+    """Return metrics of features a [N, D] (generated) against b [M, D] without intervals, for a point of a training curve."""
+    found = {name: INFLUENCES[name](a, b).value for name in names if name in INFLUENCES}
+    if "frechet_distance_infinite" in names:
+        found["frechet_distance_infinite"] = frechet_distance_infinite(a, b, seed=seed)
+    if any(name in names for name in NEIGHBOURS):
+        four = measure_neighbours(a, b)
+        found |= {name: getattr(four, name) for name in NEIGHBOURS}
+    return {name: found[name] for name in names}
 
 
 def interval_to_json(interval: Interval) -> dict:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from em_data.intensity import from_uint, to_uint8
-from em_evaluation import frechet_distance, get_extractor
+from em_evaluation import frechet_distance, get_extractor, kernel_distance
 from em_evaluation.held_out import HeldOutDistance
 from em_training import read_best, save_best
 
@@ -34,6 +34,26 @@ def test_distance_is_that_of_the_evaluation(held_out, accelerator):
     a, b = (extractor(from_uint(to_uint8(x))).numpy() for x in (images, held_out.images))
     assert value == pytest.approx(frechet_distance(a, b), rel=1e-4)
     assert distance.measure(lambda numbers: held_out.images[list(numbers)]) < 1e-3 * value
+
+
+def test_further_metrics_stand_beside_the_distance(held_out, accelerator):
+    said = []
+    metrics = ("kernel_distance", "frechet_distance_infinite", "recall")
+    distance = HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator, metrics=metrics, say=said.append)
+    images = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    value = distance.measure(lambda numbers: images[list(numbers)])
+    a, b = (distance.extractor(from_uint(to_uint8(x))).numpy() for x in (images, held_out.images))
+    assert distance.further == pytest.approx(
+        {
+            "frechet_distance_infinite": distance.further["frechet_distance_infinite"],
+            "kernel_distance": kernel_distance(a, b),
+        },
+        rel=1e-4,
+    )
+    assert distance.further["frechet_distance_infinite"] < value
+    assert said == ["Recall: 12 images of each set are needed, there are 6: left out."]
+    with pytest.raises(ValueError, match="unknown metrics fid"):
+        HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator, metrics=("fid",))
 
 
 def test_few_held_out_views_are_said_or_refused(held_out, accelerator):

@@ -13,7 +13,7 @@ from em_evaluation.blindness import expect_order, find_blindness
 from em_evaluation.compare import compare_reports, find_differences
 from em_evaluation.distances import frechet_distance, kernel_distance
 from em_evaluation.extractor import Extractor
-from em_evaluation.metrics import METRICS, choose_metrics, measure, refuse_unmeasurable
+from em_evaluation.metrics import METRICS, choose_metrics, measure, measure_values, refuse_unmeasurable
 from em_evaluation.quiz import make_quiz
 
 
@@ -32,7 +32,7 @@ def test_metrics_that_apply_are_chosen_and_the_rest_is_said():
     assert choose_metrics(("recall",), Plain(), 100) == (("frechet_distance", "recall"), [])
     names, notes = choose_metrics((), Plain(), 8)
     assert names == ("frechet_distance", "frechet_distance_infinite", "kernel_distance")
-    assert notes == ["Precision, Recall, Density, Coverage need 12 images of each set, not 8: left out."]
+    assert notes == ["Precision, Recall, Density, Coverage: 12 images of each set are needed, there are 8: left out."]
     with pytest.raises(ValueError, match="unknown metrics fid; there are frechet_distance"):
         choose_metrics(("fid",), Plain(), 100)
     with pytest.raises(ValueError, match="cmmd needs embeddings of length 1; add the extractor clip"):
@@ -51,6 +51,8 @@ def test_all_metrics_are_measured_with_intervals_that_hold_them():
     assert found["frechet_distance"].value == pytest.approx(frechet_distance(a, b), rel=1e-9)
     assert found["kernel_distance"].value == pytest.approx(kernel_distance(a, b), rel=1e-9)
     assert set(distances) == {"frechet_distance", "kernel_distance", "cmmd"}
+    values = measure_values(tuple(METRICS), a, b)
+    assert values == pytest.approx({name: interval.value for name, interval in found.items()}, rel=1e-9)
     turned, _ = measure(("recall", "frechet_distance"), a[::-1], b[::-1])
     assert turned["recall"].value == found["recall"].value
 

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import PIL.Image
@@ -15,7 +17,7 @@ from em_evaluation.conclusion import format_number
 from em_evaluation.features import Extractor
 from em_evaluation.images import select_views
 from em_evaluation.protocol import FLOORS, to_json
-from em_evaluation.report import format_duration, make_scale_bar
+from em_evaluation.report import format_duration, make_scale_bar, render_page
 
 
 class Pooled(Extractor):
@@ -332,3 +334,53 @@ def test_numbers_durations_and_scale_bars_are_formatted_for_people():
 def test_json_values_become_plain():
     value = {"a": np.float32(1.5), "b": torch.tensor([1, 2]), "c": float("nan"), "d": (np.int64(3), {"e": None})}
     assert to_json(value) == {"a": 1.5, "b": [1, 2], "c": None, "d": [3, {"e": None}]}
+
+
+# ---------------------------------------------------------------- browser
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+# plays the quiz by keys: Enter starts and goes on, R says real each time
+PLAYER = """<script>
+const lines = [];
+window.addEventListener("error", (event) => lines.push("error: " + event.message));
+setTimeout(() => {
+  document.getElementById("quiz-image").scrollIntoView();
+  const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  for (let i = 0; i < 40 && !document.getElementById("quiz-score").children.length; i++) { press("Enter"); press("r"); }
+  lines.push(document.getElementById("quiz-status").textContent, document.getElementById("quiz-score").textContent);
+  lines.push("overflow " + (document.documentElement.scrollWidth > document.documentElement.clientWidth));
+  const result = document.createElement("output");
+  result.textContent = lines.join("|");
+  document.body.append(result);
+}, 300);
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_quiz_is_played_by_keys_and_nothing_is_wider_than_the_page(evaluated, tmp_path):
+    html = render_page(*evaluated).replace("</body>", PLAYER)
+    (tmp_path / "page.html").write_text(html)
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        "--window-size=500,900",
+    ]
+    command += ["--enable-logging=stderr", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (result,) = re.findall(r"<output>(.*?)</output>", done.stdout)
+    status, score, overflow = result.split("|")
+    assert "CONSOLE" not in done.stderr
+    assert status == "You got 12 of 24 right."  # half of them are real
+    assert "Held-out micrographs taken for real: 12 of 12." in score
+    assert "Images of LDM taken for real: 6 of 6." in score
+    assert "A coin gets at least as many in 58 % of all tries." in score
+    assert overflow == "overflow false"
+    # what the coin's share is made of: P(X >= 12) of 24 tosses
+    tosses = np.random.default_rng(0).binomial(24, 0.5, 200_000)
+    assert (tosses >= 12).mean() == pytest.approx(0.58, abs=0.01)
