@@ -25,6 +25,7 @@ interval, and in --out report.html, report.json and report.png, which shows both
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -83,6 +84,10 @@ class Shared:
     clock: object  # () -> seconds
 
 
+def say(text):
+    print(text, file=sys.stderr)
+
+
 class BudgetSpent(Exception):
     """Ends our training when its time is up."""
 
@@ -95,7 +100,7 @@ def prepare(arguments) -> Shared:
     accelerator = create_accelerator(folder, config.precision)
     config = replace(config, out=str(folder), precision=accelerator.mixed_precision)
     refuse_other_settings(folder, {"config": asdict(config), "autoencoder": arguments.autoencoder})
-    data = load_data(config.data, config.tiles)
+    data = load_data(config.data, config.tiles, log=say)
     path = folder / "autoencoder" / "vqvae"
     if arguments.autoencoder is None:
         vqvae, _ = run_autoencoder_stage(config, data, accelerator, folder)
@@ -303,6 +308,9 @@ def evaluate(shared, results, arguments, out):
         num_images=arguments.num_images,
         seed=arguments.seed,
         reconstruct={"autoencoder of both": reconstruct},
+        microscopy=False,
+        memorisation=False,
+        log=say,
     )
     write_report(report, pictures, out)
     return make_figure(report, find_ratio(models, data.held_out, extractor, report, arguments.seed))

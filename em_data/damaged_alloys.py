@@ -65,7 +65,7 @@ def open_damaged_alloys(folder, config, cache_dir):
 
         def read(path=path, name=name, label=label):
             micrograph = read_micrograph(path, label_bar=config.label_bar, name=name)
-            micrograph.pixel_size_nm = pixel_size_from_name(path.stem)
+            micrograph.pixel_size_nm = pixel_size_from_name(path.stem) or micrograph.pixel_size_nm
             if label is not None:
                 micrograph.defects = read_defects(
                     label, micrograph.image.shape, micrograph.pixel_size_nm, micrograph.metadata["notices"]
@@ -167,7 +167,9 @@ def explain_number(paths, labels):
         notes.append(f"{len(paths) - len(labels)} micrographs without a label file: no boxes for them")
     unknown = sum(pixel_size_from_name(path.stem) is None for path in paths)
     if unknown:
-        notes.append(f"{unknown} micrographs whose names tell no known magnification: pixel size unknown")
+        notes.append(
+            f"{unknown} micrographs whose names tell no known magnification: pixel size unknown unless the file has it"
+        )
     return notes
 
 

@@ -16,11 +16,13 @@ def download_file(url, path, *, num_bytes=None, sha512=None, timeout=30.0) -> No
     """Download `url` to `path`; an interrupted download goes on by Range where it stopped, `path` only appears whole.
 
     The bytes gather in `path` + ".part", which is resumed only where the server still serves the same entity (`If-Range`
-    on its ETag). num_bytes, sha512 (hexadecimal): checked before the file gets its name. A file that is there with the
-    right length is kept. `ConnectionError` after three broken connections, `ValueError` for content that does not match.
+    on its ETag). num_bytes, sha512 (hexadecimal): checked before the file gets its name. A file that is there with
+    the right length and SHA-512, as far as they are given, is kept. `ConnectionError` after three broken
+    connections, `ValueError` for content that does not match.
     """
     path = Path(path)
-    if path.is_file() and (num_bytes is None or path.stat().st_size == num_bytes):
+    is_whole = path.is_file() and (num_bytes is None or path.stat().st_size == num_bytes)
+    if is_whole and (sha512 is None or _sha512_of(path) == sha512.lower()):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part, etag_file = (path.with_name(path.name + suffix) for suffix in (".part", ".etag"))

@@ -16,6 +16,7 @@ from em_diffusion.latents import Latents, encode_latents, measure_latents, store
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
+from em_evaluation.held_out import check_metrics
 from em_training import (
     create_accelerator,
     list_checkpoints,
@@ -50,6 +51,7 @@ def train_ldm(config: LDMConfig) -> Path:
 def train_stages(config, accelerator, out):
     """What `train_ldm` does, in a folder that nothing else trains in."""
     check_batch_sizes(config, accelerator.num_processes)
+    check_metrics(config.denoiser.evaluation_metrics)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
     with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
@@ -208,7 +210,7 @@ def check_same_run(config, out):
         out,
         config,
         lambda name, old, new: (
-            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps")
+            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps", "denoiser.evaluation_metrics")
             or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
             or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
             or name.endswith((".micro_batch_size", ".gradient_checkpointing", ".compile"))

@@ -85,6 +85,8 @@ def _tabulate(reports, index):
         for name, row in rows:
             low, high = (format_number(row[metric][key]) for key in ("low", "high"))
             lines.append(f"  {name:{width}}  {format_number(row[metric]['value']):>9}  [{low}, {high}]")
+    if len(rows) < 2:
+        return "\n".join(lines)
     (best, a), (second, b) = rows[:2]
     if a["frechet_distance"]["high"] < b["frechet_distance"]["low"]:
         lines.append(f"{best} is closer to the held-out micrographs than {second}: the intervals do not overlap.")

@@ -7,8 +7,18 @@ from em_data.intensity import to_uint8
 from em_evaluation.distances import frechet_distance
 from em_evaluation.features import get_extractor
 from em_evaluation.images import ImageSet, read_images
-from em_evaluation.metrics import choose_metrics, measure_values
+from em_evaluation.metrics import METRICS, choose_metrics, measure_values
 from em_evaluation.statistics import compute_features
+
+
+def check_metrics(names) -> None:
+    """Refuse metrics that cannot be measured during training: `ValueError`, before anything long begins."""
+    usable = [name for name, metric in METRICS.items() if not metric.needs_unit_norm]
+    wrong = [name for name in names if name not in usable]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} cannot be measured during training, on efficientnet-lite0; there are {', '.join(usable)}"
+        )
 
 
 class HeldOutDistance:
@@ -31,6 +41,7 @@ class HeldOutDistance:
         say=print,
         extractor="efficientnet-lite0",
     ):
+        check_metrics(metrics)
         self.accelerator = accelerator
         self.num_images = min(num_images, held_out.num_views)
         if self.num_images < 2:

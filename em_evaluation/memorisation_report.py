@@ -32,8 +32,8 @@ def conclude_memorisation(section, models) -> list[str]:
     if pixels["scale"] < RELATED:
         return [
             f"Memorisation cannot be judged: the held-out tiles themselves are copies of training tiles (median distance "
-            f"{format_number(pixels['scale'])} where unrelated images have 1 or more), as after a leaky split or with duplicates. Hold out "
-            "whole micrographs (--tiles split=micrograph)."
+            f"{format_number(pixels['scale'])} where unrelated images have 1 or more), as after a leaky split or with duplicates. "
+            "Train again with whole micrographs held out (--tiles.split micrograph)."
         ]
     sentences = [_say_model(section, name) for name in models]
     held_out = pixels["sets"]["held_out"]

@@ -75,7 +75,7 @@ def evaluate_models(
     for name, images in untrained.items():
         key = "untrained_" + to_key(name)
         floor_sets[key] = read_images(images, num_images)
-        floor_info[key] = {"name": f"untrained {name}", "description": f"images of {name} before training"}
+        floor_info[key] = {"name": f"untrained {name}", "description": f"images of {name} before this training"}
     refuse_sizes({"the micrographs": sets["held_out"], **generated, **floor_sets})
 
     caching = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache, "state": state}
@@ -163,7 +163,8 @@ def note_few_micrographs(groups, enough=5):
     few = "one held-out micrograph" if number == 1 else f"{number} held-out micrographs"
     return [
         f"The reference is {few}: the intervals show the scatter within {'it' if number == 1 else 'them'}, hardly that "
-        "between micrographs, and are too narrow. Hold out more (--tiles.held-out-fraction) before believing a small difference."
+        "between micrographs, and are too narrow. Hold out more in training (--tiles.held-out-fraction) before believing "
+        "a small difference."
     ]
 
 
@@ -224,7 +225,7 @@ def refuse_sizes(sets):
     if wrong:
         raise ValueError(
             f"the micrographs' tiles are {expected[0]} x {expected[1]} pixels, but not {', '.join(wrong)}: "
-            "evaluate at the resolution of the generated images (--tiles.resolution), or generate at that of the tiles"
+            "evaluate at the resolution of the generated images (--tiles resolution=...), or generate at that of the tiles"
         )
 
 

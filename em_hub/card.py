@@ -9,11 +9,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from em_evaluation.conclusion import format_number
+from em_evaluation.memorisation_report import conclude_memorisation
+from em_evaluation.metrics import METRICS
 from em_evaluation.report import format_count, format_duration
 
 CODE_LICENSE = "Apache-2.0"
 TASK = "unconditional-image-generation"
-METRICS = {"frechet_distance": "Frechet distance", "kernel_distance": "kernel distance"}
 SAMPLING = ("scheduler", "num_inference_steps", "eta", "truncation_psi", "noise_mode", "precision", "seed")
 VARIANT = "bf16"
 FAMILIES = {
@@ -51,6 +52,7 @@ def make_card(pipeline, *, repo_id, record, evaluation=None, license=None, revis
         "data": record.get("data"),
         "pixel_size_nm": pipeline.config.pixel_size_nm,
         "evaluation": evaluation,
+        "metrics": list_metrics(evaluation) if evaluation else [],
         "run": record if record.get("num_images_seen") is not None else None,
         "variant": VARIANT,
         "versions": record["versions"],
@@ -134,6 +136,7 @@ def read_evaluation(path, weights_sha256: str) -> dict:
         "model": {key: value for key, value in found[0].items() if key != "curves"},
         "floors": kept,
         "sentences": sentences,
+        "memorisation": conclude_memorisation(report["memorisation"], [name]) if report.get("memorisation") else [],
         "sampling": {key: value for key, value in found[0]["info"].items() if key in SAMPLING and value is not None},
         "environment": report.get("environment"),
     }
@@ -150,6 +153,16 @@ def is_about(name: str, text: str) -> bool:
     return False
 
 
+def list_metrics(evaluation) -> list[dict]:
+    """Return the metrics that the model and all its floors have: key, label, and which way is better."""
+    rows = [evaluation["model"]["metrics"], *(floor["metrics"] for floor in evaluation["floors"])]
+    return [
+        {"key": key, "label": metric.label, "better": "higher" if metric.higher_is_better else "lower"}
+        for key, metric in METRICS.items()
+        if all(key in row for row in rows)
+    ]
+
+
 def make_eval_results(record, evaluation) -> list[EvalResult]:
     """Return the evaluation as the Hub shows it beside a model: value, interval and protocol of each metric."""
     protocol, dataset = evaluation["protocol"], evaluation["dataset"]
@@ -161,7 +174,7 @@ def make_eval_results(record, evaluation) -> list[EvalResult]:
             dataset_split=f"held out by {dataset['split']}",
             dataset_args={"split_hash": dataset["split_hash"], "num_images": protocol["num_images"]},
             metric_type=key,
-            metric_name=f"{METRICS[key]} ({protocol['extractor'].split(',')[0]})",
+            metric_name=f"{METRICS[key].label} ({protocol['extractor'].split(',')[0]})",
             metric_value=metric["value"],
             metric_args={"low": metric["low"], "high": metric["high"], "intervals": protocol["intervals"]},
         )

@@ -193,6 +193,7 @@ def make_record(run: Path) -> dict:
             config["data"] = source
         return {
             **{key: content.get(key) for key in ("name", "family", "train_seconds", "num_images_seen")},
+            **{key: content[key] for key in ("denoiser_weights", "generator_weights") if key in content},
             "stages": stages,
             "has_stages": len(stages) > 1,
             "config": config,
@@ -216,7 +217,10 @@ def is_public(source: str) -> bool:
 def hide_paths(value):
     """Return a configuration with the last name alone of every path on this machine."""
     if isinstance(value, dict):
-        return {key: None if key == "cache_dir" else hide_paths(each) for key, each in value.items()}
+        return {
+            key: None if key == "cache_dir" else hide_paths("./" + each if key == "init_from" and each else each)
+            for key, each in value.items()
+        }
     if isinstance(value, list):
         return [hide_paths(each) for each in value]
     if isinstance(value, str) and ("/" in value or "\\" in value):

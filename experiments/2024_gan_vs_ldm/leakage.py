@@ -224,7 +224,7 @@ def main(arguments=None):
     result = {
         "experiment": "leakage",
         "scale": args.scale,
-        "data": source.partition(":")[0],
+        "data": Path(source.partition(":")[0]).name,
         "resolution": scale.resolution,
         "extractor": extractor.identity,
         "summary": summarise(rows),

@@ -52,8 +52,9 @@ def test_further_metrics_stand_beside_the_distance(held_out, accelerator):
     )
     assert distance.further["frechet_distance_infinite"] < value
     assert said == ["Recall: 12 images of each set are needed, there are 6: left out."]
-    with pytest.raises(ValueError, match="unknown metrics fid"):
-        HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator, metrics=("fid",))
+    for name in ("fid", "cmmd"):  # one that there is not, and one that wants CLIP's embeddings
+        with pytest.raises(ValueError, match=f"^{name} cannot be measured during training"):
+            HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator, metrics=(name,))
 
 
 def test_few_held_out_views_are_said_or_refused(held_out, accelerator):
