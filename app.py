@@ -79,12 +79,12 @@ def _add_stylegan(gr, models, shared, out):
         choice = gr.Dropdown(list(by_source), value=models[0].source, label="StyleGAN")
         psi = gr.Slider(0, 1.5, 1, step=0.05, label="Truncation (1: the whole distribution)")
         with gr.Row():
-            mix_seed = gr.Number(None, label="Seed of a second style (empty: none)", precision=0, elem_id="mix-seed")
+            mix_seed = gr.Textbox("", label="Seed of a second style (empty: none)", elem_id="mix-seed")
             mix_layers = gr.Radio(list(demo.MIX_LAYERS), value="coarse", label="Layers that take it")
 
         def draw(seed, num_images, source, psi, mix_seed, mix_layers, progress):
-            mix_seed = None if mix_seed is None else int(mix_seed)
-            return demo.draw_stylegan_images(by_source[source], int(seed), int(num_images), psi, mix_seed, mix_layers)
+            second = demo.read_optional_seed(mix_seed)
+            return demo.draw_stylegan_images(by_source[source], int(seed), int(num_images), psi, second, mix_layers)
 
         def walk(seed, frames, source, psi, mix_seed, mix_layers, progress):
             return demo.walk_stylegan(by_source[source], int(seed), int(frames), psi, progress)

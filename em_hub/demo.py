@@ -95,6 +95,16 @@ def load_demo_model(source: str, family: str, *, dtype: torch.dtype | None = Non
     return DemoModel(source, name, family, pipeline, getattr(pipeline, "scheduler", None))
 
 
+def read_optional_seed(text: str) -> int | None:
+    """Read the seed in a field that may be left empty; `ValueError` for what is no whole number."""
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no seed; write a whole number, or leave the field empty") from None
+
+
 def draw_ldm_images(
     model: DemoModel,
     seed: int,

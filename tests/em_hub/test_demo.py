@@ -224,3 +224,9 @@ def test_the_interface_draws_and_offers_a_download(ldm, stylegan, tmp_path):
     assert "seed 2" in caption
     assert len(drawing.images) == 3
     assert str(download.value).endswith("16-bit.zip") or "16-bit.zip" in str(download.value)
+
+
+def test_an_empty_field_is_no_seed_and_a_word_is_refused():
+    assert [demo.read_optional_seed(text) for text in ("", "  ", "0", " 11 ")] == [None, None, 0, 11]
+    with pytest.raises(ValueError, match="whole number"):
+        demo.read_optional_seed("eleven")
