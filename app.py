@@ -13,6 +13,7 @@ from em_hub import demo
 from em_training.cli import run_command
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+BUTTONS = ["download", "fullscreen"]  # of a picture: without gradio's "share", which uploads it
 CSS = ".picture img {image-rendering: pixelated}"
 
 
@@ -35,7 +36,7 @@ def build_interface(ldms, stylegans, out):
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
             num_images = gr.Slider(1, demo.MAX_IMAGES, 4, step=1, label="Images")
-            frames = gr.Slider(2, demo.MAX_FRAMES // demo.NUM_KEYS, 8, step=1, label="Frames a key image of a walk")
+            frames = gr.Slider(2, demo.MAX_FRAMES // demo.NUM_KEYS, 8, step=1, label="Frames of a walk, per image")
             format = gr.Radio(list(demo.FORMATS), value="8-bit PNG", label="Download as", elem_id="format")
         compare = gr.Button("Compare: both of this seed", variant="primary", elem_id="compare")
         shared = (seed, num_images, frames, format)
@@ -57,7 +58,9 @@ def _add_ldm(gr, models, shared, out):
     with gr.Column():
         choice = gr.Dropdown(list(by_source), value=models[0].source, label="LDM")
         sampler = gr.Dropdown(models[0].list_samplers(), value=demo.SAVED_SAMPLER, label="Sampler", elem_id="sampler")
-        steps = gr.Slider(1, 200, models[0].num_steps, step=1, label="Steps")
+        steps = gr.Slider(
+            1, max(demo.MAX_STEPS, *(each.num_steps for each in models)), models[0].num_steps, step=1, label="Steps"
+        )
 
         def adapt(source):
             model = by_source[source]
@@ -98,10 +101,19 @@ def _add_results(gr, name, draw, walk, settings, shared, out):
     with gr.Row():
         generate = gr.Button("Generate", elem_id=f"{name}-generate")
         wander = gr.Button("Latent walk", elem_id=f"{name}-walk")
-    picture = gr.Image(label="Images", type="filepath", format="png", elem_classes="picture", elem_id=f"{name}-picture")
+    picture = gr.Image(
+        label="Images",
+        type="filepath",
+        format="png",
+        elem_classes="picture",
+        elem_id=f"{name}-picture",
+        buttons=BUTTONS,
+    )
     caption = gr.Markdown(elem_id=f"{name}-caption")
     download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}-download")
-    film = gr.Image(label="Walk (GIF)", type="filepath", elem_classes="picture", elem_id=f"{name}-film")
+    film = gr.Image(
+        label="Walk (GIF)", type="filepath", elem_classes="picture", elem_id=f"{name}-film", buttons=BUTTONS
+    )
     drawn = gr.State()
 
     def offer(drawing, format):

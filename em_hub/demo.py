@@ -25,7 +25,7 @@ from em_hub.loading import load_pipeline, read_run_info
 from em_stylegan.interpolate import mix_styles, save_video, walk
 from em_training import create_process_state, default_precision, seed_for
 
-MAX_IMAGES, MAX_STEPS, MAX_FRAMES = 16, 1000, 240
+MAX_IMAGES, MAX_STEPS, MAX_FRAMES = 16, 250, 240
 NUM_KEYS = 4  # images that a walk passes
 FRAMES_AT_ONCE = 16
 SAVED_SAMPLER = "as saved"
@@ -118,7 +118,7 @@ def draw_ldm_images(
     sampler: a name of `model.list_samplers()`. num_steps: as saved where it is left out. progress: gets the fraction done.
     """
     num_steps = model.num_steps if num_steps is None else num_steps
-    _check(num_images=(num_images, MAX_IMAGES), num_steps=(num_steps, MAX_STEPS))
+    _check(num_images=(num_images, MAX_IMAGES), num_steps=(num_steps, max(MAX_STEPS, model.num_steps)))
     generators = _create_generators(model, seed, num_images)
     with _sampling(model, sampler):
         images = _denoise(model, generators, num_steps, None, progress)
@@ -165,7 +165,7 @@ def walk_ldm(
     Each frame starts from normal noise of unit variance (`walk_noise`); what a stochastic sampler adds on the way is equal in all.
     """
     num_steps = model.num_steps if num_steps is None else num_steps
-    _check(frames=(NUM_KEYS * frames_per_key, MAX_FRAMES), num_steps=(num_steps, MAX_STEPS))
+    _check(frames=(NUM_KEYS * frames_per_key, MAX_FRAMES), num_steps=(num_steps, max(MAX_STEPS, model.num_steps)))
     size = model.pipeline.unet.config.sample_size
     shape = (1, model.pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
     keys = torch.cat([torch.randn(shape, generator=each) for each in _create_generators(model, seed, NUM_KEYS)])
