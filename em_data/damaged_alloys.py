@@ -262,12 +262,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m em_data.damaged_alloys", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--download", action="store_true", help="fetch the set into the folder first")
-    parser.add_argument("--index-url", default=INDEX_URL, help="search index to ask")
+    parser.add_argument("--search-url", default=INDEX_URL, help="search index to ask")
     parser.add_argument("--server-url", default=SERVER_URL, help="server of the files")
     args = parser.parse_args(arguments)
     try:
         if args.download:
-            download_damaged_alloys(args.folder, index_url=args.index_url, server_url=args.server_url)
+            download_damaged_alloys(args.folder, index_url=args.search_url, server_url=args.server_url)
         source = open_damaged_alloys(args.folder, DataConfig(), find_cache_dir())
     except (ValueError, ConnectionError) as error:
         parser.error(str(error))

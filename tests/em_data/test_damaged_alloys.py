@@ -264,7 +264,7 @@ def test_no_name_leads_outside_of_the_folder(published, tmp_path):
 def test_command(published, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = str(tmp_path / "fetched")
-    main([folder, "--download", "--index-url", f"{published.url}/search", "--server-url", published.url])
+    main([folder, "--download", "--search-url", f"{published.url}/search", "--server-url", published.url])
     assert "3 micrographs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere")])
