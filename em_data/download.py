@@ -28,7 +28,7 @@ def download_file(url, path, *, num_bytes=None, sha512=None, timeout=30.0) -> No
     part, etag_file = (path.with_name(path.name + suffix) for suffix in (".part", ".etag"))
     for left in reversed(range(NUM_TRIES)):
         try:
-            _fetch(url, part, etag_file, timeout)
+            fetch(url, part, etag_file, timeout)
             break
         except (urllib.error.URLError, OSError) as error:
             given_up = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
@@ -52,7 +52,8 @@ def _sha512_of(path):
         return hashlib.file_digest(file, "sha512").hexdigest()
 
 
-def _fetch(url, part, etag_file, timeout):
+def fetch(url, part, etag_file, timeout) -> None:
+    """Append what `part` lacks of `url`, or begin again where the server does not serve the entity of `etag_file` any more."""
     request = urllib.request.Request(url)
     offset = part.stat().st_size if part.is_file() and etag_file.is_file() else 0
     if offset:

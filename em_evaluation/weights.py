@@ -1,15 +1,14 @@
 """Weights of feature networks: a file that the user names, or one download into the user's own cache."""
 
-import contextlib
 import fcntl
 import hashlib
 import os
 import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from em_data.cache import find_cache_dir
+from em_data.download import fetch
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def download(source: WeightsFile, path, timeout: float = 30.0) -> None:
         if path.is_file():  # another process was faster
             return
         try:
-            _fetch(source.url, part, etag_file, timeout)
+            fetch(source.url, part, etag_file, timeout)
         except (urllib.error.URLError, OSError) as error:
             raise ConnectionError(
                 f"cannot download {source.url} ({error}). Without a network: fetch it elsewhere and pass the file with --weights, "
@@ -88,30 +87,3 @@ def download(source: WeightsFile, path, timeout: float = 30.0) -> None:
             )
         os.replace(part, path)
         etag_file.unlink(missing_ok=True)
-
-
-def _fetch(url: str, part: Path, etag_file: Path, timeout: float) -> None:
-    request = urllib.request.Request(url)
-    offset = part.stat().st_size if part.is_file() and etag_file.is_file() else 0
-    if offset:
-        request.add_header("Range", f"bytes={offset}-")
-        request.add_header("If-Range", etag_file.read_text())
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # a range beyond the end: the part is whole, or the file has changed; start again
-            raise
-        part.unlink()
-        response = urllib.request.urlopen(url, timeout=timeout)
-    with contextlib.closing(response):
-        if response.status != 206:
-            offset = 0
-        etag_file.unlink(missing_ok=True) if offset == 0 else None
-        if offset == 0 and (etag := response.headers.get("ETag")) and not etag.startswith("W/"):
-            etag_file.write_text(etag)
-        expected = response.headers.get("Content-Length")
-        with open(part, "ab" if offset else "wb") as file:
-            while block := response.read(1 << 20):
-                file.write(block)
-        if expected is not None and part.stat().st_size != offset + int(expected):
-            raise ConnectionError(f"connection closed after {part.stat().st_size} of {offset + int(expected)} bytes")
