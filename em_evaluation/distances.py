@@ -45,10 +45,12 @@ def frechet_distance(a, b) -> float:
 
 
 def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b) -> float:
-    """Return the Frechet distance of two Gaussians from means [D] and covariances [D, D], from singular values of their roots.
+    """Return the Frechet distance of two Gaussians from means [D] and covariances [D, D].
 
-    S = L L^T with L from Cholesky's factorisation, or from the eigenvectors where S is singular (eigenvalues below
-    rounding are set to 0); tr (S_a S_b)^(1/2) = ||L_a^T L_b||_*.
+    tr (S_a S_b)^(1/2) is the sum of the roots of the eigenvalues of S_b S_a, which are those of the symmetric matrix
+    L^T S_b L with S_a = L L^T (Cholesky). Where the rounding of an eigenvalue could be felt in that sum (singular or nearly
+    singular covariances), it is the sum of the singular values of L_a^T L_b instead, slower and exact there too.
+    `ValueError` for unequal D.
     """
     mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
     covariance_a, covariance_b = np.asarray(covariance_a, np.float64), np.asarray(covariance_b, np.float64)
@@ -56,7 +58,9 @@ def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
         raise ValueError(
             f"the statistics have {mean_a.size} and {mean_b.size} dimensions: they come from different extractors"
         )
-    nuclear_norm = linalg.svdvals(_square_root(covariance_a).T @ _square_root(covariance_b)).sum()
+    nuclear_norm = _sum_roots_of_eigenvalues(covariance_a, covariance_b)
+    if nuclear_norm is None:
+        nuclear_norm = linalg.svdvals(_square_root(covariance_a).T @ _square_root(covariance_b)).sum()
     return _sum_up(mean_a - mean_b, np.trace(covariance_a), np.trace(covariance_b), nuclear_norm)
 
 
@@ -97,6 +101,22 @@ def _triangle(rows):
         return rows, lambda vectors: vectors
     q, r = linalg.qr(rows, mode="economic")
     return r, lambda vectors: q @ vectors
+
+
+def _sum_roots_of_eigenvalues(covariance_a, covariance_b, tolerance=1e-8):
+    """tr (S_a S_b)^(1/2) from eigenvalues, or None where their rounding may move it by more than `tolerance` of itself.
+
+    An eigenvalue of a symmetric matrix is off by about eps times the largest, hence its root by eps max / (2 root).
+    """
+    try:
+        eigenvalues = linalg.eigh(covariance_b, covariance_a, type=2, eigvals_only=True, driver="gv")
+    except linalg.LinAlgError:  # S_a is singular
+        return None
+    rounding = np.finfo(np.float64).eps * eigenvalues[-1]
+    if eigenvalues[0] <= rounding:
+        return None
+    roots = np.sqrt(eigenvalues)
+    return roots.sum() if (rounding / (2 * roots)).sum() <= tolerance * roots.sum() else None
 
 
 def _square_root(covariance):

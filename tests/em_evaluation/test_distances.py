@@ -7,6 +7,7 @@ import pytest
 from scipy import linalg
 
 from em_evaluation.distances import (
+    _sum_roots_of_eigenvalues,
     _symmetric_root,
     bootstrap_interval,
     difference_interval,
@@ -54,6 +55,20 @@ def test_roots_by_cholesky_equal_roots_by_eigenvectors_and_singular_covariances_
     monkeypatch.setattr("em_evaluation.distances._square_root", _symmetric_root)
     expected = [frechet_distance_from_statistics(*first, *second) for first, second in pairs]
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-7)
+
+
+@pytest.mark.parametrize(("decades", "is_fast"), [(6, True), (13, False), (17, False)])
+def test_eigenvalues_serve_only_while_their_rounding_cannot_be_felt(decades, is_fast):
+    spectrum = np.logspace(0, -decades, 40)
+    turn = linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))[0]
+    covariance = turn * spectrum @ turn.T
+    root = _sum_roots_of_eigenvalues(covariance, 4 * covariance)  # tr (S 4 S)^(1/2) = 2 tr S
+    assert (root is not None) == is_fast
+    if is_fast:
+        assert root == pytest.approx(2 * spectrum.sum(), rel=1e-10)
+    mean = np.zeros(40)
+    found = frechet_distance_from_statistics(mean, covariance, mean, 4 * covariance)
+    assert found == pytest.approx(spectrum.sum(), rel=1e-6)  # tr S + 4 tr S - 4 tr S
 
 
 def test_distance_equals_the_matrix_root_of_scipy():
