@@ -12,7 +12,7 @@ from em_evaluation.profiles import compare_means, histogram_of_values, resample_
 from em_evaluation.statistics import compute_features
 
 COPY_RATIO = 0.5  # a copy is nearer than half of the median distance of held-out tiles
-NUM_FEATURE_QUERIES = 250  # images of each set sought in feature space, under eight symmetries each
+NUM_FEATURE_QUERIES = 128  # images of each set sought in feature space, under eight symmetries each
 NUM_BINS, NUM_PAIRS = 200, 6
 
 
@@ -21,7 +21,7 @@ def measure_memorisation(generated, held_out, train, *, extractor=None, seed=0, 
 
     generated: name -> ImageSet. held_out: the ImageSet that tells how near unseen micrographs come. train: `Tiles`. In
     pixels every image is sought over all eight symmetries of the square and shifts up to 4 pixels (`find_nearest`); in the
-    features of `extractor`, if given, the first 250 images under all symmetries. A copy is an image nearer than half of
+    features of `extractor`, if given, the first 128 images under all symmetries. A copy is an image nearer than half of
     the median distance of held-out tiles. None, [] where images are too small for the shifts.
     """
     start, tiles = time.perf_counter(), TileReader(train)
