@@ -78,7 +78,7 @@ def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
     """
     settings = settings or DetectorSettings()
     unit_px = 1.0 if pixel_size_nm is None else 1.0 / pixel_size_nm
-    factor = max(1, min(int(unit_px), min(images.shape[1:]) // 16))
+    factor = choose_factor(images.shape[1:], pixel_size_nm)
     found = []
     for start in range(0, max(len(images), 1), BLOCK):
         block = _average(images[start : start + BLOCK], factor)
@@ -87,6 +87,12 @@ def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
     found.box_px[...] *= factor
     found.centre_px[...] = (found.centre_px + 0.5) * factor - 0.5
     return found
+
+
+def choose_factor(shape, pixel_size_nm=None) -> int:
+    """Return the side in pixels of the squares over which images of `shape` (H, W) are averaged before the search."""
+    unit_px = 1.0 if pixel_size_nm is None else 1.0 / pixel_size_nm
+    return max(1, min(int(unit_px), min(shape) // 16))
 
 
 def _average(images, factor):
@@ -230,17 +236,19 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
 # ---------------------------------------------------------------- what their numbers say
 
 
-def count_weights(defects, shape) -> np.ndarray:
+def count_weights(defects, shape, pixel_size_nm=None) -> np.ndarray:
     """Return how much each defect counts for numbers and distributions [D]: 0 where the border cuts it.
 
-    One that lies wholly inside an image of `shape` (H, W) in pixels counts H W / ((H - h - 1) (W - w - 1)), with h, w the
-    sides of its box: the larger it is, the fewer places it has inside. Numbers and sizes are then unbiased, however small
-    the image (Miles 1974; Lantuéjoul 1980).
+    One that lies wholly inside an image of `shape` (H, W) in pixels counts H W / ((H - h - f) (W - w - f)), with h, w the
+    sides of its box and f that of the squares over which the search averages (`choose_factor`; H and W in the denominator are
+    whole squares): the larger it is, the fewer places it has inside. Numbers and sizes are then unbiased, however small the
+    image (Miles 1974; Lantuéjoul 1980). pixel_size_nm: what `detect_defects` was given.
     """
-    (height, width), box = shape, defects.box_px
-    places = (height - (box[:, 2] - box[:, 0]) - 1.0) * (width - (box[:, 3] - box[:, 1]) - 1.0)
+    factor, box = choose_factor(shape, pixel_size_nm), defects.box_px
+    height, width = (side // factor * factor for side in shape)  # that were searched
+    places = (height - (box[:, 2] - box[:, 0]) - factor) * (width - (box[:, 3] - box[:, 1]) - factor)
     whole = ~defects.is_cut & (places > 0)
-    return np.where(whole, height * width / np.where(whole, places, 1), 0.0)
+    return np.where(whole, shape[0] * shape[1] / np.where(whole, places, 1), 0.0)
 
 
 def sum_by_image(defects, kind, values, num_images) -> np.ndarray:

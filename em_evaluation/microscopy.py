@@ -126,7 +126,7 @@ def count_searched(levels) -> int:
 def _measure_defects(defects, shape, bins, pixel_size_nm):
     num, height, width = shape
     area = height * width * (pixel_size_nm / 1000) ** 2 if pixel_size_nm else height * width / 1000  # µm² or 1000 px²
-    weights = count_weights(defects, (height, width))
+    weights = count_weights(defects, (height, width), pixel_size_nm)
     is_loop, is_dot = (defects.kind == KINDS.index(kind) for kind in ("loop", "dot"))
     length = defects.length / 1000 if pixel_size_nm else defects.length
     has_direction = is_loop & (defects.minor < ELONGATED * defects.major)

@@ -89,6 +89,31 @@ def test_counting_is_unbiased_in_small_windows():
     assert sum_by_image(defects, "loop", weights, 10_000).sum() == pytest.approx(weights.sum())
 
 
+@pytest.mark.parametrize("window", [128, 130])  # whole squares of 4 pixels, and not
+def test_counting_is_unbiased_where_fine_pixels_are_averaged(window):
+    """Squares at every place along the diagonal, as squares of 4 pixels show them: a weight's root is its share of one axis, and all
+    together are the axis."""
+    side, pixel_size_nm = 50, 0.25
+    low = np.arange(-side, window + side)
+    searched = window // 4 * 4
+    seen = np.stack([low // 4 * 4, -(-(low + side) // 4) * 4], 1).clip(0, searched)
+    box = np.stack([seen[:, 0], seen[:, 0], seen[:, 1], seen[:, 1]], 1)
+    cut, zeros = (seen[:, 0] == 0) | (seen[:, 1] == searched), np.zeros(len(low))
+    defects = Defects(zeros.astype(int), zeros.astype(int), box, box[:, :2], zeros, zeros, zeros, zeros, cut)
+    assert np.sqrt(count_weights(defects, (window, window), pixel_size_nm)).sum() == pytest.approx(window, rel=0.005)
+    assert np.sqrt(count_weights(defects, (window, window))).sum() < 0.96 * window  # with a margin of one pixel
+
+
+def test_fine_pixels_count_as_the_coarse_ones_that_the_search_makes_of_them():
+    image = next(synthesise_micrographs(1, 5, size=128)).image[None].astype(np.float32)
+    coarse = detect_defects(image, 1.0)
+    fine = detect_defects(image.repeat(4, 1).repeat(4, 2), 0.25)
+    assert (~coarse.is_cut).sum() > 5
+    assert fine.box_px == pytest.approx(4 * coarse.box_px)
+    weights = count_weights(coarse, (128, 128), 1.0)
+    assert count_weights(fine, (512, 512), 0.25) == pytest.approx(weights)
+
+
 def test_overlap_of_boxes():
     a = np.array([[0, 0, 2, 2]])
     assert box_overlap(a, np.array([[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6]])) == pytest.approx(
