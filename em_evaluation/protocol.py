@@ -35,6 +35,7 @@ def evaluate_models(
     seed=0,
     reconstruct=None,
     untrained=None,
+    transferred=None,
     cache_dir=None,
     use_cache=True,
     batch_size=32,
@@ -54,28 +55,28 @@ def evaluate_models(
     models: list of ModelImages. data_summary: `Data.summary`. reference, train: the held-out and the training `Tiles`,
     whose views (all symmetries of training) are drawn each tile once before any twice. floors: which of "real",
     "reconstruction", "surrogates", "noise" to measure beside the models. reconstruct: name -> function, images [B, 1,
-    H, W] in [-1, 1] to the autoencoder's images of them. untrained: name -> images of an untrained network, one more
-    floor each. microscopy, memorisation: whether to add these sections. Every set has the same number of images: `num_images`, or fewer
+    H, W] in [-1, 1] to the autoencoder's images of them. untrained, transferred: model's name -> images of its network before
+    this training, with random weights or with those that it was given, one more floor each. microscopy, memorisation: whether to add these sections. Every set has the same number of images: `num_images`, or fewer
     for all where one set has fewer, which the report says. `ValueError` for fewer than two images or sets of different
     size in pixels.
     """
     start = time.perf_counter()
-    untrained, reconstruct = untrained or {}, reconstruct or {}
+    reconstruct = reconstruct or {}
     extractors = [extractor] if hasattr(extractor, "identity") else list(extractor)
     refuse_names([model.name for model in models])
     refuse_unmeasurable(metrics, extractors)
     unknown = set(floors) - set(FLOORS)
     if unknown:
         raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
-    num_images, notes = agree_on_number(num_images, models, reference, train, untrained)
+    starts = name_starts(untrained or {}, transferred or {})
+    num_images, notes = agree_on_number(num_images, models, reference, train, starts)
     sets = {"held_out": read_images(reference, num_images, seed), "train": read_images(train, num_images, seed + 1)}
     notes += note_few_micrographs(sets["held_out"].groups)
     generated = {model.name: read_images(model.images, num_images) for model in models}
     floor_sets, floor_info = make_floors(sets["train"], floors, reconstruct, seed)
-    for name, images in untrained.items():
-        key = "untrained_" + to_key(name)
+    for key, (name, description, images) in starts.items():
         floor_sets[key] = read_images(images, num_images)
-        floor_info[key] = {"name": f"untrained {name}", "description": f"images of {name} before this training"}
+        floor_info[key] = {"name": name, "description": description}
     refuse_sizes({"the micrographs": sets["held_out"], **generated, **floor_sets})
 
     caching = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache, "state": state}
@@ -141,11 +142,27 @@ def evaluate_models(
     return report, pictures + (make_gallery(pairs, report["memorisation"]) if pairs else [])
 
 
-def agree_on_number(num_images, models, reference, train, untrained):
+def name_starts(untrained, transferred):
+    """Return {key: (name, description, images)} of what networks drew before their training, by their models' names."""
+    starts = {
+        "untrained_" + to_key(name): (f"untrained {name}", f"images of {name} before this training", images)
+        for name, images in untrained.items()
+    }
+    return starts | {
+        "transferred_" + to_key(name): (
+            f"{name} before training (transferred)",
+            f"images of {name} with the weights that it was given, before this training",
+            images,
+        )
+        for name, images in transferred.items()
+    }
+
+
+def agree_on_number(num_images, models, reference, train, starts):
     """Return the number of images that every set has, at most `num_images`, and what to say where it is fewer."""
     counts = {"held-out views": count_images(reference), "training views": count_images(train)}
     counts |= {f"images of {model.name}": count_images(model.images) for model in models}
-    counts |= {f"images of untrained {name}": count_images(images) for name, images in untrained.items()}
+    counts |= {f"images of {name}": count_images(images) for name, _, images in starts.values()}
     scarcest = min(counts, key=counts.get)
     if counts[scarcest] < 2:
         raise ValueError(f"there are {counts[scarcest]} {scarcest}; a distance needs at least two of each set")

@@ -94,11 +94,8 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
 
     with state.main_process_first():
         extractors = create_extractors(config, data.summary, state)
-    generated, untrained = {}, {}
-    for name, (model, info) in models.items():
-        generated[name] = generate(config, name, model)
-        if info.folder is not None and (info.folder / "untrained" / "model_index.json").exists():
-            untrained[name] = generate(config, f"{name} untrained", str(info.folder / "untrained"))
+    generated = {name: generate(config, name, model) for name, (model, _) in models.items()}
+    starts = {start: generate_starts(config, models, start) for start in ("untrained", "start")}
 
     evaluated = evaluate_models(
         [describe(name, info, *generated[name]) for name, (_, info) in models.items()],
@@ -111,7 +108,8 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         num_images=config.num_images,
         seed=config.seed,
         reconstruct=make_reconstructions(models, state.device),
-        untrained={name: images for name, (images, _) in untrained.items()},
+        untrained=starts["untrained"],
+        transferred=starts["start"],
         batch_size=config.batch_size,
         microscopy=config.microscopy,
         memorisation=config.memorisation,
@@ -207,6 +205,16 @@ def generate(config: EvaluationConfig, name: str, model: str):
         )
     )
     return read_image_folder(folder), record
+
+
+def generate_starts(config: EvaluationConfig, models: dict, start: str) -> dict:
+    """Return {name: images} of the first weights of each run that saved them: "untrained" ones, or those of a "start" elsewhere."""
+    folders = {name: info.folder / start for name, (_, info) in models.items() if info.folder is not None}
+    return {
+        name: generate(config, f"{name} {start}", str(folder))[0]
+        for name, folder in folders.items()
+        if (folder / "model_index.json").exists()
+    }
 
 
 def describe(name: str, info: RunInfo, images, record: dict) -> ModelImages:

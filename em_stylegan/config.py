@@ -174,7 +174,7 @@ class StyleGANConfig:
     """Weights to start from instead of random ones: the folder of a run, or one that `em_stylegan.load_official` wrote, with networks of
     the same sizes. With few micrographs, discriminator.num_frozen_layers keeps what such a discriminator has learned."""
     save_untrained: bool = False
-    """Save the pipeline of the first, random weights as well, for comparison."""
+    """Save the pipeline of the first weights as well, for comparison: random ones in untrained/, those of init_from in start/."""
     tiles: DataConfig = field(default_factory=DataConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -24,8 +24,9 @@ def train_gan(config: StyleGANConfig) -> Path:
     """Train the StyleGAN of `config` and save its averaged generator as a pipeline; return `config.out`.
 
     Writes config.json, pipeline/ (load it with `EMStyleGANPipeline.from_pretrained`), run.json and, with `save_untrained`,
-    untrained/ (the pipeline of the first weights) into the run's folder. The same call on the same folder goes on where it stopped,
-    to the bit on the same hardware. Several processes share the work when they are started by torchrun or `accelerate launch`.
+    the pipeline of the first weights into the run's folder: untrained/ for random ones, start/ for those of `init_from`. The same
+    call on the same folder goes on where it stopped, to the bit on the same hardware. Several processes share the work when they
+    are started by torchrun or `accelerate launch`.
 
     Raises `ValueError` when the folder holds a run of another configuration or another training is at work in it, and
     `TrainingInterrupted` after saving when asked to stop.
@@ -51,9 +52,10 @@ def train_and_save(config, accelerator, out):
         save_config(config, out / "config.json")
         if config.save_untrained:
             generator, discriminator = create_networks(config)
+            folder = out / ("untrained" if config.init_from is None else "start")
             if config.init_from is not None:
                 start_from(config, generator, discriminator, generator, accelerator.print)
-            EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(out / "untrained")
+            EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(folder)
 
     generator, num_images_seen, train_seconds = train_stylegan(
         config, data.train, accelerator=accelerator, out_dir=out, held_out=data.held_out

@@ -106,6 +106,17 @@ def test_the_measure_orders_what_it_must(evaluated):
             assert metric["low"] <= metric["value"] <= metric["high"]
 
 
+def test_a_transferred_start_is_reported_as_what_it_is():
+    images = torch.zeros(30, 1, 16, 16)
+    report, pictures = evaluate(
+        num_images=20, floors=("real",), transferred={"StyleGAN2": images}, microscopy=False, memorisation=False
+    )
+    assert report["floors"]["transferred_stylegan2"]["name"] == "StyleGAN2 before training (transferred)"
+    shown = [picture for picture in pictures if picture["key"] == "transferred_stylegan2"]
+    assert [picture["title"] for picture in shown] == ["StyleGAN2 before training (transferred)"]
+    assert "untrained" not in json.dumps([report["floors"], report["conclusion"]])
+
+
 def test_the_report_has_the_promised_keys_and_no_path(evaluated):
     report, _ = evaluated
     assert report["dataset"]["split_hash"] == SUMMARY["split_hash"]

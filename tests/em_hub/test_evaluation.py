@@ -8,6 +8,7 @@ from em_hub.evaluation import (
     EvaluationConfig,
     evaluate_runs,
     find_data,
+    generate_starts,
     name_models,
     parse_pairs,
     reconstruct,
@@ -72,6 +73,21 @@ def test_a_model_of_another_split_is_refused(runs):
     refuse_other_splits(models, {"name": "set", "split_hash": "1"})
     with pytest.raises(ValueError, match="another split"):
         refuse_other_splits(models, {"name": "set", "split_hash": "2"})
+
+
+def test_the_start_of_a_transferred_run_is_not_called_untrained(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "generate", lambda config, name, model: ((name, model), {}))
+    models = {}
+    for name, start in (("A", "untrained"), ("B", "start"), ("C", None)):
+        (tmp_path / name).mkdir()
+        models[name] = ("", info(folder=tmp_path / name))
+        if start:
+            (tmp_path / name / start).mkdir()
+            (tmp_path / name / start / "model_index.json").write_text("{}")
+    models["D"] = ("", info(folder=None))
+    config = EvaluationConfig()
+    assert generate_starts(config, models, "untrained") == {"A": ("A untrained", str(tmp_path / "A" / "untrained"))}
+    assert generate_starts(config, models, "start") == {"B": ("B start", str(tmp_path / "B" / "start"))}
 
 
 def test_reconstruction_quantises():

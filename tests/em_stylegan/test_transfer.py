@@ -50,12 +50,13 @@ def test_a_run_starts_where_another_ended_and_frozen_layers_stay(config, source,
         replace(config, init_from=str(source), out=str(tmp_path / "next"), save_untrained=True, discriminator=frozen)
     )
     before, first, after = (
-        EMStyleGANPipeline.from_pretrained(path) for path in (source / "pipeline", out / "untrained", out / "pipeline")
+        EMStyleGANPipeline.from_pretrained(path) for path in (source / "pipeline", out / "start", out / "pipeline")
     )
     images = [
         pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images for pipe in (before, first, after)
     ]
     assert torch.equal(images[0], images[1])
+    assert not (out / "untrained").exists()
     assert not torch.equal(images[0], images[2])
     old, new = (
         load_checkpoint(run / f"stylegan/checkpoints/{16:012d}")["state"]["discriminator"] for run in (source, out)
