@@ -14,7 +14,7 @@ from em_evaluation.memorisation import measure_memorisation
 from em_evaluation.memorisation_report import make_gallery
 from em_evaluation.metrics import METRICS, refuse_unmeasurable
 from em_evaluation.microscopy import measure_microscopy
-from em_evaluation.quiz import NUM_QUIZ_IMAGES
+from em_evaluation.pictures import choose_pictures
 from em_evaluation.statistics import content_digest
 from em_evaluation.surrogates import fraction_outside, phase_randomised_surrogates
 
@@ -56,9 +56,9 @@ def evaluate_models(
     whose views (all symmetries of training) are drawn each tile once before any twice. floors: which of "real",
     "reconstruction", "surrogates", "noise" to measure beside the models. reconstruct: name -> function, images [B, 1,
     H, W] in [-1, 1] to the autoencoder's images of them. untrained, transferred: model's name -> images of its network before
-    this training, with random weights or with those that it was given, one more floor each. microscopy, memorisation: whether to add these sections. Every set has the same number of images: `num_images`, or fewer
-    for all where one set has fewer, which the report says. `ValueError` for fewer than two images or sets of different
-    size in pixels.
+    this training, with random weights or with those that it was given, one more floor each. microscopy, memorisation: whether
+    to add these sections. Every set has the same number of images: `num_images`, or fewer for all where one set has fewer,
+    which the report says. `ValueError` for fewer than two images or sets of different size in pixels.
     """
     start = time.perf_counter()
     reconstruct = reconstruct or {}
@@ -138,8 +138,8 @@ def evaluate_models(
     report["conclusion"] = conclude(report)
     report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
-    pictures = choose_pictures(sets, generated, floor_sets, floor_info, num_pictures)
-    return report, pictures + (make_gallery(pairs, report["memorisation"]) if pairs else [])
+    gallery = make_gallery(pairs, report["memorisation"]) if pairs else []
+    return report, choose_pictures(sets, generated, floor_sets, floor_info, num_pictures, gallery, seed)
 
 
 def name_starts(untrained, transferred):
@@ -290,33 +290,6 @@ def describe_model(model, num_images):
         "info": to_json(model.info),
         "curves": {stage: thin_out(to_json(lines)) for stage, lines in model.curves.items()},
     }
-
-
-def choose_pictures(sets, generated, floor_sets, floor_info, num_pictures):
-    """Return the report's grids: the first images of each set, as they were drawn, not selected; `unseen` are the next ones."""
-
-    def picture(key, title, caption, images):
-        unseen = images.levels[num_pictures : num_pictures + NUM_QUIZ_IMAGES, 0]
-        levels = images.levels[:num_pictures, 0]
-        return {
-            "key": key,
-            "title": title,
-            "caption": caption,
-            "levels": levels,
-            "unseen": unseen,
-            "is_model": key in generated,
-        }
-
-    pictures = [picture("held_out", "Real", "held-out tiles, never trained on", sets["held_out"])]
-    pictures += [picture(name, name, "generated", images) for name, images in generated.items()]
-    pictures.append(picture("train", "Real, trained on", "training tiles", sets["train"]))
-    for key, images in floor_sets.items():
-        if key != "real":
-            same = key.startswith(("reconstruction", "surrogates"))
-            caption = "of the training tiles beside it" if same else floor_info[key]["description"]
-            name = floor_info[key]["name"]
-            pictures.append(picture(key, name[0].upper() + name[1:], caption, images))
-    return pictures
 
 
 def thin_out(lines, most=MAX_CURVE_POINTS):

@@ -1,4 +1,4 @@
-"""Real or generated: the page's quiz, one image at a time, out of images that no grid of the page shows."""
+"""Real or generated: the page's quiz, one image at a time, out of images that the page shows nowhere else."""
 
 import base64
 import io

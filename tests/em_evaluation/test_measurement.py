@@ -13,7 +13,9 @@ from em_evaluation.blindness import expect_order, find_blindness
 from em_evaluation.compare import compare_reports, find_differences
 from em_evaluation.distances import frechet_distance, kernel_distance
 from em_evaluation.extractor import Extractor
+from em_evaluation.images import ImageSet
 from em_evaluation.metrics import METRICS, choose_metrics, measure, measure_values, refuse_unmeasurable
+from em_evaluation.pictures import choose_pictures, choose_unseen
 from em_evaluation.quiz import make_quiz
 
 
@@ -192,6 +194,30 @@ def test_the_quiz_holds_as_many_real_images_as_generated_ones_and_knows_each():
     assert [{10: "", 20: "A", 30: "B"}[int(level[0, 0])] for level in levels] == quiz["origins"]
     assert [quiz["origins"].count(origin) for origin in ("", "A", "B")] == [10, 5, 5]
     assert make_quiz(pictures)["origins"] == quiz["origins"] != make_quiz(pictures, seed=1)["origins"]
+
+
+def test_the_quiz_asks_for_nothing_that_the_page_shows_elsewhere():
+    """Neither in a grid nor among the closest pairs, however turned, nor twice."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (60, 5, 5), dtype=np.uint8)
+    levels[30:40] = levels[:10].swapaxes(1, 2)[..., ::-1]  # views of tiles that the grid shows
+    levels[50] = levels[51][::-1]
+    held_out = ImageSet(levels[:, None])
+    generated = {"A": ImageSet(rng.integers(0, 256, (60, 1, 5, 5), dtype=np.uint8))}
+    sets = {"held_out": held_out, "train": ImageSet(levels[:1, None])}
+    closest = {"key": "closest_A", "section": "memorisation", "levels": generated["A"].levels[20:26, 0]}
+    pictures = choose_pictures(sets, generated, {}, {}, 16, [closest], seed=3)
+    real, model = pictures[0]["unseen"], pictures[1]["unseen"]
+    places = [[int(np.flatnonzero((images.levels[:, 0] == each).all((1, 2)))[0]) for each in unseen]
+              for images, unseen in ((held_out, real), (generated["A"], model))]  # fmt: skip
+    assert not set(places[0]) & {*range(16), *range(30, 40)}
+    assert not set(places[1]) & {*range(16), *range(20, 26)}
+    assert {len(each) for each in places} == {24}
+    assert len(choose_unseen(levels, levels[:16], most=60)) == 60 - 16 - 10 - 1
+    assert places[0] != sorted(places[0])
+    again, other = (choose_pictures(sets, generated, {}, {}, 16, [closest], seed)[0]["unseen"] for seed in (3, 4))
+    assert (again == real).all()
+    assert (other != real).any()
 
 
 def test_too_few_images_make_no_quiz():
