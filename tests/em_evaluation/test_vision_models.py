@@ -1,13 +1,19 @@
 """Extractors from transformers and timm, with tiny random networks made on the spot."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from em_evaluation import get_extractor
-from em_evaluation.vision_models import TransformersModel, digest_weights
+from em_evaluation.vision_models import CLIP, DINOV2, TransformersModel, digest_weights
+
+ROOT = Path(__file__).parents[2]
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
 
@@ -81,6 +87,61 @@ def test_clip_is_the_embedding_of_length_one(images, clip):
     whole = get_extractor(f"transformers:{clip}")  # the vision tower, without the projection
     assert not whole.unit_norm
     assert whole.num_features == 32
+
+
+ASK_THE_HUB = """
+import json, sys
+import torch
+from em_evaluation import get_extractor
+images, out = torch.load(sys.argv[1], weights_only=True), {}
+for name in ("dinov2", "clip", "transformers:" + sys.argv[2]):
+    extractor = get_extractor(name)
+    out[name] = [extractor.identity, extractor(images).tolist()]
+try:
+    get_extractor("transformers:lab/absent")
+except ConnectionError as error:
+    out["absent"] = str(error)
+print(json.dumps(out))
+"""
+
+
+def load_hub_server():
+    """The stand-in for the Hub, which lies with the Hub's own tests."""
+    if "hub_server" not in sys.modules:
+        path = ROOT / "tests" / "em_hub" / "hub_server.py"
+        spec = importlib.util.spec_from_file_location("hub_server", path)
+        sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hub_server"])
+    return sys.modules["hub_server"]
+
+
+@pytest.mark.slow  # a second interpreter
+def test_what_the_hub_serves_is_what_the_folder_holds(images, dinov2, clip, tmp_path):
+    """Both by their published names over a real connection, in a process with an empty cache."""
+    hub_server = load_hub_server()
+    torch.save(images, tmp_path / "images.pt")
+    with hub_server.HubServer() as server:
+        for name, folder in ((DINOV2, dinov2), (CLIP, clip)):
+            repo = server.repos["models", name] = hub_server.Repo(private=False)
+            large = hub_server.LARGE_SUFFIXES
+            files = {path.name: server.store(path.read_bytes(), path.suffix in large) for path in folder.iterdir()}
+            server.commit(repo, "main", "weights", files)
+        environment = hub_server.make_environment(server, tmp_path / "hf", PYTHONPATH=str(ROOT))
+        command = [sys.executable, "-c", ASK_THE_HUB, tmp_path / "images.pt", DINOV2]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        served = [path for method, path, _ in server.requests if method == "GET" and "/lfs-storage/" in path]
+    answers = json.loads(result.stdout.splitlines()[-1])
+    assert len(served) == 2  # each network's weights once: the third extractor found them in the cache
+    for name, folder in (("dinov2", dinov2), ("clip", clip)):
+        direct = get_extractor(name, weights=folder)
+        identity, features = answers[name]
+        assert identity == direct.identity
+        torch.testing.assert_close(torch.tensor(features), direct(images), rtol=1e-5, atol=1e-6)
+    assert answers[f"transformers:{DINOV2}"][1] == answers["dinov2"][1]
+    assert "cannot load lab/absent" in answers["absent"]
 
 
 def test_identity_knows_weights_configuration_and_dtype_and_no_folder(images, dinov2, tmp_path):
