@@ -7,6 +7,10 @@ import numpy as np
 from em_data.views import ELEMENTS, apply_symmetry
 
 
+class SourceLost(ValueError):
+    """The source cannot be read on: no fault of one image, which would be named and left out."""
+
+
 def find_problem(micrograph, min_side_px):
     """Return a sentence on why a micrograph that was read cannot be used, or None: too small, or constant."""
     image = micrograph.image
@@ -45,6 +49,8 @@ def read_all(entries, min_side_px, problems):
     for entry in entries:
         try:
             micrograph = entry.read()
+        except SourceLost:
+            raise
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -55,7 +55,8 @@ def cut(source, config, folder):
     """Cut the micrographs of a source into `folder`: tiles.arrow, and cut.json with the micrographs and the problems."""
     problems = []
     with build_folder(folder) as building:
-        for dtype in (np.uint8, np.uint16):
+        is_16_bit = any(entry.bits == 16 for entry in source.entries)
+        for dtype in (np.uint16,) if is_16_bit else (np.uint8, np.uint16):
             problems.clear()
             micrographs = _write_tiles(source, config, building / "tiles.arrow", dtype, problems)
             if micrographs is not None:

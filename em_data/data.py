@@ -28,7 +28,7 @@ class Data:
 def load_data(source, config, *, log=print):
     """Read, check, cut and split micrographs; what was cut before is mapped from the cache.
 
-    source: a folder of images, "synthetic", "hub:owner/name[@revision]", "damaged-alloys:FOLDER",
+    source: a folder of images, "synthetic", "hub:owner/name[@revision]", "hub-stream:owner/name[@revision]", "damaged-alloys:FOLDER",
     "datasets:NAME_OR_PATH", or a folder written by `Dataset.save_to_disk`.
     Everything that was left out, cropped, rescaled or clipped is said through `log`, once, and stands in the summary.
     Raises ValueError with the way out: no usable image, too few micrographs to hold one out, the same one on both sides.

@@ -184,6 +184,23 @@ def fetch_repository(
     return folder
 
 
+def list_files(name: str, suffix: str, *, kind: str = "model", token: str | None = None) -> tuple[str, str, dict]:
+    """Return (id, commit, {path: checksum}) of the files of a Hub repository that end in `suffix`, in the order of their folders.
+
+    name: owner/name, or owner/name@revision. A checksum is SHA-256 of a large file, git's SHA-1 of a small one. Raises
+    `ValueError` in one sentence.
+    """
+    repo_id, revision = split_hub_id(name)
+    with explain_hub_errors(name, "asking for its files"):
+        info = HfApi(token=token).repo_info(repo_id, repo_type=kind, revision=revision, files_metadata=True)
+    files = {
+        each.rfilename: each.lfs.sha256 if each.lfs else each.blob_id
+        for each in info.siblings or ()
+        if each.rfilename.endswith(suffix)
+    }
+    return repo_id, info.sha, dict(sorted(files.items(), key=lambda item: item[0].split("/")))
+
+
 def _is_sound(path):
     """Whether a file of the cache has the checksum that it is stored under; True for one that is stored under none."""
     checksum = path.resolve().name

@@ -9,7 +9,7 @@ import PIL.ImageDraw
 
 from em_data.images import write_image
 from em_data.intensity import from_uint
-from em_data.micrograph import DEFECT_KINDS
+from em_data.micrograph import DEFECT_KINDS, Defect
 
 KIND_COLOURS = {"loop_111": "#4cc9f0", "loop_100": "#ffb703", "dot": "#80ed99", "line": "#ff5d8f", "loop": "#b197fc"}
 
@@ -83,6 +83,40 @@ def encode_runs(mask):
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate([[0], edges, [flat.size]]))
     return ([0] if flat[0] else []) + counts.tolist()
+
+
+def decode_runs(counts, shape):
+    """The bool mask [H, W] of run lengths as `encode_runs` makes them; `ValueError` if they do not cover it."""
+    if sum(counts) != shape[0] * shape[1]:
+        raise ValueError(f"run lengths of {sum(counts)} pixels, but an image of {shape[0]} x {shape[1]}")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(shape, order="F")
+
+
+def make_defects(objects, instances, shape):
+    """Return the Defects of a data set's row for its image of `shape` (H, W).
+
+    objects: dicts with kind, box_px (x0, y0, x1, y1; the last two exclusive) and, where known, diameter_nm, length_nm, runs (as
+    `encode_runs`, of the whole image) and attributes (JSON). instances: uint [H, W], k where the k-th object is uppermost, or None.
+    A mask is that of the runs; without them, what `instances` shows of the object. What lies below the image, where a label
+    bar was cropped, is cut off.
+    """
+    height, width = shape
+    defects = []
+    for k, each in enumerate(objects, start=1):
+        x0, y0, x1, y1 = each["box_px"]
+        box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+        if box[0] >= box[2] or box[1] >= box[3]:
+            continue
+        whole = None
+        if each.get("runs"):
+            whole = decode_runs(each["runs"], (sum(each["runs"]) // width, width))
+        elif instances is not None:
+            whole = instances == k
+        mask = None if whole is None else whole[box[1] : box[3], box[0] : box[2]]
+        metadata = json.loads(each.get("attributes") or "{}")
+        defects.append(Defect(each["kind"], box, mask, each.get("diameter_nm"), each.get("length_nm"), metadata))
+    return defects
 
 
 def draw_instance_mask(micrograph):

@@ -20,7 +20,7 @@ from em_data.hub import find_account, upload_folder
 from em_data.sources import open_source
 
 SHARD_BYTES = 256 * 2**20
-OBJECTS = ("kind", "box_px", "diameter_nm", "length_nm")
+ROW_GROUP_BYTES = 32 * 2**20  # what a stream of a set holds in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PushConfig:
     """Publish a folder of micrographs as a data set on the Hub: Parquet, every grey level of 8 or 16 bits as it is.
 
     A folder that also holds labels/coco.json and masks/, as em_data.labels writes them, is published with boxes and masks.
-    `--data hub:owner/name` of the trainings reads it.
+    `--data hub:owner/name` of the trainings reads it, labels included; `--data hub-stream:owner/name` keeps none of it on the disk.
     """
 
     folder: str
@@ -100,6 +100,7 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
     if labels is not None:
         objects = {"kind": datasets.Value("string"), "box_px": datasets.List(datasets.Value("int32"))}
         objects |= {"diameter_nm": datasets.Value("float64"), "length_nm": datasets.Value("float64")}
+        objects |= {"runs": datasets.List(datasets.Value("int32")), "attributes": datasets.Value("string")}
         features |= {"objects": datasets.List(objects), "mask": datasets.Image()}
     (out / "data").mkdir(parents=True, exist_ok=True)
     rows, size, shards, facts = [], 0, [], {"num": 0, "bits": set(), "sizes": set(), "specimens": set(), "objects": 0}
@@ -107,14 +108,15 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
     def close_shard():
         path = out / "data" / f"train-{len(shards):05d}.parquet"
         columns = {key: [row[key] for row in rows] for key in features}
-        datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(str(path))
+        dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        dataset.to_parquet(str(path), batch_size=max(1, len(rows) * ROW_GROUP_BYTES // size))
         shards.append(path)
         rows.clear()
 
     for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=not sys.stderr.isatty()):
         micrograph = entry.read()
         row = make_row(entry, micrograph, labels, Path(config.folder))
-        size += len(row["image"]["bytes"])
+        size += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
         rows.append(row)
         facts["num"] += 1
         facts["bits"].add(row["bits"])
@@ -159,7 +161,8 @@ def encode_png(image: np.ndarray) -> bytes:
 def read_labels(folder: Path) -> dict | None:
     """Return {image's name below images/: its objects} of labels/coco.json; None where there is none.
 
-    An object: kind, box_px (x0, y0, x1, y1; the last two exclusive), diameter_nm, length_nm.
+    An object: kind, box_px (x0, y0, x1, y1; the last two exclusive), diameter_nm, length_nm, runs (COCO's uncompressed run
+    lengths of its mask, column by column; None where the labels have another form), attributes (JSON).
     """
     path = folder / "labels" / "coco.json"
     if not path.is_file():
@@ -170,13 +173,17 @@ def read_labels(folder: Path) -> dict | None:
     objects = {name: [] for name in names.values()}
     for each in coco["annotations"]:
         x, y, width, height = (round(number) for number in each["bbox"])
-        values = (
-            kinds[each["category_id"]],
-            [x, y, x + width, y + height],
-            each.get("diameter_nm"),
-            each.get("length_nm"),
+        runs = each["segmentation"].get("counts") if isinstance(each.get("segmentation"), dict) else None
+        objects[names[each["image_id"]]].append(
+            {
+                "kind": kinds[each["category_id"]],
+                "box_px": [x, y, x + width, y + height],
+                "diameter_nm": each.get("diameter_nm"),
+                "length_nm": each.get("length_nm"),
+                "runs": runs if isinstance(runs, list) else None,
+                "attributes": json.dumps(each.get("attributes") or {}),
+            }
         )
-        objects[names[each["image_id"]]].append(dict(zip(OBJECTS, values, strict=True)))
     return objects
 
 
@@ -196,7 +203,8 @@ def make_card(config: PushConfig, name: str, facts: dict, has_labels: bool) -> s
         size += ", of some unknown"
     labels = (
         f"`objects` has the {facts['objects']:,} labelled defects with their boxes in pixels (x0, y0, x1, y1; the last two exclusive), "
-        "`mask` an instance mask of 16 bits: the matrix is zero, then come the objects in their order.\n"
+        "each with its whole mask as COCO's uncompressed run lengths (`runs`) where the labels have them; `mask` is an instance mask of "
+        "16 bits: the matrix is zero, then come the objects in their order, later ones above earlier ones.\n"
     )
     bits = " and ".join(str(each) for each in sorted(facts["bits"]))
     licence = (

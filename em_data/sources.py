@@ -11,12 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from em_data.cache import write_atomically
-from em_data.hub import fetch_repository, hash_as_hub
-from em_data.intensity import float_to_uint16
-from em_data.micrograph import Micrograph
 from em_data.reading import SUFFIXES, natural_key, read_micrograph
 
 LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segmentations?)"
@@ -33,6 +28,7 @@ class Entry:
 
     name: unique in its source. key: hash of its content. group: what must not be cut apart by the split (its name, unless
     several entries are pieces of one micrograph). specimen: None where unknown. read: () -> Micrograph, or ValueError.
+    bits: 8 or 16 where that is known before it is read.
     """
 
     name: str
@@ -40,6 +36,7 @@ class Entry:
     read: Callable
     specimen: str | None = None
     group: str | None = None
+    bits: int | None = None
 
     def __post_init__(self):
         self.group = self.group or self.name
@@ -55,12 +52,14 @@ class Source:
 
 
 def open_source(source, config, cache_dir):
-    """Return the Source that a string names: a folder, "synthetic", "hub:owner/name[@revision]", "damaged-alloys:FOLDER", or
-    "datasets:NAME_OR_PATH"."""
+    """Return the Source that a string names: a folder, "synthetic", "hub:owner/name[@revision]" (kept on this disk) or
+    "hub-stream:owner/name[@revision]" (not kept), "damaged-alloys:FOLDER", or "datasets:NAME_OR_PATH"."""
+    from em_data.dataset_rows import open_dataset  # not at the top: it builds on this
+
     source = os.path.expanduser(str(source))
     if source == "synthetic":
         opened = open_synthetic(config)
-    elif source.startswith("hub:"):
+    elif source.startswith(("hub:", "hub-stream:")):
         opened = open_dataset(source, config)
     elif source.startswith("damaged-alloys:"):
         from em_data.damaged_alloys import open_damaged_alloys  # not at the top: it is a command, too
@@ -76,8 +75,8 @@ def open_source(source, config, cache_dir):
         raise ValueError(f"{source} is a file; give the folder that holds the micrographs")
     else:
         raise ValueError(
-            f"{source!r} is no folder here; give a folder, 'synthetic', 'hub:owner/name', 'damaged-alloys:FOLDER' or "
-            "'datasets:NAME_OR_PATH'"
+            f"{source!r} is no folder here; give a folder, 'synthetic', 'hub:owner/name', 'hub-stream:owner/name', "
+            "'damaged-alloys:FOLDER' or 'datasets:NAME_OR_PATH'"
         )
     if config.num_micrographs is not None and len(opened.entries) > config.num_micrographs:
         opened.ignored.append(f"{len(opened.entries) - config.num_micrographs} images beyond the first "
@@ -182,7 +181,7 @@ def open_synthetic(config):
     size = config.micrograph_size
     code = b"".join(path.read_bytes() for path in sorted(Path(synthetic.__file__).parent.glob("synthetic*.py")))
     code = hashlib.blake2b(code, digest_size=8).hexdigest()
-    micrographs = _Replayed(lambda: synthetic.synthesise_micrographs(num, config.seed, size))
+    micrographs = Replayed(lambda: synthetic.synthesise_micrographs(num, config.seed, size))
     entries = [
         Entry(f"synthetic_{i:05d}", f"{code}-{config.seed}-{size}-{i}-of-{num}", lambda i=i: micrographs[i])
         for i in range(num)
@@ -190,7 +189,7 @@ def open_synthetic(config):
     return Source("synthetic", entries, [])
 
 
-class _Replayed:
+class Replayed:
     """Items of an iterator by rising number; asking for an earlier one starts it again."""
 
     def __init__(self, start):
@@ -204,100 +203,3 @@ class _Replayed:
             self.next += 1
             if self.next == i + 1:
                 return item
-
-
-def open_dataset(name_or_path, config):
-    """List the rows of a Hugging Face data set.
-
-    Images are taken from the first column of images or of two-dimensional arrays, by our own reader: `datasets` itself cuts
-    16-bit images to 8. Columns `name`, `micrograph` (rows with the same one are pieces of one image), `pixel_size_nm` and
-    `specimen` are used where they are.
-    """
-    import datasets
-
-    ignored = []
-    dataset, fingerprint = _load_dataset(name_or_path, ignored)
-    features = dataset.features
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    images += [key for key, feature in features.items() if isinstance(feature, datasets.Array2D)]
-    if not images:
-        raise ValueError(f"{name_or_path} has no column of images (Image or Array2D), only {', '.join(features)}")
-    column = images[0]
-    if len(images) > 1:
-        ignored.append(f"columns {', '.join(images[1:])}: the images are in column {column}")
-    is_image = isinstance(features[column], datasets.Image)
-    if is_image:
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    known = {key: dataset[key][:] for key in ("name", "micrograph", "pixel_size_nm", "specimen") if key in features}
-    arrays = dataset.select_columns([column])
-    if not is_image:  # without its type, `datasets` makes 64 bits of any integer, and 8 bits are 8 bits no more
-        arrays = arrays.with_format("numpy", dtype=np.dtype(features[column].dtype))
-    entries = []
-    for i in range(len(dataset)):
-        row = {key: values[i] for key, values in known.items()}
-        name = f"{row.get('name') or row.get('micrograph') or 'row'}_{i:06d}"
-
-        def read(i=i, name=name, row=row):
-            return _read_row(arrays[i][column], name, row, config)
-
-        group = row.get("micrograph") and str(row["micrograph"])
-        entries.append(Entry(name, f"{fingerprint}-{i}", read, row.get("specimen"), group))
-    if not entries:
-        raise ValueError(f"{name_or_path} has no rows")
-    name = str(name_or_path).rstrip("/")
-    return Source(Path(name.split("@")[0] if name.startswith("hub:") else name).name, entries, ignored)
-
-
-def _load_dataset(name_or_path, ignored):
-    """Return (dataset, what names its content)."""
-    import datasets
-
-    if str(name_or_path).startswith("hub:"):
-        return _load_from_hub(str(name_or_path).removeprefix("hub:"))
-    path = Path(name_or_path)
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            dataset = datasets.load_from_disk(str(path))
-        else:
-            dataset = datasets.load_dataset(str(name_or_path))
-    except Exception as error:  # the Hub, the network, the disk: all of them the same mistake to the user
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"datasets:{name_or_path} cannot be loaded: {first}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        split = "train" if "train" in dataset else next(iter(dataset))
-        if len(dataset) > 1:
-            ignored.append(f"splits {', '.join(key for key in dataset if key != split)}: split {split} is used")
-        dataset = dataset[split]
-    return dataset, dataset._fingerprint
-
-
-def _load_from_hub(name):
-    """The Parquet files of a data set on the Hub, downloaded once; named by their checksums, so alike on every machine."""
-    import datasets
-
-    folder = fetch_repository(name, ["*.parquet"], kind="dataset")
-    paths = sorted(folder.rglob("*.parquet"))
-    if not paths:
-        raise ValueError(f"the data set {name} on the Hub holds no Parquet file; write one with python -m em_data.push")
-    content = hashlib.sha256("".join(hash_as_hub(path)[0] for path in paths).encode()).hexdigest()[:32]
-    try:
-        return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train"), content
-    except Exception as error:  # any of its parts: the files, the disk
-        raise ValueError(f"hub:{name} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from error
-
-
-def _read_row(value, name, row, config):
-    if isinstance(value, dict):  # an image that is not decoded: {"bytes", "path"}
-        data = value["bytes"] if value["bytes"] is not None else value["path"]
-        micrograph = read_micrograph(data, label_bar=config.label_bar, name=name, specimen=row.get("specimen"))
-        micrograph.pixel_size_nm = row.get("pixel_size_nm") or micrograph.pixel_size_nm
-        return micrograph
-    image, notices = np.asarray(value), []
-    if image.dtype not in (np.uint8, np.uint16):
-        if image.dtype.kind == "f" and not np.isfinite(image).all():
-            raise ValueError(f"{name}: holds NaN or infinite values; mend them before use")
-        stored = image.dtype
-        image, low, high = float_to_uint16(image)
-        if (low, high) != (0.0, 65535.0):
-            notices.append(f"{stored} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535")
-    return Micrograph(image, name, row.get("pixel_size_nm"), row.get("specimen"), {"notices": notices})

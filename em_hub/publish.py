@@ -23,7 +23,7 @@ from em_training import write_text_atomically
 
 WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|generator)/.+"
 HIDDEN = ("source", "held_out", "ignored", "notices", "specimens")  # of the data: names of files, folders and specimens
-PUBLIC_DATA = ("synthetic", "hub:")
+PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,7 +162,8 @@ class StyleGANConfig:
     """A StyleGAN run: data, where it goes, networks and training."""
 
     data: str = "synthetic"
-    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), "damaged-alloys:FOLDER" or
+    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), "hub-stream:owner/name[@revision]"
+    (the same, read over the network without keeping it: the tiles alone lie on this disk), "damaged-alloys:FOLDER" or
     "datasets:NAME_OR_PATH"."""
     out: str = "runs/stylegan2"
     """The run's folder; the same command on it resumes."""

@@ -66,7 +66,8 @@ class Fault:
 
 
 class HubServer:
-    """The server and its memory. tokens: token -> {"name", "orgs", "role"}. `requests` lists (method, path, body bytes received)."""
+    """The server and its memory. tokens: token -> {"name", "orgs", "role"}. `requests` lists (method, path, body bytes received),
+    `sent` (path, body bytes that it was to send)."""
 
     def __init__(self, chunk_size: int | None = None):
         self.tokens = {
@@ -80,6 +81,7 @@ class HubServer:
         self.served: dict[str, bytes] = {}  # what is served in place of a blob
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, int]] = []
+        self.sent: list[tuple[str, int]] = []
         self.chunk_size = chunk_size
         self.lock = threading.RLock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -146,6 +148,7 @@ class Cut(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body of a reply go out at once
 
     def log_message(self, *_):
         pass
@@ -235,6 +238,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         cut_after = self.fault.cut_after if self.fault and self.command == "GET" else None
+        self.hub.sent.append((unquote(urlsplit(self.path).path), len(body)))
         self.wfile.write(body if cut_after is None else body[:cut_after])
         if cut_after is not None:
             self.wfile.flush()

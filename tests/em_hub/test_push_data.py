@@ -1,6 +1,7 @@
 """A folder of micrographs to the Hub and back: every grey level, pixel size, box and mask."""
 
 import io
+import json
 
 import numpy as np
 import PIL.Image
@@ -9,8 +10,8 @@ import tifffile
 from huggingface_hub import DatasetCard, constants
 
 from em_data import DataConfig, load_data
-from em_data.labels import make_coco, write_labelled
-from em_data.push import PushConfig, push_folder
+from em_data.labels import decode_runs, draw_instance_mask, make_coco, make_defects, write_labelled
+from em_data.push import PushConfig, push_folder, read_labels
 from em_data.sources import open_source
 from em_data.synthetic import synthesise_micrographs
 
@@ -84,6 +85,70 @@ def test_boxes_and_masks_come_along(tmp_path):
         mask = np.asarray(PIL.Image.open(io.BytesIO(row["mask"]["bytes"])))
         assert mask.max() == len(micrograph.defects)
     assert sum(len(row["objects"]) for row in rows) == len(coco["annotations"]) > 0
+
+
+def assert_same_defects(a, b):
+    assert (a.kind, a.box_px, a.diameter_nm, a.length_nm) == (b.kind, b.box_px, b.diameter_nm, b.length_nm)
+    np.testing.assert_array_equal(a.mask, b.mask)
+    assert a.metadata == json.loads(json.dumps(b.metadata))
+
+
+@pytest.mark.parametrize("road", ["hub", "hub-stream"])
+def test_labels_come_back_as_they_were(road, hub, tmp_path):
+    micrographs = list(synthesise_micrographs(2, 0, 192))
+    write_labelled(micrographs, tmp_path / "labelled")
+    push(tmp_path / "labelled")
+    source = open_source(f"{road}:you/set", DataConfig(), tmp_path)
+    assert not source.ignored
+    read = [entry.read() for entry in source.entries]
+    by_name = {
+        image["file_name"]: each for image, each in zip(make_coco(micrographs)["images"], micrographs, strict=True)
+    }
+    num_hidden = 0
+    for entry, got in zip(source.entries, read, strict=True):
+        sent = by_name[entry.name.removeprefix("images/").rsplit("_", 1)[0]]
+        np.testing.assert_array_equal(got.image, sent.image)
+        instances = draw_instance_mask(sent)
+        for k, (a, b) in enumerate(zip(got.defects, sent.defects, strict=True), start=1):
+            assert_same_defects(a, b)
+            num_hidden += np.count_nonzero(b.mask) - np.count_nonzero(instances == k)
+    assert num_hidden > 0  # some overlap: the instance mask alone does not have them whole
+    again = load_labelled_again(read, tmp_path / "again")
+    for got, sent in zip(again, read, strict=True):
+        for a, b in zip(got, sent.defects, strict=True):
+            assert a["box_px"] == list(b.box_px)
+            assert decode_runs(a["runs"], sent.image.shape).sum() == np.count_nonzero(b.mask)
+
+
+def load_labelled_again(micrographs, folder):
+    """What was read back serves wherever labels do: written as labels once more, it is read as such."""
+    write_labelled(micrographs, folder)
+    return list(read_labels(folder).values())
+
+
+def test_labels_of_others_and_of_cropped_images(tmp_path):
+    objects = [{"kind": "dot", "box_px": [2, 1, 5, 4]}, {"kind": "loop", "box_px": [0, 6, 4, 12]}]
+    objects += [{"kind": "dot", "box_px": [1, 10, 3, 12]}]
+    instances = np.zeros((12, 8), np.uint16)
+    instances[1:4, 2:5] = 1
+    instances[6:12, 0:2] = 2
+    dot, loop = make_defects(objects, instances, (8, 8))  # four rows of a label bar were cropped
+    assert (dot.box_px, loop.box_px) == ((2, 1, 5, 4), (0, 6, 4, 8))
+    assert dot.mask.all()
+    np.testing.assert_array_equal(loop.mask, [[True, True, False, False]] * 2)
+    assert [each.mask for each in make_defects(objects, None, (8, 8))] == [None, None]
+    with pytest.raises(ValueError, match="run lengths of 30 pixels"):
+        decode_runs([10, 20], (4, 8))
+
+    micrographs = list(synthesise_micrographs(1, 0, 96))
+    write_labelled(micrographs, tmp_path / "labelled")
+    path = tmp_path / "labelled" / "labels" / "coco.json"
+    path.write_text(path.read_text().replace('"name": "dot"', '"name": "void"'))
+    push(tmp_path / "labelled", dry_run=str(tmp_path / "set"))
+    source = open_source(f"datasets:{tmp_path / 'set'}", DataConfig(), tmp_path)
+    (read,) = (entry.read() for entry in source.entries)
+    assert read.defects is None
+    assert read.metadata["notices"] == ["labels not used: kinds void"]
 
 
 def test_what_cannot_be_published_is_refused(folder, hub, tmp_path):
