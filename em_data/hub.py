@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+MAIN = "main"
 KEPT_BY_THE_HUB = {".gitattributes", "README.md"}  # may be there before anything was uploaded
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -83,33 +84,30 @@ def upload_folder(
     revision: str | None = None,
     token: str | None = None,
     message: str,
-    check: Callable[[HfApi, str, set[str]], None] = lambda api, repo_id, paths: None,
+    check: Callable[[HfApi, str, set[str], str], None] = lambda api, repo_id, paths, revision: None,
     is_replaced: Callable[[str], bool] = lambda path: False,
 ) -> Upload:
     """Upload all files of `folder` in one commit and check what the Hub then holds, size and checksum of each file.
 
     kind: "model" or "dataset". private: of a repository that is made now. revision: a branch, made if it is not there.
-    check: called with what a repository that was there already holds, to refuse it by a `ValueError`. is_replaced: paths of the
-    repository that go when `folder` has them no longer.
+    check: called with what lies where the upload goes, and the branch that holds it (a new branch starts from main), to refuse it
+    by a `ValueError`. is_replaced: paths there that go when `folder` has them no longer.
     Large files are uploaded first, each under its checksum: one that arrived is not sent again by the next call, and until all
     have arrived the repository stays as it was. Raises `ValueError` in one sentence.
     """
     repo_id = find_account(repo_id, token)
     api = HfApi(token=token)
     with explain_hub_errors(repo_id, "uploading"):
-        paths = _list_existing(api, repo_id, kind, private)
-        if paths is not None and paths - KEPT_BY_THE_HUB:
-            check(api, repo_id, paths)
+        paths, held = _list_existing(api, repo_id, kind, private, revision)
+        if paths - KEPT_BY_THE_HUB:
+            check(api, repo_id, paths, held)
         api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
-        if revision is not None:
+        if held != (revision or MAIN):
             api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-            paths = {
-                each.path for each in api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=kind)
-            }
         folder = Path(folder)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        gone = [path for path in sorted((paths or set()) - set(files)) if is_replaced(path)]
+        gone = [path for path in sorted(paths - set(files)) if is_replaced(path)]
         operations += [CommitOperationDelete(path) for path in gone]
         commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=kind, revision=revision).oid
         _verify_upload(api, repo_id, kind, commit, files)
@@ -117,15 +115,19 @@ def upload_folder(
     return Upload(repo_id, f"{constants.ENDPOINT}/{prefix}{repo_id}", commit)
 
 
-def _list_existing(api, repo_id, kind, private):
-    """The paths of a repository; None where there is none."""
+def _list_existing(api, repo_id, kind, private, revision):
+    """Return (paths, branch): what lies on the branch that an upload goes to, or else on main, from which it will start."""
     try:
         info = api.repo_info(repo_id, repo_type=kind)
     except RepositoryNotFoundError:
-        return None
+        return set(), MAIN
     if private and not info.private:
         raise ValueError(f"{repo_id} is public already; make it private in its settings, or choose another name")
-    return {sibling.rfilename for sibling in info.siblings or ()}
+    branch = MAIN
+    if revision not in (None, MAIN):
+        with contextlib.suppress(RevisionNotFoundError):
+            info, branch = api.repo_info(repo_id, repo_type=kind, revision=revision), revision
+    return {sibling.rfilename for sibling in info.siblings or ()}, branch
 
 
 def _verify_upload(api, repo_id, kind, commit, files):

@@ -80,7 +80,7 @@ def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.std
     return upload.url
 
 
-def refuse_other_content(api, repo_id, paths):
+def refuse_other_content(api, repo_id, paths, revision):
     """Refuse a data set that was not written by this."""
     if not any(path.startswith("data/train-") for path in paths):
         raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from em_data import save_image_grid
-from em_data.hub import HUB_ID, find_account, upload_folder
+from em_data.hub import HUB_ID, MAIN, find_account, upload_folder
 from em_evaluation.environment import describe_environment
 from em_hub.card import VARIANT, make_card, read_evaluation
 from em_hub.generation import hash_weights
@@ -77,7 +77,7 @@ def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.
             revision=config.revision,
             token=config.token,
             message=f"Publish {Path(config.run).resolve().name}",
-            check=lambda api, repo_id, paths: refuse_other_content(api, repo_id, paths, class_name),
+            check=lambda *there: refuse_other_content(*there, class_name),
             is_replaced=lambda path: bool(re.fullmatch(rf"{WEIGHTS_OF_A_PART}|[^/]+\.py", path)),
         )
     if config.license is None:
@@ -114,15 +114,17 @@ def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None
         ) from error
 
 
-def refuse_other_content(api, repo_id: str, paths: set[str], class_name: str) -> None:
-    """Refuse a repository that holds anything else than a pipeline of the same class."""
+def refuse_other_content(api, repo_id: str, paths: set[str], revision: str, class_name: str) -> None:
+    """Refuse a branch of a repository that holds anything else than a pipeline of the same class."""
     held = None
     if "model_index.json" in paths:
-        held = json.loads(Path(api.hf_hub_download(repo_id, "model_index.json")).read_text()).get("_class_name")
+        index = Path(api.hf_hub_download(repo_id, "model_index.json", revision=revision)).read_text()
+        held = json.loads(index).get("_class_name")
         held = held[-1] if isinstance(held, list) else held
     if held != class_name:
         what = f"a {held}" if held else f"something else ({', '.join(sorted(paths)[:3])})"
-        raise ValueError(f"{repo_id} holds {what}, not a {class_name}; choose another name, or empty it first")
+        where = repo_id if revision == MAIN else f"{repo_id}@{revision}"
+        raise ValueError(f"{where} holds {what}, not a {class_name}; choose another name, or empty it first")
 
 
 def build_repository(config: PublishConfig, out: Path) -> None:

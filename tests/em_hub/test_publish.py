@@ -179,6 +179,33 @@ def test_a_run_of_another_kind_or_anothers_name_is_refused(run, tmp_path, hub):
         publish(run, license="My Licence")
 
 
+def test_what_is_checked_is_the_branch_that_is_written_to(run, tmp_path, hub):
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    gan = make_run(tmp_path / "gan", "stylegan")
+    publish(run, num_samples=0)
+    with pytest.raises(ValueError, match="you/em-ldm holds a EMLatentDiffusionPipeline, not a EMStyleGANPipeline"):
+        publish(gan, revision="new", num_samples=0)  # it would start from main
+    assert list(hub.repos["models", "you/em-ldm"].branches) == ["main"]
+
+    api.create_branch("you/em-ldm", branch="gan")
+    api.delete_files(
+        "you/em-ldm", [path for path in hub.files("you/em-ldm") if path != ".gitattributes"], revision="gan"
+    )
+    publish(gan, revision="gan", num_samples=0)
+    publish(gan, revision="gan", num_samples=0)  # main holds an LDM, this branch does not
+    np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm@gan"), 0), draw(make_stylegan(), 0))
+    np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(), 0))
+    with pytest.raises(ValueError, match="you/em-ldm@gan holds a EMStyleGANPipeline, not a EMLatentDiffusionPipeline"):
+        publish(run, revision="gan", num_samples=0)
+
+    api.upload_file(path_or_fileobj=b"x", path_in_repo="unet/old.safetensors", repo_id="you/em-ldm", revision="main")
+    publish(run, revision="v1", num_samples=0)  # a new branch has what main has, less what is replaced
+    assert "unet/old.safetensors" in hub.files("you/em-ldm")
+    assert "unet/old.safetensors" not in hub.files("you/em-ldm", "v1")
+
+
 def test_what_no_longer_belongs_goes_and_what_others_added_stays(run, hub):
     from huggingface_hub import HfApi
 
