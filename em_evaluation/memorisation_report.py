@@ -36,11 +36,15 @@ def conclude_memorisation(section, models) -> list[str]:
             "Train again with whole micrographs held out (--tiles.split micrograph)."
         ]
     sentences = [_say_model(section, name) for name in models]
+    halves = ""
+    if "partial" in section:
+        sentences += [_say_partial(section["partial"], name) for name in models]
+        halves = "Halves are sought in their place, as turned or flipped. "
     held_out = pixels["sets"]["held_out"]
     sentences.append(
         f"By the same rule {held_out['num_copies']:,} of {held_out['num_images']:,} held-out tiles, never trained on, would "
         f"count as copies. What is found: whole images under turns, flips and shifts of up to {section['max_shift_px']} pixels, "
-        "also with noise or blurred; not a single defect copied into a new image."
+        f"also with noise or blurred; not a single defect copied into a new image. {halves}".rstrip()
     )
     return sentences
 
@@ -69,6 +73,16 @@ def _say_model(section, name):
     else:
         then = f"they are as near to the training tiles as unseen micrographs are (nearer in {interval})"
     return f"{start}; {then}."
+
+
+def _say_partial(section, name):
+    row, held_out = section["sets"][name], section["sets"]["held_out"]
+    copies = {key: 100 * value for key, value in row["copies"].items()}
+    return (
+        f"Partial copies: {row['num_copies']:,} of {row['num_images']:,} images of {name} ({copies['value']:.1f} %, "
+        f"{copies['low']:.1f} to {copies['high']:.1f} %) share a half with a training tile, whole copies included; "
+        f"by the same rule, a false alarm, {held_out['num_copies']:,} of {held_out['num_images']:,} held-out tiles do."
+    )
 
 
 def draw_memorisation(section, models) -> str:

@@ -14,6 +14,7 @@ from em_evaluation.memorisation import measure_memorisation
 from em_evaluation.memorisation_report import make_gallery
 from em_evaluation.metrics import METRICS, refuse_unmeasurable
 from em_evaluation.microscopy import measure_microscopy
+from em_evaluation.partial_copies import measure_partial_copies
 from em_evaluation.pictures import choose_pictures
 from em_evaluation.statistics import content_digest
 from em_evaluation.surrogates import fraction_outside, phase_randomised_surrogates
@@ -135,6 +136,9 @@ def evaluate_models(
         report["memorisation"], pairs = measure_memorisation(
             generated, sets["held_out"], train, extractor=extractors[0], seed=seed, log=log, **feature_options
         )
+        partial = measure_partial_copies(generated, sets["held_out"], train, log=log)
+        if partial is not None:
+            report["memorisation"]["partial"] = partial
     report["conclusion"] = conclude(report)
     report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)

@@ -22,8 +22,10 @@ from em_evaluation.nearest import (
     correlate_one_by_one,
     find_nearest,
 )
+from em_evaluation.partial_copies import MARGIN, find_nearest_halves, list_halves, measure_partial_copies, prepare
 
 NAMES = list(ELEMENTS)
+HALVES = [np.s_[:32], np.s_[32:], np.s_[:, :32], np.s_[:, 32:]]
 
 
 class Pooled(Extractor):
@@ -169,6 +171,86 @@ def test_a_leaky_split_is_said_and_nothing_concluded(train):
     section, _ = measure({"honest": cut(8, 2)}, copy(train[:12], 4, deviation=1.0), train)
     assert "cannot be judged" in conclude_memorisation(section, ["honest"])[0]
     assert measure({}, np.zeros((2, 16, 16), np.uint8), np.zeros((3, 16, 16), np.uint8)) == (None, [])
+
+
+def paste_halves(tiles, onto):
+    """Images of which one half is a tile's: top, bottom, left, right in turn."""
+    images = onto.copy()
+    for i, tile in enumerate(tiles):
+        images[i][HALVES[i % 4]] = tile[HALVES[i % 4]]
+    return images
+
+
+def measure_halves(generated, held_out, train):
+    sets = {name: ImageSet(images[:, None]) for name, images in generated.items()}
+    return measure_partial_copies(sets, ImageSet(held_out[:, None]), FakeTiles(train), log=lambda text: None)
+
+
+def test_who_copies_halves_is_caught_where_whole_copies_are_not_found(train, held_out, measured):
+    chosen = np.random.default_rng(1).permutation(len(train))[:20]
+    honest = cut(8, 5)
+    halves = paste_halves(copy(train[chosen], 1), honest)
+    section, _ = measure({"halves": halves, "honest": honest}, held_out, train)
+    assert section["pixels"]["sets"]["halves"]["num_copies"] <= 2
+    section["partial"] = measure_halves({"halves": halves, "honest": honest, "whole": train[:12]}, held_out, train)
+    sets = section["partial"]["sets"]
+    assert sets["halves"]["num_copies"] >= 17
+    assert sets["whole"]["num_copies"] == 12
+    assert sets["honest"]["num_copies"] + sets["held_out"]["num_copies"] <= 1
+    text = " ".join(conclude_memorisation(section, ["halves", "honest"]))
+    assert f"Partial copies: {sets['halves']['num_copies']} of 20 images of halves" in text
+    assert f"false alarm, {sets['held_out']['num_copies']} of 20 held-out tiles do" in text
+    assert "Partial" not in " ".join(conclude_memorisation(measured[0], ["half"]))
+    json.dumps(section, allow_nan=False)
+
+
+def test_tile_symmetry_and_half_of_a_partial_copy_are_told(train):
+    contents, factor = prepare(train)
+    assert factor == 1
+    unrelated = cut(9, 1)[0]
+    for i, name in enumerate(NAMES):
+        image = paste_halves([unrelated] * 4, np.stack([np.roll(train[5], (3, -2), (0, 1))] * 4))[i % 4]
+        nearest = find_nearest_halves(apply_symmetry(image, name)[None], contents, factor)
+        assert nearest.tile[0] == 5
+        assert NAMES[nearest.symmetry[0]] == INVERSE[name]
+        assert nearest.half[0] == [1, 0, 3, 2][i % 4]  # the other one was overwritten
+        assert nearest.distance[0] < 0.35
+
+
+def test_the_search_for_halves_finds_what_trying_everything_finds(train):
+    images, few = paste_halves(copy(train[:4], 5), cut(9, 1)[:4]), train[:8]
+    contents, factor = prepare(few)
+    fast = 1 - find_nearest_halves(images, contents, factor).distance ** 2 / 2
+    for image, found in zip(prepare(images)[0], fast):
+        best = -1.0
+        for name in NAMES:
+            turned = apply_symmetry(image, name)
+            for rows, columns in list_halves(64):
+                height, width = rows.stop - rows.start, columns.stop - columns.start
+                shifts = [
+                    (rows.start + y, columns.start + x)
+                    for y in range(-MARGIN, MARGIN + 1)
+                    for x in range(-MARGIN, MARGIN + 1)
+                ]
+                windows = np.stack([turned[y : y + height, x : x + width].ravel() for y, x in shifts])
+                for content in contents[:, rows, columns].reshape(len(few), -1):
+                    best = max(best, np.corrcoef(content, windows)[0, 1:].max())
+        assert best - 0.02 < found < best + 1e-5
+
+
+def test_halves_of_large_images_are_sought_averaged_and_small_ones_not_at_all(train):
+    large = train[:10].repeat(4, 1).repeat(4, 2)
+    contents, factor = prepare(large)
+    assert factor == 4
+    assert contents.shape == (10, 64, 64)
+    np.testing.assert_allclose(contents, prepare(train[:10])[0], atol=1e-3)
+    nearest = find_nearest_halves(large[:3], contents, factor)
+    assert list(nearest.tile) == [0, 1, 2]
+    assert nearest.distance.max() < 0.01
+    small = np.zeros((3, 40, 40), np.uint8)
+    assert measure_halves({}, small, small) is None
+    with pytest.raises(ValueError, match="squares of one size"):
+        find_nearest_halves(train[:1], contents, factor)
 
 
 def test_probability_and_share_in_closed_form():
