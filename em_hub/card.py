@@ -1,6 +1,7 @@
 """A run and its evaluation -> a model card: front matter that the Hub reads, and a page for people, from the templates in model_cards."""
 
 import json
+import math
 from pathlib import Path
 
 import diffusers
@@ -38,7 +39,7 @@ def make_card(pipeline, *, repo_id, record, evaluation=None, license=None, revis
         pipeline_tag=TASK,
         tags=["electron-microscopy", "synthetic-data", "materials-science", tag],
         model_name=record["name"],
-        eval_results=make_eval_results(record, evaluation) if evaluation else None,
+        eval_results=(make_eval_results(record, evaluation) or None) if evaluation else None,
     )
     values = {
         "title": title,
@@ -154,17 +155,21 @@ def is_about(name: str, text: str) -> bool:
 
 
 def list_metrics(evaluation) -> list[dict]:
-    """Return the metrics that the model and all its floors have: key, label, and which way is better."""
-    rows = [evaluation["model"]["metrics"], *(floor["metrics"] for floor in evaluation["floors"])]
+    """Return the metrics that the model has: key, label, and which way is better; a floor may lack some of them."""
     return [
         {"key": key, "label": metric.label, "better": "higher" if metric.higher_is_better else "lower"}
         for key, metric in METRICS.items()
-        if all(key in row for row in rows)
+        if is_measured(evaluation["model"]["metrics"].get(key))
     ]
 
 
+def is_measured(metric) -> bool:
+    """Say whether a metric of a report has a number: the Hub takes no other."""
+    return bool(metric) and metric["value"] is not None and math.isfinite(metric["value"])
+
+
 def make_eval_results(record, evaluation) -> list[EvalResult]:
-    """Return the evaluation as the Hub shows it beside a model: value, interval and protocol of each metric."""
+    """Return the evaluation as the Hub shows it beside a model: value, interval and protocol of each metric that has a number."""
     protocol, dataset = evaluation["protocol"], evaluation["dataset"]
     return [
         EvalResult(
@@ -176,8 +181,16 @@ def make_eval_results(record, evaluation) -> list[EvalResult]:
             metric_type=key,
             metric_name=f"{METRICS[key].label} ({protocol['extractor'].split(',')[0]})",
             metric_value=metric["value"],
-            metric_args={"low": metric["low"], "high": metric["high"], "intervals": protocol["intervals"]},
+            metric_args=describe_interval(metric, protocol),
         )
         for key, metric in evaluation["model"]["metrics"].items()
-        if key in METRICS
+        if key in METRICS and is_measured(metric)
     ]
+
+
+def describe_interval(metric, protocol) -> dict | None:
+    """Return low, high and kind of a metric's interval; None where it has none."""
+    bounds = {key: metric.get(key) for key in ("low", "high")}
+    if any(bound is None or not math.isfinite(bound) for bound in bounds.values()):
+        return None
+    return bounds | {"intervals": protocol["intervals"]}

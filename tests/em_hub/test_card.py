@@ -134,6 +134,50 @@ def test_the_hub_reads_the_evaluation_off_the_card(tmp_path, hub):
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "floors", "shown"),
+    [
+        ({"precision": 0.625, "recall": 0.375}, ("precision", "recall"), ("precision", "recall")),
+        ({"precision": 0.625, "recall": 0.375}, (), ("precision", "recall")),
+        ({"coverage": 0.5, "cmmd": NAN, "kernel_distance": None}, ("coverage", "cmmd"), ("coverage",)),
+        ({"a_metric_of_tomorrow": 1.5}, (), ()),
+        ({}, ("precision",), ()),
+    ],
+)
+def test_a_card_is_valid_whatever_was_measured(metrics, floors, shown, tmp_path, hub):
+    path = make_report(tmp_path / "report.json")
+    report = json.loads(path.read_text())
+    bounds = {"low": 0.25, "high": None if NAN in metrics.values() else 0.75}
+    report["models"][1]["metrics"] = {key: {"value": value, **bounds} for key, value in metrics.items()}
+    for floor in report["floors"].values():
+        floor["metrics"] = {key: interval(0.875) for key in floors}
+    path.write_text(json.dumps(report))
+    evaluation = read_evaluation(path, "mine")
+    text = make_card(MAKERS["ldm"](), repo_id="you/em", record=RECORD, evaluation=evaluation, num_samples=1)
+    card = ModelCard(text)
+    card.validate()
+    results = {result.metric_type: result for result in card.data.eval_results or ()}
+    assert set(results) == set(shown)
+    for key in shown:
+        assert results[key].metric_value == metrics[key]
+        assert (results[key].metric_args or {}).get("high") == bounds["high"]
+    assert ("model-index" in card.data.to_dict()) == bool(shown)
+    assert "nan" not in text.lower().split()
+    page = card.text
+    assert (f"{metrics[shown[0]]:.4f} [0.2500" if shown else "None of its metrics is a number.") in page
+    columns = {
+        line.count("|") for line in page.splitlines() if line.startswith(("| **this", "| Real", "| real", "|---|-"))
+    }
+    assert ("| 0.8750 [−0.1250" in page) == bool(set(shown) & set(floors))
+    if shown:
+        assert columns >= {len(shown) + 2}
+        assert ("| – |" in page) == (not floors)
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
 def test_a_report_of_other_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not judge this model \(StyleGAN, StyleGAN2 had other weights\)"):
         read_evaluation(make_report(tmp_path / "report.json"), "unknown")
