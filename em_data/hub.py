@@ -89,7 +89,8 @@ def upload_folder(
 ) -> Upload:
     """Upload all files of `folder` in one commit and check what the Hub then holds, size and checksum of each file.
 
-    kind: "model", "dataset" or "space" (of Gradio's). private: of a repository that is made now. revision: a branch, made if it is not there.
+    kind: "model", "dataset" or "space" (of Gradio's). private: of a repository that is made now. revision: a branch, made if it
+    is not there.
     check: called with what lies where the upload goes, and the branch that holds it (a new branch starts from main), to refuse it
     by a `ValueError`. is_replaced: paths there that go when `folder` has them no longer.
     Large files are uploaded first, each under its checksum: one that arrived is not sent again by the next call, and until all

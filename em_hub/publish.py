@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from em_data import save_image_grid
 from em_data.hub import HUB_ID, MAIN, find_account, upload_folder
@@ -153,7 +154,12 @@ def build_repository(config: PublishConfig, out: Path) -> None:
         revision=config.revision,
         num_samples=config.num_samples,
     )
-    save_weights(pipeline, out)
+    try:
+        save_weights(pipeline, out)
+    except SafetensorError as error:  # of the disk: it is no OSError
+        raise ValueError(
+            f"the weights cannot be written to {out} ({error}); make room, or set TMPDIR to another disk"
+        ) from error
     write_text_atomically(out / "README.md", card)
     write_text_atomically(out / "run.json", json.dumps(record, indent=2) + "\n")
     if evaluation is not None:

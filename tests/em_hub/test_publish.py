@@ -1,5 +1,6 @@
 """Publishing: what a repository holds, what it refuses, and what faults on the way leave behind."""
 
+import errno
 import json
 import os
 import resource
@@ -309,6 +310,69 @@ def test_a_disk_that_is_full_at_the_download(run, hub):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(raised.value)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+    np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(), 0))
+
+
+def test_a_full_disk_while_the_repository_is_written(run, hub):
+    """What the publisher's own disk cannot hold is never uploaded, and the next call succeeds."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"the weights cannot be written to .*too large.*make room") as raised:
+            publish(run, num_samples=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(raised.value)
+    assert not hub.repos
+    publish(run, num_samples=0)
+    np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(), 0))
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_no_space_left_is_said_and_leaves_no_half_of_a_file(run, hub, monkeypatch, error):
+    """As the system says it in the middle of a download."""
+    from huggingface_hub import file_download
+
+    publish(run, num_samples=0)
+    whole = file_download.http_get
+
+    def fill(url, temp_file, *arguments, **options):
+        if "lfs-storage" in url:
+            temp_file.write(b"half")
+            raise OSError(error, os.strerror(error), temp_file.name)
+        return whole(url, temp_file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", fill)
+        with pytest.raises(
+            ValueError, match=r"downloading you/em-ldm: the (disk is full|quota is used up) .* set HF_HOME"
+        ):
+            load_pipeline("you/em-ldm")
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
+    np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(), 0))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "message"),
+    [
+        ("GET", "/api/models/", {"status": 500}, r"the Hub has a fault of its own \(500\)"),
+        (
+            "HEAD",
+            "/resolve/",
+            {"status": 429, "headers": {"Retry-After": "7"}},
+            r"the Hub asks to wait 7 seconds \(429",
+        ),
+        ("GET", "/lfs-storage/", {"status": 503}, r"a fault of its own \(503\)"),
+        ("GET", "/lfs-storage/", {"cut_after": 2000}, "what arrived is kept"),
+    ],
+)
+def test_a_busy_hub_at_the_download(run, hub, method, path, options, message):
+    publish(run, num_samples=0)
+    hub.fail(method, path, times=1000, **options)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_pipeline("you/em-ldm")
+    assert "\n" not in str(raised.value)
+    hub.faults.clear()
     np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(), 0))
 
 
