@@ -1,11 +1,11 @@
 """What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
 
-    python experiments/ada/run.py [--preset demo] [--num-micrographs 2] [--num-images 12000] [--data FOLDER]
+    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 7] [--num-images 8000] [--data FOLDER]
 
-Two trainings that differ in `training.augmentation.mode` alone, on the tiles of few micrographs; every `--evaluate-every` images the
-averaged generator's distance to held-out tiles. Writes results/ada.json (both curves) and results/ada.png, and goes on where it was
-stopped. Without augmentation the distance falls and then rises again, once the discriminator knows the few images by heart (Karras et al.
-2020, ADA, figure 1); whether it does within a training so short, the curve says.
+Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
+`--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. Writes results/ada.json (both
+curves) and results/ada.png, and goes on where it was stopped. Without augmentation the distance falls and then rises again, once the
+discriminator knows the few images by heart (Karras et al. 2020, ADA, figure 1); whether it does within a training so short, the curve says.
 """
 
 import argparse
@@ -23,7 +23,9 @@ MODES = ("none", "adaptive")
 
 def make_config(mode, arguments):
     config = PRESETS[arguments.preset]()
-    tiles = {"num_micrographs": arguments.num_micrographs, "held_out_fraction": 0.5}
+    num_micrographs = arguments.num_train + arguments.num_held_out
+    tiles = {"num_micrographs": num_micrographs, "held_out_fraction": arguments.num_held_out / num_micrographs}
+    tiles |= {"symmetries": "none"}  # few images: six views of each would be six times as many
     tiles |= {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
     # p may reach 1 within a tenth of the training: the paper's 500 kimg are of 25,000
     augmentation = replace(config.training.augmentation, mode=mode, images_to_one=max(1, arguments.num_images / 10))
@@ -37,7 +39,17 @@ def make_config(mode, arguments):
         out=str(Path(arguments.runs) / mode),
         save_untrained=False,
         tiles=replace(config.tiles, **tiles),
+        generator=limit_channels(config.generator, arguments.max_channels),
+        discriminator=limit_channels(config.discriminator, arguments.max_channels),
         training=training,
+    )
+
+
+def limit_channels(network, max_channels):
+    """A network's configuration with at most so many feature maps, and as many at each resolution in proportion."""
+    share = min(1, max_channels / network.max_channels)
+    return replace(
+        network, channel_base=round(network.channel_base * share), max_channels=round(network.max_channels * share)
     )
 
 
@@ -95,10 +107,12 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     parser.add_argument("--data", default="synthetic")
-    parser.add_argument("--num-micrographs", type=int, default=2, help="half of them, at least one, are held out")
-    parser.add_argument("--num-images", type=int, default=12_000)
+    parser.add_argument("--num-train", type=int, default=1, help="micrographs to train on")
+    parser.add_argument("--num-held-out", type=int, default=7, help="other micrographs, which the distance is to")
+    parser.add_argument("--max-channels", type=int, default=32, help="feature maps at most")
+    parser.add_argument("--num-images", type=int, default=8_000)
     parser.add_argument("--evaluate-every", type=int, default=1_000)
-    parser.add_argument("--num-evaluation-images", type=int, default=500)
+    parser.add_argument("--num-evaluation-images", type=int, default=300)
     parser.add_argument("--runs", default="runs/ada")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--cache-dir", help="of the tiles")

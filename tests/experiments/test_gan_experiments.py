@@ -60,7 +60,7 @@ def test_an_experiment_is_one_file_and_goes_on(gan, tmp_path, monkeypatch, capsy
 def test_augmentation_is_the_only_difference_and_both_curves_are_kept(tmp_path):
     ada = load_script(ROOT / "ada" / "run.py")
     arguments = ada.parse_arguments(
-        ["--preset", "test", "--num-images", "32", "--evaluate-every", "16", "--num-evaluation-images", "8",
+        ["--preset", "test", "--num-held-out", "1", "--num-images", "32", "--evaluate-every", "16", "--num-evaluation-images", "8",
          "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
     )  # fmt: skip
     result = ada.run_experiment(arguments)

@@ -1,0 +1,236 @@
+"""What the recipes of this folder share: their scales, the measurement, result files that go on, tables and pictures.
+
+A result file results/EXPERIMENT_SCALE.json holds what must be equal to go on (`facts`), and a list of points: {"settings", "study",
+"ours", "low", "high", "difference", "comparable", ...}. `ours` is a Frechet distance with the 95 % interval [low, high], `study` the
+study's FID (None where it reports none), `difference` ours - study. EXPERIMENT_SCALE.md holds the same as a table with what it allows
+to say. Both are written after every point.
+"""
+
+import argparse
+import io
+import json
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from em_data import load_data
+from em_data.cache import write_atomically
+from em_evaluation import compute_features, frechet_distance_interval, get_extractor
+from em_evaluation.environment import describe_environment
+from em_evaluation.images import count_images, read_images
+from em_training import write_text_atomically
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the study a scale trains and measures; presets decide the rest."""
+
+    gan_preset: str
+    ldm_preset: str
+    resolution: int
+    images_per_kimg: float  # images of a GAN's training for each thousand of the study's
+    channel_share: float  # of the study's feature maps
+    slow_images_per_kimg: float  # the same two for the experiment that has StyleGAN3's points, which take far longer
+    slow_channel_share: float
+    num_images: int  # compared with as many held-out tiles
+    num_reconstructions: int  # tiles of Table 1
+    autoencoder_images: int | None  # of an autoencoder's training; None for the preset's
+    denoiser_images: int | None  # of a denoiser's
+
+
+SCALES = {
+    "study": Scale("paper", "paper", 256, 1000, 1, 1000, 1, 50_000, 1000, None, None),
+    "small": Scale("demo", "demo", 64, 6, 1 / 16, 1, 1 / 64, 500, 1000, 3_200, 9_600),
+    "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16),  # two steps each: that everything runs
+}
+NOT_COMPARABLE = (
+    "The study's numbers are of other images (256 px, Inception features): ours tell our points from each other only."
+)
+
+
+def create_parser(description, default_scale="small"):
+    """The flags of every recipe."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default=default_scale)
+    parser.add_argument(
+        "--data", default="synthetic", help='"synthetic", a folder of micrographs, or "damaged-alloys:FOLDER"'
+    )
+    parser.add_argument("--extractor", default="efficientnet-lite0", choices=("efficientnet-lite0", "inception"))
+    parser.add_argument("--runs", default="runs/2024_gan_vs_ldm", help="folder of the trainings")
+    parser.add_argument("--results", default=str(Path(__file__).parent / "results"))
+    parser.add_argument("--cache-dir", help="of the tiles")
+    return parser
+
+
+def choose_tiles(tiles, arguments) -> dict:
+    """Fields of `DataConfig` that a scale and the command line decide."""
+    cache = {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
+    return {**vars(tiles), "resolution": SCALES[arguments.scale].resolution, **cache}
+
+
+def name_data(data: str) -> str:
+    """What the micrographs are called in a result file, without a path of the machine."""
+    return data.partition(":")[0] if ":" in data else Path(data).name
+
+
+class Reference:
+    """Held-out tiles that images are compared with; their features are computed once."""
+
+    def __init__(self, arguments, tiles, device="cpu"):
+        held_out = load_data(arguments.data, tiles, log=lambda text: None).held_out
+        num_images = min(SCALES[arguments.scale].num_images, count_images(held_out))
+        self.images = read_images(held_out, num_images)
+        self.extractor = get_extractor(arguments.extractor, resolution=tiles.resolution, device=device)
+        self.features = compute_features(self.images, self.extractor, cache_dir=tiles.cache_dir)
+
+    def measure(self, images) -> dict:
+        """Frechet distance of images (as many as the reference has) with its interval: {"ours", "low", "high", "num_images_compared"}."""
+        features = compute_features(images, self.extractor, use_cache=False)
+        interval = frechet_distance_interval(features, self.features, groups_b=self.images.groups)
+        distance = {"ours": interval.value, "low": interval.low, "high": interval.high}
+        return distance | {"num_images_compared": len(images)}
+
+
+class Results:
+    """The result file of an experiment, which goes on where it was stopped.
+
+    title: first line of the table. columns: {key of a point: (heading, format)} for the table, after study, ours and difference.
+    Raises `ValueError` when the file is of another experiment, of other data or of another extractor.
+    """
+
+    def __init__(self, arguments, experiment, title, columns=None):
+        self.path = Path(arguments.results) / f"{experiment}_{arguments.scale}.json"
+        self.title, self.columns = title, columns or {}
+        self.facts = {
+            "experiment": experiment,
+            "scale": arguments.scale,
+            "data": name_data(arguments.data),
+            "extractor": arguments.extractor,
+        }
+        self.points, self.notes = read_points(self.path, self.facts), []
+
+    def find(self, settings):
+        """The point of these settings, or None."""
+        return next((point for point in self.points if point["settings"] == settings), None)
+
+    def add(self, settings, study, measured: dict) -> dict:
+        """Keep a point: what was `measured`, with "ours" among it, beside the study's number."""
+        difference = None if study is None or measured["ours"] is None else measured["ours"] - study
+        point = {"settings": settings, "study": study, "difference": difference, "comparable": False, **measured}
+        self.points.append(point)
+        self.write()
+        return point
+
+    def write(self):
+        """Write the file and its table."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {**self.facts, "points": self.points, "notes": self.conclude(), "environment": describe_environment()}
+        write_text_atomically(self.path, json.dumps(content, indent=1) + "\n")
+        write_text_atomically(self.path.with_suffix(".md"), self.format_table())
+
+    def conclude(self) -> list[str]:
+        """What the points allow to say: the best, those that cannot be told apart from it, and the order beside the study's."""
+        points = [point for point in self.points if point["ours"] is not None]
+        if not points:
+            return self.notes
+        names = name_points(points)
+        best = min(range(len(points)), key=lambda i: points[i]["ours"])
+        near = [names[i] for i in range(len(points)) if i != best and points[i]["low"] <= points[best]["high"]]
+        sentence = f"Least distance: {names[best]}, {say_interval(points[best])}"
+        sentence += (
+            f"; intervals that overlap with its own: {'; '.join(near)}." if near else "; no other's interval overlaps."
+        )
+        return [sentence, *compare_order(points), *self.notes]
+
+    def format_table(self) -> str:
+        """The points as Markdown."""
+        headings = [
+            "point",
+            "study",
+            "ours [95 % interval]",
+            "difference",
+            *(name for name, _ in self.columns.values()),
+        ]
+        facts = f"{self.facts['data']}, {self.facts['extractor']} features, scale {self.facts['scale']}."
+        lines = [f"# {self.title}", "", facts, "", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+        for name, point in zip(name_points(self.points), self.points):
+            cells = [name, say(point["study"]), say_interval(point), say(point["difference"], "+,.2f")]
+            cells += [say(point.get(key), style) for key, (_, style) in self.columns.items()]
+            lines.append(f"| {' | '.join(cells)} |")
+        notes = [*self.conclude(), NOT_COMPARABLE]
+        return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def read_points(path, facts) -> list:
+    """The points that a result file holds already; ValueError when it is of another experiment."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    other = [name for name, value in facts.items() if found.get(name) != value]
+    if other:
+        raise ValueError(f"{path} was made with another {', '.join(other)}: give another --results")
+    return found["points"]
+
+
+def compare_order(points) -> list[str]:
+    """Say of how many pairs that the study ranks, our distances give the same order, and of how many with intervals apart."""
+    pairs = [(a, b) for a, b in combinations(points, 2) if None not in (a["study"], b["study"])]
+    if not pairs:
+        return []
+    alike = sum((a["study"] - b["study"]) * (a["ours"] - b["ours"]) > 0 for a, b in pairs)
+    apart = sum(a["high"] < b["low"] or b["high"] < a["low"] for a, b in pairs)
+    return [
+        f"Of the {len(pairs)} pairs that the study ranks, ours are in the same order in {alike}; in {apart} our intervals lie apart."
+    ]
+
+
+def name_points(points) -> list[str]:
+    """Each point's name, or those of its settings in which the points differ."""
+    settings = [point["settings"] for point in points]
+    if all("name" in each for each in settings):
+        return [each["name"] for each in settings]
+    differ = [key for key in settings[0] if any(each[key] != settings[0][key] for each in settings)] or settings[0]
+    return [", ".join(f"{key} {each[key]}" for key in differ) for each in settings]
+
+
+def say(value, style=",.2f") -> str:
+    return "-" if value is None else str(value) if isinstance(value, str) else format(value, style)
+
+
+def say_interval(point) -> str:
+    return "-" if point["ours"] is None else f"{point['ours']:.2f} [{point['low']:.2f}, {point['high']:.2f}]"
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG, in place whole."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def create_figure(**options):
+    """A matplotlib figure that no window shows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_points(points, labels, path):
+    """Draw our distances with their intervals on the left and the study's on the right, each with a scale of its own."""
+    figure = create_figure(figsize=(max(8, 1 + 1.1 * len(points)), 3.8))
+    left, right = figure.subplots(1, 2)
+    x = np.arange(len(points))
+    ours = np.array([[point[key] for point in points] for key in ("ours", "low", "high")])
+    left.errorbar(x, ours[0], [ours[0] - ours[1], ours[2] - ours[0]], marker="o", linestyle="", capsize=3)
+    known = [i for i, point in enumerate(points) if point["study"] is not None]
+    right.plot(known, [points[i]["study"] for i in known], marker="s", linestyle="", color="tab:orange")
+    for axes, title in ((left, "ours, with 95 % intervals"), (right, "the study's FID (other images and network)")):
+        axes.set_xticks(x, labels, rotation=30 if len(points) > 4 else 0, fontsize=8)
+        axes.set(title=title, ylabel="Frechet distance", ylim=(0, None), xlim=(-0.5, len(points) - 0.5))
+        axes.grid(axis="y", alpha=0.3)
+    save_figure(figure, path)
