@@ -38,12 +38,13 @@ class Scale:
     num_reconstructions: int  # tiles of Table 1
     autoencoder_images: int | None  # of an autoencoder's training; None for the preset's
     denoiser_images: int | None  # of a denoiser's
+    num_curve_images: int  # compared while a denoiser trains
 
 
 SCALES = {
-    "study": Scale("paper", "paper", 256, 1000, 1, 1000, 1, 50_000, 1000, None, None),
-    "small": Scale("demo", "demo", 64, 6, 1 / 16, 1, 1 / 64, 500, 1000, 3_200, 9_600),
-    "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16),  # two steps each: that everything runs
+    "study": Scale("paper", "paper", 256, 1000, 1, 1000, 1, 50_000, 1000, None, None, 2000),
+    "small": Scale("demo", "demo", 64, 3, 1 / 16, 0.4, 1 / 64, 300, 300, 1_600, 3_200, 100),
+    "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16, 8),  # two steps each: that everything runs
 }
 NOT_COMPARABLE = (
     "The study's numbers are of other images (256 px, Inception features): ours tell our points from each other only."

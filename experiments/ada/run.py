@@ -1,11 +1,14 @@
 """What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
 
-    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 7] [--num-images 8000] [--data FOLDER]
+    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 31] [--num-images 6000] [--data FOLDER]
 
 Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
-`--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. Writes results/ada.json (both
-curves) and results/ada.png, and goes on where it was stopped. Without augmentation the distance falls and then rises again, once the
-discriminator knows the few images by heart (Karras et al. 2020, ADA, figure 1); whether it does within a training so short, the curve says.
+`--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. By default the embedded
+micrographs have 256 pixels a side, which makes 16 tiles to train on, and R1 hardly weighs: the discriminator can know them soon.
+
+Writes results/ada.json (both curves) and results/ada.png, and goes on where it was stopped. Without augmentation the distance falls and
+then rises again, once the discriminator knows the few images by heart (Karras et al. 2020, ADA, figure 1); whether it does within a
+training so short, the curve says.
 """
 
 import argparse
@@ -25,12 +28,13 @@ def make_config(mode, arguments):
     config = PRESETS[arguments.preset]()
     num_micrographs = arguments.num_train + arguments.num_held_out
     tiles = {"num_micrographs": num_micrographs, "held_out_fraction": arguments.num_held_out / num_micrographs}
+    tiles |= {"micrograph_size": arguments.micrograph_px}
     tiles |= {"symmetries": "none"}  # few images: six views of each would be six times as many
     tiles |= {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
     # p may reach 1 within a tenth of the training: the paper's 500 kimg are of 25,000
     augmentation = replace(config.training.augmentation, mode=mode, images_to_one=max(1, arguments.num_images / 10))
     training = replace(
-        config.training, num_images=arguments.num_images, augmentation=augmentation,
+        config.training, num_images=arguments.num_images, augmentation=augmentation, r1_gamma=arguments.r1_gamma,
         evaluate_every=arguments.evaluate_every, log_every=arguments.evaluate_every, num_evaluation_images=arguments.num_evaluation_images,
     )  # fmt: skip
     return replace(
@@ -108,9 +112,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--num-train", type=int, default=1, help="micrographs to train on")
-    parser.add_argument("--num-held-out", type=int, default=7, help="other micrographs, which the distance is to")
+    parser.add_argument("--num-held-out", type=int, default=31, help="other micrographs, which the distance is to")
+    parser.add_argument("--micrograph-px", type=int, default=256, help="side of the embedded micrographs")
+    parser.add_argument("--r1-gamma", type=float, default=0.001)
     parser.add_argument("--max-channels", type=int, default=32, help="feature maps at most")
-    parser.add_argument("--num-images", type=int, default=8_000)
+    parser.add_argument("--num-images", type=int, default=6_000)
     parser.add_argument("--evaluate-every", type=int, default=1_000)
     parser.add_argument("--num-evaluation-images", type=int, default=300)
     parser.add_argument("--runs", default="runs/ada")

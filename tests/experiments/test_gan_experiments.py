@@ -1,25 +1,14 @@
 """The recipes of the study's GAN experiments and of augmentation, at their smallest."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2] / "experiments"
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
-def gan():
-    return load_script(ROOT / "2024_gan_vs_ldm" / "gan.py")
+def gan(load_recipe):
+    return load_recipe("2024_gan_vs_ldm/gan.py")
 
 
 def test_the_studys_numbers_and_its_best_training(gan):
@@ -36,11 +25,9 @@ def test_the_studys_numbers_and_its_best_training(gan):
     assert turning.training.blur_initial_sigma_px == 10
 
 
-def test_an_experiment_is_one_file_and_goes_on(gan, tmp_path, monkeypatch, capsys):
+def test_an_experiment_is_one_file_and_goes_on(gan, arguments, monkeypatch, capsys):
     monkeypatch.setitem(gan.EXPERIMENTS, "kimg", gan.EXPERIMENTS["kimg"][:2])
-    arguments = gan.parse_arguments(
-        ["kimg", "--scale", "test", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
-    )  # fmt: skip
+    arguments = gan.parse_arguments(["kimg", "--scale", "test", *arguments])
     path = gan.run_experiment(arguments)
     result = json.loads(path.read_text())
     first, second = result["points"]
@@ -48,7 +35,9 @@ def test_an_experiment_is_one_file_and_goes_on(gan, tmp_path, monkeypatch, capsy
     assert first["difference"] == pytest.approx(first["ours"] - 141.41)
     assert not first["comparable"]
     assert first["num_images_seen"] == 16
-    assert "compare our points with each other only" in capsys.readouterr().out
+    assert "ours tell our points from each other only" in capsys.readouterr().out
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.width > picture.height
     before = path.read_text()
     monkeypatch.setattr(gan, "train_gan", None)  # nothing is trained twice
     assert gan.run_experiment(arguments).read_text() == before
@@ -57,10 +46,34 @@ def test_an_experiment_is_one_file_and_goes_on(gan, tmp_path, monkeypatch, capsy
         gan.run_experiment(arguments)
 
 
-def test_augmentation_is_the_only_difference_and_both_curves_are_kept(tmp_path):
-    ada = load_script(ROOT / "ada" / "run.py")
+def test_a_point_that_another_experiment_has_trained_is_taken_from_there(gan, arguments, monkeypatch):
+    last = gan.EXPERIMENTS["max_feature_maps"][-1]
+    monkeypatch.setitem(gan.EXPERIMENTS, "max_feature_maps", (last,))
+    monkeypatch.setitem(gan.EXPERIMENTS, "kimg", gan.EXPERIMENTS["kimg"][3:4])
+    by_kimg = json.loads(gan.run_experiment(gan.parse_arguments(["kimg", "--scale", "test", *arguments])).read_text())
+    monkeypatch.setattr(gan, "train_gan", None)
+    path = gan.run_experiment(gan.parse_arguments(["max_feature_maps", "--scale", "test", *arguments]))
+    (point,) = json.loads(path.read_text())["points"]
+    assert point == {**by_kimg["points"][0], "from": "kimg"}
+    elsewhere = gan.find_elsewhere(
+        point["settings"], 17, gan.parse_arguments(["max_feature_maps", "--scale", "test", *arguments])
+    )
+    assert elsewhere is None  # of another length
+
+
+def test_a_slow_experiment_trains_all_its_points_alike(gan):
+    arguments = gan.parse_arguments(["mapping_depth", "--scale", "small"])
+    configs = [gan.make_config(point, arguments) for point in gan.EXPERIMENTS["mapping_depth"]]
+    assert len({(config.training.num_images, config.training.batch_size) for config in configs}) == 1
+    channels = {config.generator.architecture: config.generator.max_channels for config in configs}
+    assert channels["stylegan3-r"] == 2 * channels["stylegan3-t"] == 2 * channels["stylegan2"]
+    assert len({config.out for config in configs}) == 9
+
+
+def test_augmentation_is_the_only_difference_and_both_curves_are_kept(load_recipe, tmp_path):
+    ada = load_recipe("ada/run.py")
     arguments = ada.parse_arguments(
-        ["--preset", "test", "--num-held-out", "1", "--num-images", "32", "--evaluate-every", "16", "--num-evaluation-images", "8",
+        ["--preset", "test", "--num-images", "32", "--evaluate-every", "16", "--num-evaluation-images", "8", "--num-held-out", "3",
          "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
     )  # fmt: skip
     result = ada.run_experiment(arguments)
@@ -68,6 +81,9 @@ def test_augmentation_is_the_only_difference_and_both_curves_are_kept(tmp_path):
     assert [[point[0] for point in result["curves"][mode]] for mode in ada.MODES] == [[16, 32]] * 2
     assert all(point[2] == 0 for point in result["curves"]["none"])
     assert result["best"]["none"] == min(point[1] for point in result["curves"]["none"])
-    assert result["num_micrographs"] == 2
+    assert (result["num_micrographs"], result["num_training_tiles"]) == (4, 4)
+    without, adaptive = (ada.make_config(mode, arguments) for mode in ada.MODES)
+    assert without.training.augmentation.mode == "none"
+    assert without.discriminator == adaptive.discriminator
     with Image.open(tmp_path / "ada.png") as picture:
         assert picture.size == (720, 480)
