@@ -14,7 +14,7 @@ U-Net, and N levels are the first N of the multipliers 1, 2, 2, 4, 4, with atten
 preset's at every batch size. All points stand on one autoencoder, used as it is: that of `--autoencoder`, or the f8 of autoencoders.py.
 The distance is of the last averaged weights, by the sampler that runs are saved with; distances of the curves are of fewer images.
 
-`--scale study` trains with the preset `paper`: hours each on a GPU. `--scale small`: the preset `demo` with 3,200 images, on a CPU.
+`--scale study` trains with the preset `paper`: hours each on a GPU. `--scale small`: the preset `demo` with 2,400 images, on a CPU.
 """
 
 import json

@@ -43,7 +43,7 @@ class Scale:
 
 SCALES = {
     "study": Scale("paper", "paper", 256, 1000, 1, 1000, 1, 50_000, 1000, None, None, 2000),
-    "small": Scale("demo", "demo", 64, 3, 1 / 16, 0.4, 1 / 64, 300, 300, 1_600, 3_200, 100),
+    "small": Scale("demo", "demo", 64, 3, 1 / 16, 0.3, 1 / 64, 300, 300, 800, 2_400, 100),
     "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16, 8),  # two steps each: that everything runs
 }
 NOT_COMPARABLE = (
@@ -138,7 +138,11 @@ class Results:
             return self.notes
         names = name_points(points)
         best = min(range(len(points)), key=lambda i: points[i]["ours"])
-        near = [names[i] for i in range(len(points)) if i != best and points[i]["low"] <= points[best]["high"]]
+        near = [
+            name
+            for name, point in zip(names, points)
+            if not are_apart(point, points[best]) and point is not points[best]
+        ]
         sentence = f"Least distance: {names[best]}, {say_interval(points[best])}"
         sentence += (
             f"; intervals that overlap with its own: {'; '.join(near)}." if near else "; no other's interval overlaps."
@@ -176,15 +180,27 @@ def read_points(path, facts) -> list:
 
 
 def compare_order(points) -> list[str]:
-    """Say of how many pairs that the study ranks, our distances give the same order, and of how many with intervals apart."""
-    pairs = [(a, b) for a, b in combinations(points, 2) if None not in (a["study"], b["study"])]
-    if not pairs:
-        return []
-    alike = sum((a["study"] - b["study"]) * (a["ours"] - b["ours"]) > 0 for a, b in pairs)
-    apart = sum(a["high"] < b["low"] or b["high"] < a["low"] for a, b in pairs)
-    return [
-        f"Of the {len(pairs)} pairs that the study ranks, ours are in the same order in {alike}; in {apart} our intervals lie apart."
-    ]
+    """Say how many pairs of points our intervals hold apart, and of how many that the study ranks ours give the same order."""
+    pairs = list(combinations(points, 2))
+    apart = sum(are_apart(a, b) for a, b in pairs)
+    sentences = [f"Our intervals hold {apart} of the {len(pairs)} pairs of points apart."] if pairs else []
+    if apart < len(pairs) / 2:
+        sentences.append(
+            "So these trainings are too short, or their images too few, for an order that could be relied on."
+        )
+    ranked = [(a, b) for a, b in pairs if None not in (a["study"], b["study"])]
+    alike = [pair for pair in ranked if (pair[0]["study"] - pair[1]["study"]) * (pair[0]["ours"] - pair[1]["ours"]) > 0]
+    if ranked:
+        sentences.append(
+            f"Of the {len(ranked)} pairs that the study ranks, ours are in the same order in {len(alike)}, "
+            f"of which our intervals hold {sum(are_apart(*pair) for pair in alike)} apart."
+        )
+    return sentences
+
+
+def are_apart(a, b) -> bool:
+    """Whether the intervals of two points do not overlap."""
+    return a["high"] < b["low"] or b["high"] < a["low"]
 
 
 def name_points(points) -> list[str]:

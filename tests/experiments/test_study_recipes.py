@@ -22,10 +22,11 @@ def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments):
     results = recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
     for name, study, ours in (("a", 10.0, 5.0), ("b", 20.0, 6.0), ("c", 30.0, 4.5), ("d", None, 50.0)):
         results.add({"name": name}, study, {key: make_point(name, study, ours)[key] for key in ("ours", "low", "high")})
-    best, order = results.conclude()
+    best, apart, order = results.conclude()
     assert best == "Least distance: c, 4.50 [3.50, 5.50]; intervals that overlap with its own: a; b."
-    assert (
-        order == "Of the 3 pairs that the study ranks, ours are in the same order in 1; in 0 our intervals lie apart."
+    assert apart == "Our intervals hold 3 of the 6 pairs of points apart."
+    assert order.startswith(
+        "Of the 3 pairs that the study ranks, ours are in the same order in 1, of which our intervals hold 0 apart"
     )
     table = results.path.with_suffix(".md").read_text()
     assert "| a | 10.00 | 5.00 [4.00, 6.00] | -5.00 |" in table
