@@ -246,7 +246,7 @@ def draw_points(points, labels, path):
     left.errorbar(x, ours[0], [ours[0] - ours[1], ours[2] - ours[0]], marker="o", linestyle="", capsize=3)
     known = [i for i, point in enumerate(points) if point["study"] is not None]
     right.plot(known, [points[i]["study"] for i in known], marker="s", linestyle="", color="tab:orange")
-    for axes, title in ((left, "ours, with 95 % intervals"), (right, "the study's FID (other images and network)")):
+    for axes, title in ((left, "ours, with 95 % intervals"), (right, "the study's FID, of other images")):
         axes.set_xticks(x, labels, rotation=30 if len(points) > 4 else 0, fontsize=8)
         axes.set(title=title, ylabel="Frechet distance", ylim=(0, None), xlim=(-0.5, len(points) - 0.5))
         axes.grid(axis="y", alpha=0.3)

@@ -133,3 +133,21 @@ def test_table_3_and_figure_7(load_recipe, arguments, monkeypatch):
     with Image.open(path.with_suffix(".png")) as picture:
         pixels = np.asarray(picture.convert("L"))
     assert pixels.std() > 10
+
+
+def test_the_damaged_alloys_set_takes_the_same_road(load_recipe, arguments, monkeypatch, tmp_path):
+    labels = tmp_path / "set" / "labels"
+    labels.mkdir(parents=True)
+    for seed, name in enumerate(("a 300kx", "b 70kx", "c 100kx")):
+        levels = np.random.default_rng(seed).integers(60, 200, (256, 256), dtype=np.uint8)
+        path = tmp_path / "set" / "positive" / f"{name}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(levels).save(path)
+        (labels / f"{name}.txt").write_text("1 1 10 20\n")
+    gan = load_recipe("2024_gan_vs_ldm/gan.py")
+    monkeypatch.setitem(gan.EXPERIMENTS, "kimg", gan.EXPERIMENTS["kimg"][:1])
+    flags = ["kimg", "--scale", "test", *arguments, "--data", f"damaged-alloys:{tmp_path / 'set'}"]
+    result = json.loads(gan.run_experiment(gan.parse_arguments(flags)).read_text())
+    assert result["data"] == "damaged-alloys"
+    assert result["points"][0]["num_images_seen"] == 16
+    assert str(tmp_path) not in json.dumps(result)
