@@ -180,8 +180,6 @@ def draw_curves(points, path):
             axes.plot(*zip(*point["curves"][name]), marker="o", markersize=3, label=label)
         axes.set(title=title, xlabel="images seen")
         axes.grid(alpha=0.3)
-        if name != "held_out_frechet_distance":
-            axes.set_yscale("log")
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
