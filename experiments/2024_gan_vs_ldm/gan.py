@@ -10,7 +10,7 @@ another experiment of the same scale has trained alike is taken from there.
 
 `--scale study` is the study's: 256 x 256, up to 1200 kimg and 1024 feature maps, 50,000 images compared; each point takes hours on a GPU.
 `--scale small` trains the same comparisons at 64 x 64 on the embedded micrographs with 3 images a kimg and a 16th of the maps, on a CPU;
-mapping_depth, whose StyleGAN3 takes ten times as long, with 1 image a kimg and a 64th of the maps. Its distances are of other images by
+mapping_depth, whose StyleGAN3 takes ten times as long, with 0.3 images a kimg and a 64th of the maps. Its distances are of other images by
 another network than the study's: they tell our points from each other, and the difference to the study means nothing (`comparable` says
 so). Ours are to held-out micrographs; the study's FID was to images that it had trained on.
 

@@ -43,7 +43,7 @@ class Scale:
 
 SCALES = {
     "study": Scale("paper", "paper", 256, 1000, 1, 1000, 1, 50_000, 1000, None, None, 2000),
-    "small": Scale("demo", "demo", 64, 3, 1 / 16, 1, 1 / 64, 300, 300, 800, 2_400, 100),
+    "small": Scale("demo", "demo", 64, 3, 1 / 16, 0.3, 1 / 64, 300, 300, 800, 2_400, 100),
     "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16, 8),  # two steps each: that everything runs
 }
 NOT_COMPARABLE = (
