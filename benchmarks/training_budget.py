@@ -1,6 +1,6 @@
 """The distance reached on the same budget of training time: our denoiser stage against the plain loop.
 
-    python benchmarks/training_budget.py --seconds 600 [--autoencoder RUN] [--out runs/training-budget]
+    python benchmarks/training_budget.py --seconds 600 [--autoencoder RUN | --autoencoder-images 24000] [--out runs/training-budget]
 
 Both train the U-Net of the preset `demo` on the embedded micrographs, for the same seconds, on latents of one
 autoencoder, which is trained once (or taken from --autoencoder) and counts for neither. Then both sample the same number of
@@ -97,6 +97,8 @@ def prepare(arguments) -> Shared:
     folder = Path(arguments.out) / "shared"
     config = PRESETS[arguments.preset]()
     config = replace(config, data=arguments.data, seed=arguments.seed)
+    if arguments.autoencoder_images:
+        config = replace(config, autoencoder=replace(config.autoencoder, num_images=arguments.autoencoder_images))
     accelerator = create_accelerator(folder, config.precision)
     config = replace(config, out=str(folder), precision=accelerator.mixed_precision)
     refuse_other_settings(folder, {"config": asdict(config), "autoencoder": arguments.autoencoder})
@@ -364,6 +366,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--seconds", type=float, default=600.0, help="of training for each side")
     parser.add_argument("--out", default="runs/training-budget", help="folder for everything; a second start goes on")
     parser.add_argument("--autoencoder", help="a run or folder whose autoencoder to take; trained where it is left out")
+    parser.add_argument(
+        "--autoencoder-images", type=int, help="images to train the autoencoder for; the preset's number"
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="whose networks and settings")
     parser.add_argument("--data", default="synthetic", help="micrographs; 'synthetic' are the embedded ones")
     parser.add_argument("--num-images", type=int, default=1000, help="sampled from each, and as many real ones")
@@ -374,6 +379,8 @@ def parse_arguments(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.seconds <= 0 or arguments.num_images < 2:
         parser.error("--seconds is positive and --num-images at least 2")
+    if arguments.autoencoder and arguments.autoencoder_images:
+        parser.error("--autoencoder is a trained one: leave --autoencoder-images out")
     return arguments
 
 
