@@ -342,23 +342,29 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         kwargs.pop("trust_remote_code", None)
         kwargs.setdefault("use_safetensors", True)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        is_narrow = isinstance(dtype, torch.dtype) and dtype != torch.float32
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}  # of each component, as diffusers takes them
+
+        def find_dtype(name):
+            found = dtypes.get(name, dtypes.get("default"))
+            return found if isinstance(found, torch.dtype) else torch.float32
+
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options)
         for name, value in index.items():
             if _is_own_component(name, value) and name not in kwargs:
                 component = _import_own_component(pretrained_model_name_or_path, name, *value)
                 options = hub_options | ({"variant": kwargs["variant"]} if kwargs.get("variant") else {})
-                options |= {} if name == "vqvae" or not is_narrow else {"torch_dtype": dtype}
+                is_wide = name == "vqvae" or find_dtype(name) == torch.float32
+                options |= {} if is_wide else {"torch_dtype": find_dtype(name)}
                 kwargs[name] = component.from_pretrained(
                     pretrained_model_name_or_path, subfolder=name, use_safetensors=True, **options
                 )
-        if not is_narrow:
+        if find_dtype("vqvae") == torch.float32:
             return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
-        wide = {"vqvae": torch.float32, "default": dtype}
+        wide = dtypes | {"vqvae": torch.float32}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, dtype=wide, **kwargs)
         with pipeline._keep_codes():
-            torch.nn.Module.to(pipeline.vqvae, dtype)  # diffusers' own `to` warns of every narrower type
+            torch.nn.Module.to(pipeline.vqvae, find_dtype("vqvae"))  # diffusers' own `to` warns of every narrower type
         return pipeline
 
     @classmethod

@@ -153,6 +153,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
         if package != "em_stylegan":  # this file came with the repository, and so did the component's
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("trust_remote_code", None)
+        for key in ("dtype", "torch_dtype"):  # diffusers takes one for each component, too
+            if isinstance(kwargs.get(key), dict):
+                kwargs[key] = kwargs[key].get("generator", kwargs[key].get("default", torch.float32))
         hub_options = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
         index = cls.load_config(
             pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_options if name in kwargs}

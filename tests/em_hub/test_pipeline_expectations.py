@@ -1,12 +1,10 @@
 """What users of any diffusers pipeline expect, asked of both of ours.
 
-The expectations are those of diffusers' common pipeline tests. Left out, since ours take no prompt and have no text encoder:
-encoded prompts, guidance (and its callbacks), num_images_per_prompt, IP adapters, LoRA and its fusing, FreeU, safety checkers,
-and optional components (ours need all of theirs). `enable_sequential_cpu_offload`: diffusers' VQ models read their codebook
-past the hooks. xformers, half precision and offloading to a real accelerator want a GPU. StyleGAN has one pass: no steps, so
-no callback, no scheduler and no progress bar.
+The expectations are those of diffusers' common pipeline tests, which its package does not hold; `COMMON` lists them by name, with
+our test of each or the reason that it does not apply.
 """
 
+import inspect
 import json
 
 import numpy as np
@@ -14,7 +12,79 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.utils import dynamic_modules_utils
+from huggingface_hub import ModelCard
 from models import MAKERS, draw, make_ldm
+
+PROMPT = "ours take no prompt and have no text encoder"
+GUIDANCE = "ours have no guidance"
+STABLE_DIFFUSION = "a helper of Stable Diffusion's class, which ours are not"
+ACCELERATOR = "wants an accelerator"
+COMMON = {  # diffusers' test: ours, or why there is none
+    "test_save_load_local": "test_saved_and_loaded_is_the_same",
+    "test_pipeline_call_signature": "test_the_call_has_the_usual_arguments",
+    "test_inference_batch_consistent": "test_batches",
+    "test_inference_batch_single_identical": "test_batches",
+    "test_dict_tuple_outputs_equivalent": "test_a_dictionary_and_a_tuple_hold_the_same",
+    "test_components_function": "test_a_pipeline_is_made_again_from_its_components",
+    "test_from_pipe_consistent_config": "test_a_pipeline_is_made_again_from_its_components",
+    "test_from_pipe_consistent_forward_pass": "test_a_pipeline_is_made_again_from_its_components",
+    "test_from_pipe_consistent_forward_pass_cpu_offload": ACCELERATOR,
+    "test_to_device": "test_narrower_types",
+    "test_to_dtype": "test_narrower_types",
+    "test_torch_dtype_dict": "test_each_part_in_a_type_of_its_own",
+    "test_float16_inference": f"{ACCELERATOR}; bfloat16 in its place: test_narrower_types",
+    "test_save_load_float16": f"{ACCELERATOR}; bfloat16 in its place: test_narrower_types",
+    "test_serialization_with_variants": "test_variants",
+    "test_loading_with_variants": "test_variants",
+    "test_loading_with_incorrect_variants_raises_error": "test_variants",
+    "test_pt_np_pil_outputs_equivalent": "test_output_types",
+    "test_pt_np_pil_inputs_equivalent": "ours take no image",
+    "test_latents_input": "test_latents_come_out_and_go_in",
+    "test_callback_inputs": "test_callbacks_see_and_change_the_latents",
+    "test_callback_cfg": GUIDANCE,
+    "test_cfg": GUIDANCE,
+    "test_karras_schedulers_shape": "test_a_swapped_scheduler_is_saved_and_overridden_at_loading",
+    "test_attention_slicing_forward_pass": "test_sliced_attention_changes_nothing",
+    "test_layerwise_casting_inference": "test_a_denoiser_stored_in_eight_bits",
+    "test_model_cpu_offload_forward_pass": "test_offloading_brings_every_model_to_the_device_before_it_is_used",
+    "test_cpu_offload_forward_pass_twice": "test_offloading_brings_every_model_to_the_device_before_it_is_used",
+    "test_sequential_cpu_offload_forward_pass": "diffusers' VQ models read their codebook past the hooks",
+    "test_sequential_offload_forward_pass_twice": "diffusers' VQ models read their codebook past the hooks",
+    "test_pipeline_with_accelerator_device_map": "test_loaded_onto_a_device",
+    "test_calling_mco_raises_error_device_mapped_pipeline": f"{ACCELERATOR}, or two",
+    "test_calling_to_raises_error_device_mapped_pipeline": f"{ACCELERATOR}, or two",
+    "test_calling_sco_raises_error_device_mapped_pipeline": f"{ACCELERATOR}, or two",
+    "test_group_offloading_inference": ACCELERATOR,
+    "test_pipeline_level_group_offloading_inference": ACCELERATOR,
+    "test_pipeline_level_group_offloading_sanity_checks": ACCELERATOR,
+    "test_xformers_attention_forwardGenerator_pass": ACCELERATOR,
+    "test_push_to_hub": "test_pushed_by_the_pipeline_itself",
+    "test_push_to_hub_in_organization": "test_pushed_by_the_pipeline_itself",
+    "test_push_to_hub_library_name": "test_pushed_by_the_pipeline_itself",
+    "test_save_load_optional_components": "ours need all of their components",
+    "test_save_load_dduf": "a DDUF archive may hold no code, and ours travel with theirs",
+    "test_num_images_per_prompt": PROMPT,
+    "test_encode_prompt_works_in_isolation": PROMPT,
+    "test_ip_adapter": PROMPT,
+    "test_ip_adapter_cfg": PROMPT,
+    "test_ip_adapter_masks": PROMPT,
+    "test_ip_adapter_faceid": PROMPT,
+    "test_pipeline_signature": PROMPT,  # of an IP adapter's
+    "test_StableDiffusionMixin_component": STABLE_DIFFUSION,
+    "test_vae_slicing": STABLE_DIFFUSION,
+    "test_vae_tiling": STABLE_DIFFUSION,
+    "test_freeu": STABLE_DIFFUSION,
+    "test_fused_qkv_projections": STABLE_DIFFUSION,
+    "test_pyramid_attention_broadcast": "a cache between the steps of transformers, which ours are not",
+    "test_fastercache_inference": "a cache between the steps of transformers, which ours are not",
+    "test_first_block_cache_inference": "a cache between the steps of transformers, which ours are not",
+}
+
+
+def test_every_test_of_the_list_is_there():
+    ours = {name for name in COMMON.values() if name.startswith("test_")}
+    assert ours <= {name for name in globals() if name.startswith("test_")}
+    assert not any(name in COMMON for name in globals())
 
 
 @pytest.fixture(params=MAKERS)
@@ -142,6 +212,79 @@ def test_the_index_is_that_of_a_pipeline(pipe, tmp_path):
     assert {"_class_name", "_diffusers_version", "pixel_size_nm", *pipe.components} <= set(index)
     folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert folders == set(pipe.components)
+
+
+def test_the_call_has_the_usual_arguments(pipe):
+    known = set(inspect.signature(type(pipe).__call__).parameters)
+    assert {"batch_size", "generator", "output_type", "return_dict", "latents"} <= known
+    steps = {"num_inference_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+    assert steps & known == (steps if "scheduler" in pipe.components else set())
+
+
+def test_each_part_in_a_type_of_its_own(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    names = [name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
+    for name in names:
+        loaded = type(pipe).from_pretrained(tmp_path, dtype={name: torch.bfloat16, "default": torch.float16})
+        assert {each: loaded.components[each].dtype for each in names} == {
+            each: torch.bfloat16 if each == name else torch.float16 for each in names
+        }
+        loaded = type(pipe).from_pretrained(tmp_path, dtype={name: torch.bfloat16})
+        loaded.set_progress_bar_config(disable=True)
+        dtypes = {each: torch.bfloat16 if each == name else torch.float32 for each in names}
+        assert {each: loaded.components[each].dtype for each in names} == dtypes
+        assert np.abs(draw(loaded, 0, 1) - draw(pipe, 0, 1)).mean() < 0.05
+
+
+def test_loaded_onto_a_device(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path, device_map="cpu")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(draw(loaded, 0, 1), draw(pipe, 0, 1))
+
+
+def test_latents_come_out_and_go_in(pipe):
+    """StyleGAN's are the styles, which make the image; the LDM's are the noise that it starts from."""
+    if "scheduler" in pipe.components:
+        noise = torch.cat([torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+        given = pipe(2, latents=noise, output_type="np").images
+        other = pipe(2, latents=-noise, output_type="np").images
+        np.testing.assert_array_equal(given, draw(pipe, 0, 1))
+    else:
+        styles = pipe(2, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type="latent").images
+        given = pipe(2, latents=styles, output_type="np").images
+        other = pipe(2, latents=-styles, output_type="np").images
+        np.testing.assert_array_equal(given, draw(pipe, 0, 1))
+    assert not np.array_equal(given, other)
+
+
+def test_sliced_attention_changes_nothing(pipe):
+    expected = draw(pipe, 0, 1)
+    for size in (1, 2, "auto"):
+        pipe.enable_attention_slicing(size)
+        np.testing.assert_allclose(draw(pipe, 0, 1), expected, atol=1e-5)
+    pipe.disable_attention_slicing()
+    np.testing.assert_array_equal(draw(pipe, 0, 1), expected)
+
+
+def test_a_denoiser_stored_in_eight_bits():
+    pipe = make_ldm()
+    expected = draw(pipe, 0, 1)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(parameter.dtype == torch.float8_e4m3fn for parameter in pipe.unet.parameters())
+    images = draw(pipe, 0, 1)
+    assert np.isfinite(images).all()
+    assert 0 < np.abs(images - expected).mean() < 0.1
+
+
+@pytest.mark.parametrize("repo", ["you/pushed", "lab/pushed"])
+def test_pushed_by_the_pipeline_itself(pipe, repo, hub):
+    pipe.push_to_hub(repo)
+    card = ModelCard(hub.read(repo, "README.md").decode())
+    assert card.data.library_name == "diffusers"
+    loaded = type(pipe).from_pretrained(repo)
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(draw(loaded, 0, 1), draw(pipe, 0, 1))
 
 
 # ---------------------------------------------------------------- where there are steps
