@@ -147,6 +147,7 @@ def find_elsewhere(settings, num_images, arguments) -> dict | None:
 def run_experiment(arguments) -> Path:
     """Train and measure every point that the result file lacks; returns its path."""
     results = Results(arguments, arguments.experiment, TITLES[arguments.experiment], COLUMNS)
+    results.notes = [say_steps(arguments)]
     reference = None
     for point in EXPERIMENTS[arguments.experiment]:
         settings = {name: value for name, value in asdict(point).items() if name != "study_fid"}
@@ -172,6 +173,14 @@ def run_experiment(arguments) -> Path:
     )
     print(results.format_table())
     return results.path
+
+
+def say_steps(arguments) -> str:
+    """How long the trainings of an experiment are."""
+    configs = [make_config(point, arguments).training for point in EXPERIMENTS[arguments.experiment]]
+    steps = sorted({-(-training.num_images // training.batch_size) for training in configs})
+    span = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+    return f"The trainings are of {span} steps of {configs[0].batch_size} images."
 
 
 def label(settings, arguments) -> str:

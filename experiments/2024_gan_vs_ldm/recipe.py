@@ -46,8 +46,9 @@ SCALES = {
     "small": Scale("demo", "demo", 64, 3, 1 / 16, 0.3, 1 / 64, 300, 300, 800, 2_400, 100),
     "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16, 8),  # two steps each: that everything runs
 }
-NOT_COMPARABLE = (
-    "The study's numbers are of other images (256 px, Inception features): ours tell our points from each other only."
+CAVEATS = (
+    "Intervals hold the scatter of images, not that of trainings: each point is one training.",
+    "The study's numbers are of other images (256 px, Inception features): ours tell our points from each other only.",
 )
 
 
@@ -164,7 +165,7 @@ class Results:
             cells = [name, say(point["study"]), say_interval(point), say(point["difference"], "+,.2f")]
             cells += [say(point.get(key), style) for key, (_, style) in self.columns.items()]
             lines.append(f"| {' | '.join(cells)} |")
-        notes = [*self.conclude(), NOT_COMPARABLE]
+        notes = [*self.conclude(), *CAVEATS]
         return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 

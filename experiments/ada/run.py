@@ -1,6 +1,6 @@
 """What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
 
-    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 31] [--num-images 5000] [--data FOLDER]
+    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 31] [--num-images 3000] [--data FOLDER]
 
 Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
 `--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. By default the embedded
@@ -116,7 +116,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--micrograph-px", type=int, default=256, help="side of the embedded micrographs")
     parser.add_argument("--r1-gamma", type=float, default=0.001)
     parser.add_argument("--max-channels", type=int, default=32, help="feature maps at most")
-    parser.add_argument("--num-images", type=int, default=5_000)
+    parser.add_argument("--num-images", type=int, default=3_000)
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--num-evaluation-images", type=int, default=200)
     parser.add_argument("--runs", default="runs/ada")
