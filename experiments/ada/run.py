@@ -117,7 +117,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--r1-gamma", type=float, default=0.001)
     parser.add_argument("--max-channels", type=int, default=32, help="feature maps at most")
     parser.add_argument("--num-images", type=int, default=3_000)
-    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--evaluate-every", type=int, default=600)
     parser.add_argument("--num-evaluation-images", type=int, default=200)
     parser.add_argument("--runs", default="runs/ada")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results"))
