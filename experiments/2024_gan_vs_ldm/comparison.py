@@ -11,7 +11,8 @@ trained on. Images are not chosen: the first of each model.
 
 The models are those of the other recipes, trained where they are missing: the LDM with the preset's U-Net (ldm.py batch_size), the last
 point of gan.py kimg, and 3-T and 3-R with a mapping depth of 2, the study's best (gan.py mapping_depth). The study has no times for 3-T
-and 3-R. The LDM samples with DDIM in 200 steps, as in the study, and with the sampler that our runs are saved with.
+and 3-R; the LDM's time to train is without its autoencoder's, which the study took pretrained. The LDM samples with DDIM
+in 200 steps, as in the study, and with the sampler that our runs are saved with.
 
 `--scale study` generates the study's 50,000 images. `--scale small` generates 300 and multiplies their time; the models' trainings differ
 in images seen and in feature maps (see those recipes), as the table says: it shows that the comparison runs, not which method is better.
@@ -140,6 +141,7 @@ def run_experiment(arguments) -> Path:
             results.add(settings, model.study.get("frechet_distance"), measured)
     if len(reference.images) < NUM_STUDY_IMAGES:
         results.notes = [f"The time for 50,000 images is that of {len(reference.images):,}, multiplied."]
+    results.notes.append("The LDM's training is without its autoencoder's.")
     if arguments.scale == "small":
         results.notes.append(
             "The trainings differ in images seen and in feature maps, and shared their core with other programs."
