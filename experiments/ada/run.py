@@ -1,6 +1,6 @@
 """What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
 
-    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 31] [--num-images 3000] [--data FOLDER]
+    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 31] [--num-images 5400] [--data FOLDER]
 
 Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
 `--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. By default the embedded
@@ -31,8 +31,7 @@ def make_config(mode, arguments):
     tiles |= {"micrograph_size": arguments.micrograph_px}
     tiles |= {"symmetries": "none"}  # few images: six views of each would be six times as many
     tiles |= {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
-    # p may reach 1 within a tenth of the training: the paper's 500 kimg are of 25,000
-    augmentation = replace(config.training.augmentation, mode=mode, images_to_one=max(1, arguments.num_images / 10))
+    augmentation = replace(config.training.augmentation, mode=mode, images_to_one=arguments.images_to_one)
     training = replace(
         config.training, num_images=arguments.num_images, augmentation=augmentation, r1_gamma=arguments.r1_gamma,
         evaluate_every=arguments.evaluate_every, log_every=arguments.evaluate_every, num_evaluation_images=arguments.num_evaluation_images,
@@ -116,7 +115,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--micrograph-px", type=int, default=256, help="side of the embedded micrographs")
     parser.add_argument("--r1-gamma", type=float, default=0.001)
     parser.add_argument("--max-channels", type=int, default=32, help="feature maps at most")
-    parser.add_argument("--num-images", type=int, default=3_000)
+    parser.add_argument("--num-images", type=int, default=5_400)
+    # the paper's 500,000 are a fiftieth of its training
+    parser.add_argument("--images-to-one", type=float, default=300, help="images in which p can rise from 0 to 1")
     parser.add_argument("--evaluate-every", type=int, default=600)
     parser.add_argument("--num-evaluation-images", type=int, default=200)
     parser.add_argument("--runs", default="runs/ada")
