@@ -9,7 +9,7 @@ to say. Both are written after every point.
 import argparse
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Results:
     """The result file of an experiment, which goes on where it was stopped.
 
     title: first line of the table. columns: {key of a point: (heading, format)} for the table, after study, ours and difference.
-    Raises `ValueError` when the file is of another experiment, of other data or of another extractor.
+    Raises `ValueError` when the file is of another experiment, of other sizes, data or extractor.
     """
 
     def __init__(self, arguments, experiment, title, columns=None):
@@ -108,6 +108,7 @@ class Results:
         self.facts = {
             "experiment": experiment,
             "scale": arguments.scale,
+            "sizes": asdict(SCALES[arguments.scale]),
             "data": name_data(arguments.data),
             "extractor": arguments.extractor,
         }
@@ -176,7 +177,7 @@ def read_points(path, facts) -> list:
     found = json.loads(path.read_text())
     other = [name for name, value in facts.items() if found.get(name) != value]
     if other:
-        raise ValueError(f"{path} was made with another {', '.join(other)}: give another --results")
+        raise ValueError(f"{path} was made with other {', '.join(other)}: give another --results")
     return found["points"]
 
 

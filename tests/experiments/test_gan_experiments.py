@@ -42,7 +42,7 @@ def test_an_experiment_is_one_file_and_goes_on(gan, arguments, monkeypatch, caps
     monkeypatch.setattr(gan, "train_gan", None)  # nothing is trained twice
     assert gan.run_experiment(arguments).read_text() == before
     arguments.extractor = "inception"
-    with pytest.raises(ValueError, match="another extractor"):
+    with pytest.raises(ValueError, match="other extractor"):
         gan.run_experiment(arguments)
 
 

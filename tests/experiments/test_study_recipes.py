@@ -1,6 +1,7 @@
 """What the study's recipes share, and its autoencoder, LDM and comparison experiments at their smallest."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def make_point(name, study, ours, half=1.0):
     return {"settings": {"name": name}, "study": study, "ours": ours, "low": ours - half, "high": ours + half}
 
 
-def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments):
+def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments, monkeypatch):
     results = recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
     for name, study, ours in (("a", 10.0, 5.0), ("b", 20.0, 6.0), ("c", 30.0, 4.5), ("d", None, 50.0)):
         results.add({"name": name}, study, {key: make_point(name, study, ours)[key] for key in ("ours", "low", "high")})
@@ -34,6 +35,9 @@ def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments):
     again = recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
     assert again.find({"name": "b"})["study"] == 20.0
     assert again.find({"name": "e"}) is None
+    monkeypatch.setitem(recipe.SCALES, "test", replace(recipe.SCALES["test"], num_images=9))
+    with pytest.raises(ValueError, match="other sizes"):
+        recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
 
 
 def test_names_hold_what_differs_and_no_paths(recipe):
