@@ -61,16 +61,17 @@ def read_all(entries, min_side_px, problems):
             yield entry, micrograph
 
 
-def summarise_problems(problems, num_images, on_bad_image):
+def summarise_problems(problems, num_images, on_bad_image, ignored=()):
     """Return the one summary of all images that cannot be used; ValueError with it if that is fatal.
 
-    It is fatal if on_bad_image is "fail", or if nothing is left.
+    It is fatal if on_bad_image is "fail", or if nothing is left; `ignored` says what was not even looked at, perhaps the better part.
     """
     if not problems:
         return None
     text = f"{len(problems)} of {num_images} images cannot be used:\n" + "\n".join(f"  {each}" for each in problems)
     if len(problems) == num_images:
-        raise ValueError(f"{text}\nNothing is left; see each reason above")
+        others = "".join(f"\n  not looked at: {each}" for each in ignored)
+        raise ValueError(f"{text}{others}\nNothing is left; see each reason above")
     if on_bad_image == "fail":
         raise ValueError(f"{text}\nMend or remove them, or use --tiles.on-bad-image skip")
     return text

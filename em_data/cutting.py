@@ -61,7 +61,7 @@ def cut(source, config, folder):
             micrographs = _write_tiles(source, config, building / "tiles.arrow", dtype, problems)
             if micrographs is not None:
                 break
-        summarise_problems(problems, len(source.entries), config.on_bad_image)
+        summarise_problems(problems, len(source.entries), config.on_bad_image, source.ignored)
         facts = {
             "micrographs": micrographs,
             "problems": problems,

@@ -171,6 +171,10 @@ def test_nothing_usable_is_an_error_that_names_all(tmp_path, config):
     (tmp_path / "b.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"2 of 2 images(.|\n)*a\.tif(.|\n)*b\.png(.|\n)*Nothing is left"):
         load(tmp_path, config, cache_dir=str(tmp_path / ".cache"))
+    with pytest.raises(
+        ValueError, match=r"1 of 1 images(.|\n)*not looked at: 1 images beyond the first 1, as num_micro"
+    ):
+        load(tmp_path, config, cache_dir=str(tmp_path / ".cache"), num_micrographs=1)
 
 
 def test_duplicates_across_the_split_are_refused_by_name(tmp_path, noise, config):
