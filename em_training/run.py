@@ -93,6 +93,8 @@ class TrainingRun:
         self._lock.__exit__(None, None, None)
         if kind is None and self._stop_signal is not None and self._old_handlers:
             signal.raise_signal(self._stop_signal)  # came after the last agreement: to whoever handles it now
+            if signal.getsignal(self._stop_signal) is signal.SIG_IGN:
+                raise KeyboardInterrupt  # nobody does: shells start what runs in the background so
 
     def resume(self, state: dict) -> int:
         """Load the newest whole checkpoint into `state`, {name: object with state_dict and load_state_dict}; return its images seen, or 0.

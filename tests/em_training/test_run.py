@@ -157,8 +157,10 @@ def test_a_folder_is_locked_once_and_freed(tmp_path):
 @pytest.mark.parametrize(
     ("is_finished", "error"), [(False, TrainingInterrupted), (True, KeyboardInterrupt)], ids=["before", "after"]
 )
-def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"])
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error, handler):
     """Between the last step's look and the end of the stage: the stage is whole, and what comes next does not begin."""
+    before = signal.signal(signal.SIGINT, handler)  # ignored: as in what a shell has started in the background
     sizes = {"num_images": 4, "batch_size": 4, "log_every": 4, "sample_every": 0, "checkpoint_every": 4}
 
     def train_one_step():
@@ -171,8 +173,11 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error):
             if not is_finished:
                 run.finish(4)
 
-    with pytest.raises(error):
-        train_one_step()
+    try:
+        with pytest.raises(error):
+            train_one_step()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list_checkpoints(tmp_path / "toy/checkpoints")
 
 
