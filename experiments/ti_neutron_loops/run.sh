@@ -11,9 +11,9 @@ export OMP_NUM_THREADS
 
 "$python" train_ldm.py demo --data "$data" --out "$out/ldm" \
   --tiles.resolution 128 --tiles.downsample 3 --tiles.held-out-fraction 0.2 \
-  --autoencoder.block-out-channels 16 32 64 64 --autoencoder.num-images 6400 --autoencoder.validate-every 1600 \
-  --autoencoder.sample-every 1600 --autoencoder.checkpoint-every 800 \
-  --denoiser.channel-multipliers 1 2 2 --denoiser.attention-levels 1 2 --denoiser.learning-rate 1e-3 \
-  --denoiser.num-images 40000 --denoiser.checkpoint-every 6000 --denoiser.sample-every 6000
+  --autoencoder.family kl --autoencoder.block-out-channels 16 48 64 --autoencoder.latent-channels 8 \
+  --autoencoder.num-images 6400 --autoencoder.validate-every 1600 --autoencoder.sample-every 1600 --autoencoder.checkpoint-every 800 \
+  --denoiser.channel-multipliers 1 2 2 --denoiser.attention-levels 2 --denoiser.learning-rate 1e-3 \
+  --denoiser.num-images 16000 --denoiser.checkpoint-every 4000 --denoiser.sample-every 4000 --denoiser.validate-every 4000
 "$python" generate.py --model "$out/ldm" --num-images 750 --out "$out/images/ldm"
 "$python" evaluate.py --models "$out/ldm" --num-images 750 --out "$out"
