@@ -1,10 +1,11 @@
 """What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
 
-    python experiments/ada/run.py [--preset demo] [--num-train 1] [--num-held-out 31] [--num-images 5400] [--data FOLDER]
+    python experiments/ada/run.py [--preset demo] [--num-train 2] [--num-held-out 30] [--num-images 60000] [--data FOLDER]
 
 Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
 `--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. By default the embedded
-micrographs have 256 pixels a side, which makes 16 tiles to train on, and R1 hardly weighs: the discriminator can know them soon.
+micrographs have 256 pixels a side and are averaged over 2 x 2, which makes 32 tiles of 32 x 32 to train on, and R1 hardly weighs: the
+discriminator can know them soon.
 
 Writes results/ada.json (both curves) and results/ada.png, and goes on where it was stopped. Without augmentation the distance falls and
 then rises again, once the discriminator knows the few images by heart (Karras et al. 2020, ADA, figure 1); whether it does within a
@@ -29,6 +30,7 @@ def make_config(mode, arguments):
     num_micrographs = arguments.num_train + arguments.num_held_out
     tiles = {"num_micrographs": num_micrographs, "held_out_fraction": arguments.num_held_out / num_micrographs}
     tiles |= {"micrograph_size": arguments.micrograph_px}
+    tiles |= {"resolution": arguments.resolution, "downsample": arguments.downsample}
     tiles |= {"symmetries": "none"}  # few images: six views of each would be six times as many
     tiles |= {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
     augmentation = replace(config.training.augmentation, mode=mode, images_to_one=arguments.images_to_one)
@@ -73,7 +75,7 @@ def run_experiment(arguments) -> dict:
         curves[mode] = read_curve(run)
         data = json.loads((run / "run.json").read_text())["data"]
     result = {
-        "preset": arguments.preset,
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("runs", "results", "cache_dir")},
         "num_micrographs": data["num_micrographs"],
         "num_training_tiles": data.get("num_train_tiles"),
         "columns": ["num_images_seen", "held_out_frechet_distance", "augmentation_probability"],
@@ -110,16 +112,18 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     parser.add_argument("--data", default="synthetic")
-    parser.add_argument("--num-train", type=int, default=1, help="micrographs to train on")
-    parser.add_argument("--num-held-out", type=int, default=31, help="other micrographs, which the distance is to")
+    parser.add_argument("--num-train", type=int, default=2, help="micrographs to train on")
+    parser.add_argument("--num-held-out", type=int, default=30, help="other micrographs, which the distance is to")
     parser.add_argument("--micrograph-px", type=int, default=256, help="side of the embedded micrographs")
+    parser.add_argument("--resolution", type=int, default=32, help="of the tiles in pixels")
+    parser.add_argument("--downsample", type=int, default=2, help="pixels of the micrograph averaged along a side")
     parser.add_argument("--r1-gamma", type=float, default=0.001)
-    parser.add_argument("--max-channels", type=int, default=32, help="feature maps at most")
-    parser.add_argument("--num-images", type=int, default=5_400)
+    parser.add_argument("--max-channels", type=int, default=64, help="feature maps at most")
+    parser.add_argument("--num-images", type=int, default=60_000)
     # the paper's 500,000 are a fiftieth of its training
-    parser.add_argument("--images-to-one", type=float, default=300, help="images in which p can rise from 0 to 1")
-    parser.add_argument("--evaluate-every", type=int, default=600)
-    parser.add_argument("--num-evaluation-images", type=int, default=200)
+    parser.add_argument("--images-to-one", type=float, default=4_000, help="images in which p can rise from 0 to 1")
+    parser.add_argument("--evaluate-every", type=int, default=4_000)
+    parser.add_argument("--num-evaluation-images", type=int, default=500)
     parser.add_argument("--runs", default="runs/ada")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--cache-dir", help="of the tiles")
