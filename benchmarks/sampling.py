@@ -135,7 +135,9 @@ def prepare(model: str, config: BenchmarkConfig, device):
         warnings.simplefilter("ignore")  # it is deprecated, and says so
         baseline = LDMPipeline(ScaledAutoencoder(stock), stock.unet, create_sampler("ddim", stock.scheduler))
     baseline.set_progress_bar_config(disable=True)
-    settings = GenerationConfig(model=model, out="", seed=config.seed, batch_size=config.batch_size, precision="no")
+    settings = GenerationConfig(
+        model=model, out="", seed=config.seed, batch_size=config.batch_size, precision="no", grain=False
+    )  # the stock pipeline adds no grain
     return create_sampling(load_pipeline(model, device=device), "ldm", settings), baseline
 
 

@@ -45,6 +45,14 @@ def split_hub_id(name: str) -> tuple[str, str | None]:
     return match["repo"], match["revision"]
 
 
+def check_dry_run_folder(folder) -> Path:
+    """Return the folder that --dry-run names as a path; `ValueError` where it holds something, which would pass for ours."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give a new folder with --dry-run")
+    return folder
+
+
 def find_account(repo_id: str, token: str | None = None) -> str:
     """Return the whole id of a repository, owner included, after asking the Hub whether the token may write there.
 

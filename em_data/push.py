@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from em_data.cache import find_cache_dir
 from em_data.config import DataConfig
-from em_data.hub import find_account, upload_folder
+from em_data.hub import check_dry_run_folder, find_account, upload_folder
 from em_data.sources import open_source
 
 SHARD_BYTES = 256 * 2**20
@@ -57,9 +57,7 @@ def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.std
     if config.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", config.license):
         raise ValueError(f"--license {config.license} is no licence's name on the Hub; write it as cc-by-4.0 or other")
     if config.dry_run is not None:
-        out = Path(config.dry_run)
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty; give a new folder with --dry-run")
+        out = check_dry_run_folder(config.dry_run)
         write_dataset(config, out, say)
         return str(out)
     repo_id = find_account(config.repo, config.token)

@@ -237,6 +237,9 @@ class LDMConfig:
     num_inference_steps: int | None = None
     """Denoising steps that the pipeline is saved with; left out, those of the sampler that is chosen when `sampler` is left
     out, else 50."""
+    grain_images: int = 1000
+    """Training views by whose reconstructions the grain is measured that the autoencoder leaves out, and that sampling adds again; 0
+    for none. May be changed at any time."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
@@ -247,6 +250,8 @@ class LDMConfig:
             create_sampler(self.sampler, create_scheduler(self.denoiser))  # refuses what does not suit the prediction
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1.")
+        if self.grain_images < 0:
+            raise ValueError(f"grain_images is {self.grain_images}; it must be at least 1, or 0 for no grain.")
         factor = self.autoencoder.downsampling_factor * 2 ** (len(self.denoiser.channel_multipliers) - 1)
         if self.autoencoder.init_from is None and self.tiles.resolution % factor:
             raise ValueError(

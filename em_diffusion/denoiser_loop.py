@@ -34,15 +34,15 @@ from em_training import (
 
 
 def train_denoiser(
-    config, latents, held_out_latents, vqvae, *, accelerator, out_dir, held_out=None
+    config, latents, held_out_latents, vqvae, *, accelerator, out_dir, held_out=None, grain=None
 ) -> tuple[Path, float]:
     """Train the denoiser on `latents`, or go on from its last checkpoint; `held_out_latents` are only looked at.
 
-    `vqvae` decodes the sample grids, which are drawn from the averaged weights by the scheduler that is saved with them,
-    always from the same noise. Returns the folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in
-    seconds. Logs the loss and, on held-out latents, the averaged weights' loss, always with the same noise and timesteps;
-    with `config.evaluate_every` also the distance of generated images to the tiles `held_out`, and keeps the weights that
-    came nearest in `out_dir`/denoiser/best (`em_training.read_best`).
+    `vqvae` decodes the sample grids, and `grain`, where there is one, adds the noise that it leaves out. They are drawn from the
+    averaged weights by the scheduler that is saved with them, always from the same noise. Returns the folder of the averaged
+    U-Net, `out_dir`/denoiser/unet, and the training time in seconds. Logs the loss and, on held-out latents, the averaged
+    weights' loss, always with the same noise and timesteps; with `config.evaluate_every` also the distance of generated images
+    to the tiles `held_out`, and keeps the weights that came nearest in `out_dir`/denoiser/best (`em_training.read_best`).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "denoiser"))
@@ -79,7 +79,7 @@ def train_denoiser(
             posthoc_ema.drop_snapshots_after(num_images_seen)
         match_memory_format(optimizer)
         best = create_best_weights(held_out, config, run) if config.evaluate_every else None
-        generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed)
+        generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed, grain=grain)
 
         def compute_loss(images, noise, timesteps):
             with accelerator.autocast():
@@ -194,10 +194,10 @@ def evaluate_denoising(unet, scheduler, batch, accelerator, config) -> dict:
 
 
 def generate_images(
-    vqvae, unet, scheduler, accelerator, seed, numbers, num_steps, *, stream="sample", batch_size: int = 32
+    vqvae, unet, scheduler, accelerator, seed, numbers, num_steps, *, grain=None, stream="sample", batch_size: int = 32
 ):
     """Images of these numbers by the sampler `scheduler`, float32 [N, 1, R, R] in [-1, 1]: each depends on seed and number alone."""
-    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler)
+    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, grain=grain)
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(numbers):

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import (
@@ -40,7 +41,7 @@ logging.getLogger("diffusers.configuration_utils").addFilter(_is_about_other_thi
 
 
 class EMLatentDiffusionPipeline(DiffusionPipeline):
-    """Generates 1-channel micrographs: noise -> denoised latents (U-Net) -> image (decoder, of the nearest codes for a VQ one).
+    """Generates 1-channel micrographs: noise -> denoised latents (U-Net) -> image (decoder, of the nearest codes for a VQ one) -> grain.
 
     vqvae: a 1-channel autoencoder: `VQModel`, `AutoencoderKL`, or a component of our own with the interface of one of the two.
         Its config holds `latents_mean` and `latents_std`, one number per latent channel, by which the denoiser's latents are
@@ -51,6 +52,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         `FlowMatchHeunDiscreteScheduler`.
     pixel_size_nm: side of a pixel of the generated images in nanometres; None if it is not known.
     default_num_inference_steps: denoising steps where the call does not say.
+    grain: an `EMGrain`, which adds the noise that the autoencoder leaves out; None: images are as they were decoded.
 
     `from_pretrained` of the installed class runs no code of a repository. A narrower type halves memory: with
     `pipe.to(torch.bfloat16)`, or `from_pretrained(..., dtype=torch.bfloat16)` of the installed class, the codes are kept in
@@ -58,7 +60,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     `pipe.vqvae.to(torch.bfloat16)` round them, which confuses near ones.
     """
 
-    model_cpu_offload_seq = "unet->vqvae"
+    model_cpu_offload_seq = "unet->vqvae->grain"
+    _optional_components: ClassVar[list[str]] = ["grain"]
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -68,14 +71,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         pixel_size_nm: float | None = None,
         default_num_inference_steps: int = 50,
+        grain: ModelMixin | None = None,
     ):
         super().__init__()
         self._kept_codes = None
-        for component in (vqvae, unet, scheduler):
+        for component in (vqvae, unet, scheduler, grain):
+            if component is None:
+                continue
             cls = type(getattr(component, "_orig_mod", component))
             if cls.__module__.split(".")[0] != "diffusers":
                 _read_source(cls)
-        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
+        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, grain=grain)
         self.register_to_config(
             pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm),
             default_num_inference_steps=int(default_num_inference_steps),
@@ -93,6 +99,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        add_grain: bool = True,
     ):
         """Generate `batch_size` images: `denoise`, then `decode`, whose arguments see there.
 
@@ -112,7 +119,11 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        images = latents if output_type == "latent" else self._convert(self.decode(latents), output_type)
+        images = (
+            latents
+            if output_type == "latent"
+            else self._convert(self.decode(latents, generator, add_grain), output_type)
+        )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -161,8 +172,11 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return self.denormalise_latents(latents)
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents, generator: torch.Generator | list[torch.Generator] | None = None, add_grain: bool = True):
         """Decode latents [B, C, h, w] in the autoencoder's scale to float32 images [B, 1, H, W] in [-1, 1].
+
+        generator: of the grain, one for the batch or a list of B; with a list, image i depends on latent and generator i alone.
+        add_grain: False leaves the images as they were decoded; a pipeline without `grain` always does.
 
         A VQ autoencoder decodes the nearest codes, which are searched in float32.
         """
@@ -180,7 +194,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 f"the autoencoder decodes to {images.shape[1]} channels, a micrograph has one; fold its colours into one channel "
                 "first (em_diffusion.load_autoencoder does)."
             )
-        return images.float().clamp(-1, 1)
+        images = images.float().clamp(-1, 1)
+        if self.grain is None or not add_grain:
+            return images
+        return self.grain(images, generator).clamp(-1, 1)
 
     def normalise_latents(self, latents):
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1 in each channel; float32."""
@@ -312,7 +329,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         index["_class_name"] = _write_source(type(self), folder)
         for name, component in self.components.items():
             cls = type(getattr(component, "_orig_mod", component))  # torch.compile wraps
-            if cls.__module__.split(".")[0] != "diffusers":
+            if component is not None and cls.__module__.split(".")[0] != "diffusers":
                 index[name] = _write_source(cls, folder / name)
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for path in [index_path, *(folder / name / "config.json" for name in self.components)]:

@@ -10,6 +10,7 @@ import torch
 from em_diffusion.autoencoder import encode
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_denoiser
+from em_diffusion.em_grain import EMGrain
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.train import choose_sampler
@@ -45,7 +46,9 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None
     scheduler, num_steps = choose_sampler(config)
-    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps)
+    has_grain = config.grain_images and (run / "grain" / "config.json").exists()  # runs of before knew none
+    grain = EMGrain.from_pretrained(run / "grain") if has_grain else None
+    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
     pipeline.save_pretrained(out / "pipeline")
     made = {
         "run": str(run),

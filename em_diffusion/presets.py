@@ -10,13 +10,14 @@ def paper() -> LDMConfig:
     The study took a pretrained autoencoder; this trains one on the micrographs. What its text leaves open is read so: the
     multipliers 1, 2, 2, 4, 4 give five levels; attention is on all but the finest and between the two paths; 8 heads are
     counted at 512 channels (heads are 64 wide, so 1024 channels have 16). That makes 475 million parameters. The denoiser
-    sees five epochs of its 56,160 views, where the study calls it converged.
+    sees five epochs of its 56,160 views, where the study calls it converged. Images are as they are decoded, without grain.
 
     Hardware: one GPU of 40 GB or more. Hours: about 6 for the autoencoder and 1 for the denoiser on one H100 (an
     estimate from the number of operations, not measured). Score to expect: not measured; the study's FID is 36.1.
     """
     return LDMConfig(
         out="runs/ldm-paper",
+        grain_images=0,
         tiles=DataConfig(resolution=256, symmetries="paper"),
         autoencoder=AutoencoderConfig(
             block_out_channels=(128, 256, 256, 512),

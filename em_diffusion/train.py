@@ -7,11 +7,19 @@ from pathlib import Path
 import torch
 
 from em_data import load_data
-from em_diffusion.autoencoder import encode
-from em_diffusion.autoencoder_loop import choose_validation_views, train_autoencoder
+from em_diffusion.autoencoder import encode, hash_weights
+from em_diffusion.autoencoder_loop import (
+    choose_validation_views,
+    draw_validation_images,
+    reconstruct,
+    save_model,
+    train_autoencoder,
+)
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
+from em_diffusion.em_grain import EMGrain
+from em_diffusion.grain import fit_grain
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -63,11 +71,12 @@ def train_stages(config, accelerator, out):
 
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
-    unet, denoiser = run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out)
+    grain = run_grain_stage(config, data, vqvae, accelerator, out)
+    unet, denoiser = run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out, grain)
     if accelerator.is_main_process:
         scheduler, num_steps = choose_sampler(config)
         pixel_size_nm = data.summary.get("pixel_size_nm")
-        pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps)
+        pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
         pipeline.save_pretrained(out / "pipeline")
         seconds = {"autoencoder": autoencoder["train_seconds"], "latents": encoding["seconds"]}
         seconds["denoiser"] = denoiser["train_seconds"]
@@ -145,13 +154,39 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
     return Latents(train, mean, std), Latents(held_out, mean, std), {"seconds": train_seconds + held_out_seconds}
 
 
-def run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out):
+def run_grain_stage(config, data, vqvae, accelerator, out):
+    """The grain that the autoencoder leaves out of training views, measured or loaded; None where none is wanted."""
+    if not config.grain_images:
+        return None
+    path, made_for = out / "grain", {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)}
+    record = path / "measured.json"
+    if accelerator.is_main_process and not (record.exists() and json.loads(record.read_text()) == made_for):
+        images = draw_validation_images(data.train, config.grain_images)
+        grain = fit_grain(images, reconstruct(vqvae, images, accelerator))
+        accelerator.print(
+            f"grain: the autoencoder leaves out noise of {100 * grain.deviations.mean() / 2:.1f} % of the range of grey levels on "
+            f"{len(images):,} training views; it is drawn anew for each generated image"
+        )
+        save_model(grain, path)
+        write_text_atomically(record, json.dumps(made_for) + "\n")
+    accelerator.wait_for_everyone()
+    return EMGrain.from_pretrained(path).to(accelerator.device)
+
+
+def run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None):
     """The trained denoiser and its result; trained or loaded. Averaged weights: the best ones where distances were measured."""
     result = read_result(out / "denoiser", config.denoiser.num_images)
     if result is None:
         stage = replace(config.denoiser, seed=seed_for(config.seed, config.denoiser.seed))
         _, seconds = train_denoiser(
-            stage, latents, held_out_latents, vqvae, accelerator=accelerator, out_dir=out, held_out=data.held_out
+            stage,
+            latents,
+            held_out_latents,
+            vqvae,
+            accelerator=accelerator,
+            out_dir=out,
+            held_out=data.held_out,
+            grain=grain,
         )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
     with accelerator.main_process_first():  # which may have to tidy up after a kill
@@ -210,7 +245,8 @@ def check_same_run(config, out):
         out,
         config,
         lambda name, old, new: (
-            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps", "denoiser.evaluation_metrics")
+            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps", "grain_images")
+            or name == "denoiser.evaluation_metrics"
             or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
             or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
             or name.endswith((".micro_batch_size", ".gradient_checkpointing", ".compile"))

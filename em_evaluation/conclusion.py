@@ -184,7 +184,12 @@ def _say_autoencoder(report, weighed):
     metrics = _metrics(report)
     autoencoder, score = metrics[weighed["floor"]], metrics[name]
     side = "above" if _is_above_half(weighed) else "below"
-    sentence = f"The autoencoder alone scores {_say(autoencoder)}, {share} of {name}'s distance of {_say(score)}, {side} half of it"
+    alone = (
+        "The autoencoder alone, with its grain,"
+        if "and grain" in report["floors"][weighed["floor"]]["name"]
+        else "The autoencoder alone"
+    )
+    sentence = f"{alone} scores {_say(autoencoder)}, {share} of {name}'s distance of {_say(score)}, {side} half of it"
     low, high = score["low"] / 2, score["high"] / 2
     overlap = autoencoder["low"] <= high and low <= autoencoder["high"]
     if weighed["floor_is"] == "undecided":

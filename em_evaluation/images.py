@@ -17,7 +17,8 @@ class ModelImages:
 
     images: a tensor [N, 1, H, W] in [-1, 1] or anything with `len()` and `.batch(start, stop)`, such as
     `em_data.read_image_folder`'s. curves: stage -> lines of its stats.jsonl. info: anything else for the report, JSON
-    values.
+    values. without_grain: the same images before noise was added to them, where it was: copies are sought in these, since noise
+    would hide them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ModelImages:
     sample_images_per_second: float | None = None
     curves: dict[str, list[dict]] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
+    without_grain: Any = None
 
 
 @dataclass

@@ -36,6 +36,10 @@ def conclude_memorisation(section, models) -> list[str]:
             "Train again with whole micrographs held out (--tiles.split micrograph)."
         ]
     sentences = [_say_model(section, name) for name in models]
+    if bare := section.get("without_grain"):
+        sentences.append(
+            f"Of {' and '.join(bare)} the images were searched as they are before the grain is added, which would hide copies."
+        )
     halves = ""
     if "partial" in section:
         sentences += [_say_partial(section["partial"], name) for name in models]

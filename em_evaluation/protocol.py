@@ -133,12 +133,16 @@ def evaluate_models(
     pairs = []
     if memorisation:
         feature_options = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache}
+        bare = {m.name: read_images(m.without_grain, num_images) for m in models if m.without_grain is not None}
+        searched = generated | bare  # added noise would hide copies
         report["memorisation"], pairs = measure_memorisation(
-            generated, sets["held_out"], train, extractor=extractors[0], seed=seed, log=log, **feature_options
+            searched, sets["held_out"], train, extractor=extractors[0], seed=seed, log=log, **feature_options
         )
-        partial = measure_partial_copies(generated, sets["held_out"], train, log=log)
+        partial = measure_partial_copies(searched, sets["held_out"], train, log=log)
         if partial is not None:
             report["memorisation"]["partial"] = partial
+        if report["memorisation"] is not None:
+            report["memorisation"]["without_grain"] = list(bare)
     report["conclusion"] = conclude(report)
     report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)

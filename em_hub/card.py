@@ -49,7 +49,7 @@ def make_card(pipeline, *, repo_id, record, evaluation=None, license=None, revis
         "class_name": type(pipeline).__name__,
         "call": {"batch_size": num_samples or 1},
         "samples": bool(num_samples),
-        "components": {name: type(part).__name__ for name, part in pipeline.components.items()},
+        "components": {name: type(part).__name__ for name, part in pipeline.components.items() if part},
         "data": record.get("data"),
         "pixel_size_nm": pipeline.config.pixel_size_nm,
         "evaluation": evaluation,
@@ -75,7 +75,9 @@ def describe_ldm(pipeline) -> dict:
         type(part).__name__ for part in pipeline.components.values() if type(part).__module__.startswith("diffusers.")
     ]
     return {
-        "resolution": pipeline.decode(torch.zeros(1, pipeline.unet.config.in_channels, height, width)).shape[-1],
+        "resolution": pipeline.decode(
+            torch.zeros(1, pipeline.unet.config.in_channels, height, width), add_grain=False
+        ).shape[-1],
         "latents": {"channels": pipeline.unet.config.in_channels, "height": height, "width": width},
         "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,

@@ -163,6 +163,7 @@ def walk_ldm(
     """Draw a closed walk through the noise of the seed's images 0 .. 3: `NUM_KEYS` x `frames_per_key` frames.
 
     Each frame starts from normal noise of unit variance (`walk_noise`); what a stochastic sampler adds on the way is equal in all.
+    Frames have no grain, which would flicker or stand still before what moves.
     """
     num_steps = model.num_steps if num_steps is None else num_steps
     _check(frames=(NUM_KEYS * frames_per_key, MAX_FRAMES), num_steps=(num_steps, max(MAX_STEPS, model.num_steps)))
@@ -173,7 +174,7 @@ def walk_ldm(
     with _sampling(model, sampler):
         for part in frames.split(FRAMES_AT_ONCE):
             generators = [_create_generators(model, seed, 1)[0] for _ in part]
-            images.append(_denoise(model, generators, num_steps, part, None))
+            images.append(_denoise(model, generators, num_steps, part, None, add_grain=False))
             if progress is not None:
                 progress(sum(map(len, images)) / len(frames))
         settings = {"seed": seed, "sampler": _name_sampler(model, sampler), "steps": num_steps}
@@ -304,15 +305,14 @@ def _name_sampler(model, sampler):
     return type(model.scheduler).__name__.removesuffix("Scheduler") if sampler == SAVED_SAMPLER else sampler
 
 
-def _denoise(model, generators, num_steps, latents, progress):
+def _denoise(model, generators, num_steps, latents, progress, add_grain=True):
     def report(pipeline, step, timestep, tensors):
         if progress is not None:
             progress(min(1.0, (step + 1) / num_steps))  # Heun's methods call twice a step
         return tensors
 
-    images = model.pipeline(
-        len(generators), generators, num_steps, latents=latents, output_type="pt", callback_on_step_end=report
-    ).images
+    options = {"output_type": "pt", "callback_on_step_end": report, "add_grain": add_grain}
+    images = model.pipeline(len(generators), generators, num_steps, latents=latents, **options).images
     return images.float().cpu() * 2 - 1
 
 

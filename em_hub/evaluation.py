@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from em_evaluation.compare import compare_reports
 from em_hub.extractors import create_extractors
 from em_hub.generation import GenerationConfig, generate_images
 from em_hub.loading import RunInfo, load_pipeline, read_run_info
-from em_training import config_from_dict, create_process_state, read_stats
+from em_training import config_from_dict, create_process_state, make_generator, read_stats
 
 FAMILY_NAMES = {
     "ldm": "LDM",
@@ -68,6 +69,8 @@ class EvaluationConfig:
     """LDM only: denoising steps; the pipeline's own default where it is left out."""
     scheduler: str | None = None
     """LDM only: a sampler instead of the one saved with the model, as generate.py takes it; wants --num-inference-steps."""
+    grain: bool = True
+    """LDM only: with the noise that the autoencoder leaves out, where the model knows it; of its autoencoder's own images too."""
     precision: str = "auto"
     """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling."""
     compare: tuple[str, ...] = ()
@@ -95,10 +98,16 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     with state.main_process_first():
         extractors = create_extractors(config, data.summary, state)
     generated = {name: generate(config, name, model) for name, (model, _) in models.items()}
+    without_grain = {
+        name: generate(config, f"{name} without grain", model, grain=False)[0]
+        if config.memorisation and generated[name][1]["settings"].get("grain")
+        else None
+        for name, (model, _) in models.items()
+    }
     starts = {start: generate_starts(config, models, start) for start in ("untrained", "start")}
 
     evaluated = evaluate_models(
-        [describe(name, info, *generated[name]) for name, (_, info) in models.items()],
+        [describe(name, info, *generated[name], without_grain[name]) for name, (_, info) in models.items()],
         data.summary,
         data.held_out,
         data.train,
@@ -107,7 +116,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         floors=config.floors,
         num_images=config.num_images,
         seed=config.seed,
-        reconstruct=make_reconstructions(models, state.device),
+        reconstruct=make_reconstructions(config, models, state.device),
         untrained=starts["untrained"],
         transferred=starts["start"],
         batch_size=config.batch_size,
@@ -189,8 +198,8 @@ def refuse_other_splits(models: dict, summary: dict) -> None:
             )
 
 
-def generate(config: EvaluationConfig, name: str, model: str):
-    """Return (images, record) of a model, generated where they are not there yet."""
+def generate(config: EvaluationConfig, name: str, model: str, grain: bool | None = None):
+    """Return (images, record) of a model, generated where they are not there yet; `grain` as the configuration has it if None."""
     folder = Path(config.out) / "images" / name.lower().replace(" ", "-")
     record = generate_images(
         GenerationConfig(
@@ -202,6 +211,7 @@ def generate(config: EvaluationConfig, name: str, model: str):
             precision=config.precision,
             num_inference_steps=config.num_inference_steps,
             scheduler=config.scheduler,
+            grain=config.grain if grain is None else grain,
         )
     )
     return read_image_folder(folder), record
@@ -217,7 +227,7 @@ def generate_starts(config: EvaluationConfig, models: dict, start: str) -> dict:
     }
 
 
-def describe(name: str, info: RunInfo, images, record: dict) -> ModelImages:
+def describe(name: str, info: RunInfo, images, record: dict, without_grain=None) -> ModelImages:
     """Return what the report says of one model."""
     return ModelImages(
         name=name,
@@ -231,24 +241,30 @@ def describe(name: str, info: RunInfo, images, record: dict) -> ModelImages:
             stage: read_stats(info.folder / stage) for stage in STAGES if info.folder and (info.folder / stage).exists()
         },
         info={key: value for key, value in record["settings"].items() if key not in ("model", "format")},
+        without_grain=without_grain,
     )
 
 
-def make_reconstructions(models: dict, device) -> dict:
+def make_reconstructions(config: EvaluationConfig, models: dict, device) -> dict:
     """Return {name: function} that sends images [B, 1, H, W] in [-1, 1] through the autoencoder of each LDM and back."""
     functions = {}
     for name, (model, info) in models.items():
         if info.family in ("ldm", "unknown"):
-            vqvae = getattr(load_pipeline(model, device=device), "vqvae", None)
-            if vqvae is not None:
-                functions[f"autoencoder of {name}"] = lambda images, vqvae=vqvae: reconstruct(vqvae, images)
+            pipeline = load_pipeline(model, device=device)
+            if hasattr(pipeline, "vqvae"):
+                grain = pipeline.grain if config.grain else None
+                key = f"autoencoder of {name}" if grain is None else f"autoencoder and grain of {name}"
+                functions[key] = partial(
+                    reconstruct, pipeline.vqvae, grain=grain, generator=make_generator(config.seed, stream="grain")
+                )
     return functions
 
 
 @torch.no_grad()
-def reconstruct(vqvae, images):
-    """Images [B, 1, H, W] in [-1, 1] through the autoencoder, of either family, and back; float32 on the CPU."""
-    return decode(vqvae, encode(vqvae, images.to(vqvae.device))).float().clamp(-1, 1).cpu()
+def reconstruct(vqvae, images, grain=None, generator=None):
+    """Images [B, 1, H, W] in [-1, 1] through the autoencoder and back, with the grain where there is one; float32 on the CPU."""
+    decoded = decode(vqvae, encode(vqvae, images.to(vqvae.device))).float().clamp(-1, 1)
+    return (decoded if grain is None else grain(decoded, generator).clamp(-1, 1)).cpu()
 
 
 def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
@@ -268,7 +284,7 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
         value = getattr(config, name)
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
-    words += [f"--no-{name}" for name in ("microscopy", "memorisation") if not getattr(config, name)]
+    words += [f"--no-{name}" for name in ("microscopy", "memorisation", "grain") if not getattr(config, name)]
     for name in ("extractors", "metrics", "tiles", "floors"):
         if getattr(config, name) != defaults[name]:
             words.append(f"--{name} {' '.join(getattr(config, name))}")

@@ -60,6 +60,8 @@ class GenerationConfig:
     dpm-solver++, unipc, flow-euler or flow-heun, instead of the scheduler saved with the model; wants --num-inference-steps."""
     eta: float = 0.0
     """LDM with ddim only: 0 is deterministic, 1 is as noisy as DDPM."""
+    grain: bool = True
+    """LDM only: add the noise of micrographs that the autoencoder leaves out, where the model knows it."""
     truncation_psi: float = 1.0
     """StyleGAN only: below 1 trades variety for typicality. Report distances at 1."""
 
@@ -158,6 +160,7 @@ def create_sampling(pipeline, family: str, config: GenerationConfig) -> Sampling
         decode_batch_size,
         call,
         pad=config.compile and family == "ldm",
+        add_grain=config.grain,
     )
 
 
@@ -203,6 +206,8 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
     scheduler = pipeline.scheduler
     defaults = dict(type(scheduler)().config)
     options = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and v != defaults.get(k)}
+    if getattr(pipeline, "grain", None) is not None:
+        settings["grain"] = config.grain
     return settings | {
         "scheduler": type(scheduler).__name__,
         "scheduler_options": json.dumps(options, sort_keys=True),

@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError
 
 from em_data import save_image_grid
-from em_data.hub import HUB_ID, MAIN, find_account, upload_folder
+from em_data.hub import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_evaluation.environment import describe_environment
 from em_hub.card import VARIANT, make_card, read_evaluation
 from em_hub.generation import hash_weights
 from em_hub.loading import PIPELINES, find_pipeline_folder, load_pipeline, read_class_name
 from em_training import write_text_atomically
 
-WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|generator)/.+"
+WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|grain|generator)/.+"
 HIDDEN = ("source", "held_out", "ignored", "notices", "specimens")  # of the data: names of files, folders and specimens
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 
@@ -61,9 +61,7 @@ def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.
     if folder is None:
         raise ValueError(f"there is no folder {config.run}; give a run's folder, or a folder with a saved pipeline")
     if config.dry_run is not None:
-        out = Path(config.dry_run)
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty; give a new folder with --dry-run")
+        out = check_dry_run_folder(config.dry_run)
         build_repository(config, out)
         say(f"{out}: the whole repository; nothing was uploaded")
         return str(out)

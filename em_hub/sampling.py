@@ -24,7 +24,8 @@ MAX_WAITING = 2  # batches that are decoded but not written
 class Sampling:
     """How images are made: settings of one process, and what has been learnt on the way.
 
-    call: arguments of the pipeline beside batch size and generators. batch_size, decode_batch_size: images at once, halved when
+    call: arguments of the pipeline beside batch size and generators; for an LDM those of its denoising. add_grain: whether an LDM adds
+    its grain after decoding. batch_size, decode_batch_size: images at once, halved when
     the memory runs out. pad: compute every batch in full size, as compiled models want it.
     """
 
@@ -35,6 +36,7 @@ class Sampling:
     decode_batch_size: int
     call: dict = field(default_factory=dict)
     pad: bool = False
+    add_grain: bool = True
     say: Callable[[str], None] = print
     _unsaid: dict = field(default_factory=dict)
 
@@ -68,25 +70,29 @@ class Sampling:
     def _try_batch(self, numbers):
         """[(numbers, images, event)] of a batch; None after halving the batch because the memory ran out."""
         try:
-            latents = self._denoise(numbers) if self.family == "ldm" else None
+            generators = self._seed(numbers)
+            latents = self._denoise(numbers, generators) if self.family == "ldm" else None
         except (RuntimeError, MemoryError) as error:
             self._halve("batch_size", len(numbers), error)
             return None
         if latents is not None:
-            return self._decode(numbers, latents)
+            return self._decode(numbers, latents, generators)
         try:
-            images = self.pipeline(batch_size=self._padded(numbers), generator=self._seed(numbers), **self.call).images
+            images = self.pipeline(batch_size=self._padded(numbers), generator=generators, **self.call).images
         except (RuntimeError, MemoryError) as error:
             self._halve("batch_size", len(numbers), error)
             return None
         return [(numbers, *to_host(images[: len(numbers)] * 2 - 1))]
 
-    def _denoise(self, numbers):
-        latents = self.pipeline.denoise(self._padded(numbers), self._seed(numbers), **self.call)
+    def _denoise(self, numbers, generators):
+        latents = self.pipeline.denoise(self._padded(numbers), generators, **self.call)
         return latents[: len(numbers)]
 
-    def _decode(self, numbers, latents):
-        """Decode on a stream of its own, while the next batch is denoised on the other."""
+    def _decode(self, numbers, latents, generators):
+        """Decode on a stream of its own, while the next batch is denoised on the other.
+
+        The grain goes on where the denoising left the generators, or copies of them, since a part may be decoded a second time.
+        """
         stream = decoding_stream(latents.device)
         parts, position = [], 0
         if stream is not None:
@@ -97,10 +103,13 @@ class Sampling:
             try:
                 with torch.cuda.stream(stream):  # does nothing for None
                     rows = latents[position : position + len(part)]
+                    mine = [each.clone_state() for each in generators[position : position + len(part)]]
                     padding = self._padded(part, self.decode_batch_size) - len(part)
                     if padding:
                         rows = torch.cat([rows, rows[-1:].expand(padding, -1, -1, -1)])
-                    parts.append((part, *to_host(self.pipeline.decode(rows)[: len(part)])))
+                        mine += [mine[-1].clone_state() for _ in range(padding)]
+                    images = self.pipeline.decode(rows, mine, self.add_grain)
+                    parts.append((part, *to_host(images[: len(part)])))
             except (RuntimeError, MemoryError) as error:
                 self._halve("decode_batch_size", len(part), error)
                 continue

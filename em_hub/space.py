@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 from huggingface_hub import SpaceCardData, constants
 
-from em_data.hub import HUB_ID, find_account, upload_folder
+from em_data.hub import HUB_ID, check_dry_run_folder, find_account, upload_folder
 from em_hub.card import CODE_LICENSE
 from em_training.cli import run_command
 
@@ -54,9 +54,7 @@ def publish_space(config: SpaceConfig, *, say=lambda text: print(text, file=sys.
     """
     check_models(config)
     if config.dry_run is not None:
-        out = Path(config.dry_run)
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty; give a new folder with --dry-run")
+        out = check_dry_run_folder(config.dry_run)
         write_space(config, out)
         say(f"{out}: the whole Space; nothing was uploaded. `python {START}` in it shows the page")
         return str(out)

@@ -66,7 +66,7 @@ NUM_MOMENTS = 4  # of a training, at which its curves have a point
 
 
 def make_config(point: Point, arguments) -> LDMConfig:
-    """The training of a point: the scale's preset on a finished autoencoder."""
+    """The training of a point: the scale's preset on a finished autoencoder, without the grain, which the study did not add."""
     scale = SCALES[arguments.scale]
     config = PRESETS[scale.ldm_preset]()
     denoiser = config.denoiser
@@ -93,6 +93,7 @@ def make_config(point: Point, arguments) -> LDMConfig:
         tiles=replace(config.tiles, **choose_tiles(config.tiles, arguments)),
         autoencoder=replace(config.autoencoder, init_from=find_variant(arguments), num_images=0),
         denoiser=denoiser,
+        grain_images=0,
     )
 
 

@@ -13,7 +13,7 @@ export OMP_NUM_THREADS
   --tiles.resolution 128 --tiles.downsample 3 --tiles.held-out-fraction 0.2 \
   --autoencoder.family kl --autoencoder.block-out-channels 16 48 64 --autoencoder.latent-channels 8 \
   --autoencoder.num-images 6400 --autoencoder.validate-every 1600 --autoencoder.sample-every 1600 --autoencoder.checkpoint-every 800 \
-  --denoiser.channel-multipliers 1 2 2 --denoiser.attention-levels 2 --denoiser.learning-rate 1e-3 \
-  --denoiser.num-images 16000 --denoiser.checkpoint-every 4000 --denoiser.sample-every 4000 --denoiser.validate-every 4000
-"$python" generate.py --model "$out/ldm" --num-images 750 --out "$out/images/ldm"
+  --denoiser.base-channels 32 --denoiser.channel-multipliers 1 2 4 --denoiser.attention-levels 2 --denoiser.learning-rate 1.5e-3 \
+  --denoiser.num-images 88000 --denoiser.checkpoint-every 4000 --denoiser.sample-every 22000 --denoiser.validate-every 8000 \
+  --sampler dpm-solver++-sde --num-inference-steps 20
 "$python" evaluate.py --models "$out/ldm" --num-images 750 --out "$out"

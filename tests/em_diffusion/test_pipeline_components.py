@@ -20,6 +20,7 @@ from diffusers import (
 
 from em_diffusion import EMLatentDiffusionPipeline
 from em_diffusion.autoencoder import nearest_codes
+from em_diffusion.em_grain import EMGrain
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.samplers import (
     SAMPLERS,
@@ -57,6 +58,15 @@ def own(kl, own_unet, pipeline):
     pipe = EMLatentDiffusionPipeline(kl, own_unet, pipeline.scheduler, 0.5, default_num_inference_steps=3)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_grain(strength=0.2):
+    """Grain at 16 x 16 of a random spectrum, stronger in the bright."""
+    grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=3)
+    amplitude = torch.rand(16, 9, generator=torch.Generator().manual_seed(4)) + 0.5
+    values = {"amplitude": amplitude, "deviations": torch.tensor([0.5, 1.0]) * strength}
+    grain.load_state_dict(grain.state_dict() | values)
+    return grain
 
 
 class StraightVelocity(torch.nn.Module):
@@ -174,6 +184,7 @@ def test_unknown_components_are_refused_and_not_imported(own, tmp_path, entry):
 
 def test_a_stranger_loads_own_components(own, tmp_path):
     own.scheduler = FlowMatchEulerDiscreteScheduler()
+    own.register_modules(grain=make_grain())
     own.save_pretrained(tmp_path / "saved")
     (tmp_path / "load_elsewhere.py").write_text(Path(__file__).with_name("load_elsewhere.py").read_text())
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -186,9 +197,45 @@ def test_a_stranger_loads_own_components(own, tmp_path):
     expected = own(2, generators(0, 1), output_type="np").images
     for name in ("first", "again"):
         np.testing.assert_allclose(np.load(tmp_path / f"images_{name}.npy"), expected, atol=1e-6)
-    assert (tmp_path / "again" / "unet" / "em_unet2d_model.py").read_text() == (
-        tmp_path / "saved" / "unet" / "em_unet2d_model.py"
-    ).read_text()
+    for file in ("unet/em_unet2d_model.py", "grain/em_grain.py"):
+        assert (tmp_path / "again" / file).read_text() == (tmp_path / "saved" / file).read_text()
+
+
+# ---------------------------------------------------------------- grain
+
+
+def test_grain_is_added_to_decoded_images_and_can_be_left_out(own):
+    plain = own(3, generators(0, 1, 2), output_type="pt").images
+    own.register_modules(grain=make_grain())
+    assert torch.equal(own(3, generators(0, 1, 2), output_type="pt", add_grain=False).images, plain)
+    grainy = own(3, generators(0, 1, 2), output_type="pt").images
+    assert 0.02 < (grainy - plain).std() < 0.2
+    assert grainy.min() >= 0
+    assert grainy.max() <= 1
+    latents = own(3, generators(0, 1, 2), output_type="latent").images
+    after = generators(0, 1, 2)
+    own.denoise(3, after)  # the grain goes on where the denoising left the generators
+    torch.testing.assert_close(own.decode(latents, after) / 2 + 0.5, grainy)
+    torch.testing.assert_close(own(1, generators(1), output_type="pt").images, grainy[1:2], atol=1e-5, rtol=0)
+
+
+def test_a_pipeline_keeps_its_grain_or_that_it_has_none(own, tmp_path):
+    own.save_pretrained(tmp_path / "without")
+    assert EMLatentDiffusionPipeline.from_pretrained(tmp_path / "without").grain is None
+    index = json.loads((tmp_path / "without" / "model_index.json").read_text())
+    del index["grain"]  # as versions wrote it that knew no grain
+    (tmp_path / "without" / "model_index.json").write_text(json.dumps(index))
+    assert EMLatentDiffusionPipeline.from_pretrained(tmp_path / "without").grain is None
+    own.register_modules(grain=make_grain())
+    own.save_pretrained(tmp_path / "with")
+    loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "with")
+    assert all(torch.equal(value, own.grain.state_dict()[key]) for key, value in loaded.grain.state_dict().items())
+    narrow = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "with", dtype=torch.bfloat16)
+    narrow.set_progress_bar_config(disable=True)
+    images = narrow(2, generators(0, 1), output_type="pt").images
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+    assert EMLatentDiffusionPipeline.from_pipe(loaded).grain is loaded.grain
 
 
 # ---------------------------------------------------------------- samplers

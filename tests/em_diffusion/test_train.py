@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from em_data import load_data
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, posthoc_ema, train_ldm
 from em_diffusion.autoencoder import create_autoencoder
+from em_diffusion.autoencoder_loop import choose_validation_views
+from em_diffusion.grain import fit_grain
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +178,7 @@ def test_an_average_of_another_width_is_made_after_the_training(run, tmp_path, m
     posthoc_ema.main()
     assert "within 0.00%" in capsys.readouterr().err
     weights = EMLatentDiffusionPipeline.from_pretrained(made / "pipeline").unet.state_dict()
+    assert EMLatentDiffusionPipeline.from_pretrained(made / "pipeline").grain is not None
     stored = load_file(tmp_path / "run/denoiser/posthoc_ema/000000000032-0.1.safetensors")
     assert weights.keys() == stored.keys()
     for name, weight in weights.items():
@@ -307,6 +310,29 @@ def test_kl_run_from_micrographs_to_reconstructions(tmp_path):
     torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
     torch.testing.assert_close(reconstruct(pipe.vqvae, held_out), expected)
     assert list((out / "denoiser/samples").glob("*.png"))
+
+
+def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_path, capsys):
+    from em_hub.evaluation import reconstruct
+
+    config, out = run
+    pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
+    data = load_data(config.data, config.tiles, log=lambda text: None)
+    images = data.train.batch(choose_validation_views(data.train, config.grain_images))
+    expected = fit_grain(images, reconstruct(pipe.vqvae, images)).state_dict()
+    for name, value in pipe.grain.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    assert pipe.grain.deviations.mean() > 0.01
+    shutil.copytree(out, tmp_path / "run")
+    for grain_images in (0, 8):
+        train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), grain_images=grain_images))
+        again = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+        assert (again.grain is None) == (grain_images == 0)
+    assert not torch.equal(again.grain.amplitude, pipe.grain.amplitude)
+    assert capsys.readouterr().out.count("grain: the autoencoder leaves out") == 1
+    assert all(torch.equal(value, again.unet.state_dict()[name]) for name, value in pipe.unet.state_dict().items())
+    with pytest.raises(ValueError, match="grain_images is -1"):
+        dataclasses.replace(config, grain_images=-1)
 
 
 def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch):

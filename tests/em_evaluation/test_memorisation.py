@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from em_data.synthetic import synthesise_micrographs
 from em_data.views import ELEMENTS, apply_symmetry
+from em_evaluation import ModelImages, evaluate_models
 from em_evaluation.features import Extractor
 from em_evaluation.images import ImageSet
 from em_evaluation.memorisation import measure_memorisation, nearest_in_features, probability_nearer, share_interval
@@ -105,6 +106,25 @@ def test_a_copier_is_caught_and_an_honest_generator_is_not(measured):
     assert text[0].startswith("copier copies: 20 of 20 images (100.0 %")
     assert text[1].startswith("No image of honest among 20 is a copy")
     json.dumps(section, allow_nan=False)
+
+
+def test_copies_under_added_grain_are_sought_before_it_is_added(train, held_out):
+    def as_images(tiles):
+        return torch.from_numpy(tiles)[:, None].float() / 127.5 - 1
+
+    hidden = as_images(copy(train[:20], 1, deviation=300))
+    models = [ModelImages("LDM", "ldm", hidden, without_grain=as_images(copy(train[:20], 1)))]
+    models.append(ModelImages("hidden", "ldm", hidden))
+    report, _ = evaluate_models(
+        models, {"name": "set"}, FakeTiles(held_out), FakeTiles(train), extractor=Pooled(), floors=(), num_images=20,
+        microscopy=False, use_cache=False, log=lambda text: None,
+    )  # fmt: skip
+    sets = report["memorisation"]["pixels"]["sets"]
+    assert (sets["LDM"]["num_copies"], sets["hidden"]["num_copies"]) == (20, 0)
+    assert report["memorisation"]["without_grain"] == ["LDM"]
+    assert report["models"][0]["metrics"] == report["models"][1]["metrics"]  # judged with the grain
+    text = conclude_memorisation(report["memorisation"], ["LDM", "hidden"])
+    assert any(sentence.startswith("Of LDM the images were searched as they are before the grain") for sentence in text)
 
 
 def test_the_gallery_shows_the_source_as_the_copy_lies(measured):

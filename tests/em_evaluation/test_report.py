@@ -194,6 +194,15 @@ def test_a_score_near_that_of_real_images_does_not_blame_the_autoencoder():
     assert "may be the limit; but of what LDM has above real images, the autoencoder has 0 %" in said
 
 
+def test_an_autoencoder_that_was_measured_with_its_grain_is_called_so():
+    models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(5), 0.6))]
+    report, _ = evaluate(models=models, reconstruct={"autoencoder and grain of LDM": blur(0.0)})
+    assert report["floors"]["reconstruction"]["name"] == "reconstructions by the autoencoder and grain of LDM"
+    assert any(
+        sentence.startswith("The autoencoder alone, with its grain, scores") for sentence in report["conclusion"]
+    )
+
+
 def test_the_autoencoder_of_another_family_is_no_limit():
     models = [ModelImages("GAN", "stylegan2", blobs(80, torch.Generator().manual_seed(5), 0.95))]
     report, _ = evaluate(models=models, reconstruct={"autoencoder of LDM": blur(0.6)})

@@ -3,6 +3,7 @@
 import torch
 from diffusers import DDIMScheduler, VQModel
 
+from em_diffusion.em_grain import EMGrain
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
@@ -10,7 +11,7 @@ from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 
 
 def make_ldm(seed=0):
-    """A latent diffusion model of 16 x 16 pixels, with a U-Net of our own and a codebook."""
+    """A latent diffusion model of 16 x 16 pixels, with a U-Net of our own, a codebook and grain."""
     torch.manual_seed(seed)
     blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -18,7 +19,9 @@ def make_ldm(seed=0):
     vqvae.register_to_config(latents_mean=[0.1, -0.1], latents_std=[1.0, 0.5])
     kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     unet = EMUNet2DModel(8, 2, 2, num_attention_heads=2, **kinds, **blocks)
-    pipeline = EMLatentDiffusionPipeline(vqvae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), 0.5, 3)
+    grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=2)
+    grain.load_state_dict(grain.state_dict() | {"deviations": torch.tensor([0.05, 0.1])})
+    pipeline = EMLatentDiffusionPipeline(vqvae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), 0.5, 3, grain)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

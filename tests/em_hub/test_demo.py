@@ -105,9 +105,12 @@ def test_a_walk_of_noise_keeps_unit_variance_and_passes_the_keys():
     assert (variance - 1).abs().max() < 5 * (2 / keys[0].numel()) ** 0.5  # five deviations of a sample variance
 
 
-def test_walks_pass_the_images_of_the_seed(ldm, stylegan, tmp_path):
+def test_walks_pass_the_images_of_the_seed(ldm, stylegan, tmp_path, monkeypatch):
     frames = demo.walk_ldm(ldm, 3, 5, "ddim", 2)
     assert len(frames.images) == demo.NUM_KEYS * 5
+    images = demo.draw_ldm_images(ldm, 3, 4, "ddim", 2).images
+    assert 0.02 < (frames.images[::5] - images).std() < 0.2  # of which each has its own grain
+    monkeypatch.setattr(ldm.pipeline, "grain", None)
     images = demo.draw_ldm_images(ldm, 3, 4, "ddim", 2).images
     torch.testing.assert_close(frames.images[::5], images, atol=1e-4, rtol=0)
     seen = []

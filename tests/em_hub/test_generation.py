@@ -14,6 +14,7 @@ from PIL import Image
 from em_data import load_data, read_image_folder
 from em_data.config import DataConfig
 from em_data.sources import open_source
+from em_diffusion.em_grain import EMGrain
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_hub import generation
 from em_hub.generation import GenerationConfig, generate_images
@@ -36,7 +37,11 @@ def make_ldm(seed=0):
     vqvae.register_to_config(latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0])
     kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(sample_size=8, in_channels=2, out_channels=2, **kinds, **blocks)
-    return EMLatentDiffusionPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
+    grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=3)
+    grain.load_state_dict(
+        grain.state_dict() | {"deviations": torch.tensor([0.1, 0.2]), "strengths": torch.tensor([0.5, 1.0, 2.0])}
+    )
+    return EMLatentDiffusionPipeline(vqvae, unet, DDIMScheduler(clip_sample=False), grain=grain)
 
 
 def make_stylegan(seed=0):
@@ -72,6 +77,23 @@ def test_images_depend_on_seed_and_number_alone(model, tmp_path):
     assert np.abs(a - b).max() <= 1  # another batch size may round another way
     assert len(np.unique(a.reshape(7, -1), axis=0)) == 7
     assert not np.array_equal(a, c)
+
+
+def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_path):
+    make_ldm().save_pretrained(tmp_path / "ldm")
+    pipeline = load_pipeline(str(tmp_path / "ldm"))
+    pipeline.set_progress_bar_config(disable=True)
+    for grain in (True, False):
+        config = config_for(tmp_path / "ldm", tmp_path / str(grain), num_images=16, batch_size=16, grain=grain)
+        settings = generate_images(config)["settings"]
+        assert settings["grain"] is grain
+        generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(16)]
+        images = pipeline(16, generators, 2, output_type="np", add_grain=grain).images
+        assert np.abs(read(tmp_path / str(grain)) - (images[..., 0] * 255).round()).max() <= 1
+    with pytest.raises(ValueError, match="grain differ"):
+        generate_images(replace(config, grain=True))
+    difference = read(tmp_path / "True") - read(tmp_path / "False")
+    assert 5 < difference.std() < 50  # of 0.1 to 0.2 of half the range, 13 to 26 grey levels, times 0.5 to 2
 
 
 def test_a_second_start_fills_the_gaps_and_only_those(model, tmp_path):
@@ -298,11 +320,12 @@ def test_out_of_memory_in_decoding_halves_the_decoders_batch(tmp_path, monkeypat
     whole, _, _ = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
     decode, sizes = EMLatentDiffusionPipeline.decode, []
 
-    def limited(self, latents):
+    def limited(self, latents, *arguments):
         sizes.append(len(latents))
+        images = decode(self, latents, *arguments)  # has drawn the grain when it fails: the next try draws the same
         if len(latents) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(self, latents)
+        return images
 
     monkeypatch.setattr(EMLatentDiffusionPipeline, "decode", limited)
     images, maker, said = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
