@@ -155,7 +155,7 @@ def demo() -> LDMConfig:
             norm_num_groups=16,
             prediction_type="v_prediction",
             timestep_density="logit_normal",
-            num_images=40_000,
+            num_images=32_000,
             batch_size=32,
             learning_rate=2e-3,
             warmup_images=1_600,
@@ -163,9 +163,9 @@ def demo() -> LDMConfig:
             num_validation_images=128,
             num_sample_images=32,
             log_every=1_024,
-            validate_every=5_000,
-            sample_every=10_000,
-            checkpoint_every=10_000,
+            validate_every=4_000,
+            sample_every=8_000,
+            checkpoint_every=8_000,
         ),
     )
 
