@@ -120,7 +120,7 @@ def demo() -> LDMConfig:
     the study's way and that of `paper`, minutes on a CPU do not suffice for loops. The default sampler draws fresh noise in
     each step, which mends what an unfinished denoiser gets wrong in the step before: rings close.
 
-    Hardware: one CPU core. Time: about 9 minutes in float32 on a core with AVX-512. Score to expect: what README.md shows.
+    Hardware: one CPU core. Time: what README.md shows. Score to expect: there, too.
     """
     return LDMConfig(
         data="synthetic",
