@@ -3,6 +3,7 @@
 import torch
 
 from em_diffusion.em_grain import EMGrain, noise_deviation
+from em_diffusion.reconstruction import frequency_rings
 
 CHUNK = 64  # images at a time, which bounds the memory
 DRAWN_PIXELS = 1_000_000  # for the edges of the bins of grey levels
@@ -33,10 +34,9 @@ def fit_grain(images, reconstructions, num_grey_levels: int = 16, num_strengths:
     power = measure_power(relative)  # [H, W // 2 + 1]
     kept = power * missing_share(images, reconstructions, residuals)
     height, width = images.shape[-2:]
+    _, counts = frequency_rings(height, width)
     grain = EMGrain((height, width), len(grey_levels), num_strengths)
-    mean_kept, mean_power = (
-        float((each * count_mirrored(height, width)).sum() / (height * width)) for each in (kept, power)
-    )
+    mean_kept, mean_power = (float((each * counts).sum() / counts.sum()) for each in (kept, power))
     strengths = relative.square().mean(dim=(1, 2, 3)).sqrt()
     values = {
         "amplitude": (kept / mean_kept).sqrt() if mean_kept > 0 else torch.zeros_like(kept),
@@ -65,31 +65,18 @@ def measure_deviations(reconstructions, residuals, num_bins):
 
 def missing_share(images, reconstructions, residuals):
     """The share of the residuals' power that the reconstructions lack, 0 to 1, at each frequency: [H, W // 2 + 1]; equal on rings."""
-    height, width = images.shape[-2:]
-    rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
-    ring = (torch.hypot(rows[:, None], columns[None]) * min(height, width)).round().long()
-    weights = count_mirrored(height, width).flatten()
+    radius, counts = (each.flatten() for each in frequency_rings(*images.shape[-2:]))
 
     def average(power):
         """Means over rings."""
-        total = torch.bincount(ring.flatten(), weights=power.flatten() * weights)
-        return total / torch.bincount(ring.flatten(), weights=weights)
+        return torch.bincount(radius, weights=power.flatten() * counts) / torch.bincount(radius, weights=counts)
 
     original, decoded, left = (average(measure_power(each)) for each in (images, reconstructions, residuals))
     share = torch.where(left > 0, (original - decoded) / left.clamp(min=1e-30), 0.0).clamp(0, 1)
-    return share[ring].float()
+    return share[radius].float().view(images.shape[-2], -1)
 
 
 def measure_power(images):
     """Mean squared Fourier amplitude of images [N, 1, H, W] per pixel: float32 [H, W // 2 + 1]."""
     total = sum(torch.fft.rfft2(part[:, 0].double()).abs().square().sum(dim=0) for part in images.split(CHUNK))
     return (total / (len(images) * images.shape[-1] * images.shape[-2])).float()
-
-
-def count_mirrored(height, width):
-    """How many frequencies of the whole plane each entry of an rfft2 stands for, 1 or 2: float32 [H, W // 2 + 1]."""
-    counts = torch.full((height, width // 2 + 1), 2.0)
-    counts[:, 0] = 1
-    if width % 2 == 0:
-        counts[:, -1] = 1
-    return counts

@@ -61,14 +61,7 @@ def radial_power_spectrum(images):
     height, width = images.shape[-2:]
     side = min(height, width)
     window = torch.outer(*(torch.hann_window(n, periodic=False, dtype=torch.float64) for n in (height, width)))
-    rows, columns = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.rfftfreq(width, dtype=torch.float64)
-    radius = (torch.hypot(rows[:, None], columns[None]) * side).round().long().flatten()  # [H (W // 2 + 1)]
-    # all but the first and, for an even width, the last column stand for their mirror image too
-    twice = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
-    twice[0] = 1
-    if width % 2 == 0:
-        twice[-1] = 1
-    weights = twice.expand(height, -1).flatten()
+    radius, weights = (each.flatten() for each in frequency_rings(height, width))
     power = torch.zeros(height * (width // 2 + 1), dtype=torch.float64)
     for part in images.split(CHUNK):
         part = part[:, 0].double().cpu()
@@ -76,6 +69,19 @@ def radial_power_spectrum(images):
         power += torch.fft.rfft2(part).abs().square().sum(dim=0).flatten()
     totals = torch.bincount(radius, weights=power * weights) / torch.bincount(radius, weights=weights)
     return totals[1 : side // 2 + 1] / len(images)
+
+
+def frequency_rings(height, width):
+    """Of each entry of an `rfft2`: its radius, rounded, in cycles over the shorter side, int64 [H, W // 2 + 1], and how many frequencies
+    of the whole plane it stands for, 1 or 2, float64 [H, W // 2 + 1]."""
+    rows, columns = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.rfftfreq(width, dtype=torch.float64)
+    radius = (torch.hypot(rows[:, None], columns[None]) * min(height, width)).round().long()
+    # all but the first and, for an even width, the last column stand for their mirror image too
+    counts = torch.full((height, width // 2 + 1), 2.0, dtype=torch.float64)
+    counts[:, 0] = 1
+    if width % 2 == 0:
+        counts[:, -1] = 1
+    return radius, counts
 
 
 def spectrum_difference_db(images, reconstructions):

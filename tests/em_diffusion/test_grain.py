@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from em_diffusion.em_grain import EMGrain, interpolate
-from em_diffusion.grain import count_mirrored, fit_grain, measure_power
-from em_diffusion.reconstruction import radial_power_spectrum
+from em_diffusion.grain import fit_grain, measure_power
+from em_diffusion.reconstruction import frequency_rings, radial_power_spectrum
 
 SIZE = 32
 
@@ -84,7 +84,7 @@ def test_the_filter_is_a_circular_convolution_and_keeps_the_variance():
     grain = EMGrain((height, width))
     amplitude = torch.rand(height, width // 2 + 1, generator=torch.Generator().manual_seed(0)) + 0.1
     amplitude[-2:, 0], amplitude[-2:, -1] = amplitude[1:3, 0].flip(0), amplitude[1:3, -1].flip(0)  # of a real kernel
-    mean_square = (amplitude.square() * count_mirrored(height, width)).sum() / (height * width)
+    mean_square = (amplitude.square() * frequency_rings(height, width)[1]).sum() / (height * width)
     grain.load_state_dict(grain.state_dict() | {"amplitude": amplitude / mean_square.sqrt()})
     noise = torch.randn(2, 1, height, width, generator=torch.Generator().manual_seed(1))
     kernel = torch.fft.irfft2(grain.amplitude, s=(height, width))
@@ -98,7 +98,7 @@ def test_the_filter_is_a_circular_convolution_and_keeps_the_variance():
 
 def test_power_is_parsevals():
     images = torch.randn(70, 1, 6, 8, generator=torch.Generator().manual_seed(0))
-    total = (measure_power(images) * count_mirrored(6, 8)).sum()
+    total = (measure_power(images) * frequency_rings(6, 8)[1]).sum()
     assert total / (6 * 8) == pytest.approx(images.square().mean().item(), rel=1e-5)
 
 
