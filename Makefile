@@ -16,11 +16,12 @@ THREADS = OMP_NUM_THREADS=$(shell n=$$(( $(CORES) / $(DEMO_JOBS) )); echo $$(( n
 
 .PHONY: demo demo-ldm demo-gan test test-slow lint install clean
 
-# The two models train side by side, each with half of the cores: small networks gain less from a second core than from
-# having one to themselves. DEMO_JOBS=1 trains one after the other, on all cores.
+# The autoencoder trains on all cores, then denoiser and StyleGAN2 side by side, each with half of them: networks this small gain less
+# from a second core than from having one to themselves. DEMO_JOBS=1 trains one after the other, on all cores.
 demo: $(INSTALLED)
 	@mkdir -p "$(OUT)"
-	@echo "LDM and StyleGAN2 train side by side; StyleGAN2's progress is in $(OUT)/stylegan2.log"
+	$(RUN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS) --last-stage autoencoder
+	@echo "the LDM's denoiser and StyleGAN2 train side by side; StyleGAN2's progress is in $(OUT)/stylegan2.log"
 	$(MAKE) --no-print-directory -j $(DEMO_JOBS) demo-ldm demo-gan
 	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)"
 

@@ -240,12 +240,15 @@ class LDMConfig:
     grain_images: int = 1000
     """Training views by whose reconstructions the grain is measured that the autoencoder leaves out, and that sampling adds again; 0
     for none. May be changed at any time."""
+    last_stage: str = "denoiser"
+    """"autoencoder" ends the run after that stage, to look at its reconstructions first: the same command with "denoiser" goes on."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self):
         _check_choice("precision", self.precision, ("auto", "bf16", "fp16", "no"))
+        _check_choice("last_stage", self.last_stage, ("autoencoder", "denoiser"))
         if self.sampler is not None:
             create_sampler(self.sampler, create_scheduler(self.denoiser))  # refuses what does not suit the prediction
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
@@ -265,6 +268,11 @@ class LDMConfig:
                 f"autoencoder.discriminator_layers is {self.autoencoder.discriminator_layers}, which needs tiles of "
                 f"{smallest} pixels, and tiles.resolution is {self.tiles.resolution}: choose fewer layers."
             )
+
+    @property
+    def makes_pipeline(self) -> bool:
+        """Whether the run ends in a pipeline, which is what can be published."""
+        return self.last_stage == "denoiser"
 
     @property
     def latent_size(self) -> int:

@@ -120,7 +120,7 @@ def demo() -> LDMConfig:
     the study's way and that of `paper`, minutes on a CPU do not suffice for loops. The default sampler draws fresh noise in
     each step, which mends what an unfinished denoiser gets wrong in the step before: rings close.
 
-    Hardware: one CPU core. Time: what README.md shows. Score to expect: there, too.
+    Hardware: one or two CPU cores. Time: what README.md shows. Score to expect: there, too.
     """
     return LDMConfig(
         data="synthetic",
@@ -136,14 +136,14 @@ def demo() -> LDMConfig:
             perceptual_layers=3,
             perceptual_weight=1.0,
             revive_after_images=512,
-            num_images=12_800,
+            num_images=9_600,
             batch_size=16,
             learning_rate=2e-3,
             warmup_images=320,
             num_validation_images=64,
             log_every=320,
             validate_every=3_200,
-            sample_every=6_400,
+            sample_every=4_800,
             checkpoint_every=3_200,
         ),
         denoiser=DenoiserConfig(

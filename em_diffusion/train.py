@@ -40,7 +40,9 @@ from em_training import (
 
 
 def train_ldm(config: LDMConfig) -> Path:
-    """Run every stage of `config` that is not finished: autoencoder, latents, denoiser, pipeline; return `config.out`.
+    """Run every stage of `config` that is not finished: autoencoder, latents, grain, denoiser, pipeline; return `config.out`.
+
+    With `last_stage` "autoencoder", only the first.
 
     Writes config.json, pipeline/ (load it with `EMLatentDiffusionPipeline.from_pretrained`) and run.json into the run's
     folder. The same call on the same folder goes on where it stopped, to the bit on the same hardware. Several processes
@@ -70,6 +72,9 @@ def train_stages(config, accelerator, out):
         save_config(config, out / "config.json")
 
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
+    if not config.makes_pipeline:
+        accelerator.print(f"the autoencoder is trained: {out / 'autoencoder'}; --last-stage denoiser goes on from it")
+        return
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
     grain = run_grain_stage(config, data, vqvae, accelerator, out)
     unet, denoiser = run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out, grain)
@@ -245,7 +250,7 @@ def check_same_run(config, out):
         out,
         config,
         lambda name, old, new: (
-            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps", "grain_images")
+            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps", "grain_images", "last_stage")
             or name == "denoiser.evaluation_metrics"
             or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
             or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")

@@ -101,6 +101,10 @@ def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None
             raise ValueError("--private goes with --push-to-hub REPO")
         train(config)
         return
+    if not getattr(config, "makes_pipeline", True):
+        raise ValueError(
+            "--push-to-hub publishes a finished run, and --last-stage leaves this one unfinished: leave one of them out"
+        )
     repo = find_account(push.push_to_hub)
     train(config)
     if int(os.environ.get("RANK", "0")):

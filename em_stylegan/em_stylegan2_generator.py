@@ -103,7 +103,8 @@ class EqualizedConv2d(nn.Module):
             x = F.conv2d(blur(x, self.kernel, padding=2), weight, bias, stride=2)  # [B, out, H/2, W/2]
         else:
             x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
-        if self.activation:  # a view changed in place, as pointwise_conv2d returns one, costs the backward pass several copies
+        if self.activation:
+            # pointwise_conv2d returns a view; changed in place, it would cost the backward pass several copies
             x = F.leaky_relu(x, 0.2, inplace=self.kernel_size > 1)
         return x if clamp is None else x.clamp(-clamp, clamp)
 

@@ -75,6 +75,21 @@ def test_latent_statistics_have_one_home(run):
     torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
 
 
+def test_a_run_may_stop_after_its_autoencoder_and_go_on(run, tmp_path, capsys):
+    config = dataclasses.replace(run[0], out=str(tmp_path / "run"))
+    out = train_ldm(dataclasses.replace(config, last_stage="autoencoder"))
+    assert "--last-stage denoiser goes on" in capsys.readouterr().out
+    assert (out / "autoencoder" / "vqvae").is_dir()
+    assert not any((out / name).exists() for name in ("latents", "denoiser", "pipeline", "run.json"))
+    train_ldm(config)
+    for path in ("vqvae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        expected = load_file(run[1] / "pipeline" / path)
+        for name, values in load_file(out / "pipeline" / path).items():
+            assert torch.equal(values, expected[name]), name
+    with pytest.raises(ValueError, match="last_stage"):
+        dataclasses.replace(config, last_stage="latents")
+
+
 def test_second_start_trains_nothing(run, monkeypatch):
     config, out = run
     before = (out / "run.json").read_text()

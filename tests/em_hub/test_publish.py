@@ -15,7 +15,7 @@ from models import MAKERS, draw, make_ldm, make_stylegan
 from PIL import Image
 from safetensors.torch import load_file
 
-from em_diffusion import EMLatentDiffusionPipeline
+from em_diffusion import PRESETS, EMLatentDiffusionPipeline
 from em_hub.generation import GenerationConfig, generate_images, hash_weights
 from em_hub.loading import load_pipeline, read_run_info
 from em_hub.publish import PublishConfig, hide_paths, publish_run, train_and_publish
@@ -398,6 +398,12 @@ def test_a_training_publishes_its_run(tmp_path, hub):
     assert len(trained) == 1  # the token is tried before hours of training
     with pytest.raises(ValueError, match="--private goes with"):
         train_and_publish(parse, train, ["test", "--seed", "1", "--private"])
+
+
+def test_a_run_that_stops_before_its_pipeline_is_not_to_be_pushed(hub):
+    config = replace(PRESETS["test"](), last_stage="autoencoder")
+    with pytest.raises(ValueError, match="--last-stage leaves this one unfinished"):
+        train_and_publish(lambda argv: config, pytest.fail, ["--push-to-hub", "you/em-ldm"])
 
 
 def test_a_push_that_fails_after_the_training_says_how_to_go_on(tmp_path, hub):
