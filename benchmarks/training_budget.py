@@ -107,7 +107,7 @@ def prepare(arguments) -> Shared:
     """Data, the autoencoder and cached latents, made once in `out`/shared by the stages of `train_ldm`."""
     folder = Path(arguments.out) / "shared"
     config = PRESETS[arguments.preset]()
-    config = replace(config, data=arguments.data, seed=arguments.seed)
+    config = replace(config, data=arguments.data, seed=arguments.seed, grain_images=config.grain_images or 1000)
     if arguments.autoencoder_images:
         config = replace(config, autoencoder=replace(config.autoencoder, num_images=arguments.autoencoder_images))
     accelerator = create_accelerator(folder, config.precision)
@@ -325,7 +325,7 @@ def evaluate(shared, results, arguments, out):
         floors=("real", "reconstruction"),
         num_images=arguments.num_images,
         seed=arguments.seed,
-        reconstruct={"autoencoder of both and its grain": reconstruct},
+        reconstruct={"autoencoder and grain of both": reconstruct},
         microscopy=False,
         memorisation=False,
         log=say,

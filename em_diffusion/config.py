@@ -239,7 +239,7 @@ class LDMConfig:
     out, else 50."""
     grain_images: int = 1000
     """Training views by whose reconstructions the grain is measured that the autoencoder leaves out, and that sampling adds again; 0
-    for none. May be changed at any time."""
+    for none; fewer where they would have more than 67 million pixels together. May be changed at any time."""
     last_stage: str = "denoiser"
     """"autoencoder" ends the run after that stage, to look at its reconstructions first: the same command with "denoiser" goes on."""
     tiles: DataConfig = field(default_factory=DataConfig)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_diffusion.autoencoder import hash_weights
 from em_diffusion.autoencoder_loop import draw_validation_images, save_model
 from em_diffusion.denoiser import (
     compute_denoising_loss,
@@ -78,7 +79,7 @@ def train_denoiser(
         if posthoc_ema and accelerator.is_main_process:
             posthoc_ema.drop_snapshots_after(num_images_seen)
         match_memory_format(optimizer)
-        best = create_best_weights(held_out, config, run) if config.evaluate_every else None
+        best = create_best_weights(held_out, config, run, grain) if config.evaluate_every else None
         generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed, grain=grain)
 
         def compute_loss(images, noise, timesteps):
@@ -128,8 +129,8 @@ def train_denoiser(
     return path, train_seconds
 
 
-def create_best_weights(held_out, config, run):
-    """What measures the distance to `held_out` during training, and keeps the best U-Net."""
+def create_best_weights(held_out, config, run, grain):
+    """What measures the distance to `held_out` during training, of images with `grain` if there is one, and keeps the best U-Net."""
     seed = seed_for(config.seed, "held-out distance")
     distance = HeldOutDistance(
         held_out,
@@ -139,7 +140,10 @@ def create_best_weights(held_out, config, run):
         metrics=config.evaluation_metrics,
         say=run.say,
     )
-    return BestWeights(distance, run, "unet", num_inference_steps=config.num_evaluation_steps)
+    grain_sha256 = None if grain is None else hash_weights(grain)
+    return BestWeights(
+        distance, run, "unet", num_inference_steps=config.num_evaluation_steps, grain_sha256=grain_sha256
+    )
 
 
 def draw_batches(latents, sampler, config, accelerator, num_images_seen):

@@ -33,10 +33,11 @@ class EMGrain(ModelMixin, ConfigMixin):
         self.strengths = nn.Parameter(torch.ones(num_strengths), requires_grad=False)
 
     @torch.no_grad()
-    def forward(self, images, generator: torch.Generator | list[torch.Generator] | None = None):
+    def forward(self, images, generator: torch.Generator | list[torch.Generator] | None = None, drawn=None):
         """Images [B, 1, H, W] in [-1, 1] with their grain, in float32; what leaves [-1, 1] is for the caller to clamp.
 
         generator: one for the batch, or a list of B; with a list, image i depends on generator i alone.
+        drawn: what `draw` has returned, instead of `generator`.
         Raises `ValueError` for images of another size than `sample_size`.
         """
         if tuple(images.shape[-2:]) != tuple(self.config.sample_size):
@@ -45,21 +46,28 @@ class EMGrain(ModelMixin, ConfigMixin):
                 "decode with add_grain=False, or measure it at their size (em_diffusion.grain.fit_grain)."
             )
         images = images.float()
-        noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=torch.float32)
-        return images + noise_deviation(images, self.grey_levels, self.deviations) * self.filter(noise) * (
-            self.draw_strengths(len(images), generator, images.device)
-        )
+        drawn = self.draw(len(images), generator, images.device) if drawn is None else drawn
+        noise, normal = (each.to(images.device) for each in drawn)
+        deviation = noise_deviation(images, self.grey_levels, self.deviations)
+        return images + deviation * self.filter(noise) * self.find_strengths(normal)
+
+    def draw(self, num_images, generator, device):
+        """All that is random in the grain of a batch: white noise [B, 1, H, W] and a normal number per image [B, 1], float32.
+
+        Generators of the CPU make a GPU wait for what it was given before: draw ahead of the work that the grain goes on top of.
+        """
+        shapes = ((num_images, 1, *self.config.sample_size), (num_images, 1))
+        return tuple(randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) for shape in shapes)
 
     def filter(self, noise):
         """White noise [B, 1, H, W] -> noise of unit variance with the power spectrum of the grain, periodic at the edges."""
         spectrum = torch.fft.rfft2(noise) * self.amplitude.float()  # [B, 1, H, W // 2 + 1]
         return torch.fft.irfft2(spectrum, s=noise.shape[-2:])
 
-    def draw_strengths(self, num_images, generator, device):
-        """How strong each image's grain is: [B, 1, 1, 1], by the inverse of their cumulative distribution."""
-        drawn = randn_tensor((num_images, 1), generator=generator, device=device, dtype=torch.float32)
-        uniform = torch.special.ndtr(drawn)  # randn_tensor knows lists of generators and their devices
-        positions = torch.linspace(0, 1, len(self.strengths), device=device)
+    def find_strengths(self, normal):
+        """How strong each image's grain is, from a normal number [B, 1]: [B, 1, 1, 1], by the inverse of their cumulative distribution."""
+        uniform = torch.special.ndtr(normal)  # randn_tensor knows lists of generators and their devices
+        positions = torch.linspace(0, 1, len(self.strengths), device=normal.device)
         return interpolate(uniform, positions, self.strengths.float()).view(-1, 1, 1, 1)
 
 

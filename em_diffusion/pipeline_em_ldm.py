@@ -180,6 +180,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
 
         A VQ autoencoder decodes the nearest codes, which are searched in float32.
         """
+        add_grain = add_grain and self.grain is not None
+        if add_grain:
+            generator = self._check_generators(len(latents), generator)
+            drawn = self.grain.draw(len(latents), generator, latents.device)
         _wake(self.vqvae)
         codes = self._find_codes()
         if codes is None:
@@ -195,9 +199,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 "first (em_diffusion.load_autoencoder does)."
             )
         images = images.float().clamp(-1, 1)
-        if self.grain is None or not add_grain:
-            return images
-        return self.grain(images, generator).clamp(-1, 1)
+        return self.grain(images, drawn=drawn).clamp(-1, 1) if add_grain else images
 
     def normalise_latents(self, latents):
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1 in each channel; float32."""
@@ -301,13 +303,20 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     def _check_inputs(self, batch_size, generator, callback_tensor_inputs):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
-            )
+        self._check_generators(batch_size, generator)
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be given.")
+
+    def _check_generators(self, batch_size, generator):
+        """One generator, or a list of `batch_size`, as diffusers takes them."""
+        if not isinstance(generator, list | tuple):
+            return generator
+        if len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
+            )
+        return list(generator)
 
     def _convert(self, images, output_type):
         images = (images / 2 + 0.5).clamp(0, 1)  # [B, 1, H, W]
@@ -315,6 +324,11 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
         return images if output_type == "np" else self.numpy_to_pil(images)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save the pipeline, as `DiffusionPipeline.save_pretrained` does, with a grain that was given to it after it was made."""
+        self.register_modules(grain=self.grain)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Write model_index.json, this file, and the file of each component of our own into its folder, so that the whole loads where

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from em_diffusion.autoencoder import encode
+from em_diffusion.autoencoder_loop import save_model
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_denoiser
 from em_diffusion.em_grain import EMGrain
@@ -49,7 +50,7 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     has_grain = config.grain_images and (run / "grain" / "config.json").exists()  # runs of before knew none
     grain = EMGrain.from_pretrained(run / "grain") if has_grain else None
     pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
-    pipeline.save_pretrained(out / "pipeline")
+    save_model(pipeline, out / "pipeline")
     made = {
         "run": str(run),
         "sigma_rel": sigma_rel,

@@ -19,7 +19,7 @@ from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.em_grain import EMGrain
-from em_diffusion.grain import fit_grain
+from em_diffusion.grain import MAX_PIXELS, fit_grain
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -82,7 +82,7 @@ def train_stages(config, accelerator, out):
         scheduler, num_steps = choose_sampler(config)
         pixel_size_nm = data.summary.get("pixel_size_nm")
         pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
-        pipeline.save_pretrained(out / "pipeline")
+        save_model(pipeline, out / "pipeline")  # whole: none of what an earlier end of this run left there
         seconds = {"autoencoder": autoencoder["train_seconds"], "latents": encoding["seconds"]}
         seconds["denoiser"] = denoiser["train_seconds"]
         run = {
@@ -166,7 +166,8 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
     path, made_for = out / "grain", {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)}
     record = path / "measured.json"
     if accelerator.is_main_process and not (record.exists() and json.loads(record.read_text()) == made_for):
-        images = draw_validation_images(data.train, config.grain_images)
+        num_images = min(config.grain_images, max(1, MAX_PIXELS // config.tiles.resolution**2))
+        images = draw_validation_images(data.train, num_images)
         grain = fit_grain(images, reconstruct(vqvae, images, accelerator))
         accelerator.print(
             f"grain: the autoencoder leaves out noise of {100 * grain.deviations.mean() / 2:.1f} % of the range of grey levels on "

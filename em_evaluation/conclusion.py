@@ -186,7 +186,7 @@ def _say_autoencoder(report, weighed):
     side = "above" if _is_above_half(weighed) else "below"
     alone = (
         "The autoencoder alone, with its grain,"
-        if "and grain" in report["floors"][weighed["floor"]]["name"]
+        if "autoencoder and grain of " in report["floors"][weighed["floor"]]["name"]
         else "The autoencoder alone"
     )
     sentence = f"{alone} scores {_say(autoencoder)}, {share} of {name}'s distance of {_say(score)}, {side} half of it"

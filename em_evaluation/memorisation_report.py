@@ -36,7 +36,7 @@ def conclude_memorisation(section, models) -> list[str]:
             "Train again with whole micrographs held out (--tiles.split micrograph)."
         ]
     sentences = [_say_model(section, name) for name in models]
-    if bare := section.get("without_grain"):
+    if bare := [name for name in section.get("without_grain", ()) if name in models]:
         sentences.append(
             f"Of {' and '.join(bare)} the images were searched as they are before the grain is added, which would hide copies."
         )

@@ -16,7 +16,7 @@ from em_evaluation.report import format_count, format_duration
 
 CODE_LICENSE = "Apache-2.0"
 TASK = "unconditional-image-generation"
-SAMPLING = ("scheduler", "num_inference_steps", "eta", "truncation_psi", "noise_mode", "precision", "seed")
+SAMPLING = ("scheduler", "num_inference_steps", "eta", "truncation_psi", "noise_mode", "grain", "precision", "seed")
 VARIANT = "bf16"
 FAMILIES = {
     "EMLatentDiffusionPipeline": ("ldm.md.j2", "em_diffusion", "latent-diffusion", "latent diffusion model"),
@@ -140,9 +140,15 @@ def read_evaluation(path, weights_sha256: str) -> dict:
         "floors": kept,
         "sentences": sentences,
         "memorisation": conclude_memorisation(report["memorisation"], [name]) if report.get("memorisation") else [],
-        "sampling": {key: value for key, value in found[0]["info"].items() if key in SAMPLING and value is not None},
+        "sampling": say_sampling(found[0]["info"]),
         "environment": report.get("environment"),
     }
+
+
+def say_sampling(info: dict) -> dict:
+    """How the images that were measured were drawn, in words where it is yes or no."""
+    known = {key: info[key] for key in SAMPLING if info.get(key) is not None}
+    return {key: ("added" if value else "left out") if key == "grain" else value for key, value in known.items()}
 
 
 def is_about(name: str, text: str) -> bool:

@@ -60,7 +60,7 @@ class EvaluationConfig:
     microscopy: bool = True
     """Measure spectrum, noise, two-point correlation and defects, as a microscopist would."""
     memorisation: bool = True
-    """Seek the nearest training view of every generated image."""
+    """Seek the nearest training view of every generated image; an LDM with grain is sampled a second time for it, without its grain."""
     seed: int = 0
     """Seed of generated images, of drawn tiles and of intervals."""
     batch_size: int = 50
@@ -99,7 +99,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         extractors = create_extractors(config, data.summary, state)
     generated = {name: generate(config, name, model) for name, (model, _) in models.items()}
     without_grain = {
-        name: generate(config, f"{name} without grain", model, grain=False)[0]
+        name: generate(config, name, model, grain=False)[0]
         if config.memorisation and generated[name][1]["settings"].get("grain")
         else None
         for name, (model, _) in models.items()
@@ -199,8 +199,12 @@ def refuse_other_splits(models: dict, summary: dict) -> None:
 
 
 def generate(config: EvaluationConfig, name: str, model: str, grain: bool | None = None):
-    """Return (images, record) of a model, generated where they are not there yet; `grain` as the configuration has it if None."""
-    folder = Path(config.out) / "images" / name.lower().replace(" ", "-")
+    """Return (images, record) of a model, generated where they are not there yet; `grain` as the configuration has it if None.
+
+    Images of other grain than the configuration's lie in a folder beside the others, where no model's name leads.
+    """
+    images = "images" if grain is None else "images-without-grain"
+    folder = Path(config.out) / images / name.lower().replace(" ", "-")
     record = generate_images(
         GenerationConfig(
             model=model,

@@ -219,9 +219,11 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
 def hash_weights(model: str) -> str:
     """Return the SHA-256 of a pipeline's weight files, so that a retrained model, or another revision, is another model."""
     folder = fetch_pipeline_folder(model)
+    index = json.loads((folder / "model_index.json").read_text())
+    unused = {name for name, value in index.items() if isinstance(value, list) and value[-1] is None}
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        if any(path.match(pattern) for pattern in OTHER_VARIANTS):
+        if any(path.match(pattern) for pattern in OTHER_VARIANTS) or path.relative_to(folder).parts[0] in unused:
             continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -236,7 +238,8 @@ def _read_matching_record(out: Path, record: dict) -> dict | None:
         return None
     before = json.loads(path.read_text())
     if before.get("settings") != record["settings"]:
-        changed = [k for k, v in record["settings"].items() if before.get("settings", {}).get(k) != v]
+        ours, theirs = record["settings"], before.get("settings", {})
+        changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         raise ValueError(
             f"{out} holds images made with other settings ({', '.join(changed)} differ); choose another folder with --out"
         )

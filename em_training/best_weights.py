@@ -10,13 +10,16 @@ class BestWeights:
     """Measures the averaged weights now and then and keeps those that came nearest, as `run.dir`/best/`name`.
 
     distance: measures images, `measure(generate) -> float` over `num_images` (`em_evaluation.held_out.HeldOutDistance`). facts: what
-    else the record says. What is kept is on disk alone: a run that was killed replays the steps since its checkpoint, comes to the same
-    distances and to the same best, which lies there already.
+    else the record says of how it was measured; what was measured otherwise, before a change of flags, is not compared with. What is
+    kept is on disk alone: a run that was killed replays the steps since its checkpoint, comes to the same distances and to the same
+    best, which lies there already.
     """
 
     def __init__(self, distance, run, name: str, **facts):
         self.distance, self.run, self.name, self.facts = distance, run, name, facts
-        self.record = read_best(run.dir) if run.accelerator.is_main_process else None
+        record = read_best(run.dir) if run.accelerator.is_main_process else None
+        is_comparable = record is not None and all(record.get(key) == value for key, value in facts.items())
+        self.record = record if is_comparable else None
 
     def update(self, model, generate, num_images_seen: int) -> float:
         """Return the distance of `generate`'s images, and keep `model` when it is the smallest so far; all processes call it."""

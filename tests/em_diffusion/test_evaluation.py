@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from em_data.intensity import from_uint, to_uint8
 from em_evaluation import frechet_distance, get_extractor, kernel_distance
 from em_evaluation.held_out import HeldOutDistance
-from em_training import read_best, save_best
+from em_training import BestWeights, read_best, save_best
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,20 @@ class Model:
 
 class Killed(Exception):
     pass
+
+
+def test_what_was_measured_otherwise_is_not_compared_with(tmp_path):
+    """With grain and without are two measures: the first distance after a change is the best so far."""
+    run = SimpleNamespace(dir=tmp_path, accelerator=SimpleNamespace(is_main_process=True))
+    distance = SimpleNamespace(num_images=10, measure=lambda generate: generate())
+    best = BestWeights(distance, run, "unet", grain_sha256=None)
+    assert best.update(Model(1), lambda: 5.0, 16) == 5.0
+    assert BestWeights(distance, run, "unet", grain_sha256=None).record["frechet_distance"] == 5.0
+    best = BestWeights(distance, run, "unet", grain_sha256="abc")
+    best.update(Model(2), lambda: 9.0, 32)
+    assert read_best(tmp_path)["frechet_distance"] == 9.0
+    best.update(Model(3), lambda: 9.5, 48)
+    assert read_best(tmp_path)["num_images_seen"] == 32
 
 
 @pytest.mark.parametrize("moment", range(5))

@@ -69,6 +69,18 @@ def test_structure_that_is_missing_is_not_made_up_for_by_noise():
     assert (images.square().mean() - decoded.square().mean()) > 10 * added.square().mean()
 
 
+def test_structure_that_some_images_lost_is_not_taken_for_noise():
+    """A tenth of the images lost smooth structure far stronger than the noise of all: no image is given more noise for it."""
+    generator = torch.Generator().manual_seed(0)
+    decoded = torch.zeros(400, 1, SIZE, SIZE)
+    noise = 0.05 * torch.randn(400, 1, SIZE, SIZE, generator=generator)
+    lost = 0.5 * low_pass(torch.randn(400, 1, SIZE, SIZE, generator=generator), 0.1)
+    lost[40:] = 0
+    drawn = fit_grain(decoded + noise + lost, decoded)(decoded, generator)
+    assert drawn.std() == pytest.approx(0.05, rel=0.1)
+    assert drawn.std(dim=(1, 2, 3)).max() < 0.07
+
+
 def test_anisotropy_is_kept():
     """Scan lines: each row has its own level."""
     generator = torch.Generator().manual_seed(0)

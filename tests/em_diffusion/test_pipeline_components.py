@@ -81,6 +81,36 @@ class StraightVelocity(torch.nn.Module):
         return type("Output", (), {"sample": (x - self.point) / (float(timestep) / 1000)})
 
 
+# ---------------------------------------------------------------- grain
+
+
+def test_a_grain_given_later_is_saved_and_one_taken_away_is_not(own, tmp_path):
+    own.grain = make_grain()
+    own.save_pretrained(tmp_path / "with")
+    again = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "with")
+    again.set_progress_bar_config(disable=True)
+    expected = own(2, generators(0, 1), output_type="pt").images
+    assert torch.equal(again(2, generators(0, 1), output_type="pt").images, expected)
+    again.grain = None
+    again.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / "grain").exists()
+    bare = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "without")
+    assert bare.grain is None
+    bare.set_progress_bar_config(disable=True)
+    expected = own(2, generators(0, 1), output_type="pt", add_grain=False).images
+    assert torch.equal(bare(2, generators(0, 1), output_type="pt").images, expected)
+
+
+def test_generators_of_the_grain_are_one_an_image_or_one_for_all(own):
+    own.grain = make_grain()
+    latents = torch.zeros(2, 4, 8, 8)
+    expected = own.decode(latents, generators(0, 1))
+    assert torch.equal(own.decode(latents, tuple(generators(0, 1))), expected)
+    for wrong in (generators(0), generators(0, 1, 2)):
+        with pytest.raises(ValueError, match=f"{len(wrong)} generators for 2 images"):
+            own.decode(latents, wrong)
+
+
 # ---------------------------------------------------------------- autoencoders
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from em_data import load_data
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, posthoc_ema, train_ldm
-from em_diffusion.autoencoder import create_autoencoder
+from em_diffusion.autoencoder import create_autoencoder, hash_weights
 from em_diffusion.autoencoder_loop import choose_validation_views
+from em_diffusion.em_grain import EMGrain
 from em_diffusion.grain import fit_grain
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
 
@@ -173,7 +174,8 @@ def test_the_pipeline_takes_the_best_weights(run, tmp_path, monkeypatch):
     result = json.loads((out / "run.json").read_text())
     assert result["num_images_seen"] == 64
     expected = {"of": "the best checkpoint", "num_images_seen": 32, "frechet_distance": 5.0, "num_images": 4}
-    assert result["denoiser_weights"] == expected | {"num_inference_steps": 20}
+    measured_with = hash_weights(EMGrain.from_pretrained(out / "grain"))
+    assert result["denoiser_weights"] == expected | {"num_inference_steps": 20, "grain_sha256": measured_with}
     best, last, chosen = (
         load_file(out / folder / "unet/diffusion_pytorch_model.safetensors")
         for folder in ("denoiser/best", "denoiser", "pipeline")
@@ -336,13 +338,14 @@ def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_
     images = data.train.batch(choose_validation_views(data.train, config.grain_images))
     expected = fit_grain(images, reconstruct(pipe.vqvae, images)).state_dict()
     for name, value in pipe.grain.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, expected[name], rtol=0.02, atol=1e-3)
     assert pipe.grain.deviations.mean() > 0.01
     shutil.copytree(out, tmp_path / "run")
     for grain_images in (0, 8):
         train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), grain_images=grain_images))
         again = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
         assert (again.grain is None) == (grain_images == 0)
+        assert (tmp_path / "run" / "pipeline" / "grain").exists() == (grain_images > 0)
     assert not torch.equal(again.grain.amplitude, pipe.grain.amplitude)
     assert capsys.readouterr().out.count("grain: the autoencoder leaves out") == 1
     assert all(torch.equal(value, again.unet.state_dict()[name]) for name, value in pipe.unet.state_dict().items())

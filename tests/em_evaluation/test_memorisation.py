@@ -125,6 +125,7 @@ def test_copies_under_added_grain_are_sought_before_it_is_added(train, held_out)
     assert report["models"][0]["metrics"] == report["models"][1]["metrics"]  # judged with the grain
     text = conclude_memorisation(report["memorisation"], ["LDM", "hidden"])
     assert any(sentence.startswith("Of LDM the images were searched as they are before the grain") for sentence in text)
+    assert not any("Of LDM" in sentence for sentence in conclude_memorisation(report["memorisation"], ["hidden"]))
 
 
 def test_the_gallery_shows_the_source_as_the_copy_lies(measured):

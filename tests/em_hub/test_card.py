@@ -116,6 +116,21 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
     assert not re.search(r"^\n\n\n", page, re.MULTILINE)
 
 
+def test_a_card_says_of_grain_what_holds(tmp_path):
+    path = make_report(tmp_path / "report.json")
+    pipeline = MAKERS["ldm"]()
+    for grain in (True, False):
+        report = json.loads(path.read_text())
+        for model in report["models"]:
+            model["info"]["grain"] = grain
+        path.write_text(json.dumps(report))
+        card = make_card(pipeline, repo_id="you/em", record=RECORD, evaluation=read_evaluation(path, "mine"))
+        assert f"grain {'added' if grain else 'left out'}" in card
+        assert "draws it anew for each decoded image" in card
+    pipeline.grain = None
+    assert "grain" not in make_card(pipeline, repo_id="you/em", record={"name": "x", "versions": {}})
+
+
 def test_the_hub_reads_the_evaluation_off_the_card(tmp_path, hub):
     evaluation = read_evaluation(make_report(tmp_path / "report.json"), "mine")
     text = make_card(MAKERS["stylegan"](), repo_id="you/em", record=RECORD, evaluation=evaluation, license="cc-by-4.0")

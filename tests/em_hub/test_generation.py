@@ -150,6 +150,9 @@ def test_a_folder_never_mixes_settings_or_models(model, tmp_path):
     generate_images(config)
     with pytest.raises(ValueError, match=r"other settings \(seed differ\)"):
         generate_images(replace(config, seed=3))
+    if "ldm" in Path(model).name:
+        with pytest.raises(ValueError, match=r"other settings \(grain differ\)"):
+            generate_images(replace(config, grain=False))
     other = tmp_path / "other"
     (make_ldm(1) if "ldm" in Path(model).name else make_stylegan(1)).save_pretrained(other)
     with pytest.raises(ValueError, match="weights_sha256"):
@@ -159,6 +162,21 @@ def test_a_folder_never_mixes_settings_or_models(model, tmp_path):
     Image.new("L", (16, 16)).save(stray / "000000.png")
     with pytest.raises(ValueError, match="unknown origin"):
         generate_images(replace(config, out=str(stray)))
+
+
+def test_a_model_without_its_grain_is_another_model(tmp_path):
+    """Also where the folder still holds what the index does not name."""
+    pipeline = make_ldm()
+    pipeline.save_pretrained(tmp_path / "ldm")
+    with_grain = generation.hash_weights(str(tmp_path / "ldm"))
+    config = config_for(str(tmp_path / "ldm"), tmp_path / "images", num_images=2)
+    generate_images(config)
+    pipeline.grain = None
+    pipeline.save_pretrained(tmp_path / "ldm")
+    assert (tmp_path / "ldm" / "grain").exists()
+    assert generation.hash_weights(str(tmp_path / "ldm")) != with_grain
+    with pytest.raises(ValueError, match=r"weights_sha256, grain differ"):
+        generate_images(config)
 
 
 def test_sixteen_bit_tiff(model, tmp_path):
