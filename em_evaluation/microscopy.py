@@ -1,6 +1,8 @@
 """Electron-microscopy metrics of sets of images: each a distance to held-out micrographs that has a unit and an interval."""
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,7 @@ from em_evaluation.profiles import (
 )
 
 MAX_DEFECT_PIXELS = 20e6  # of each set that the detector searches: about 20 s; 305 images of 256 x 256
+MAX_PIXELS_AT_ONCE = 2**27  # of sets that are measured beside each other: 16 bytes each, 2 GB
 LEAST_SIDE = 32  # pixels; a defect does not fit into less
 ELONGATED = 0.8  # minor over major axis below which a loop has a direction
 NUM_SIZE_BINS, NUM_ANGLE_BINS, NUM_VALUE_BINS = 120, 36, 512
@@ -188,15 +191,20 @@ def compare_microscopy(
     }
     unit, area_unit = ("nm", "µm²") if pixel_size_nm else ("px", "1000 px²")
     metrics = make_metrics(unit, area_unit, bins)
-    means = {}
-    for key, levels in tqdm(sets.items(), "electron microscopy", unit="set", leave=False):
-        rows = measure_set(levels, threshold, bins, pixel_size_nm, settings)
+
+    def measure(key):
+        rows = measure_set(sets[key], threshold, bins, pixel_size_nm, settings)
         side_seed = [seed, key == "held_out"]  # the reference is drawn alike for every set, and not as they are
         own = groups.get(key)
-        means[key] = {
+        return {
             name: resample_means(values, None if own is None else own[: len(values)], side_seed)
             for name, values in rows.items()
         }
+
+    num_at_once = max(1, min(os.cpu_count() or 1, MAX_PIXELS_AT_ONCE // reference.size))
+    with ThreadPoolExecutor(num_at_once) as pool:
+        bar = tqdm(pool.map(measure, sets), "electron microscopy", total=len(sets), unit="set", leave=False)
+        means = dict(zip(sets, bar, strict=True))
     distances = {
         key: {name: compare_means(metric.function, mean[name], means["held_out"][name]) for name, metric in metrics.items()}
         for key, mean in means.items() if key != "held_out"
