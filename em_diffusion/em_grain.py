@@ -52,7 +52,8 @@ class EMGrain(ModelMixin, ConfigMixin):
         return images + deviation * self.filter(noise) * self.find_strengths(normal)
 
     def draw(self, num_images, generator, device):
-        """All that is random in the grain of a batch: white noise [B, 1, H, W] and a normal number per image [B, 1], float32.
+        """All that is random in the grain of a batch: white noise [B, 1, H, W] and a normal number per image [B, 1], float32; both normal,
+        since `randn_tensor` knows lists of generators and their devices.
 
         Generators of the CPU make a GPU wait for what it was given before: draw ahead of the work that the grain goes on top of.
         """
@@ -66,7 +67,7 @@ class EMGrain(ModelMixin, ConfigMixin):
 
     def find_strengths(self, normal):
         """How strong each image's grain is, from a normal number [B, 1]: [B, 1, 1, 1], by the inverse of their cumulative distribution."""
-        uniform = torch.special.ndtr(normal)  # randn_tensor knows lists of generators and their devices
+        uniform = torch.special.ndtr(normal)
         positions = torch.linspace(0, 1, len(self.strengths), device=normal.device)
         return interpolate(uniform, positions, self.strengths.float()).view(-1, 1, 1, 1)
 
