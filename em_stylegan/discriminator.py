@@ -18,24 +18,28 @@ from em_stylegan.em_stylegan2_generator import (
 )
 
 
-def minibatch_standard_deviation(x, group_size, num_maps=1):
+def minibatch_standard_deviation(x, group_size, num_maps=1, num_batches=1):
     """Append `num_maps` maps that hold how much the images of a group differ (2018, section 3).
 
-    x [B, C, H, W] -> [B, C + num_maps, H, W]. The batch is cut into B / G groups of G = min(group_size, B) images (one group when None),
-    image i being in group i mod (B / G); a map is the mean over H, W and its share of the C channels of the deviation over the group.
-    ValueError when G does not divide B, or `num_maps` C.
+    x [N * B, C, H, W], N = `num_batches` batches one after the other -> [N * B, C + num_maps, H, W]. Each batch is cut into B / G groups
+    of G = min(group_size, B) images (one group when None), its image i being in group i mod (B / G); a map is the mean over H, W and its
+    share of the C channels of the deviation over the group. ValueError when N does not divide the images, G not B, or `num_maps` not C.
     """
-    B, C, H, W = x.shape
+    num_images, C, H, W = x.shape
+    if num_images % num_batches:
+        raise ValueError(f"{num_images} images cannot be {num_batches} batches of one size.")
+    N, B = num_batches, num_images // num_batches
     G = B if group_size is None else min(group_size, B)
     if B % G:
         raise ValueError(f"the batch ({B} images a process) must be a multiple of the discriminator's group of {G}.")
     if C % num_maps:
         raise ValueError(f"{C} channels cannot be shared out to {num_maps} deviation maps.")
-    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(G, B // G, num_maps, C // num_maps, H, W)
-    variance = (y - y.mean(dim=0)).square().mean(dim=0)  # three times as fast on the CPU as y.var(dim=0, correction=0)
-    y = (variance + 1e-8).sqrt().mean(dim=(2, 3, 4))  # [B / G, num_maps]
-    y = y.to(x.dtype).reshape(1, B // G, num_maps, 1, 1).expand(G, -1, -1, H, W).reshape(B, num_maps, H, W)
-    return torch.cat([x, y], dim=1)
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(N, G, B // G, num_maps, C // num_maps, H, W)
+    # on the CPU three times as fast as y.var(dim=1, correction=0)
+    variance = (y - y.mean(dim=1, keepdim=True)).square().mean(dim=1)
+    deviation = (variance + 1e-8).sqrt().mean(dim=(3, 4, 5)).to(x.dtype)  # [N, B / G, num_maps]
+    maps = deviation[:, None, :, :, None, None].expand(-1, G, -1, -1, H, W)  # [N, G, B / G, num_maps, H, W]
+    return torch.cat([x, maps.reshape(num_images, num_maps, H, W)], dim=1)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -70,9 +74,10 @@ class DiscriminatorBlock(nn.Module):
 class StyleGANDiscriminator(ModelMixin, ConfigMixin):
     """Discriminator of StyleGAN2 and 3.
 
-    forward(image [B, image_channels, R, R] in [-1, 1], class_labels=None, compute_dtype=None) -> logits [B, 1], float32 whenever
-    the parameters are. `compute_dtype` is the type of the feature maps above 4 x 4. Large logits mean real. With classes, the
-    logit is the projection of the features on the class's mapped vector (Miyato and Koyama 2018).
+    forward(image [B, image_channels, R, R] in [-1, 1], class_labels=None, compute_dtype=None, num_batches=1) -> logits [B, 1], float32
+    whenever the parameters are. `compute_dtype` is the type of the feature maps above 4 x 4. Large logits mean real. With classes, the
+    logit is the projection of the features on the class's mapped vector (Miyato and Koyama 2018). `num_batches` of one size, one after
+    the other, are judged as if each came alone, but in one pass.
 
     Args:
         architecture: "resnet", "orig" or "skip" (2020, figure 7).
@@ -138,7 +143,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         for block in self.blocks:
             yield from (m for m in (block.from_image, block.conv0, block.conv1, block.skip) if m is not None)
 
-    def forward(self, image, class_labels=None, compute_dtype=None):
+    def forward(self, image, class_labels=None, compute_dtype=None, num_batches=1):
         dtype = self.out.weight.dtype
         x = None
         for i, block in enumerate(self.blocks):
@@ -150,7 +155,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         if self.from_image is not None:
             x = x + self.from_image(image.to(dtype))  # [B, C, 4, 4]
         if self.num_deviation_maps:
-            x = minibatch_standard_deviation(x, self.group_size, self.num_deviation_maps)  # [B, C + maps, 4, 4]
+            maps = self.num_deviation_maps
+            x = minibatch_standard_deviation(x, self.group_size, maps, num_batches)  # [B, C + maps, 4, 4]
         x = self.conv(x, clamp=self.clamp)  # [B, C, 4, 4]
         x = self.out(self.linear(x.flatten(1)))  # [B, 1], or [B, C] with classes
         if self.class_mapping is None:

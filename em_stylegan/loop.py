@@ -10,7 +10,7 @@ from em_evaluation.held_out import HeldOutDistance
 from em_stylegan.augmentation import AdaptiveProbability, augment
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
-from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, second_derivatives
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.losses import (
     PathLengthMean,
@@ -158,8 +158,8 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
             show = partial(show_images, sigma=sigma, p=p, generator=generator)
             seen_fake, seen_real = show(images_fake), show(images)
 
-            scores_real = discriminator(seen_real, compute_dtype=compute_dtype)
-            scores_fake = discriminator(seen_fake.detach(), compute_dtype=compute_dtype)
+            seen = torch.cat([seen_real, seen_fake.detach()])
+            scores_real, scores_fake = discriminator(seen, compute_dtype=compute_dtype, num_batches=2).chunk(2)
             loss_D = loss_of_D(scores_real, scores_fake)
             gradient_norm_D = update(discriminator, optimizer_D, loss_D, accelerator)
             if r1_every and step % r1_every == 0:
@@ -239,13 +239,15 @@ def show_images(images, sigma, p, generator):
 def compute_gradient_penalty(discriminator, images, show):
     """Mean squared gradient of the discriminator at images [B, 1, R, R] that it sees through `show`, in float32."""
     images.requires_grad_()
-    return r1_penalty(discriminator(show(images)), images).mean()
+    with second_derivatives():
+        return r1_penalty(discriminator(show(images)), images).mean()
 
 
 def compute_path_lengths(model, batch_size, mixing_probability, generator):
     """Path lengths [B] of fresh images, in float32: second derivatives of bfloat16 maps would be noise."""
     _, ws = draw_ws(model, batch_size, mixing_probability, generator)
-    images = model.synthesis(ws, "random", generator)  # [B, 1, R, R]
+    with second_derivatives():
+        images = model.synthesis(ws, "random", generator)  # [B, 1, R, R]
     noise = torch.randn(images.shape, generator=generator, device=generator.device)
     return path_lengths(images, ws, noise)
 

@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from em_stylegan.em_stylegan2_generator import conv2d
+
 
 def generator_loss(scores_fake):
     """Non-saturating logistic loss of the generator, E[-log sigmoid(D(G(z)))] = E[softplus(-D(G(z)))] (2014, section 3)."""
@@ -62,8 +64,8 @@ def gaussian_blur(images, sigma_px):
     taps = (taps / taps.sum()).to(images.dtype)
     num_channels = images.shape[1]
     images = F.pad(images, (radius,) * 4, mode="reflect")
-    images = F.conv2d(images, taps.expand(num_channels, 1, 1, -1), groups=num_channels)
-    return F.conv2d(images, taps[:, None].expand(num_channels, 1, -1, 1), groups=num_channels)
+    images = conv2d(images, taps.expand(num_channels, 1, 1, -1), groups=num_channels)
+    return conv2d(images, taps[:, None].expand(num_channels, 1, -1, 1), groups=num_channels)
 
 
 def blur_sigma(num_images_seen, initial_sigma_px, fade_images):

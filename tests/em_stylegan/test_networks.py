@@ -1,7 +1,10 @@
 """Generator and discriminator: shapes, statistics, options, gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import (
@@ -9,7 +12,9 @@ from em_stylegan.em_stylegan2_generator import (
     StyleGAN2Generator,
     modulated_conv2d,
     normalize_second_moment,
+    second_derivatives,
 )
+from em_stylegan.loop import compute_gradient_penalty
 from em_stylegan.losses import path_lengths, r1_penalty
 
 SMALL = {"channel_base": 256, "max_channels": 16}
@@ -171,18 +176,21 @@ def test_clamp_bounds_the_feature_maps():
     assert images.abs().max() <= 0.25 * 3 * (1 + 1e-6)  # three resolutions are added
 
 
-def test_second_derivatives_through_whole_networks():
+@pytest.mark.parametrize("convolutions", [nullcontext, second_derivatives])
+def test_second_derivatives_through_whole_networks(convolutions):
     """R1's and path length's gradients in the weights equal difference quotients."""
     generator, discriminator = make_generator().double(), make_discriminator().double()
     images = torch.rand(2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     noise = torch.randn(2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def penalty_D():
-        return r1_penalty(discriminator(images), images).mean()
+        with convolutions():
+            return r1_penalty(discriminator(images), images).mean()
 
     def penalty_G():
         ws = generator.mapping(draw_z(2).double())
-        return path_lengths(generator.synthesis(ws, "none"), ws, noise).square().mean()
+        with convolutions():
+            return path_lengths(generator.synthesis(ws, "none"), ws, noise).square().mean()
 
     weights = [
         (penalty_D, discriminator.blocks[0].conv1.weight),
@@ -199,6 +207,43 @@ def test_second_derivatives_through_whole_networks():
             weight.data += sign * 1e-6 * direction
             values.append(penalty().item())
         assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [None, 2, 4, 8])
+def test_batches_in_one_pass_are_judged_as_alone(group_size):
+    discriminator = make_discriminator(group_size=group_size, num_deviation_maps=2).double()
+    images = torch.rand(8, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    apart = torch.cat([discriminator(batch) for batch in images.chunk(2)])
+    torch.testing.assert_close(discriminator(images, num_batches=2), apart)
+    assert (discriminator(images) - apart).abs().max() > 1e-6
+    with pytest.raises(ValueError, match="8 images cannot be 3 batches of one size"):
+        discriminator(images, num_batches=3)
+
+
+class CountConvolutions(TorchDispatchMode):
+    """Counts the convolutions and derivatives of convolutions that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        packets = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
+        self.count += function._overloadpacket in packets
+        return function(*args, **(kwargs or {}))
+
+
+def test_r1_has_no_more_convolutions_than_its_derivatives():
+    """Each convolution of the discriminator leads to one back to the images, one forward again, one for the weights, and two for what
+    the minibatch deviation is curved. PyTorch's own second derivatives make one of each channel of the fixed filters."""
+    discriminator = make_discriminator()
+    images = torch.rand(4, 1, 16, 16)
+    with CountConvolutions() as forward:
+        discriminator(images)
+    with CountConvolutions() as whole:
+        penalty = compute_gradient_penalty(discriminator, images, lambda images: images)
+        torch.autograd.grad(penalty, list(discriminator.parameters()), allow_unused=True)
+    assert whole.count <= 6 * forward.count
 
 
 def test_networks_are_saved_and_loaded_whole(tmp_path):

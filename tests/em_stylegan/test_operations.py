@@ -1,7 +1,11 @@
 """Every fast operation equals its slow twin, with gradients and second gradients, in float64."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from em_stylegan import discriminator as fast_discriminator
@@ -10,6 +14,13 @@ from em_stylegan import reference as slow
 from em_stylegan.em_stylegan1_generator import adaptive_instance_norm
 
 KERNEL = fast.blur_kernel().double()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["first", "second"])
+def _derivatives(request):
+    """Everything with PyTorch's convolutions, and with those for second derivatives."""
+    with fast.second_derivatives() if request.param else nullcontext():
+        yield
 
 
 def draw(*shape, seed=0):
@@ -136,5 +147,36 @@ def test_pointwise_convolution(in_channels, out_channels, memory_format):
     def run_fast(x, weight, bias):
         return fast.pointwise_conv2d(x.contiguous(memory_format=memory_format), weight, bias)
 
-    compare(run_fast, torch.nn.functional.conv2d, [x, weight, bias])
+    compare(run_fast, F.conv2d, [x, weight, bias])
     assert gradgradcheck(run_fast, (x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"stride": 2, "padding": 1}, {"stride": 3, "padding": 2}, {"groups": 2}]
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_convolution(options, has_bias):
+    """Sides of 7 and 8 pixels, of which a stride of two makes three, and kernels of 3 x 2."""
+    inputs = [draw(2, 4, 7, 8), draw(6, 4 // options.get("groups", 1), 3, 2, seed=1)] + [draw(6, seed=2)] * has_bias
+    compare(partial(fast.conv2d, **options), partial(F.conv2d, **options), inputs)
+    inputs = (draw(1, 2, 4, 3), draw(2, 2 // options.get("groups", 1), 3, 2, seed=1))
+    assert gradgradcheck(partial(fast.conv2d, **options), inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "padding": 1}, {"groups": 2}])
+def test_transposed_convolution(options):
+    inputs = [draw(2, 4, 3, 4), draw(4, 6 // options.get("groups", 1), 3, 2, seed=1)]
+    compare(partial(fast.conv_transpose2d, **options), partial(F.conv_transpose2d, **options), inputs)
+    inputs = (draw(1, 2, 2, 2), draw(2, 2 // options.get("groups", 1), 3, 2, seed=1))
+    assert gradgradcheck(partial(fast.conv_transpose2d, **options), inputs)
+
+
+def test_third_derivatives_of_the_convolution():
+    x, weight = draw(1, 1, 4, 3), draw(2, 1, 3, 3, seed=1)
+
+    def differentiate_twice(x, weight):
+        y = fast.conv2d(x, weight, stride=2).pow(3).sum()
+        first = torch.autograd.grad(y, (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(a.square().sum() for a in first), (x, weight), create_graph=True)
+
+    assert gradcheck(differentiate_twice, (x, weight))

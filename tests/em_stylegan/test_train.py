@@ -238,9 +238,9 @@ def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, mo
     seen = set()
     forward = loop.StyleGANDiscriminator.forward
 
-    def spy(self, image, class_labels=None, compute_dtype=None):
-        seen.add(compute_dtype)
-        return forward(self, image, class_labels, compute_dtype)
+    def spy(self, image, **options):
+        seen.add(options.get("compute_dtype"))
+        return forward(self, image, **options)
 
     monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision; this test needs another
