@@ -1,12 +1,13 @@
 """Seconds of a training iteration of StyleGAN2: ours against the textbook's, at 64 and 256 pixels, by turns in one run.
 
-    python benchmarks/gan_step.py [--resolutions 64 256] [--threads 2 --clock wall] [--channel-base 4096] [--max-channels 64]
+    python benchmarks/gan_step.py [--resolutions 64 256] [--threads 2 --clock wall] [--precision auto] [--max-channels 64]
 
 Ours is `train_stylegan` itself, held between two steps: data, both updates, lazy R1 and path length, average of the weights, log.
 The textbook (textbook_stylegan2.py) computes the same networks as the papers' equations stand: grouped convolution with weights of
 each sample, explicit zeros and padding, filters as passes of their own, in float32 and eager mode; its images lie ready in memory. Each
-side has a process of its own, and one waits while the other works.
-Both have the same weights, and their images, logits and the gradients of all four losses are compared first.
+side has a process of its own, and one waits while the other works. Our feature maps are bfloat16 where the hardware multiplies it, as
+in training.
+Both have the same weights, and their images, logits and the gradients of all four losses are compared first, in float32.
 
 A round has every kind of step: ours has R1 in every 4th step and path length in every 2nd, the textbook one of each. Means are weighed
 as in training: R1 in every 16th step, path length in every 8th. Medians over rounds count. One JSON line a resolution.
@@ -31,6 +32,7 @@ from train_step import LoopInSteps, make_clock
 from em_data import DataConfig, load_data
 from em_stylegan import loop, losses
 from em_stylegan.config import DiscriminatorConfig, GeneratorConfig, StyleGANConfig
+from em_stylegan.em_stylegan2_generator import second_derivatives
 from em_stylegan.presets import demo
 from em_training import create_accelerator, make_generator
 
@@ -98,12 +100,16 @@ def compare(model, discriminator, plain, images, config) -> dict:
 
     def our_r1():
         inputs = images.clone().requires_grad_()
-        return losses.r1_penalty(discriminator(inputs), inputs)
+        with second_derivatives():
+            return losses.r1_penalty(discriminator(inputs), inputs)
+
+    def our_path_lengths():
+        with second_derivatives():
+            return losses.path_lengths(model.synthesis(leaf, "const"), leaf, noise)
 
     ours = evaluate(
         lambda ws: model.synthesis(ws, "const"), discriminator,
-        weights_of(model), weights_of(discriminator), our_r1,
-        lambda: losses.path_lengths(model.synthesis(leaf, "const"), leaf, noise),
+        weights_of(model), weights_of(discriminator), our_r1, our_path_lengths,
         losses.generator_loss, losses.discriminator_loss,
     )  # fmt: skip
     theirs = evaluate(
@@ -222,6 +228,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--max-channels", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=0, help="0: 16 at 64 pixels, 4 at 256")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument(
+        "--precision", default="auto", help="of ours: auto (bf16 where the hardware has it), bf16 or no"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="that are timed")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="cpu", help="cpu: processor seconds, for a busy machine"
@@ -235,7 +244,7 @@ def main():
     for resolution in arguments.resolutions:
         with tempfile.TemporaryDirectory() as folder:
             config, tiles = prepare(arguments, resolution, folder)
-            accelerator = create_accelerator(folder, "no")
+            accelerator = create_accelerator(folder, arguments.precision)
             differences, rounds = measure(config, tiles, accelerator, arguments, Path(folder) / "run")
         facts = {
             "resolution": resolution,
@@ -243,6 +252,7 @@ def main():
             "max_channels": config.generator.max_channels,
             "batch_size": config.training.batch_size,
             "device": accelerator.device.type,
+            "precision": accelerator.mixed_precision,
             "num_threads": arguments.threads,
             "clock": arguments.clock,
         }
