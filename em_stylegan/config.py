@@ -23,10 +23,10 @@ class GeneratorConfig:
     max_channels: int = 1024
     """The study compares 256, 512 and 1024."""
     clamp: float | None = None
-    """Bound on the feature maps, for half precision; None for the architecture's own: none in StyleGAN2, 256 in StyleGAN3."""
+    """Bound on the feature maps, for half precision; None for the architecture's own: none in StyleGAN2, 256 in StyleGAN3 and in fp16."""
     num_reduced_resolutions: int | None = None
     """Resolutions, from the highest down, whose maps have the run's precision, the others being float32; None for the architecture's own:
-    all in StyleGAN2, 4 in StyleGAN3."""
+    all in StyleGAN2, 4 in StyleGAN3 and in fp16."""
     magnitude_half_life_images: float = 20_000
     """Of the running magnitudes by which StyleGAN3 scales the layers' inputs."""
 
@@ -52,9 +52,9 @@ class DiscriminatorConfig:
     group_size: int = 4
     """Images whose deviation from each other the discriminator sees; it must divide a process's batch."""
     clamp: float | None = None
-    """Bound on the feature maps, for half precision; None for none."""
+    """Bound on the feature maps, for half precision; None for none, and 256 in fp16."""
     num_reduced_resolutions: int | None = None
-    """Resolutions, from the highest down, whose maps have the run's precision; None for all above 4 x 4."""
+    """Resolutions, from the highest down, whose maps have the run's precision; None for all above 4 x 4, and 4 in fp16."""
     num_frozen_layers: int = 0
     """Layers, from the image on, that are not trained: for a discriminator that starts from another's weights."""
 
@@ -170,7 +170,8 @@ class StyleGANConfig:
     seed: int = 0
     """Weights, data order and noise; the split has its own seed in tiles."""
     precision: str = "auto"
-    """"bf16", "no" (float32), or "auto": bf16 where the hardware computes in it."""
+    """"bf16", "fp16" (GPUs without bf16; the loss is scaled, the maps are bounded), "no" (float32), or "auto": bf16 where the hardware
+    computes in it."""
     init_from: str | None = None
     """Weights to start from instead of random ones: the folder of a run, or one that `em_stylegan.load_official` wrote, with networks of
     the same sizes. With few micrographs, discriminator.num_frozen_layers keeps what such a discriminator has learned."""
@@ -182,8 +183,10 @@ class StyleGANConfig:
     training: GANTrainingConfig = field(default_factory=GANTrainingConfig)
 
     def __post_init__(self):
-        if self.precision not in ("auto", "bf16", "no"):
-            raise ValueError(f'precision is "{self.precision}"; choose "auto", "bf16" or "no".')
+        if self.precision not in ("auto", "bf16", "fp16", "no"):
+            raise ValueError(f'precision is "{self.precision}"; choose "auto", "bf16", "fp16" or "no".')
+        if self.precision == "fp16" and self.generator.architecture == "stylegan1":
+            raise ValueError("stylegan1 has no bound on its feature maps for fp16; choose bf16 or no (float32).")
         smallest = 16 if self.generator.architecture.startswith("stylegan3") else 8
         if self.tiles.resolution < smallest or self.tiles.resolution & (self.tiles.resolution - 1):
             raise ValueError(

@@ -24,7 +24,19 @@ from em_stylegan.losses import (
     relativistic_generator_loss,
 )
 from em_stylegan.transfer import start_from
-from em_training import EMA, BestWeights, TrainingRun, keep_freed_memory, list_checkpoints, make_generator, seed_for
+from em_training import (
+    EMA,
+    BestWeights,
+    TrainingRun,
+    keep_freed_memory,
+    list_checkpoints,
+    make_generator,
+    scaler_state,
+    seed_for,
+    step_optimizer,
+)
+
+FLOAT16_BOUNDS = {"clamp": 256.0, "num_reduced_resolutions": 4}  # 2020 ADA, appendix D.1
 
 
 def create_networks(config):
@@ -32,7 +44,7 @@ def create_networks(config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "stylegan"))
         generator = create_generator(config)
-        options = dict(vars(config.discriminator))
+        options = fill_bounds(vars(config.discriminator), config.precision)
         num_frozen = options.pop("num_frozen_layers")
         discriminator = StyleGANDiscriminator(resolution=config.tiles.resolution, **options)
     num_layers = len(list(discriminator.freezable_layers()))
@@ -41,9 +53,15 @@ def create_networks(config):
     return generator.train(), discriminator.train()
 
 
+def fill_bounds(options, precision) -> dict:
+    """The options of a network; where they leave the bound on its maps or the resolutions in reduced precision open, fp16 decides."""
+    bounds = FLOAT16_BOUNDS if precision == "fp16" else {}
+    return {name: bounds.get(name) if value is None else value for name, value in options.items()}
+
+
 def create_generator(config):
     """The generator that `config.generator.architecture` names, with random weights."""
-    options = dict(vars(config.generator))
+    options = fill_bounds(vars(config.generator), config.precision)
     architecture, half_life = options.pop("architecture"), options.pop("magnitude_half_life_images")
     for name in ("clamp", "num_reduced_resolutions"):  # the architecture's own
         if options[name] is None:
@@ -111,7 +129,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     path_length_mean = PathLengthMean(training.path_length_decay, device)
     augmentation = create_augmentation(training.augmentation, device)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "stylegan data"))
-    compute_dtype = {"bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
     with TrainingRun(
         out_dir,
@@ -132,6 +150,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
                 "optimizer_D": optimizer_D,
                 "path_length_mean": path_length_mean,
                 **({} if augmentation is None else {"augmentation": augmentation}),
+                **scaler_state(accelerator),
             }
         )
         best = create_best_weights(held_out, config, run) if training.evaluate_every else None
@@ -161,7 +180,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
             seen = torch.cat([seen_real, seen_fake.detach()])
             scores_real, scores_fake = discriminator(seen, compute_dtype=compute_dtype, num_batches=2).chunk(2)
             loss_D = loss_of_D(scores_real, scores_fake)
-            gradient_norm_D = update(discriminator, optimizer_D, loss_D, accelerator)
+            step_D = update(discriminator, optimizer_D, loss_D, accelerator)
             if r1_every and step % r1_every == 0:
                 penalties = {"r1": compute_gradient_penalty(discriminator, images, show)}
                 if is_relativistic:
@@ -176,7 +195,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
                 loss = relativistic_generator_loss(judge(seen_real).detach(), judge(seen_fake))
             else:
                 loss = generator_loss(judge(seen_fake))
-            gradient_norm = update(model, optimizer, loss, accelerator)
+            step_G = update(model, optimizer, loss, accelerator)
             set_trainable(discriminator, True, num_frozen)
             if path_length_every and step % path_length_every == 0:
                 count = max(1, round(local_batch_size * training.path_length_batch_fraction))
@@ -196,7 +215,8 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
             ema.update(model, num_images_seen, training.batch_size)
 
             run.log(loss_G=loss, loss_D=loss_D, scores_real=scores_real.mean(), scores_fake=scores_fake.mean())
-            run.log(gradient_norm_G=gradient_norm, gradient_norm_D=gradient_norm_D)
+            for network, logged in (("G", step_G), ("D", step_D)):
+                run.log(**{f"{name}_{network}": value for name, value in logged.items()})
             if run.is_due(training.evaluate_every, num_images_seen):
                 generate = partial(generate_images, ema.model, config)
                 run.log(held_out_frechet_distance=best.update(ema.model, generate, num_images_seen))
@@ -252,24 +272,21 @@ def compute_path_lengths(model, batch_size, mixing_probability, generator):
     return path_lengths(images, ws, noise)
 
 
-def update(model, optimizer, loss, accelerator):
-    """One optimiser step on `loss`, gradients averaged over processes; returns their norm.
+def update(model, optimizer, loss, accelerator) -> dict:
+    """One optimiser step on `loss`, gradients averaged over processes; returns what to log of it.
 
     The reduction is explicit, on one flat tensor: the wrappers that reduce in hooks do not survive double backward.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    gradients = [gradient for gradient in gradients if gradient is not None]
+    loss = loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
+    # not autograd.grad: backward brings each gradient to the layout of its parameter, and the fused Adam walks the memory of both
+    loss.backward(inputs=parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if accelerator.num_processes > 1:
         flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-    norm = torch.nn.utils.get_total_norm(gradients)
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+    return step_optimizer(accelerator, optimizer, parameters)
 
 
 @torch.no_grad()

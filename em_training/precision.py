@@ -57,8 +57,8 @@ def scaler_state(accelerator) -> dict:
     return {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
 
 
-def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float) -> dict:
-    """Clip the gradients that `accelerator.backward` left to a norm of `max_grad_norm`, step, drop them; return what to log.
+def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float | None = None) -> dict:
+    """Clip the gradients that the backward pass left to a norm of `max_grad_norm` (None: do not), step, drop them; return what to log.
 
     In fp16 the loss was scaled: gradients are brought back to scale before they are clipped, and a step whose gradients overflowed
     is skipped, after which the scale is halved. `gradient_norm` is then 0 in the log and `skipped_steps` says how many there were;
@@ -68,7 +68,8 @@ def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float) -> 
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if norm.device.type != "cpu" or not norm + 1e-6 <= max_grad_norm:  # asking a GPU would wait for it
+    # asking a GPU would wait for it
+    if max_grad_norm is not None and (norm.device.type != "cpu" or not norm + 1e-6 <= max_grad_norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if scaler is None:
         optimizer.step()

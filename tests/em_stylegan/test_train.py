@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from em_data import load_data
 from em_stylegan import loop
 from em_stylegan.config import StyleGANConfig
+from em_stylegan.losses import generator_loss
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.presets import PRESETS
 from em_stylegan.train import train_gan
@@ -23,6 +25,7 @@ from em_training import (
     config_from_json,
     config_to_json,
     create_accelerator,
+    list_checkpoints,
     load_checkpoint,
     make_generator,
     read_best,
@@ -232,6 +235,116 @@ def test_style_mixing_changes_w_once_a_picture_at_the_stated_rate(config):
     assert (~first[:, -1]).float().mean().item() == pytest.approx(0.9, abs=0.03)
     _, pure = loop.draw_ws(model, 8, 0.0, make_generator(0))
     assert torch.equal(pure, pure[:, :1].expand_as(pure))
+
+
+@pytest.mark.parametrize("network", ["discriminator", "stylegan1", "stylegan2", "stylegan3-t", "stylegan3-r"])
+@pytest.mark.parametrize("penalty", [False, True], ids=["main", "penalty"])
+def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
+    """Adam's first step without momentum moves each weight by the learning rate against the sign of its gradient. Convolutions leave
+    gradients in another layout than that of the weights, which the fused Adam would not notice."""
+    architecture = "stylegan2" if network == "discriminator" else network
+    changed = replace(config, generator=replace(config.generator, architecture=architecture))
+    model, discriminator = loop.create_networks(changed)
+    images = torch.rand(4, 1, 32, 32, generator=make_generator(0)) * 2 - 1
+    trained = discriminator if network == "discriminator" else model
+
+    def compute_loss():
+        if network == "discriminator":
+            if penalty:
+                return loop.compute_gradient_penalty(discriminator, images, lambda images: images)
+            return generator_loss(discriminator(images))
+        if penalty:
+            return loop.compute_path_lengths(model, 4, 0.0, make_generator(1)).square().mean()
+        _, ws = loop.draw_ws(model, 4, 0.0, make_generator(1))
+        return generator_loss(discriminator(model.synthesis(ws, "random", make_generator(2))))
+
+    named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(compute_loss(), list(named.values()), allow_unused=True)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    optimizer = loop.create_optimizer(trained, 0.01, 0)
+    loop.update(trained, optimizer, compute_loss(), create_accelerator(tmp_path, "no"))
+    compared = 0
+    for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
+        if gradient is not None and (large := gradient.abs() > 1e-5).any():
+            step = before[name] - parameter.detach()
+            torch.testing.assert_close(step[large], 0.01 * gradient[large].sign(), rtol=0.01, atol=1e-5, msg=name)
+            compared += parameter.dim() == 4 and parameter.shape[2] > 1
+    assert compared >= 3 or network == "stylegan3-r"  # whose kernels are 1 x 1
+
+
+class TestFloat16:
+    """The scaler of the loss on the CPU, with float32 maps (a scale of a power of two changes no bit unless something overflows) and with
+    float16 ones."""
+
+    @pytest.fixture
+    def run(self, config, tmp_path):
+        data = load_data(config.data, config.tiles, log=lambda text: None).train
+
+        def train(name, num_images=64, precision="no", **scaler_options):
+            accelerator = create_accelerator(tmp_path, "no")
+            accelerator.scaler = torch.amp.GradScaler("cpu", **scaler_options) if scaler_options else None
+            changed = replace(
+                config, precision=precision, training=replace(config.training, num_images=num_images, evaluate_every=0)
+            )
+            loop.train_stylegan(changed, data, accelerator=accelerator, out_dir=tmp_path / name)
+            folder = tmp_path / name / "stylegan"
+            return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])["state"], read_stats(folder)
+
+        return train
+
+    def test_scaled_is_unscaled(self, run):
+        plain, plain_lines = run("plain")
+        scaled, scaled_lines = run("scaled", init_scale=2.0**14, growth_interval=11)
+        for part in ("model", "discriminator", "ema"):
+            assert all(torch.equal(plain[part][name], value) for name, value in scaled[part].items())
+        # 8 steps of two updates, R1 in every 4th, path length in every 2nd: 22 updates, so two growths
+        assert scaled["scaler"]["scale"] == 2.0**16
+        assert scaled_lines[-1]["skipped_steps_G"] == scaled_lines[-1]["skipped_steps_D"] == 0
+        assert plain_lines[-1]["gradient_norm_D"] == scaled_lines[-1]["gradient_norm_D"] > 0
+        assert "scaler" not in plain
+
+    def test_overflow_skips_steps_and_resumes_to_the_bit(self, run, monkeypatch):
+        """A loss of about 16 overflows at the first scale, and again when the scale has grown."""
+        monkeypatch.setattr(loop, "generator_loss", lambda scores: 16 * generator_loss(scores))
+        options = {"init_scale": 2.0**127, "growth_interval": 8, "backoff_factor": 0.125, "growth_factor": 8.0}
+        whole, lines = run("whole", **options)
+        run("parts", num_images=32, **options)
+        parts, _ = run("parts", **options)
+        assert [line["skipped_steps_G"] > 0 for line in lines] == [True, False, True, False]
+        assert not any(line["skipped_steps_D"] for line in lines)
+        assert whole["optimizer_D"]["state"][0]["step"] == 8 + 2  # with two of R1
+        assert whole["optimizer"]["state"][0]["step"] < 8 + 4  # with four of path length, but for those skipped
+        for part in ("model", "discriminator", "ema", "scaler"):
+            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(parts[part][k])) for k, v in whole[part].items())
+
+    def test_float16_maps(self, run, monkeypatch):
+        monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+        types, forward = set(), loop.StyleGANDiscriminator.forward
+
+        def spy(self, image, **options):
+            types.add(options.get("compute_dtype"))
+            return forward(self, image, **options)
+
+        monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
+        state, lines = run("half", precision="fp16", init_scale=2.0**10)
+        assert types == {torch.float16, None}  # None: R1 in float32
+        assert lines[-1]["skipped_steps_G"] == lines[-1]["skipped_steps_D"] == 0
+        full, full_lines = run("full")
+        assert lines[0]["loss_D"] == pytest.approx(full_lines[0]["loss_D"], rel=1e-2)
+        change = max((state["model"][name] - value).abs().max() for name, value in full["model"].items())
+        assert 0 < change < 0.1
+
+    def test_networks_are_bounded(self, config):
+        generator, discriminator = loop.create_networks(replace(config, precision="fp16"))
+        assert generator.config.clamp == discriminator.config.clamp == 256
+        assert generator.config.num_reduced_resolutions == discriminator.config.num_reduced_resolutions == 4
+        own = replace(config.generator, clamp=64.0, num_reduced_resolutions=2)
+        generator, _ = loop.create_networks(replace(config, precision="fp16", generator=own))
+        assert (generator.config.clamp, generator.config.num_reduced_resolutions) == (64.0, 2)
+        with pytest.raises(ValueError, match="stylegan1 has no bound"):
+            replace(config, precision="fp16", generator=replace(config.generator, architecture="stylegan1"))
+        with pytest.raises(ValueError, match="fp16 needs a GPU"):
+            train_gan(replace(config, precision="fp16"))
 
 
 def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, monkeypatch):
