@@ -77,7 +77,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
     forward(image [B, image_channels, R, R] in [-1, 1], class_labels=None, compute_dtype=None, num_batches=1) -> logits [B, 1], float32
     whenever the parameters are. `compute_dtype` is the type of the feature maps above 4 x 4. Large logits mean real. With classes, the
     logit is the projection of the features on the class's mapped vector (Miyato and Koyama 2018). `num_batches` of one size, one after
-    the other, are judged as if each came alone, but in one pass.
+    the other (their class labels, too), are judged as if each came alone, but in one pass.
 
     Args:
         architecture: "resnet", "orig" or "skip" (2020, figure 7).

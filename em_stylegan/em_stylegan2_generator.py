@@ -43,14 +43,14 @@ def second_derivatives():
 
 
 def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
-    """F.conv2d, heeding `second_derivatives`."""
+    """F.conv2d of x [B, C, H, W], heeding `second_derivatives`; stride and padding hold for both sides. Not for torch.func or autocast."""
     if not _are_second_derivatives_due.get():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
     return _Convolution.apply(x, weight, bias, ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups))
 
 
 def conv_transpose2d(x, weight, *, stride=1, padding=0, groups=1):
-    """F.conv_transpose2d, heeding `second_derivatives`."""
+    """F.conv_transpose2d of x [B, C, H, W], heeding `second_derivatives`; stride and padding hold for both sides."""
     if not _are_second_derivatives_due.get():
         return F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
     return _Convolution.apply(x, weight, None, ([stride] * 2, [padding] * 2, [1, 1], True, [0, 0], groups))

@@ -14,7 +14,7 @@ from em_stylegan.em_stylegan2_generator import (
     normalize_second_moment,
     second_derivatives,
 )
-from em_stylegan.loop import compute_gradient_penalty
+from em_stylegan.loop import compute_gradient_penalty, compute_path_lengths
 from em_stylegan.losses import path_lengths, r1_penalty
 
 SMALL = {"channel_base": 256, "max_channels": 16}
@@ -233,17 +233,23 @@ class CountConvolutions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_r1_has_no_more_convolutions_than_its_derivatives():
-    """Each convolution of the discriminator leads to one back to the images, one forward again, one for the weights, and two for what
-    the minibatch deviation is curved. PyTorch's own second derivatives make one of each channel of the fixed filters."""
-    discriminator = make_discriminator()
+@pytest.mark.parametrize("penalty", ["r1", "path length"])
+def test_penalties_have_no_more_convolutions_than_their_derivatives(penalty):
+    """Each convolution leads to one back and one for the weights; to the derivatives of the first, one forward again and one for the
+    weights; and of the forward pass where something is curved, one back. PyTorch's own second derivatives make one of each channel of
+    the fixed filters."""
+    generator, discriminator = make_generator(), make_discriminator()
     images = torch.rand(4, 1, 16, 16)
     with CountConvolutions() as forward:
-        discriminator(images)
+        discriminator(images) if penalty == "r1" else generator(draw_z())
     with CountConvolutions() as whole:
-        penalty = compute_gradient_penalty(discriminator, images, lambda images: images)
-        torch.autograd.grad(penalty, list(discriminator.parameters()), allow_unused=True)
-    assert whole.count <= 6 * forward.count
+        if penalty == "r1":
+            value = compute_gradient_penalty(discriminator, images, lambda images: images)
+        else:
+            value = compute_path_lengths(generator, 4, 0.0, torch.Generator().manual_seed(0)).sum()
+        network = discriminator if penalty == "r1" else generator
+        torch.autograd.grad(value, list(network.parameters()), allow_unused=True)
+    assert whole.count < 5 * forward.count
 
 
 def test_networks_are_saved_and_loaded_whole(tmp_path):

@@ -352,7 +352,7 @@ def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, mo
     forward = loop.StyleGANDiscriminator.forward
 
     def spy(self, image, **options):
-        seen.add(options.get("compute_dtype"))
+        seen.add((options.get("compute_dtype"), len(image), options.get("num_batches", 1)))
         return forward(self, image, **options)
 
     monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
@@ -361,7 +361,8 @@ def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, mo
     short = replace(config, training=replace(config.training, num_images=8, evaluate_every=0))
     loop.train_stylegan(short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert seen == {torch.bfloat16, None}  # None: R1 in float32
+    # real and generated images, each with deviations of their own; generated ones; R1 in float32
+    assert seen == {(torch.bfloat16, 16, 2), (torch.bfloat16, 8, 1), (None, 8, 1)}
 
 
 @pytest.mark.parametrize("name", PRESETS)
