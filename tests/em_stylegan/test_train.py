@@ -272,6 +272,19 @@ def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
     assert compared >= 3 or network == "stylegan3-r"  # whose kernels are 1 x 1
 
 
+@pytest.fixture
+def judged(monkeypatch):
+    """What the discriminator was asked for: (type of the maps, images, batches in one pass)."""
+    seen, forward = set(), loop.StyleGANDiscriminator.forward
+
+    def spy(self, image, **options):
+        seen.add((options.get("compute_dtype"), len(image), options.get("num_batches", 1)))
+        return forward(self, image, **options)
+
+    monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
+    return seen
+
+
 class TestFloat16:
     """The scaler of the loss on the CPU, with float32 maps (a scale of a power of two changes no bit unless something overflows) and with
     float16 ones."""
@@ -317,17 +330,10 @@ class TestFloat16:
         for part in ("model", "discriminator", "ema", "scaler"):
             assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(parts[part][k])) for k, v in whole[part].items())
 
-    def test_float16_maps(self, run, monkeypatch):
+    def test_float16_maps(self, run, judged, monkeypatch):
         monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-        types, forward = set(), loop.StyleGANDiscriminator.forward
-
-        def spy(self, image, **options):
-            types.add(options.get("compute_dtype"))
-            return forward(self, image, **options)
-
-        monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
         state, lines = run("half", precision="fp16", init_scale=2.0**10)
-        assert types == {torch.float16, None}  # None: R1 in float32
+        assert judged == {(torch.float16, 16, 2), (torch.float16, 8, 1), (None, 8, 1)}
         assert lines[-1]["skipped_steps_G"] == lines[-1]["skipped_steps_D"] == 0
         full, full_lines = run("full")
         assert lines[0]["loss_D"] == pytest.approx(full_lines[0]["loss_D"], rel=1e-2)
@@ -347,22 +353,14 @@ class TestFloat16:
             train_gan(replace(config, precision="fp16"))
 
 
-def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, monkeypatch):
-    seen = set()
-    forward = loop.StyleGANDiscriminator.forward
-
-    def spy(self, image, **options):
-        seen.add((options.get("compute_dtype"), len(image), options.get("num_batches", 1)))
-        return forward(self, image, **options)
-
-    monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
+def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, judged):
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision; this test needs another
     data = load_data(config.data, config.tiles, log=lambda text: None)
     short = replace(config, training=replace(config.training, num_images=8, evaluate_every=0))
     loop.train_stylegan(short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     # real and generated images, each with deviations of their own; generated ones; R1 in float32
-    assert seen == {(torch.bfloat16, 16, 2), (torch.bfloat16, 8, 1), (None, 8, 1)}
+    assert judged == {(torch.bfloat16, 16, 2), (torch.bfloat16, 8, 1), (None, 8, 1)}
 
 
 @pytest.mark.parametrize("name", PRESETS)
