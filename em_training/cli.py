@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import tyro
 
+from em_training.precision import leave_processes
 from em_training.run import NonFiniteLossError, TrainingInterrupted
 
 
@@ -27,6 +28,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Call `main`; a mistake of the user's ends as one line on stderr and exit code 2, a stop by signal as 130, a lost training as 1."""
     try:
         main()
+        leave_processes()
     except TrainingInterrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)

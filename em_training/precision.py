@@ -30,6 +30,16 @@ def create_process_state() -> accelerate.PartialState:
     return accelerate.PartialState(cpu=use_cpu(), timeout=PROCESS_TIMEOUT)
 
 
+def leave_processes() -> None:
+    """Leave the group of processes, if this one is in any: the last thing that a command does when all went well.
+
+    Without it Gloo's threads may drop their last tensors while the interpreter ends, and a finished process aborts ("terminate called
+    without an active exception"; https://github.com/pytorch/pytorch/pull/179291). After an error it could wait for the others for ever.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerator:
     """Return an Accelerator that logs to TensorBoard under `out_dir`/tensorboard.
 

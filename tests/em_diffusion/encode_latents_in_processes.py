@@ -11,7 +11,7 @@ import torch
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.latents import LatentsFile, encode_latents
 from em_diffusion.presets import test as preset
-from em_training import create_accelerator
+from em_training import create_accelerator, leave_processes
 
 
 class CountedTiles:
@@ -51,6 +51,7 @@ def main(folder, killed_after):
     seen = [view for views in tiles.calls[1:] for view in views]
     assert len(seen) == len(set(seen))
     (folder / f"seen-{accelerator.process_index}.json").write_text(json.dumps(seen))
+    leave_processes()
 
 
 if __name__ == "__main__":

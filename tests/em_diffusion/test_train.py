@@ -265,8 +265,8 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
     program = tmp_path / "train.py"
     program.write_text(
         "import sys, torch\nfrom pathlib import Path\nfrom em_diffusion import LDMConfig, train_ldm\n"
-        "from em_training import config_from_json\ntorch.set_num_threads(1)\n"
-        "train_ldm(config_from_json(LDMConfig, Path(sys.argv[1]).read_text()))\n"
+        "from em_training import config_from_json, leave_processes\ntorch.set_num_threads(1)\n"
+        "train_ldm(config_from_json(LDMConfig, Path(sys.argv[1]).read_text()))\nleave_processes()\n"
     )
     (tmp_path / "config.json").write_text(config_to_json(config))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

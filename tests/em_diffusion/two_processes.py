@@ -15,7 +15,7 @@ from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import generate_images, train_denoiser
 from em_diffusion.latents import Latents
 from em_evaluation.held_out import HeldOutDistance
-from em_training import create_accelerator, read_best
+from em_training import create_accelerator, leave_processes, read_best
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
@@ -48,3 +48,4 @@ value = distance.measure(generate)
 assert (accelerator.gather(torch.tensor([value], dtype=torch.float64)) == value).all()
 if accelerator.is_main_process:
     (out / "measured.json").write_text(json.dumps({"distance": value, "best": read_best(out / "denoiser")}))
+leave_processes()

@@ -9,7 +9,7 @@ from em_data import load_data
 from em_stylegan import loop
 from em_stylegan.loop import create_networks, train_stylegan, update
 from em_stylegan.presets import test as preset
-from em_training import create_accelerator
+from em_training import create_accelerator, leave_processes
 
 torch.set_num_threads(1)
 out = sys.argv[1]
@@ -55,3 +55,4 @@ for network in (generator, *models):
     assert magnitudes
     assert all(magnitude != 1 for magnitude in magnitudes)
 accelerator.print("agreed at", num_images_seen)
+leave_processes()

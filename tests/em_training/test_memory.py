@@ -163,7 +163,7 @@ def test_buckets_hold_everything_once_and_one_dtype_each(monkeypatch):
 PROGRAM = """
 import sys, torch
 from types import SimpleNamespace
-from em_training import MicroBatching, create_accelerator
+from em_training import MicroBatching, create_accelerator, leave_processes
 accelerator = create_accelerator(sys.argv[1], "no")
 rank = accelerator.process_index
 torch.manual_seed(0)
@@ -186,6 +186,7 @@ for _ in range(3):
     model.zero_grad()
 assert micro_batching.size == (1 if rank else 0)
 print(f"rank {rank} done")
+leave_processes()
 """
 
 

@@ -10,7 +10,7 @@ import accelerate
 import torch
 from toy_loop import Killed, train
 
-from em_training import TrainingInterrupted, list_checkpoints, read_stats
+from em_training import TrainingInterrupted, leave_processes, list_checkpoints, read_stats
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
@@ -48,3 +48,4 @@ try:
 except TrainingInterrupted as stop:
     print("stopped:", stop)
 print("both done" if accelerate.PartialState().is_main_process else "other done")
+leave_processes()
