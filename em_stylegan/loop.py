@@ -221,7 +221,10 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
                 generate = partial(generate_images, ema.model, config)
                 run.log(held_out_frechet_distance=best.update(ema.model, generate, num_images_seen))
             if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                save_image_grid(draw_samples(ema.model, config), run.samples_path(num_images_seen))
+                save_image_grid(
+                    generate_images(ema.model, config, range(training.num_sample_images)),
+                    run.samples_path(num_images_seen),
+                )
             run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
     return ema.model, num_images_seen, train_seconds
@@ -309,18 +312,14 @@ def create_best_weights(held_out, config, run):
 
 @torch.no_grad()
 def generate_images(model, config, numbers):
-    """Images of these numbers, float32 [N, 1, R, R] on the CPU: each depends on the seed and its number alone."""
-    z = [
-        torch.randn(config.generator.z_dim, generator=make_generator(config.seed, stream=f"evaluation {number}"))
-        for number in numbers
-    ]
-    parts = torch.stack(z).split(config.training.batch_size)
-    return torch.cat([model(part.to(model.device), noise_mode="const").cpu() for part in parts])
+    """Images of these numbers, float32 [N, 1, R, R] on the CPU, with fresh noise, as in training and in what `generate.py` makes.
 
-
-@torch.no_grad()
-def draw_samples(model, config):
-    """Images [N, 1, R, R] of the averaged generator, always from the same z."""
-    generator = make_generator(config.seed, stream="samples")
-    z = torch.randn(config.training.num_sample_images, config.generator.z_dim, generator=generator).to(model.device)
-    return torch.cat([model(part, noise_mode="const") for part in z.split(config.training.batch_size)]).cpu()
+    Each depends on the seed and its number alone.
+    """
+    images = []
+    for start in range(0, len(numbers), config.training.batch_size):
+        part = numbers[start : start + config.training.batch_size]
+        generators = [make_generator(config.seed, stream=f"evaluation {number}") for number in part]
+        z = torch.stack([torch.randn(config.generator.z_dim, generator=generator) for generator in generators])
+        images.append(model(z.to(model.device), noise_mode="random", generator=generators).cpu())
+    return torch.cat(images)

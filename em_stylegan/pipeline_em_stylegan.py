@@ -46,7 +46,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-        noise_mode: str = "const",
+        noise_mode: str | None = None,
         class_labels: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -57,7 +57,8 @@ class EMStyleGANPipeline(DiffusionPipeline):
         generator: one for the batch, or a list of `batch_size`; with a list, image i depends on generator i alone.
         truncation_psi: 1 for the whole distribution; towards 0, images are drawn to the mean one, in the first
             `truncation_cutoff` layers (all when None).
-        noise_mode: "const" (the stored noise maps), "random" (drawn from `generator`, after z) or "none".
+        noise_mode: "random" (drawn from `generator`, after z), "const" (the stored noise maps, the same in every image) or "none";
+            None for "random", as in training, and "const" for given `latents`, where fresh noise would flicker from one to the next.
         class_labels: integers [B] for a conditional generator.
         latents: w [B, num_ws, w_dim] or [B, w_dim] as "latent" gives them, instead of drawing z; `batch_size` and truncation
             then have no say.
@@ -66,6 +67,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
 
         Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False. There are no steps and so no progress bar.
         """
+        noise_mode = noise_mode or ("random" if latents is None else "const")
         self._check_inputs(batch_size, generator if latents is None else None, noise_mode, output_type)
         device, dtype = self._execution_device, self.generator.dtype
         _wake(self.generator)

@@ -49,6 +49,18 @@ def test_image_depends_on_its_generator_alone(pipe, noise_mode):
     assert np.abs(together[0] - together[2]).max() > 0.01
 
 
+def test_noise_is_fresh_unless_latents_are_given(pipe):
+    """Images drawn are as in training and as `generate.py` makes them; those of a walk share their noise."""
+    drawn, random = (
+        pipe(2, generator=seeds(0, 1), output_type="np", **mode).images for mode in ({}, {"noise_mode": "random"})
+    )
+    np.testing.assert_array_equal(drawn, random)
+    latents = pipe(2, generator=seeds(0, 1), output_type="latent").images
+    walk, const = (pipe(latents=latents, output_type="np", **mode).images for mode in ({}, {"noise_mode": "const"}))
+    np.testing.assert_array_equal(walk, const)
+    assert np.abs(walk - drawn).max() > 0.01
+
+
 def test_one_generator_serves_a_batch(pipe):
     first, second = (pipe(2, generator=torch.Generator().manual_seed(3), output_type="np").images for _ in range(2))
     np.testing.assert_array_equal(first, second)
@@ -57,14 +69,18 @@ def test_one_generator_serves_a_batch(pipe):
 def test_latents_make_the_same_images(pipe):
     latents = pipe(2, generator=seeds(0, 1), truncation_psi=0.7, output_type="latent").images
     assert latents.shape == (2, pipe.generator.num_ws, 8)
-    expected = pipe(2, generator=seeds(0, 1), truncation_psi=0.7, output_type="np").images
+    options = {"truncation_psi": 0.7, "output_type": "np"}
+    expected = pipe(2, generator=seeds(0, 1), noise_mode="const", **options).images
     np.testing.assert_array_equal(pipe(latents=latents, output_type="np").images, expected)
     np.testing.assert_array_equal(pipe(latents=latents[:, 0], output_type="np").images, expected)
 
 
 def test_truncation_draws_images_together(pipe):
     spread = [
-        pipe(4, generator=seeds(0, 1, 2, 3), truncation_psi=psi, output_type="pt").images.var(dim=0).mean().item()
+        pipe(4, generator=seeds(0, 1, 2, 3), truncation_psi=psi, noise_mode="const", output_type="pt")
+        .images.var(dim=0)
+        .mean()
+        .item()
         for psi in (1.0, 0.5, 0.0)
     ]
     assert spread[0] > spread[1] > spread[2]

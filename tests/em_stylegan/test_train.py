@@ -140,6 +140,22 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path,
     assert (finished / kept).read_bytes() == (out / kept).read_bytes()
 
 
+def test_measured_images_have_noise_of_their_own(config):
+    """Where noise places the structures, one noise for all images would put them at the same places in each."""
+    generator = loop.create_networks(config)[0].eval()
+    for name, parameter in generator.named_parameters():
+        if name.endswith("style.weight"):
+            torch.nn.init.zeros_(parameter)  # z has no say
+        elif name.endswith("noise_strength"):
+            torch.nn.init.ones_(parameter)
+    images = loop.generate_images(generator, config, range(20))
+    assert images.flatten(1).std(dim=0).min() > 0.1 * images.std()
+    torch.testing.assert_close(loop.generate_images(generator, config, [9, 17]), images[[9, 17]], rtol=1e-4, atol=1e-5)
+    z = torch.randn(2, config.generator.z_dim)
+    first, second = generator(z, noise_mode="const").detach()
+    torch.testing.assert_close(first, second)
+
+
 def test_without_evaluation_the_last_weights_are_kept(config, tmp_path):
     training = replace(config.training, evaluate_every=0, num_images=8)
     out = train_gan(replace(config, out=str(tmp_path / "run"), training=training))
