@@ -15,6 +15,7 @@ from em_stylegan.em_stylegan2_generator import (
     MappingNetwork,
     blur,
     blur_kernel,
+    encode_classes,
 )
 
 
@@ -145,6 +146,11 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
 
     def forward(self, image, class_labels=None, compute_dtype=None, num_batches=1):
         dtype = self.out.weight.dtype
+        expected = (self.config.image_channels, self.config.resolution, self.config.resolution)
+        if image.shape[1:] != expected:
+            raise ValueError(f"image must be {['B', *expected]}; got {list(image.shape)}.")
+        if self.class_mapping is None:
+            encode_classes(class_labels, 0, len(image), image)  # refuses any
         x = None
         for i, block in enumerate(self.blocks):
             block_dtype = compute_dtype if i < self.num_reduced and compute_dtype is not None else dtype
@@ -161,5 +167,5 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         x = self.out(self.linear(x.flatten(1)))  # [B, 1], or [B, C] with classes
         if self.class_mapping is None:
             return x
-        w = self.class_mapping(None, class_labels)
+        w = self.class_mapping(None, class_labels, len(x))
         return (x * w).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])  # [B, 1]

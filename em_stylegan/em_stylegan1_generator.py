@@ -32,12 +32,15 @@ def blur(x, kernel):
 def adaptive_instance_norm(x, scale, shift):
     """Bring every map of x [B, C, H, W] to mean 0 and deviation 1, then to `shift` and `scale` [B, C] (2019, equation 1).
 
-    As one multiplication and one addition a map: both moments join the style.
+    As one multiplication and one addition a map: both moments join the style. Half types are computed in float32, where a map that is
+    nearly constant keeps its deviation.
     """
-    variance, mean = torch.var_mean(x.to(scale.dtype), dim=(2, 3), correction=0)  # [B, C]
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)  # [B, C]
     scale = scale * (variance + 1e-8).rsqrt()
     shift = shift - mean * scale
-    return x * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
+    return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(dtype)
 
 
 class EqualizedLinear(nn.Module):
@@ -61,6 +64,30 @@ def normalize_second_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+def encode_classes(class_labels, num_classes, batch_size, like):
+    """Class labels as rows [B, num_classes] of the type and device of `like`: from integers [B], one integer for all, or such rows.
+
+    Raises `ValueError` for labels that are missing, that a network without classes was given, or of another number or range.
+    """
+    if num_classes == 0:
+        if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
+            raise ValueError("this network knows no classes: leave class_labels out.")
+        return None
+    wanted = f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    if class_labels is None:
+        raise ValueError(f"this network knows {num_classes} classes: give class_labels, integers [B].")
+    labels = torch.as_tensor(class_labels, device=like.device)
+    if labels.ndim == 0:
+        labels = labels.expand(batch_size)
+    if labels.ndim == 1 and not labels.is_floating_point():
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"{wanted}; got {labels.tolist()}.")
+        labels = F.one_hot(labels.long(), num_classes)
+    if labels.shape != (batch_size, num_classes):
+        raise ValueError(f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}.")
+    return labels.to(like.dtype)
+
+
 class MappingNetwork(nn.Module):
     """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
 
@@ -71,6 +98,7 @@ class MappingNetwork(nn.Module):
     def __init__(self, z_dim, w_dim, depth, num_classes=0):
         super().__init__()
         self.num_classes = num_classes
+        self.z_dim = z_dim
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
@@ -79,13 +107,13 @@ class MappingNetwork(nn.Module):
         self.register_buffer("w_mean", torch.zeros(w_dim))
 
     def forward(self, z, class_labels=None):
-        inputs = [normalize_second_moment(z)]
-        if self.embed is not None:
-            if class_labels is None:
-                raise ValueError(f"this network knows {self.num_classes} classes: give class_labels, integers [B].")
-            if class_labels.ndim == 1:
-                class_labels = F.one_hot(class_labels.long(), self.num_classes)  # [B, num_classes]
-            inputs.append(normalize_second_moment(self.embed(class_labels.to(self.embed.weight.dtype))))
+        like = self.layers[0].weight
+        if z.ndim != 2 or z.shape[1] != self.z_dim:
+            raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
+        inputs = [normalize_second_moment(z.to(like.dtype))]
+        classes = encode_classes(class_labels, self.num_classes, len(z), like)
+        if classes is not None:
+            inputs.append(normalize_second_moment(self.embed(classes)))
         x = torch.cat(inputs, dim=1)
         for layer in self.layers:
             x = layer(x)
@@ -154,12 +182,15 @@ class SynthesisNetwork(nn.Module):
         self.to_image = nn.Parameter(torch.randn(image_channels, num_channels[-1], 1, 1))
         self.to_image_bias = nn.Parameter(torch.zeros(image_channels))
         self.num_ws = len(layers)
+        self.w_dim = w_dim
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
-        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
-            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
+        if ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
+        if isinstance(generator, list | tuple) and len(generator) != len(ws):
+            raise ValueError(f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one.")
         x = self.const.to(compute_dtype or self.const.dtype).expand(len(ws), -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)  # [B, C, 4, 4]
         for layer, w in zip(self.layers, ws.unbind(dim=1), strict=True):
@@ -205,7 +236,7 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
         """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
         `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).expand(-1, self.num_ws, -1)
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # of their own, so that styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)

@@ -232,6 +232,8 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.
     ):  # within its range; demodulation takes the scales back (2020 ADA, appendix D.1)
         weight = weight / weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True) / math.sqrt(weight[0].numel())
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
+    if not demodulate and gain != 1:
+        styles = styles * gain
     if kernel is None and weight.shape[2] == 1:
         return _modulated_pointwise_conv2d(x, weight, styles, demodulate, gain)
     x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
@@ -263,11 +265,35 @@ def normalize_second_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+def encode_classes(class_labels, num_classes, batch_size, like):
+    """Class labels as rows [B, num_classes] of the type and device of `like`: from integers [B], one integer for all, or such rows.
+
+    Raises `ValueError` for labels that are missing, that a network without classes was given, or of another number or range.
+    """
+    if num_classes == 0:
+        if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
+            raise ValueError("this network knows no classes: leave class_labels out.")
+        return None
+    wanted = f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    if class_labels is None:
+        raise ValueError(f"this network knows {num_classes} classes: give class_labels, integers [B].")
+    labels = torch.as_tensor(class_labels, device=like.device)
+    if labels.ndim == 0:
+        labels = labels.expand(batch_size)
+    if labels.ndim == 1 and not labels.is_floating_point():
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"{wanted}; got {labels.tolist()}.")
+        labels = F.one_hot(labels.long(), num_classes)
+    if labels.shape != (batch_size, num_classes):
+        raise ValueError(f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}.")
+    return labels.to(like.dtype)
+
+
 class MappingNetwork(nn.Module):
     """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
 
-    forward(z [B, z_dim], class_labels=None) -> w [B, w_dim]. `w_mean` is the running mean of w for truncation; it moves only
-    when `update_w_mean` is called.
+    forward(z [B, z_dim], class_labels=None, batch_size=None) -> w [B, w_dim]; with z_dim 0 there is no z, and B is `batch_size`.
+    `w_mean` is the running mean of w for truncation; it moves only when `update_w_mean` is called.
     """
 
     def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
@@ -282,14 +308,16 @@ class MappingNetwork(nn.Module):
         if track_mean:
             self.register_buffer("w_mean", torch.zeros(w_dim))
 
-    def forward(self, z, class_labels=None):
-        inputs = [] if self.z_dim == 0 else [normalize_second_moment(z)]
-        if self.embed is not None:
-            if class_labels is None:
-                raise ValueError(f"this network knows {self.num_classes} classes: give class_labels, integers [B].")
-            if class_labels.ndim == 1:
-                class_labels = F.one_hot(class_labels.long(), self.num_classes)  # [B, num_classes]
-            inputs.append(normalize_second_moment(self.embed(class_labels.to(self.embed.weight.dtype))))
+    def forward(self, z, class_labels=None, batch_size=None):
+        like = self.layers[0].weight
+        inputs = []
+        if self.z_dim > 0:
+            if z.ndim != 2 or z.shape[1] != self.z_dim:
+                raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
+            inputs.append(normalize_second_moment(z.to(like.dtype)))
+        classes = encode_classes(class_labels, self.num_classes, batch_size or len(z), like)
+        if classes is not None:
+            inputs.append(normalize_second_moment(self.embed(classes)))
         x = torch.cat(inputs, dim=1)
         for layer in self.layers:
             x = layer(x)
@@ -430,6 +458,7 @@ class SynthesisNetwork(nn.Module):
             SynthesisBlock(a, b, w_dim, r, image_channels, architecture, r == resolution, clamp)
             for a, b, r in zip([0] + num_channels[:-1], num_channels, resolutions, strict=True)
         )
+        self.w_dim = w_dim
         # a block's image shares its w with the next block
         self.num_ws = sum(block.num_convs for block in self.blocks) + 1
         reduced = len(resolutions) if num_reduced_resolutions is None else num_reduced_resolutions
@@ -438,8 +467,10 @@ class SynthesisNetwork(nn.Module):
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
-        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
-            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
+        if ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
+        if isinstance(generator, list | tuple) and len(generator) != len(ws):
+            raise ValueError(f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one.")
         dtype = self.blocks[0].const.dtype
         x = image = None
         index = 0
@@ -511,7 +542,7 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
         `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).expand(-1, self.num_ws, -1)
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # of their own, so that styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)

@@ -229,6 +229,30 @@ def normalize_second_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+def encode_classes(class_labels, num_classes, batch_size, like):
+    """Class labels as rows [B, num_classes] of the type and device of `like`: from integers [B], one integer for all, or such rows.
+
+    Raises `ValueError` for labels that are missing, that a network without classes was given, or of another number or range.
+    """
+    if num_classes == 0:
+        if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
+            raise ValueError("this network knows no classes: leave class_labels out.")
+        return None
+    wanted = f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    if class_labels is None:
+        raise ValueError(f"this network knows {num_classes} classes: give class_labels, integers [B].")
+    labels = torch.as_tensor(class_labels, device=like.device)
+    if labels.ndim == 0:
+        labels = labels.expand(batch_size)
+    if labels.ndim == 1 and not labels.is_floating_point():
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"{wanted}; got {labels.tolist()}.")
+        labels = F.one_hot(labels.long(), num_classes)
+    if labels.shape != (batch_size, num_classes):
+        raise ValueError(f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}.")
+    return labels.to(like.dtype)
+
+
 class MappingNetwork(nn.Module):
     """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
 
@@ -239,6 +263,7 @@ class MappingNetwork(nn.Module):
     def __init__(self, z_dim, w_dim, depth, num_classes=0):
         super().__init__()
         self.num_classes = num_classes
+        self.z_dim = z_dim
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
@@ -247,13 +272,13 @@ class MappingNetwork(nn.Module):
         self.register_buffer("w_mean", torch.zeros(w_dim))
 
     def forward(self, z, class_labels=None):
-        inputs = [normalize_second_moment(z)]
-        if self.embed is not None:
-            if class_labels is None:
-                raise ValueError(f"this network knows {self.num_classes} classes: give class_labels, integers [B].")
-            if class_labels.ndim == 1:
-                class_labels = F.one_hot(class_labels.long(), self.num_classes)  # [B, num_classes]
-            inputs.append(normalize_second_moment(self.embed(class_labels.to(self.embed.weight.dtype))))
+        like = self.layers[0].weight
+        if z.ndim != 2 or z.shape[1] != self.z_dim:
+            raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
+        inputs = [normalize_second_moment(z.to(like.dtype))]
+        classes = encode_classes(class_labels, self.num_classes, len(z), like)
+        if classes is not None:
+            inputs.append(normalize_second_moment(self.embed(classes)))
         x = torch.cat(inputs, dim=1)
         for layer in self.layers:
             x = layer(x)
@@ -272,7 +297,8 @@ class FourierFeatures(nn.Module):
     """The first signal: waves of frequencies within a disc, turned and shifted by w, mixed by one matrix (2021, sections 3.1 and F).
 
     forward(w [B, w_dim]) -> [B, num_channels, size, size]. `transform` [3, 3] maps the canvas's coordinates (x, y, 1), the origin in its
-    middle, to those at which the waves are taken: a shift or turn of the whole image, for measuring equivariance and for animation.
+    middle, to those at which the waves are taken: a shift or turn of the whole image, for measuring equivariance and for animation. Its
+    third row is taken to be (0, 0, 1), an affine map.
     """
 
     def __init__(self, w_dim, num_channels, size, sampling_rate, bandwidth):
@@ -469,12 +495,13 @@ class SynthesisNetwork(nn.Module):
         first = plans[0]
         self.output_scale = output_scale
         self.num_ws = len(plans) + 1
+        self.w_dim = w_dim
         self.input = FourierFeatures(w_dim, first.in_channels, first.in_size, first.in_sampling_rate, first.in_cutoff)
         self.layers = nn.ModuleList(SynthesisLayer(plan, w_dim, clamp, magnitude_decay) for plan in plans)
 
-    def forward(self, ws, update_magnitudes=False, compute_dtype=None):
-        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
-            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim]; got {list(ws.shape)}.")
+    def forward(self, ws, *, update_magnitudes=False, compute_dtype=None):
+        if ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
         ws = ws.unbind(dim=1)
         x = self.input(ws[0])  # [B, C, S, S]
         for layer, w in zip(self.layers, ws[1:], strict=True):
@@ -576,7 +603,7 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
         `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).expand(-1, self.num_ws, -1)
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # of their own, so that styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
@@ -589,7 +616,7 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         `generator` are checked and change nothing."""
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
-        return self.synthesis_network(ws, update_magnitudes, compute_dtype)
+        return self.synthesis_network(ws, update_magnitudes=update_magnitudes, compute_dtype=compute_dtype)
 
     def forward(
         self,

@@ -33,7 +33,7 @@ def transformed_input(generator, transform):
         finally:
             buffer.copy_(before)
         return
-    const = network.blocks[0].const
+    const = network.blocks[0].const if hasattr(network, "blocks") else network.const
     before = const.data
     size = before.shape[-1]
     grid = F.affine_grid(_in_grid_units(transform[:2]).to(before)[None], [1, 1, size, size], align_corners=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from em_stylegan import equivariance
+from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.equivariance import rotation_equivariance, sample_image, transformed_input, translation_equivariance
@@ -68,6 +69,13 @@ def test_quarter_turn_of_the_constant_is_exact(generators):
     with transformed_input(generators["2"], QUARTER):
         torch.testing.assert_close(const, torch.rot90(before, -1, (1, 2)))
     assert torch.equal(const, before)
+
+
+@torch.no_grad()
+def test_the_first_stylegan_can_be_measured():
+    torch.manual_seed(0)
+    generator = StyleGAN1Generator(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8).eval()
+    assert translation_equivariance(generator, 2, peak=peak(generator)) < 25
 
 
 def test_samples_of_a_known_image():

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_stylegan1_generator import StyleGAN1Generator, adaptive_instance_norm
 from em_stylegan.em_stylegan2_generator import (
     MappingNetwork,
     StyleGAN2Generator,
@@ -14,6 +15,7 @@ from em_stylegan.em_stylegan2_generator import (
     normalize_second_moment,
     second_derivatives,
 )
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.loop import compute_gradient_penalty, compute_path_lengths
 from em_stylegan.losses import path_lengths, r1_penalty
 
@@ -43,6 +45,82 @@ def test_shapes(resolution, num_ws):
     assert images.shape == (4, 3, resolution, resolution)
     discriminator = make_discriminator(resolution=resolution, image_channels=3)
     assert discriminator(images).shape == (4, 1)
+
+
+KINDS = {"1": StyleGAN1Generator, "2": StyleGAN2Generator, "3": StyleGAN3Generator}
+
+
+def make_kind(kind, **options):
+    torch.manual_seed(0)
+    return KINDS[kind](**{"resolution": 16, "z_dim": 8, "w_dim": 12, "mapping_depth": 2, **SMALL, **options}).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_styles_can_be_mixed_in_place(kind):
+    generator = make_kind(kind)
+    ws, other = generator.mapping(draw_z(2)), generator.mapping(draw_z(2, seed=1))
+    ws[:, 3:] = other[:, 3:]
+    assert not torch.equal(ws[:, 0], ws[:, 3])
+    assert generator.synthesis(ws).shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_z_may_have_another_type(kind):
+    generator, z = make_kind(kind), draw_z(2)
+    torch.testing.assert_close(generator(z.double(), noise_mode="const"), generator(z, noise_mode="const"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_classes_in_every_form(kind):
+    generator, z = make_kind(kind, num_classes=3), draw_z(2)
+    expected = generator.mapping(z, torch.tensor([2, 2]))
+    for labels in ([2, 2], 2, torch.eye(3)[[2, 2]], torch.tensor(2)):
+        torch.testing.assert_close(generator.mapping(z, labels), expected)
+    assert not torch.allclose(generator.mapping(z, [2, 1]), expected)
+    wrong = (None, 3, [-1, 0], [1], [0, 1, 2], torch.zeros(2, 1), torch.tensor([0.0, 1.0]), torch.eye(3))
+    for labels in wrong:
+        with pytest.raises(ValueError, match="class_labels"):
+            generator.mapping(z, labels)
+    unconditional = make_kind(kind)
+    torch.testing.assert_close(unconditional.mapping(z, torch.zeros(2, 0)), unconditional.mapping(z))
+    with pytest.raises(ValueError, match="knows no classes"):
+        unconditional.mapping(z, [0, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_wrong_shapes_are_refused(kind):
+    generator = make_kind(kind)
+    for z in (torch.zeros(2, 9), torch.zeros(8)):
+        with pytest.raises(ValueError, match=r"z must be \[B, 8\]"):
+            generator(z)
+    ws = torch.zeros(2, generator.num_ws, 12)
+    for wrong in (ws[..., :-1], ws[:, :-1], ws[0]):
+        with pytest.raises(ValueError, match="ws must be"):
+            generator.synthesis(wrong)
+    if kind != "3":
+        with pytest.raises(ValueError, match="1 generators for 2 images"):
+            generator.synthesis(ws, generator=[torch.Generator()])
+
+
+def test_images_that_a_discriminator_was_not_made_for_are_refused():
+    discriminator = make_discriminator()
+    for shape in ((2, 3, 16, 16), (2, 1, 32, 32), (1, 16, 16)):
+        with pytest.raises(ValueError, match="image must be"):
+            discriminator(torch.zeros(shape))
+    with pytest.raises(ValueError, match="knows no classes"):
+        discriminator(torch.zeros(2, 1, 16, 16), [0, 1])
+    with pytest.raises(ValueError, match="class_labels"):
+        make_discriminator(num_classes=3)(torch.zeros(2, 1, 16, 16), [0])
+
+
+@torch.no_grad()
+def test_the_first_stylegan_bears_constant_maps_in_half_precision():
+    x = torch.full((1, 2, 4, 4), 3.0, dtype=torch.float16)
+    one = torch.ones(1, 2, dtype=torch.float16)
+    torch.testing.assert_close(adaptive_instance_norm(x, one, one), torch.ones_like(x), atol=0.01, rtol=0)
 
 
 def test_feature_maps_follow_base_and_maximum():

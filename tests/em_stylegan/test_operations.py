@@ -45,7 +45,7 @@ def compare(f, g, inputs):
 
 @pytest.mark.usefixtures("derivatives")
 @pytest.mark.parametrize(("size", "up"), [(1, False), (3, False), (3, True)])
-@pytest.mark.parametrize(("demodulate", "gain"), [(True, 1.4), (False, 1.0)])
+@pytest.mark.parametrize(("demodulate", "gain"), [(True, 1.4), (False, 1.0), (False, 1.4)])
 def test_modulated_convolution(size, up, demodulate, gain):
     inputs = [draw(3, 2, 5, 6), draw(4, 2, size, size, seed=1), draw(3, 2, seed=2)]
     options = {"demodulate": demodulate, "kernel": KERNEL if up else None, "gain": gain}

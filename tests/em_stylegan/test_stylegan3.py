@@ -91,7 +91,7 @@ def test_noise_modes_change_nothing_and_others_are_refused():
     assert torch.equal(images[0], images[2])
     with pytest.raises(ValueError, match="noise_mode must be one of"):
         generator(z, noise_mode="loud")
-    with pytest.raises(ValueError, match=r"ws must be \[B, 16, w_dim\]"):
+    with pytest.raises(ValueError, match=r"ws must be \[B, 16, 12\]"):
         generator.synthesis(torch.zeros(1, 3, 12))
 
 
