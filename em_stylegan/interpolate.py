@@ -37,10 +37,10 @@ def load_generator(model):
 
 
 @torch.no_grad()
-def draw_ws(generator, seed, count, truncation_psi=1.0):
-    """ws [count, num_ws, w_dim] of z that `seed` decides."""
+def draw_ws(generator, seed, count, truncation_psi=1.0, class_label=None):
+    """ws [count, num_ws, w_dim] of z that `seed` decides, all of one class where the generator knows classes."""
     z = torch.randn(count, generator.config.z_dim, generator=make_generator(seed, stream="interpolation"))
-    return generator.mapping(z, truncation_psi=truncation_psi)
+    return generator.mapping(z, class_label, truncation_psi)
 
 
 @torch.no_grad()
@@ -81,11 +81,11 @@ def mix_styles(ws_rows, ws_columns, layers):
 def save_video(images, path, frames_per_second):
     """Write images [N, 1, H, W] in [-1, 1] as an endless GIF or APNG, or as an MP4 (H.264), by the suffix of `path`, atomically.
 
-    GIF and APNG keep every one of the 256 grey levels. An MP4 needs the program ffmpeg or the package imageio-ffmpeg.
+    GIF and APNG keep every one of the 256 grey levels; a GIF's pace is the nearest that its hundredths of a second allow. An MP4 needs
+    the program ffmpeg or the package imageio-ffmpeg.
     """
     path = Path(path)
-    if path.suffix not in VIDEO_FORMATS:
-        raise ValueError(f"{path}: a video ends in {', '.join(VIDEO_FORMATS)}")
+    check_video_format(path)
     frames = to_uint8(images)[:, 0]  # [N, H, W]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
@@ -94,12 +94,27 @@ def save_video(images, path, frames_per_second):
             _encode_mp4(frames, temporary, frames_per_second)
         else:
             first, *rest = [Image.fromarray(frame) for frame in frames]
-            duration = round(1000 / frames_per_second)
+            duration = round(1000 / frames_per_second)  # ms
+            if path.suffix == ".gif":
+                duration = find_gif_duration(frames_per_second)
             options = {"append_images": rest, "save_all": True, "duration": duration, "loop": 0}
             first.save(temporary, **options, **({"optimize": False} if path.suffix == ".gif" else {}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_video_format(path):
+    """Raise `ValueError` when the suffix of `path` is none that a video can have, or its encoder is missing."""
+    if Path(path).suffix not in VIDEO_FORMATS:
+        raise ValueError(f"{path}: a video ends in {', '.join(VIDEO_FORMATS)}")
+    if Path(path).suffix == ".mp4":
+        find_encoder()
+
+
+def find_gif_duration(frames_per_second):
+    """Milliseconds of a GIF's frame: whole hundredths of a second, at least 2, below which viewers slow down to 10."""
+    return 10 * max(2, round(100 / frames_per_second))
 
 
 def find_encoder():
@@ -126,17 +141,18 @@ def _encode_mp4(frames, path, frames_per_second):
 
 
 def make_walk(arguments):
-    if Path(arguments.out).suffix == ".mp4":
-        find_encoder()  # before the work
+    check_video_format(arguments.out)  # before the work
     generator = load_generator(arguments.model)
-    keys = draw_ws(generator, arguments.seed, arguments.num_keys, arguments.truncation_psi)
+    keys = draw_ws(generator, arguments.seed, arguments.num_keys, arguments.truncation_psi, arguments.class_label)
     images = render(generator, walk(keys, arguments.frames_per_key), description="frames")
     save_video(images, arguments.out, arguments.fps)
 
 
 def make_mixing(arguments):
+    check_grid_format(arguments.out)
     generator = load_generator(arguments.model)
-    ws = draw_ws(generator, arguments.seed, arguments.num_rows + arguments.num_columns, arguments.truncation_psi)
+    count = arguments.num_rows + arguments.num_columns
+    ws = draw_ws(generator, arguments.seed, count, arguments.truncation_psi, arguments.class_label)
     rows, columns = ws[: arguments.num_rows], ws[arguments.num_rows :]
     mixed = mix_styles(rows, columns, arguments.layers or (0, generator.num_ws // 3))
     images = render(generator, torch.cat([columns, torch.cat([rows.unsqueeze(1), mixed], dim=1).flatten(0, 1)]))
@@ -145,8 +161,9 @@ def make_mixing(arguments):
 
 
 def make_truncation(arguments):
+    check_grid_format(arguments.out)
     generator = load_generator(arguments.model)
-    ws = draw_ws(generator, arguments.seed, arguments.num_rows)
+    ws = draw_ws(generator, arguments.seed, arguments.num_rows, class_label=arguments.class_label)
     w_mean = generator.mapping_network.w_mean
     ws = torch.stack([w_mean.lerp(ws, psi) for psi in arguments.psi], dim=1)  # [rows, columns, num_ws, w_dim]
     save_grid(render(generator, ws.flatten(0, 1)), arguments.out, num_columns=len(arguments.psi))
@@ -155,8 +172,7 @@ def make_truncation(arguments):
 def save_grid(images, path, num_columns):
     """`save_image_grid`, atomically, in a folder that is made."""
     path = Path(path)
-    if path.suffix != ".png":
-        raise ValueError(f"{path}: a grid of images ends in .png")
+    check_grid_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}.png")
     try:
@@ -164,6 +180,12 @@ def save_grid(images, path, num_columns):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_grid_format(path):
+    """Raise `ValueError` when `path` is no PNG."""
+    if Path(path).suffix != ".png":
+        raise ValueError(f"{path}: a grid of images ends in .png")
 
 
 def parse_arguments(argv=None):
@@ -175,6 +197,7 @@ def parse_arguments(argv=None):
         command.add_argument("model", help="a run's folder, or one that holds a saved pipeline")
         command.add_argument("out", help="the file to write")
         command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--class-label", type=int, help="of a generator that knows classes")
         command.set_defaults(make=make)
         return command
 

@@ -50,6 +50,9 @@ class ProjectionConfig:
     def __post_init__(self):
         if self.num_steps < 1 or self.num_w_samples < 2:
             raise ValueError("num_steps must be at least 1 and num_w_samples at least 2")
+        for name in ("learning_rate", "w_noise", "perceptual_weight", "pixel_weight", "noise_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 def noise_regularization(noise):
@@ -68,31 +71,32 @@ def noise_regularization(noise):
 
 
 def learning_rate_factor(step, config):
-    """Share of the learning rate at a step: linear from 0 at first, a half cosine to 0 at the end (appendix D)."""
+    """Share of the learning rate at `step`, from 0 to `config.num_steps`: linear from 0 at first, a half cosine to 0 at the end
+    (appendix D). Steps are taken at their middle, so that none is of length 0."""
     t = step / config.num_steps
     down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / config.ramp_down))
     return down * min(1.0, t / config.ramp_up)
 
 
 @torch.no_grad()
-def measure_w(generator, num_samples, rng):
+def measure_w(generator, num_samples, rng, class_label=None):
     """Mean [w_dim] of w over random z, and its deviation, a number: the root of E|w - mean|^2."""
     z = torch.randn(num_samples, generator.config.z_dim, generator=rng)
-    w = torch.cat([generator.mapping(part)[:, 0] for part in z.split(1000)])  # [N, w_dim]
+    w = torch.cat([generator.mapping(part, class_label)[:, 0] for part in z.split(1000)])  # [N, w_dim]
     mean = w.mean(dim=0)
     return mean, (w - mean).square().sum(dim=1).mean().sqrt()
 
 
-def project(generator, target, config=None, distance=None):
+def project(generator, target, config=None, distance=None, class_label=None):
     """Optimise w and the noise maps until the generator's image is near `target` [1, 1, R, R] in [-1, 1].
 
     Returns ({"w" [w_dim], "noise/NAME" [r, r] for every map}, image [1, 1, R, R], list of each step's perceptual distance). `distance`:
-    f(images, targets) -> scalar; the offline one by default.
+    f(images, targets) -> scalar; the offline one by default. `class_label`: whose w are near the start, of a generator that knows classes.
     """
     config = config or ProjectionConfig()
     distance = distance or PerceptualDistance()
     rng = make_generator(config.seed, stream="projection")
-    w_mean, w_deviation = measure_w(generator, config.num_w_samples, rng)
+    w_mean, w_deviation = measure_w(generator, config.num_w_samples, rng, class_label)
     w = w_mean.clone().requires_grad_()
     buffers = dict(generator.synthesis_network.named_buffers())
     noises = {
@@ -104,13 +108,14 @@ def project(generator, target, config=None, distance=None):
 
     def synthesise(w):
         ws = w.expand(1, generator.num_ws, -1)
-        image = functional_call(generator.synthesis_network, noises, (ws, "const"))
+        # a network without noise maps takes no noise mode
+        image = functional_call(generator.synthesis_network, noises, (ws, "const") if noises else (ws,))
         return image.mean(dim=1, keepdim=True)
 
     distances = []
     bar = tqdm(range(config.num_steps), desc="projection", unit="step")
     for step in bar:
-        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(step + 1, config)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(step + 0.5, config)
         left = max(0.0, 1 - step / config.num_steps / config.w_noise_until)
         seen = w + torch.randn(w.shape, generator=rng) * (w_deviation * config.w_noise * left**2)
         image = synthesise(seen)
@@ -172,6 +177,7 @@ def main():
     parser.add_argument("--num-steps", type=int, default=ProjectionConfig.num_steps)
     parser.add_argument("--pixel-weight", type=float, default=ProjectionConfig.pixel_weight)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--class-label", type=int, help="of a generator that knows classes")
     arguments = parser.parse_args()
     config = ProjectionConfig(num_steps=arguments.num_steps, pixel_weight=arguments.pixel_weight, seed=arguments.seed)
     generator = load_generator(arguments.model)
@@ -179,7 +185,7 @@ def main():
     target = read_tile(
         arguments.micrograph, resolution, arguments.row, arguments.column, arguments.downsample, arguments.intensity
     )
-    found, image, distances = project(generator, target, config)
+    found, image, distances = project(generator, target, config, class_label=arguments.class_label)
     facts = {
         "micrograph": Path(arguments.micrograph).name,
         "row": arguments.row,

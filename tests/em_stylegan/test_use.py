@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 
 from em_data import to_uint8, write_image
 from em_stylegan import EMStyleGANPipeline, StyleGAN2Generator, interpolate, project
+from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.project import ProjectionConfig, learning_rate_factor, noise_regularization
+from em_training import make_generator
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,60 @@ def test_projection_finds_an_image_of_the_generator_itself(generator):
     assert all(
         torch.equal(buffer, before[name]) for name, buffer in generator.named_buffers()
     )  # the model is left as it was
+
+
+@pytest.mark.parametrize("kind", [StyleGAN1Generator, StyleGAN3Generator])
+def test_projection_leaves_every_kind_of_generator_as_it_was(kind):
+    """StyleGAN3 has no noise maps, and running magnitudes that must not follow what projection tries."""
+    torch.manual_seed(0)
+    generator = (
+        kind(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8).eval().requires_grad_(False)
+    )
+    target = generator(torch.randn(1, 8), noise_mode="const")
+    before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+    found, image, _ = project.project(generator, target, ProjectionConfig(num_steps=1, num_w_samples=50))
+    for name, tensor in generator.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    if kind is StyleGAN3Generator:
+        torch.testing.assert_close(generator.synthesis(found["w"].expand(1, generator.num_ws, -1)), image)
+    mean, _ = project.measure_w(generator, 50, make_generator(0, stream="projection"))
+    assert not torch.equal(found["w"], mean), "the only step goes somewhere"
+
+
+def test_projection_and_pictures_of_a_class():
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(
+        8, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8, num_classes=3
+    ).eval()
+    first, second = (interpolate.draw_ws(generator, 0, 2, class_label=label) for label in (0, 2))
+    torch.testing.assert_close(first, generator.mapping(draw_z(0, 2), torch.tensor([0, 0])))
+    assert not torch.equal(first, second)
+    config = ProjectionConfig(num_steps=1, num_w_samples=20)
+    target = torch.zeros(1, 1, 8, 8)
+    distance = torch.nn.functional.mse_loss  # the perceptual one needs larger images
+    found = [project.project(generator, target, config, distance, class_label=label)[0]["w"] for label in (0, 2)]
+    assert (found[0] - found[1]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="knows 3 classes"):
+        project.project(generator, target, config, distance)
+
+
+def draw_z(seed, count):
+    return torch.randn(count, 8, generator=make_generator(seed, stream="interpolation"))
+
+
+@pytest.mark.parametrize(("fps", "duration"), [(24, 40), (10, 100), (60, 20), (3, 330)])
+def test_a_gif_has_the_nearest_pace_that_it_can(tmp_path, fps, duration):
+    images = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
+    interpolate.save_video(images, tmp_path / "a.gif", fps)
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert picture.info["duration"] == duration
+
+
+@pytest.mark.parametrize(("command", "name"), [("walk", "a.avi"), ("mixing", "a.jpg"), ("truncation", "a.gif")])
+def test_wrong_suffixes_are_refused_before_the_work(monkeypatch, command, name):
+    monkeypatch.setattr(sys, "argv", ["", command, "no-such-model", name])
+    with pytest.raises(ValueError, match="ends in"):
+        interpolate.main()
 
 
 def test_projection_of_a_micrograph_on_disk(model, tmp_path, monkeypatch, capsys):
