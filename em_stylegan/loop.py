@@ -121,7 +121,8 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     num_frozen = config.discriminator.num_frozen_layers
     set_trainable(discriminator, True, num_frozen)
     update_magnitudes = {"update_magnitudes": True} if isinstance(model, StyleGAN3Generator) else {}
-    ema = EMA(model, training.ema_half_life_images, training.ema_ramp_up)
+    # a ramp forgets random weights; the average to start from is to be kept
+    ema = EMA(model, training.ema_half_life_images, None if config.init_from else training.ema_ramp_up)
     if config.init_from is not None and not list_checkpoints(Path(out_dir) / "stylegan" / "checkpoints"):
         start_from(config, model, discriminator, ema.model, accelerator.print)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)

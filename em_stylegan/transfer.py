@@ -7,6 +7,17 @@ from em_stylegan.discriminator import StyleGANDiscriminator
 from em_training import list_checkpoints, load_checkpoint, load_config
 
 SIZES = ("mapping_depth", "z_dim", "w_dim", "channel_base", "max_channels")
+# in which networks may differ that share weights: what the shapes say by themselves, how a batch is compared, precision, pace
+FREE_OPTIONS = {
+    *SIZES,
+    "image_channels",
+    "group_size",
+    "clamp",
+    "num_reduced_resolutions",
+    "magnitude_decay",
+    "class_mapping_depth",
+    "class_mapping_width",
+}
 
 
 def start_from(config, model, discriminator, average, say=print):
@@ -38,6 +49,8 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     problems = _compare(weights["ema"], model, "generator") + _compare(
         weights["discriminator"], discriminator, "discriminator"
     )
+    for name, network in (("generator", model), ("discriminator", discriminator)):
+        problems += _compare_options(found["options"].get(name, {}), network.config, name)
     if problems:
         raise ValueError(
             f"init_from {folder} has other networks than this run: {'; '.join(problems)}.{found['advice']}"
@@ -59,6 +72,7 @@ def _from_run(folder):
     sizes |= {f"discriminator.{name}": getattr(config.discriminator, name) for name in SIZES[3:]}
     return {
         **{name: saved["state"][name] for name in ("model", "discriminator", "ema")},
+        "options": {"generator": {}, "discriminator": {"architecture": config.discriminator.architecture}},
         "note": f" at {saved['num_images_seen']:,} images",
         "advice": _advise({"tiles.resolution": config.tiles.resolution, **sizes}),
     }
@@ -85,6 +99,10 @@ def _from_converted(folder, generator_type):
         "model": model.state_dict(),
         "ema": average.state_dict(),
         "discriminator": None if discriminator is None else discriminator.state_dict(),
+        "options": {
+            "generator": dict(average.config),
+            "discriminator": {} if discriminator is None else dict(discriminator.config),
+        },
         "note": "",
         "advice": _advise({"tiles.resolution": config["resolution"], **sizes}),
     }
@@ -141,6 +159,16 @@ def _compare(state, network, name):
     key = next(iter(other), None)
     example = f" (such as {key}: {list(state[key].shape)} for {list(expected[key].shape)})" if key else ""
     return [f"in the {name} {', '.join(parts)}{example}"]
+
+
+def _compare_options(theirs, ours, name):
+    """What else makes two networks differ, though their weights have the same shapes, as at most one sentence in a list."""
+    differing = [
+        f"{key} {theirs[key]} (ours {ours[key]})"
+        for key in theirs.keys() & ours.keys() - FREE_OPTIONS
+        if theirs[key] != ours[key] and not key.startswith("_")
+    ]
+    return [f"the {name} was made with {', '.join(sorted(differing))}"] if differing else []
 
 
 def _advise(sizes):

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator
+from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator, loop
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.loop import create_networks
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.presets import PRESETS
@@ -68,6 +69,30 @@ def test_a_run_starts_where_another_ended_and_frozen_layers_stay(config, source,
     assert stays
     for name in names.values():
         assert torch.equal(old[name], new[name]) == (name in stays), name
+
+
+def test_the_average_to_start_from_is_not_forgotten(config, converted, tmp_path, monkeypatch):
+    """A ramp of the half-life would leave nothing of G_ema after one step."""
+    averages = []
+    original = loop.EMA
+    monkeypatch.setattr(loop, "EMA", lambda *options: averages.append(original(*options)) or averages[-1])
+    training = replace(config.training, num_images=8, ema_half_life_images=8.0, ema_ramp_up=0.001)
+    train_gan(replace(config, init_from=str(converted), out=str(tmp_path), training=training))
+    assert averages[0].decay(8, 8) == pytest.approx(0.5)
+    train_gan(replace(config, out=str(tmp_path / "fresh"), training=training))
+    assert averages[1].decay(8, 8) < 1e-6
+
+
+def test_networks_that_compute_otherwise_are_refused(config, tmp_path):
+    """Weights of equal shapes, but other filters."""
+    sizes = {"z_dim": 8, "w_dim": 8, "mapping_depth": 2, **SIZES}
+    StyleGAN3Generator(32, 1, filter_size=4, output_scale=1.0, **sizes).save_pretrained(tmp_path / "G_ema")
+    generator = replace(config.generator, architecture="stylegan3-t")
+    config = replace(config, init_from=str(tmp_path), generator=generator)
+    with pytest.raises(
+        ValueError, match=r"generator was made with filter_size 4 \(ours 6\), output_scale 1.0 \(ours 0.25\)"
+    ):
+        load_initial_weights(config, *create_networks(config))
 
 
 def test_colour_becomes_grey(config, converted):
