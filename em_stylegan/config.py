@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from em_data import DataConfig
 
 ARCHITECTURES = ("stylegan2", "stylegan3-t", "stylegan3-r", "stylegan1")
+DISCRIMINATORS = ("resnet", "orig", "skip")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class GeneratorConfig:
             raise ValueError(
                 f'generator.architecture is "{self.architecture}"; choose one of {", ".join(ARCHITECTURES)}.'
             )
+        for name in ("z_dim", "w_dim", "mapping_depth", "channel_base", "max_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generator.{name} is {getattr(self, name)}; it must be positive.")
         if self.magnitude_half_life_images <= 0:
             raise ValueError(
                 f"generator.magnitude_half_life_images is {self.magnitude_half_life_images}; it must be positive."
@@ -59,6 +63,13 @@ class DiscriminatorConfig:
     """Layers, from the image on, that are not trained: for a discriminator that starts from another's weights."""
 
     def __post_init__(self):
+        if self.architecture not in DISCRIMINATORS:
+            raise ValueError(
+                f'discriminator.architecture is "{self.architecture}"; choose one of {", ".join(DISCRIMINATORS)}.'
+            )
+        for name in ("channel_base", "max_channels", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"discriminator.{name} is {getattr(self, name)}; it must be positive.")
         if self.num_frozen_layers < 0:
             raise ValueError(f"discriminator.num_frozen_layers is {self.num_frozen_layers}; it must not be negative.")
 
@@ -82,6 +93,10 @@ class AugmentationConfig:
             raise ValueError(f'training.augmentation.mode is "{self.mode}"; choose "none", "adaptive" or "fixed".')
         if not 0 <= self.initial_probability <= 1:
             raise ValueError("training.augmentation.initial_probability must lie between 0 and 1.")
+        if not -1 < self.target < 1:
+            raise ValueError(
+                f"training.augmentation.target is {self.target}, a mean sign; it must lie between -1 and 1."
+            )
         if self.images_to_one <= 0 or self.every_steps < 1:
             raise ValueError("training.augmentation.images_to_one and every_steps must be positive.")
 
@@ -136,6 +151,8 @@ class GANTrainingConfig:
             "discriminator_learning_rate",
             "num_sample_images",
             "num_evaluation_images",
+            "log_every",
+            "checkpoint_every",
         )
         for name in positive:
             if getattr(self, name) <= 0:
@@ -146,12 +163,12 @@ class GANTrainingConfig:
             "blur_initial_sigma_px",
             "blur_fade_images",
             "evaluate_every",
-            "log_every",
             "sample_every",
-            "checkpoint_every",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must not be negative.")
+        if self.r1_gamma is not None and self.r1_gamma < 0:
+            raise ValueError(f"training.r1_gamma is {self.r1_gamma}; it must not be negative.")
         for name in ("style_mixing_probability", "path_length_batch_fraction", "path_length_decay", "w_mean_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must lie between 0 and 1.")
@@ -192,6 +209,12 @@ class StyleGANConfig:
             raise ValueError(
                 f"tiles.resolution is {self.tiles.resolution}; {self.generator.architecture} needs a power of two, at least {smallest}."
             )
+        for name in ("generator", "discriminator"):
+            base = getattr(self, name).channel_base
+            if base < self.tiles.resolution:
+                raise ValueError(
+                    f"{name}.channel_base is {base}, which leaves no feature map at {self.tiles.resolution} pixels; make it larger."
+                )
 
     @property
     def r1_gamma(self) -> float:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from em_data import load_data
 from em_stylegan import loop
-from em_stylegan.config import StyleGANConfig
+from em_stylegan.config import AugmentationConfig, StyleGANConfig
 from em_stylegan.losses import generator_loss
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.presets import PRESETS
@@ -399,7 +399,38 @@ def test_paper_preset_is_the_studys_best_gan():
     assert config.r1_gamma == pytest.approx(0.4096)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 0}, {"style_mixing_probability": 1.5}, {"log_every": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 0},
+        {"style_mixing_probability": 1.5},
+        {"log_every": 0},
+        {"checkpoint_every": 0},
+        {"r1_gamma": -1.0},
+    ],
+)
 def test_impossible_training_is_refused(change):
     with pytest.raises(ValueError, match=f"training.{next(iter(change))}"):
         replace(PRESETS["test"]().training, **change)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("generator", {"z_dim": 0}),
+        ("generator", {"mapping_depth": 0}),
+        ("generator", {"max_channels": 0}),
+        ("generator", {"channel_base": 16}),
+        ("discriminator", {"channel_base": 16}),
+        ("discriminator", {"group_size": -2}),
+        ("discriminator", {"architecture": "dense"}),
+    ],
+)
+def test_impossible_networks_are_refused(config, part, change):
+    with pytest.raises(ValueError, match=f"{part}.{next(iter(change))} is"):
+        replace(config, **{part: replace(getattr(config, part), **change)})
+
+
+def test_impossible_target_of_augmentation_is_refused():
+    with pytest.raises(ValueError, match="mean sign"):
+        AugmentationConfig(target=5)
