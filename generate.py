@@ -7,7 +7,7 @@ from em_training.cli import run_command
 
 
 def main():
-    generate_images(tyro.cli(GenerationConfig))
+    generate_images(tyro.cli(GenerationConfig), refuse_unused=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from em_training import create_process_state, default_precision, write_text_atom
 RECORD = "generation.json"
 NOISE_MODE = "random"  # fresh noise for each StyleGAN image, as in training, from that image's own generator
 FORMATS = ("png", "tiff", "arrow")
+LDM_OPTIONS = ("decode_batch_size", "compile", "num_inference_steps", "scheduler", "eta", "grain")
+GAN_OPTIONS = ("truncation_psi", "class_label")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
 
@@ -64,28 +66,32 @@ class GenerationConfig:
     """LDM only: add the noise of micrographs that the autoencoder leaves out, where the model knows it."""
     truncation_psi: float = 1.0
     """StyleGAN only: below 1 trades variety for typicality. Report distances at 1."""
+    class_label: int | None = None
+    """StyleGAN only: the class of all images, for a generator that knows classes (one converted from an official checkpoint)."""
 
 
-def generate_images(config: GenerationConfig) -> dict:
+def generate_images(config: GenerationConfig, *, refuse_unused: bool = False) -> dict:
     """Generate `config.num_images` images and return the record that generation.json holds.
 
     The record: {"name", "family", "settings", "num_images", "timed_images", "sample_seconds", "sample_images_per_second"}.
     Seconds are of sampling and writing, without loading; a part that was killed counts neither in `timed_images` nor in
-    `sample_seconds`. Raises `ValueError` when the folder holds images of other settings or of another model, and when another
-    process generates into it.
+    `sample_seconds`. Raises `ValueError` when the folder holds images of other settings or of another model, when another
+    process generates into it, and, with `refuse_unused`, for options that a model of this family does not have.
     """
     _check(config)
     state = create_process_state()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out) if state.is_main_process else contextlib.nullcontext():
-        return _generate(config, state, out)
+        return _generate(config, state, out, refuse_unused)
 
 
-def _generate(config: GenerationConfig, state, out: Path) -> dict:
+def _generate(config: GenerationConfig, state, out: Path, refuse_unused: bool) -> dict:
     info = read_run_info(config.model)
     pipeline = load_pipeline(config.model, device=state.device, dtype=DTYPES[_precision(config)])
     family = "ldm" if hasattr(pipeline, "scheduler") else "stylegan2"
+    if refuse_unused:
+        _refuse_unused(config, family)
     settings = _settings(config, family, pipeline)
     record = {"name": info.name, "family": family if info.family == "unknown" else info.family, "settings": settings}
     before = _read_matching_record(out, record)
@@ -151,7 +157,7 @@ def create_sampling(pipeline, family: str, config: GenerationConfig) -> Sampling
             )  # packs the weights as the CPU reads them
             pipeline.unet = torch.compile(pipeline.unet, options=frozen)
     else:
-        call |= {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE}
+        call |= {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE, "class_labels": config.class_label}
     return Sampling(
         pipeline,
         family,
@@ -200,7 +206,8 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
         "precision": _precision(config),
     }
     if family != "ldm":
-        return settings | {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE}
+        classes = {} if config.class_label is None else {"class_label": config.class_label}
+        return settings | {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE, **classes}
     if config.scheduler is not None:
         pipeline.scheduler = create_sampler(config.scheduler, pipeline.scheduler)
     scheduler = pipeline.scheduler
@@ -248,6 +255,15 @@ def _read_matching_record(out: Path, record: dict) -> dict | None:
 
 def _precision(config: GenerationConfig) -> str:
     return default_precision() if config.precision == "auto" else config.precision
+
+
+def _refuse_unused(config: GenerationConfig, family: str) -> None:
+    unused = GAN_OPTIONS if family == "ldm" else LDM_OPTIONS
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [f"--{name.replace('_', '-')}" for name in unused if getattr(config, name) != defaults[name]]
+    if given:
+        other = "a StyleGAN" if family == "ldm" else "an LDM"
+        raise ValueError(f"{', '.join(given)}: only {other} has that, and {config.model} is none; leave it out")
 
 
 def _check(config: GenerationConfig) -> None:

@@ -96,6 +96,39 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
     assert 5 < difference.std() < 50  # of 0.1 to 0.2 of half the range, 13 to 26 grey levels, times 0.5 to 2
 
 
+def test_options_of_the_other_family_are_refused(model, tmp_path):
+    """By the command; who generates from models of both families gives each what it has."""
+    is_ldm = "ldm" in Path(model).name
+    given = {"truncation_psi": 0.7, "class_label": 1} if is_ldm else {"eta": 0.5, "grain": False}
+    with pytest.raises(
+        ValueError,
+        match="--truncation-psi, --class-label: only a StyleGAN" if is_ldm else "--eta, --grain: only an LDM",
+    ):
+        generate_images(config_for(model, tmp_path / "out", **given), refuse_unused=True)
+    assert generate_images(config_for(model, tmp_path / "out"), refuse_unused=True)["num_images"] == 7
+
+
+def test_images_of_a_class(tmp_path):
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(
+        16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8, num_classes=3
+    )
+    EMStyleGANPipeline(generator.eval()).save_pretrained(tmp_path / "stylegan2")
+    for label in (0, 2):
+        config = config_for(tmp_path / "stylegan2", tmp_path / str(label), class_label=label)
+        assert generate_images(config)["settings"]["class_label"] == label
+    generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(7)]
+    images = EMStyleGANPipeline(generator)(
+        7, generators, noise_mode="random", class_labels=[2] * 7, output_type="np"
+    ).images
+    assert np.abs(read(tmp_path / "2") - (images[..., 0] * 255).round()).max() <= 1
+    assert not np.array_equal(read(tmp_path / "0"), read(tmp_path / "2"))
+    with pytest.raises(ValueError, match="class_label differ"):
+        generate_images(replace(config, class_label=0))
+    with pytest.raises(ValueError, match="knows 3 classes"):
+        generate_images(replace(config, out=str(tmp_path / "none"), class_label=None))
+
+
 def test_a_second_start_fills_the_gaps_and_only_those(model, tmp_path):
     config = config_for(model, tmp_path)
     generate_images(config)
