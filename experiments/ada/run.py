@@ -1,11 +1,10 @@
 """What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
 
-    python experiments/ada/run.py [--preset demo] [--num-train 2] [--num-held-out 30] [--num-images 60000] [--data FOLDER]
+    python experiments/ada/run.py [--preset demo] [--num-train 2] [--num-held-out 30] [--num-images 40000] [--data FOLDER]
 
 Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
 `--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. By default the embedded
-micrographs have 256 pixels a side and are averaged over 2 x 2, which makes 32 tiles of 32 x 32 to train on, and R1 hardly weighs: the
-discriminator can know them soon.
+micrographs have 256 pixels a side and are averaged over 2 x 2, which makes 32 tiles of 32 x 32 to train on.
 
 Writes results/ada.json (both curves) and results/ada.png, and goes on where it was stopped. Without augmentation the distance falls and
 then rises again, once the discriminator knows the few images by heart (Karras et al. 2020, ADA, figure 1); whether it does within a
@@ -117,9 +116,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--micrograph-px", type=int, default=256, help="side of the embedded micrographs")
     parser.add_argument("--resolution", type=int, default=32, help="of the tiles in pixels")
     parser.add_argument("--downsample", type=int, default=2, help="pixels of the micrograph averaged along a side")
-    parser.add_argument("--r1-gamma", type=float, default=0.001)
+    parser.add_argument("--r1-gamma", type=float, help="weight of R1; the paper's rule of thumb if not given")
     parser.add_argument("--max-channels", type=int, default=64, help="feature maps at most")
-    parser.add_argument("--num-images", type=int, default=60_000)
+    parser.add_argument("--num-images", type=int, default=40_000)
     # the paper's 500,000 are a fiftieth of its training
     parser.add_argument("--images-to-one", type=float, default=4_000, help="images in which p can rise from 0 to 1")
     parser.add_argument("--evaluate-every", type=int, default=4_000)
