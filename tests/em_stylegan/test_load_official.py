@@ -9,14 +9,10 @@ import pytest
 import torch
 
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.load_official import (
-    OfficialUnpickler,
-    discriminator_from_official,
-    generator_from_official,
-    main,
-    read_pickle,
-)
+from em_stylegan.load_official import main
 from em_stylegan.losses import path_lengths, r1_penalty
+from em_stylegan.official_networks import discriminator_from_official, generator_from_official
+from em_stylegan.official_pickle import OfficialUnpickler, read_pickle
 
 FOLDER = Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures")) / "official_stylegan"
 FIXTURE = FOLDER / "sg2_r32_ch1_c0_map8"

@@ -12,7 +12,9 @@ import torch
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.load_official import discriminator_from_official, generator_from_official, main, read_pickle
+from em_stylegan.load_official import main
+from em_stylegan.official_networks import discriminator_from_official, generator_from_official
+from em_stylegan.official_pickle import read_pickle
 
 _spec = importlib.util.spec_from_file_location("official_format", Path(__file__).with_name("official_format.py"))
 official_format = importlib.util.module_from_spec(_spec)

@@ -1,0 +1,275 @@
+"""The networks of stylegan2-ada-pytorch and stylegan3, as `official_pickle` reads them -> ours, or an error that says what ours lack."""
+
+import math
+
+import numpy as np
+import torch
+
+from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
+from em_training.safe_pickle import Record, StoredArray, flatten_module
+
+
+def _submodule(network, path):
+    for name in path.split("."):
+        network = network.state["_modules"][name]
+    return network
+
+
+def _channel_config(num_channels):
+    """channel_base and max_channels that give `num_channels` {resolution: feature maps}."""
+    max_channels = max(num_channels.values())
+    channel_base = max(r * c for r, c in num_channels.items())
+    if any(min(channel_base // r, max_channels) != c for r, c in num_channels.items()):
+        raise ValueError(f"feature maps {num_channels} do not follow min(channel_base // resolution, max_channels).")
+    return {"channel_base": channel_base, "max_channels": max_channels}
+
+
+def _walk(network):
+    yield network
+    for child in network.state.get("_modules", {}).values():
+        if isinstance(child, Record):
+            yield from _walk(child)
+
+
+def _check(network, class_name):
+    """Refuse what our networks cannot compute: another class, another filter, another activation."""
+    if network.class_name != class_name:
+        raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
+    for name, tensor in flatten_module(network).items():
+        if name.endswith("resample_filter") and not torch.equal(tensor.float(), blur_kernel()):
+            raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
+    for layer in _walk(network):
+        if layer.state.get("activation", "linear") not in ("linear", "lrelu"):
+            raise ValueError(f"the activation {layer.state['activation']!r} is none of StyleGAN's trainings.")
+
+
+def _architecture(network, blocks):
+    found = {_submodule(network, block).state.get("architecture") for block in blocks}
+    if len(found) != 1 or not found <= {"skip", "orig", "resnet"}:
+        raise ValueError(f"the network's architecture {sorted(map(str, found))} is not one of skip, orig and resnet.")
+    return found.pop()
+
+
+def _clamp(network, path):
+    clamp = _submodule(network, path).state.get("conv_clamp")
+    return None if clamp is None else float(clamp)
+
+
+def _load(model, tensors, names):
+    expected = set(model.state_dict())
+    state = {names[name]: tensor.float() for name, tensor in tensors.items() if name in names}
+    ignored = ("resample_filter", ".up_filter", ".down_filter")
+    unknown = sorted(name for name in tensors if name not in names and not name.endswith(ignored))
+    if unknown or expected != set(state):
+        raise ValueError(f"the network does not fit: unknown {unknown}, missing {sorted(expected - set(state))}.")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the network does not fit: {error}") from error
+    return model.eval()
+
+
+def _mapping(network, official, ours):
+    """The mapping network's number of layers, and names."""
+    mapping = _submodule(network, official)
+    depth = int(mapping.state["num_layers"])
+    for i in range(depth):
+        gain = mapping.state["_modules"][f"fc{i}"].state.get("bias_gain", 0.01)
+        if not math.isclose(gain, 0.01):
+            raise ValueError(f"the mapping network learns {gain} times as fast as the rest; ours has 0.01.")
+    names = {
+        f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias")
+    }
+    names |= {f"{official}.embed.{kind}": f"{ours}.embed.{kind}" for kind in ("weight", "bias")}
+    return depth, names | {f"{official}.w_avg": f"{ours}.w_mean"}
+
+
+def _common(network, depth):
+    return {
+        "resolution": int(network.state["img_resolution"]),
+        "image_channels": int(network.state["img_channels"]),
+        "z_dim": int(network.state["z_dim"]),
+        "w_dim": int(network.state["w_dim"]),
+        "mapping_depth": depth,
+        "num_classes": int(network.state["c_dim"]),
+    }
+
+
+def generator_from_official(network):
+    """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Record` official generator (`G` or `G_ema`); ValueError when it
+    is another network."""
+    _check(network, "Generator")
+    try:
+        is_alias_free = "input" in _submodule(network, "synthesis").state["_modules"]
+        return (_generator3 if is_alias_free else _generator2)(network)
+    except (KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"the network is called Generator and has not the parts of StyleGAN's ({error!r}).") from error
+
+
+def _generator2(network):
+    resolution = int(network.state["img_resolution"])
+    resolutions = [2**i for i in range(2, resolution.bit_length())]
+    blocks = [f"synthesis.b{r}" for r in resolutions]
+    tensors = flatten_module(network)
+    depth, names = _mapping(network, "mapping", "mapping_network")
+    model = StyleGAN2Generator(
+        **_common(network, depth),
+        architecture=_architecture(network, blocks),
+        clamp=_clamp(network, "synthesis.b4.conv1"),
+        num_reduced_resolutions=sum(bool(_submodule(network, block).state.get("use_fp16")) for block in blocks),
+        **_channel_config({r: tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}),
+    )
+    for i, block in enumerate(blocks):
+        ours = f"synthesis_network.blocks.{i}"
+        names[f"{block}.const"] = f"{ours}.const"
+        names[f"{block}.skip.weight"] = f"{ours}.skip.weight"
+        for a, b in (("conv0", "conv0"), ("conv1", "conv1"), ("torgb", "to_image")):
+            for kind in ("weight", "bias", "noise_strength", "noise_const"):
+                names[f"{block}.{a}.{kind}"] = f"{ours}.{b}.{kind}"
+            for kind in ("weight", "bias"):
+                names[f"{block}.{a}.affine.{kind}"] = f"{ours}.{b}.style.{kind}"
+            if f"{block}.{a}.weight" in tensors and not _submodule(network, f"{block}.{a}").state.get(
+                "use_noise", True
+            ):
+                tensors[f"{block}.{a}.noise_strength"] = torch.zeros(())  # a layer without noise is one of strength 0
+                tensors[f"{block}.{a}.noise_const"] = torch.zeros(resolutions[i], resolutions[i])
+    return _load(model, tensors, names)
+
+
+SCHEDULE = {  # name of the official constructor's argument -> ours, and what it is where it was not given
+    "channel_base": ("channel_base", 32768),
+    "channel_max": ("max_channels", 512),
+    "num_layers": ("num_layers", 14),
+    "num_critical": ("num_critical", 2),
+    "first_cutoff": ("first_cutoff", 2.0),
+    "first_stopband": ("first_stopband", 2**2.1),
+    "last_stopband_rel": ("last_stopband_ratio", 2**0.3),
+    "margin_size": ("margin", 10),
+    "output_scale": ("output_scale", 0.25),
+    "num_fp16_res": ("num_reduced_resolutions", 4),
+    "conv_kernel": ("kernel_size", 3),
+    "filter_size": ("filter_size", 6),
+    "lrelu_upsampling": ("lrelu_upsampling", 2),
+    "use_radial_filters": ("radial_filters", False),
+}
+PLAN = {  # attribute of an official layer -> of ours
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "in_size": "in_size",
+    "out_size": "out_size",
+    "in_sampling_rate": "in_sampling_rate",
+    "out_sampling_rate": "out_sampling_rate",
+    "tmp_sampling_rate": "middle_sampling_rate",
+    "in_cutoff": "in_cutoff",
+    "out_cutoff": "out_cutoff",
+    "in_half_width": "in_half_width",
+    "out_half_width": "out_half_width",
+    "conv_kernel": "kernel_size",
+    "up_factor": "up",
+    "down_factor": "down",
+    "use_fp16": "reduced",
+    "is_torgb": "to_image",
+}
+
+
+def _plain(value):
+    """A number, or all numbers of an array or list, as a list of floats."""
+    value = value.array if isinstance(value, StoredArray) else value
+    return np.asarray(value, dtype=np.float64).reshape(-1)
+
+
+def _generator3(network):
+    synthesis = _submodule(network, "synthesis")
+    tensors = flatten_module(network)
+    depth, names = _mapping(network, "mapping", "mapping_network")
+    given = {**synthesis.state.get("_init_kwargs", {})}
+    given |= {name: synthesis.state[name] for name in SCHEDULE if name in synthesis.state}
+    first = _submodule(synthesis, synthesis.state["layer_names"][0])
+    model = StyleGAN3Generator(
+        **_common(network, depth),
+        **{ours: type(default)(given.get(name, default)) for name, (ours, default) in SCHEDULE.items()},
+        clamp=_clamp(synthesis, synthesis.state["layer_names"][0]),
+        magnitude_decay=float(first.state.get("magnitude_ema_beta", 0.999)),
+    )
+    for kind, ours in (
+        ("weight", "weight"),
+        ("freqs", "frequencies"),
+        ("phases", "phases"),
+        ("transform", "transform"),
+    ):
+        names[f"synthesis.input.{kind}"] = f"synthesis_network.input.{ours}"
+    for kind in ("weight", "bias"):
+        names[f"synthesis.input.affine.{kind}"] = f"synthesis_network.input.affine.{kind}"
+    if len(model.plans) != len(synthesis.state["layer_names"]):
+        raise ValueError(
+            f"{len(synthesis.state['layer_names'])} layers do not fit num_layers {given.get('num_layers', 14)}."
+        )
+    for i, name in enumerate(synthesis.state["layer_names"]):
+        layer, ours = _submodule(synthesis, name), model.synthesis_network.layers[i]
+        for official, attribute in PLAN.items():
+            found, expected = layer.state.get(official), getattr(model.plans[i], attribute)
+            if found is not None and not np.allclose(_plain(found), expected, rtol=1e-9, atol=1e-9):
+                raise ValueError(f"{name} has {official} {found}; the constructor's arguments give {expected}.")
+        if (padding := layer.state.get("padding")) is not None:
+            expected = ours.activation.padding
+            if not np.array_equal(_plain(padding), [*expected, *expected]):
+                raise ValueError(
+                    f"{name} has the padding {padding}; the constructor's arguments give {[*expected, *expected]}."
+                )
+        for kind, taps in (("up_filter", ours.activation.up_taps), ("down_filter", ours.activation.down_taps)):
+            found = tensors.get(f"synthesis.{name}.{kind}")
+            same = (
+                len(taps) == 1
+                if found is None
+                else found.shape == taps.shape and torch.allclose(found, taps, atol=1e-6)
+            )
+            if not same:
+                raise ValueError(f"{name} has another {kind} than the paper's Kaiser design gives.")
+        pairs = [("weight", "weight"), ("bias", "bias"), ("magnitude_ema", "magnitude")]
+        pairs += [("affine.weight", "style.weight"), ("affine.bias", "style.bias")]
+        names |= {f"synthesis.{name}.{a}": f"synthesis_network.layers.{i}.{b}" for a, b in pairs}
+    return _load(model, tensors, names)
+
+
+def discriminator_from_official(network):
+    """`StyleGANDiscriminator` with the weights of a `Record` official discriminator (`D`); ValueError when it is another network."""
+    _check(network, "Discriminator")
+    try:
+        return _discriminator(network)
+    except (KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the network is called Discriminator and has not the parts of StyleGAN's ({error!r})."
+        ) from error
+
+
+def _discriminator(network):
+    resolution = int(network.state["img_resolution"])
+    resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R ... 8
+    tensors = flatten_module(network)
+    num_classes = int(network.state["c_dim"])
+    deviation = _submodule(network, "b4").state["_modules"].get("mbstd")
+    deviation = {"group_size": None, "num_channels": 0} if deviation is None else deviation.state
+    num_channels = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions}
+    num_channels[4] = tensors["b4.conv.weight"].shape[0]
+    depth, names = _mapping(network, "mapping", "class_mapping") if num_classes else (8, {})
+    model = StyleGANDiscriminator(
+        resolution=resolution,
+        image_channels=int(network.state["img_channels"]),
+        group_size=None if deviation["group_size"] is None else int(deviation["group_size"]),
+        num_deviation_maps=int(deviation["num_channels"]),
+        num_classes=num_classes,
+        class_mapping_depth=depth,
+        class_mapping_width=tensors["b4.out.weight"].shape[0] if num_classes else None,
+        clamp=_clamp(network, "b4.conv"),
+        architecture=_architecture(network, [f"b{r}" for r in [*resolutions, 4]]),
+        num_reduced_resolutions=sum(bool(_submodule(network, f"b{r}").state.get("use_fp16")) for r in resolutions),
+        **_channel_config(num_channels),
+    )
+    pairs = [("b4.fromrgb", "from_image"), ("b4.conv", "conv"), ("b4.fc", "linear"), ("b4.out", "out")]
+    for i, r in enumerate(resolutions):
+        pairs += [(f"b{r}.{name}", f"blocks.{i}.{name}") for name in ("conv0", "conv1", "skip")]
+        pairs += [(f"b{r}.fromrgb", f"blocks.{i}.from_image")]
+    names |= {f"{official}.{kind}": f"{ours}.{kind}" for official, ours in pairs for kind in ("weight", "bias")}
+    return _load(model, tensors, names)

@@ -1,0 +1,70 @@
+"""Official StyleGAN pickles read as data: networks are `Record`s, and nothing that is in the file is executed.
+
+A pickle is a program for a small machine; all it can do to the outside is to call what `find_class` hands it. Ours hands out makers
+of tensors and plain containers, and refuses every other name.
+"""
+
+import io
+import pickle
+import warnings
+
+import torch
+
+from em_training.safe_pickle import PLAIN, Maker, PlainDict, Record, SafeUnpickler, check_extent, check_opcodes
+
+
+def _read_storage(data):
+    # torch writes each storage as a file of its own; weights_only reads it by torch's restricted unpickler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TypedStorage is deprecated, and it is what these files hold
+        storage = torch.load(io.BytesIO(bytes(data)), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.TypedStorage):
+        raise pickle.UnpicklingError("expected the storage of a tensor")
+    return storage
+
+
+def _make_tensor(storage, offset, size, stride, *_):
+    if not isinstance(storage, torch.TypedStorage):
+        raise pickle.UnpicklingError("malformed tensor")
+    size, stride = tuple(size), tuple(stride)
+    untyped, dtype = storage._untyped_storage, storage.dtype
+    check_extent(untyped.nbytes() // dtype.itemsize, offset, size, stride)
+    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride).clone()
+
+
+def _make_network(meta):
+    return Record.named(meta.get("class_name"), meta.get("state") or {})
+
+
+class OfficialUnpickler(SafeUnpickler):
+    """An unpickler that builds tensors, numbers and plain containers, networks as `Record`s, and refuses everything else."""
+
+    allowed = PLAIN | {
+        ("dnnlib.util", "EasyDict"): PlainDict,
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): Maker(_make_network),
+        ("torch._utils", "_rebuild_tensor_v2"): Maker(_make_tensor),
+        ("torch._utils", "_rebuild_parameter"): Maker(lambda data, *_: data),
+        ("torch.storage", "_load_from_bytes"): Maker(_read_storage),
+    }
+
+    def find_other(self, module, name):
+        if module.split(".")[:2] == ["dnnlib", "tflib"]:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}: a TensorFlow-era pickle; convert it with stylegan3's legacy.py"
+            )
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a StyleGAN pickle")
+
+
+def read_pickle(path):
+    """The dictionary of an official pickle, networks as `Record`s; ValueError that names the file and what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            check_opcodes(file)
+            contents = OfficialUnpickler(file).load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything; whatever it raises, the file is not one of ours
+        raise ValueError(f"{path} is not a StyleGAN pickle that can be read safely: {error}") from error
+    if not isinstance(contents, dict) or not any(isinstance(value, Record) for value in contents.values()):
+        raise ValueError(f"{path} holds no network: expected a dictionary with 'G_ema', 'G' or 'D'.")
+    return contents
