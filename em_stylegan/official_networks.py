@@ -1,6 +1,7 @@
 """The networks of stylegan2-ada-pytorch and stylegan3, as `official_pickle` reads them -> ours, or an error that says what ours lack."""
 
 import math
+import reprlib
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ import torch
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_training.safe_pickle import Record, StoredArray, flatten_module
+from em_training.safe_pickle import StoredArray, flatten_module, walk_modules
+from em_training.torch_unpickler import StoredTensor
 
 
 def _submodule(network, path):
@@ -26,30 +28,37 @@ def _channel_config(num_channels):
     return {"channel_base": channel_base, "max_channels": max_channels}
 
 
-def _walk(network):
-    yield network
-    for child in network.state.get("_modules", {}).values():
-        if isinstance(child, Record):
-            yield from _walk(child)
+def _flatten(network):
+    """The parameters and buffers of a network, {dotted name: `StoredTensor`}."""
+    tensors = flatten_module(network)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, StoredTensor):
+            raise ValueError(f"{name} is no tensor.")
+    return tensors
 
 
 def _check(network, class_name):
     """Refuse what our networks cannot compute: another class, another filter, another activation."""
     if network.class_name != class_name:
         raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
-    for name, tensor in flatten_module(network).items():
-        if name.endswith("resample_filter") and not torch.equal(tensor.float(), blur_kernel()):
+    for name, tensor in _flatten(network).items():
+        if name.endswith("resample_filter") and not _holds(tensor, blur_kernel()):
             raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
-    for layer in _walk(network):
+    for _, layer in walk_modules(network):
         if layer.state.get("activation", "linear") not in ("linear", "lrelu"):
             raise ValueError(f"the activation {layer.state['activation']!r} is none of StyleGAN's trainings.")
 
 
+def _holds(tensor, expected):
+    """Whether a `StoredTensor` has these numbers, to 1e-6; one of another shape is not read."""
+    return tensor.shape == tuple(expected.shape) and torch.allclose(tensor.read().float(), expected, atol=1e-6)
+
+
 def _architecture(network, blocks):
-    found = {_submodule(network, block).state.get("architecture") for block in blocks}
-    if len(found) != 1 or not found <= {"skip", "orig", "resnet"}:
-        raise ValueError(f"the network's architecture {sorted(map(str, found))} is not one of skip, orig and resnet.")
-    return found.pop()
+    found = [_submodule(network, block).state.get("architecture") for block in blocks]
+    if found[0] not in ("skip", "orig", "resnet") or any(other != found[0] for other in found):
+        raise ValueError(f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and resnet.")
+    return found[0]
 
 
 def _clamp(network, path):
@@ -57,17 +66,21 @@ def _clamp(network, path):
     return None if clamp is None else float(clamp)
 
 
-def _load(model, tensors, names):
-    expected = set(model.state_dict())
-    state = {names[name]: tensor.float() for name, tensor in tensors.items() if name in names}
+def _load(model, tensors, names, zeros=()):
+    """The model with the tensors that `names` {official name: ours} says; those of `zeros`, our names, are zero."""
+    expected = model.state_dict()
+    stored = {names[name]: tensor for name, tensor in tensors.items() if name in names}
     ignored = ("resample_filter", ".up_filter", ".down_filter")
     unknown = sorted(name for name in tensors if name not in names and not name.endswith(ignored))
-    if unknown or expected != set(state):
-        raise ValueError(f"the network does not fit: unknown {unknown}, missing {sorted(expected - set(state))}.")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the network does not fit: {error}") from error
+    missing = sorted(expected.keys() - stored.keys() - set(zeros))
+    other = sorted(name for name in stored.keys() & expected.keys() if stored[name].shape != expected[name].shape)
+    if unknown or missing or other or stored.keys() - expected.keys():
+        raise ValueError(f"the network does not fit: unknown {unknown}, missing {missing}, of another shape {other}.")
+    state = {
+        name: torch.zeros_like(tensor) if name in zeros else stored[name].read().float()
+        for name, tensor in expected.items()
+    }
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -100,8 +113,8 @@ def _common(network, depth):
 def generator_from_official(network):
     """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Record` official generator (`G` or `G_ema`); ValueError when it
     is another network."""
-    _check(network, "Generator")
     try:
+        _check(network, "Generator")
         is_alias_free = "input" in _submodule(network, "synthesis").state["_modules"]
         return (_generator3 if is_alias_free else _generator2)(network)
     except (KeyError, AttributeError, TypeError, IndexError) as error:
@@ -112,7 +125,7 @@ def _generator2(network):
     resolution = int(network.state["img_resolution"])
     resolutions = [2**i for i in range(2, resolution.bit_length())]
     blocks = [f"synthesis.b{r}" for r in resolutions]
-    tensors = flatten_module(network)
+    tensors = _flatten(network)
     depth, names = _mapping(network, "mapping", "mapping_network")
     model = StyleGAN2Generator(
         **_common(network, depth),
@@ -121,6 +134,7 @@ def _generator2(network):
         num_reduced_resolutions=sum(bool(_submodule(network, block).state.get("use_fp16")) for block in blocks),
         **_channel_config({r: tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}),
     )
+    zeros = []
     for i, block in enumerate(blocks):
         ours = f"synthesis_network.blocks.{i}"
         names[f"{block}.const"] = f"{ours}.const"
@@ -133,9 +147,8 @@ def _generator2(network):
             if f"{block}.{a}.weight" in tensors and not _submodule(network, f"{block}.{a}").state.get(
                 "use_noise", True
             ):
-                tensors[f"{block}.{a}.noise_strength"] = torch.zeros(())  # a layer without noise is one of strength 0
-                tensors[f"{block}.{a}.noise_const"] = torch.zeros(resolutions[i], resolutions[i])
-    return _load(model, tensors, names)
+                zeros += [f"{ours}.{b}.noise_strength", f"{ours}.{b}.noise_const"]
+    return _load(model, tensors, names, zeros)
 
 
 SCHEDULE = {  # name of the official constructor's argument -> ours, and what it is where it was not given
@@ -175,14 +188,17 @@ PLAN = {  # attribute of an official layer -> of ours
 
 
 def _plain(value):
-    """A number, or all numbers of an array or list, as a list of floats."""
-    value = value.array if isinstance(value, StoredArray) else value
-    return np.asarray(value, dtype=np.float64).reshape(-1)
+    """A number, or the numbers of an array or list, as an array of floats; `TypeError` for anything else."""
+    numbers = value.array.reshape(-1) if isinstance(value, StoredArray) else value
+    numbers = [numbers] if isinstance(numbers, int | float) else numbers
+    if not all(isinstance(number, int | float | np.number | np.bool_) for number in numbers):
+        raise TypeError(f"{reprlib.repr(value)} is no number")
+    return np.array(numbers, dtype=np.float64)
 
 
 def _generator3(network):
     synthesis = _submodule(network, "synthesis")
-    tensors = flatten_module(network)
+    tensors = _flatten(network)
     depth, names = _mapping(network, "mapping", "mapping_network")
     given = {**synthesis.state.get("_init_kwargs", {})}
     given |= {name: synthesis.state[name] for name in SCHEDULE if name in synthesis.state}
@@ -211,21 +227,18 @@ def _generator3(network):
         for official, attribute in PLAN.items():
             found, expected = layer.state.get(official), getattr(model.plans[i], attribute)
             if found is not None and not np.allclose(_plain(found), expected, rtol=1e-9, atol=1e-9):
-                raise ValueError(f"{name} has {official} {found}; the constructor's arguments give {expected}.")
+                raise ValueError(
+                    f"{name} has {official} {reprlib.repr(found)}; the constructor's arguments give {expected}."
+                )
         if (padding := layer.state.get("padding")) is not None:
             expected = ours.activation.padding
             if not np.array_equal(_plain(padding), [*expected, *expected]):
                 raise ValueError(
-                    f"{name} has the padding {padding}; the constructor's arguments give {[*expected, *expected]}."
+                    f"{name} has the padding {reprlib.repr(padding)}; the constructor's arguments give {[*expected, *expected]}."
                 )
         for kind, taps in (("up_filter", ours.activation.up_taps), ("down_filter", ours.activation.down_taps)):
             found = tensors.get(f"synthesis.{name}.{kind}")
-            same = (
-                len(taps) == 1
-                if found is None
-                else found.shape == taps.shape and torch.allclose(found, taps, atol=1e-6)
-            )
-            if not same:
+            if not (len(taps) == 1 if found is None else _holds(found, taps)):
                 raise ValueError(f"{name} has another {kind} than the paper's Kaiser design gives.")
         pairs = [("weight", "weight"), ("bias", "bias"), ("magnitude_ema", "magnitude")]
         pairs += [("affine.weight", "style.weight"), ("affine.bias", "style.bias")]
@@ -235,8 +248,8 @@ def _generator3(network):
 
 def discriminator_from_official(network):
     """`StyleGANDiscriminator` with the weights of a `Record` official discriminator (`D`); ValueError when it is another network."""
-    _check(network, "Discriminator")
     try:
+        _check(network, "Discriminator")
         return _discriminator(network)
     except (KeyError, AttributeError, TypeError, IndexError) as error:
         raise ValueError(
@@ -247,7 +260,7 @@ def discriminator_from_official(network):
 def _discriminator(network):
     resolution = int(network.state["img_resolution"])
     resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R ... 8
-    tensors = flatten_module(network)
+    tensors = _flatten(network)
     num_classes = int(network.state["c_dim"])
     deviation = _submodule(network, "b4").state["_modules"].get("mbstd")
     deviation = {"group_size": None, "num_channels": 0} if deviation is None else deviation.state

@@ -4,47 +4,32 @@ A pickle is a program for a small machine; all it can do to the outside is to ca
 of tensors and plain containers, and refuses every other name.
 """
 
-import io
 import pickle
-import warnings
 
-import torch
-
-from em_training.safe_pickle import PLAIN, Maker, PlainDict, Record, SafeUnpickler, check_extent, check_opcodes
-
-
-def _read_storage(data):
-    # torch writes each storage as a file of its own; weights_only reads it by torch's restricted unpickler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TypedStorage is deprecated, and it is what these files hold
-        storage = torch.load(io.BytesIO(bytes(data)), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.TypedStorage):
-        raise pickle.UnpicklingError("expected the storage of a tensor")
-    return storage
+from em_training.safe_pickle import PLAIN, Maker, PlainDict, Record, SafeUnpickler, check_opcodes
+from em_training.torch_checkpoint import read_stored_storage
+from em_training.torch_unpickler import StoredTensor
 
 
 def _make_tensor(storage, offset, size, stride, *_):
-    if not isinstance(storage, torch.TypedStorage):
-        raise pickle.UnpicklingError("malformed tensor")
-    size, stride = tuple(size), tuple(stride)
-    untyped, dtype = storage._untyped_storage, storage.dtype
-    check_extent(untyped.nbytes() // dtype.itemsize, offset, size, stride)
-    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride).clone()
+    return StoredTensor(storage, offset, size, stride)
 
 
 def _make_network(meta):
+    if not isinstance(meta, dict):
+        raise pickle.UnpicklingError("malformed network")
     return Record.named(meta.get("class_name"), meta.get("state") or {})
 
 
 class OfficialUnpickler(SafeUnpickler):
-    """An unpickler that builds tensors, numbers and plain containers, networks as `Record`s, and refuses everything else."""
+    """An unpickler that builds `StoredTensor`s, numbers and plain containers, networks as `Record`s, and refuses everything else."""
 
     allowed = PLAIN | {
         ("dnnlib.util", "EasyDict"): PlainDict,
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): Maker(_make_network),
         ("torch._utils", "_rebuild_tensor_v2"): Maker(_make_tensor),
         ("torch._utils", "_rebuild_parameter"): Maker(lambda data, *_: data),
-        ("torch.storage", "_load_from_bytes"): Maker(_read_storage),
+        ("torch.storage", "_load_from_bytes"): Maker(read_stored_storage),
     }
 
     def find_other(self, module, name):

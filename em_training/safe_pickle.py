@@ -7,10 +7,14 @@ makers of plain things, which a pickle can neither alter nor look into, and noth
 import math
 import pickle
 import pickletools
+from typing import ClassVar
 
 import numpy as np
 
 MAX_REPEATED = 2**20  # elements of a tensor that repeats its storage
+MAX_PARTS = 64  # of a key, or dimensions of a tensor
+MAX_DEPTH = 100  # of modules within modules
+MAX_MODULES = 10_000  # in one network, each counted as often as it is in it
 
 
 class Record:
@@ -29,9 +33,11 @@ class Record:
 
     @classmethod
     def named(cls, class_name, state):
-        """A record of this class name and state."""
+        """A record of this class name and state; `pickle.UnpicklingError` when they are not text and a dictionary."""
+        if type(class_name) is not str or not isinstance(state, dict):
+            raise pickle.UnpicklingError("malformed object")
         self = cls()
-        self.class_name, self.state = str(class_name), dict(state)
+        self.class_name, self.state = class_name, dict(state)
         return self
 
     def __setstate__(self, state):
@@ -77,6 +83,10 @@ class PlainDict(dict):
 
     __slots__ = ()
 
+    def __init__(self, items=()):
+        pairs = items.items() if isinstance(items, dict) else items
+        super().__init__((check_key(key), value) for key, value in pairs)
+
     def __setstate__(self, state):
         """Attributes of a dictionary, such as a state dict's `_metadata`, are left out."""
 
@@ -87,10 +97,14 @@ class _DType:
     __slots__ = ("byte_order", "name")
 
     def __init__(self, name):
-        self.name, self.byte_order = str(name), "="
+        if type(name) is not str:
+            raise pickle.UnpicklingError("malformed array")
+        self.name, self.byte_order = name, "="
 
     def __setstate__(self, state):
-        self.byte_order = str(state[1])
+        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError("malformed array")
+        self.byte_order = state[1]
 
     def numpy(self):
         dtype = np.dtype(self.name)
@@ -131,7 +145,29 @@ def _read_bytes(data=b""):
 
 
 def _encode(text, _="latin1"):
+    if type(text) is not str:
+        raise pickle.UnpicklingError("malformed bytes")
     return text.encode("latin1")  # how protocol 2 writes bytes
+
+
+def check_key(key):
+    """`key`, where it may be a dictionary's or a set's: text, bytes, None, a number of up to 64 bits, a class, an object that is
+    hashed by its identity, or a short tuple of such; `pickle.UnpicklingError` otherwise.
+
+    Python hashes a tuple by hashing its parts anew each time: sixty tuples, each twice in the next, would never end.
+    """
+    parts = key if type(key) is tuple else (key,)
+    if len(parts) > MAX_PARTS:
+        raise pickle.UnpicklingError(f"it has a dictionary or set with a key of {len(parts)} parts")
+    for part in parts:
+        is_scalar = type(part) in SCALARS and not (type(part) is int and part.bit_length() > 64)
+        if not is_scalar and type(part).__hash__ is not object.__hash__:
+            what = "a long number" if type(part) is int else f"a {type(part).__name__}"
+            raise pickle.UnpicklingError(f"it has a dictionary or set with {what} as a key, or within one")
+    return key
+
+
+SCALARS = (str, bytes, int, bool, float, complex, type(None))
 
 
 def _make_empty_record(cls, *_):
@@ -149,8 +185,8 @@ PLAIN = {
     ("numpy", "ndarray"): Maker(lambda *_: None),  # only ever an argument of `_reconstruct`
 }
 for _module in ("builtins", "__builtin__"):
-    PLAIN[_module, "set"] = Maker(lambda items=(): set(items))
-    PLAIN[_module, "frozenset"] = Maker(lambda items=(): frozenset(items))
+    PLAIN[_module, "set"] = Maker(lambda items=(): set(map(check_key, items)))
+    PLAIN[_module, "frozenset"] = Maker(lambda items=(): frozenset(map(check_key, items)))
     PLAIN[_module, "bytearray"] = PLAIN[_module, "bytes"] = Maker(_read_bytes)
     PLAIN[_module, "complex"] = Maker(lambda *args: complex(*args))
     PLAIN[_module, "slice"] = Maker(lambda *args: slice(*args))
@@ -163,10 +199,74 @@ for _module in ("numpy.core", "numpy._core"):
 """What every reader builds: containers, and numpy's numbers and arrays (`StoredArray`)."""
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """An unpickler that builds what is in `allowed`, (module, name) -> what stands for it, and refuses every other name."""
+class SafeUnpickler(pickle._Unpickler):
+    """An unpickler that builds what is in `allowed`, (module, name) -> what stands for it, and refuses every other name.
+
+    It is Python's unpickler in Python: the one in C cannot be asked to look at a key before it hashes it, nor at an object before it
+    fills it or sets its attributes. Only lists, dictionaries, sets and `Record`s are filled, and only classes that say how, by a
+    `__setstate__` of their own, take a state.
+    """
 
     allowed = PLAIN
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # instruction -> method
+
+    def _fill(self, kinds):
+        """The object that the next items go into."""
+        if not isinstance(self.stack[-1], kinds):
+            raise pickle.UnpicklingError(f"it puts items into a {type(self.stack[-1]).__name__}")
+        return self.stack[-1]
+
+    def _load_items(self, items):
+        target = self._fill((dict, Record))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[key if isinstance(target, Record) else check_key(key)] = value
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._load_items([key, value])
+
+    def load_setitems(self):
+        self._load_items(self.pop_mark())
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self._load_items(items)
+
+    def load_append(self):
+        value = self.stack.pop()
+        self._fill((list, Record)).append(value)
+
+    def load_appends(self):
+        values = self.pop_mark()
+        self._fill((list, Record)).extend(values)
+
+    def load_additems(self):
+        items = self.pop_mark()
+        target = self._fill((set, Record))
+        for item in items:
+            target.add(item if isinstance(target, Record) else check_key(item))
+
+    def load_frozenset(self):
+        items = self.pop_mark()  # which changes what `append` is
+        self.append(frozenset(map(check_key, items)))
+
+    def load_build(self):
+        state, target = self.stack.pop(), self.stack[-1]
+        if not hasattr(type(target), "__setstate__"):
+            raise pickle.UnpicklingError(f"it gives a state to a {type(target).__name__}, which takes none")
+        target.__setstate__(state)
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.APPEND[0]: load_append,
+        pickle.APPENDS[0]: load_appends,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.BUILD[0]: load_build,
+    }
 
     def find_class(self, module, name):
         try:
@@ -207,7 +307,8 @@ def check_extent(num_elements, offset, size, stride):
     Raises `pickle.UnpicklingError` when it reaches beyond the storage, or repeats it to an absurd size.
     """
     numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+    is_malformed = len(size) != len(stride) or len(size) > MAX_PARTS
+    if is_malformed or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise pickle.UnpicklingError("malformed tensor")
     if not math.prod(size):
         return 0
@@ -219,12 +320,32 @@ def check_extent(num_elements, offset, size, stride):
     return span
 
 
-def flatten_module(module, prefix=""):
-    """All parameters and buffers of a `torch.nn.Module` that was pickled whole, a `Record`, as {dotted name: tensor}."""
+def walk_modules(module):
+    """(path, `Record`) of a pickled `torch.nn.Module` and of all within it, from the outside in.
+
+    Raises `ValueError` when they lie too deep (a module within itself) or are too many (modules that share their parts, level by level).
+    """
+    waiting, count = [((), module)], 0
+    while waiting:
+        path, module = waiting.pop()
+        yield ".".join(path), module
+        children = [(name, child) for name, child in module.state.get("_modules", {}).items() if child is not None]
+        count += len(children)
+        if len(path) == MAX_DEPTH or count > MAX_MODULES:
+            raise ValueError("its modules lie in each other without an end")
+        if not all(type(name) is str and isinstance(child, Record) for name, child in children):
+            raise ValueError("its modules are not modules, or have no names")
+        waiting += [((*path, name), child) for name, child in reversed(children)]
+
+
+def flatten_module(module):
+    """All parameters and buffers of a `torch.nn.Module` that was pickled whole, a `Record`, as {dotted name: tensor}; errors as in
+    `walk_modules`."""
     tensors = {}
-    for kind in ("_parameters", "_buffers"):
-        tensors |= {prefix + name: value for name, value in module.state.get(kind, {}).items() if value is not None}
-    for name, child in module.state.get("_modules", {}).items():
-        if child is not None:
-            tensors |= flatten_module(child, f"{prefix}{name}.")
+    for path, part in walk_modules(module):
+        for kind in ("_parameters", "_buffers"):
+            stored = part.state.get(kind, {})
+            tensors |= {
+                f"{path}.{name}" if path else name: value for name, value in stored.items() if value is not None
+            }
     return tensors

@@ -12,8 +12,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from em_training.safe_pickle import SafeUnpickler, check_extent, check_opcodes
-from em_training.torch_unpickler import Storage, StorageType, StoredTensor, TorchUnpickler
+from em_training.safe_pickle import SafeUnpickler, check_extent, check_key, check_opcodes
+from em_training.torch_unpickler import FileInMemory, Storage, StorageType, StoredTensor, TorchUnpickler
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -37,6 +37,19 @@ def read_torch_checkpoint(path):
         except Exception as error:  # a damaged file can raise anything; whatever it raises, nothing of it was run
             reason = error if str(error) else type(error).__name__
             raise ValueError(f"{path} cannot be read as a torch checkpoint: {reason}.") from error
+
+
+def read_stored_storage(data):
+    """The `Storage` that a tensor outside of `torch.save`, pickled on its own, holds as a file of its own in `data`.
+
+    Raises what can be raised by damaged bytes; nothing in them is ever run.
+    """
+    if not isinstance(data, bytes | bytearray):
+        raise pickle.UnpicklingError("malformed storage")
+    storage = _read_stream(FileInMemory(bytes(data)), io.BytesIO(data))
+    if not isinstance(storage, Storage):
+        raise pickle.UnpicklingError("expected the storage of a tensor")
+    return storage
 
 
 def _find_reader(path, head):
@@ -121,6 +134,8 @@ def _read_pid(pid):
     """Type, name and length of a storage from what stands for it in the pickle."""
     if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], StorageType):
         raise pickle.UnpicklingError("it refers to objects outside the file")
+    if type(pid[2]) not in (str, int):
+        raise pickle.UnpicklingError("malformed storage")
     return pid[1].dtype, str(pid[2]), pid[4]
 
 
@@ -148,7 +163,7 @@ def _read_stream(path, file):
     contents = _unpickle(file, load_storage)
     big_endian = isinstance(system, dict) and not system.get("little_endian", True)
     for key in _unpickle(file, _refuse_pid):
-        _place(storages[key], file, big_endian)
+        _place(storages[check_key(key)], file, big_endian)
     if any(storage.start is None for storage in storages.values()):
         raise ValueError("it does not hold all of its storages")
     for view, storage, offset in views:
@@ -163,7 +178,7 @@ def _place(storage, file, big_endian=False):
         raise ValueError(f"a storage of {storage.num_elements} elements says that it has {count}")
     storage.start, storage.big_endian = file.tell(), big_endian
     end = storage.start + storage.num_bytes
-    if end > storage.path.stat().st_size:
+    if end > file.seek(0, io.SEEK_END):
         raise ValueError("it is cut short; fetch it again")
     file.seek(end)
 
@@ -199,12 +214,12 @@ def _read_tar(path, file):
     for _ in range(_read_count(file)):
         key, _, storage_type = _unpickle(file, _refuse_pid)
         (count,) = struct.unpack("<q", file.read(8))
-        storages[key] = Storage(path, storage_type.dtype, count)
+        storages[check_key(key)] = Storage(path, storage_type.dtype, count)
         file.seek(-8, io.SEEK_CUR)
         _place(storages[key], file)
     for key, root, offset, size in _unpickle(file, _refuse_pid):
-        check_extent(storages[root].num_elements, offset, (size,), (1,))
-        view = storages[key] = Storage(path, storages[root].dtype, size)
+        check_extent(storages[check_key(root)].num_elements, offset, (size,), (1,))
+        view = storages[check_key(key)] = Storage(path, storages[root].dtype, size)
         view.start = storages[root].start + offset * view.dtype.itemsize
     file.seek(members["tensors"].offset_data)
     tensors = dict(storages)
@@ -215,7 +230,7 @@ def _read_tar(path, file):
             raise ValueError("a tensor has an absurd number of dimensions")
         size, stride = (struct.unpack(f"<{dims}q", file.read(8 * dims)) for _ in range(2))
         (offset,) = struct.unpack("<q", file.read(8))
-        tensors[key] = StoredTensor(storages[storage_key], offset, size, stride)
+        tensors[check_key(key)] = StoredTensor(storages[check_key(storage_key)], offset, size, stride)
 
     file.seek(members["pickle"].offset_data)
     return _unpickle(file, lambda pid: pid[0] if type(pid) is tuple else tensors[int(pid)])

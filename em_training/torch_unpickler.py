@@ -1,5 +1,6 @@
 """What the pickles inside a file of `torch.save` become: tensors that stay in the file, and records of everything else."""
 
+import io
 import pickle
 import sys
 import zlib
@@ -64,7 +65,7 @@ class StoredTensor:
 
 
 class Storage:
-    """The numbers of tensors: where they lie in the file."""
+    """The numbers of tensors: where they lie in the file at `path`, a `Path` or a `FileInMemory`."""
 
     __slots__ = ("_is_checked", "big_endian", "crc", "dtype", "num_elements", "path", "start")
 
@@ -101,6 +102,21 @@ class Storage:
         return data
 
 
+class FileInMemory:
+    """Bytes that are read as the file of a path would be."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data):
+        self._data = data
+
+    def open(self, mode):
+        return io.BytesIO(self._data)
+
+    def __str__(self):
+        return "a file within the file"
+
+
 class StorageType:
     """The type of a storage, such as torch.FloatStorage."""
 
@@ -118,6 +134,18 @@ def _refuse_call(name):
         raise pickle.UnpicklingError(f"it would call {name}, which is no data (nothing of it was run)")
 
     return Maker(refuse)
+
+
+def _join_device(*parts):
+    if not all(type(part) in (str, int) for part in parts):
+        raise pickle.UnpicklingError("malformed device")
+    return ":".join(map(str, parts))
+
+
+def _name_layout(name):
+    if type(name) is not str:
+        raise pickle.UnpicklingError("malformed layout")
+    return name
 
 
 def _rebuild_from_type(function, _, args, __):
@@ -150,8 +178,8 @@ TORCH = PLAIN | {
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): Maker(_rebuild_from_type),
     ("torch", "Size"): Maker(lambda size=(): tuple(size)),
-    ("torch", "device"): Maker(lambda *parts: ":".join(map(str, parts))),
-    ("torch.serialization", "_get_layout"): Maker(str),
+    ("torch", "device"): Maker(_join_device),
+    ("torch.serialization", "_get_layout"): Maker(_name_layout),
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _STORAGES.values()},
     **{
         (module, name): StorageType(dtype)

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +263,7 @@ def test_tensors_are_read_and_stay_within_their_storage(tmp_path):
     path = tmp_path / "tensors.pkl"
     path.write_bytes(pickle.dumps({"a": Tensor(3)}))
     with path.open("rb") as file:
-        assert OfficialUnpickler(file).load()["a"].tolist() == [1, 2, 3]
+        assert OfficialUnpickler(file).load()["a"].read().tolist() == [1, 2, 3]
     path.write_bytes(pickle.dumps({"a": Tensor(4)}))
     with pytest.raises(ValueError, match="reaches beyond its storage"):
         read_pickle(path)
@@ -273,4 +275,83 @@ def test_numbers_and_containers_are_read(tmp_path):
     with path.open("rb") as file:
         assert OfficialUnpickler(file).load() == {"a": 0.25, "b": [1, (2.0, None)]}
     with pytest.raises(ValueError, match="holds no network"):
+        read_pickle(path)
+
+
+BOMB = b")" + b"2\x86" * 60  # (), then each tuple twice in the next: hashing or printing it takes 2^60 steps
+
+
+def text(word):
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+def call(module, name, *arguments):
+    return text(module) + text(name) + b"\x93(" + b"".join(arguments) + b"tR"
+
+
+def network(name, state=b"}"):
+    meta = b"}(" + text("class_name") + name + text("state") + state + b"u"
+    return call("torch_utils.persistence", "_reconstruct_persistent_obj", meta)
+
+
+def storage_of(*instructions):
+    """A storage, as a file of its own that ends in these instructions."""
+    header = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    data = header + b"\x80\x04" + b"".join(instructions) + b"." + pickle.dumps([], 2)  # no storages follow
+    return call("torch.storage", "_load_from_bytes", b"B" + len(data).to_bytes(4, "little") + data)
+
+
+_DATA = torch.arange(4.0)._typed_storage().__reduce__()[1][0]
+STORAGE = call("torch.storage", "_load_from_bytes", b"B" + len(_DATA).to_bytes(4, "little") + _DATA)
+HANGS = {
+    "key": b"}" + BOMB + b"Ns",
+    "class name": network(BOMB),
+    "key in a storage": storage_of(b"}" + BOMB + b"Ns"),
+    "architecture": b"}" + text("G") + network(text("Generator"), b"}" + text("_modules") + BOMB + b"s") + b"s",
+}
+READ = """
+import sys
+from em_stylegan.official_networks import generator_from_official
+from em_stylegan.official_pickle import read_pickle
+for path in sys.argv[1:]:
+    try:
+        generator_from_official(read_pickle(path)["G"])
+    except ValueError as error:
+        print(error, flush=True)
+"""
+
+
+def test_nested_tuples_do_not_hang_the_reader(tmp_path):
+    paths = [tmp_path / f"{name}.pkl" for name in HANGS]
+    for path, instructions in zip(paths, HANGS.values(), strict=True):
+        path.write_bytes(b"\x80\x04" + instructions + b".")
+    # in another process: what hashes such a tuple cannot be interrupted
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=120)
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(HANGS), done.stderr
+    assert "a dictionary or set with a tuple as a key" in answers[0]
+    assert "malformed object" in answers[1]
+    assert "a dictionary or set with a tuple as a key" in answers[2]
+    assert "has not the parts of StyleGAN's" in answers[3]
+
+
+SIZE = b"K\x00(K\x04t(K\x01t"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        (call("torch.storage", "_load_from_bytes", b"\x8a\x06" + (10**12).to_bytes(6, "little")), "malformed storage"),
+        (call("torch.storage", "_load_from_bytes", text("text")), "malformed storage"),
+        (storage_of(b"N"), "expected the storage of a tensor"),
+        (STORAGE + b"}" + text("dtype") + b"Nsb", "malformed storage"),
+        (STORAGE + b"K\x00K\x01s", "puts items into a Storage"),
+        (call("torch._utils", "_rebuild_tensor_v2", STORAGE, SIZE) + b"(K\x01tb", "malformed tensor"),
+        (call("torch._utils", "_rebuild_tensor_v2", STORAGE, SIZE) + b"K\x00K\x01s", "puts items into a StoredTensor"),
+    ],
+)
+def test_tensors_and_storages_cannot_be_altered(tmp_path, instructions, message):
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(b"\x80\x04" + instructions + b".")
+    with pytest.raises(ValueError, match=message):
         read_pickle(path)

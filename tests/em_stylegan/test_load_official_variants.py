@@ -175,11 +175,11 @@ def test_layers_without_noise(tmp_path):
 
 
 def test_another_filter_is_refused(tmp_path):
-    stored = write(tmp_path, official_format.generator(make_generator()))
-    name = stored.state["_modules"]["synthesis"].state["layer_names"][3]
-    stored.state["_modules"]["synthesis"].state["_modules"][name].state["_buffers"]["up_filter"][2] += 1e-3
+    network = official_format.generator(make_generator())
+    synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
+    synthesis["_modules"][synthesis["layer_names"][3]].meta["state"]["_buffers"]["up_filter"][2] += 1e-3
     with pytest.raises(ValueError, match="another up_filter"):
-        generator_from_official(stored)
+        generator_from_official(write(tmp_path, network))
 
 
 def test_another_schedule_is_refused(tmp_path):

@@ -332,10 +332,13 @@ def named(module, name):
         (named("torch", "Size") + b"}" + text("_function") + b"Nsb", "may not alter its reader"),
         (named("torch", "Size") + b"N}" + text("_function") + b"Ns\x86b", "may not alter its reader"),
         (named("torch", "FloatStorage") + b"}" + text("dtype") + b"Nsb", "may not alter its reader"),
-        (named("a", "Class") + b"}" + text("__new__") + b"Nsb", "missing"),
-        (named("collections", "OrderedDict") + b"}" + text("get") + b"Nsb", "missing"),
+        (named("a", "Class") + b"}" + text("__new__") + b"Nsb", "gives a state to a type, which takes none"),
+        (
+            named("collections", "OrderedDict") + b"}" + text("get") + b"Nsb",
+            "gives a state to a type, which takes none",
+        ),
         # a class that is none, an object that is none
-        (named("torch", "Size") + b")\x81", "NEWOBJ"),
+        (named("torch", "Size") + b")\x81", "not a type object"),
         (named("a", "Class") + b")R)R", "not callable"),
         (b"(" + text("a") + text("b") + b"tQ", "refers to objects outside the file"),
         (named("copyreg", "_reconstructor") + named("torch", "Size") + b"NN\x87R", "malformed object"),
