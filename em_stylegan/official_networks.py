@@ -9,7 +9,7 @@ import torch
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_training.safe_pickle import StoredArray, flatten_module, walk_modules
+from em_training.safe_pickle import StoredArray, flatten_module
 from em_training.torch_unpickler import StoredTensor
 
 
@@ -38,15 +38,54 @@ def _flatten(network):
 
 
 def _check(network, class_name):
-    """Refuse what our networks cannot compute: another class, another filter, another activation."""
+    """Refuse another class of network, and another filter than ours."""
     if network.class_name != class_name:
         raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
     for name, tensor in _flatten(network).items():
         if name.endswith("resample_filter") and not _holds(tensor, blur_kernel()):
             raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
-    for _, layer in walk_modules(network):
-        if layer.state.get("activation", "linear") not in ("linear", "lrelu"):
-            raise ValueError(f"the activation {layer.state['activation']!r} is none of StyleGAN's trainings.")
+
+
+def _expect(network, path, **expected):
+    """Refuse the layer at `path` where an attribute differs from what ours computes with; one that is not stored does not."""
+    state = _submodule(network, path).state
+    for name, value in expected.items():
+        found = state.get(name, value)
+        if type(found) in (int, float) and type(value) in (int, float):
+            same = math.isclose(found, value, rel_tol=1e-6)
+        else:
+            same = type(found) is type(value) and found == value
+        if not same:
+            raise ValueError(f"{path} has {name} {reprlib.repr(found)}; ours computes with {value}.")
+
+
+def _expect_linear(network, tensors, path, activation="linear", rate=1.0):
+    fan_in = tensors[f"{path}.weight"].shape[1]
+    _expect(network, path, activation=activation, weight_gain=rate / math.sqrt(fan_in), bias_gain=rate)
+
+
+def _expect_convolution(network, tensors, path, activation, clamp, up=1, down=1):
+    """As `_expect`, of a convolution with or without modulation and of a layer to an image, as far as each has these attributes."""
+    _, *fan_in, kernel_size = tensors[f"{path}.weight"].shape
+    _expect(
+        network,
+        path,
+        activation=activation,
+        up=up,
+        down=down,
+        conv_clamp=clamp,
+        weight_gain=1 / math.sqrt(math.prod(fan_in) * kernel_size),
+        act_gain=math.sqrt(2) if activation == "lrelu" else 1,
+        padding=kernel_size // 2,
+    )
+
+
+def _num_reduced(network, blocks):
+    """How many of these blocks, from the lowest resolution to the highest, compute in half precision: the last ones."""
+    flags = [bool(_submodule(network, block).state.get("use_fp16")) for block in blocks]
+    if flags != sorted(flags):
+        raise ValueError(f"use_fp16 is {flags} from the lowest resolution up; ours reduces the highest ones.")
+    return sum(flags)
 
 
 def _holds(tensor, expected):
@@ -84,14 +123,14 @@ def _load(model, tensors, names, zeros=()):
     return model.eval()
 
 
-def _mapping(network, official, ours):
+def _mapping(network, tensors, official, ours):
     """The mapping network's number of layers, and names."""
     mapping = _submodule(network, official)
     depth = int(mapping.state["num_layers"])
     for i in range(depth):
-        gain = mapping.state["_modules"][f"fc{i}"].state.get("bias_gain", 0.01)
-        if not math.isclose(gain, 0.01):
-            raise ValueError(f"the mapping network learns {gain} times as fast as the rest; ours has 0.01.")
+        _expect_linear(network, tensors, f"{official}.fc{i}", "lrelu", rate=0.01)
+    if f"{official}.embed.weight" in tensors:
+        _expect_linear(network, tensors, f"{official}.embed")
     names = {
         f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias")
     }
@@ -117,7 +156,7 @@ def generator_from_official(network):
         _check(network, "Generator")
         is_alias_free = "input" in _submodule(network, "synthesis").state["_modules"]
         return (_generator3 if is_alias_free else _generator2)(network)
-    except (KeyError, AttributeError, TypeError, IndexError) as error:
+    except (KeyError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
         raise ValueError(f"the network is called Generator and has not the parts of StyleGAN's ({error!r}).") from error
 
 
@@ -126,12 +165,13 @@ def _generator2(network):
     resolutions = [2**i for i in range(2, resolution.bit_length())]
     blocks = [f"synthesis.b{r}" for r in resolutions]
     tensors = _flatten(network)
-    depth, names = _mapping(network, "mapping", "mapping_network")
+    depth, names = _mapping(network, tensors, "mapping", "mapping_network")
+    clamp = _clamp(network, "synthesis.b4.conv1")
     model = StyleGAN2Generator(
         **_common(network, depth),
         architecture=_architecture(network, blocks),
-        clamp=_clamp(network, "synthesis.b4.conv1"),
-        num_reduced_resolutions=sum(bool(_submodule(network, block).state.get("use_fp16")) for block in blocks),
+        clamp=clamp,
+        num_reduced_resolutions=_num_reduced(network, blocks),
         **_channel_config({r: tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}),
     )
     zeros = []
@@ -139,14 +179,19 @@ def _generator2(network):
         ours = f"synthesis_network.blocks.{i}"
         names[f"{block}.const"] = f"{ours}.const"
         names[f"{block}.skip.weight"] = f"{ours}.skip.weight"
+        if f"{block}.skip.weight" in tensors:
+            _expect_convolution(network, tensors, f"{block}.skip", "linear", None, up=2)
         for a, b in (("conv0", "conv0"), ("conv1", "conv1"), ("torgb", "to_image")):
             for kind in ("weight", "bias", "noise_strength", "noise_const"):
                 names[f"{block}.{a}.{kind}"] = f"{ours}.{b}.{kind}"
             for kind in ("weight", "bias"):
                 names[f"{block}.{a}.affine.{kind}"] = f"{ours}.{b}.style.{kind}"
-            if f"{block}.{a}.weight" in tensors and not _submodule(network, f"{block}.{a}").state.get(
-                "use_noise", True
-            ):
+            if f"{block}.{a}.weight" not in tensors:
+                continue  # the first block has one convolution, and not every one makes an image
+            activation = "linear" if a == "torgb" else "lrelu"
+            _expect_convolution(network, tensors, f"{block}.{a}", activation, clamp, up=2 if a == "conv0" else 1)
+            _expect_linear(network, tensors, f"{block}.{a}.affine")
+            if not _submodule(network, f"{block}.{a}").state.get("use_noise", True):
                 zeros += [f"{ours}.{b}.noise_strength", f"{ours}.{b}.noise_const"]
     return _load(model, tensors, names, zeros)
 
@@ -199,15 +244,16 @@ def _plain(value):
 def _generator3(network):
     synthesis = _submodule(network, "synthesis")
     tensors = _flatten(network)
-    depth, names = _mapping(network, "mapping", "mapping_network")
+    depth, names = _mapping(network, tensors, "mapping", "mapping_network")
     given = {**synthesis.state.get("_init_kwargs", {})}
     given |= {name: synthesis.state[name] for name in SCHEDULE if name in synthesis.state}
     first = _submodule(synthesis, synthesis.state["layer_names"][0])
+    clamp, decay = _clamp(synthesis, synthesis.state["layer_names"][0]), first.state.get("magnitude_ema_beta", 0.999)
     model = StyleGAN3Generator(
         **_common(network, depth),
         **{ours: type(default)(given.get(name, default)) for name, (ours, default) in SCHEDULE.items()},
-        clamp=_clamp(synthesis, synthesis.state["layer_names"][0]),
-        magnitude_decay=float(first.state.get("magnitude_ema_beta", 0.999)),
+        clamp=clamp,
+        magnitude_decay=float(decay),
     )
     for kind, ours in (
         ("weight", "weight"),
@@ -218,12 +264,15 @@ def _generator3(network):
         names[f"synthesis.input.{kind}"] = f"synthesis_network.input.{ours}"
     for kind in ("weight", "bias"):
         names[f"synthesis.input.affine.{kind}"] = f"synthesis_network.input.affine.{kind}"
+    _expect_linear(network, tensors, "synthesis.input.affine")
     if len(model.plans) != len(synthesis.state["layer_names"]):
         raise ValueError(
             f"{len(synthesis.state['layer_names'])} layers do not fit num_layers {given.get('num_layers', 14)}."
         )
     for i, name in enumerate(synthesis.state["layer_names"]):
         layer, ours = _submodule(synthesis, name), model.synthesis_network.layers[i]
+        _expect(network, f"synthesis.{name}", conv_clamp=clamp, magnitude_ema_beta=decay)
+        _expect_linear(network, tensors, f"synthesis.{name}.affine")
         for official, attribute in PLAN.items():
             found, expected = layer.state.get(official), getattr(model.plans[i], attribute)
             if found is not None and not np.allclose(_plain(found), expected, rtol=1e-9, atol=1e-9):
@@ -251,7 +300,7 @@ def discriminator_from_official(network):
     try:
         _check(network, "Discriminator")
         return _discriminator(network)
-    except (KeyError, AttributeError, TypeError, IndexError) as error:
+    except (KeyError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
         raise ValueError(
             f"the network is called Discriminator and has not the parts of StyleGAN's ({error!r})."
         ) from error
@@ -266,7 +315,8 @@ def _discriminator(network):
     deviation = {"group_size": None, "num_channels": 0} if deviation is None else deviation.state
     num_channels = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions}
     num_channels[4] = tensors["b4.conv.weight"].shape[0]
-    depth, names = _mapping(network, "mapping", "class_mapping") if num_classes else (8, {})
+    depth, names = _mapping(network, tensors, "mapping", "class_mapping") if num_classes else (8, {})
+    clamp = _clamp(network, "b4.conv")
     model = StyleGANDiscriminator(
         resolution=resolution,
         image_channels=int(network.state["img_channels"]),
@@ -275,14 +325,22 @@ def _discriminator(network):
         num_classes=num_classes,
         class_mapping_depth=depth,
         class_mapping_width=tensors["b4.out.weight"].shape[0] if num_classes else None,
-        clamp=_clamp(network, "b4.conv"),
+        clamp=clamp,
         architecture=_architecture(network, [f"b{r}" for r in [*resolutions, 4]]),
-        num_reduced_resolutions=sum(bool(_submodule(network, f"b{r}").state.get("use_fp16")) for r in resolutions),
+        num_reduced_resolutions=_num_reduced(network, [f"b{r}" for r in reversed(resolutions)]),
         **_channel_config(num_channels),
     )
     pairs = [("b4.fromrgb", "from_image"), ("b4.conv", "conv"), ("b4.fc", "linear"), ("b4.out", "out")]
     for i, r in enumerate(resolutions):
         pairs += [(f"b{r}.{name}", f"blocks.{i}.{name}") for name in ("conv0", "conv1", "skip")]
         pairs += [(f"b{r}.fromrgb", f"blocks.{i}.from_image")]
+    for path, _ in pairs:
+        name = path.split(".")[1]
+        if name in ("fc", "out"):
+            _expect_linear(network, tensors, path, "lrelu" if name == "fc" else "linear")
+        elif f"{path}.weight" in tensors:
+            is_bounded = name != "skip" and path != "b4.fromrgb"
+            activation, down = "linear" if name == "skip" else "lrelu", 2 if name in ("conv1", "skip") else 1
+            _expect_convolution(network, tensors, path, activation, clamp if is_bounded else None, down=down)
     names |= {f"{official}.{kind}": f"{ours}.{kind}" for official, ours in pairs for kind in ("weight", "bias")}
     return _load(model, tensors, names)

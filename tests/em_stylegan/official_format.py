@@ -114,6 +114,9 @@ def convolution(layer, clamp, frozen=False):
         conv_clamp=clamp,
         up=2 if layer.up else 1,
         down=2 if layer.down else 1,
+        padding=layer.kernel_size // 2,
+        weight_gain=layer.weight_gain,
+        act_gain=2**0.5 if layer.activation else 1,
     )
 
 
@@ -140,6 +143,8 @@ def generator2(model):
                     use_noise=True,
                     activation="lrelu",
                     conv_clamp=config.clamp,
+                    padding=1,
+                    act_gain=2**0.5,
                 )
         if block.to_image is not None:
             layer = block.to_image
@@ -148,6 +153,7 @@ def generator2(model):
                 {"weight": layer.weight.data, "bias": layer.bias.data},
                 modules={"affine": linear(layer.style)},
                 conv_clamp=config.clamp,
+                weight_gain=layer.weight[0].numel() ** -0.5,
             )
         if block.skip is not None:
             modules["skip"] = convolution(block.skip, None)

@@ -174,6 +174,114 @@ def test_layers_without_noise(tmp_path):
     assert torch.equal(loaded(z, noise_mode="random"), model(z, noise_mode="none"))
 
 
+def alter(network, path, **attributes):
+    """The network with these attributes in its layer at `path`."""
+    layer = network
+    for name in path.split("."):
+        layer = layer.meta["state"]["_modules"][name]
+    assert all(layer.meta["state"][name] != value for name, value in attributes.items())
+    layer.meta["state"].update(attributes)
+    return network
+
+
+LAYERS_2 = [
+    ("synthesis.b8.conv0", {"activation": "linear"}),
+    ("synthesis.b4.conv1", {"activation": "relu"}),
+    ("synthesis.b8.conv0", {"up": 1}),
+    ("synthesis.b8.conv1", {"up": 2}),
+    ("synthesis.b16.conv1", {"act_gain": 1.0}),
+    ("synthesis.b16.conv1", {"padding": 0}),
+    ("synthesis.b16.conv1", {"conv_clamp": 5.0}),
+    ("synthesis.b8.torgb", {"conv_clamp": 5.0}),
+    ("synthesis.b16.torgb", {"conv_clamp": None}),
+    ("synthesis.b8.torgb", {"weight_gain": 1.0}),
+    ("synthesis.b16.skip", {"up": 1}),
+    ("synthesis.b16.skip", {"conv_clamp": 256.0}),
+    ("synthesis.b8.conv0.affine", {"activation": "lrelu"}),
+    ("synthesis.b8.torgb.affine", {"weight_gain": 1.0}),
+    ("mapping.fc0", {"weight_gain": 1.0}),
+    ("mapping.fc1", {"bias_gain": 1.0}),
+    ("mapping.fc1", {"activation": "linear"}),
+    ("mapping.embed", {"activation": "lrelu"}),
+    ("mapping.embed", {"weight_gain": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "attributes"), LAYERS_2, ids=str)
+def test_generator_with_a_layer_that_ours_does_not_compute(tmp_path, path, attributes):
+    architecture = "resnet" if path.endswith("skip") else "skip"
+    model = StyleGAN2Generator(16, **SMALL, mapping_depth=2, num_classes=3, clamp=256.0, architecture=architecture)
+    network = alter(official_format.generator(model), path, **attributes)
+    (name, value), *_ = attributes.items()
+    with pytest.raises(ValueError, match=rf"^{path} has {name} {value!r}; ours computes with"):
+        generator_from_official(write(tmp_path, network))
+
+
+LAYERS_D = [
+    ("b16.fromrgb", {"activation": "linear"}),
+    ("b16.fromrgb", {"conv_clamp": None}),
+    ("b16.conv0", {"activation": "linear"}),
+    ("b16.conv0", {"down": 2}),
+    ("b8.conv1", {"down": 1}),
+    ("b8.conv1", {"up": 2}),
+    ("b8.conv1", {"conv_clamp": 5.0}),
+    ("b8.conv1", {"weight_gain": 1.0}),
+    ("b16.skip", {"activation": "lrelu"}),
+    ("b16.skip", {"down": 1}),
+    ("b16.skip", {"conv_clamp": 256.0}),
+    ("b4.conv", {"act_gain": 1.0}),
+    ("b4.conv", {"activation": "linear"}),
+    ("b4.fc", {"activation": "linear"}),
+    ("b4.fc", {"weight_gain": 1.0}),
+    ("b4.out", {"activation": "lrelu"}),
+    ("b4.out", {"bias_gain": 0.5}),
+    ("mapping.fc0", {"weight_gain": 1.0}),
+    ("mapping.embed", {"activation": "lrelu"}),
+]
+
+
+@pytest.mark.parametrize(("path", "attributes"), LAYERS_D, ids=str)
+def test_discriminator_with_a_layer_that_ours_does_not_compute(tmp_path, path, attributes):
+    model = StyleGANDiscriminator(
+        16, channel_base=256, max_channels=16, num_classes=3, class_mapping_depth=2, clamp=256.0
+    )
+    network = alter(official_format.discriminator(model), path, **attributes)
+    (name, value), *_ = attributes.items()
+    with pytest.raises(ValueError, match=rf"^{path} has {name} {value!r}; ours computes with"):
+        discriminator_from_official(write(tmp_path, network))
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "attributes"),
+    [
+        (3, "", {"conv_clamp": 5.0}),
+        (0, "", {"conv_clamp": None}),
+        (-1, "", {"magnitude_ema_beta": 0.5}),
+        (2, ".affine", {"activation": "lrelu"}),
+        (None, "input.affine", {"weight_gain": 1.0}),
+    ],
+    ids=str,
+)
+def test_alias_free_generator_with_a_layer_that_ours_does_not_compute(tmp_path, layer, part, attributes):
+    network = official_format.generator(make_generator(clamp=256.0))
+    names = network.meta["state"]["_modules"]["synthesis"].meta["state"]["layer_names"]
+    alter(network, "synthesis." + part if layer is None else f"synthesis.{names[layer]}{part}", **attributes)
+    with pytest.raises(ValueError, match=r"^synthesis\..* has .*; ours computes with"):
+        generator_from_official(write(tmp_path, network))
+
+
+@pytest.mark.parametrize("path", ["synthesis.b8", "b8"])
+def test_half_precision_below_full_is_refused(tmp_path, path):
+    if path == "b8":
+        model = StyleGANDiscriminator(16, channel_base=256, max_channels=16, num_reduced_resolutions=0)
+        network, read = official_format.discriminator(model), discriminator_from_official
+    else:
+        model = StyleGAN2Generator(16, **SMALL, mapping_depth=2, num_reduced_resolutions=0)
+        network, read = official_format.generator(model), generator_from_official
+    with pytest.raises(ValueError, match="ours reduces the highest ones"):
+        read(write(tmp_path, alter(network, path, use_fp16=True)))
+
+
 def test_another_filter_is_refused(tmp_path):
     network = official_format.generator(make_generator())
     synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
