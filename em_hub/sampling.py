@@ -40,11 +40,13 @@ class Sampling:
     add_grain: bool = True
     say: Callable[[str], None] = print
     _unsaid: dict = field(default_factory=dict)
+    _has_said_grey: bool = False
 
     def generate(
         self, numbers: list[int], write: Callable, *, num_writers: int, progress: Callable[[int], None]
     ) -> None:
-        """Make the images `numbers` and hand them to `write(numbers, images)`, float32 [B, 1, H, W] in [-1, 1] on the CPU.
+        """Make the images `numbers` and hand them to `write(numbers, images)`, float32 [B, 1, H, W] in [-1, 1] on the CPU; of a colour
+        StyleGAN, the mean of its channels.
 
         write: called from `num_writers` threads; returns how many images are safe. progress: gets that number, from this thread.
         """
@@ -83,7 +85,16 @@ class Sampling:
         except (RuntimeError, MemoryError) as error:
             self._halve("batch_size", len(numbers), error)
             return None
-        return [(numbers, *to_host(images[: len(numbers)] * 2 - 1))]
+        return [(numbers, *to_host(self._to_grey(images[: len(numbers)]) * 2 - 1))]
+
+    def _to_grey(self, images):
+        """The mean of a colour StyleGAN's channels; ours have one."""
+        if images.shape[1] == 1:
+            return images
+        if not self._has_said_grey:
+            self._has_said_grey = True
+            self.say(f"the generator makes images of {images.shape[1]} channels: their mean is written, as grey")
+        return images.mean(dim=1, keepdim=True)
 
     def _denoise(self, numbers, generators):
         latents = self.pipeline.denoise(self._padded(numbers), generators, **self.call)

@@ -79,6 +79,22 @@ def test_images_depend_on_seed_and_number_alone(model, tmp_path):
     assert not np.array_equal(a, c)
 
 
+def test_a_colour_generator_gives_the_mean_of_its_channels_and_says_so_once(tmp_path):
+    torch.manual_seed(0)
+    colour = StyleGAN2Generator(16, 3, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8)
+    EMStyleGANPipeline(colour).save_pretrained(tmp_path / "colour")
+    images, _, said = sample(str(tmp_path / "colour"), range(5))
+    generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(5)]
+    pipeline = load_pipeline(str(tmp_path / "colour"))
+    expected = pipeline(5, generator=generators, noise_mode=generation.NOISE_MODE, output_type="pt").images
+    assert expected.shape == (5, 3, 16, 16)
+    written = torch.stack([images[i] for i in range(5)])
+    assert torch.allclose(written, expected.mean(dim=1, keepdim=True) * 2 - 1, atol=1e-4)
+    assert said == ["the generator makes images of 3 channels: their mean is written, as grey"]
+    generate_images(config_for(str(tmp_path / "colour"), tmp_path / "out", format="tiff", bits=16))
+    assert len(list((tmp_path / "out").glob("*.tif*"))) == 7
+
+
 def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_path):
     make_ldm().save_pretrained(tmp_path / "ldm")
     pipeline = load_pipeline(str(tmp_path / "ldm"))
