@@ -52,9 +52,16 @@ def read_stored_storage(data):
     return storage
 
 
-def _find_reader(path, head):
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
+
+
+def refuse_other_kinds(path, head):
+    """Raise `ValueError` with the way out when a file that begins with the 512 bytes `head` is of a kind that holds no checkpoint."""
     if not head:
         raise ValueError(f"{path} is empty: fetch it again.")
+    for start, name in PACKED.items():
+        if head.startswith(start):
+            raise ValueError(f"{path} is packed with {name}: unpack it, and give the file that was in it.")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`.")
     if head.lstrip()[:1] == b"<":
@@ -63,8 +70,12 @@ def _find_reader(path, head):
         )
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
         raise ValueError(
-            f"{path} is a safetensors file, not a torch checkpoint: give the folder that it belongs to, with its config.json."
+            f"{path} is a safetensors file, not a pickled checkpoint: give the folder that it belongs to, with its config.json."
         )
+
+
+def _find_reader(path, head):
+    refuse_other_kinds(path, head)
     if head.startswith(b"PK"):
         return _read_zip
     if head[257:262] == b"ustar":

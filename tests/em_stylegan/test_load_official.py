@@ -1,9 +1,12 @@
 """Networks read from official pickles give the numbers of the original networks; nothing in a pickle is ever run."""
 
+import bz2
+import gzip
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +243,30 @@ def test_pickle_cannot_alter_its_reader(tmp_path):
         path.write_bytes(b"\x80\x04\x8c\x0ctorch._utils\x8c\x12_rebuild_tensor_v2\x93" + state + b"b.")
         with pytest.raises(ValueError, match="may not alter its reader"):
             read_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.mkdir(), "is a folder; give the pickle's file"),
+        (lambda path: path.write_bytes(gzip.compress(b"N.")), "is packed with gzip: unpack it"),
+        (lambda path: path.write_bytes(bz2.compress(b"N.")), "is packed with bzip2: unpack it"),
+        (lambda path: zipfile.ZipFile(path, "w").close(), "is a zip archive"),
+        (lambda path: torch.save({"G": torch.ones(1)}, path), "is a zip archive.*no official StyleGAN's"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "is a web page"),
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": 1})), r"expected a dictionary.*network-snapshot-\*\.pkl"),
+        (
+            lambda path: path.write_bytes(b"\x80\x04" + network(text("Generator")) + b"."),
+            r"a Generator on its own: .* as \{'G_ema': network\}",
+        ),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, write, message):
+    write(tmp_path / "a.pkl")
+    with pytest.raises(ValueError, match=rf"a\.pkl .*{message}|a\.pkl {message}"):
+        read_pickle(tmp_path / "a.pkl")
 
 
 def test_tensorflow_pickle_is_named(tmp_path):

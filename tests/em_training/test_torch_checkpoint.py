@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import gzip
 import io
 import os
 import pickle
@@ -451,6 +452,7 @@ def write_compressed(path):
         (write_zip, "without torch's data.pkl"),
         (write_compressed, "parts are compressed"),
         (write_script, "TorchScript program"),
+        (lambda path: path.write_bytes(gzip.compress(b"N.")), "is packed with gzip"),
     ],
 )
 def test_other_kinds_of_files_are_named(tmp_path, write, message):
