@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
+from em_stylegan.interpolate import load_generator
 from em_stylegan.load_official import main
 from em_stylegan.losses import path_lengths, r1_penalty
 from em_stylegan.official_networks import discriminator_from_official, generator_from_official
@@ -182,10 +183,10 @@ def test_command_writes_networks_that_load(tmp_path, monkeypatch, numbers, capsy
 
     monkeypatch.setattr("sys.argv", ["load_official", str(FIXTURE.with_suffix(".pkl")), str(tmp_path)])
     main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "G", "G_ema"]
-    generator = StyleGAN2Generator.from_pretrained(tmp_path / "G_ema")
-    with torch.no_grad():
-        assert_agrees(generator(numbers["z"], noise_mode="const"), numbers["img_const_psi1"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "G", "G_ema", "pipeline"]
+    for generator in (StyleGAN2Generator.from_pretrained(tmp_path / "G_ema"), load_generator(tmp_path)):
+        with torch.no_grad():
+            assert_agrees(generator(numbers["z"], noise_mode="const"), numbers["img_const_psi1"])
 
 
 @needs_fixture

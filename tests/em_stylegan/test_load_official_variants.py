@@ -4,17 +4,21 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from em_hub.generation import GenerationConfig, generate_images
+from em_hub.loading import find_pipeline_folder, load_pipeline
+from em_stylegan import interpolate, load_official
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.load_official import main
 from em_stylegan.official_networks import discriminator_from_official, generator_from_official
 from em_stylegan.official_pickle import read_pickle
+from em_stylegan.transfer import load_initial_weights
 
 _spec = importlib.util.spec_from_file_location("official_format", Path(__file__).with_name("official_format.py"))
 official_format = importlib.util.module_from_spec(_spec)
@@ -320,13 +324,84 @@ def test_module_source_in_the_file_is_not_run(tmp_path):
     assert "dnnlib" not in sys.modules
 
 
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+    module.main()
+
+
+def test_converted_folder_stands_for_a_run(tmp_path, monkeypatch, capsys):
+    """Of the averaged generator: generate.py finds its pipeline, and so do the pictures; training finds all three networks."""
+    torch.manual_seed(0)
+    raw, average = (
+        shake(StyleGAN2Generator(32, 3, **SMALL, mapping_depth=2, num_reduced_resolutions=i)) for i in (0, 1)
+    )
+    discriminator = shake(StyleGANDiscriminator(32, 3, channel_base=256, max_channels=16))
+    contents = {"G": official_format.generator(raw), "G_ema": official_format.generator(average)}
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", contents | {"D": official_format.discriminator(discriminator)}
+    )
+    out = tmp_path / "new" / "out"
+    run(monkeypatch, load_official, path, out)
+    assert sorted(path.name for path in out.iterdir()) == ["D", "G", "G_ema", "pipeline"]
+    assert f"generate.py --model {out}" in capsys.readouterr().out
+    assert find_pipeline_folder(str(out)) == out / "pipeline"
+    pipeline = load_pipeline(str(out))
+    assert pipeline.config.pixel_size_nm is None
+    assert_same(average, pipeline.generator)
+    record = generate_images(GenerationConfig(str(out), str(tmp_path / "images"), num_images=2, precision="no"))
+    assert record["num_images"] == 2
+    run(monkeypatch, interpolate, "truncation", out, tmp_path / "truncation.png")
+    networks = (
+        StyleGAN2Generator(32, 3, **SMALL, mapping_depth=2),
+        StyleGANDiscriminator(32, 3, channel_base=256, max_channels=16),
+    )
+    found = load_initial_weights(SimpleNamespace(init_from=out), *networks, say=lambda text: None)
+    for name, model in (("model", raw), ("ema", average), ("discriminator", discriminator)):
+        assert all(torch.equal(found[name][key], value) for key, value in model.state_dict().items())
+
+
+def test_pipeline_of_the_only_generator(tmp_path):
+    torch.manual_seed(0)
+    model = shake(make_generator())
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"G": official_format.generator(model)})
+    assert load_official.convert(path, tmp_path / "out") == ["G", "pipeline"]
+    assert_same(model, interpolate.load_generator(tmp_path / "out"))
+
+
+def test_folder_that_is_used_loses_nothing(tmp_path, monkeypatch, capsys):
+    model = StyleGANDiscriminator(16, channel_base=256, max_channels=16)
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"D": official_format.discriminator(model)})
+    out, used, file = tmp_path / "out", tmp_path / "used", tmp_path / "file"
+    (used / "G_ema").mkdir(parents=True)
+    file.write_text("text")
+    for folder, message in ((used, "is not empty (G_ema)"), (file, "is a file; give a folder")):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, load_official, path, folder)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in used.iterdir()] == ["G_ema"]
+    assert file.read_text() == "text"
+    run(monkeypatch, load_official, path, out)
+    assert [path.name for path in out.iterdir()] == ["D"]
+    assert "no generator" in capsys.readouterr().out
+
+
+def test_network_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    generator = official_format.generator(make_generator())
+    other = alter(official_format.generator(make_generator()), "mapping.fc0", activation="linear")
+    path = official_format.write_pickle(tmp_path / "a.pkl", {"G": generator, "G_ema": other})
+    with pytest.raises(ValueError, match=r"^G_ema of .*a\.pkl: mapping\.fc0 has activation 'linear'"):
+        load_official.convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_explains_itself(tmp_path, monkeypatch, capsys):
     path = official_format.write_pickle(
         tmp_path / "a.pkl", {"augment_pipe": official_format.Persistent("AugmentPipe"), "training_set_kwargs": {}}
     )
     monkeypatch.setattr("sys.argv", ["load_official", str(path), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
-        main()
+        load_official.main()
     assert stop.value.code == 2
     assert "holds no network: expected 'G_ema', 'G' or 'D', found augment_pipe" in capsys.readouterr().err
 
