@@ -138,14 +138,26 @@ def _mapping(network, tensors, official, ours):
     return depth, names | {f"{official}.w_avg": f"{ours}.w_mean"}
 
 
-def _common(network, depth):
+def _expect_shape(tensors, name, *shape):
+    """Refuse a tensor of another shape than the network's attributes give, before memory for them is asked for; None fits any size."""
+    found = tensors[name].shape
+    if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+        sides = ["any" if side is None else side for side in shape]
+        raise ValueError(f"{name} is {list(found)}; the network's own attributes give {sides}.")
+
+
+def _common(network, tensors, depth):
+    z_dim, w_dim, num_classes = (int(network.state[name]) for name in ("z_dim", "w_dim", "c_dim"))
+    _expect_shape(tensors, "mapping.fc0.weight", w_dim, z_dim + (w_dim if num_classes else 0))
+    if num_classes:
+        _expect_shape(tensors, "mapping.embed.weight", w_dim, num_classes)
     return {
         "resolution": int(network.state["img_resolution"]),
         "image_channels": int(network.state["img_channels"]),
-        "z_dim": int(network.state["z_dim"]),
-        "w_dim": int(network.state["w_dim"]),
+        "z_dim": z_dim,
+        "w_dim": w_dim,
         "mapping_depth": depth,
-        "num_classes": int(network.state["c_dim"]),
+        "num_classes": num_classes,
     }
 
 
@@ -167,8 +179,9 @@ def _generator2(network):
     tensors = _flatten(network)
     depth, names = _mapping(network, tensors, "mapping", "mapping_network")
     clamp = _clamp(network, "synthesis.b4.conv1")
+    _expect_shape(tensors, f"{blocks[-1]}.torgb.weight", int(network.state["img_channels"]), None, 1, 1)
     model = StyleGAN2Generator(
-        **_common(network, depth),
+        **_common(network, tensors, depth),
         architecture=_architecture(network, blocks),
         clamp=clamp,
         num_reduced_resolutions=_num_reduced(network, blocks),
@@ -247,10 +260,14 @@ def _generator3(network):
     depth, names = _mapping(network, tensors, "mapping", "mapping_network")
     given = {**synthesis.state.get("_init_kwargs", {})}
     given |= {name: synthesis.state[name] for name in SCHEDULE if name in synthesis.state}
-    first = _submodule(synthesis, synthesis.state["layer_names"][0])
-    clamp, decay = _clamp(synthesis, synthesis.state["layer_names"][0]), first.state.get("magnitude_ema_beta", 0.999)
+    layer_names = synthesis.state["layer_names"]
+    clamp = _clamp(synthesis, layer_names[0])
+    decay = _submodule(synthesis, layer_names[0]).state.get("magnitude_ema_beta", 0.999)
+    _expect_shape(tensors, f"synthesis.{layer_names[-1]}.weight", int(network.state["img_channels"]), None, 1, 1)
+    if len(layer_names) != int(given.get("num_layers", 14)) + 1:
+        raise ValueError(f"{len(layer_names)} layers do not fit num_layers {given.get('num_layers', 14)}.")
     model = StyleGAN3Generator(
-        **_common(network, depth),
+        **_common(network, tensors, depth),
         **{ours: type(default)(given.get(name, default)) for name, (ours, default) in SCHEDULE.items()},
         clamp=clamp,
         magnitude_decay=float(decay),
@@ -265,11 +282,7 @@ def _generator3(network):
     for kind in ("weight", "bias"):
         names[f"synthesis.input.affine.{kind}"] = f"synthesis_network.input.affine.{kind}"
     _expect_linear(network, tensors, "synthesis.input.affine")
-    if len(model.plans) != len(synthesis.state["layer_names"]):
-        raise ValueError(
-            f"{len(synthesis.state['layer_names'])} layers do not fit num_layers {given.get('num_layers', 14)}."
-        )
-    for i, name in enumerate(synthesis.state["layer_names"]):
+    for i, name in enumerate(layer_names):
         layer, ours = _submodule(synthesis, name), model.synthesis_network.layers[i]
         _expect(network, f"synthesis.{name}", conv_clamp=clamp, magnitude_ema_beta=decay)
         _expect_linear(network, tensors, f"synthesis.{name}.affine")
@@ -317,11 +330,16 @@ def _discriminator(network):
     num_channels[4] = tensors["b4.conv.weight"].shape[0]
     depth, names = _mapping(network, tensors, "mapping", "class_mapping") if num_classes else (8, {})
     clamp = _clamp(network, "b4.conv")
+    _expect_shape(tensors, f"b{resolution}.fromrgb.weight", None, int(network.state["img_channels"]), 1, 1)
+    num_maps = int(deviation["num_channels"])
+    _expect_shape(tensors, "b4.conv.weight", num_channels[4], num_channels[4] + num_maps, 3, 3)
+    if num_classes:
+        _expect_shape(tensors, "mapping.embed.weight", None, num_classes)
     model = StyleGANDiscriminator(
         resolution=resolution,
         image_channels=int(network.state["img_channels"]),
         group_size=None if deviation["group_size"] is None else int(deviation["group_size"]),
-        num_deviation_maps=int(deviation["num_channels"]),
+        num_deviation_maps=num_maps,
         num_classes=num_classes,
         class_mapping_depth=depth,
         class_mapping_width=tensors["b4.out.weight"].shape[0] if num_classes else None,

@@ -274,6 +274,36 @@ def test_alias_free_generator_with_a_layer_that_ours_does_not_compute(tmp_path, 
         generator_from_official(write(tmp_path, network))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((StyleGAN2Generator, name) for name in ("z_dim", "w_dim", "c_dim", "img_channels")),
+        *((StyleGAN3Generator, name) for name in ("z_dim", "w_dim", "c_dim", "img_channels")),
+        *((StyleGANDiscriminator, name) for name in ("c_dim", "img_channels")),
+    ],
+)
+def test_widths_that_no_tensor_has_ask_for_no_memory(tmp_path, kind, name):
+    if kind is StyleGANDiscriminator:
+        model = kind(16, channel_base=256, max_channels=16, num_classes=3)
+        network, read = official_format.discriminator(model), discriminator_from_official
+    else:
+        model = kind(resolution=16, **SMALL, mapping_depth=2, num_classes=3)
+        network, read = official_format.generator(model), generator_from_official
+    network.meta["state"][name] = 10**11
+    with pytest.raises(ValueError, match="the network's own attributes give"):
+        read(write(tmp_path, network))
+
+
+def test_maps_and_layers_that_no_tensor_has_ask_for_no_memory(tmp_path):
+    model = StyleGANDiscriminator(16, channel_base=256, max_channels=16)
+    network = alter(official_format.discriminator(model), "b4.mbstd", num_channels=10**11)
+    with pytest.raises(ValueError, match="the network's own attributes give"):
+        discriminator_from_official(write(tmp_path, network))
+    network = alter(official_format.generator(make_generator()), "synthesis", num_layers=10**11)
+    with pytest.raises(ValueError, match="15 layers do not fit num_layers 100000000000"):
+        generator_from_official(write(tmp_path, network))
+
+
 @pytest.mark.parametrize("path", ["synthesis.b8", "b8"])
 def test_half_precision_below_full_is_refused(tmp_path, path):
     if path == "b8":
