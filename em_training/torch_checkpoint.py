@@ -70,7 +70,7 @@ def refuse_other_kinds(path, head):
         )
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
         raise ValueError(
-            f"{path} is a safetensors file, not a pickled checkpoint: give the folder that it belongs to, with its config.json."
+            f"{path} is a safetensors file, not a torch checkpoint: give the folder that it belongs to, with its config.json."
         )
 
 
