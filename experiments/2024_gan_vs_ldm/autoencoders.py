@@ -67,11 +67,11 @@ COLUMNS = {
 
 def make_config(variant: Variant, arguments):
     """The run of a variant: the scale's preset with the variant's levels and codes."""
-    config = PRESETS[SCALES[arguments.scale].ldm_preset]()
+    config = PRESETS[SCALES[arguments.scale].ldm.preset]()
     num_levels = variant.factor.bit_length()
     channels = config.autoencoder.block_out_channels
     channels = (channels + channels[-1:] * num_levels)[:num_levels]
-    num_images = SCALES[arguments.scale].autoencoder_images
+    num_images = SCALES[arguments.scale].ldm.autoencoder_images
     autoencoder = replace(
         config.autoencoder, family=variant.family, num_codes=variant.num_codes, block_out_channels=channels,
         **({} if num_images is None else {"num_images": num_images}),
@@ -129,17 +129,17 @@ def describe(candidate, variant, source):
 
 def run_experiment(arguments) -> Path:
     """Train what is missing, judge all on the same tiles, write the result files; returns the path of the JSON."""
-    results = Results(arguments, "autoencoders", "Table 1: autoencoders", COLUMNS)
+    results = Results(arguments, "autoencoders", "Table 1: autoencoders", COLUMNS, ("ldm",))
     variants = {variant.name: variant for variant in VARIANTS[arguments.scale]}
     sources = {name: str(train(variant, arguments)) for name, variant in variants.items()}
     sources |= name_candidates(arguments.candidates) if arguments.candidates else {}
-    config = PRESETS[SCALES[arguments.scale].ldm_preset]()
+    config = PRESETS[SCALES[arguments.scale].ldm.preset]()
     selection = select_autoencoder(
         SelectionConfig(
             candidates=tuple(f"{name}={source}" for name, source in sources.items()),
             data=arguments.data,
             out=str(Path(arguments.runs) / f"autoencoders_{arguments.scale}"),
-            num_images=SCALES[arguments.scale].num_reconstructions,
+            num_images=SCALES[arguments.scale].ldm.num_reconstructions,
             tiles=replace(config.tiles, **choose_tiles(config.tiles, arguments)),
             extractor=arguments.extractor,
         )

@@ -61,7 +61,7 @@ def find_depth_2(architecture):
 
 def list_models(scale) -> tuple[Model, ...]:
     """The rows of the table; the LDM is the batch-size experiment's point with the preset's own batch."""
-    batch_size = ldm.PRESETS[SCALES[scale].ldm_preset]().denoiser.batch_size
+    batch_size = ldm.PRESETS[SCALES[scale].ldm.preset]().denoiser.batch_size
     point = ldm.Point(batch_size=batch_size)
     alias_free = [
         Model(name, architecture, "mapping_depth", depth_2, {"frechet_distance": depth_2.study_fid})

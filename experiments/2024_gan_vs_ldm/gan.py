@@ -9,8 +9,8 @@ difference, a table and a picture of it. It is written after every point; the sa
 another experiment of the same scale has trained alike is taken from there.
 
 `--scale study` is the study's: 256 x 256, up to 1200 kimg and 1024 feature maps, 50,000 images compared; each point takes hours on a GPU.
-`--scale small` trains the same comparisons at 64 x 64 on the embedded micrographs with 3 images a kimg and a 16th of the maps, on a CPU;
-mapping_depth, whose StyleGAN3 takes ten times as long, with 0.3 images a kimg and a 64th of the maps. Its distances are of other images by
+`--scale small` trains the same comparisons at 64 x 64 on the embedded micrographs with 10 images a kimg and a 16th of the maps, on a CPU;
+mapping_depth, whose StyleGAN3 takes ten times as long, with 3 images a kimg and a 64th of the maps. Its distances are of other images by
 another network than the study's: they tell our points from each other, and the difference to the study means nothing (`comparable` says
 so). Ours are to held-out micrographs; the study's FID was to images that it had trained on.
 
@@ -81,19 +81,19 @@ CHANNEL_BASE_PER_MAP = 32  # at 256 px: 1024 maps up to 32 x 32, halving from th
 
 def make_config(point: Point, arguments) -> StyleGANConfig:
     """The training of a point; points of an experiment that differ in kimg alone share a folder, where each goes on from the one before."""
-    scale = SCALES[arguments.scale]
+    scale = SCALES[arguments.scale].gan
     is_slow = arguments.experiment in SLOW
     images_per_kimg = scale.slow_images_per_kimg if is_slow else scale.images_per_kimg
-    config = PRESETS[scale.gan_preset]()
-    if point.architecture != "stylegan2" and scale.gan_preset == "paper":
+    config = PRESETS[scale.preset]()
+    if point.architecture != "stylegan2" and scale.preset == "paper":
         config = PRESETS[point.architecture]()
     share = scale.slow_channel_share if is_slow else scale.channel_share
     channels = max(8, round(point.max_channels * share))
     if point.architecture == "stylegan3-r":
         channels *= 2  # the architecture's own share (Karras et al. 2021, section 3.2)
-    base = max(32768, CHANNEL_BASE_PER_MAP * channels) if scale.gan_preset == "paper" else 16 * channels
+    base = max(32768, CHANNEL_BASE_PER_MAP * channels) if scale.preset == "paper" else 16 * channels
     name = f"{point.architecture}-depth{point.mapping_depth}-maps{point.max_channels}"
-    batch_size = config.training.batch_size // (2 if is_slow and scale.gan_preset == "demo" else 1)  # more steps
+    batch_size = config.training.batch_size // (2 if is_slow and scale.preset == "demo" else 1)  # more steps
     num_images = max(2 * batch_size, round(point.kimg * images_per_kimg))
     training = replace(config.training, num_images=num_images, batch_size=batch_size)
     if point.architecture != "stylegan2":
@@ -134,10 +134,15 @@ def count_images_seen(config) -> int:
     return -(-config.training.num_images // batch_size) * batch_size
 
 
+def open_results(arguments, experiment) -> Results:
+    """The result file of an experiment of this module."""
+    return Results(arguments, experiment, TITLES[experiment], COLUMNS, ("gan",))
+
+
 def find_elsewhere(settings, num_images, arguments) -> dict | None:
     """The point of the same settings and images seen in another experiment's result file, or None."""
     for experiment in EXPERIMENTS:
-        results = Results(arguments, experiment, TITLES[experiment])
+        results = open_results(arguments, experiment)
         point = results.find(settings)
         if experiment != arguments.experiment and point is not None and point["num_images_seen"] == num_images:
             return {**point, "from": experiment}
@@ -146,7 +151,7 @@ def find_elsewhere(settings, num_images, arguments) -> dict | None:
 
 def run_experiment(arguments) -> Path:
     """Train and measure every point that the result file lacks; returns its path."""
-    results = Results(arguments, arguments.experiment, TITLES[arguments.experiment], COLUMNS)
+    results = open_results(arguments, arguments.experiment)
     results.notes = [say_steps(arguments)]
     reference = None
     for point in EXPERIMENTS[arguments.experiment]:

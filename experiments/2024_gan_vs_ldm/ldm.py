@@ -68,9 +68,9 @@ NUM_MOMENTS = 4  # of a training, at which its curves have a point
 def make_config(point: Point, arguments) -> LDMConfig:
     """The training of a point: the scale's preset on a finished autoencoder, without the grain, which the study did not add."""
     scale = SCALES[arguments.scale]
-    config = PRESETS[scale.ldm_preset]()
+    config = PRESETS[scale.ldm.preset]()
     denoiser = config.denoiser
-    num_images = scale.denoiser_images or denoiser.num_images
+    num_images = scale.ldm.denoiser_images or denoiser.num_images
     every = max(1, num_images // NUM_MOMENTS)
     denoiser = replace(
         denoiser,
@@ -79,7 +79,7 @@ def make_config(point: Point, arguments) -> LDMConfig:
         log_every=min(denoiser.log_every, every),
         validate_every=every,
         evaluate_every=every,
-        num_evaluation_images=min(scale.num_images, scale.num_curve_images),
+        num_evaluation_images=min(scale.num_images, scale.ldm.num_curve_images),
     )
     if point.num_levels is not None:
         multipliers = MULTIPLIERS[: point.num_levels]
@@ -145,7 +145,7 @@ def read_curves(run) -> dict:
 
 def run_experiment(arguments) -> Path:
     """Train and measure every point that the result file lacks; returns its path."""
-    results = Results(arguments, arguments.experiment, TITLES[arguments.experiment], COLUMNS)
+    results = Results(arguments, arguments.experiment, TITLES[arguments.experiment], COLUMNS, ("ldm",))
     reference = None
     for point in EXPERIMENTS[arguments.experiment]:
         settings = {name: value for name, value in asdict(point).items() if value is not None}

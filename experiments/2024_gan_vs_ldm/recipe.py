@@ -24,28 +24,44 @@ from em_training import write_text_atomically
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much of the study a scale trains and measures; presets decide the rest."""
+class GANScale:
+    """How much of the study's StyleGAN experiments a scale trains; the preset decides the rest."""
 
-    gan_preset: str
-    ldm_preset: str
-    resolution: int
-    images_per_kimg: float  # images of a GAN's training for each thousand of the study's
+    preset: str
+    images_per_kimg: float  # images of training for each thousand of the study's
     channel_share: float  # of the study's feature maps
     slow_images_per_kimg: float  # the same two for the experiment that has StyleGAN3's points, which take far longer
     slow_channel_share: float
-    num_images: int  # compared with as many held-out tiles
+
+
+@dataclass(frozen=True)
+class LDMScale:
+    """How much of the study's LDM experiments a scale trains; the preset decides the rest."""
+
+    preset: str
     num_reconstructions: int  # tiles of Table 1
     autoencoder_images: int | None  # of an autoencoder's training; None for the preset's
     denoiser_images: int | None  # of a denoiser's
     num_curve_images: int  # compared while a denoiser trains
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How much of the study a scale trains and measures."""
+
+    resolution: int
+    num_images: int  # compared with as many held-out tiles
+    gan: GANScale
+    ldm: LDMScale
+
+
 SCALES = {
-    "study": Scale("paper", "paper", 256, 1000, 1, 1000, 1, 50_000, 1000, None, None, 2000),
-    "small": Scale("demo", "demo", 64, 3, 1 / 16, 0.3, 1 / 64, 300, 300, 800, 2_400, 100),
-    "test": Scale("test", "test", 32, 0, 1 / 64, 0, 1 / 64, 8, 8, 16, 16, 8),  # two steps each: that everything runs
+    "study": Scale(256, 50_000, GANScale("paper", 1000, 1, 1000, 1), LDMScale("paper", 1000, None, None, 2000)),
+    "small": Scale(64, 300, GANScale("demo", 10, 1 / 16, 3, 1 / 64), LDMScale("demo", 300, 800, 2_400, 100)),
+    # two steps each: that everything runs
+    "test": Scale(32, 8, GANScale("test", 0, 1 / 64, 0, 1 / 64), LDMScale("test", 8, 16, 16, 8)),
 }
+FAMILIES = ("gan", "ldm")
 CAVEATS = (
     "Intervals hold the scatter of images, not that of trainings: each point is one training.",
     "The study's numbers are of other images (256 px, Inception features): ours tell our points from each other only.",
@@ -99,16 +115,18 @@ class Results:
     """The result file of an experiment, which goes on where it was stopped.
 
     title: first line of the table. columns: {key of a point: (heading, format)} for the table, after study, ours and difference.
+    families: those that the experiment trains, whose sizes must be equal to go on.
     Raises `ValueError` when the file is of another experiment, of other sizes, data or extractor.
     """
 
-    def __init__(self, arguments, experiment, title, columns=None):
+    def __init__(self, arguments, experiment, title, columns=None, families=FAMILIES):
         self.path = Path(arguments.results) / f"{experiment}_{arguments.scale}.json"
         self.title, self.columns = title, columns or {}
+        sizes = asdict(SCALES[arguments.scale])
         self.facts = {
             "experiment": experiment,
             "scale": arguments.scale,
-            "sizes": asdict(SCALES[arguments.scale]),
+            "sizes": {name: size for name, size in sizes.items() if name not in FAMILIES or name in families},
             "data": name_data(arguments.data),
             "extractor": arguments.extractor,
         }
