@@ -47,7 +47,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str | None = None,
-        class_labels: torch.Tensor | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -59,7 +59,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
             `truncation_cutoff` layers (all when None).
         noise_mode: "random" (drawn from `generator`, after z), "const" (the stored noise maps, the same in every image) or "none";
             None for "random", as in training, and "const" for given `latents`, where fresh noise would flicker from one to the next.
-        class_labels: integers [B] for a conditional generator.
+        class_labels: integers [B], one for all, or rows [B, classes] that weigh them, for a conditional generator.
         latents: w [B, num_ws, w_dim] or [B, w_dim] as "latent" gives them, instead of drawing z; `batch_size` and truncation
             then have no say.
         output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32 [B, 1, H, W] in [0, 1]) or "latent"
