@@ -31,13 +31,19 @@ def build_interface(ldms, stylegans, out):
     ldms, stylegans: lists of `DemoModel` to choose from, one of the two may be empty. out: a folder for pictures and downloads.
     """
     gr = import_gradio()
-    with gr.Blocks(title="EM Synthesis", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(
+        title="EM Synthesis", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
         gr.Markdown("# EM Synthesis\nImages that models have drawn, none of a real specimen.")
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
             num_images = gr.Slider(1, demo.MAX_IMAGES, 4, step=1, label="Images")
-            frames = gr.Slider(2, demo.MAX_FRAMES // demo.NUM_KEYS, 8, step=1, label="Frames of a walk, per image")
-            format = gr.Radio(list(demo.FORMATS), value="8-bit PNG", label="Download as", elem_id="format")
+            frames = gr.Slider(
+                2, demo.MAX_FRAMES // demo.NUM_KEYS, 8, step=1, label="Frames of a walk, per image"
+            )
+            format = gr.Radio(
+                list(demo.FORMATS), value="8-bit PNG", label="Download as", elem_id="format"
+            )
         compare = gr.Button("Compare: both of this seed", variant="primary", elem_id="compare")
         shared = (seed, num_images, frames, format)
         with gr.Row():
@@ -57,20 +63,32 @@ def _add_ldm(gr, models, shared, out):
     by_source = {model.source: model for model in models}
     with gr.Column():
         choice = gr.Dropdown(list(by_source), value=models[0].source, label="LDM")
-        sampler = gr.Dropdown(models[0].list_samplers(), value=demo.SAVED_SAMPLER, label="Sampler", elem_id="sampler")
+        sampler = gr.Dropdown(
+            models[0].list_samplers(), value=demo.SAVED_SAMPLER, label="Sampler", elem_id="sampler"
+        )
         steps = gr.Slider(
-            1, max(demo.MAX_STEPS, *(each.num_steps for each in models)), models[0].num_steps, step=1, label="Steps"
+            1,
+            max(demo.MAX_STEPS, *(each.num_steps for each in models)),
+            models[0].num_steps,
+            step=1,
+            label="Steps",
         )
 
         def adapt(source):
             model = by_source[source]
-            return gr.Dropdown(model.list_samplers(), value=demo.SAVED_SAMPLER), gr.Slider(value=model.num_steps)
+            return gr.Dropdown(model.list_samplers(), value=demo.SAVED_SAMPLER), gr.Slider(
+                value=model.num_steps
+            )
 
         def draw(seed, num_images, source, sampler, steps, progress):
-            return demo.draw_ldm_images(by_source[source], int(seed), int(num_images), sampler, int(steps), progress)
+            return demo.draw_ldm_images(
+                by_source[source], int(seed), int(num_images), sampler, int(steps), progress
+            )
 
         def walk(seed, frames, source, sampler, steps, progress):
-            return demo.walk_ldm(by_source[source], int(seed), int(frames), sampler, int(steps), progress)
+            return demo.walk_ldm(
+                by_source[source], int(seed), int(frames), sampler, int(steps), progress
+            )
 
         choice.change(adapt, choice, [sampler, steps])
         return _add_results(gr, "ldm", draw, walk, [choice, sampler, steps], shared, out)
@@ -82,17 +100,25 @@ def _add_stylegan(gr, models, shared, out):
         choice = gr.Dropdown(list(by_source), value=models[0].source, label="StyleGAN")
         psi = gr.Slider(0, 1.5, 1, step=0.05, label="Truncation (1: the whole distribution)")
         with gr.Row():
-            mix_seed = gr.Textbox("", label="Seed of a second style (empty: none)", elem_id="mix-seed")
-            mix_layers = gr.Radio(list(demo.MIX_LAYERS), value="coarse", label="Layers that take it")
+            mix_seed = gr.Textbox(
+                "", label="Seed of a second style (empty: none)", elem_id="mix-seed"
+            )
+            mix_layers = gr.Radio(
+                list(demo.MIX_LAYERS), value="coarse", label="Layers that take it"
+            )
 
         def draw(seed, num_images, source, psi, mix_seed, mix_layers, progress):
             second = demo.read_optional_seed(mix_seed)
-            return demo.draw_stylegan_images(by_source[source], int(seed), int(num_images), psi, second, mix_layers)
+            return demo.draw_stylegan_images(
+                by_source[source], int(seed), int(num_images), psi, second, mix_layers
+            )
 
         def walk(seed, frames, source, psi, mix_seed, mix_layers, progress):
             return demo.walk_stylegan(by_source[source], int(seed), int(frames), psi, progress)
 
-        return _add_results(gr, "stylegan", draw, walk, [choice, psi, mix_seed, mix_layers], shared, out)
+        return _add_results(
+            gr, "stylegan", draw, walk, [choice, psi, mix_seed, mix_layers], shared, out
+        )
 
 
 def _add_results(gr, name, draw, walk, settings, shared, out):
@@ -112,7 +138,11 @@ def _add_results(gr, name, draw, walk, settings, shared, out):
     caption = gr.Markdown(elem_id=f"{name}-caption")
     download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}-download")
     film = gr.Image(
-        label="Walk (GIF)", type="filepath", elem_classes="picture", elem_id=f"{name}-film", buttons=BUTTONS
+        label="Walk (GIF)",
+        type="filepath",
+        elem_classes="picture",
+        elem_id=f"{name}-film",
+        buttons=BUTTONS,
     )
     drawn = gr.State()
 
@@ -120,7 +150,9 @@ def _add_results(gr, name, draw, walk, settings, shared, out):
         if drawing is None:
             return gr.DownloadButton(interactive=False)
         folder = demo.make_result_folder(out, time.time_ns(), name, "download")
-        return gr.DownloadButton(value=str(demo.save_download(drawing, folder, format)), interactive=True)
+        return gr.DownloadButton(
+            value=str(demo.save_download(drawing, folder, format)), interactive=True
+        )
 
     def show(seed, num_images, format, *values, progress=gr.Progress()):  # noqa: B008 (gradio finds it there)
         with _errors(gr):
@@ -129,7 +161,12 @@ def _add_results(gr, name, draw, walk, settings, shared, out):
             seconds = time.monotonic() - began
             path = demo.make_result_folder(out, time.time_ns(), name) / "images.png"
             demo.save_grid_with_scale_bar(drawing, path)
-            return str(path), f"{drawing.describe()}; {seconds:.1f} s", drawing, offer(drawing, format)
+            return (
+                str(path),
+                f"{drawing.describe()}; {seconds:.1f} s",
+                drawing,
+                offer(drawing, format),
+            )
 
     def show_walk(seed, frames, *values, progress=gr.Progress()):  # noqa: B008
         with _errors(gr):
@@ -158,7 +195,9 @@ class _errors:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for family in ("ldm", "stylegan"):
         variable = f"EM_{family.upper()}"
         given = os.environ.get(variable, "").split()

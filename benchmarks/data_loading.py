@@ -35,7 +35,9 @@ def read_png_batch(tiles, paths, view_ids):
     for tile, symmetry in zip(*tiles.locate(view_ids)):
         with PIL.Image.open(paths[tile]) as image:
             pixels = apply_symmetry(np.array(image), tiles.symmetries[symmetry])
-        images.append(torch.from_numpy(np.ascontiguousarray(pixels))[None].float().div(127.5).sub(1))
+        images.append(
+            torch.from_numpy(np.ascontiguousarray(pixels))[None].float().div(127.5).sub(1)
+        )
     return torch.stack(images)
 
 
@@ -56,20 +58,30 @@ def measure(data, paths, num_rounds=7):
 
     difference = (next(loader) - read_pngs(0)).abs().max().item()
     assert difference < 1e-6, f"the two sides differ by {difference}"
-    rates = [(time_batches(lambda i: next(loader), 20), time_batches(read_pngs, 4)) for _ in range(num_rounds)]
+    rates = [
+        (time_batches(lambda i: next(loader), 20), time_batches(read_pngs, 4))
+        for _ in range(num_rounds)
+    ]
     return [max(each) for each in zip(*rates)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="synthetic", help="folder of 8-bit micrographs, or 'synthetic'")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="synthetic", help="folder of 8-bit micrographs, or 'synthetic'"
+    )
     parser.add_argument("--resolution", type=int, default=256, help="side of a tile in pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         num = 8 if arguments.data == "synthetic" else None
         config = DataConfig(
-            resolution=arguments.resolution, num_micrographs=num, micrograph_size=1024, cache_dir=folder
+            resolution=arguments.resolution,
+            num_micrographs=num,
+            micrograph_size=1024,
+            cache_dir=folder,
         )
         start = time.perf_counter()
         data = load_data(arguments.data, config, log=lambda line: None)
@@ -85,14 +97,36 @@ def main():
         "num_threads": 1,
         "data": data.summary["name"],
     }
-    rate = {"ours": round(ours, 1), "baseline": round(baseline, 1), "ratio": round(ours / baseline, 2)}
-    print(json.dumps({"name": "tiles per second", **rate, "baseline_is": "PNG tiles decoded one by one", **facts}))
+    rate = {
+        "ours": round(ours, 1),
+        "baseline": round(baseline, 1),
+        "ratio": round(ours / baseline, 2),
+    }
+    print(
+        json.dumps(
+            {
+                "name": "tiles per second",
+                **rate,
+                "baseline_is": "PNG tiles decoded one by one",
+                **facts,
+            }
+        )
+    )
     starts = {
         "ours": round(second_start, 4),
         "baseline": round(first_start, 4),
         "ratio": round(first_start / second_start, 1),
     }
-    print(json.dumps({"name": "seconds to start", **starts, "baseline_is": "first start, which cuts", **facts}))
+    print(
+        json.dumps(
+            {
+                "name": "seconds to start",
+                **starts,
+                "baseline_is": "first start, which cuts",
+                **facts,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ from em_evaluation.statistics import compute_features
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-tiles", type=int, default=2000, help="tiles that both loops read")
     parser.add_argument("--dimensions", type=int, default=2048, help="of the statistics")
     parser.add_argument("--batch-size", type=int, default=50)
@@ -40,7 +42,10 @@ def main():
     if arguments.num_tiles < 8 or arguments.dimensions < 8:
         parser.error("--num-tiles and --dimensions must be at least 8")
     torch.set_num_threads(arguments.threads)
-    facts = {"num_threads": arguments.threads, "clock": "CPU time" if arguments.threads == 1 else "wall time"}
+    facts = {
+        "num_threads": arguments.threads,
+        "clock": "CPU time" if arguments.threads == 1 else "wall time",
+    }
     facts |= {"torch": torch.__version__, "scipy": scipy.__version__}
     print(json.dumps(time_distance(arguments.dimensions) | facts), flush=True)
     print(json.dumps(time_features(arguments.num_tiles, arguments.batch_size) | facts), flush=True)
@@ -56,7 +61,9 @@ def time_distance(dimensions, seed=0) -> dict:
         return rows.mean(0), np.cov(rows, rowvar=False)
 
     (mean_a, covariance_a), (mean_b, covariance_b) = statistics(1.0), statistics(1.2)
-    ours, fast_seconds = _time(lambda: frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b))
+    ours, fast_seconds = _time(
+        lambda: frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
+    )
 
     def plain():
         root = linalg.sqrtm(covariance_a @ covariance_b).real
@@ -85,7 +92,9 @@ def time_features(num_tiles, batch_size) -> dict:
         images = read_image_folder(Path(folder) / "tiles")
         run_plain(plain_network, files[:2], batch_size)  # warm up both
         compute_features(images.batch(0, 2), extractor, use_cache=False)
-        fast, fast_seconds = _time(lambda: compute_features(images, extractor, batch_size=batch_size, use_cache=False))
+        fast, fast_seconds = _time(
+            lambda: compute_features(images, extractor, batch_size=batch_size, use_cache=False)
+        )
         plain, plain_seconds = _time(lambda: run_plain(plain_network, files, batch_size))
     distances = [frechet_distance(features[:half], features[half:]) for features in (fast, plain)]
     return {
@@ -120,7 +129,9 @@ def make_weights(folder):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, of slow initialisation
-        state = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+        state = inception_v3(
+            weights=None, num_classes=1008, aux_logits=False, init_weights=False
+        ).state_dict()
     path = folder / "weights.pth"
     torch.save(state, path)
     network = load_pytorch_inception(path)
@@ -128,11 +139,16 @@ def make_weights(folder):
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        network.train()(torch.nn.functional.interpolate(torch.rand(8, 1, 24, 24), 299).expand(-1, 3, -1, -1))
+        network.train()(
+            torch.nn.functional.interpolate(torch.rand(8, 1, 24, 24), 299).expand(-1, 3, -1, -1)
+        )
     blocks = network.state_dict()  # the same tensors in the order of the network's own names
     names = [name for name in state if not name.startswith("fc.")]
     taken = dict(zip(names, (blocks[name] for name in blocks)))
-    torch.save(state | {name: value for name, value in taken.items() if value.shape == state[name].shape}, path)
+    torch.save(
+        state | {name: value for name, value in taken.items() if value.shape == state[name].shape},
+        path,
+    )
     return path
 
 
@@ -155,7 +171,9 @@ def run_plain(network, paths, batch_size):
     features = []
     with torch.no_grad():
         for batch in loader:
-            batch = torch.nn.functional.interpolate(batch, size=(299, 299), mode="bilinear", align_corners=False)
+            batch = torch.nn.functional.interpolate(
+                batch, size=(299, 299), mode="bilinear", align_corners=False
+            )
             features.append(network(batch)[0].squeeze(3).squeeze(2).numpy())
     return np.concatenate(features)
 

@@ -48,7 +48,9 @@ R1_EVERY, PATH_LENGTH_EVERY = 16, 8
 def prepare(arguments, resolution, folder):
     """The configuration and its tiles."""
     channel_base = arguments.channel_base or 16 * resolution
-    tiles = DataConfig(resolution=resolution, num_micrographs=4, micrograph_size=2 * resolution, cache_dir=folder)
+    tiles = DataConfig(
+        resolution=resolution, num_micrographs=4, micrograph_size=2 * resolution, cache_dir=folder
+    )
     batch_size = arguments.batch_size or max(4, 1024 // resolution)
     preset = demo()
     num_images = batch_size * (4 * (arguments.rounds + 1) + 2)  # the loop never comes to its end
@@ -66,8 +68,12 @@ def prepare(arguments, resolution, folder):
     )
     config = StyleGANConfig(
         tiles=tiles,
-        generator=GeneratorConfig(z_dim=64, w_dim=64, channel_base=channel_base, max_channels=arguments.max_channels),
-        discriminator=DiscriminatorConfig(channel_base=channel_base, max_channels=arguments.max_channels),
+        generator=GeneratorConfig(
+            z_dim=64, w_dim=64, channel_base=channel_base, max_channels=arguments.max_channels
+        ),
+        discriminator=DiscriminatorConfig(
+            channel_base=channel_base, max_channels=arguments.max_channels
+        ),
         training=training,
     )
     return config, load_data("synthetic", tiles, log=lambda line: None).train
@@ -96,7 +102,10 @@ def compare(model, discriminator, plain, images, config) -> dict:
         for name, (loss, weights) in targets.items():
             gradients = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
             values[name] = [loss, *(torch.zeros(()) if g is None else g for g in gradients)]
-        return {name: torch.cat([value.detach().flatten() for value in parts]) for name, parts in values.items()}
+        return {
+            name: torch.cat([value.detach().flatten() for value in parts])
+            for name, parts in values.items()
+        }
 
     def our_r1():
         inputs = images.clone().requires_grad_()
@@ -142,7 +151,9 @@ def measure(config, tiles, accelerator, arguments, folder):
     clock = make_clock(arguments.clock, accelerator.device)
     baseline = TextbookProcess(model, discriminator, images, config, arguments)
     ours = LoopInSteps(
-        lambda: loop.train_stylegan(config, tiles, accelerator=accelerator, out_dir=folder), arguments.threads, loop
+        lambda: loop.train_stylegan(config, tiles, accelerator=accelerator, out_dir=folder),
+        arguments.threads,
+        loop,
     )
     rounds = []
     for number in range(-1, arguments.rounds):  # the first warms up
@@ -205,7 +216,10 @@ def summarise(differences, rounds, facts):
         for r in rounds
     ]  # fmt: skip
     plain = [
-        r["textbook main"] + r["textbook r1"] / R1_EVERY + r["textbook path length"] / PATH_LENGTH_EVERY for r in rounds
+        r["textbook main"]
+        + r["textbook r1"] / R1_EVERY
+        + r["textbook path length"] / PATH_LENGTH_EVERY
+        for r in rounds
     ]
     ratios = [b / a for a, b in zip(ours, plain)]
     return {
@@ -215,25 +229,40 @@ def summarise(differences, rounds, facts):
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "baseline_is": "grouped convolution a sample, explicit zeros and padding, filters apart, float32, eager",
-        "seconds": {name: round(statistics.median(r[name] for r in rounds), 4) for name in rounds[0]},
-        "relative_differences": {name: float(f"{value:.2e}") for name, value in differences.items()},
+        "seconds": {
+            name: round(statistics.median(r[name] for r in rounds), 4) for name in rounds[0]
+        },
+        "relative_differences": {
+            name: float(f"{value:.2e}") for name, value in differences.items()
+        },
         **facts,
     }
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 256], help="sides of the image in pixels")
-    parser.add_argument("--channel-base", type=int, default=0, help="feature maps at side r are this / r; 0: 16 r")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--resolutions", type=int, nargs="+", default=[64, 256], help="sides of the image in pixels"
+    )
+    parser.add_argument(
+        "--channel-base", type=int, default=0, help="feature maps at side r are this / r; 0: 16 r"
+    )
     parser.add_argument("--max-channels", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=0, help="0: 16 at 64 pixels, 4 at 256")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument(
-        "--precision", default="auto", help="of ours: auto (bf16 where the hardware has it), bf16 or no"
+        "--precision",
+        default="auto",
+        help="of ours: auto (bf16 where the hardware has it), bf16 or no",
     )
     parser.add_argument("--rounds", type=int, default=5, help="that are timed")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="cpu", help="cpu: processor seconds, for a busy machine"
+        "--clock",
+        choices=("wall", "cpu"),
+        default="cpu",
+        help="cpu: processor seconds, for a busy machine",
     )
     return parser.parse_args(argv)
 
@@ -245,7 +274,9 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             config, tiles = prepare(arguments, resolution, folder)
             accelerator = create_accelerator(folder, arguments.precision)
-            differences, rounds = measure(config, tiles, accelerator, arguments, Path(folder) / "run")
+            differences, rounds = measure(
+                config, tiles, accelerator, arguments, Path(folder) / "run"
+            )
         facts = {
             "resolution": resolution,
             "channel_base": config.generator.channel_base,

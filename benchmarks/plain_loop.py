@@ -19,12 +19,25 @@ class PlainLoop:
     """
 
     def __init__(
-        self, unet, vqvae, scheduler, tiles, paths, *, batch_size, learning_rate, latents_mean, latents_std, generator
+        self,
+        unet,
+        vqvae,
+        scheduler,
+        tiles,
+        paths,
+        *,
+        batch_size,
+        learning_rate,
+        latents_mean,
+        latents_std,
+        generator,
     ):
         self.device = next(vqvae.parameters()).device
         self.unet, self.vqvae, self.scheduler = unet.to(self.device), vqvae.eval(), scheduler
         self.tiles, self.paths, self.batch_size = tiles, paths, batch_size
-        self.mean, self.std = (as_channels(value, self.device) for value in (latents_mean, latents_std))
+        self.mean, self.std = (
+            as_channels(value, self.device) for value in (latents_mean, latents_std)
+        )
         self.optimizer = torch.optim.Adam(unet.parameters(), lr=learning_rate)
         self.generator = generator
         self.order = torch.empty(0, dtype=torch.int64)
@@ -38,7 +51,9 @@ class PlainLoop:
         lap("encode")
         noise = torch.randn(latents.shape, generator=self.generator).to(self.device)
         num_timesteps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(num_timesteps, (len(images),), generator=self.generator).to(self.device)
+        timesteps = torch.randint(num_timesteps, (len(images),), generator=self.generator).to(
+            self.device
+        )
         loss = self.compute_loss(latents, noise, timesteps)
         loss.backward()
         lap("forward and backward")

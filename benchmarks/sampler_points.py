@@ -8,7 +8,12 @@ import torch
 
 from em_data import load_data, to_uint8
 from em_evaluation import get_extractor
-from em_evaluation.distances import Interval, bootstrap_interval, difference_interval, frechet_influence
+from em_evaluation.distances import (
+    Interval,
+    bootstrap_interval,
+    difference_interval,
+    frechet_influence,
+)
 from em_evaluation.images import ImageSet, read_images
 from em_evaluation.statistics import compute_features
 from em_hub.evaluation import EvaluationConfig, find_data, name_models, refuse_other_splits
@@ -39,10 +44,14 @@ class Reference:
         return difference_interval(first, second, groups_reference=self.groups, paired=True)
 
 
-def load_reference(model: str, num_images: int, *, data=None, tiles=(), seed=0, device="cpu", log=print) -> Reference:
+def load_reference(
+    model: str, num_images: int, *, data=None, tiles=(), seed=0, device="cpu", log=print
+) -> Reference:
     """Read the held-out tiles that `model` is judged by, at most `num_images`; errors as in evaluate.py."""
     models = name_models((model,))
-    source, tiling = find_data(EvaluationConfig(models=(model,), data=data, tiles=tuple(tiles)), models)
+    source, tiling = find_data(
+        EvaluationConfig(models=(model,), data=data, tiles=tuple(tiles)), models
+    )
     loaded = load_data(source, tiling, log=log)
     refuse_other_splits(models, loaded.summary)
     num_images = min(num_images, loaded.held_out.num_views)
@@ -69,7 +78,9 @@ def sample_levels(sampling, num_images: int, clock=None) -> tuple[np.ndarray, fl
 def choose_clock(device):
     """The clock for one thread of a CPU that others use, too: seconds of computing, which are those on a quiet machine."""
     return (
-        time.process_time if torch.device(device).type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        time.process_time
+        if torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
     )
 
 

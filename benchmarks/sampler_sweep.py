@@ -22,14 +22,30 @@ import torch
 import tyro
 from sampler_points import is_as_good, load_reference, sample_levels
 
-from em_diffusion.samplers import SAMPLERS, create_sampler, is_flow, list_samplers, store_default_sampler
+from em_diffusion.samplers import (
+    SAMPLERS,
+    create_sampler,
+    is_flow,
+    list_samplers,
+    store_default_sampler,
+)
 from em_hub.generation import GenerationConfig, create_sampling, hash_weights
 from em_hub.loading import find_pipeline_folder, load_pipeline
 from em_training import create_process_state, default_precision, write_text_atomically
 from em_training.cli import run_command
 
 NUM_REFERENCE_STEPS = 200
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#882255")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#999999",
+    "#882255",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,9 @@ def sweep(config: SweepConfig) -> dict:
     precision = default_precision() if config.precision == "auto" else config.precision
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     pipeline = load_pipeline(config.model, device=state.device, dtype=dtype)
-    reference = load_reference(config.model, config.num_images, data=config.data, seed=config.seed, device=state.device)
+    reference = load_reference(
+        config.model, config.num_images, data=config.data, seed=config.seed, device=state.device
+    )
     saved = pipeline.scheduler
     first = ("flow-euler" if is_flow(saved) else "ddim", NUM_REFERENCE_STEPS)
     key = [hash_weights(config.model), config.seed, reference.num_images, precision]
@@ -84,11 +102,17 @@ def sweep(config: SweepConfig) -> dict:
 
     points, baseline = [], None
     for name, num_steps in [first, *list_points(config, saved, first)]:
-        images, seconds = measure(pipeline, saved, name, num_steps, config, reference.num_images, out, key)
+        images, seconds = measure(
+            pipeline, saved, name, num_steps, config, reference.num_images, out, key
+        )
         distance = reference.measure(images)
         interval = reference.interval(distance)
         if baseline is None:
-            baseline, baseline_interval, baseline_rate = distance, interval, reference.num_images / seconds
+            baseline, baseline_interval, baseline_rate = (
+                distance,
+                interval,
+                reference.num_images / seconds,
+            )
         difference = reference.difference(distance, baseline)
         rate = reference.num_images / seconds
         point = {
@@ -162,11 +186,17 @@ def measure(pipeline, saved, name, num_steps, config: SweepConfig, num_images: i
             if str(stored["key"]) == key:
                 return stored["images"], float(stored["seconds"])
     settings = GenerationConfig(
-        model=config.model, out="", seed=config.seed, batch_size=config.batch_size, num_inference_steps=num_steps
+        model=config.model,
+        out="",
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_inference_steps=num_steps,
     )
     sampling = create_sampling(pipeline, "ldm", settings)
     if not (out / "points").exists():
-        sample_levels(sampling, min(num_images, config.batch_size))  # the first batch pays for what comes once
+        sample_levels(
+            sampling, min(num_images, config.batch_size)
+        )  # the first batch pays for what comes once
     images, seconds = sample_levels(sampling, num_images)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
@@ -203,17 +233,35 @@ def draw(result: dict, path: Path) -> None:
         axes.axhspan(band["low"], band["high"], color="#bbbbbb", alpha=0.4, linewidth=0)
         axes.axhline(band["value"], color="#777777", linewidth=1)
         for name, colour in zip(names, COLOURS):
-            points = sorted((p for p in result["points"] if p["sampler"] == name), key=lambda p: p[quantity])
+            points = sorted(
+                (p for p in result["points"] if p["sampler"] == name), key=lambda p: p[quantity]
+            )
             values = [p["frechet_distance"] for p in points]
-            reach = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
+            reach = [
+                [v["value"] - v["low"] for v in values],
+                [v["high"] - v["value"] for v in values],
+            ]
             x, y = [p[quantity] for p in points], [v["value"] for v in values]
             axes.errorbar(
-                x, y, yerr=reach, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name
+                x,
+                y,
+                yerr=reach,
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=1.2,
+                capsize=2,
+                label=name,
             )
             for p, v in zip(points, values):
                 if all(p[key] == chosen[key] for key in chosen):
                     axes.plot(
-                        p[quantity], v["value"], "o", markersize=13, markerfacecolor="none", markeredgecolor="black"
+                        p[quantity],
+                        v["value"],
+                        "o",
+                        markersize=13,
+                        markerfacecolor="none",
+                        markeredgecolor="black",
                     )
         axes.set_xscale("log")
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):

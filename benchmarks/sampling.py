@@ -36,9 +36,7 @@ from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "diffusers LDMPipeline, DDIM with 200 steps, float32"
-GPU_COMMAND = (
-    "accelerate launch generate.py --model RUN_OF_PRESET_paper --num-images 50000 --format arrow --compile --out images"
-)
+GPU_COMMAND = "accelerate launch generate.py --model RUN_OF_PRESET_paper --num-images 50000 --format arrow --compile --out images"
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,12 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
     ours, theirs, seconds = run_by_turns(sampling, baseline, config, reference.num_images)
     clock = "CPU time, one thread" if state.device.type == "cpu" else "wall time"
     rate = reference.num_images / seconds.sum(axis=0)
-    report("images per second", *rate, clock=clock, ratio_by_batch=[round(b / a, 1) for a, b in seconds])
+    report(
+        "images per second",
+        *rate,
+        clock=clock,
+        ratio_by_batch=[round(b / a, 1) for a, b in seconds],
+    )
 
     distances = [reference.measure(images) for images in (ours, theirs)]
     intervals = [reference.interval(distance) for distance in distances]
@@ -103,7 +106,9 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
         distances[0].value,
         distances[1].value,
         intervals=[[round(i.low, 2), round(i.high, 2)] for i in intervals],
-        difference=[round(value, 2) for value in (difference.value, difference.low, difference.high)],
+        difference=[
+            round(value, 2) for value in (difference.value, difference.low, difference.high)
+        ],
         equal_within_interval=is_as_good(difference, intervals[1]),
         num_images=reference.num_images,
     )
@@ -133,10 +138,17 @@ def prepare(model: str, config: BenchmarkConfig, device):
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated, and says so
-        baseline = LDMPipeline(ScaledAutoencoder(stock), stock.unet, create_sampler("ddim", stock.scheduler))
+        baseline = LDMPipeline(
+            ScaledAutoencoder(stock), stock.unet, create_sampler("ddim", stock.scheduler)
+        )
     baseline.set_progress_bar_config(disable=True)
     settings = GenerationConfig(
-        model=model, out="", seed=config.seed, batch_size=config.batch_size, precision="no", grain=False
+        model=model,
+        out="",
+        seed=config.seed,
+        batch_size=config.batch_size,
+        precision="no",
+        grain=False,
     )  # the stock pipeline adds no grain
     return create_sampling(load_pipeline(model, device=device), "ldm", settings), baseline
 
@@ -166,7 +178,9 @@ def run_by_turns(sampling, baseline, config: BenchmarkConfig, num_images: int):
     def make_ours(numbers):
         sampling.generate(numbers, write, num_writers=1, progress=lambda count: None)
 
-    make_ours(list(range(min(num_images, config.batch_size))))  # the first calls pay for what comes once
+    make_ours(
+        list(range(min(num_images, config.batch_size)))
+    )  # the first calls pay for what comes once
     sample_stock(baseline, list(range(min(num_images, config.batch_size))), config, num_steps=2)
     for first in range(0, num_images, config.batch_size):
         numbers = list(range(first, min(first + config.batch_size, num_images)))
@@ -176,13 +190,19 @@ def run_by_turns(sampling, baseline, config: BenchmarkConfig, num_images: int):
         theirs.append(sample_stock(baseline, numbers, config, config.num_baseline_steps))
         times.append(clock())
         seconds.append(np.diff(times))
-    return to_levels([ours[i] for i in range(num_images)]), to_levels(np.concatenate(theirs)), np.array(seconds)
+    return (
+        to_levels([ours[i] for i in range(num_images)]),
+        to_levels(np.concatenate(theirs)),
+        np.array(seconds),
+    )
 
 
 def sample_stock(baseline, numbers, config: BenchmarkConfig, num_steps: int):
     """The stock pipeline's images of these numbers, float32 [B, 1, H, W] in [-1, 1]."""
     generators = [torch.Generator().manual_seed(seed_for(config.seed, i)) for i in numbers]
-    images = baseline(len(numbers), generators, num_inference_steps=num_steps, output_type="np").images
+    images = baseline(
+        len(numbers), generators, num_inference_steps=num_steps, output_type="np"
+    ).images
     return images.transpose(0, 3, 1, 2) * 2 - 1
 
 
@@ -202,11 +222,32 @@ def run_on_cores(model: str, baseline, config: BenchmarkConfig) -> tuple[float, 
     theirs = len(numbers) / (time.perf_counter() - started)
     num_images = 4 * config.cores * config.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.cores)]
-        command += [str(ROOT / "generate.py"), "--model", str(model), "--out", folder, "--num-images", str(num_images)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(config.cores),
+        ]
+        command += [
+            str(ROOT / "generate.py"),
+            "--model",
+            str(model),
+            "--out",
+            folder,
+            "--num-images",
+            str(num_images),
+        ]
         command += ["--batch-size", str(config.batch_size), "--precision", "no"]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command,
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         record = json.loads((Path(folder) / "generation.json").read_text())
     return record["sample_images_per_second"], theirs
 
@@ -220,8 +261,12 @@ def train_small_model() -> str:
     from em_diffusion import train_ldm
 
     preset = PRESETS["demo"]()
-    autoencoder = replace(preset.autoencoder, block_out_channels=(16, 32, 64), latent_channels=4, num_images=1_600)
-    denoiser = replace(preset.denoiser, channel_multipliers=(1, 2, 2), attention_levels=(1, 2), num_images=1_600)
+    autoencoder = replace(
+        preset.autoencoder, block_out_channels=(16, 32, 64), latent_channels=4, num_images=1_600
+    )
+    denoiser = replace(
+        preset.denoiser, channel_multipliers=(1, 2, 2), attention_levels=(1, 2), num_images=1_600
+    )
     config = replace(preset, out="runs/benchmark", autoencoder=autoencoder, denoiser=denoiser)
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)

@@ -93,7 +93,12 @@ class ModulatedConv(nn.Module):
             weight, padding = weight.flip((3, 4)), 0
             x = F.pad(insert_zeros(x), (2, 1, 2, 1))  # [B, I, 2H+3, 2W+3]
         weight = weight.reshape(batch_size * num_out, num_in, size, size)
-        x = F.conv2d(x.reshape(1, batch_size * num_in, *x.shape[2:]), weight, padding=padding, groups=batch_size)
+        x = F.conv2d(
+            x.reshape(1, batch_size * num_in, *x.shape[2:]),
+            weight,
+            padding=padding,
+            groups=batch_size,
+        )
         x = x.reshape(batch_size, num_out, *x.shape[2:])
         return filter_maps(x, (1, 1, 1, 1), gain=4.0) if self.up else x
 
@@ -159,7 +164,9 @@ class Synthesis(nn.Module):
 class Mapping(nn.Module):
     def __init__(self, z_dim, w_dim, depth):
         super().__init__()
-        self.layers = nn.ModuleList(Linear(a, b, 0.01) for a, b in pairwise([z_dim] + [w_dim] * depth))
+        self.layers = nn.ModuleList(
+            Linear(a, b, 0.01) for a, b in pairwise([z_dim] + [w_dim] * depth)
+        )
         self.register_buffer("w_mean", torch.zeros(w_dim))
 
     def forward(self, z):
@@ -207,7 +214,9 @@ class Discriminator(nn.Module):
         c = ours.config
         resolutions = [2**i for i in range(int(math.log2(c.resolution)), 1, -1)]
         num_channels = [min(c.channel_base // r, c.max_channels) for r in resolutions]
-        self.blocks = nn.ModuleList(DiscriminatorBlock(a, b, i == 0) for i, (a, b) in enumerate(pairwise(num_channels)))
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(a, b, i == 0) for i, (a, b) in enumerate(pairwise(num_channels))
+        )
         last = num_channels[-1]
         self.conv = Conv(last + 1, last, 3)
         self.linear = Linear(last * 16, last)
@@ -221,7 +230,9 @@ class Discriminator(nn.Module):
         B, C, H, W = x.shape
         groups = x.reshape(min(self.group_size, B), -1, C, H, W)  # [G, B / G, C, H, W]
         deviation = ((groups - groups.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt()
-        deviation = deviation.mean(dim=(1, 2, 3), keepdim=True).repeat(len(groups), 1, H, W)  # [B, 1, H, W]
+        deviation = deviation.mean(dim=(1, 2, 3), keepdim=True).repeat(
+            len(groups), 1, H, W
+        )  # [B, 1, H, W]
         x = self.conv(torch.cat([x, deviation], dim=1))
         return self.out(leaky_relu(self.linear(x.flatten(1))))
 
@@ -249,7 +260,9 @@ class TextbookTraining:
         w, w_second = self.model.mapping_network(z).chunk(2)
         self.model.mapping_network.w_mean.lerp_(w.detach().mean(dim=0), 0.002)
         num_ws = self.model.num_ws
-        cutoffs = torch.where(torch.rand(batch_size) < 0.9, torch.randint(1, num_ws, (batch_size,)), num_ws)
+        cutoffs = torch.where(
+            torch.rand(batch_size) < 0.9, torch.randint(1, num_ws, (batch_size,)), num_ws
+        )
         second = torch.arange(num_ws) >= cutoffs[:, None]  # [B, num_ws]
         return torch.where(second[:, :, None], w_second[:, None], w[:, None])
 
@@ -270,7 +283,9 @@ class TextbookTraining:
         self.discriminator.requires_grad_(True)
         with torch.no_grad():
             images = self.model.synthesis(self.draw_ws(self.batch_size))
-        loss = discriminator_loss(self.discriminator(self.draw_images()), self.discriminator(images))
+        loss = discriminator_loss(
+            self.discriminator(self.draw_images()), self.discriminator(images)
+        )
         self.update(self.discriminator, loss)
         with torch.no_grad():
             for average, parameter in zip(self.average.parameters(), self.model.parameters()):

@@ -80,7 +80,9 @@ class LoopInSteps:
             raise StopLoop
 
     def _work(self, train, num_threads):
-        torch.set_num_threads(num_threads)  # the number of threads belongs to the thread that computes
+        torch.set_num_threads(
+            num_threads
+        )  # the number of threads belongs to the thread that computes
         hold = self._hold
 
         class HeldRun(TrainingRun):
@@ -91,7 +93,9 @@ class LoopInSteps:
         try:
             with mock.patch.object(self._module, "TrainingRun", HeldRun):
                 train()
-            raise RuntimeError("the loop came to its end: num_images is too small for so many steps")
+            raise RuntimeError(
+                "the loop came to its end: num_images is too small for so many steps"
+            )
         except StopLoop:
             pass
         except Exception as error:  # is raised in the caller's thread
@@ -163,15 +167,22 @@ def prepare(arguments, folder):
     """Tiles, their PNG files, an autoencoder and cached latents."""
     preset = PRESETS[arguments.preset]()
     tiles_config = DataConfig(
-        resolution=arguments.resolution, num_micrographs=4, micrograph_size=2 * arguments.resolution, cache_dir=folder
+        resolution=arguments.resolution,
+        num_micrographs=4,
+        micrograph_size=2 * arguments.resolution,
+        cache_dir=folder,
     )
     tiles = load_data("synthetic", tiles_config, log=lambda line: None).train
     paths = write_png_tiles(tiles, Path(folder))
     accelerator = create_accelerator(folder, arguments.precision)
     torch.manual_seed(0)
-    vqvae = create_autoencoder(preset.autoencoder, arguments.resolution).to(accelerator.device).eval()
+    vqvae = (
+        create_autoencoder(preset.autoencoder, arguments.resolution).to(accelerator.device).eval()
+    )
     view_ids = np.arange(min(NUM_VIEWS, tiles.num_views))
-    array, _ = encode_latents(vqvae, tiles, folder, accelerator=accelerator, batch_size=4, view_ids=view_ids)
+    array, _ = encode_latents(
+        vqvae, tiles, folder, accelerator=accelerator, batch_size=4, view_ids=view_ids
+    )
     latents = Latents(array, *measure_latents(array))
     num_images = arguments.batch_size * (
         arguments.steps * (arguments.rounds + 1) + 2
@@ -203,7 +214,9 @@ def measure(config, tiles, paths, vqvae, latents, accelerator, arguments, folder
 
     def train():
         out_dir = Path(folder) / "run"
-        denoiser_loop.train_denoiser(config, latents, latents, vqvae, accelerator=accelerator, out_dir=out_dir)
+        denoiser_loop.train_denoiser(
+            config, latents, latents, vqvae, accelerator=accelerator, out_dir=out_dir
+        )
 
     ours = LoopInSteps(train, arguments.threads)
     rounds = []
@@ -219,8 +232,13 @@ def measure(config, tiles, paths, vqvae, latents, accelerator, arguments, folder
             bare_laps.append(Laps(clock))
             bare.step(bare_laps[-1])
         if number >= 0:
-            parts = {name: statistics.median(laps.seconds[name] for laps in bare_laps) for name in bare_laps[0].seconds}
-            rounds.append({"ours": statistics.median(steps), "plain": plain_laps.seconds, "parts": parts})
+            parts = {
+                name: statistics.median(laps.seconds[name] for laps in bare_laps)
+                for name in bare_laps[0].seconds
+            }
+            rounds.append(
+                {"ours": statistics.median(steps), "plain": plain_laps.seconds, "parts": parts}
+            )
     ours.stop()
     return rounds
 
@@ -235,17 +253,25 @@ def summarise(rounds, facts, batch_size):
 
     def ratio(numerators, denominators):
         ratios = [a / b for a, b in zip(numerators, denominators)]
-        return {"ratio": round(middle(ratios), 3), "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)]}
+        return {
+            "ratio": round(middle(ratios), 3),
+            "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        }
 
     def medians(dictionaries):
-        return {name: round(middle([each[name] for each in dictionaries]), 4) for name in dictionaries[0]}
+        return {
+            name: round(middle([each[name] for each in dictionaries]), 4)
+            for name in dictionaries[0]
+        }
 
     yield {
         "name": "training step, images per second",
         "ours": round(batch_size / middle(ours), 3),
         "baseline": round(batch_size / middle(plain), 3),
         **ratio(plain, ours),
-        "encoder_share": round(middle([each["plain"]["encode"] / total for each, total in zip(rounds, plain)]), 3),
+        "encoder_share": round(
+            middle([each["plain"]["encode"] / total for each, total in zip(rounds, plain)]), 3
+        ),
         "baseline_is": "PNG decoded and encoded by the autoencoder in every step, float32, eager",
         **facts,
     }
@@ -280,15 +306,28 @@ def summarise(rounds, facts, batch_size):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="small", help="whose autoencoder and U-Net")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="small", help="whose autoencoder and U-Net"
+    )
     parser.add_argument("--resolution", type=int, default=256, help="side of a tile in pixels")
-    parser.add_argument("--base-channels", type=int, default=64, help="width of the U-Net; 0 for the preset's own")
-    parser.add_argument("--layers-per-block", type=int, default=1, help="of the U-Net; 0 for the preset's own")
+    parser.add_argument(
+        "--base-channels", type=int, default=64, help="width of the U-Net; 0 for the preset's own"
+    )
+    parser.add_argument(
+        "--layers-per-block", type=int, default=1, help="of the U-Net; 0 for the preset's own"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=5, help="that are timed")
-    parser.add_argument("--steps", type=int, default=3, help="of ours and of the bare pass, for each of the plain loop")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="of ours and of the bare pass, for each of the plain loop",
+    )
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
@@ -296,7 +335,9 @@ def parse_arguments(argv=None):
         help="cpu: processor seconds, for a machine busy with others",
     )
     parser.add_argument(
-        "--precision", default="auto", help="of ours: auto (bf16 where the hardware has it), bf16 or no"
+        "--precision",
+        default="auto",
+        help="of ours: auto (bf16 where the hardware has it), bf16 or no",
     )
     return parser.parse_args(argv)
 

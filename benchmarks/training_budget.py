@@ -51,7 +51,13 @@ from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.samplers import DEFAULT_SAMPLERS, SAMPLERS
 from em_diffusion.train import run_autoencoder_stage, run_grain_stage, run_latents_stage
-from em_evaluation import ModelImages, compute_features, evaluate_models, get_extractor, write_report
+from em_evaluation import (
+    ModelImages,
+    compute_features,
+    evaluate_models,
+    get_extractor,
+    write_report,
+)
 from em_evaluation.distances import Distance, difference_interval, frechet_influence
 from em_evaluation.images import read_images
 from em_hub.generation import GenerationConfig, generate_images
@@ -68,7 +74,12 @@ from em_training.cli import run_command
 
 OURS, PLAIN = "ours", "plain loop"
 OURS_BARE, PLAIN_GRAINY = "ours without grain", "plain loop with our grain"
-SETS = {OURS: ("ours", True), PLAIN: ("plain", False), OURS_BARE: ("ours", False), PLAIN_GRAINY: ("plain", True)}
+SETS = {
+    OURS: ("ours", True),
+    PLAIN: ("plain", False),
+    OURS_BARE: ("ours", False),
+    PLAIN_GRAINY: ("plain", True),
+}
 RATIOS = {
     "ratio": (OURS, PLAIN),
     "ratio_grain_in_neither": (OURS_BARE, PLAIN),
@@ -107,9 +118,13 @@ def prepare(arguments) -> Shared:
     """Data, the autoencoder and cached latents, made once in `out`/shared by the stages of `train_ldm`."""
     folder = Path(arguments.out) / "shared"
     config = PRESETS[arguments.preset]()
-    config = replace(config, data=arguments.data, seed=arguments.seed, grain_images=config.grain_images or 1000)
+    config = replace(
+        config, data=arguments.data, seed=arguments.seed, grain_images=config.grain_images or 1000
+    )
     if arguments.autoencoder_images:
-        config = replace(config, autoencoder=replace(config.autoencoder, num_images=arguments.autoencoder_images))
+        config = replace(
+            config, autoencoder=replace(config.autoencoder, num_images=arguments.autoencoder_images)
+        )
     accelerator = create_accelerator(folder, config.precision)
     config = replace(config, out=str(folder), precision=accelerator.mixed_precision)
     refuse_other_settings(folder, {"config": asdict(config), "autoencoder": arguments.autoencoder})
@@ -129,7 +144,9 @@ def prepare(arguments) -> Shared:
     if not record.exists():  # of a second start, which finds both
         write_text_atomically(record, json.dumps({"seconds": clock() - started}) + "\n")
     seconds = json.loads(record.read_text())["seconds"]
-    return Shared(config, data, vqvae, latents, held_out_latents, grain, seconds, accelerator, clock)
+    return Shared(
+        config, data, vqvae, latents, held_out_latents, grain, seconds, accelerator, clock
+    )
 
 
 def refuse_other_settings(folder, settings):
@@ -137,7 +154,9 @@ def refuse_other_settings(folder, settings):
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{folder} was made with another preset, data, seed or autoencoder; choose another --out")
+        raise ValueError(
+            f"{folder} was made with another preset, data, seed or autoencoder; choose another --out"
+        )
     write_text_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
@@ -222,7 +241,12 @@ def plan_config(config, num_images):
 def train_denoiser(config, shared, out):
     config = replace(config, seed=seed_for(shared.config.seed, config.seed))  # as train_ldm has it
     denoiser_loop.train_denoiser(
-        config, shared.latents, shared.held_out_latents, shared.vqvae, accelerator=shared.accelerator, out_dir=out
+        config,
+        shared.latents,
+        shared.held_out_latents,
+        shared.vqvae,
+        accelerator=shared.accelerator,
+        out_dir=out,
     )
 
 
@@ -233,7 +257,12 @@ def train_plain(shared, seconds, out):
     """The plain loop within the budget; what is known of it. One that was stopped begins again."""
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
-    config = replace(shared.config.denoiser, prediction_type="epsilon", zero_terminal_snr=False, min_snr_gamma=0.0)
+    config = replace(
+        shared.config.denoiser,
+        prediction_type="epsilon",
+        zero_terminal_snr=False,
+        min_snr_gamma=0.0,
+    )
     (out / "png").mkdir(parents=True, exist_ok=True)
     tiles = shared.data.train
     with torch.random.fork_rng(devices=[]):
@@ -272,7 +301,9 @@ def create_unet(config, shared):
 
 
 def save_pipeline(unet, config, shared, out):
-    pipeline = EMLatentDiffusionPipeline(shared.vqvae, unet, create_scheduler(config), grain=shared.grain)
+    pipeline = EMLatentDiffusionPipeline(
+        shared.vqvae, unet, create_scheduler(config), grain=shared.grain
+    )
     pipeline.save_pretrained(out / "pipeline")
 
 
@@ -307,11 +338,15 @@ def evaluate(shared, results, arguments, out):
                 sample_images_per_second=record.get("sample_images_per_second"),
             )
         )
-    extractor = get_extractor(resolution=data.summary["resolution"], device=shared.accelerator.device)
+    extractor = get_extractor(
+        resolution=data.summary["resolution"], device=shared.accelerator.device
+    )
 
     @torch.no_grad()
     def reconstruct(images):
-        decoded = decode(shared.vqvae, encode(shared.vqvae, images.to(shared.accelerator.device))).clamp(-1, 1)
+        decoded = decode(
+            shared.vqvae, encode(shared.vqvae, images.to(shared.accelerator.device))
+        ).clamp(-1, 1)
         return shared.grain(decoded, noise).clamp(-1, 1).cpu()
 
     noise = make_generator(arguments.seed, stream="grain")
@@ -331,7 +366,9 @@ def evaluate(shared, results, arguments, out):
         log=say,
     )
     write_report(report, pictures, out)
-    return make_figure(report, find_ratios(models, data.held_out, extractor, report, arguments.seed))
+    return make_figure(
+        report, find_ratios(models, data.held_out, extractor, report, arguments.seed)
+    )
 
 
 def find_ratios(models, held_out, extractor, report, seed):
@@ -348,7 +385,9 @@ def find_ratios(models, held_out, extractor, report, seed):
         interval = difference_interval(
             logarithms[first], logarithms[second], groups_reference=reference.groups, seed=seed
         )
-        value, *ends = (round(float(np.exp(x)), 3) for x in (interval.value, interval.low, interval.high))
+        value, *ends = (
+            round(float(np.exp(x)), 3) for x in (interval.value, interval.low, interval.high)
+        )
         ratios |= {key: value, f"{key}_interval": ends}
     return ratios
 
@@ -356,13 +395,18 @@ def find_ratios(models, held_out, extractor, report, seed):
 def take_logarithm(distance: Distance) -> Distance:
     """The logarithm of a distance with its influences, to first order: d log x = dx / x."""
     value = max(distance.value, 1e-12)
-    return Distance(float(np.log(value)), distance.influence_a / value, distance.influence_b / value)
+    return Distance(
+        float(np.log(value)), distance.influence_a / value, distance.influence_b / value
+    )
 
 
 def make_figure(report, ratios):
     """The line of the benchmark."""
     distances = {model["name"]: model["metrics"]["frechet_distance"] for model in report["models"]}
-    floors = {key: floor["metrics"]["frechet_distance"]["value"] for key, floor in report["floors"].items()}
+    floors = {
+        key: floor["metrics"]["frechet_distance"]["value"]
+        for key, floor in report["floors"].items()
+    }
 
     def shorten(metric):
         return [round(metric["low"], 1), round(metric["high"], 1)]
@@ -383,19 +427,42 @@ def make_figure(report, ratios):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, help="of training for each side")
-    parser.add_argument("--out", default="runs/training-budget", help="folder for everything; a second start goes on")
-    parser.add_argument("--autoencoder", help="a run or folder whose autoencoder to take; trained where it is left out")
-    parser.add_argument(
-        "--autoencoder-images", type=int, help="images to train the autoencoder for; the preset's number"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=list(PRESETS), default="demo", help="whose networks and settings")
-    parser.add_argument("--data", default="synthetic", help="micrographs; 'synthetic' are the embedded ones")
-    parser.add_argument("--num-images", type=int, default=1000, help="sampled from each, and as many real ones")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default=DEFAULT_SAMPLERS[False][0], help="for both")
-    parser.add_argument("--num-inference-steps", type=int, default=DEFAULT_SAMPLERS[False][1], help="for both")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 for torch's own number")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of training for each side")
+    parser.add_argument(
+        "--out",
+        default="runs/training-budget",
+        help="folder for everything; a second start goes on",
+    )
+    parser.add_argument(
+        "--autoencoder",
+        help="a run or folder whose autoencoder to take; trained where it is left out",
+    )
+    parser.add_argument(
+        "--autoencoder-images",
+        type=int,
+        help="images to train the autoencoder for; the preset's number",
+    )
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="demo", help="whose networks and settings"
+    )
+    parser.add_argument(
+        "--data", default="synthetic", help="micrographs; 'synthetic' are the embedded ones"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1000, help="sampled from each, and as many real ones"
+    )
+    parser.add_argument(
+        "--sampler", choices=list(SAMPLERS), default=DEFAULT_SAMPLERS[False][0], help="for both"
+    )
+    parser.add_argument(
+        "--num-inference-steps", type=int, default=DEFAULT_SAMPLERS[False][1], help="for both"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of the CPU; 0 for torch's own number"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if arguments.seconds <= 0 or arguments.num_images < 2:
@@ -416,10 +483,19 @@ def main():
     figure = evaluate(shared, results, arguments, out)
     for name, key in ((OURS, "ours"), (PLAIN, "baseline")):
         figure[f"{key}_images_seen"] = results[name]["num_images_seen"]
-        figure[f"{key}_seconds"] = round(results[name]["train_seconds"] + results[name].get("encode_seconds", 0.0), 1)
-    figure |= {"encode_seconds": round(shared.encode_seconds, 1), "budget_seconds": arguments.seconds}
+        figure[f"{key}_seconds"] = round(
+            results[name]["train_seconds"] + results[name].get("encode_seconds", 0.0), 1
+        )
+    figure |= {
+        "encode_seconds": round(shared.encode_seconds, 1),
+        "budget_seconds": arguments.seconds,
+    }
     figure |= {"sampler": arguments.sampler, "num_inference_steps": arguments.num_inference_steps}
-    figure |= {"preset": arguments.preset, "num_threads": torch.get_num_threads(), "seed": arguments.seed}
+    figure |= {
+        "preset": arguments.preset,
+        "num_threads": torch.get_num_threads(),
+        "seed": arguments.seed,
+    }
     figure["clock"] = "CPU time, one thread" if shared.clock is time.process_time else "wall time"
     figure["device"] = shared.accelerator.device.type
     write_text_atomically(out / "figure.json", json.dumps(figure) + "\n")

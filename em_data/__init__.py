@@ -2,7 +2,13 @@
 
 from em_data.config import DataConfig
 from em_data.data import Data, load_data
-from em_data.images import ImageDataset, ImageFolder, read_image_folder, save_image_grid, write_image
+from em_data.images import (
+    ImageDataset,
+    ImageFolder,
+    read_image_folder,
+    save_image_grid,
+    write_image,
+)
 from em_data.intensity import from_uint, to_uint8, to_uint16
 from em_data.loader import BatchLoader
 from em_data.micrograph import Defect, Micrograph

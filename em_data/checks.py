@@ -16,7 +16,9 @@ def find_problem(micrograph, min_side_px):
     image = micrograph.image
     height, width = image.shape
     if min(height, width) < min_side_px:
-        return f"{micrograph.name}: {height} x {width} pixels, smaller than one tile of {min_side_px}"
+        return (
+            f"{micrograph.name}: {height} x {width} pixels, smaller than one tile of {min_side_px}"
+        )
     if image.min() == image.max():
         return f"{micrograph.name}: constant: every pixel is {int(image.min())}"
     return None
@@ -68,7 +70,9 @@ def summarise_problems(problems, num_images, on_bad_image, ignored=()):
     """
     if not problems:
         return None
-    text = f"{len(problems)} of {num_images} images cannot be used:\n" + "\n".join(f"  {each}" for each in problems)
+    text = f"{len(problems)} of {num_images} images cannot be used:\n" + "\n".join(
+        f"  {each}" for each in problems
+    )
     if len(problems) == num_images:
         others = "".join(f"\n  not looked at: {each}" for each in ignored)
         raise ValueError(f"{text}{others}\nNothing is left; see each reason above")

@@ -51,18 +51,28 @@ class DataConfig:
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
         try:
             re.compile(self.specimen_pattern or "")
         except re.error as error:
-            raise ValueError(f"specimen_pattern {self.specimen_pattern!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"specimen_pattern {self.specimen_pattern!r} is no regular expression: {error}"
+            ) from error
         for name in ("resolution", "downsample", "micrograph_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a number of pixels, at least 1, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} is a number of pixels, at least 1, not {getattr(self, name)}"
+                )
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction lies between 0 and 1, not at {self.held_out_fraction}")
+            raise ValueError(
+                f"held_out_fraction lies between 0 and 1, not at {self.held_out_fraction}"
+            )
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
-            raise ValueError(f"percentiles are two rising numbers between 0 and 100, not {low} and {high}")
+            raise ValueError(
+                f"percentiles are two rising numbers between 0 and 100, not {low} and {high}"
+            )
         if self.num_micrographs is not None and self.num_micrographs < 1:
             raise ValueError(f"num_micrographs is at least 1, not {self.num_micrographs}")

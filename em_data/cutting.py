@@ -20,7 +20,11 @@ def find_tile_positions(shape, resolution, downsample=1):
     holds no whole tile is not used.
     """
     side = resolution * downsample
-    return [(row * side, col * side) for row in range(shape[0] // side) for col in range(shape[1] // side)]
+    return [
+        (row * side, col * side)
+        for row in range(shape[0] // side)
+        for col in range(shape[1] // side)
+    ]
 
 
 def count_tiles(shapes, resolution, downsample=1):
@@ -84,7 +88,9 @@ def _write_tiles(source, config, path, dtype, problems):
                 return None
             rows, fact = cut_micrograph(entry, micrograph, config)
             if fact is None:
-                problems.append(f"{micrograph.name}: constant after averaging over {config.downsample} pixels")
+                problems.append(
+                    f"{micrograph.name}: constant after averaging over {config.downsample} pixels"
+                )
                 continue
             for row in rows:
                 row["micrograph_index"] = len(facts)
@@ -111,11 +117,15 @@ def cut_micrograph(entry, micrograph, config):
     if config.intensity == "auto" and image.dtype == np.uint16:
         dark, bright, _ = find_levels(image, "percentile", (0.1, 99.9))
         if high - low > 3 * (bright - dark):
-            notices.append("a few hot or dead pixels take most of the range; see --tiles.intensity percentile")
+            notices.append(
+                "a few hot or dead pixels take most of the range; see --tiles.intensity percentile"
+            )
     pixel_size_nm = micrograph.pixel_size_nm and float(micrograph.pixel_size_nm) * config.downsample
     specimen = entry.specimen or micrograph.specimen
     rows = []
-    for row_px, col_px in find_tile_positions(micrograph.image.shape, config.resolution, config.downsample):
+    for row_px, col_px in find_tile_positions(
+        micrograph.image.shape, config.resolution, config.downsample
+    ):
         row, col = row_px // config.downsample, col_px // config.downsample
         tile = image[row : row + config.resolution, col : col + config.resolution]
         rows.append(
@@ -174,7 +184,9 @@ def _make_record_batch(rows, schema, dtype):
         if field.name == "tile":
             pixels = np.stack(values).astype(dtype, copy=False)
             num, height, width = pixels.shape
-            lines = pa.ListArray.from_arrays(_offsets(num * height, width), pa.array(pixels.ravel()))
+            lines = pa.ListArray.from_arrays(
+                _offsets(num * height, width), pa.array(pixels.ravel())
+            )
             storage = pa.ListArray.from_arrays(_offsets(num, height), lines)
             columns.append(pa.ExtensionArray.from_storage(field.type, storage))
         else:

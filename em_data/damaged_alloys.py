@@ -29,7 +29,12 @@ INDEX_URL = "https://search.api.globus.org/v1/index/1a57bbe5-5272-477f-9d31-343b
 SERVER_URL = "https://data.materialsdatafacility.org"
 ENDPOINT = "82f1b5c6-6e9b-11e5-ba47-22000b92c6ec"
 EXPECTED = {(1024, 1024): 442, (2048, 2048): 52}  # of the study
-PIXEL_SIZES_NM = {"70": 0.8805, "100": 0.8691, "300": 0.4785, "500": 0.2832}  # by magnification in thousands
+PIXEL_SIZES_NM = {
+    "70": 0.8805,
+    "100": 0.8691,
+    "300": 0.4785,
+    "500": 0.2832,
+}  # by magnification in thousands
 ON_ZONE_NM = 0.1416
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LEVELS = 4  # folders below the given one in which a layout is sought
@@ -68,7 +73,10 @@ def open_damaged_alloys(folder, config, cache_dir):
             micrograph.pixel_size_nm = pixel_size_from_name(path.stem) or micrograph.pixel_size_nm
             if label is not None:
                 micrograph.defects = read_defects(
-                    label, micrograph.image.shape, micrograph.pixel_size_nm, micrograph.metadata["notices"]
+                    label,
+                    micrograph.image.shape,
+                    micrograph.pixel_size_nm,
+                    micrograph.metadata["notices"],
                 )
             return micrograph
 
@@ -80,7 +88,11 @@ def find_layout(folder):
     """Return (paths of the original micrographs, {path: label file}, sentences on what is left out)."""
     folders = [
         folder,
-        *sorted(p for p in folder.rglob("*") if p.is_dir() and len(p.relative_to(folder).parts) <= LEVELS),
+        *sorted(
+            p
+            for p in folder.rglob("*")
+            if p.is_dir() and len(p.relative_to(folder).parts) <= LEVELS
+        ),
     ]
     for parent in folders:
         if (parent / "images.txt").is_file() and (parent / "images").is_dir():
@@ -97,26 +109,40 @@ def find_layout(folder):
 
 def _list_images(folder):
     return sorted(
-        (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=lambda p: natural_key(p.name)
+        (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()),
+        key=lambda p: natural_key(p.name),
     )
 
 
 def _find_listed(parent):
     """Layout 1: the names in images.txt are the originals."""
     listed = list(
-        dict.fromkeys(line.strip() for line in (parent / "images.txt").read_text().splitlines() if line.strip())
+        dict.fromkeys(
+            line.strip()
+            for line in (parent / "images.txt").read_text().splitlines()
+            if line.strip()
+        )
     )
     there = {path.name: path for path in _list_images(parent / "images")}
     by_stem = {path.stem: path for path in there.values()}
-    found = {name: there.get(name) or by_stem.get(name) or by_stem.get(Path(name).stem) for name in listed}
+    found = {
+        name: there.get(name) or by_stem.get(name) or by_stem.get(Path(name).stem)
+        for name in listed
+    }
     paths = list(dict.fromkeys(path for path in found.values() if path is not None))
     missing = [name for name, path in found.items() if path is None]
     extra = set(there.values()) - set(paths)
-    ignored = [f"layout of the Faster R-CNN program: {len(paths)} of {len(listed)} names in images.txt have an image"]
+    ignored = [
+        f"layout of the Faster R-CNN program: {len(paths)} of {len(listed)} names in images.txt have an image"
+    ]
     if missing:
-        ignored.append(f"{len(missing)} names in images.txt without an image in images/, such as {missing[0]}")
+        ignored.append(
+            f"{len(missing)} names in images.txt without an image in images/, such as {missing[0]}"
+        )
     if extra:
-        ignored.append(f"{len(extra)} images in images/ that images.txt does not list: augmented copies or others")
+        ignored.append(
+            f"{len(extra)} images in images/ that images.txt does not list: augmented copies or others"
+        )
     ignored += _count_elsewhere(parent, parent / "images")
     if not paths:
         raise ValueError(
@@ -141,7 +167,10 @@ def _count_elsewhere(parent, used):
         for path in parent.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.parent != used
     )
-    return [f"{num} images in {name}/: negatives, augmented copies or crops" for name, num in sorted(counts.items())]
+    return [
+        f"{num} images in {name}/: negatives, augmented copies or crops"
+        for name, num in sorted(counts.items())
+    ]
 
 
 def explain_number(paths, labels):
@@ -155,7 +184,10 @@ def explain_number(paths, labels):
             unreadable.append(path.name)
     expected, notes = sum(EXPECTED.values()), []
     if len(paths) != expected or sizes != EXPECTED:
-        parts = [f"{sizes[size]} of {num} with {size[0]} x {size[1]} pixels" for size, num in EXPECTED.items()]
+        parts = [
+            f"{sizes[size]} of {num} with {size[0]} x {size[1]} pixels"
+            for size, num in EXPECTED.items()
+        ]
         parts += [
             f"{num} with {h} x {w}, which the study has not"
             for (h, w), num in sorted(sizes.items())
@@ -164,7 +196,9 @@ def explain_number(paths, labels):
         parts += [f"{len(unreadable)} unreadable, such as {unreadable[0]}"] if unreadable else []
         notes.append(f"{len(paths)} micrographs, the study has {expected}: {'; '.join(parts)}")
     if len(labels) < len(paths):
-        notes.append(f"{len(paths) - len(labels)} micrographs without a label file: no boxes for them")
+        notes.append(
+            f"{len(paths) - len(labels)} micrographs without a label file: no boxes for them"
+        )
     unknown = sum(pixel_size_from_name(path.stem) is None for path in paths)
     if unknown:
         notes.append(
@@ -188,7 +222,9 @@ def query_index(index_url=INDEX_URL, limit=100, timeout=30.0):
             with urllib.request.urlopen(f"{index_url}?{query}", timeout=timeout) as response:
                 answer = json.load(response)
         except (OSError, ValueError) as error:
-            raise ConnectionError(f"the search index {index_url} does not answer ({error}); try again later") from error
+            raise ConnectionError(
+                f"the search index {index_url} does not answer ({error}); try again later"
+            ) from error
         results = answer.get("gmeta", [])
         for content in _contents(results):
             if content.get("mdf", {}).get("source_id") != SOURCE_ID:
@@ -197,7 +233,9 @@ def query_index(index_url=INDEX_URL, limit=100, timeout=30.0):
             root = root or (urllib.parse.urlparse(location).path if location else None)
             for file in content.get("files", []):
                 where = file.get("globus") or file.get("url") or ""
-                files[where] = file | {"path": urllib.parse.unquote(urllib.parse.urlparse(where).path)}
+                files[where] = file | {
+                    "path": urllib.parse.unquote(urllib.parse.urlparse(where).path)
+                }
         offset += len(results)
         if not results or offset >= answer.get("total", 0):
             break
@@ -228,14 +266,20 @@ def download_damaged_alloys(folder, *, index_url=INDEX_URL, server_url=SERVER_UR
             f"the search index names no single files of {SOURCE_ID}. They lie on the Globus endpoint {ENDPOINT} under {root}; "
             f"fetch that folder with Globus, then python -m em_data.damaged_alloys {folder}"
         )
-    log(f"{len(files)} files, {sum(f.get('length') or 0 for f in files) / 1e6:.1f} MB, from {server_url}{root}")
+    log(
+        f"{len(files)} files, {sum(f.get('length') or 0 for f in files) / 1e6:.1f} MB, from {server_url}{root}"
+    )
     for file in tqdm(files, "files", unit="file"):
         path = PurePosixPath(file["path"])
         relative = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath(path.name)
         if ".." in relative.parts:
-            raise ValueError(f"the search index names {path}, outside of its folder {root}: not downloaded")
+            raise ValueError(
+                f"the search index names {path}, outside of its folder {root}: not downloaded"
+            )
         url = server_url + urllib.parse.quote(str(path))
-        download_file(url, folder / relative, num_bytes=file.get("length"), sha512=file.get("sha512"))
+        download_file(
+            url, folder / relative, num_bytes=file.get("length"), sha512=file.get("sha512")
+        )
         if path.name.lower().endswith(ARCHIVES):
             _unpack(folder / relative)
 
@@ -244,7 +288,9 @@ def _unpack(archive):
     """Unpack an archive into a folder of its name beside it, which appears whole or not at all."""
     name = archive.name.lower()
     target = archive.with_name(
-        archive.name[: -len(next(s for s in sorted(ARCHIVES, key=len, reverse=True) if name.endswith(s)))]
+        archive.name[
+            : -len(next(s for s in sorted(ARCHIVES, key=len, reverse=True) if name.endswith(s)))
+        ]
     )
     if target.exists():
         return
@@ -259,15 +305,21 @@ def main(arguments=None):
     """Say what a folder holds of the set, after downloading it if asked: the command of this module."""
     from em_data.config import DataConfig
 
-    parser = argparse.ArgumentParser(prog="python -m em_data.damaged_alloys", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m em_data.damaged_alloys", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--download", action="store_true", help="fetch the set into the folder first")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the set into the folder first"
+    )
     parser.add_argument("--search-url", default=INDEX_URL, help="search index to ask")
     parser.add_argument("--server-url", default=SERVER_URL, help="server of the files")
     args = parser.parse_args(arguments)
     try:
         if args.download:
-            download_damaged_alloys(args.folder, index_url=args.search_url, server_url=args.server_url)
+            download_damaged_alloys(
+                args.folder, index_url=args.search_url, server_url=args.server_url
+            )
         source = open_damaged_alloys(args.folder, DataConfig(), find_cache_dir())
     except (ValueError, ConnectionError) as error:
         parser.error(str(error))

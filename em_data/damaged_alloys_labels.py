@@ -24,7 +24,9 @@ def find_labels(paths, folders):
         for label in sorted(folder.iterdir()):
             if label.suffix.lower() in (".txt", ".xls") and label.is_file():
                 rank = (label.suffix.lower() != ".xls", bool(LABEL_SUFFIX.search(label.stem)))
-                by_stem.setdefault(LABEL_SUFFIX.sub("", label.stem), []).append((rank, str(label), label))
+                by_stem.setdefault(LABEL_SUFFIX.sub("", label.stem), []).append(
+                    (rank, str(label), label)
+                )
     return {path: min(by_stem[path.stem])[2] for path in paths if path.stem in by_stem}
 
 
@@ -49,7 +51,11 @@ def read_defects(label, shape, pixel_size_nm, notices):
             raise ValueError(
                 f"{label}, line {number}: not a box of four numbers with or without a type 0, 1, 2: {line[:60]!r}"
             ) from None
-        corners = (b, a, d, c) if label.parent.name == "bounding_boxes" else (a - 1, b - 1, a - 1 + c, b - 1 + d)
+        corners = (
+            (b, a, d, c)
+            if label.parent.name == "bounding_boxes"
+            else (a - 1, b - 1, a - 1 + c, b - 1 + d)
+        )
         defects.append(_make(kind, corners, shape, pixel_size_nm, label, number))
     return defects
 
@@ -64,12 +70,21 @@ def _make(kind, corners, shape, pixel_size_nm, label, number, **known):
             f"{label}, line {number}: the box {(x0, y0, x1, y1)} lies outside of the {height} x {width} image"
         )
     diameter_px = known.pop("diameter_px", max(x1 - x0, y1 - y0))
-    return Defect(kind, box, diameter_nm=diameter_px * pixel_size_nm if pixel_size_nm else None, metadata=known)
+    return Defect(
+        kind,
+        box,
+        diameter_nm=diameter_px * pixel_size_nm if pixel_size_nm else None,
+        metadata=known,
+    )
 
 
 def _read_imagej(text, label, shape, pixel_size_nm, notices):
     """Return the ellipses of an ImageJ table: major and minor are full axes, the angle counts counter-clockwise."""
-    rows = [row for row in csv.reader(text.replace("\t", ",").splitlines()) if any(cell.strip() for cell in row)][1:]
+    rows = [
+        row
+        for row in csv.reader(text.replace("\t", ",").splitlines())
+        if any(cell.strip() for cell in row)
+    ][1:]
     values = []
     for number, row in enumerate(rows, 2):
         try:
@@ -77,7 +92,9 @@ def _read_imagej(text, label, shape, pixel_size_nm, notices):
                 raise ValueError
             values.append([float(cell) for cell in row])
         except ValueError:
-            raise ValueError(f"{label}, line {number}: not the {NUM_COLUMNS} numbers of an ImageJ table") from None
+            raise ValueError(
+                f"{label}, line {number}: not the {NUM_COLUMNS} numbers of an ImageJ table"
+            ) from None
     places = [coordinate for row in values for coordinate in row[5:7]]
     scale = 1.0
     if places and max(shape) >= 1024 and max(places) <= 485.54:
@@ -92,6 +109,12 @@ def _read_imagej(text, label, shape, pixel_size_nm, notices):
         half_x = hypot(major / 2 * cos(angle), minor / 2 * sin(angle))
         half_y = hypot(major / 2 * sin(angle), minor / 2 * cos(angle))
         corners = (x - half_x, y - half_y, x + half_x, y + half_y)
-        known = {"center_px": (x, y), "angle": angle % radians(180), "axis_ratio": minor / major if major else 1.0}
-        defects.append(_make("loop", corners, shape, pixel_size_nm, label, number, diameter_px=major, **known))
+        known = {
+            "center_px": (x, y),
+            "angle": angle % radians(180),
+            "axis_ratio": minor / major if major else 1.0,
+        }
+        defects.append(
+            _make("loop", corners, shape, pixel_size_nm, label, number, diameter_px=major, **known)
+        )
     return defects

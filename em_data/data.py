@@ -36,7 +36,9 @@ def load_data(source, config, *, log=print):
     cache_dir = find_cache_dir(config.cache_dir)
     opened = open_source(source, config, cache_dir)
     made = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = summarise_problems(made.problems, len(opened.entries), config.on_bad_image, opened.ignored)
+    problems = summarise_problems(
+        made.problems, len(opened.entries), config.on_bad_image, opened.ignored
+    )
     num_symmetries = len(SYMMETRIES[config.symmetries])
     train, held_out = split_views(made.micrographs, made.micrograph_of_tile, num_symmetries, config)
     data = Data(Tiles(made, train, config.symmetries), Tiles(made, held_out, config.symmetries), {})
@@ -64,19 +66,24 @@ def _load_cut(opened, config, folder, log):
     try:
         cut(opened, config, folder)
     except OSError as error:  # of the cache: an image that cannot be read is a ValueError
-        raise ValueError(f"the tiles cannot be written to {folder.parent} ({error}); see --tiles.cache-dir") from error
+        raise ValueError(
+            f"the tiles cannot be written to {folder.parent} ({error}); see --tiles.cache-dir"
+        ) from error
     return Cut(folder)
 
 
 def _summarise(source, opened, made, data, config):
     micrographs = made.micrographs
-    held_out = sorted({made.micrographs[i]["name"] for i in made.micrograph_of_tile[data.held_out._tiles]})
+    held_out = sorted(
+        {made.micrographs[i]["name"] for i in made.micrograph_of_tile[data.held_out._tiles]}
+    )
     sizes = sorted({each["pixel_size_nm"] for each in micrographs if each["pixel_size_nm"]})
     all_known = all(each["pixel_size_nm"] for each in micrographs)
     agree = bool(sizes) and all_known and sizes[-1] - sizes[0] <= 0.01 * sizes[-1]
     specimens = sorted({each["specimen"] for each in micrographs if each["specimen"] is not None})
     clipped = np.average(
-        [each["fraction_clipped"] for each in micrographs], weights=[n["num_tiles"] for n in micrographs]
+        [each["fraction_clipped"] for each in micrographs],
+        weights=[n["num_tiles"] for n in micrographs],
     )
     num_views = data.train.num_views + data.held_out.num_views
     return {
@@ -123,26 +130,40 @@ def _list_notices(micrographs, sizes, agree, clipped, config):
     by_kind = {}
     for each in micrographs:
         for notice in each["notices"]:
-            by_kind.setdefault(re.sub(r"[-+.\d]+", "#", notice), []).append(f"{each['name']}: {notice}")
+            by_kind.setdefault(re.sub(r"[-+.\d]+", "#", notice), []).append(
+                f"{each['name']}: {notice}"
+            )
     notices = [
         same[0] + (f" (and {len(same) - 1} more micrographs likewise)" if len(same) > 1 else "")
         for same in by_kind.values()
     ]
     num_16_bit = sum(each["dtype"] == "uint16" for each in micrographs)
     if num_16_bit and config.intensity == "auto":
-        notices.append(f"{num_16_bit} micrographs of 16 bits: scaled by their own least and largest grey level")
+        notices.append(
+            f"{num_16_bit} micrographs of 16 bits: scaled by their own least and largest grey level"
+        )
     if 0 < num_16_bit < len(micrographs):
-        notices.append(f"{len(micrographs) - num_16_bit} micrographs of 8 bits beside them: on their full range 0..255")
+        notices.append(
+            f"{len(micrographs) - num_16_bit} micrographs of 8 bits beside them: on their full range 0..255"
+        )
     if config.intensity == "percentile":
         low, high = config.percentiles
-        notices.append(f"scaled by percentiles {low:g} and {high:g} of each micrograph: {100 * clipped:.3g} % clipped")
+        notices.append(
+            f"scaled by percentiles {low:g} and {high:g} of each micrograph: {100 * clipped:.3g} % clipped"
+        )
     if not sizes:
         notices.append("no file states its pixel size: unknown")
     elif not agree:
-        notices.append(f"pixel sizes differ or are partly unknown ({sizes[0]:.4g} to {sizes[-1]:.4g} nm): unknown")
+        notices.append(
+            f"pixel sizes differ or are partly unknown ({sizes[0]:.4g} to {sizes[-1]:.4g} nm): unknown"
+        )
     duplicates = [" = ".join(names) for names in find_duplicates(micrographs)]
     if duplicates:
-        notices.append(f"exact duplicates (turned and flipped copies count): {name_some(duplicates)}")
+        notices.append(
+            f"exact duplicates (turned and flipped copies count): {name_some(duplicates)}"
+        )
     if config.split == "leaky":
-        notices.append("leaky split: training and held-out views show the same micrographs, so that scores flatter")
+        notices.append(
+            "leaky split: training and held-out views show the same micrographs, so that scores flatter"
+        )
     return notices

@@ -34,7 +34,9 @@ def open_dataset(source, config):
     images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
     images += [key for key, feature in features.items() if isinstance(feature, datasets.Array2D)]
     if not images:
-        raise ValueError(f"{source} has no column of images (Image or Array2D), only {', '.join(features)}")
+        raise ValueError(
+            f"{source} has no column of images (Image or Array2D), only {', '.join(features)}"
+        )
     column, labels = images[0], _find_labels(features, images[0])
     unused = [key for key in images[1:] if key not in labels]
     if unused:
@@ -50,7 +52,9 @@ def open_dataset(source, config):
             return _read_row(content[i], column, name, row, config)
 
         group = row.get("micrograph") and str(row["micrograph"])
-        entries.append(Entry(name, f"{rows.content}-{i}", read, row.get("specimen"), group, row.get("bits")))
+        entries.append(
+            Entry(name, f"{rows.content}-{i}", read, row.get("specimen"), group, row.get("bits"))
+        )
     if not entries:
         raise ValueError(f"{source} has no rows")
     is_on_hub = source.startswith((FETCHED, STREAMED))
@@ -98,7 +102,9 @@ class StoredRows:
             if isinstance(self.features[name], datasets.Array2D):
                 # without its type, `datasets` makes 64 bits of any integer, and 8 bits are 8 bits no more
                 dtype = np.dtype(self.features[name].dtype)
-                dataset = dataset.with_format("numpy", columns=[name], output_all_columns=True, dtype=dtype)
+                dataset = dataset.with_format(
+                    "numpy", columns=[name], output_all_columns=True, dtype=dtype
+                )
         return dataset
 
 
@@ -218,13 +224,17 @@ def _load_dataset(name_or_path, ignored):
             dataset = datasets.load_from_disk(str(path))
         else:
             dataset = datasets.load_dataset(str(name_or_path))
-    except Exception as error:  # the Hub, the network, the disk: all of them the same mistake to the user
+    except (
+        Exception
+    ) as error:  # the Hub, the network, the disk: all of them the same mistake to the user
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"datasets:{name_or_path} cannot be loaded: {first}") from error
     if isinstance(dataset, datasets.DatasetDict):
         split = "train" if "train" in dataset else next(iter(dataset))
         if len(dataset) > 1:
-            ignored.append(f"splits {', '.join(key for key in dataset if key != split)}: split {split} is used")
+            ignored.append(
+                f"splits {', '.join(key for key in dataset if key != split)}: split {split} is used"
+            )
         dataset = dataset[split]
     return dataset
 
@@ -239,9 +249,13 @@ def _load_from_hub(name):
         raise ValueError(no_parquet(name))
     content = _name_content(hash_as_hub(path)[0] for path in paths)
     try:
-        return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train"), content
+        return datasets.load_dataset(
+            "parquet", data_files=[str(path) for path in paths], split="train"
+        ), content
     except Exception as error:  # any of its parts: the files, the disk
-        raise ValueError(f"hub:{name} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise ValueError(
+            f"hub:{name} cannot be read: {(str(error).splitlines() or ['?'])[0]}"
+        ) from error
 
 
 def no_parquet(name):
@@ -258,16 +272,24 @@ def _read_row(content, column, name, row, config):
     value = content[column]
     if isinstance(value, dict):  # an image that is not decoded: {"bytes", "path"}
         data = value["bytes"] if value["bytes"] is not None else value["path"]
-        micrograph = read_micrograph(data, label_bar=config.label_bar, name=name, specimen=row.get("specimen"))
+        micrograph = read_micrograph(
+            data, label_bar=config.label_bar, name=name, specimen=row.get("specimen")
+        )
         micrograph.pixel_size_nm = row.get("pixel_size_nm") or micrograph.pixel_size_nm
     else:
         micrograph = _read_array(np.asarray(value), name, row)
     if content.get("objects") is not None:
         mask = (content.get("mask") or {}).get("bytes")
-        instances = None if mask is None else read_micrograph(mask, label_bar="keep", name=f"mask of {name}").image
+        instances = (
+            None
+            if mask is None
+            else read_micrograph(mask, label_bar="keep", name=f"mask of {name}").image
+        )
         kinds = {each["kind"] for each in content["objects"]} - set(DEFECT_KINDS)
         if kinds:
-            micrograph.metadata["notices"].append(f"labels not used: kinds {', '.join(sorted(map(str, kinds)))}")
+            micrograph.metadata["notices"].append(
+                f"labels not used: kinds {', '.join(sorted(map(str, kinds)))}"
+            )
         else:
             micrograph.defects = make_defects(content["objects"], instances, micrograph.image.shape)
     return micrograph
@@ -282,4 +304,6 @@ def _read_array(image, name, row):
         image, low, high = float_to_uint16(image)
         if (low, high) != (0.0, 65535.0):
             notices.append(f"{stored} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535")
-    return Micrograph(image, name, row.get("pixel_size_nm"), row.get("specimen"), {"notices": notices})
+    return Micrograph(
+        image, name, row.get("pixel_size_nm"), row.get("specimen"), {"notices": notices}
+    )

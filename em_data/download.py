@@ -38,11 +38,19 @@ def download_file(url, path, *, num_bytes=None, sha512=None, timeout=30.0) -> No
                 ) from error
     size = part.stat().st_size
     digest = None if sha512 is None else _sha512_of(part)
-    if (num_bytes is not None and size != num_bytes) or (digest is not None and digest != sha512.lower()):
+    if (num_bytes is not None and size != num_bytes) or (
+        digest is not None and digest != sha512.lower()
+    ):
         part.unlink()
         etag_file.unlink(missing_ok=True)
-        what = f"{size} bytes, not {num_bytes}" if num_bytes not in (None, size) else f"SHA-512 {digest}, not {sha512}"
-        raise ValueError(f"{url} has {what}: damaged or replaced on the way; run the same command again")
+        what = (
+            f"{size} bytes, not {num_bytes}"
+            if num_bytes not in (None, size)
+            else f"SHA-512 {digest}, not {sha512}"
+        )
+        raise ValueError(
+            f"{url} has {what}: damaged or replaced on the way; run the same command again"
+        )
     os.replace(part, path)
     etag_file.unlink(missing_ok=True)
 
@@ -74,7 +82,9 @@ def fetch(url, part, etag_file, timeout) -> None:
                 etag_file.write_text(etag)
         expected = response.headers.get("Content-Length")
         total = offset + int(expected) if expected is not None else None
-        bar = tqdm(total=total, initial=offset, unit="B", unit_scale=True, desc=part.stem, leave=False)
+        bar = tqdm(
+            total=total, initial=offset, unit="B", unit_scale=True, desc=part.stem, leave=False
+        )
         with open(part, "ab" if offset else "wb") as file, bar:
             while block := response.read(1 << 20):
                 file.write(block)

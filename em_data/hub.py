@@ -8,7 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -75,7 +82,10 @@ def find_account(repo_id: str, token: str | None = None) -> str:
         raise ValueError(
             f"the token of {name} may only read; make one with write rights at {constants.ENDPOINT}/settings/tokens"
         )
-    owner, known = repo_id.split("/")[0], {name, *(org["name"] for org in account.get("orgs") or ())}
+    owner, known = (
+        repo_id.split("/")[0],
+        {name, *(org["name"] for org in account.get("orgs") or ())},
+    )
     if owner not in known:
         raise ValueError(
             f"{repo_id} belongs to {owner}, the token to {name}; it may write to {', '.join(sorted(known))}"
@@ -111,15 +121,23 @@ def upload_folder(
         if paths - KEPT_BY_THE_HUB:
             check(api, repo_id, paths, held)
         sdk = "gradio" if kind == "space" else None
-        api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk)
+        api.create_repo(
+            repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk
+        )
         if held != (revision or MAIN):
             api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
         folder = Path(folder)
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         gone = [path for path in sorted(paths - set(files)) if is_replaced(path)]
         operations += [CommitOperationDelete(path) for path in gone]
-        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=kind, revision=revision).oid
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message, repo_type=kind, revision=revision
+        ).oid
         _verify_upload(api, repo_id, kind, commit, files)
     prefix = "" if kind == "model" else f"{kind}s/"
     return Upload(repo_id, f"{constants.ENDPOINT}/{prefix}{repo_id}", commit)
@@ -132,7 +150,9 @@ def _list_existing(api, repo_id, kind, private, revision):
     except RepositoryNotFoundError:
         return set(), MAIN
     if private and not info.private:
-        raise ValueError(f"{repo_id} is public already; make it private in its settings, or choose another name")
+        raise ValueError(
+            f"{repo_id} is public already; make it private in its settings, or choose another name"
+        )
     branch = MAIN
     if revision not in (None, MAIN):
         with contextlib.suppress(RevisionNotFoundError):
@@ -155,7 +175,11 @@ def _verify_upload(api, repo_id, kind, commit, files):
 def hash_as_hub(path) -> tuple[str, str]:
     """The two names that the Hub may give a file's content: SHA-256 of a large one, git's SHA-1 of a small one."""
     path = Path(path)
-    size, sha256, sha1 = path.stat().st_size, hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    size, sha256, sha1 = (
+        path.stat().st_size,
+        hashlib.sha256(),
+        hashlib.sha1(b"blob %d\0" % path.stat().st_size),
+    )
     with path.open("rb") as file:
         while piece := file.read(2**20):
             sha256.update(piece)
@@ -196,7 +220,9 @@ def fetch_repository(
     return folder
 
 
-def list_files(name: str, suffix: str, *, kind: str = "model", token: str | None = None) -> tuple[str, str, dict]:
+def list_files(
+    name: str, suffix: str, *, kind: str = "model", token: str | None = None
+) -> tuple[str, str, dict]:
     """Return (id, commit, {path: checksum}) of the files of a Hub repository that end in `suffix`, in the order of their folders.
 
     name: owner/name, or owner/name@revision. A checksum is SHA-256 of a large file, git's SHA-1 of a small one. Raises
@@ -204,7 +230,9 @@ def list_files(name: str, suffix: str, *, kind: str = "model", token: str | None
     """
     repo_id, revision = split_hub_id(name)
     with explain_hub_errors(name, "asking for its files"):
-        info = HfApi(token=token).repo_info(repo_id, repo_type=kind, revision=revision, files_metadata=True)
+        info = HfApi(token=token).repo_info(
+            repo_id, repo_type=kind, revision=revision, files_metadata=True
+        )
     files = {
         each.rfilename: each.lfs.sha256 if each.lfs else each.blob_id
         for each in info.siblings or ()
@@ -250,11 +278,13 @@ def _explain(error, name, doing):
     if any(isinstance(each, HFValidationError) for each in chain):
         return f"{name} is no name for a repository: {_first_line(error)}"
     if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
-        return (
-            f"{doing} {name}: HF_HUB_OFFLINE forbids the network, and the cache does not hold it whole; unset it once"
-        )
-    is_network = any(type(each).__module__.split(".")[0].startswith(("httpx", "requests")) for each in chain)
-    if is_network or any(isinstance(each, ConnectionError | LocalEntryNotFoundError) for each in chain):
+        return f"{doing} {name}: HF_HUB_OFFLINE forbids the network, and the cache does not hold it whole; unset it once"
+    is_network = any(
+        type(each).__module__.split(".")[0].startswith(("httpx", "requests")) for each in chain
+    )
+    if is_network or any(
+        isinstance(each, ConnectionError | LocalEntryNotFoundError) for each in chain
+    ):
         return (
             f"{doing} {name}: no connection to {constants.ENDPOINT} ({_first_line(chain[-1])}); check the network and run the same "
             "command again: what arrived is kept"
@@ -270,9 +300,7 @@ def _explain_status(error, response, name, doing):
     if isinstance(error, RepositoryNotFoundError):
         return f"{doing} {name}: there is no such repository, or it is private and HF_TOKEN (or `hf auth login`) may not see it"
     if status == 401:
-        return (
-            f"{doing} {name}: the Hub does not know the token; make a new one at {constants.ENDPOINT}/settings/tokens"
-        )
+        return f"{doing} {name}: the Hub does not know the token; make a new one at {constants.ENDPOINT}/settings/tokens"
     if status == 403:
         return f"{doing} {name}: the token has no right to do so ({said or 'forbidden'}); use one with write rights"
     if status == 429:

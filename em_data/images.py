@@ -79,11 +79,17 @@ class ImageFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder; generate images into it first")
-        paths = [p for p in self.folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        paths = [
+            p
+            for p in self.folder.iterdir()
+            if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+        ]
         self.paths = sorted(paths, key=lambda path: natural_key(path.name))
         self.names = [path.name for path in self.paths]
         if not self.paths:
-            raise ValueError(f"{folder} holds no TIFF, PNG, JPEG or BMP image; generate images into it first")
+            raise ValueError(
+                f"{folder} holds no TIFF, PNG, JPEG or BMP image; generate images into it first"
+            )
         first = self._read(0)
         self.shape, self.pixel_size_nm = first.image.shape, first.pixel_size_nm
 
@@ -115,14 +121,22 @@ class ImageDataset:
 
         self.folder = Path(folder)
         dataset = datasets.load_from_disk(str(folder))
-        columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Array2D)]
+        columns = [
+            key
+            for key, feature in dataset.features.items()
+            if isinstance(feature, datasets.Array2D)
+        ]
         if not columns or not len(dataset):
-            raise ValueError(f"{folder} is a data set without images (a column of the type Array2D)")
+            raise ValueError(
+                f"{folder} is a data set without images (a column of the type Array2D)"
+            )
         feature = dataset.features[columns[0]]
         if feature.dtype not in ("uint8", "uint16"):
             raise ValueError(f"{folder} holds {feature.dtype}; grey levels are uint8 or uint16")
         self.shape, self.column = tuple(feature.shape), columns[0]
-        self.levels = dataset.select_columns(columns[:1]).with_format("numpy", dtype=np.dtype(feature.dtype))
+        self.levels = dataset.select_columns(columns[:1]).with_format(
+            "numpy", dtype=np.dtype(feature.dtype)
+        )
         self.pixel_size_nm = dataset[0].get("pixel_size_nm")
 
     def __len__(self):
@@ -130,7 +144,9 @@ class ImageDataset:
 
     def batch(self, start, stop):
         """Return images start .. stop - 1 as float32 [B, 1, H, W] in [-1, 1]."""
-        return from_uint(np.asarray(self.levels[start : min(stop, len(self))][self.column])).unsqueeze(1)
+        return from_uint(
+            np.asarray(self.levels[start : min(stop, len(self))][self.column])
+        ).unsqueeze(1)
 
 
 def read_image_folder(path):

@@ -15,7 +15,9 @@ def from_uint(array, low=None, high=None):
     """
     array = np.asarray(array)
     if array.dtype not in FULL_RANGE:
-        raise ValueError(f"grey levels are uint8 or uint16, not {array.dtype}; see em_data.read_micrograph")
+        raise ValueError(
+            f"grey levels are uint8 or uint16, not {array.dtype}; see em_data.read_micrograph"
+        )
     full = FULL_RANGE[array.dtype]
     low = np.asarray(0 if low is None else low, dtype=np.float32)
     high = np.asarray(full if high is None else high, dtype=np.float32)
@@ -43,7 +45,9 @@ def _scale(array, low, high, full, out):
         out -= low
     out *= np.float32(2) / (high - low)
     out -= np.float32(1)
-    if low.any() or np.any(high < full):  # on the full range the rounded result lies in [-1, 1] as it is
+    if low.any() or np.any(
+        high < full
+    ):  # on the full range the rounded result lies in [-1, 1] as it is
         np.clip(out, -1, 1, out=out)
 
 
@@ -60,7 +64,9 @@ def to_uint16(images):
 def _to_uint(images, dtype):
     images = torch.as_tensor(images).detach().float().cpu()
     if torch.isnan(images).any():
-        raise ValueError("the images hold NaN and have no grey levels: the model that made them has diverged")
+        raise ValueError(
+            "the images hold NaN and have no grey levels: the model that made them has diverged"
+        )
     half = FULL_RANGE[np.dtype(dtype)] / 2
     return images.clamp(-1, 1).add(1).mul(half).round_().numpy().astype(dtype)
 
@@ -92,7 +98,9 @@ def float_to_uint16(image):
     are not stretched: those from 0 to 65535 are kept, others shifted. A constant image of fractions becomes 0.
     """
     low, high = float(image.min()), float(image.max())
-    if high - low <= 65535 and (np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))):
+    if high - low <= 65535 and (
+        np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))
+    ):
         low = 0.0 if low >= 0 and high <= 65535 else low
         return (image.astype(np.float64) - low).astype(np.uint16), low, low + 65535.0
     if high == low:

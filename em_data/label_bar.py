@@ -16,10 +16,16 @@ def find_label_bar(image):
     if height < 32 or width < 32:
         return 0
     band = image[int(height * (1 - MAX_SHARE) - 16) :]
-    tolerance = 0 if image.dtype == np.uint16 else 3  # JPEG compression blurs a flat ground a little
+    tolerance = (
+        0 if image.dtype == np.uint16 else 3
+    )  # JPEG compression blurs a flat ground a little
     ground = int(np.bincount(band[-max(4, int(height * MIN_SHARE)) :].ravel()).argmax())
-    share = (np.abs(band.astype(np.int32) - ground) <= tolerance).mean(axis=1)  # [rows] of the ground's level
-    is_line = (np.abs(band.astype(np.int32) - band[:, :1].astype(np.int32)) <= tolerance).mean(axis=1) > 0.98
+    share = (np.abs(band.astype(np.int32) - ground) <= tolerance).mean(
+        axis=1
+    )  # [rows] of the ground's level
+    is_line = (np.abs(band.astype(np.int32) - band[:, :1].astype(np.int32)) <= tolerance).mean(
+        axis=1
+    ) > 0.98
     top, gap = len(band), 0
     for row in range(len(band) - 1, -1, -1):
         if share[row] >= 0.3 or is_line[row]:

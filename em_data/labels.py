@@ -11,7 +11,13 @@ from em_data.images import write_image
 from em_data.intensity import from_uint
 from em_data.micrograph import DEFECT_KINDS, Defect
 
-KIND_COLOURS = {"loop_111": "#4cc9f0", "loop_100": "#ffb703", "dot": "#80ed99", "line": "#ff5d8f", "loop": "#b197fc"}
+KIND_COLOURS = {
+    "loop_111": "#4cc9f0",
+    "loop_100": "#ffb703",
+    "dot": "#80ed99",
+    "line": "#ff5d8f",
+    "loop": "#b197fc",
+}
 
 
 def write_labelled(micrographs, folder):
@@ -29,8 +35,15 @@ def write_labelled(micrographs, folder):
             (folder / part / entry["file_name"]).parent.mkdir(parents=True, exist_ok=True)
         image = from_uint(micrograph.image).numpy()
         bits = 8 * micrograph.image.itemsize
-        write_image(image, folder / "images" / entry["file_name"], bits=bits, pixel_size_nm=micrograph.pixel_size_nm)
-        PIL.Image.fromarray(draw_instance_mask(micrograph)).save(folder / "masks" / entry["file_name"])
+        write_image(
+            image,
+            folder / "images" / entry["file_name"],
+            bits=bits,
+            pixel_size_nm=micrograph.pixel_size_nm,
+        )
+        PIL.Image.fromarray(draw_instance_mask(micrograph)).save(
+            folder / "masks" / entry["file_name"]
+        )
     (folder / "labels" / "coco.json").write_text(json.dumps(coco) + "\n")
     draw_contact_sheet(micrographs).save(folder / "labels" / "contact_sheet.png")
 
@@ -45,12 +58,16 @@ def make_coco(micrographs):
     coco["categories"] = [{"id": i + 1, "name": kind} for i, kind in enumerate(DEFECT_KINDS)]
     for image_id, micrograph in enumerate(micrographs, start=1):
         if micrograph.defects is None:
-            raise ValueError(f"{micrograph.name} has no labels; write its pixels alone with em_data.write_image")
+            raise ValueError(
+                f"{micrograph.name} has no labels; write its pixels alone with em_data.write_image"
+            )
         height, width = micrograph.image.shape
         coco["images"].append(
             {
                 "id": image_id,
-                "file_name": "/".join(filter(None, (micrograph.specimen, Path(micrograph.name).stem + ".png"))),
+                "file_name": "/".join(
+                    filter(None, (micrograph.specimen, Path(micrograph.name).stem + ".png"))
+                ),
                 "width": width,
                 "height": height,
                 "pixel_size_nm": micrograph.pixel_size_nm,
@@ -88,7 +105,9 @@ def encode_runs(mask):
 def decode_runs(counts, shape):
     """The bool mask [H, W] of run lengths as `encode_runs` makes them; `ValueError` if they do not cover it."""
     if sum(counts) != shape[0] * shape[1]:
-        raise ValueError(f"run lengths of {sum(counts)} pixels, but an image of {shape[0]} x {shape[1]}")
+        raise ValueError(
+            f"run lengths of {sum(counts)} pixels, but an image of {shape[0]} x {shape[1]}"
+        )
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(shape, order="F")
 
@@ -115,14 +134,20 @@ def make_defects(objects, instances, shape):
             whole = instances == k
         mask = None if whole is None else whole[box[1] : box[3], box[0] : box[2]]
         metadata = json.loads(each.get("attributes") or "{}")
-        defects.append(Defect(each["kind"], box, mask, each.get("diameter_nm"), each.get("length_nm"), metadata))
+        defects.append(
+            Defect(
+                each["kind"], box, mask, each.get("diameter_nm"), each.get("length_nm"), metadata
+            )
+        )
     return defects
 
 
 def draw_instance_mask(micrograph):
     """uint16 [H, W]: 0 the matrix, k the k-th defect; later defects lie above earlier ones."""
     if len(micrograph.defects) >= 2**16:
-        raise ValueError(f"{micrograph.name} has {len(micrograph.defects)} defects; an instance mask holds 65,535")
+        raise ValueError(
+            f"{micrograph.name} has {len(micrograph.defects)} defects; an instance mask holds 65,535"
+        )
     instances = np.zeros(micrograph.image.shape, dtype=np.uint16)
     for k, defect in enumerate(micrograph.defects, start=1):
         instances[_whole_mask(defect, instances.shape)] = k
@@ -138,13 +163,19 @@ def draw_contact_sheet(micrographs, max_side=2400):
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
     sheet = PIL.Image.new("RGB", (num_columns * width, num_rows * height), "white")
     for i, micrograph in enumerate(micrographs):
-        pixels = micrograph.image if micrograph.image.dtype == np.uint8 else (micrograph.image >> 8).astype(np.uint8)
+        pixels = (
+            micrograph.image
+            if micrograph.image.dtype == np.uint8
+            else (micrograph.image >> 8).astype(np.uint8)
+        )
         size = [max(1, int(side * scale)) for side in pixels.shape[::-1]]
         picture = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BOX).convert("RGB")
         draw = PIL.ImageDraw.Draw(picture)
         for defect in micrograph.defects:
             x0, y0, x1, y1 = (edge * scale for edge in defect.box_px)
-            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=KIND_COLOURS[defect.kind])
+            draw.rectangle(
+                (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=KIND_COLOURS[defect.kind]
+            )
         sheet.paste(picture, (i % num_columns * width, i // num_columns * height))
     return sheet
 

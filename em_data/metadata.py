@@ -28,7 +28,9 @@ def square_pixel_size(sizes, notices):
     if not (0 < x < float("inf") and 0 < y < float("inf")):
         return None
     if max(x, y) > MAX_PIXEL_SIZE_NM:
-        notices.append(f"{where} of {2.54e7 / x:.4g} dpi is a printer's, not a microscope's: pixel size unknown")
+        notices.append(
+            f"{where} of {2.54e7 / x:.4g} dpi is a printer's, not a microscope's: pixel size unknown"
+        )
         return None
     if abs(x - y) > 0.01 * max(x, y):
         notices.append(f"pixels of {x:.4g} x {y:.4g} nm are not square: pixel size unknown")
@@ -61,11 +63,27 @@ def read_png_metadata(data):
 def read_tiff_metadata(tif, page):
     """Return (metadata, sizes) of an open tifffile.TiffFile; the microscope's own header is asked first."""
     metadata = {"format": "TIFF"}
-    readers = (_read_shaped, _read_fei, _read_zeiss, _read_sis, _read_gatan, _read_ome, _read_imagej, _read_resolution)
+    readers = (
+        _read_shaped,
+        _read_fei,
+        _read_zeiss,
+        _read_sis,
+        _read_gatan,
+        _read_ome,
+        _read_imagej,
+        _read_resolution,
+    )
     for read in readers:
         try:
             sizes = read(tif, page, metadata)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ElementTree.ParseError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            ElementTree.ParseError,
+        ) as error:
             metadata[f"unreadable{read.__name__}"] = str(error)[:80]
             continue
         if sizes is not None:
@@ -105,7 +123,11 @@ def _read_fei(tif, page, metadata):
     for section in ("Scan", "EScan", "IScan"):
         if "PixelWidth" in header.get(section, {}):
             scan = header[section]
-            return scan["PixelWidth"] * 1e9, scan.get("PixelHeight", scan["PixelWidth"]) * 1e9, "FEI header"
+            return (
+                scan["PixelWidth"] * 1e9,
+                scan.get("PixelHeight", scan["PixelWidth"]) * 1e9,
+                "FEI header",
+            )
     return None
 
 
@@ -136,7 +158,9 @@ def _read_gatan(tif, page, metadata):
         return None
     metadata["instrument"] = "Gatan"
     unit = page.tags[65003].value
-    factor = unit_to_nm(bytes(unit).decode("latin-1").strip("\0") if isinstance(unit, bytes | tuple) else unit)
+    factor = unit_to_nm(
+        bytes(unit).decode("latin-1").strip("\0") if isinstance(unit, bytes | tuple) else unit
+    )
     x = float(page.tags[65009].value)
     y = float(page.tags[65010].value) if 65010 in page.tags else x
     return (x * factor, y * factor, "Gatan tags") if factor else None
@@ -149,7 +173,9 @@ def _read_ome(tif, page, metadata):
     for element in ElementTree.fromstring(tif.ome_metadata).iter():
         if element.tag.endswith("}Pixels") and "PhysicalSizeX" in element.attrib:
             attributes = element.attrib
-            x = float(attributes["PhysicalSizeX"]) * unit_to_nm(attributes.get("PhysicalSizeXUnit", "µm"))
+            x = float(attributes["PhysicalSizeX"]) * unit_to_nm(
+                attributes.get("PhysicalSizeXUnit", "µm")
+            )
             y = attributes.get("PhysicalSizeY")
             y = x if y is None else float(y) * unit_to_nm(attributes.get("PhysicalSizeYUnit", "µm"))
             return x, y, "OME header"

@@ -55,7 +55,9 @@ def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.std
     Raises `ValueError` that names an image which cannot be read: a data set is whole or not published.
     """
     if config.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", config.license):
-        raise ValueError(f"--license {config.license} is no licence's name on the Hub; write it as cc-by-4.0 or other")
+        raise ValueError(
+            f"--license {config.license} is no licence's name on the Hub; write it as cc-by-4.0 or other"
+        )
     if config.dry_run is not None:
         out = check_dry_run_folder(config.dry_run)
         write_dataset(config, out, say)
@@ -74,34 +76,58 @@ def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.std
             check=refuse_other_content,
             is_replaced=lambda path: path.startswith("data/train-"),
         )
-    say(f"{upload.url} (commit {upload.commit[:8]}), verified; read it with --data hub:{upload.repo_id}")
+    say(
+        f"{upload.url} (commit {upload.commit[:8]}), verified; read it with --data hub:{upload.repo_id}"
+    )
     return upload.url
 
 
 def refuse_other_content(api, repo_id, paths, revision):
     """Refuse a data set that was not written by this."""
     if not any(path.startswith("data/train-") for path in paths):
-        raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name")
+        raise ValueError(
+            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name"
+        )
 
 
 def write_dataset(config: PushConfig, out: Path, say) -> None:
     """Write data/train-*.parquet and README.md into `out`."""
     import datasets
 
-    settings = DataConfig(on_bad_image="fail", label_bar="keep", specimen_pattern=config.specimen_pattern)
+    settings = DataConfig(
+        on_bad_image="fail", label_bar="keep", specimen_pattern=config.specimen_pattern
+    )
     source = open_source(config.folder, settings, find_cache_dir())
     for sentence in source.ignored:
         say(sentence)
     labels = read_labels(Path(config.folder))
-    features = {"image": datasets.Image(), "name": datasets.Value("string"), "specimen": datasets.Value("string")}
+    features = {
+        "image": datasets.Image(),
+        "name": datasets.Value("string"),
+        "specimen": datasets.Value("string"),
+    }
     features |= {"pixel_size_nm": datasets.Value("float64"), "bits": datasets.Value("int8")}
     if labels is not None:
-        objects = {"kind": datasets.Value("string"), "box_px": datasets.List(datasets.Value("int32"))}
-        objects |= {"diameter_nm": datasets.Value("float64"), "length_nm": datasets.Value("float64")}
-        objects |= {"runs": datasets.List(datasets.Value("int32")), "attributes": datasets.Value("string")}
+        objects = {
+            "kind": datasets.Value("string"),
+            "box_px": datasets.List(datasets.Value("int32")),
+        }
+        objects |= {
+            "diameter_nm": datasets.Value("float64"),
+            "length_nm": datasets.Value("float64"),
+        }
+        objects |= {
+            "runs": datasets.List(datasets.Value("int32")),
+            "attributes": datasets.Value("string"),
+        }
         features |= {"objects": datasets.List(objects), "mask": datasets.Image()}
     (out / "data").mkdir(parents=True, exist_ok=True)
-    rows, size, shards, facts = [], 0, [], {"num": 0, "bits": set(), "sizes": set(), "specimens": set(), "objects": 0}
+    rows, size, shards, facts = (
+        [],
+        0,
+        [],
+        {"num": 0, "bits": set(), "sizes": set(), "specimens": set(), "objects": 0},
+    )
 
     def close_shard():
         path = out / "data" / f"train-{len(shards):05d}.parquet"
@@ -111,7 +137,9 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
         shards.append(path)
         rows.clear()
 
-    for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=not sys.stderr.isatty()):
+    for entry in tqdm(
+        source.entries, desc="micrographs", unit="img", disable=not sys.stderr.isatty()
+    ):
         micrograph = entry.read()
         row = make_row(entry, micrograph, labels, Path(config.folder))
         size += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
@@ -141,7 +169,9 @@ def make_row(entry, micrograph, labels, folder) -> dict:
         return row
     name = entry.name.removeprefix("images/")
     if name not in labels:
-        raise ValueError(f"{entry.name} is not among the images of labels/coco.json; label it or take it away")
+        raise ValueError(
+            f"{entry.name} is not among the images of labels/coco.json; label it or take it away"
+        )
     mask = folder / "masks" / name
     return row | {
         "objects": labels[name],
@@ -171,7 +201,11 @@ def read_labels(folder: Path) -> dict | None:
     objects = {name: [] for name in names.values()}
     for each in coco["annotations"]:
         x, y, width, height = (round(number) for number in each["bbox"])
-        runs = each["segmentation"].get("counts") if isinstance(each.get("segmentation"), dict) else None
+        runs = (
+            each["segmentation"].get("counts")
+            if isinstance(each.get("segmentation"), dict)
+            else None
+        )
         objects[names[each["image_id"]]].append(
             {
                 "kind": kinds[each["category_id"]],
@@ -191,11 +225,20 @@ def make_card(config: PushConfig, name: str, facts: dict, has_labels: bool) -> s
         license=config.license or "unknown",
         pretty_name=name,
         tags=["electron-microscopy", "materials-science"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": "data/train-*.parquet"}],
+            }
+        ],
     )
     sizes = sorted(size for size in facts["sizes"] if size)
     size = (
-        "unknown" if not sizes else f"{sizes[0]:.4g} nm" if len(sizes) == 1 else f"{sizes[0]:.4g} to {sizes[-1]:.4g} nm"
+        "unknown"
+        if not sizes
+        else f"{sizes[0]:.4g} nm"
+        if len(sizes) == 1
+        else f"{sizes[0]:.4g} to {sizes[-1]:.4g} nm"
     )
     if None in facts["sizes"] and sizes:
         size += ", of some unknown"
@@ -206,7 +249,9 @@ def make_card(config: PushConfig, name: str, facts: dict, has_labels: bool) -> s
     )
     bits = " and ".join(str(each) for each in sorted(facts["bits"]))
     licence = (
-        f"{config.license}." if config.license else "The publisher has not stated one: ask before you use the images."
+        f"{config.license}."
+        if config.license
+        else "The publisher has not stated one: ask before you use the images."
     )
     return f"""---
 {metadata.to_yaml()}

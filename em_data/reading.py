@@ -21,7 +21,9 @@ from em_data.micrograph import Micrograph
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 BAR_REFUSED = "a label bar of {} rows at the bottom; use --tiles.label-bar crop"
-GREY_TOLERANCE = 2  # levels of 255 by which the channels of a grey image may differ after JPEG compression
+GREY_TOLERANCE = (
+    2  # levels of 255 by which the channels of a grey image may differ after JPEG compression
+)
 
 
 def read_micrograph(path, *, label_bar="crop", name=None, specimen=None):
@@ -61,11 +63,17 @@ def _decode(data, name, notices):
         if head == b"\x89PNG\r\n\x1a\n":
             return _decode_png(data, notices)
         if head[:2] in (b"\xff\xd8", b"BM"):
-            return _decode_with_pil(data), {"format": "JPEG" if head[:2] == b"\xff\xd8" else "BMP"}, None
+            return (
+                _decode_with_pil(data),
+                {"format": "JPEG" if head[:2] == b"\xff\xd8" else "BMP"},
+                None,
+            )
     except _Refusal as refusal:
         raise ValueError(f"{name}: {refusal}") from None
     except Exception as error:  # a decoder may raise anything at all on a broken file
-        raise ValueError(f"{name}: unreadable or truncated ({_first_line(error)}); copy it again") from error
+        raise ValueError(
+            f"{name}: unreadable or truncated ({_first_line(error)}); copy it again"
+        ) from error
     if not data.strip(b"\0"):
         raise ValueError(f"{name}: unreadable: nothing but zero bytes; copy it again")
     raise ValueError(f"{name}: not a TIFF, PNG, JPEG or BMP file by its content; export it as TIFF")
@@ -80,19 +88,26 @@ def _first_line(error):
 
 
 def _decode_tiff(data, name, notices):
-    with _collect_warnings(notices), tifffile.TiffFile(io.BytesIO(data), name=Path(name).name) as tif:
+    with (
+        _collect_warnings(notices),
+        tifffile.TiffFile(io.BytesIO(data), name=Path(name).name) as tif,
+    ):
         if not tif.pages:
             raise _Refusal("a TIFF without an image; copy it again")
         series, page = tif.series[0], tif.series[0].keyframe
         for each in series.pages:
-            if each is not None and any(o + n > len(data) for o, n in zip(each.dataoffsets, each.databytecounts)):
+            if each is not None and any(
+                o + n > len(data) for o, n in zip(each.dataoffsets, each.databytecounts)
+            ):
                 raise _Refusal("truncated: its pixels end before the image does; copy it again")
         array = np.squeeze(series.asarray())
         axes = series.get_axes(squeeze=True)
         if len(tif.series) > 1:
             notices.append(f"{len(tif.series)} images in one file: the first is used")
         if array.ndim == 3 and page.samplesperpixel == 1:
-            raise _Refusal(f"a stack of {array.shape[0]} frames (axes {axes}); save each frame to a file of its own")
+            raise _Refusal(
+                f"a stack of {array.shape[0]} frames (axes {axes}); save each frame to a file of its own"
+            )
         if array.ndim == 3 and "S" in axes:
             array = np.moveaxis(array, axes.index("S"), -1)
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
@@ -151,7 +166,9 @@ def _decode_with_pil(data):
             image = PIL.Image.open(io.BytesIO(data))
         except PIL.Image.DecompressionBombError:
             most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
-            raise _Refusal(f"more than {most} million pixels; save it as TIFF or in parts") from None
+            raise _Refusal(
+                f"more than {most} million pixels; save it as TIFF or in parts"
+            ) from None
     with image:
         if image.mode == "1":
             image = image.convert("L")
@@ -167,20 +184,28 @@ def _to_grey(array, name, notices, *, lossy):
     if array.ndim == 3 and array.shape[-1] in (2, 4):
         alpha = array[..., -1]
         if alpha.min() != alpha.max():
-            raise ValueError(f"{name}: partly transparent; a micrograph is not: export it without an alpha channel")
+            raise ValueError(
+                f"{name}: partly transparent; a micrograph is not: export it without an alpha channel"
+            )
         array = array[..., :-1]
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim == 2:
         return array
     if array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(f"{name}: an image of shape {list(array.shape)}; a micrograph is [height, width], grey")
-    if np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2]):
+        raise ValueError(
+            f"{name}: an image of shape {list(array.shape)}; a micrograph is [height, width], grey"
+        )
+    if np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(
+        array[..., 0], array[..., 2]
+    ):
         return np.ascontiguousarray(array[..., 0])
     difference = array.max(axis=-1).astype(np.float64) - array.min(axis=-1)
     largest = difference.max()
     if array.dtype == np.uint8 and lossy and largest <= GREY_TOLERANCE:
-        notices.append(f"channels differ by up to {largest:.0f} grey levels (JPEG): their median is used")
+        notices.append(
+            f"channels differ by up to {largest:.0f} grey levels (JPEG): their median is used"
+        )
         return np.median(array, axis=-1).astype(array.dtype)
     share = 100 * float((difference > 0).mean())
     raise ValueError(
@@ -191,7 +216,9 @@ def _to_grey(array, name, notices, *, lossy):
 
 def _to_uint(image, name, notices, metadata):
     if 0 in image.shape:
-        raise ValueError(f"{name}: an image without pixels ({image.shape[0]} x {image.shape[1]}); copy it again")
+        raise ValueError(
+            f"{name}: an image without pixels ({image.shape[0]} x {image.shape[1]}); copy it again"
+        )
     metadata["stored_as"] = str(image.dtype)
     if image.dtype in (np.uint8, np.uint16):
         return image.astype(image.dtype.newbyteorder("="), copy=False)
@@ -199,13 +226,17 @@ def _to_uint(image, name, notices, metadata):
         notices.append("one bit per pixel: written as 0 and 255")
         return image.astype(np.uint8) * np.uint8(255)
     if image.dtype.kind not in "iuf":
-        raise ValueError(f"{name}: pixels of type {image.dtype}; export real, not complex, values as TIFF")
+        raise ValueError(
+            f"{name}: pixels of type {image.dtype}; export real, not complex, values as TIFF"
+        )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         num_bad = int((~np.isfinite(image)).sum())
         raise ValueError(f"{name}: {num_bad} pixels are NaN or infinite; mend them before use")
     image, low, high = float_to_uint16(image)
     if (low, high) != (0.0, 65535.0):
-        notices.append(f"{metadata['stored_as']} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535")
+        notices.append(
+            f"{metadata['stored_as']} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535"
+        )
         metadata["scaled_from"] = [low, high]
     return image
 
@@ -235,4 +266,6 @@ def _treat_label_bar(image, label_bar, name, notices):
 
 def natural_key(name):
     """Sort key that puts frame 2 before frame 10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(name))], str(name)
+    return [
+        int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(name))
+    ], str(name)

@@ -18,7 +18,20 @@ LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segm
 LABEL_FOLDER = re.compile(rf"^{LABEL_WORDS}(\d*|[-_ ].*)$", re.IGNORECASE)
 LABEL_FILE = re.compile(rf"[-_ .]{LABEL_WORDS}\d*$", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
-OTHER_MICROSCOPY = (".dm3", ".dm4", ".emd", ".ser", ".mrc", ".mrcs", ".hdf5", ".h5", ".npy", ".npz", ".gif", ".webp")
+OTHER_MICROSCOPY = (
+    ".dm3",
+    ".dm4",
+    ".emd",
+    ".ser",
+    ".mrc",
+    ".mrcs",
+    ".hdf5",
+    ".h5",
+    ".npy",
+    ".npz",
+    ".gif",
+    ".webp",
+)
 DEFAULT_NUM_SYNTHETIC = 48
 
 
@@ -62,9 +75,13 @@ def open_source(source, config, cache_dir):
     elif source.startswith(("hub:", "hub-stream:")):
         opened = open_dataset(source, config)
     elif source.startswith("damaged-alloys:"):
-        from em_data.damaged_alloys import open_damaged_alloys  # not at the top: it is a command, too
+        from em_data.damaged_alloys import (
+            open_damaged_alloys,
+        )  # not at the top: it is a command, too
 
-        opened = open_damaged_alloys(Path(source.removeprefix("damaged-alloys:")).expanduser(), config, cache_dir)
+        opened = open_damaged_alloys(
+            Path(source.removeprefix("damaged-alloys:")).expanduser(), config, cache_dir
+        )
     elif source.startswith("datasets:"):
         opened = open_dataset(source.removeprefix("datasets:"), config)
     elif (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
@@ -112,12 +129,18 @@ def open_folder(folder, config, cache_dir):
                 num_labels["files named as labels"] += 1
             else:
                 paths.append(relative / file)
-    ignored = [f"{count} images in {where}: labels by their name" for where, count in num_labels.items()]
-    ignored += [f"{count} {suffix} files: not read; export them as TIFF" for suffix, count in others.items()]
+    ignored = [
+        f"{count} images in {where}: labels by their name" for where, count in num_labels.items()
+    ]
+    ignored += [
+        f"{count} {suffix} files: not read; export them as TIFF" for suffix, count in others.items()
+    ]
     ignored += [f"folder {error.filename}: {error.strerror}" for error in closed]
     if not paths:
         said = f" ({'; '.join(ignored)})" if ignored else ""
-        raise ValueError(f"{folder} holds no TIFF, PNG, JPEG or BMP image{said}; give a folder of micrographs")
+        raise ValueError(
+            f"{folder} holds no TIFF, PNG, JPEG or BMP image{said}; give a folder of micrographs"
+        )
     paths.sort(key=natural_key)
     hashes = hash_files([folder / path for path in paths], cache_dir)
     entries = []
@@ -168,7 +191,9 @@ def hash_files(paths, cache_dir):
         except OSError as error:
             hashes.append(f"unreadable: {error.strerror}")
     if num_new:
-        with suppress(OSError):  # a memory only: where it cannot be written, the next start hashes again
+        with suppress(
+            OSError
+        ):  # a memory only: where it cannot be written, the next start hashes again
             write_atomically(memo_path, json.dumps(memo).encode())
     return hashes
 
@@ -179,11 +204,17 @@ def open_synthetic(config):
 
     num = config.num_micrographs or DEFAULT_NUM_SYNTHETIC
     size = config.micrograph_size
-    code = b"".join(path.read_bytes() for path in sorted(Path(synthetic.__file__).parent.glob("synthetic*.py")))
+    code = b"".join(
+        path.read_bytes() for path in sorted(Path(synthetic.__file__).parent.glob("synthetic*.py"))
+    )
     code = hashlib.blake2b(code, digest_size=8).hexdigest()
     micrographs = Replayed(lambda: synthetic.synthesise_micrographs(num, config.seed, size))
     entries = [
-        Entry(f"synthetic_{i:05d}", f"{code}-{config.seed}-{size}-{i}-of-{num}", lambda i=i: micrographs[i])
+        Entry(
+            f"synthetic_{i:05d}",
+            f"{code}-{config.seed}-{size}-{i}-of-{num}",
+            lambda i=i: micrographs[i],
+        )
         for i in range(num)
     ]
     return Source("synthetic", entries, [])

@@ -47,7 +47,11 @@ def list_groups(micrographs, split):
             )
     groups = sorted({_group(each, split) for each in micrographs})
     if len(groups) < 2:
-        other = "micrograph or leaky" if split == "specimen" else "leaky (both sides then see the same micrograph)"
+        other = (
+            "micrograph or leaky"
+            if split == "specimen"
+            else "leaky (both sides then see the same micrograph)"
+        )
         raise ValueError(
             f"only one {split} ({groups[0]}): none can be held out of training. "
             f"Add micrographs, or use --tiles.split {other}"
@@ -59,7 +63,9 @@ def choose_groups(groups, config):
     """Choose the groups to hold out: those whose hash with the seed is least, so that a new one changes few others."""
     num_held_out = min(max(1, round(config.held_out_fraction * len(groups))), len(groups) - 1)
     return set(
-        sorted(groups, key=lambda group: hashlib.sha256(f"{config.seed}:{group}".encode()).digest())[:num_held_out]
+        sorted(
+            groups, key=lambda group: hashlib.sha256(f"{config.seed}:{group}".encode()).digest()
+        )[:num_held_out]
     )
 
 
@@ -70,8 +76,14 @@ def check_split(train, held_out):
         by_hash[each["pixel_hash"]].append(each["name"])
     shared = [each["name"] for each in held_out if each["group"] in by_name]
     if shared:
-        raise ValueError(f"training and held-out data share {name_some(shared)}; hold out whole micrographs")
-    pairs = [f"{other} = {each['name']}" for each in held_out for other in by_hash.get(each["pixel_hash"], ())]
+        raise ValueError(
+            f"training and held-out data share {name_some(shared)}; hold out whole micrographs"
+        )
+    pairs = [
+        f"{other} = {each['name']}"
+        for each in held_out
+        for other in by_hash.get(each["pixel_hash"], ())
+    ]
     if pairs:
         raise ValueError(
             f"training and held-out data share exact duplicates (turned and flipped copies count): {name_some(pairs, 20)}. "

@@ -17,7 +17,14 @@ from scipy import ndimage
 
 from em_data.labels import write_labelled
 from em_data.micrograph import Defect, Micrograph
-from em_data.synthetic_defects import NORMALS_100, NORMALS_111, draw_dot, draw_line, draw_loop, project_loop
+from em_data.synthetic_defects import (
+    NORMALS_100,
+    NORMALS_111,
+    draw_dot,
+    draw_line,
+    draw_loop,
+    project_loop,
+)
 from em_data.synthetic_imaging import make_background, record
 
 MICROGRAPHS_PER_SPECIMEN = 4
@@ -59,7 +66,9 @@ class Specimen:
         """The specimen with this number, a whole number from 0."""
         rng = np.random.default_rng([seed, 1])
         rotation = rng.uniform(0, np.pi / 2)
-        tilt = np.deg2rad(rng.normal(0, 2.5, size=2))  # the operator comes within a few degrees of the zone axis
+        tilt = np.deg2rad(
+            rng.normal(0, 2.5, size=2)
+        )  # the operator comes within a few degrees of the zone axis
         return cls(
             name=f"synthetic-specimen-{seed:06d}",
             beam=(1.0, float(np.tan(tilt[0])), float(np.tan(tilt[1]))),
@@ -96,19 +105,37 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
     log_transmission, visibility = make_background(rng, specimen, size, pixel_size_nm)
     contrast = np.zeros((size, size), dtype=np.float32)
     drawn = _draw_defects(rng, specimen, size, pixel_size_nm)
-    defects = [_place(contrast, kind, center, metadata, drawing) for kind, center, metadata, drawing in drawn]
+    defects = [
+        _place(contrast, kind, center, metadata, drawing)
+        for kind, center, metadata, drawing in drawn
+    ]
     defects = [defect for defect in defects if defect is not None]
-    reach = 2 * round(4.3 / pixel_size_nm) + 1  # two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
-    contrast += 0.3 * ndimage.uniform_filter(ndimage.uniform_filter(contrast, reach), reach)  # the far strain field
-    image, dose = record(rng, np.exp(log_transmission - visibility * contrast), specimen.dose, pixel_size_nm)
-    metadata = {"seed": seed, "electrons_per_pixel": round(dose, 2), "beam": list(specimen.beam), "notices": []}
-    return Micrograph(image, f"synthetic-{seed:09d}.png", pixel_size_nm, specimen.name, metadata, defects)
+    reach = (
+        2 * round(4.3 / pixel_size_nm) + 1
+    )  # two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
+    contrast += 0.3 * ndimage.uniform_filter(
+        ndimage.uniform_filter(contrast, reach), reach
+    )  # the far strain field
+    image, dose = record(
+        rng, np.exp(log_transmission - visibility * contrast), specimen.dose, pixel_size_nm
+    )
+    metadata = {
+        "seed": seed,
+        "electrons_per_pixel": round(dose, 2),
+        "beam": list(specimen.beam),
+        "notices": [],
+    }
+    return Micrograph(
+        image, f"synthetic-{seed:09d}.png", pixel_size_nm, specimen.name, metadata, defects
+    )
 
 
 def synthesise_micrographs(num, seed=0, size=512, pixel_size_nm=PIXEL_SIZE_NM):
     """`num` labelled micrographs, four to a specimen: micrograph i has the seed 1,000,000 seed + i; an iterator."""
     if not 0 < num <= _SEED_STRIDE:
-        raise ValueError(f"the number of synthetic micrographs lies in 1..{_SEED_STRIDE}, not {num}")
+        raise ValueError(
+            f"the number of synthetic micrographs lies in 1..{_SEED_STRIDE}, not {num}"
+        )
     return (synthesise_micrograph(seed * _SEED_STRIDE + i, size, pixel_size_nm) for i in range(num))
 
 
@@ -123,7 +150,12 @@ def _draw_defects(rng, specimen, size, pixel_size_nm):
         length = float(np.clip(rng.lognormal(np.log(170), 0.6), 40, 900))
         direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.6)
         drawing = draw_line(
-            rng, start, length_nm=length, direction=direction, strength=strength, pixel_size_nm=pixel_size_nm
+            rng,
+            start,
+            length_nm=length,
+            direction=direction,
+            strength=strength,
+            pixel_size_nm=pixel_size_nm,
         )
         yield "line", start, drawing.metadata, drawing
 
@@ -150,7 +182,12 @@ def _draw_defects(rng, specimen, size, pixel_size_nm):
             strength=strength,
             pixel_size_nm=pixel_size_nm,
         )
-        metadata = {"diameter_nm": diameter, "axis_ratio": axis_ratio, "angle": angle, "strength": strength}
+        metadata = {
+            "diameter_nm": diameter,
+            "axis_ratio": axis_ratio,
+            "angle": angle,
+            "strength": strength,
+        }
         yield kind, center, metadata | drawing.metadata, drawing
 
     num_dots = rng.poisson(specimen.dots_per_um2 * area_um2)
@@ -179,7 +216,9 @@ def _spread_out(rng, diameters, side_nm):
     for i, candidates in enumerate(tries):
         apart = np.abs(candidates[:, None] - centers[None, :i])
         distance = np.linalg.norm(np.minimum(apart, side_nm - apart), axis=-1)  # [6, i]
-        room = (distance - 0.5 * (diameters[i] + diameters[None, :i])).min(axis=1, initial=np.inf)  # [6]
+        room = (distance - 0.5 * (diameters[i] + diameters[None, :i])).min(
+            axis=1, initial=np.inf
+        )  # [6]
         free = np.flatnonzero(room > 0.15 * diameters[i])
         centers[i] = candidates[free[0] if len(free) else np.argmax(room)]
     return centers
@@ -217,20 +256,33 @@ def _place(canvas, kind, center, metadata, drawing):
 
 def main(arguments=None):
     """Write synthetic micrographs with their masks, COCO labels and a contact sheet: the command of this module."""
-    parser = argparse.ArgumentParser(prog="python -m em_data.synthetic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m em_data.synthetic", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--num", type=int, default=16, help="micrographs to make (16)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if missing")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write to; made if missing"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=512, help="side in pixels (512)")
-    parser.add_argument("--pixel-size-nm", type=float, default=PIXEL_SIZE_NM, help=f"nm per pixel ({PIXEL_SIZE_NM:g})")
+    parser.add_argument(
+        "--pixel-size-nm",
+        type=float,
+        default=PIXEL_SIZE_NM,
+        help=f"nm per pixel ({PIXEL_SIZE_NM:g})",
+    )
     args = parser.parse_args(arguments)
     try:
-        micrographs = list(synthesise_micrographs(args.num, args.seed, args.size, args.pixel_size_nm))
+        micrographs = list(
+            synthesise_micrographs(args.num, args.seed, args.size, args.pixel_size_nm)
+        )
         write_labelled(micrographs, args.out)
     except ValueError as error:
         parser.error(str(error))
     num_defects = sum(len(micrograph.defects) for micrograph in micrographs)
-    print(f"{args.out}: {args.num} micrographs in images/, {num_defects} labelled defects in labels/ and masks/")
+    print(
+        f"{args.out}: {args.num} micrographs in images/, {num_defects} labelled defects in labels/ and masks/"
+    )
 
 
 if __name__ == "__main__":

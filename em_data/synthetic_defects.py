@@ -11,8 +11,12 @@ from math import cos, hypot, pi, sin
 import numpy as np
 from scipy import ndimage
 
-NORMALS_100 = np.eye(3)  # habit planes {100} of a0<100> loops: a pure edge loop lies normal to its Burgers vector
-NORMALS_111 = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]]) / np.sqrt(3)  # and {111} of a0/2<111> loops
+NORMALS_100 = np.eye(
+    3
+)  # habit planes {100} of a0<100> loops: a pure edge loop lies normal to its Burgers vector
+NORMALS_111 = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]]) / np.sqrt(
+    3
+)  # and {111} of a0/2<111> loops
 
 
 @dataclass(eq=False)
@@ -70,13 +74,21 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     double image of a dislocation near its Bragg condition. The enclosed area is a little brighter than the matrix.
     angle, g_angle: radians from x towards y. strength: peak of the contrast. Returns a Drawing.
     """
-    core = min(2.4, rng.lognormal(0.2, 0.22)) * (diameter_nm / 22) ** 0.25  # half width of the dark line, nm
+    core = (
+        min(2.4, rng.lognormal(0.2, 0.22)) * (diameter_nm / 22) ** 0.25
+    )  # half width of the dark line, nm
     a = diameter_nm / 2
     b = hypot(a * axis_ratio, 0.8 * core)  # an edge-on loop keeps the width of its strain field
-    c, s = cos(angle), sin(angle)  # Python numbers: numpy's float64 scalars would double the arrays' width
+    c, s = (
+        cos(angle),
+        sin(angle),
+    )  # Python numbers: numpy's float64 scalars would double the arrays' width
     w = rng.normal(0, 0.028, size=4).tolist()  # unevenness of the outline
     swell = 1 + hypot(w[0], w[1]) + hypot(w[2], w[3])
-    reach = [(4 * core + swell * hypot(*sides)) / pixel_size_nm for sides in ((a * c, b * s), (a * s, b * c))]
+    reach = [
+        (4 * core + swell * hypot(*sides)) / pixel_size_nm
+        for sides in ((a * c, b * s), (a * s, b * c))
+    ]
     origin, dx, dy = _window(center_px, reach)
 
     # Coordinates in which the ellipse is the unit circle, the angle there, and a radius that is 1 on the uneven outline.
@@ -90,14 +102,20 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     radius /= 1 + w[0] * cos3 + w[1] * sin3 + w[2] * cos2 + w[3] * sin2
 
     # Distance to the ring, first order outside; inside never more than the half chord of a thin ellipse.
-    slope = np.sqrt((along / a) ** 2 + (across / b) ** 2 + 1e-6 / b**2)  # radius / slope is b in the middle
+    slope = np.sqrt(
+        (along / a) ** 2 + (across / b) ** 2 + 1e-6 / b**2
+    )  # radius / slope is b in the middle
     chord = b * np.sqrt(np.maximum(1 - radius**2, 0))
-    distance = np.maximum((radius - 1) * radius / slope, -chord) / core  # in half widths of the dark line
+    distance = (
+        np.maximum((radius - 1) * radius / slope, -chord) / core
+    )  # in half widths of the dark line
 
     floor = rng.uniform(0.22, 0.6)
     phase = 2 * (g_angle - angle) + rng.normal(0, 0.25)
     lopsided = rng.normal(0, 0.18)  # one side of the loop is nearer to the surface
-    along_ring = floor + (1 - floor) * 0.5 * (1 + cos2 * cos(phase) + sin2 * sin(phase)) + lopsided * cos1
+    along_ring = (
+        floor + (1 - floor) * 0.5 * (1 + cos2 * cos(phase) + sin2 * sin(phase)) + lopsided * cos1
+    )
     wiggle = rng.uniform(0, 0.16)  # oscillation with depth along an inclined loop
     along_ring = np.maximum(along_ring + wiggle * (1 - 2 * sin2**2), 0.08)
 
@@ -150,8 +168,12 @@ def draw_line(rng, start_px, *, length_nm, direction, strength, pixel_size_nm):
 
     depth = s / s[-1]
     beats = 0.5 + 0.5 * np.cos(2 * np.pi * s / rng.uniform(14, 32) + rng.uniform(0, 6.28))
-    near_surface = np.exp(-depth / 0.22) + np.exp(-(1 - depth) / 0.22)  # the oscillation dies out in mid foil
-    weight = (1 - 0.75 * np.minimum(near_surface, 1) * beats) * np.minimum(1, 12 * np.minimum(depth, 1 - depth) + 0.3)
+    near_surface = np.exp(-depth / 0.22) + np.exp(
+        -(1 - depth) / 0.22
+    )  # the oscillation dies out in mid foil
+    weight = (1 - 0.75 * np.minimum(near_surface, 1) * beats) * np.minimum(
+        1, 12 * np.minimum(depth, 1 - depth) + 0.3
+    )
 
     pad = int(np.ceil(4 * sigma / pixel_size_nm)) + 1
     x0, y0 = int(np.floor(x.min())) - pad, int(np.floor(y.min())) - pad
@@ -167,8 +189,12 @@ def draw_line(rng, start_px, *, length_nm, direction, strength, pixel_size_nm):
                 plane += np.bincount(at, values * wx * wy, minlength=height * width)
         planes.append(plane.reshape(height, width))
     sigma_px = sigma / pixel_size_nm
-    blurred = ndimage.gaussian_filter(np.stack(planes).astype(np.float32), (0, sigma_px, sigma_px), truncate=3.5)
+    blurred = ndimage.gaussian_filter(
+        np.stack(planes).astype(np.float32), (0, sigma_px, sigma_px), truncate=3.5
+    )
     blurred *= np.float32(
         np.sqrt(2 * np.pi) * sigma * step / pixel_size_nm**2
     )  # a straight line of weight 1 has peak 1
-    return Drawing((x0, y0), strength * blurred[0], blurred[1] > 0.35, {"length_nm": round(float(s[-1]), 3)})
+    return Drawing(
+        (x0, y0), strength * blurred[0], blurred[1] > 0.35, {"length_nm": round(float(s[-1]), 3)}
+    )

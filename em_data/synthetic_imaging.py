@@ -51,7 +51,9 @@ def _mottle_amplitude(side, pixel_size_nm):
 
 def _mottle(rng, size, pixel_size_nm):
     """Two independent stationary Gaussian fields of unit variance, float32 [2, size, size]; see _mottle_amplitude."""
-    side = fft.next_fast_len(size + int(30 / pixel_size_nm))  # the transform is periodic, the picture is not
+    side = fft.next_fast_len(
+        size + int(30 / pixel_size_nm)
+    )  # the transform is periodic, the picture is not
     white = rng.standard_normal((side, side, 2), dtype=np.float32).view(np.complex64)[..., 0]
     fields = fft.ifft2(white * _mottle_amplitude(side, pixel_size_nm))[:size, :size]
     return np.stack([fields.real, fields.imag])
@@ -74,19 +76,29 @@ def record(rng, transmission, dose, pixel_size_nm):
     image = ndimage.gaussian_filter(transmission, probe_px, mode="nearest", truncate=3.0)
 
     # Each line starts a little off, by less than a pixel; the offset wanders.
-    offset = signal.lfilter([1], [1, -0.6], rng.normal(0, rng.uniform(0.08, 0.25), size=size))  # [size] pixels
+    offset = signal.lfilter(
+        [1], [1, -0.6], rng.normal(0, rng.uniform(0.08, 0.25), size=size)
+    )  # [size] pixels
     offset = offset.clip(-1, 1).astype(np.float32)[:, None]
     padded = np.pad(image, ((0, 0), (1, 1)), mode="edge")
-    image = (1 - abs(offset)) * image + offset.clip(0) * padded[:, 2:] - offset.clip(None, 0) * padded[:, :-2]
+    image = (
+        (1 - abs(offset)) * image
+        + offset.clip(0) * padded[:, 2:]
+        - offset.clip(None, 0) * padded[:, :-2]
+    )
 
     line_gain = rng.normal(0, rng.uniform(0.002, 0.007), size=(size, 1))
-    emission = signal.lfilter([0.14], [1, -0.99], rng.standard_normal(size * size, dtype=np.float32))  # unit variance
+    emission = signal.lfilter(
+        [0.14], [1, -0.99], rng.standard_normal(size * size, dtype=np.float32)
+    )  # unit variance
     emission = emission.astype(np.float32).reshape(size, size) * rng.uniform(0.003, 0.009)
     image *= emission + (1 + line_gain).astype(np.float32)
 
     dose = dose * rng.uniform(0.85, 1.15)
     counts = expose(rng, np.maximum(image, 1e-6), dose)
-    counts = ndimage.gaussian_filter(counts, (rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.7)), truncate=3.0)
+    counts = ndimage.gaussian_filter(
+        counts, (rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.7)), truncate=3.0
+    )
 
     low, high = np.quantile(counts, (0.0002, 0.9998))
     black, white = rng.uniform(5, 18), rng.uniform(205, 242)

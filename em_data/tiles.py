@@ -25,7 +25,9 @@ class Cut:
             raise OSError(f"{path} has {path.stat().st_size} bytes, not {facts['num_bytes']}")
         self.dataset = datasets.Dataset.from_file(str(path))
         table = self.dataset.data.table
-        self.chunks = [_view_pixels(chunk) for chunk in table.column("tile").chunks]  # each [n, R, R]
+        self.chunks = [
+            _view_pixels(chunk) for chunk in table.column("tile").chunks
+        ]  # each [n, R, R]
         sizes = [len(chunk) for chunk in self.chunks]
         self.chunk_of_tile = np.repeat(np.arange(len(sizes)), sizes)
         self.row_in_chunk = np.arange(sum(sizes)) - np.repeat(np.cumsum([0] + sizes[:-1]), sizes)
@@ -42,7 +44,9 @@ class Cut:
 def _view_pixels(chunk):
     """View an Arrow array of tiles as numpy [n, R, R] without a copy."""
     num, (height, width) = len(chunk), chunk.type.shape
-    return chunk.storage.flatten().flatten().to_numpy(zero_copy_only=True).reshape(num, height, width)
+    return (
+        chunk.storage.flatten().flatten().to_numpy(zero_copy_only=True).reshape(num, height, width)
+    )
 
 
 class Tiles:
@@ -60,7 +64,9 @@ class Tiles:
         self.num_symmetries = len(self.symmetries)
         self.resolution = cut.resolution
         views = np.asarray(views, dtype=np.int64)
-        self._tiles, local = np.unique(views // self.num_symmetries, return_inverse=True)  # global ids of our tiles
+        self._tiles, local = np.unique(
+            views // self.num_symmetries, return_inverse=True
+        )  # global ids of our tiles
         self._views = local * self.num_symmetries + views % self.num_symmetries
         self.num_tiles, self.num_views = len(self._tiles), len(self._views)
         digest = hashlib.sha256(f"{cut.key}:{symmetries}:".encode())

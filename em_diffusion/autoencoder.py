@@ -13,7 +13,9 @@ from torch import nn
 from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
 from em_training.perceptual import create_perceptual_distance
 
-MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
+MAX_DISTANCES = (
+    2**24
+)  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
 
 
 def create_autoencoder(config, resolution: int) -> VQModel | AutoencoderKL:
@@ -96,7 +98,9 @@ def quantise(latents, codebook) -> Quantised:
     with torch.autocast(latents.device.type, enabled=False):
         z = latents.float().movedim(1, -1)  # [B, h, w, C]
         codebook = codebook.float()
-        indices = nearest_codes(z.detach().reshape(-1, z.shape[-1]), codebook.detach()).reshape(z.shape[:-1])
+        indices = nearest_codes(z.detach().reshape(-1, z.shape[-1]), codebook.detach()).reshape(
+            z.shape[:-1]
+        )
         codes = F.embedding(indices, codebook)  # [B, h, w, C]
         codebook_loss = F.mse_loss(codes, z.detach())
         commitment_loss = F.mse_loss(z, codes.detach())
@@ -109,7 +113,12 @@ def nearest_codes(vectors, codebook):
     """Index of the code nearest to each of vectors [N, C] among codebook [K, C]: int64 [N], in bounded memory."""
     rows = max(1, MAX_DISTANCES // len(codebook))
     half_squares = codebook.square().sum(dim=1) / 2  # [K]
-    return torch.cat([torch.addmm(half_squares, x, codebook.T, alpha=-1).argmin(dim=1) for x in vectors.split(rows)])
+    return torch.cat(
+        [
+            torch.addmm(half_squares, x, codebook.T, alpha=-1).argmin(dim=1)
+            for x in vectors.split(rows)
+        ]
+    )
 
 
 class Objective(NamedTuple):
@@ -144,15 +153,21 @@ class AutoencoderObjective(nn.Module):
         if discriminator is None:
             reconstruction, reconstruction_terms = self.compare(decoded, images)
         else:
-            reconstruction, reconstruction_terms, discriminator_loss = self.play(decoded, images, discriminator)
+            reconstruction, reconstruction_terms, discriminator_loss = self.play(
+                decoded, images, discriminator
+            )
         terms = {name: term.detach() for name, term in (reconstruction_terms | terms).items()}
-        return Objective(reconstruction + loss, terms, latents.detach(), indices, discriminator_loss)
+        return Objective(
+            reconstruction + loss, terms, latents.detach(), indices, discriminator_loss
+        )
 
     def pass_vq(self, images):
         """(encoder's outputs, decoded images, weighted loss of the codebook, its terms, codes) of a `VQModel`."""
         latents = self.model.encode(images).latents  # [B, C, h, w]
         quantised = quantise(latents, self.model.quantize.embedding.weight)
-        decoded = self.model.decode(quantised.latents, force_not_quantize=True).sample  # [B, 1, R, R]
+        decoded = self.model.decode(
+            quantised.latents, force_not_quantize=True
+        ).sample  # [B, 1, R, R]
         c = self.config
         terms = {"codebook": quantised.codebook_loss, "commitment": quantised.commitment_loss}
         loss = c.codebook_weight * (terms["codebook"] + c.commitment_weight * terms["commitment"])
@@ -169,13 +184,18 @@ class AutoencoderObjective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # [B, C, h, w]
             latents = mean + (0.5 * log_variance).exp() * noise
-            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / images.numel()
+            divergence = (
+                (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2 / images.numel()
+            )
         decoded = self.model.decode(latents).sample  # [B, 1, R, R]
         return mean, decoded, self.config.kl_weight * divergence, {"kl": divergence}, None
 
     def compare(self, decoded, images):
         """The weighted distance of decoded images to `images`, both [B, 1, R, R], and its terms by name."""
-        terms = {"l1": F.l1_loss(decoded.float(), images), "l2": F.mse_loss(decoded.float(), images)}
+        terms = {
+            "l1": F.l1_loss(decoded.float(), images),
+            "l2": F.mse_loss(decoded.float(), images),
+        }
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(decoded, images)
         c = self.config
@@ -204,7 +224,8 @@ class AutoencoderObjective(nn.Module):
                 for term in (reconstruction, adversarial)
             ]
             at_last = [
-                torch.autograd.grad(decoded, last, pull / count**0.5, retain_graph=True)[0].float() / count**0.5
+                torch.autograd.grad(decoded, last, pull / count**0.5, retain_graph=True)[0].float()
+                / count**0.5
                 for pull in pulls
             ]
             weight = adaptive_weight(*at_last)
@@ -251,7 +272,13 @@ class CodebookMonitor:
 
     @torch.no_grad()
     def end_window(
-        self, embedding: nn.Embedding, latents, generator, optimizer, num_images_seen: int, average=None
+        self,
+        embedding: nn.Embedding,
+        latents,
+        generator,
+        optimizer,
+        num_images_seen: int,
+        average=None,
     ) -> int:
         """Move codes without use onto vectors drawn from latents [B, C, h, w], and begin a new window.
 
@@ -260,7 +287,11 @@ class CodebookMonitor:
         None no code is moved: late in a run the decoder has no steps left to learn what a new code stands for. Returns the
         number of codes moved.
         """
-        moved = self._revive(embedding, latents, generator, optimizer, average) if latents is not None else 0
+        moved = (
+            self._revive(embedding, latents, generator, optimizer, average)
+            if latents is not None
+            else 0
+        )
         self.counts.zero_()
         self.window_start = num_images_seen
         return moved
@@ -286,8 +317,12 @@ class CodebookMonitor:
 @torch.no_grad()
 def move_codes(embedding: nn.Embedding, codes, latents, generator):
     """Put the codes with these indices onto vectors of latents [B, C, h, w], drawn by `generator`, distinct if enough."""
-    vectors = latents.movedim(1, -1).reshape(-1, latents.shape[1]).to(embedding.weight.dtype)  # [B h w, C]
-    order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(vectors.device)
+    vectors = (
+        latents.movedim(1, -1).reshape(-1, latents.shape[1]).to(embedding.weight.dtype)
+    )  # [B h w, C]
+    order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(
+        vectors.device
+    )
     chosen = order[torch.arange(len(codes), device=order.device) % len(order)]
     embedding.weight[codes] = vectors[chosen]
 

@@ -21,7 +21,12 @@ from em_diffusion.autoencoder import (
     move_codes,
 )
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
+from em_diffusion.optimization import (
+    create_optimizer,
+    learning_rate_at,
+    match_memory_format,
+    set_learning_rate,
+)
 from em_diffusion.patch_discriminator import PatchDiscriminator
 from em_diffusion.reconstruction import SSIM_WINDOW_PX, psnr, spectrum_error_db, ssim
 from em_training import (
@@ -52,18 +57,25 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
     validation_images = draw_validation_images(held_out, config.num_validation_images)
     path = Path(out_dir) / "autoencoder" / "vqvae"
     if config.num_images == 0:
-        write_only_line(path.parent, evaluate_reconstruction(model, validation_images, accelerator, config.batch_size))
+        write_only_line(
+            path.parent,
+            evaluate_reconstruction(model, validation_images, accelerator, config.batch_size),
+        )
         return save_autoencoder(model, path, accelerator), 0.0
 
     ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
-    objective = AutoencoderObjective(model, config).to(accelerator.device, memory_format=torch.channels_last)
+    objective = AutoencoderObjective(model, config).to(
+        accelerator.device, memory_format=torch.channels_last
+    )
     parameters = list(model.parameters())
     optimizer = create_optimizer(group_parameters(model, config), config)
     monitor = None
     if has_codebook(model):
-        monitor = CodebookMonitor(model.quantize.n_e, config.revive_after_images, device=accelerator.device)
+        monitor = CodebookMonitor(
+            model.quantize.n_e, config.revive_after_images, device=accelerator.device
+        )
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
 
     with TrainingRun(
@@ -76,11 +88,15 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         sample_every=config.sample_every,
         checkpoint_every=config.checkpoint_every,
     ) as run:
-        micro_batching = MicroBatching(config.micro_batch_size, run=run, flag="--autoencoder.micro-batch-size")
+        micro_batching = MicroBatching(
+            config.micro_batch_size, run=run, flag="--autoencoder.micro-batch-size"
+        )
         state = {"model": model, "optimizer": optimizer, "micro_batching": micro_batching}
         state |= {"codebook": monitor} if monitor else {}
         state |= {"ema": ema} if ema else {}
-        state |= {"discriminator": discriminator, "optimizer_D": optimizer_D} if discriminator else {}
+        state |= (
+            {"discriminator": discriminator, "optimizer_D": optimizer_D} if discriminator else {}
+        )
         num_images_seen = run.resume(state | scaler_state(accelerator))
         match_memory_format(optimizer)
         if discriminator:
@@ -88,13 +104,20 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         batches = draw_batches(tiles, sampler, model, config, accelerator, num_images_seen)
         with Prefetcher(batches, accelerator.device) as batches:
             while num_images_seen < config.num_images:
-                generator = make_generator(config.seed, num_images_seen=num_images_seen, stream="codebook")
-                batch = next(batches)  # images [B, 1, R, R], and noise [B, C, h, w] for a KL autoencoder
+                generator = make_generator(
+                    config.seed, num_images_seen=num_images_seen, stream="codebook"
+                )
+                batch = next(
+                    batches
+                )  # images [B, 1, R, R], and noise [B, C, h, w] for a KL autoencoder
                 if num_images_seen == 0 and monitor and config.init_from is None:
                     place_codebook(model, batch[0], generator, accelerator)
                     if ema:
                         ema.load_state_dict(model.state_dict())
-                plays = discriminator is not None and num_images_seen >= config.discriminator_start_images
+                plays = (
+                    discriminator is not None
+                    and num_images_seen >= config.discriminator_start_images
+                )
                 players = [*parameters, *discriminator.parameters()] if plays else parameters
                 objective.train()
                 compute = make_step(objective, discriminator if plays else None, accelerator)
@@ -114,18 +137,32 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
                 if monitor:
                     monitor.count(indices, accelerator)
                 if monitor and monitor.is_due(num_images_seen):
-                    run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
-                    recent = accelerator.gather(latents) if num_images_seen <= 0.9 * config.num_images else None
+                    run.log(
+                        codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity()
+                    )
+                    recent = (
+                        accelerator.gather(latents)
+                        if num_images_seen <= 0.9 * config.num_images
+                        else None
+                    )
                     average = ema.model.quantize.embedding if ema else None
                     codes = model.quantize.embedding
-                    revived = monitor.end_window(codes, recent, generator, optimizer, num_images_seen, average)
+                    revived = monitor.end_window(
+                        codes, recent, generator, optimizer, num_images_seen, average
+                    )
                     run.log(codes_revived=revived)
                 if run.is_due(config.validate_every, num_images_seen):
-                    run.log(**evaluate_reconstruction(averaged, validation_images, accelerator, config.batch_size))
+                    run.log(
+                        **evaluate_reconstruction(
+                            averaged, validation_images, accelerator, config.batch_size
+                        )
+                    )
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
                     originals = validation_images[:NUM_GRID_COLUMNS]
                     rows = torch.cat([originals, reconstruct(averaged, originals, accelerator)])
-                    save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
+                    save_image_grid(
+                        rows, run.samples_path(num_images_seen), num_columns=len(originals)
+                    )
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
     return save_autoencoder(averaged, path, accelerator), train_seconds
@@ -149,10 +186,17 @@ def build_autoencoder(config, resolution: int, accelerator):
                 f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which is not trained on here; only VQ "
                 "models with nearest codes and KL models are. Use it as it is with --autoencoder.num-images 0."
             )
-        changes = [f"{name} {own} (not {asked})" for name, (asked, own) in find_changes(config, model).items()]
+        changes = [
+            f"{name} {own} (not {asked})"
+            for name, (asked, own) in find_changes(config, model).items()
+        ]
         if changes:
-            accelerator.print(f"{config.init_from} keeps its own architecture: {', '.join(changes)}")
-        unknown_yet = {name: None for name in ("latents_mean", "latents_std") if name in model.config}
+            accelerator.print(
+                f"{config.init_from} keeps its own architecture: {', '.join(changes)}"
+            )
+        unknown_yet = {
+            name: None for name in ("latents_mean", "latents_std") if name in model.config
+        }
         model.register_to_config(**unknown_yet)  # those of other micrographs; measured anew
         model.requires_grad_(True)
     return model.to(accelerator.device, memory_format=torch.channels_last)
@@ -170,7 +214,11 @@ def find_changes(config, model) -> dict:
         "mid_attention": model.config.get("mid_block_add_attention"),
     }
     known = {name: value for name, value in own.items() if value not in (None, ())}
-    return {name: (getattr(config, name), value) for name, value in known.items() if getattr(config, name) != value}
+    return {
+        name: (getattr(config, name), value)
+        for name, value in known.items()
+        if getattr(config, name) != value
+    }
 
 
 def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
@@ -186,10 +234,17 @@ def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
     )
     for images in loader:
         if isinstance(model, AutoencoderKL):
-            generator = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior")
+            generator = make_generator(
+                config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior"
+            )
             factor = 2 ** (len(model.config.block_out_channels) - 1)
             height, width = images.shape[2] // factor, images.shape[3] // factor
-            yield images, torch.randn((len(images), model.config.latent_channels, height, width), generator=generator)
+            yield (
+                images,
+                torch.randn(
+                    (len(images), model.config.latent_channels, height, width), generator=generator
+                ),
+            )
         else:
             yield (images,)
         num_images_seen += config.batch_size
@@ -204,7 +259,11 @@ def make_step(objective, discriminator, accelerator):
         outputs = {"loss": result.loss, **result.terms, "latents": result.latents}
         if result.indices is not None:
             outputs["indices"] = result.indices
-        total = result.loss if result.discriminator_loss is None else result.loss + result.discriminator_loss
+        total = (
+            result.loss
+            if result.discriminator_loss is None
+            else result.loss + result.discriminator_loss
+        )
         return total, outputs
 
     return compute
@@ -222,7 +281,9 @@ def step_discriminator(accelerator, optimizer):
 def group_parameters(model, config):
     """The autoencoder's parameters as the optimizer takes them: the codes of a `VQModel` have a rate of their own."""
     codebook = model.quantize.embedding.weight if has_codebook(model) else None
-    groups = [{"params": [parameter for parameter in model.parameters() if parameter is not codebook]}]
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter is not codebook]}
+    ]
     if codebook is not None:
         groups.append({"params": [codebook], "rate_scale": config.codebook_rate_scale})
     return groups
@@ -238,7 +299,9 @@ def create_discriminator(config, device):
         return None, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "autoencoder discriminator"))
-        discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+        discriminator = PatchDiscriminator(
+            config.discriminator_channels, config.discriminator_layers
+        )
     discriminator = discriminator.to(device, memory_format=torch.channels_last)
     scale = config.discriminator_learning_rate / config.learning_rate
     groups = [{"params": list(discriminator.parameters()), "rate_scale": scale}]
@@ -247,7 +310,9 @@ def create_discriminator(config, device):
 
 def choose_validation_views(tiles, count: int):
     """Ids of up to `count` views, evenly spaced over all: int64 [N]."""
-    return np.unique(np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views)).astype(np.int64))
+    return np.unique(
+        np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views)).astype(np.int64)
+    )
 
 
 def draw_validation_images(tiles, count: int):
@@ -275,7 +340,10 @@ def reconstruct(model, images, accelerator, batch_size: int = 32):
 
     def reconstruct_part(images):
         with accelerator.autocast():
-            decoded = decode(model, encode(model, images.to(accelerator.device, memory_format=torch.channels_last)))
+            decoded = decode(
+                model,
+                encode(model, images.to(accelerator.device, memory_format=torch.channels_last)),
+            )
         return decoded.float().clamp(-1, 1).cpu()
 
     return run_in_parts(reconstruct_part, images, size=batch_size)
@@ -301,7 +369,8 @@ def evaluate_reconstruction(model, images, accelerator, batch_size: int = 32) ->
 def write_only_line(folder, metrics: dict):
     """Write the log of a stage that does not train."""
     write_text_atomically(
-        folder / "stats.jsonl", json.dumps({"num_images_seen": 0, "train_seconds": 0.0, **metrics}) + "\n"
+        folder / "stats.jsonl",
+        json.dumps({"num_images_seen": 0, "train_seconds": 0.0, **metrics}) + "\n",
     )
 
 

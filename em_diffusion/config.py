@@ -90,13 +90,28 @@ class AutoencoderConfig:
         _check_choice("autoencoder.family", self.family, ("vq", "kl"))
         _check_choice("autoencoder.perceptual_network", self.perceptual_network, NETWORKS)
         if not 1 <= self.perceptual_layers <= 4:
-            raise ValueError(f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4.")
-        for name in ("kl_weight", "discriminator_weight", "discriminator_start_images", "ema_half_life_images"):
+            raise ValueError(
+                f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4."
+            )
+        for name in (
+            "kl_weight",
+            "discriminator_weight",
+            "discriminator_start_images",
+            "ema_half_life_images",
+        ):
             if getattr(self, name) < 0:
-                raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("discriminator_channels", "discriminator_layers", "discriminator_learning_rate"):
+                raise ValueError(
+                    f"autoencoder.{name} is {getattr(self, name)}; it must not be negative."
+                )
+        for name in (
+            "discriminator_channels",
+            "discriminator_layers",
+            "discriminator_learning_rate",
+        ):
             if getattr(self, name) <= 0:
-                raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; it must be positive.")
+                raise ValueError(
+                    f"autoencoder.{name} is {getattr(self, name)}; it must be positive."
+                )
 
     @property
     def downsampling_factor(self) -> int:
@@ -188,8 +203,12 @@ class DenoiserConfig:
             may_be_zero=("posthoc_ema_every", "evaluate_every"),
         )
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
-        _check_choice("denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow"))
-        _check_choice("denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal"))
+        _check_choice(
+            "denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow")
+        )
+        _check_choice(
+            "denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal")
+        )
         _check_choice("denoiser.beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
         _check_choice("denoiser.compile", self.compile, ("auto", "on", "off"))
         _check_objective(self)
@@ -198,7 +217,9 @@ class DenoiserConfig:
                 f"denoiser.attention_levels is {self.attention_levels}, but there are {len(self.channel_multipliers)} "
                 "levels; count them from 0, the finest."
             )
-        attending = [self.block_out_channels[level] for level in self.attention_levels] + [self.block_out_channels[-1]]
+        attending = [self.block_out_channels[level] for level in self.attention_levels] + [
+            self.block_out_channels[-1]
+        ]
         if self.num_attention_heads < 0:
             raise ValueError(
                 f"denoiser.num_attention_heads is {self.num_attention_heads}; it must be at least 1, or 0 for attention_head_dim."
@@ -250,12 +271,20 @@ class LDMConfig:
         _check_choice("precision", self.precision, ("auto", "bf16", "fp16", "no"))
         _check_choice("last_stage", self.last_stage, ("autoencoder", "denoiser"))
         if self.sampler is not None:
-            create_sampler(self.sampler, create_scheduler(self.denoiser))  # refuses what does not suit the prediction
+            create_sampler(
+                self.sampler, create_scheduler(self.denoiser)
+            )  # refuses what does not suit the prediction
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1.")
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be at least 1."
+            )
         if self.grain_images < 0:
-            raise ValueError(f"grain_images is {self.grain_images}; it must be at least 1, or 0 for no grain.")
-        factor = self.autoencoder.downsampling_factor * 2 ** (len(self.denoiser.channel_multipliers) - 1)
+            raise ValueError(
+                f"grain_images is {self.grain_images}; it must be at least 1, or 0 for no grain."
+            )
+        factor = self.autoencoder.downsampling_factor * 2 ** (
+            len(self.denoiser.channel_multipliers) - 1
+        )
         if self.autoencoder.init_from is None and self.tiles.resolution % factor:
             raise ValueError(
                 f"tiles.resolution is {self.tiles.resolution}, but the autoencoder divides the side by "
@@ -281,9 +310,17 @@ class LDMConfig:
 
 
 def _check_lengths(config, name, decays=("cosine", "constant"), may_be_zero=()):
-    positive = ["num_images", "batch_size", "num_validation_images", "layers_per_block", "learning_rate"]
+    positive = [
+        "num_images",
+        "batch_size",
+        "num_validation_images",
+        "layers_per_block",
+        "learning_rate",
+    ]
     positive += [
-        name for name in vars(config) if name.endswith(("_every", "_reference_images", "_steps", "_evaluation_images"))
+        name
+        for name in vars(config)
+        if name.endswith(("_every", "_reference_images", "_steps", "_evaluation_images"))
     ]
     for field_name in positive:
         value = getattr(config, field_name)
@@ -299,7 +336,9 @@ def _check_lengths(config, name, decays=("cosine", "constant"), may_be_zero=()):
 def _check_objective(config):
     """Refuse what cannot be trained: weights or schedules that the prediction does not know."""
     if config.min_snr_gamma < 0:
-        raise ValueError(f"denoiser.min_snr_gamma is {config.min_snr_gamma}; it must be positive, or 0 for no weights.")
+        raise ValueError(
+            f"denoiser.min_snr_gamma is {config.min_snr_gamma}; it must be positive, or 0 for no weights."
+        )
     if config.zero_terminal_snr and config.prediction_type != "v_prediction":
         reason = (
             "the path of flow ends in pure noise as it is"

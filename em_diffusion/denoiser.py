@@ -19,8 +19,12 @@ def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DMod
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        down_block_types=tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends),
-        up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)),
+        down_block_types=tuple(
+            "AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)
+        ),
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         norm_num_groups=config.norm_num_groups,
@@ -57,7 +61,13 @@ def create_scheduler(config) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     )
 
 
-def draw_timesteps(count: int, num_train_timesteps: int, generator, density: str = "uniform", continuous: bool = False):
+def draw_timesteps(
+    count: int,
+    num_train_timesteps: int,
+    generator,
+    density: str = "uniform",
+    continuous: bool = False,
+):
     """`count` timesteps, int64 [count] in 0 .. num_train_timesteps - 1, spread evenly over their distribution.
 
     One uniform offset shifts a comb of `count` teeth over the quantiles: every timestep is drawn as often as `density`
@@ -110,4 +120,6 @@ def compute_min_snr_weights(scheduler, timesteps, gamma: float):
     abar = scheduler.alphas_cumprod[timesteps]
     snr = abar / (1 - abar)
     clipped = snr.clamp(max=gamma)
-    return clipped / (snr + 1) if scheduler.config.prediction_type == "v_prediction" else clipped / snr
+    return (
+        clipped / (snr + 1) if scheduler.config.prediction_type == "v_prediction" else clipped / snr
+    )

@@ -15,7 +15,12 @@ from em_diffusion.denoiser import (
     create_scheduler,
     draw_timesteps,
 )
-from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format, set_learning_rate
+from em_diffusion.optimization import (
+    create_optimizer,
+    learning_rate_at,
+    match_memory_format,
+    set_learning_rate,
+)
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_evaluation.held_out import HeldOutDistance
 from em_training import (
@@ -68,11 +73,15 @@ def train_denoiser(
         sample_every=config.sample_every,
         checkpoint_every=config.checkpoint_every,
     ) as run:
-        micro_batching = MicroBatching(config.micro_batch_size, run=run, flag="--denoiser.micro-batch-size")
+        micro_batching = MicroBatching(
+            config.micro_batch_size, run=run, flag="--denoiser.micro-batch-size"
+        )
         compilation = Compilation(config.compile, model, run=run)
         state = {"model": model, "ema": ema, "optimizer": optimizer}
         state |= {"micro_batching": micro_batching, "compilation": compilation}
-        posthoc_ema = PosthocEMA(model, run.dir / "posthoc_ema") if config.posthoc_ema_every else None
+        posthoc_ema = (
+            PosthocEMA(model, run.dir / "posthoc_ema") if config.posthoc_ema_every else None
+        )
         if posthoc_ema:
             state["posthoc_ema"] = posthoc_ema
         num_images_seen = run.resume(state | scaler_state(accelerator))
@@ -80,13 +89,19 @@ def train_denoiser(
             posthoc_ema.drop_snapshots_after(num_images_seen)
         match_memory_format(optimizer)
         best = create_best_weights(held_out, config, run, grain) if config.evaluate_every else None
-        generate = partial(generate_images, vqvae, ema.model, scheduler, accelerator, config.seed, grain=grain)
+        generate = partial(
+            generate_images, vqvae, ema.model, scheduler, accelerator, config.seed, grain=grain
+        )
 
         def compute_loss(images, noise, timesteps):
             with accelerator.autocast():
-                losses = compute_denoising_loss(compilation.network, scheduler, images, noise, timesteps)  # [B]
+                losses = compute_denoising_loss(
+                    compilation.network, scheduler, images, noise, timesteps
+                )  # [B]
             if config.min_snr_gamma:
-                losses = losses * compute_min_snr_weights(scheduler, timesteps, config.min_snr_gamma)
+                losses = losses * compute_min_snr_weights(
+                    scheduler, timesteps, config.min_snr_gamma
+                )
             return losses.mean()
 
         def try_step():
@@ -106,19 +121,39 @@ def train_denoiser(
                 ema.update(model, num_images_seen, config.batch_size)
                 if posthoc_ema:
                     posthoc_ema.update(num_images_seen, config.batch_size)
-                    if run.is_due(config.posthoc_ema_every, num_images_seen) and accelerator.is_main_process:
+                    if (
+                        run.is_due(config.posthoc_ema_every, num_images_seen)
+                        and accelerator.is_main_process
+                    ):
                         posthoc_ema.save_snapshot(num_images_seen)
 
                 run.log(loss=loss, learning_rate=learning_rate, **step)
                 if run.is_due(config.validate_every, num_images_seen):
-                    run.log(**evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config))
+                    run.log(
+                        **evaluate_denoising(
+                            ema.model, scheduler, validation_batch, accelerator, config
+                        )
+                    )
                 if run.is_due(config.evaluate_every, num_images_seen):
-                    generate_evaluation = partial(generate, num_steps=config.num_evaluation_steps, stream="evaluation")
-                    run.log(held_out_frechet_distance=best.update(ema.model, generate_evaluation, num_images_seen))
-                    run.log(**{f"held_out_{name}": value for name, value in best.distance.further.items()})
+                    generate_evaluation = partial(
+                        generate, num_steps=config.num_evaluation_steps, stream="evaluation"
+                    )
+                    run.log(
+                        held_out_frechet_distance=best.update(
+                            ema.model, generate_evaluation, num_images_seen
+                        )
+                    )
+                    run.log(
+                        **{
+                            f"held_out_{name}": value
+                            for name, value in best.distance.further.items()
+                        }
+                    )
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
                     samples = generate(range(config.num_sample_images), config.num_sample_steps)
-                    save_image_grid(samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples)))
+                    save_image_grid(
+                        samples, run.samples_path(num_images_seen), num_columns=min(8, len(samples))
+                    )
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
 
@@ -142,7 +177,11 @@ def create_best_weights(held_out, config, run, grain):
     )
     grain_sha256 = None if grain is None else hash_weights(grain)
     return BestWeights(
-        distance, run, "unet", num_inference_steps=config.num_evaluation_steps, grain_sha256=grain_sha256
+        distance,
+        run,
+        "unet",
+        num_inference_steps=config.num_evaluation_steps,
+        grain_sha256=grain_sha256,
     )
 
 
@@ -167,7 +206,9 @@ def draw_noise(shape, config, generator):
     """Noise of `shape` and a timestep for each image, as `config` draws them."""
     noise = torch.randn(shape, generator=generator)
     is_flow = config.prediction_type == "flow"
-    return noise, draw_timesteps(shape[0], config.num_train_timesteps, generator, config.timestep_density, is_flow)
+    return noise, draw_timesteps(
+        shape[0], config.num_train_timesteps, generator, config.timestep_density, is_flow
+    )
 
 
 def draw_validation_batch(latents, config):
@@ -185,30 +226,51 @@ def evaluate_denoising(unet, scheduler, batch, accelerator, config) -> dict:
     "held_out_loss_q1" to "..._q4": over the quarters of the timesteps, from the least noise to the most, that have any}."""
 
     def compute_losses(images, noise, timesteps):
-        images, noise = (x.to(accelerator.device, memory_format=torch.channels_last) for x in (images, noise))
+        images, noise = (
+            x.to(accelerator.device, memory_format=torch.channels_last) for x in (images, noise)
+        )
         with accelerator.autocast():
-            return compute_denoising_loss(unet, scheduler, images, noise, timesteps.to(accelerator.device))
+            return compute_denoising_loss(
+                unet, scheduler, images, noise, timesteps.to(accelerator.device)
+            )
 
     losses = run_in_parts(compute_losses, *batch, size=config.batch_size)  # [N]
     quarters = (batch[2] * 4 / config.num_train_timesteps).long().clamp(max=3)  # [N]
     means = {"held_out_loss": losses.mean()}
     for quarter in quarters.unique().tolist():
-        means[f"held_out_loss_q{quarter + 1}"] = losses[(quarters == quarter).to(losses.device)].mean()
+        means[f"held_out_loss_q{quarter + 1}"] = losses[
+            (quarters == quarter).to(losses.device)
+        ].mean()
     return means
 
 
 def generate_images(
-    vqvae, unet, scheduler, accelerator, seed, numbers, num_steps, *, grain=None, stream="sample", batch_size: int = 32
+    vqvae,
+    unet,
+    scheduler,
+    accelerator,
+    seed,
+    numbers,
+    num_steps,
+    *,
+    grain=None,
+    stream="sample",
+    batch_size: int = 32,
 ):
     """Images of these numbers by the sampler `scheduler`, float32 [N, 1, R, R] in [-1, 1]: each depends on seed and number alone."""
     pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, grain=grain)
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(numbers):
-        generators = [make_generator(seed, stream=f"{stream} {number}") for number in numbers.tolist()]
+        generators = [
+            make_generator(seed, stream=f"{stream} {number}") for number in numbers.tolist()
+        ]
         with accelerator.autocast():
             images = pipeline(
-                batch_size=len(generators), generator=generators, num_inference_steps=num_steps, output_type="pt"
+                batch_size=len(generators),
+                generator=generators,
+                num_inference_steps=num_steps,
+                output_type="pt",
             ).images
         return images.cpu() * 2 - 1
 

@@ -58,9 +58,13 @@ class EMDalleVAE(ModelMixin, ConfigMixin):
         super().__init__()
         widths = [num_hidden * factor for factor in (1, 2, 4, 8)]
         gain = 1 / (len(widths) * num_blocks_per_level) ** 2
-        self.encoder = DalleEncoder(in_channels, widths, num_blocks_per_level, num_vq_embeddings, gain)
+        self.encoder = DalleEncoder(
+            in_channels, widths, num_blocks_per_level, num_vq_embeddings, gain
+        )
         self.quantize = NearestCode(num_vq_embeddings, num_init)
-        self.decoder = DalleDecoder(num_init, widths[::-1], num_blocks_per_level, decoder_channels, gain)
+        self.decoder = DalleDecoder(
+            num_init, widths[::-1], num_blocks_per_level, decoder_channels, gain
+        )
 
     def encode(self, images, return_dict=True):
         """Codes [B, num_init, H / 8, W / 8] of images [B, in_channels, H, W] in [-1, 1]."""
@@ -75,7 +79,9 @@ class EMDalleVAE(ModelMixin, ConfigMixin):
     def decode(self, h, force_not_quantize=False, return_dict=True):
         """Images [B, 1 or decoder_channels, H, W] in [-1, 1] of latents [B, num_init, h, w]."""
         codes = h if force_not_quantize else self.quantize(h)[0]
-        location = self.decoder(codes).chunk(2, dim=1)[0].sigmoid()  # the other half is the distribution's width
+        location = (
+            self.decoder(codes).chunk(2, dim=1)[0].sigmoid()
+        )  # the other half is the distribution's width
         pixels = ((location - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
         images = 2 * pixels - 1
         images = images.mean(dim=1, keepdim=True) if self.config.average_output else images
@@ -100,7 +106,9 @@ class NearestCode(nn.Module):
         flat, codes = vectors.reshape(-1, vectors.shape[-1]).float(), self.embedding.weight.float()
         half_squares = codes.square().sum(dim=1) / 2
         parts = flat.split(max(1, 2**24 // len(codes)))
-        indices = torch.cat([torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(dim=1) for part in parts])
+        indices = torch.cat(
+            [torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(dim=1) for part in parts]
+        )
         found = self.embedding(indices).reshape(vectors.shape).movedim(-1, 1).contiguous()
         return found, found.new_zeros(()), (None, None, indices)
 
@@ -144,7 +152,9 @@ def _levels(channels, widths, num_blocks, kernels, gain):
     """One sequence of residual blocks for each of `widths`."""
     levels = nn.ModuleList()
     for width in widths:
-        blocks = [DalleBlock(width if i else channels, width, kernels, gain) for i in range(num_blocks)]
+        blocks = [
+            DalleBlock(width if i else channels, width, kernels, gain) for i in range(num_blocks)
+        ]
         levels.append(nn.Sequential(*blocks))
         channels = width
     return levels
@@ -158,9 +168,14 @@ class DalleBlock(nn.Module):
         self.gain = gain
         widths = [in_channels, *[out_channels // 4] * 3, out_channels]
         self.convs = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], kernel, padding=kernel // 2) for i, kernel in enumerate(kernels)
+            nn.Conv2d(widths[i], widths[i + 1], kernel, padding=kernel // 2)
+            for i, kernel in enumerate(kernels)
         )
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.skip = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
 
     def forward(self, x):
         h = x

@@ -24,7 +24,12 @@ class EMGrain(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, sample_size: tuple[int, int] = (64, 64), num_grey_levels: int = 16, num_strengths: int = 64):
+    def __init__(
+        self,
+        sample_size: tuple[int, int] = (64, 64),
+        num_grey_levels: int = 16,
+        num_strengths: int = 64,
+    ):
         super().__init__()
         height, width = sample_size
         self.amplitude = nn.Parameter(torch.ones(height, width // 2 + 1), requires_grad=False)
@@ -33,7 +38,9 @@ class EMGrain(ModelMixin, ConfigMixin):
         self.strengths = nn.Parameter(torch.ones(num_strengths), requires_grad=False)
 
     @torch.no_grad()
-    def forward(self, images, generator: torch.Generator | list[torch.Generator] | None = None, drawn=None):
+    def forward(
+        self, images, generator: torch.Generator | list[torch.Generator] | None = None, drawn=None
+    ):
         """Images [B, 1, H, W] in [-1, 1] with their grain, in float32; what leaves [-1, 1] is for the caller to clamp.
 
         generator: one for the batch, or a list of B; with a list, image i depends on generator i alone.
@@ -58,7 +65,10 @@ class EMGrain(ModelMixin, ConfigMixin):
         Generators of the CPU make a GPU wait for what it was given before: draw ahead of the work that the grain goes on top of.
         """
         shapes = ((num_images, 1, *self.config.sample_size), (num_images, 1))
-        return tuple(randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) for shape in shapes)
+        return tuple(
+            randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            for shape in shapes
+        )
 
     def filter(self, noise):
         """White noise [B, 1, H, W] -> noise of unit variance with the power spectrum of the grain, periodic at the edges."""

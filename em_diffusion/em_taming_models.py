@@ -204,7 +204,9 @@ def _adapt(model):
         for block in model.encoder.down_blocks:
             if block.downsamplers is not None:
                 channels = block.downsamplers[0].channels
-                block.downsamplers = nn.ModuleList([Downsample2D(channels, use_conv=False, name="op")])
+                block.downsamplers = nn.ModuleList(
+                    [Downsample2D(channels, use_conv=False, name="op")]
+                )
         for block in model.decoder.up_blocks:
             if block.upsamplers is not None:
                 channels = block.upsamplers[0].channels

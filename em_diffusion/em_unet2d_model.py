@@ -34,9 +34,19 @@ class EMUNet2DModel(UNet2DModel):
         time_embedding_dim: int | None = None,
         freq_shift: int = 0,
         flip_sin_to_cos: bool = True,
-        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        down_block_types: tuple[str, ...] = (
+            "DownBlock2D",
+            "AttnDownBlock2D",
+            "AttnDownBlock2D",
+            "AttnDownBlock2D",
+        ),
         mid_block_type: str | None = "UNetMidBlock2D",
-        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        up_block_types: tuple[str, ...] = (
+            "AttnUpBlock2D",
+            "AttnUpBlock2D",
+            "AttnUpBlock2D",
+            "UpBlock2D",
+        ),
         block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
         layers_per_block: int = 2,
         mid_block_scale_factor: float = 1,
@@ -90,4 +100,8 @@ def remove_resampling_convolutions(model: torch.nn.Module) -> None:
             old = getattr(block, name, None)
             if old is not None and isinstance(old[0], layer) and old[0].use_conv:
                 own_name = "op" if layer is Downsample2D else "conv"
-                setattr(block, name, torch.nn.ModuleList([layer(old[0].channels, use_conv=False, name=own_name)]))
+                setattr(
+                    block,
+                    name,
+                    torch.nn.ModuleList([layer(old[0].channels, use_conv=False, name=own_name)]),
+                )

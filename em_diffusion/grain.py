@@ -13,7 +13,9 @@ DRAWN_PIXELS = 1_000_000  # for the edges of the bins of grey levels
 SMALLEST = 1e-6  # deviation: a thirtieth of a grey level of 16 bits is no grain
 
 
-def fit_grain(images, reconstructions, num_grey_levels: int = 16, num_strengths: int = 64) -> EMGrain:
+def fit_grain(
+    images, reconstructions, num_grey_levels: int = 16, num_strengths: int = 64
+) -> EMGrain:
     """Measure what `reconstructions` lack of the grain of `images`; both [N, 1, H, W] in [-1, 1], float32 on the CPU.
 
     Of the residual, images less reconstructions: its deviation in bins of the reconstruction's grey level (equally many pixels each),
@@ -45,7 +47,9 @@ def fit_grain(images, reconstructions, num_grey_levels: int = 16, num_strengths:
     values = {
         "amplitude": (kept / mean_kept).sqrt() if mean_kept > 0 else torch.zeros_like(kept),
         "grey_levels": grey_levels,
-        "deviations": deviations * (mean_kept / mean_power) ** 0.5 if mean_power > 0 else deviations,
+        "deviations": deviations * (mean_kept / mean_power) ** 0.5
+        if mean_power > 0
+        else deviations,
         "strengths": torch.quantile(strengths, torch.linspace(0, 1, num_strengths)),
     }
     grain.load_state_dict(values)
@@ -73,7 +77,9 @@ def measure_noise(relative, power):
     The power of Gaussian noise at a frequency is exponentially distributed, and the median of that is ln 2 of its mean. Frequencies
     without noise tell nothing of its strength.
     """
-    powers = torch.cat([torch.fft.rfft2(part[:, 0]).abs().square() for part in relative.split(CHUNK)])
+    powers = torch.cat(
+        [torch.fft.rfft2(part[:, 0]).abs().square() for part in relative.split(CHUNK)]
+    )
     powers /= relative.shape[-2] * relative.shape[-1]  # [N, H, W // 2 + 1]
     typical = torch.minimum(powers.median(dim=0).values / math.log(2), power)
     noisy = typical > 0.01 * typical.mean()
@@ -88,14 +94,21 @@ def missing_share(images, reconstructions, residuals):
 
     def average(power):
         """Means over rings."""
-        return torch.bincount(radius, weights=power.flatten() * counts) / torch.bincount(radius, weights=counts)
+        return torch.bincount(radius, weights=power.flatten() * counts) / torch.bincount(
+            radius, weights=counts
+        )
 
-    original, decoded, left = (average(measure_power(each)) for each in (images, reconstructions, residuals))
+    original, decoded, left = (
+        average(measure_power(each)) for each in (images, reconstructions, residuals)
+    )
     share = torch.where(left > 0, (original - decoded) / left.clamp(min=1e-30), 0.0).clamp(0, 1)
     return share[radius].float().view(images.shape[-2], -1)
 
 
 def measure_power(images):
     """Mean squared Fourier amplitude of images [N, 1, H, W] per pixel: float32 [H, W // 2 + 1]."""
-    total = sum(torch.fft.rfft2(part[:, 0].double()).abs().square().sum(dim=0) for part in images.split(CHUNK))
+    total = sum(
+        torch.fft.rfft2(part[:, 0].double()).abs().square().sum(dim=0)
+        for part in images.split(CHUNK)
+    )
     return (total / (len(images) * images.shape[-1] * images.shape[-2])).float()

@@ -42,7 +42,11 @@ def fold_to_grey(model):
 def _replace(old, weight, bias):
     """A convolution like `old` with this weight, [out, in, k, k], and bias [out]."""
     new = nn.Conv2d(weight.shape[1], weight.shape[0], old.kernel_size, old.stride, old.padding)
-    new = new.to(weight.device, weight.dtype).requires_grad_(old.weight.requires_grad).train(old.training)
+    new = (
+        new.to(weight.device, weight.dtype)
+        .requires_grad_(old.weight.requires_grad)
+        .train(old.training)
+    )
     new.weight.copy_(weight)
     new.bias.copy_(bias)
     return new

@@ -47,7 +47,9 @@ class Latents:
         return (raw - self.mean) / self.std
 
 
-def encode_latents(model, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train", view_ids=None):
+def encode_latents(
+    model, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train", view_ids=None
+):
     """Encode the views `view_ids` of `tiles` (all, if not given) once; return (the memory map [N, C, h, w] float16, seconds).
 
     An autoencoder does not commute with a flip or a turn, so each view is encoded by itself. Latents are the encoder's
@@ -95,7 +97,9 @@ class LatentsFile:
         self.path, self.view_ids, self.batch_size = path, view_ids, batch_size
         self.partial = path.with_name(f"{path.name}.partial")
         self.notes = path.with_name(f"{path.name}.chunks-{size}")
-        self.chunks = [slice(i, min(i + size, len(view_ids))) for i in range(0, len(view_ids), size)]
+        self.chunks = [
+            slice(i, min(i + size, len(view_ids))) for i in range(0, len(view_ids), size)
+        ]
 
     def begin(self, shape: tuple[int, int, int]):
         """Make the file, unless a killed start has left it; throw out the latents of other weights."""
@@ -107,7 +111,9 @@ class LatentsFile:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if not left:
             blank = self.path.with_name(f"{self.path.name}.new")
-            array = np.lib.format.open_memmap(blank, mode="w+", dtype=np.float16, shape=(len(self.view_ids), *shape))
+            array = np.lib.format.open_memmap(
+                blank, mode="w+", dtype=np.float16, shape=(len(self.view_ids), *shape)
+            )
             array.flush()
             del array
             self.notes.mkdir()
@@ -134,14 +140,18 @@ class LatentsFile:
         array[self.chunks[number]] = latents
         array.flush()
         del array
-        write_text_atomically(self.notes / f"{number:06d}.json", json.dumps({"seconds": seconds}) + "\n")
+        write_text_atomically(
+            self.notes / f"{number:06d}.json", json.dumps({"seconds": seconds}) + "\n"
+        )
 
     def finish(self, num_processes: int):
         """Give the file its name, and keep the time that it took."""
         missing = self.list_missing()
         assert not missing, f"chunks {missing} of {self.path} are missing"
         seconds = sum(json.loads(note.read_text())["seconds"] for note in self.notes.glob("*.json"))
-        write_text_atomically(seconds_path(self.path), json.dumps({"seconds": seconds / num_processes}) + "\n")
+        write_text_atomically(
+            seconds_path(self.path), json.dumps({"seconds": seconds / num_processes}) + "\n"
+        )
         os.replace(self.partial, self.path)
         shutil.rmtree(self.notes)
 
@@ -165,13 +175,18 @@ def encode_chunks(work: LatentsFile, model, tiles, accelerator, name: str):
         for number in mine:
             started = time.monotonic()
             try:
-                latents = [encode_views(model, tiles, views, accelerator).numpy() for views in work.batches(number)]
+                latents = [
+                    encode_views(model, tiles, views, accelerator).numpy()
+                    for views in work.batches(number)
+                ]
             except ValueError as error:
                 failure = error
                 break
             work.write(number, np.concatenate(latents), time.monotonic() - started)
             bar.update(work.count_done() - bar.n)
-        failed = accelerator.reduce(torch.tensor([float(failure is not None)], device=accelerator.device), "sum")
+        failed = accelerator.reduce(
+            torch.tensor([float(failure is not None)], device=accelerator.device), "sum"
+        )
         bar.update(work.count_done() - bar.n)
     if failure is not None:
         raise failure
@@ -185,7 +200,9 @@ def encode_views(model, tiles, view_ids, accelerator):
 
     def encode_part(images):
         with accelerator.autocast():
-            latents = encode(model, images.to(accelerator.device, memory_format=torch.channels_last))
+            latents = encode(
+                model, images.to(accelerator.device, memory_format=torch.channels_last)
+            )
         return latents.float().cpu().half()
 
     latents = run_in_parts(encode_part, tiles.batch(view_ids), size=len(view_ids))

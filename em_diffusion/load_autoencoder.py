@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, VQModel
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
@@ -70,10 +75,14 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents):
         """Images of latents as `encode` gives them, quantised on the way where there are codes: float32 [B, 1, H, W] in [-1, 1]."""
-        return self.model.decode(latents.to(self.device, self.model.dtype)).sample.float().clamp(-1, 1)
+        return (
+            self.model.decode(latents.to(self.device, self.model.dtype)).sample.float().clamp(-1, 1)
+        )
 
 
-def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revision=None) -> Autoencoder:
+def load_autoencoder(
+    source, *, device="cpu", config=None, use_ema=None, revision=None
+) -> Autoencoder:
     """Load the autoencoder of `source`, float32, for grey images.
 
     source: a run's folder, a pipeline's, or one with a diffusers `VQModel` or `AutoencoderKL`; the Hub id (owner/name) of one of
@@ -97,9 +106,13 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
         try:
             model = cls.from_pretrained(folder, use_safetensors=True)
         except OSError as error:
-            raise ValueError(f"{source} has no weights that can be read: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"{source} has no weights that can be read: {' '.join(str(error).split())}"
+            ) from error
         model = fold_to_grey(model)
-    return Autoencoder(model.eval().to(device), KINDS[type(model)], model.config.get("num_vq_embeddings"))
+    return Autoencoder(
+        model.eval().to(device), KINDS[type(model)], model.config.get("num_vq_embeddings")
+    )
 
 
 def _find_folder(path: Path) -> Path:
@@ -126,11 +139,17 @@ def _read_class_name(path: Path) -> str | None:
 def _download(repository: str, revision) -> Path:
     """The folder of the local cache with the autoencoder of a Hub repository: its configuration and its weights alone."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"there is no file or folder {repository}, and it is not a Hub id (owner/name)")
+        raise ValueError(
+            f"there is no file or folder {repository}, and it is not a Hub id (owner/name)"
+        )
     try:
         for folder in HUB_FOLDERS:
             try:
-                config = Path(hf_hub_download(repository, "config.json", subfolder=folder or None, revision=revision))
+                config = Path(
+                    hf_hub_download(
+                        repository, "config.json", subfolder=folder or None, revision=revision
+                    )
+                )
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
@@ -140,7 +159,9 @@ def _download(repository: str, revision) -> Path:
                 return config.parent
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{repository} is no file or folder, and cannot be fetched from the Hub: {reason}") from error
+        raise ValueError(
+            f"{repository} is no file or folder, and cannot be fetched from the Hub: {reason}"
+        ) from error
     raise ValueError(
         f"the Hub repository {repository} has no autoencoder: expected the config.json of a {' or '.join(CLASSES)} in it, or in "
         "its folder vqvae or vae."

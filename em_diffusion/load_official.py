@@ -21,7 +21,9 @@ FIRST_STAGE_PREFIX = "first_stage_model."
 DIFFUSION_PREFIXES = ("model.", "cond_stage_model.", "transformer.")
 
 
-def load_official(source, config=None, *, use_ema=None, grey=True, autoencoder=None, say=lambda text: None):
+def load_official(
+    source, config=None, *, use_ema=None, grey=True, autoencoder=None, say=lambda text: None
+):
     """Load what an original checkpoint holds: an autoencoder, or a whole `EMLatentDiffusionPipeline`; float32, on the CPU.
 
     source: a .ckpt of taming-transformers or latent-diffusion, or a folder with DALL-E's encoder.pkl and decoder.pkl.
@@ -42,8 +44,14 @@ def load_official(source, config=None, *, use_ema=None, grey=True, autoencoder=N
     if original.unet is None:
         return load_official_autoencoder(source, config, use_ema=use_ema, grey=grey, say=say)
     unet, scheduler, scale_factor = _load_denoiser(weights, original, use_ema)
-    if autoencoder is None and original.first_stage is not None and weights.has_prefix(FIRST_STAGE_PREFIX):
-        autoencoder = _to_grey(load_first_stage(weights, original.first_stage, FIRST_STAGE_PREFIX), grey)
+    if (
+        autoencoder is None
+        and original.first_stage is not None
+        and weights.has_prefix(FIRST_STAGE_PREFIX)
+    ):
+        autoencoder = _to_grey(
+            load_first_stage(weights, original.first_stage, FIRST_STAGE_PREFIX), grey
+        )
     _say_left(weights, say, FIRST_STAGE_PREFIX)
     if autoencoder is None:
         raise ValueError(
@@ -54,7 +62,9 @@ def load_official(source, config=None, *, use_ema=None, grey=True, autoencoder=N
     return EMLatentDiffusionPipeline(autoencoder, unet, scheduler).to("cpu")
 
 
-def load_official_autoencoder(source, config=None, *, use_ema=None, grey=True, say=lambda text: None):
+def load_official_autoencoder(
+    source, config=None, *, use_ema=None, grey=True, say=lambda text: None
+):
     """The autoencoder of an original checkpoint, also out of a whole diffusion model; arguments as in `load_official`."""
     folder = find_dalle(source)
     if folder is not None:
@@ -63,7 +73,9 @@ def load_official_autoencoder(source, config=None, *, use_ema=None, grey=True, s
     if original.first_stage is None:
         raise ValueError(f"{source} is a diffusion model over pixels, without an autoencoder.")
     is_part = weights.has_prefix(FIRST_STAGE_PREFIX)
-    model = load_first_stage(weights, original.first_stage, FIRST_STAGE_PREFIX if is_part else "", use_ema)
+    model = load_first_stage(
+        weights, original.first_stage, FIRST_STAGE_PREFIX if is_part else "", use_ema
+    )
     _say_left(weights, say, *(DIFFUSION_PREFIXES if is_part else ()))
     model = _to_grey(model, grey)
     if original.schedule is not None:
@@ -93,7 +105,11 @@ def _load_denoiser(weights, original, use_ema):
             f"{weights.path} is a conditional model (cond_stage_model); only unconditional ones are supported."
         )
     unet = load_unet(weights, original.unet, use_ema)
-    return unet, create_scheduler(original.schedule, read_stored_betas(weights)), _find_scale(weights, original)
+    return (
+        unet,
+        create_scheduler(original.schedule, read_stored_betas(weights)),
+        _find_scale(weights, original),
+    )
 
 
 def _find_scale(weights, original):
@@ -106,13 +122,17 @@ def _find_scale(weights, original):
 
 
 def _set_scale(autoencoder, unet, scale_factor):
-    num_channels = autoencoder.config.get("vq_embed_dim") or autoencoder.config.get("latent_channels")
+    num_channels = autoencoder.config.get("vq_embed_dim") or autoencoder.config.get(
+        "latent_channels"
+    )
     if unet is not None and unet.config.in_channels != num_channels:
         raise ValueError(
             f"the U-Net is for latents of {unet.config.in_channels} channels, and the autoencoder's have {num_channels}: they do not "
             "belong together."
         )
-    autoencoder.register_to_config(latents_mean=[0.0] * num_channels, latents_std=[1 / scale_factor] * num_channels)
+    autoencoder.register_to_config(
+        latents_mean=[0.0] * num_channels, latents_std=[1 / scale_factor] * num_channels
+    )
 
 
 def _to_grey(model, grey):
@@ -128,20 +148,33 @@ def main():
     parser = argparse.ArgumentParser(
         description="Convert an original autoencoder or latent diffusion model to safetensors."
     )
-    parser.add_argument("checkpoint", help="a .ckpt, or a folder with DALL-E's encoder.pkl and decoder.pkl")
     parser.add_argument(
-        "out_dir", type=Path, help="folder for the model, or for a pipeline when the checkpoint holds one"
+        "checkpoint", help="a .ckpt, or a folder with DALL-E's encoder.pkl and decoder.pkl"
+    )
+    parser.add_argument(
+        "out_dir",
+        type=Path,
+        help="folder for the model, or for a pipeline when the checkpoint holds one",
     )
     parser.add_argument("--config", help="the yaml of the .ckpt, if it does not lie beside it")
     parser.add_argument(
-        "--autoencoder", help="for a checkpoint that holds a U-Net alone: whatever load_autoencoder reads"
+        "--autoencoder",
+        help="for a checkpoint that holds a U-Net alone: whatever load_autoencoder reads",
     )
-    parser.add_argument("--raw-weights", action="store_true", help="not the averaged ones, where there are any")
-    parser.add_argument("--colour", action="store_true", help="keep three channels, instead of folding them into one")
+    parser.add_argument(
+        "--raw-weights", action="store_true", help="not the averaged ones, where there are any"
+    )
+    parser.add_argument(
+        "--colour",
+        action="store_true",
+        help="keep three channels, instead of folding them into one",
+    )
     args = parser.parse_args()
     autoencoder = None
     if args.autoencoder is not None:
-        from em_diffusion.load_autoencoder import load_autoencoder  # which itself loads original ones
+        from em_diffusion.load_autoencoder import (
+            load_autoencoder,
+        )  # which itself loads original ones
 
         autoencoder = load_autoencoder(args.autoencoder).model
     model = load_official(

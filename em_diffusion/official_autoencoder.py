@@ -26,10 +26,12 @@ def create_first_stage(config):
         "in_channels": config.in_channels,
         "out_channels": config.out_ch,
         "down_block_types": tuple(
-            "AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in config.encoder_attends
+            "AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D"
+            for attends in config.encoder_attends
         ),
         "up_block_types": tuple(
-            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(config.decoder_attends)
+            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D"
+            for attends in reversed(config.decoder_attends)
         ),
         "block_out_channels": config.channels,
         "layers_per_block": config.num_res_blocks,
@@ -60,7 +62,9 @@ def create_first_stage(config):
     try:
         return cls(**arguments, **own)
     except ValueError as error:  # such as channels that 32 groups do not divide
-        raise ValueError(f"the yaml describes an autoencoder that cannot be built: {error}.") from error
+        raise ValueError(
+            f"the yaml describes an autoencoder that cannot be built: {error}."
+        ) from error
 
 
 def load_first_stage(weights, config, prefix="", use_ema=None):
@@ -74,7 +78,9 @@ def load_first_stage(weights, config, prefix="", use_ema=None):
 
     ema_name = None if prefix else lambda name: "model_ema." + name.replace(".", "")
     what = f"a {config.kind} autoencoder" + (" within a diffusion model" if prefix else "")
-    return weights.load(model, find_source, what=what, ema_name=ema_name, use_ema=None if prefix else use_ema)
+    return weights.load(
+        model, find_source, what=what, ema_name=ema_name, use_ema=None if prefix else use_ema
+    )
 
 
 PLACES = [
@@ -96,7 +102,9 @@ PLACES = [
 
 def original_name(name: str, num_levels: int) -> str:
     """What the original format calls a parameter of diffusers' autoencoders; there, both paths count levels from the finest."""
-    name = re.sub(r"\bup_blocks\.(\d+)\.", lambda level: f"up.{num_levels - 1 - int(level[1])}.", name)
+    name = re.sub(
+        r"\bup_blocks\.(\d+)\.", lambda level: f"up.{num_levels - 1 - int(level[1])}.", name
+    )
     for pattern, original in PLACES:
         name = re.sub(pattern, original, name)
     return name

@@ -57,7 +57,9 @@ class FirstStage:
         """Whether each level of the decoder has attention, finest first; it counts sides from the smallest up."""
         smallest = self.resolution // 2 ** (len(self.ch_mult) - 1)
         sides = [smallest * 2**level for level in range(len(self.ch_mult))]
-        return tuple(self.has_attention and side in self.attn_resolutions for side in reversed(sides))
+        return tuple(
+            self.has_attention and side in self.attn_resolutions for side in reversed(sides)
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ def read_config(path) -> OriginalModel:
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a yaml that can be read safely: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path} is not a yaml that can be read safely: {' '.join(str(error).split())}"
+        ) from error
     try:
         model = contents.get("model", contents) if isinstance(contents, dict) else None
         if not isinstance(model, dict) or "params" not in model or "target" not in model:
@@ -206,7 +210,9 @@ def _refuse_conditions(params):
 def _read_unet(params):
     model = section(params, "unet_config")
     if _class_name(model) != "UNetModel":
-        raise ValueError(f"its U-Net is a {model.get('target')}; only latent-diffusion's UNetModel is supported")
+        raise ValueError(
+            f"its U-Net is a {model.get('target')}; only latent-diffusion's UNetModel is supported"
+        )
     unet = section(model, "params")
     for key, what in (
         ("use_spatial_transformer", "spatial transformers"),
@@ -233,7 +239,9 @@ def _read_unet(params):
         unet = unet | {"num_res_blocks": blocks[0]}
     multipliers = counts(unet, "channel_mult", (1, 2, 4, 8))
     if multipliers[0] != 1:
-        raise ValueError(f"channel_mult begins with {multipliers[0]}, which the original U-Net itself cannot run")
+        raise ValueError(
+            f"channel_mult begins with {multipliers[0]}, which the original U-Net itself cannot run"
+        )
     channels = count(unet, "in_channels")
     if count(unet, "out_channels") != channels:
         raise ValueError(
@@ -241,7 +249,9 @@ def _read_unet(params):
         )
     size = params.get("image_size", unet.get("image_size"))
     return OriginalUNet(
-        sample_size=tuple(size) if isinstance(size, list) else count({"image_size": size}, "image_size"),
+        sample_size=tuple(size)
+        if isinstance(size, list)
+        else count({"image_size": size}, "image_size"),
         channels=channels,
         model_channels=count(unet, "model_channels"),
         channel_mult=multipliers,
@@ -259,10 +269,14 @@ def _read_unet(params):
 def _read_schedule(params):
     parameterization = params.get("parameterization", "eps")
     if parameterization not in PREDICTION_TYPES:
-        raise ValueError(f"parameterization is {parameterization!r}; known are {', '.join(PREDICTION_TYPES)}")
+        raise ValueError(
+            f"parameterization is {parameterization!r}; known are {', '.join(PREDICTION_TYPES)}"
+        )
     beta_schedule = params.get("beta_schedule", "linear")
     if beta_schedule not in ("linear", "cosine", "sqrt_linear", "sqrt"):
-        raise ValueError(f"beta_schedule is {beta_schedule!r}; known are linear, cosine, sqrt_linear and sqrt")
+        raise ValueError(
+            f"beta_schedule is {beta_schedule!r}; known are linear, cosine, sqrt_linear and sqrt"
+        )
     return NoiseSchedule(
         timesteps=count({"timesteps": params.get("timesteps", 1000)}, "timesteps"),
         beta_schedule=beta_schedule,

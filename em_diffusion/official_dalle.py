@@ -30,18 +30,28 @@ def load_dalle(folder) -> EMDalleVAE:
     try:
         num_hidden, in_channels = encoder["blocks.input.w"].shape[:2]
         num_init, num_codes = decoder["blocks.input.w"].shape[:2]
-        num_blocks = len({name.split(".")[2] for name in encoder if name.startswith("blocks.group_1.")})
+        num_blocks = len(
+            {name.split(".")[2] for name in encoder if name.startswith("blocks.group_1.")}
+        )
         decoder_channels = decoder["blocks.output.conv.w"].shape[0] // 2
     except KeyError as error:
-        raise ValueError(f"{folder} does not hold the two halves of DALL-E's dVAE: there is no {error}.") from error
+        raise ValueError(
+            f"{folder} does not hold the two halves of DALL-E's dVAE: there is no {error}."
+        ) from error
     with torch.device("meta"):  # shapes alone: absurd ones take no memory
-        model = EMDalleVAE(num_hidden, num_init, num_blocks, num_codes, in_channels, decoder_channels).eval()
-    codes = decoder.pop("blocks.input.w")[..., 0, 0].T + decoder.pop("blocks.input.b")  # what a one-hot code gives
+        model = EMDalleVAE(
+            num_hidden, num_init, num_blocks, num_codes, in_channels, decoder_channels
+        ).eval()
+    codes = decoder.pop("blocks.input.w")[..., 0, 0].T + decoder.pop(
+        "blocks.input.b"
+    )  # what a one-hot code gives
     state = {"quantize.embedding.weight": codes}
     for half, tensors in (("encoder", encoder), ("decoder", decoder)):
         state |= {f"{half}.{_our_name(name)}": tensor for name, tensor in tensors.items()}
     target = model.state_dict()
-    wrong = sorted(target.keys() ^ state.keys()) or sorted(n for n in target if target[n].shape != state[n].shape)
+    wrong = sorted(target.keys() ^ state.keys()) or sorted(
+        n for n in target if target[n].shape != state[n].shape
+    )
     if wrong:
         raise ValueError(
             f"{folder} does not hold the two halves of one dVAE of DALL-E: {', '.join(wrong[:3])} do not fit."
@@ -53,10 +63,14 @@ def load_dalle(folder) -> EMDalleVAE:
 def _read_half(path):
     """The tensors of one half by name; `ValueError` when the file is missing or is no such network."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: a DALL-E dVAE is encoder.pkl and decoder.pkl in one folder.")
+        raise ValueError(
+            f"{path} is missing: a DALL-E dVAE is encoder.pkl and decoder.pkl in one folder."
+        )
     contents = read_torch_checkpoint(path)
     tensors = flatten_module(contents) if isinstance(contents, Record) else contents
-    is_half = isinstance(tensors, dict) and all(isinstance(tensor, StoredTensor) for tensor in tensors.values())
+    is_half = isinstance(tensors, dict) and all(
+        isinstance(tensor, StoredTensor) for tensor in tensors.values()
+    )
     if not is_half or "blocks.input.w" not in tensors:
         raise ValueError(f"{path} is not a half of DALL-E's dVAE: it has no blocks.input.w.")
     return {name: tensor.read().float() for name, tensor in tensors.items()}
@@ -65,7 +79,11 @@ def _read_half(path):
 def _our_name(name):
     name = re.sub(r"^blocks\.input\.", "conv_in.", name)
     name = re.sub(r"^blocks\.output\.conv\.", "conv_out.", name)
-    name = re.sub(r"^blocks\.group_(\d+)\.block_(\d+)\.", lambda m: f"levels.{int(m[1]) - 1}.{int(m[2]) - 1}.", name)
+    name = re.sub(
+        r"^blocks\.group_(\d+)\.block_(\d+)\.",
+        lambda m: f"levels.{int(m[1]) - 1}.{int(m[2]) - 1}.",
+        name,
+    )
     name = re.sub(r"\.res_path\.conv_(\d+)\.", lambda m: f".convs.{int(m[1]) - 1}.", name)
     name = name.replace(".id_path.", ".skip.")
     return re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", name))

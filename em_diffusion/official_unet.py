@@ -30,17 +30,27 @@ STORED_SCHEDULE_TOLERANCE = 1e-5
 
 def create_unet(config):
     """The U-Net of an `OriginalUNet` with random weights: the stock class for heads of a fixed width, else `EMUNet2DModel`."""
-    attends = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
+    attends = [
+        2**level in config.attention_resolutions for level in range(len(config.channel_mult))
+    ]
     plain = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resblock_updown else ("DownBlock2D", "UpBlock2D")
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if config.resblock_updown
+        else ("DownBlock2D", "UpBlock2D")
     )
     arguments = {
         "sample_size": config.sample_size,
         "in_channels": config.channels,
         "out_channels": config.channels,
-        "down_block_types": tuple("AttnDownBlock2D" if attention else plain[0] for attention in attends),
-        "up_block_types": tuple("AttnUpBlock2D" if attention else plain[1] for attention in reversed(attends)),
-        "block_out_channels": tuple(config.model_channels * multiplier for multiplier in config.channel_mult),
+        "down_block_types": tuple(
+            "AttnDownBlock2D" if attention else plain[0] for attention in attends
+        ),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if attention else plain[1] for attention in reversed(attends)
+        ),
+        "block_out_channels": tuple(
+            config.model_channels * multiplier for multiplier in config.channel_mult
+        ),
         "layers_per_block": config.num_res_blocks,
         "downsample_type": "resnet" if config.resblock_updown else "conv",
         "upsample_type": "resnet" if config.resblock_updown else "conv",
@@ -92,13 +102,17 @@ def load_unet(weights, config, use_ema=None):
         transform = None
         if part is not None:
             heads = modules[name[: part.start()]].heads
-            transform = _split_qkv("qkv".index(part[1]), 1 if config.use_new_attention_order else heads)
+            transform = _split_qkv(
+                "qkv".index(part[1]), 1 if config.use_new_attention_order else heads
+            )
         return "model.diffusion_model." + original, transform
 
     def ema_name(name):
         return "model_ema." + name.removeprefix("model.").replace(".", "")
 
-    return weights.load(unet, find_source, what="a latent diffusion model", ema_name=ema_name, use_ema=use_ema)
+    return weights.load(
+        unet, find_source, what="a latent diffusion model", ema_name=ema_name, use_ema=use_ema
+    )
 
 
 def _split_qkv(index, num_groups):
@@ -108,7 +122,9 @@ def _split_qkv(index, num_groups):
     """
 
     def take(tensor):
-        rows = tensor.reshape(num_groups, 3, -1, *tensor.shape[1:])[:, index]  # [groups, C / groups, ...]
+        rows = tensor.reshape(num_groups, 3, -1, *tensor.shape[1:])[
+            :, index
+        ]  # [groups, C / groups, ...]
         return rows.reshape(-1, *tensor.shape[1:])
 
     return take
@@ -130,7 +146,11 @@ def original_name(name: str, config) -> str:
     level, what, index, *layer = parts
     level, index, blocks = int(level), int(index), config.num_res_blocks + 1
     if path == "down_blocks":
-        block = 1 + level * blocks + (index if what in ("resnets", "attentions") else config.num_res_blocks)
+        block = (
+            1
+            + level * blocks
+            + (index if what in ("resnets", "attentions") else config.num_res_blocks)
+        )
         return f"input_blocks.{block}.{int(what == 'attentions')}.{_layer(what, layer)}.{kind}"
     block = level * blocks + (index if what in ("resnets", "attentions") else config.num_res_blocks)
     depth = len(config.channel_mult) - 1 - level

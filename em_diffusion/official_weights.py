@@ -30,7 +30,9 @@ class OriginalWeights:
         contents = read_torch_checkpoint(self.path)
         if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
             contents = contents["state_dict"]
-        if not isinstance(contents, dict) or not any(isinstance(value, StoredTensor) for value in contents.values()):
+        if not isinstance(contents, dict) or not any(
+            isinstance(value, StoredTensor) for value in contents.values()
+        ):
             raise ValueError(
                 f"{self.path} holds no `state_dict` of tensors by name: it is not a checkpoint of taming-transformers or "
                 "latent-diffusion."
@@ -69,7 +71,9 @@ class OriginalWeights:
             raise ValueError(f"{self.path} holds no averaged weights of {what}; load the raw ones.")
         if num_averages and use_ema is not False:
             stored = averages
-        self._refuse_missing(sorted(name for name in stored.values() if name not in self.tensors), len(stored), what)
+        self._refuse_missing(
+            sorted(name for name in stored.values() if name not in self.tensors), len(stored), what
+        )
         state = {}
         for name, target in model.state_dict().items():
             source, transform = sources[name]
@@ -107,7 +111,9 @@ class OriginalWeights:
         """
         left, unexpected = Counter(), []
         for name in self.tensors.keys() - self._used:
-            kind = next((kind for kind, pattern in NOT_NEEDED.items() if re.match(pattern, str(name))), None)
+            kind = next(
+                (kind for kind, pattern in NOT_NEEDED.items() if re.match(pattern, str(name))), None
+            )
             if kind is None and str(name).startswith(others or ("\0",)):
                 kind = "another model's"
             if kind is None:

@@ -36,10 +36,16 @@ def match_memory_format(optimizer):
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             for name, moment in state.items():
-                if torch.is_tensor(moment) and moment.shape == parameter.shape and moment.dim() == 4:
+                if (
+                    torch.is_tensor(moment)
+                    and moment.shape == parameter.shape
+                    and moment.dim() == 4
+                ):
                     state[name] = torch.empty_like(parameter).copy_(moment)
 
 
 def create_optimizer(parameters, config):
     """Adam without weight decay, one fused kernel for all parameters; `parameters` as torch.optim takes them."""
-    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True)
+    return torch.optim.Adam(
+        parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
+    )

@@ -57,5 +57,7 @@ def adaptive_weight(reconstruction_gradient, adversarial_gradient):
 
     Esser et al. 2021, arXiv:2012.09841, equation 7: both losses pull the decoder equally hard, whatever their scales.
     """
-    ratio = reconstruction_gradient.float().norm() / (adversarial_gradient.float().norm() + ADAPTIVE_EPSILON)
+    ratio = reconstruction_gradient.float().norm() / (
+        adversarial_gradient.float().norm() + ADAPTIVE_EPSILON
+    )
     return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT).detach()

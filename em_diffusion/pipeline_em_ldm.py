@@ -28,7 +28,9 @@ from diffusers.utils.torch_utils import randn_tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PACKAGE = "em_diffusion"  # where this file and the components that it may load are installed
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-MAX_DISTANCES = 2**24  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
+MAX_DISTANCES = (
+    2**24
+)  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
 
 
 def _is_about_other_things(record: logging.LogRecord) -> bool:
@@ -109,7 +111,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.')
+            raise ValueError(
+                f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
+            )
         latents = self.denoise(
             batch_size,
             generator,
@@ -164,15 +168,24 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             model_input = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-            output = self.unet(model_input.to(self.unet.dtype), timesteps_on_device[i]).sample.float()  # [B, C, h, w]
+            output = self.unet(
+                model_input.to(self.unet.dtype), timesteps_on_device[i]
+            ).sample.float()  # [B, C, h, w]
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", latents)
+                latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get(
+                    "latents", latents
+                )
         return self.denormalise_latents(latents)
 
     @torch.no_grad()
-    def decode(self, latents, generator: torch.Generator | list[torch.Generator] | None = None, add_grain: bool = True):
+    def decode(
+        self,
+        latents,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        add_grain: bool = True,
+    ):
         """Decode latents [B, C, h, w] in the autoencoder's scale to float32 images [B, 1, H, W] in [-1, 1].
 
         generator: of the grain, one for the batch or a list of B; with a list, image i depends on latent and generator i alone.
@@ -225,10 +238,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """The nearest of `codes` [K, C] at each position of latents [B, C, h, w], in float32 whatever the autocast."""
         with torch.autocast(latents.device.type, enabled=False):
             vectors = latents.float().movedim(1, -1)  # [B, h, w, C]
-            flat, half_squares = vectors.reshape(-1, vectors.shape[-1]), codes.square().sum(dim=1) / 2
+            flat, half_squares = (
+                vectors.reshape(-1, vectors.shape[-1]),
+                codes.square().sum(dim=1) / 2,
+            )
             parts = flat.split(max(1, MAX_DISTANCES // len(codes)))
-            indices = [torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(dim=1) for part in parts]
-            return codes[torch.cat(indices)].reshape(vectors.shape).movedim(-1, 1).contiguous()  # [B, C, h, w]
+            indices = [
+                torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(dim=1) for part in parts
+            ]
+            return (
+                codes[torch.cat(indices)].reshape(vectors.shape).movedim(-1, 1).contiguous()
+            )  # [B, C, h, w]
 
     def to(self, *args, **kwargs):
         """Move or convert the models as `DiffusionPipeline.to` does, and keep the float32 codes of a VQ autoencoder."""
@@ -245,7 +265,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         if codes is not None:
             weight = self.vqvae.quantize.embedding.weight
             is_narrow = weight.dtype != torch.float32
-            self._kept_codes = (weight, weight._version, codes.to(weight.device)) if is_narrow else None
+            self._kept_codes = (
+                (weight, weight._version, codes.to(weight.device)) if is_narrow else None
+            )
 
     def _find_latent_statistics(self, device):
         config = self.vqvae.config
@@ -253,7 +275,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         if mean is None or std is None:
             return config.get("shift_factor") or 0.0, 1.0 / config.scaling_factor
         shape = (1, -1, 1, 1)
-        return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)
+        return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(
+            shape
+        )
 
     def _prepare_scheduler(self, num_inference_steps, batch_size, generator):
         """Set the timesteps, on the CPU; seed what draws noise of its own.
@@ -262,11 +286,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         twice; here they go from 1000 to 1000 / n, and to 0. `DPMSolverSDEScheduler` knows no generator, but a seed for each image.
         """
         scheduler = self.scheduler
-        num_steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        num_steps = (
+            self.config.default_num_inference_steps
+            if num_inference_steps is None
+            else num_inference_steps
+        )
         if num_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_steps}; it must be at least 1.")
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], device="cpu")
+            scheduler.set_timesteps(
+                sigmas=[1 - i / num_steps for i in range(num_steps)], device="cpu"
+            )
         elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
             scheduler.set_timesteps(num_steps, device="cpu")
@@ -278,9 +308,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             scheduler.noise_sampler = None
             scheduler.noise_sampler_seed = None
             if generator is not None:
-                generators = generator if isinstance(generator, list | tuple) else [generator] * batch_size
+                generators = (
+                    generator if isinstance(generator, list | tuple) else [generator] * batch_size
+                )
                 scheduler.noise_sampler_seed = [
-                    int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in generators
+                    int(torch.randint(2**63 - 1, (), generator=g, device=g.device))
+                    for g in generators
                 ]
 
     def _prepare_latents(self, batch_size, generator, latents, device):
@@ -290,13 +323,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}; this pipeline starts from {shape}.")
+            raise ValueError(
+                f"`latents` has the shape {tuple(latents.shape)}; this pipeline starts from {shape}."
+            )
         return latents.to(device, torch.float32)
 
     def _find_step_arguments(self, generator, eta):
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in accepted:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no `eta`; leave it at 0 or use DDIMScheduler.")
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes no `eta`; leave it at 0 or use DDIMScheduler."
+            )
         arguments = {"eta": eta, "generator": generator}
         return {name: value for name, value in arguments.items() if name in accepted}
 
@@ -306,7 +343,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         self._check_generators(batch_size, generator)
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be given.")
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be given."
+            )
 
     def _check_generators(self, batch_size, generator):
         """One generator, or a list of `batch_size`, as diffusers takes them."""
@@ -359,7 +398,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         diffusers takes over only models of exactly the class in the signature, and ours names what they have in common.
         """
         own = cls._get_signature_keys(cls)[0]
-        return super().from_pipe(pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs)
+        return super().from_pipe(
+            pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -368,12 +409,16 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         The installed class loads components with installed code alone: it runs no code from the repository and needs no
         `trust_remote_code`. `ValueError` for a component that this version does not know.
         """
-        if not cls._is_installed():  # this file came with the repository, and so did the components'
+        if (
+            not cls._is_installed()
+        ):  # this file came with the repository, and so did the components'
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("trust_remote_code", None)
         kwargs.setdefault("use_safetensors", True)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}  # of each component, as diffusers takes them
+        dtypes = (
+            dtype if isinstance(dtype, dict) else {"default": dtype}
+        )  # of each component, as diffusers takes them
 
         def find_dtype(name):
             found = dtypes.get(name, dtypes.get("default"))
@@ -384,7 +429,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         for name, value in index.items():
             if _is_own_component(name, value) and name not in kwargs:
                 component = _import_own_component(pretrained_model_name_or_path, name, *value)
-                options = hub_options | ({"variant": kwargs["variant"]} if kwargs.get("variant") else {})
+                options = hub_options | (
+                    {"variant": kwargs["variant"]} if kwargs.get("variant") else {}
+                )
                 is_wide = name == "vqvae" or find_dtype(name) == torch.float32
                 options |= {} if is_wide else {"torch_dtype": find_dtype(name)}
                 kwargs[name] = component.from_pretrained(
@@ -395,7 +442,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         wide = dtypes | {"vqvae": torch.float32}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, dtype=wide, **kwargs)
         with pipeline._keep_codes():
-            torch.nn.Module.to(pipeline.vqvae, find_dtype("vqvae"))  # diffusers' own `to` warns of every narrower type
+            torch.nn.Module.to(
+                pipeline.vqvae, find_dtype("vqvae")
+            )  # diffusers' own `to` warns of every narrower type
         return pipeline
 
     @classmethod
@@ -424,7 +473,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
 def _is_own_component(name, value):
     """Say whether an entry of model_index.json names a component outside of diffusers."""
     return (
-        not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] not in (None, "diffusers")
+        not name.startswith("_")
+        and isinstance(value, list)
+        and len(value) == 2
+        and value[0] not in (None, "diffusers")
     )
 
 
@@ -432,7 +484,9 @@ def _import_own_component(source, name, module, class_name):
     """The installed class that model_index.json names; `ValueError` where it is none of ours."""
     is_ours = isinstance(module, str) and re.fullmatch(r"em_[a-z0-9_]+", module)
     found = is_ours and importlib.util.find_spec(f"{PACKAGE}.{module}")
-    component = getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None) if found else None
+    component = (
+        getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None) if found else None
+    )
     if not isinstance(component, type) or not issubclass(component, ModelMixin):
         raise ValueError(
             f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} does not have; update it, or load the "

@@ -35,8 +35,12 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     if not (run / "config.json").exists():
         raise ValueError(f"{run} holds no training of train_ldm.py (no config.json)")
     if out.resolve() == run.resolve():
-        raise ValueError(f"--out is the run itself, {run}, whose pipeline would be lost; choose another folder")
-    weights, error, num_images_seen = reconstruct_average(run / "denoiser" / "posthoc_ema", sigma_rel, num_images_seen)
+        raise ValueError(
+            f"--out is the run itself, {run}, whose pipeline would be lost; choose another folder"
+        )
+    weights, error, num_images_seen = reconstruct_average(
+        run / "denoiser" / "posthoc_ema", sigma_rel, num_images_seen
+    )
     config = load_config(LDMConfig, run / "config.json")
     vqvae = load_autoencoder(run / "autoencoder" / "vqvae").model.eval()
     resolution = config.tiles.resolution
@@ -47,7 +51,9 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None
     scheduler, num_steps = choose_sampler(config)
-    has_grain = config.grain_images and (run / "grain" / "config.json").exists()  # runs of before knew none
+    has_grain = (
+        config.grain_images and (run / "grain" / "config.json").exists()
+    )  # runs of before knew none
     grain = EMGrain.from_pretrained(run / "grain") if has_grain else None
     pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
     save_model(pipeline, out / "pipeline")
@@ -72,12 +78,21 @@ def main():
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder, finished or not")
     parser.add_argument(
-        "--sigma-rel", type=float, required=True, help="width relative to the images seen, such as 0.05"
+        "--sigma-rel",
+        type=float,
+        required=True,
+        help="width relative to the images seen, such as 0.05",
     )
-    parser.add_argument("--num-images", type=int, help="average up to the snapshot at this many images; the last one")
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        help="average up to the snapshot at this many images; the last one",
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the new run")
     arguments = parser.parse_args()
-    error = make_posthoc_pipeline(arguments.run, arguments.sigma_rel, arguments.out, arguments.num_images)
+    error = make_posthoc_pipeline(
+        arguments.run, arguments.sigma_rel, arguments.out, arguments.num_images
+    )
     print(
         f"{arguments.out}/pipeline averages over sigma_rel {arguments.sigma_rel}; the snapshots meet its profile within {error:.2%}",
         file=sys.stderr,

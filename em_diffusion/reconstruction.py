@@ -60,21 +60,28 @@ def radial_power_spectrum(images):
     """
     height, width = images.shape[-2:]
     side = min(height, width)
-    window = torch.outer(*(torch.hann_window(n, periodic=False, dtype=torch.float64) for n in (height, width)))
+    window = torch.outer(
+        *(torch.hann_window(n, periodic=False, dtype=torch.float64) for n in (height, width))
+    )
     radius, weights = (each.flatten() for each in frequency_rings(height, width))
     power = torch.zeros(height * (width // 2 + 1), dtype=torch.float64)
     for part in images.split(CHUNK):
         part = part[:, 0].double().cpu()
         part = (part - part.mean(dim=(1, 2), keepdim=True)) * window
         power += torch.fft.rfft2(part).abs().square().sum(dim=0).flatten()
-    totals = torch.bincount(radius, weights=power * weights) / torch.bincount(radius, weights=weights)
+    totals = torch.bincount(radius, weights=power * weights) / torch.bincount(
+        radius, weights=weights
+    )
     return totals[1 : side // 2 + 1] / len(images)
 
 
 def frequency_rings(height, width):
     """Of each entry of an `rfft2`: its radius, rounded, in cycles over the shorter side, int64 [H, W // 2 + 1], and how many frequencies
     of the whole plane it stands for, 1 or 2, float64 [H, W // 2 + 1]."""
-    rows, columns = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.rfftfreq(width, dtype=torch.float64)
+    rows, columns = (
+        torch.fft.fftfreq(height, dtype=torch.float64),
+        torch.fft.rfftfreq(width, dtype=torch.float64),
+    )
     radius = (torch.hypot(rows[:, None], columns[None]) * min(height, width)).round().long()
     # all but the first and, for an even width, the last column stand for their mirror image too
     counts = torch.full((height, width // 2 + 1), 2.0, dtype=torch.float64)
@@ -91,7 +98,9 @@ def spectrum_difference_db(images, reconstructions):
     [N, 1, H, W] in [-1, 1]; see `radial_power_spectrum`.
     """
     _check_shapes(images, reconstructions)
-    original, reconstructed = (radial_power_spectrum(each).clamp(min=1e-12) for each in (images, reconstructions))
+    original, reconstructed = (
+        radial_power_spectrum(each).clamp(min=1e-12) for each in (images, reconstructions)
+    )
     return 10 * torch.log10(reconstructed / original)
 
 

@@ -35,7 +35,9 @@ SAMPLERS = {
     "ddpm": Sampler("DDPMScheduler", {}),
     "dpm-solver++": Sampler("DPMSolverMultistepScheduler", {}, FLOW_SIGMAS),
     "dpm-solver++-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm-solver++-sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm-solver++-sde": Sampler(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}
+    ),
     "unipc": Sampler("UniPCMultistepScheduler", {}, FLOW_SIGMAS),
     "unipc-karras": Sampler("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
     "euler": Sampler("EulerDiscreteScheduler", {}),
@@ -43,7 +45,12 @@ SAMPLERS = {
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", None, {}),
     "flow-heun": Sampler("FlowMatchHeunDiscreteScheduler", None, {}, evaluations_per_step=2),
 }
-COMMON = {"clip_sample": False, "timestep_spacing": "trailing", "final_sigmas_type": "zero", "lower_order_final": True}
+COMMON = {
+    "clip_sample": False,
+    "timestep_spacing": "trailing",
+    "final_sigmas_type": "zero",
+    "lower_order_final": True,
+}
 # by `is_flow`. Diffusion: by benchmarks/sampler_sweep.py on a run of the preset demo, 300 images: of the points with 6 steps, all as good
 # as DDIM with 200 at 23 times the images/s, the nearest: Frechet distance 242 [221, 264] against 257 [233, 283].
 # Flow matching: the same on such a run with prediction_type flow, 400 images, from 4 steps on: 263 [236, 291] against 285 [255, 315] of
@@ -54,7 +61,9 @@ DEFAULT_SAMPLERS = {False: ("dpm-solver++-sde", 6), True: ("flow-euler", 4)}
 
 def is_flow(scheduler) -> bool:
     """Say whether a scheduler is for flow matching: x = (1 - s) latents + s noise, and the U-Net answers noise - latents."""
-    return type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas", False)
+    return type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get(
+        "use_flow_sigmas", False
+    )
 
 
 def list_samplers(scheduler) -> list[str]:
@@ -78,7 +87,9 @@ def create_sampler(name: str, scheduler):
     options = sampler.flow if flow else sampler.diffusion
     if options is None:
         kind = "flow matching" if flow else "diffusion"
-        raise ValueError(f"{name} is not for a model of {kind}; choose {', '.join(list_samplers(scheduler))}")
+        raise ValueError(
+            f"{name} is not for a model of {kind}; choose {', '.join(list_samplers(scheduler))}"
+        )
     cls = getattr(diffusers, sampler.scheduler)
     known = _list_options(cls)
     if flow:
@@ -88,7 +99,9 @@ def create_sampler(name: str, scheduler):
     else:
         config = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
         if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
-            raise ValueError(f"{name} cannot start at a zero terminal signal-to-noise ratio; choose another sampler")
+            raise ValueError(
+                f"{name} cannot start at a zero terminal signal-to-noise ratio; choose another sampler"
+            )
     values = {key: value for key, value in (COMMON | config | options).items() if key in known}
     return cls(**values)
 
@@ -106,8 +119,13 @@ def store_default_sampler(pipeline_folder, name: str, num_steps: int) -> None:
     cls = getattr(diffusers, index["scheduler"][1])
     scheduler = create_sampler(name, cls.from_pretrained(folder, subfolder="scheduler"))
     scheduler.save_pretrained(folder / "scheduler")
-    index |= {"scheduler": ["diffusers", type(scheduler).__name__], "default_num_inference_steps": num_steps}
-    write_text_atomically(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index |= {
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "default_num_inference_steps": num_steps,
+    }
+    write_text_atomically(
+        folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def _list_options(cls) -> set[str]:

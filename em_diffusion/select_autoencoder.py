@@ -109,7 +109,10 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
             )  # no paths in the file
             log(f"{name} cannot be judged: {error}")
     if not judged:
-        raise ValueError("no candidate could be judged: " + "; ".join(f"{f['name']}: {f['error']}" for f in failed))
+        raise ValueError(
+            "no candidate could be judged: "
+            + "; ".join(f"{f['name']}: {f['error']}" for f in failed)
+        )
 
     judged.sort(key=lambda each: each.distance.value)
     selection = {
@@ -162,7 +165,9 @@ def name_candidates(texts) -> dict[str, str]:
         if not equals or Path(text).exists():
             name, source = Path(text).name, text
         if not name or not source:
-            raise ValueError(f"--candidates takes NAME=SOURCE, such as ours=runs/demo/ldm, not {text!r}")
+            raise ValueError(
+                f"--candidates takes NAME=SOURCE, such as ours=runs/demo/ldm, not {text!r}"
+            )
         if name in sources:
             raise ValueError(f"two candidates are called {name}; tell them apart with NAME=SOURCE")
         sources[name] = source
@@ -175,13 +180,24 @@ def reconstruct_all(name, autoencoder, originals: ImageSet, config) -> tuple[Ima
 
     Encoding and decoding are timed apart, after one batch to warm up. A KL autoencoder decodes the mean of its posterior.
     """
-    count_codes = None if autoencoder.num_codes is None else CodebookMonitor(autoencoder.num_codes, 0)
+    count_codes = (
+        None if autoencoder.num_codes is None else CodebookMonitor(autoencoder.num_codes, 0)
+    )
     starts = range(0, len(originals), config.batch_size)
-    autoencoder.decode(autoencoder.encode(originals.batch(0, config.batch_size).to(autoencoder.device))[0])  # warm-up
+    autoencoder.decode(
+        autoencoder.encode(originals.batch(0, config.batch_size).to(autoencoder.device))[0]
+    )  # warm-up
     levels, seconds = [], {"encode": 0.0, "decode": 0.0}
-    bar = {"unit": "batch", "leave": False, "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 15}
+    bar = {
+        "unit": "batch",
+        "leave": False,
+        "dynamic_ncols": True,
+        "mininterval": 0.5 if sys.stderr.isatty() else 15,
+    }
     for start in tqdm(starts, desc=name, **bar):
-        images = originals.batch(start, min(start + config.batch_size, len(originals))).to(autoencoder.device)
+        images = originals.batch(start, min(start + config.batch_size, len(originals))).to(
+            autoencoder.device
+        )
         began = read_clock(autoencoder.device)
         latents, indices = autoencoder.encode(images)
         encoded = read_clock(autoencoder.device)
@@ -253,11 +269,15 @@ def compare_with_best(judged, groups, seed) -> list[dict]:
     for other in others:
         value = other.distance.value - best.distance.value
         influence = other.distance.influence_a - best.distance.influence_a
-        interval = bootstrap_interval(Distance(value, influence, np.zeros_like(influence)), groups_a=groups, seed=seed)
+        interval = bootstrap_interval(
+            Distance(value, influence, np.zeros_like(influence)), groups_a=groups, seed=seed
+        )
         difference = {"value": interval.value, "low": interval.low, "high": interval.high}
         verdict = "farther" if interval.low > 0 else "undecided"
         names = {"first": other.facts["name"], "second": best.facts["name"]}
-        comparisons.append({**names, "frechet_distance_difference": difference, "first_is": verdict})
+        comparisons.append(
+            {**names, "frechet_distance_difference": difference, "first_is": verdict}
+        )
     return comparisons
 
 
@@ -274,7 +294,9 @@ def describe_protocol(config, extractor, originals, summary) -> dict:
     if config.side == "train":
         notes.append("A candidate that was trained on these very tiles is flattered.")
     elif summary["split"] == "leaky":
-        notes.append("The split is leaky: a candidate trained on it has seen other views of the same micrographs.")
+        notes.append(
+            "The split is leaky: a candidate trained on it has seen other views of the same micrographs."
+        )
     return {
         "tiles": f"{len(originals):,} random {side} tiles{origin}",
         "side": config.side,

@@ -14,7 +14,11 @@ COLUMNS = (
     ("PSNR", "dB", lambda c: f"{c['psnr_db']:.2f}"),
     ("SSIM", "", lambda c: f"{c['ssim']:.3f}"),
     ("spectrum", "error, dB", lambda c: f"{c['spectrum_error_db']:.2f}"),
-    ("codes used", "of all", lambda c: "none" if c["num_codes"] is None else f"{c['codes_used']:,}/{c['num_codes']:,}"),
+    (
+        "codes used",
+        "of all",
+        lambda c: "none" if c["num_codes"] is None else f"{c['codes_used']:,}/{c['num_codes']:,}",
+    ),
     ("perplexity", "", lambda c: "none" if c["perplexity"] is None else f"{c['perplexity']:,.0f}"),
     ("parameters", "millions", lambda c: f"{c['num_parameters'] / 1e6:.2f}"),
     ("f", "", lambda c: f"{c['downsampling_factor']:g}"),
@@ -31,15 +35,23 @@ def say_interval(metric) -> str:
 def format_table(selection) -> str:
     """Return the candidates as aligned lines, best first, with the study's values under them where they belong there."""
     protocol = selection["protocol"]
-    rows = [["autoencoder", *(title for title, _, _ in COLUMNS)], ["", *(unit for _, unit, _ in COLUMNS)]]
+    rows = [
+        ["autoencoder", *(title for title, _, _ in COLUMNS)],
+        ["", *(unit for _, unit, _ in COLUMNS)],
+    ]
     rows += [[c["name"], *(cell(c) for _, _, cell in COLUMNS)] for c in selection["candidates"]]
     num_head = 2
     for each in selection["study"] or []:
-        rows.append([f"study: {each['name']}", f"{each['frechet_distance']}", *[""] * (len(COLUMNS) - 1)])
+        rows.append(
+            [f"study: {each['name']}", f"{each['frechet_distance']}", *[""] * (len(COLUMNS) - 1)]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
-        name, *cells = (f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths)))
+        name, *cells = (
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths))
+        )
         lines.append("  ".join([name, *cells]).rstrip())
         if number == num_head - 1:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
@@ -69,7 +81,9 @@ def draw_selection(selection, originals, reconstructions, path, num_columns):
         levels = reconstructions[candidate["name"]][:num_columns, 0]
         error = np.abs(levels.astype(np.float32) - tiles) / (255 * ERROR_SCALE)
         facts = f"distance {say_interval(candidate['frechet_distance'])}\nPSNR {candidate['psnr_db']:.1f} dB"
-        rows.append((candidate["name"], facts, levels, (error.clip(0, 1) * 255).round().astype(np.uint8)))
+        rows.append(
+            (candidate["name"], facts, levels, (error.clip(0, 1) * 255).round().astype(np.uint8))
+        )
 
     label_px, head_px, between_px, dpi = 230, 34, 16, 100
     strip_width = num_columns * (width * zoom + GAP_PX) - GAP_PX
@@ -96,7 +110,12 @@ def draw_selection(selection, originals, reconstructions, path, num_columns):
 
     error_left = label_px + strip_width + between_px
     write("images", label_px, 8, fontsize=9)
-    write(f"absolute errors (white: {100 * ERROR_SCALE:.0f} % of the grey range or more)", error_left, 8, fontsize=9)
+    write(
+        f"absolute errors (white: {100 * ERROR_SCALE:.0f} % of the grey range or more)",
+        error_left,
+        8,
+        fontsize=9,
+    )
     for i, (name, facts, levels, errors) in enumerate(rows):
         top = head_px + i * row_height
         write(shorten(name), 10, top, fontsize=10, fontweight="bold")

@@ -73,16 +73,24 @@ def train_stages(config, accelerator, out):
 
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
     if not config.makes_pipeline:
-        accelerator.print(f"the autoencoder is trained: {out / 'autoencoder'}; --last-stage denoiser goes on from it")
+        accelerator.print(
+            f"the autoencoder is trained: {out / 'autoencoder'}; --last-stage denoiser goes on from it"
+        )
         return
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
     grain = run_grain_stage(config, data, vqvae, accelerator, out)
-    unet, denoiser = run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out, grain)
+    unet, denoiser = run_denoiser_stage(
+        config, data, latents, held_out_latents, vqvae, accelerator, out, grain
+    )
     if accelerator.is_main_process:
         scheduler, num_steps = choose_sampler(config)
         pixel_size_nm = data.summary.get("pixel_size_nm")
-        pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
-        save_model(pipeline, out / "pipeline")  # whole: none of what an earlier end of this run left there
+        pipeline = EMLatentDiffusionPipeline(
+            vqvae, unet, scheduler, pixel_size_nm, num_steps, grain
+        )
+        save_model(
+            pipeline, out / "pipeline"
+        )  # whole: none of what an earlier end of this run left there
         seconds = {"autoencoder": autoencoder["train_seconds"], "latents": encoding["seconds"]}
         seconds["denoiser"] = denoiser["train_seconds"]
         run = {
@@ -110,7 +118,9 @@ def run_autoencoder_stage(config, data, accelerator, out):
         stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
         if stage.init_from is not None:
             check_latent_size(config, accelerator)
-        _, seconds = train_autoencoder(stage, data.train, data.held_out, accelerator=accelerator, out_dir=out)
+        _, seconds = train_autoencoder(
+            stage, data.train, data.held_out, accelerator=accelerator, out_dir=out
+        )
         result = write_result(out / "autoencoder", stage, seconds, accelerator)
     return load_autoencoder(out / "autoencoder" / "vqvae", device=accelerator.device).model, result
 
@@ -149,23 +159,35 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
             name=name,
             view_ids=view_ids,
         )
-        for name, tiles, view_ids in (("train", data.train, None), ("held_out", data.held_out, validation))
+        for name, tiles, view_ids in (
+            ("train", data.train, None),
+            ("held_out", data.held_out, validation),
+        )
     )
     mean, std = measure_latents(train)
     if accelerator.is_main_process:
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
-    return Latents(train, mean, std), Latents(held_out, mean, std), {"seconds": train_seconds + held_out_seconds}
+    return (
+        Latents(train, mean, std),
+        Latents(held_out, mean, std),
+        {"seconds": train_seconds + held_out_seconds},
+    )
 
 
 def run_grain_stage(config, data, vqvae, accelerator, out):
     """The grain that the autoencoder leaves out of training views, measured or loaded; None where none is wanted."""
     if not config.grain_images:
         return None
-    path, made_for = out / "grain", {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)}
+    path, made_for = (
+        out / "grain",
+        {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)},
+    )
     record = path / "measured.json"
-    if accelerator.is_main_process and not (record.exists() and json.loads(record.read_text()) == made_for):
+    if accelerator.is_main_process and not (
+        record.exists() and json.loads(record.read_text()) == made_for
+    ):
         num_images = min(config.grain_images, max(1, MAX_PIXELS // config.tiles.resolution**2))
         images = draw_validation_images(data.train, num_images)
         grain = fit_grain(images, reconstruct(vqvae, images, accelerator))
@@ -179,7 +201,9 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
     return EMGrain.from_pretrained(path).to(accelerator.device)
 
 
-def run_denoiser_stage(config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None):
+def run_denoiser_stage(
+    config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None
+):
     """The trained denoiser and its result; trained or loaded. Averaged weights: the best ones where distances were measured."""
     result = read_result(out / "denoiser", config.denoiser.num_images)
     if result is None:
@@ -251,9 +275,19 @@ def check_same_run(config, out):
         out,
         config,
         lambda name, old, new: (
-            name in ("out", "tiles.cache_dir", "sampler", "num_inference_steps", "grain_images", "last_stage")
+            name
+            in (
+                "out",
+                "tiles.cache_dir",
+                "sampler",
+                "num_inference_steps",
+                "grain_images",
+                "last_stage",
+            )
             or name == "denoiser.evaluation_metrics"
-            or (name == "denoiser.posthoc_ema_every" and old > 0 and new > 0)  # none from the start are none at all
+            or (
+                name == "denoiser.posthoc_ema_every" and old > 0 and new > 0
+            )  # none from the start are none at all
             or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
             or name.endswith((".micro_batch_size", ".gradient_checkpointing", ".compile"))
             or _is_longer(name, old, new, out)
@@ -285,5 +319,7 @@ def _is_longer(name, before, after, out) -> bool:
     if name == "denoiser.num_images":
         return after > before
     return (
-        name == "autoencoder.num_images" and after > before and not list_checkpoints(out / "denoiser" / "checkpoints")
+        name == "autoencoder.num_images"
+        and after > before
+        and not list_checkpoints(out / "denoiser" / "checkpoints")
     )

@@ -63,7 +63,11 @@ def counts(values, key, default=None):
     items = values.get(key, default)
     if items is None:
         raise ValueError(f"{key} is missing")
-    if not isinstance(items, list | tuple) or not (items or key.startswith("att")) or len(items) > 16:
+    if (
+        not isinstance(items, list | tuple)
+        or not (items or key.startswith("att"))
+        or len(items) > 16
+    ):
         raise ValueError(f"{key} is {items!r}; expected a list of positive whole numbers")
     return tuple(count({key: item}, key) for item in items)
 

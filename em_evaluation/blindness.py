@@ -12,7 +12,11 @@ def find_blindness(measurement, model_families, floor_info) -> list[dict]:
     """
     rows, found = measurement["rows"], []
     names = {key: floor_info[key]["name"] if key in floor_info else key for key in rows}
-    pairs = [pair for pair in expect_order(model_families, floor_info) if pair[0] in rows and pair[1] in rows]
+    pairs = [
+        pair
+        for pair in expect_order(model_families, floor_info)
+        if pair[0] in rows and pair[1] in rows
+    ]
     for metric in measurement["metrics"]:
         sign = -1 if METRICS[metric].higher_is_better else 1
         values = {key: row["held_out"][metric]["value"] for key, row in rows.items()}
@@ -23,9 +27,18 @@ def find_blindness(measurement, model_families, floor_info) -> list[dict]:
                 "metric": metric,
                 "num_pairs": len(pairs),
                 "misordered": [
-                    {"nearer": near, "farther": far, "values": [values[near], values[far]]} for near, far in wrong
+                    {"nearer": near, "farther": far, "values": [values[near], values[far]]}
+                    for near, far in wrong
                 ],
-                "sentence": _say(measurement["extractor"], metric, wrong, names, values, model_families, len(pairs)),
+                "sentence": _say(
+                    measurement["extractor"],
+                    metric,
+                    wrong,
+                    names,
+                    values,
+                    model_families,
+                    len(pairs),
+                ),
             }
         )
     return found
@@ -41,7 +54,9 @@ def expect_order(model_families, floor_info) -> list[tuple[str, str]]:
         for later in chain[i + 1 :]
         for near in level
         for far in later
-        if near not in autoencoders or far not in model_families or _belongs(near, far, model_families, floor_info)
+        if near not in autoencoders
+        or far not in model_families
+        or _belongs(near, far, model_families, floor_info)
     ]
     return pairs
 

@@ -15,15 +15,15 @@ from em_data.cutting import find_tile_positions
 from em_data.synthetic import synthesise_micrographs
 from em_evaluation.defects import KINDS, DetectorSettings, detect_defects
 
-SEED = (
-    31  # of the micrographs: others than those that training data usually are (0) and the settings were tuned on (77)
-)
+SEED = 31  # of the micrographs: others than those that training data usually are (0) and the settings were tuned on (77)
 LEAST_OVERLAP = 0.3  # intersection over union of the boxes of a loop or a line and of its match
 LEAST_SEEN = 0.5  # share of a defect that a tile must show before it counts as missed
 PIXEL_SIZES_NM = (0.25, 4.0)  # finer, a micrograph holds too few defects; coarser, none can be seen
 
 
-def calibrate_detector(resolution=256, pixel_size_nm=1.0, *, num_micrographs=12, seed=SEED, settings=None) -> dict:
+def calibrate_detector(
+    resolution=256, pixel_size_nm=1.0, *, num_micrographs=12, seed=SEED, settings=None
+) -> dict:
     """Return precision, recall and bias of `detect_defects` on tiles of embedded micrographs, JSON values; deterministic.
 
     The micrographs are made at `pixel_size_nm` (within 0.25 to 4 nm; 1 nm where None) and cut into tiles of `resolution`
@@ -40,7 +40,9 @@ def calibrate_detector(resolution=256, pixel_size_nm=1.0, *, num_micrographs=12,
     pairs = {kind: [] for kind in KINDS}
     for i, micrograph in enumerate(synthesise_micrographs(num_micrographs, seed, side, pixel_nm)):
         corners = find_tile_positions(micrograph.image.shape, resolution)
-        tiles = np.stack([micrograph.image[y : y + resolution, x : x + resolution] for y, x in corners])
+        tiles = np.stack(
+            [micrograph.image[y : y + resolution, x : x + resolution] for y, x in corners]
+        )
         found = detect_defects(tiles, pixel_nm, settings)
         for tile, corner in enumerate(corners):
             truth = _cut_truth(micrograph.defects, corner, resolution, settings.line / pixel_nm)
@@ -54,7 +56,9 @@ def calibrate_detector(resolution=256, pixel_size_nm=1.0, *, num_micrographs=12,
         "resolution": resolution,
         "pixel_size_nm": pixel_nm,
         "as_in_the_data": pixel_size_nm is not None and pixel_nm == pixel_size_nm,
-        "kinds": {kind: _summarise(counts[:, k], pairs[kind], seed) for k, kind in enumerate(KINDS)},
+        "kinds": {
+            kind: _summarise(counts[:, k], pairs[kind], seed) for k, kind in enumerate(KINDS)
+        },
     }
 
 
@@ -67,11 +71,17 @@ def _cut_truth(defects, corner, resolution, least_line_px):
         box = np.clip([y0 - top, x0 - left, y1 - top, x1 - left], 0, resolution)
         if box[0] >= box[2] or box[1] >= box[3]:
             continue
-        y, x = np.nonzero(defect.mask[box[0] + top - y0 : box[2] + top - y0, box[1] + left - x0 : box[3] + left - x0])
+        y, x = np.nonzero(
+            defect.mask[
+                box[0] + top - y0 : box[2] + top - y0, box[1] + left - x0 : box[3] + left - x0
+            ]
+        )
         if not len(y):
             continue
         seen = len(y) / np.count_nonzero(defect.mask)
-        box = np.array([y.min() + box[0], x.min() + box[1], y.max() + 1 + box[0], x.max() + 1 + box[1]])
+        box = np.array(
+            [y.min() + box[0], x.min() + box[1], y.max() + 1 + box[0], x.max() + 1 + box[1]]
+        )
         kind = "loop" if defect.kind.startswith("loop") else defect.kind
         if kind == "line":  # as long as it is seen
             seen = float(np.hypot(box[2] - box[0], box[3] - box[1]) >= least_line_px)
@@ -125,7 +135,11 @@ def _summarise(counts, pairs, seed):
             return None
         with np.errstate(invalid="ignore", divide="ignore"):
             low, high = np.nanquantile(totals[:, above] / totals[:, below], [0.025, 0.975])
-        return {"value": float(counts[:, above].sum() / counts[:, below].sum()), "low": float(low), "high": float(high)}
+        return {
+            "value": float(counts[:, above].sum() / counts[:, below].sum()),
+            "low": float(low),
+            "high": float(high),
+        }
 
     sized = [(d.diameter_nm, major) for d, major, _ in pairs if d.diameter_nm is not None]
     turned = [
@@ -139,7 +153,9 @@ def _summarise(counts, pairs, seed):
         "num_matched": int(matched),
         "precision": share(2, 1),
         "recall": share(2, 0),
-        "size_bias_nm": float(np.median([major - true for true, major in sized])) if sized else None,
+        "size_bias_nm": float(np.median([major - true for true, major in sized]))
+        if sized
+        else None,
         "angle_error_deg": float(np.degrees(np.median(turned))) if turned else None,
     }
 
@@ -148,7 +164,11 @@ def describe_calibration(calibration) -> list[str]:
     """Return a line of text for each kind of defect."""
 
     def say(metric):
-        return "   –" if metric is None else f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+        return (
+            "   –"
+            if metric is None
+            else f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+        )
 
     return [
         f"{kind:5} precision {say(row['precision'])}  recall {say(row['recall'])}  "
@@ -162,11 +182,17 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m em_evaluation.calibrate_detector", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--resolution", type=int, default=256, help="side of a tile in pixels (256)")
+    parser.add_argument(
+        "--resolution", type=int, default=256, help="side of a tile in pixels (256)"
+    )
     parser.add_argument("--pixel-size-nm", type=float, default=1.0, help="nm per pixel (1)")
-    parser.add_argument("--num-micrographs", type=int, default=12, help="embedded micrographs to search (12)")
+    parser.add_argument(
+        "--num-micrographs", type=int, default=12, help="embedded micrographs to search (12)"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the micrographs ({SEED})")
-    parser.add_argument("--out", type=Path, help="JSON file to write; left out, the numbers are only printed")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; left out, the numbers are only printed"
+    )
     args = parser.parse_args(arguments)
     if args.num_micrographs < 2 or args.resolution < 32 or not args.pixel_size_nm > 0:
         parser.error("two micrographs, tiles of 32 pixels and a pixel size above 0 are the least")

@@ -25,7 +25,9 @@ def cmmd_influence(a, b, block=2048) -> Distance:
                 "use the extractor clip"
             )
     distance = mmd_influence(a, b, _kernel, lambda x: np.ones(len(x)), block)
-    return Distance(SCALE * distance.value, SCALE * distance.influence_a, SCALE * distance.influence_b)
+    return Distance(
+        SCALE * distance.value, SCALE * distance.influence_a, SCALE * distance.influence_b
+    )
 
 
 def cmmd(a, b) -> float:

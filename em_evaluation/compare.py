@@ -26,7 +26,9 @@ def compare_reports(paths) -> str:
     weights, resolution, split), for fewer than two reports, and for files that are not such reports.
     """
     if len(paths) < 2:
-        raise ValueError("a comparison takes at least two reports: --compare A/report.json B/report.json")
+        raise ValueError(
+            "a comparison takes at least two reports: --compare A/report.json B/report.json"
+        )
     reports = {str(path): read_report(path) for path in paths}
     (first_path, first), *others = reports.items()
     for path, report in others:
@@ -46,11 +48,15 @@ def read_report(path) -> dict:
     path = path / "report.json" if path.is_dir() else path
     try:
         report = json.loads(path.read_text())
-        complete = {"measurements", "protocol", "models"} <= set(report) and "reference_digest" in report["protocol"]
+        complete = {"measurements", "protocol", "models"} <= set(
+            report
+        ) and "reference_digest" in report["protocol"]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a report.json of evaluate.py ({error})") from error
     if not complete:
-        raise ValueError(f"{path} does not say all of its protocol, it is of an older version; evaluate again")
+        raise ValueError(
+            f"{path} does not say all of its protocol, it is of an older version; evaluate again"
+        )
     return report
 
 
@@ -61,7 +67,9 @@ def find_differences(first, second) -> list[str]:
         a, b = first[part].get(key), second[part].get(key)
         if a != b:
             reasons.append(f"{meaning}: {a} and {b}")
-    extractors = [[each["identity"] for each in report["measurements"]] for report in (first, second)]
+    extractors = [
+        [each["identity"] for each in report["measurements"]] for report in (first, second)
+    ]
     if extractors[0] != extractors[1]:
         reasons.append(f"features: {'; '.join(extractors[0])} and {'; '.join(extractors[1])}")
     return reasons
@@ -69,7 +77,11 @@ def find_differences(first, second) -> list[str]:
 
 def _tabulate(reports, index):
     measurements = [report["measurements"][index] for report in reports.values()]
-    metrics = [name for name in measurements[0]["metrics"] if all(name in each["metrics"] for each in measurements)]
+    metrics = [
+        name
+        for name in measurements[0]["metrics"]
+        if all(name in each["metrics"] for each in measurements)
+    ]
     rows = [
         (f"{name} ({path})", each["rows"][name]["held_out"])
         for (path, report), each in zip(reports.items(), measurements)
@@ -81,15 +93,21 @@ def _tabulate(reports, index):
     ]
     width = max(len(name) for name, _ in rows)
     for metric in metrics:
-        lines.append(f"{METRICS[metric].label} ({'higher' if METRICS[metric].higher_is_better else 'lower'} is better)")
+        lines.append(
+            f"{METRICS[metric].label} ({'higher' if METRICS[metric].higher_is_better else 'lower'} is better)"
+        )
         for name, row in rows:
             low, high = (format_number(row[metric][key]) for key in ("low", "high"))
-            lines.append(f"  {name:{width}}  {format_number(row[metric]['value']):>9}  [{low}, {high}]")
+            lines.append(
+                f"  {name:{width}}  {format_number(row[metric]['value']):>9}  [{low}, {high}]"
+            )
     if len(rows) < 2:
         return "\n".join(lines)
     (best, a), (second, b) = rows[:2]
     if a["frechet_distance"]["high"] < b["frechet_distance"]["low"]:
-        lines.append(f"{best} is closer to the held-out micrographs than {second}: the intervals do not overlap.")
+        lines.append(
+            f"{best} is closer to the held-out micrographs than {second}: the intervals do not overlap."
+        )
     else:
         lines.append(
             f"{best} and {second} cannot be told apart by these intervals, which overlap; evaluated in one call of evaluate.py, "

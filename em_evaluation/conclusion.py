@@ -56,7 +56,12 @@ def compare_models(names, floors, distances, origin, reference_groups, seed):
         verdict = "closer" if interval.high < 0 else "farther" if interval.low > 0 else "undecided"
         difference = {"value": interval.value, "low": interval.low, "high": interval.high}
         comparisons.append(
-            {"first": first, "second": second, "frechet_distance_difference": difference, "first_is": verdict}
+            {
+                "first": first,
+                "second": second,
+                "frechet_distance_difference": difference,
+                "first_is": verdict,
+            }
         )
     return comparisons
 
@@ -85,7 +90,13 @@ def weigh_autoencoders(models, floor_info, distances, origin, reference_groups, 
         difference = {"value": interval.value, "low": interval.low, "high": interval.high}
         share = floor.value / score.value
         weighed.append(
-            {"model": model.name, "floor": key, "share": share, "difference_to_half": difference, "floor_is": verdict}
+            {
+                "model": model.name,
+                "floor": key,
+                "share": share,
+                "difference_to_half": difference,
+                "floor_is": verdict,
+            }
         )
     return weighed
 
@@ -106,8 +117,14 @@ def conclude(report) -> list[str]:
     for comparison in report["comparisons"]:
         if comparison["first"] in names and comparison["second"] in names:
             sentences.append(_say_which_is_closer(report, comparison))
-    sentences += [sentence for model in report["models"] if (sentence := _say_structure(report, model))]
-    sentences += [_say_autoencoder(report, each) for each in report["autoencoders"] if not _is_above_half(each)]
+    sentences += [
+        sentence for model in report["models"] if (sentence := _say_structure(report, model))
+    ]
+    sentences += [
+        _say_autoencoder(report, each)
+        for each in report["autoencoders"]
+        if not _is_above_half(each)
+    ]
     if names:
         sentences.append(_say_scope(report))
     return sentences
@@ -138,7 +155,9 @@ def _find(report, first, second):
 
 def _metrics(report):
     metrics = {model["name"]: model["metrics"]["frechet_distance"] for model in report["models"]}
-    return metrics | {key: floor["metrics"]["frechet_distance"] for key, floor in report["floors"].items()}
+    return metrics | {
+        key: floor["metrics"]["frechet_distance"] for key, floor in report["floors"].items()
+    }
 
 
 def _say_which_is_closer(report, comparison):
@@ -195,14 +214,22 @@ def _say_autoencoder(report, weighed):
     if weighed["floor_is"] == "undecided":
         sentence += ", but not beyond chance (the interval of what parts it from the half holds 0)"
     elif overlap:
-        sentence += " (its interval and that of the half overlap, but that of their difference excludes 0)"
+        sentence += (
+            " (its interval and that of the half overlap, but that of their difference excludes 0)"
+        )
     excess = _find_excess(report, autoencoder["value"], score["value"])
     if _is_above_half(weighed):
         is_sure = weighed["floor_is"] == "above" and (excess is None or excess > 0.5)
-        sentence += f": then the autoencoder, not the diffusion, {'is' if is_sure else 'may be'} the limit"
+        sentence += (
+            f": then the autoencoder, not the diffusion, {'is' if is_sure else 'may be'} the limit"
+        )
     if excess is None:
         return f"{sentence}."
-    then = "the larger part is the autoencoder's" if excess > 0.5 else "the larger part is the diffusion model's"
+    then = (
+        "the larger part is the autoencoder's"
+        if excess > 0.5
+        else "the larger part is the diffusion model's"
+    )
     but = "but " if _is_above_half(weighed) and excess <= 0.5 else ""
     return f"{sentence}; {but}of what {name} has above real images, the autoencoder has {100 * excess:.0f} %: {then}."
 

@@ -12,7 +12,9 @@ from scipy import ndimage
 from em_evaluation.micrograph_statistics import BLOCK, flatten_background, robust_deviation
 
 KINDS = ("loop", "dot", "line")
-IN_PLANE_4 = np.stack([np.zeros((3, 3)), ndimage.generate_binary_structure(2, 1), np.zeros((3, 3))]).astype(bool)
+IN_PLANE_4 = np.stack(
+    [np.zeros((3, 3)), ndimage.generate_binary_structure(2, 1), np.zeros((3, 3))]
+).astype(bool)
 IN_PLANE_8 = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]).astype(bool)
 
 
@@ -82,8 +84,17 @@ def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
     found = []
     for start in range(0, max(len(images), 1), BLOCK):
         block = _average(images[start : start + BLOCK], factor)
-        found.append(_measure(*_segment(block, unit_px / factor, settings), unit_px / factor, settings, start))
-    found = Defects(*(np.concatenate([getattr(each, name) for each in found]) for name in Defects.__dataclass_fields__))
+        found.append(
+            _measure(
+                *_segment(block, unit_px / factor, settings), unit_px / factor, settings, start
+            )
+        )
+    found = Defects(
+        *(
+            np.concatenate([getattr(each, name) for each in found])
+            for name in Defects.__dataclass_fields__
+        )
+    )
     found.box_px[...] *= factor
     found.centre_px[...] = (found.centre_px + 0.5) * factor - 0.5
     return found
@@ -100,7 +111,11 @@ def _average(images, factor):
     if factor == 1:
         return images
     num, height, width = len(images), images.shape[1] // factor, images.shape[2] // factor
-    return images[:, : height * factor, : width * factor].reshape(num, height, factor, width, factor).mean((2, 4))
+    return (
+        images[:, : height * factor, : width * factor]
+        .reshape(num, height, factor, width, factor)
+        .mean((2, 4))
+    )
 
 
 def _segment(images, unit_px, settings):
@@ -116,8 +131,12 @@ def _segment(images, unit_px, settings):
     large[0] = False
     objects = np.where(large, np.cumsum(large), 0)[objects]
     # dots are sought beside the others, where the surroundings are taken away more narrowly
-    spot = _smooth(flat, settings.dot_smoothing * unit_px) - _smooth(flat, settings.dot / 2 * unit_px)
-    spots = _threshold(spot, settings.dot_low, settings.dot_high, ndimage.maximum_filter(objects, (1, 3, 3)) == 0)
+    spot = _smooth(flat, settings.dot_smoothing * unit_px) - _smooth(
+        flat, settings.dot / 2 * unit_px
+    )
+    spots = _threshold(
+        spot, settings.dot_low, settings.dot_high, ndimage.maximum_filter(objects, (1, 3, 3)) == 0
+    )
     spots, num = ndimage.label(spots, IN_PLANE_8)
     area = np.bincount(spots.ravel(), minlength=num + 1)
     is_dot = (area >= least_area) & (_longest_axis(spots) < settings.dot * unit_px)
@@ -142,7 +161,10 @@ def _threshold(images, low, high, mask=True):
 
 def _longest_axis(labels):
     """Return the longest side of the box of each label, in pixels, by label from 0."""
-    sides = [0] + [0 if box is None else max(s.stop - s.start for s in box[1:]) for box in ndimage.find_objects(labels)]
+    sides = [0] + [
+        0 if box is None else max(s.stop - s.start for s in box[1:])
+        for box in ndimage.find_objects(labels)
+    ]
     return np.array(sides)
 
 
@@ -208,7 +230,10 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
         total(dx * dy) / area,
     )  # of whole pixels
     mean, half = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-    major, minor = 4 * np.sqrt(mean + half) / unit_px, 4 * np.sqrt(np.maximum(mean - half, 0)) / unit_px
+    major, minor = (
+        4 * np.sqrt(mean + half) / unit_px,
+        4 * np.sqrt(np.maximum(mean - half, 0)) / unit_px,
+    )
     angle = (0.5 * np.arctan2(2 * xy, xx - yy)) % np.pi
     box = np.zeros((num, 4), int)
     box[:, :2] = (height, width)
@@ -221,14 +246,28 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
     diagonal = np.hypot(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]) / unit_px
     length = np.maximum(diagonal, major * 0.866)
     mean_width = area / unit_px**2 / length
-    is_line = (used > num_with_hole) & (length >= settings.line) & (length / mean_width >= settings.slender)
+    is_line = (
+        (used > num_with_hole)
+        & (length >= settings.line)
+        & (length / mean_width >= settings.slender)
+    )
     is_dot = ~is_line & (major < settings.dot)
-    kind = np.select([is_line, is_dot], [KINDS.index("line"), KINDS.index("dot")], KINDS.index("loop"))
+    kind = np.select(
+        [is_line, is_dot], [KINDS.index("line"), KINDS.index("dot")], KINDS.index("loop")
+    )
     length = np.where(is_line, length, major)
     first = np.zeros(num, int)
     first[label] = image
     found = Defects(
-        first + first_image, kind, box, np.stack([centre_y, centre_x], 1), major, minor, length, angle, is_cut
+        first + first_image,
+        kind,
+        box,
+        np.stack([centre_y, centre_x], 1),
+        major,
+        minor,
+        length,
+        angle,
+        is_cut,
     )
     return found.select(np.argsort(found.image, kind="stable"))
 
@@ -246,7 +285,9 @@ def count_weights(defects, shape, pixel_size_nm=None) -> np.ndarray:
     """
     factor, box = choose_factor(shape, pixel_size_nm), defects.box_px
     height, width = (side // factor * factor for side in shape)  # that were searched
-    places = (height - (box[:, 2] - box[:, 0]) - factor) * (width - (box[:, 3] - box[:, 1]) - factor)
+    places = (height - (box[:, 2] - box[:, 0]) - factor) * (
+        width - (box[:, 3] - box[:, 1]) - factor
+    )
     whole = ~defects.is_cut & (places > 0)
     return np.where(whole, shape[0] * shape[1] / np.where(whole, places, 1), 0.0)
 
@@ -261,4 +302,6 @@ def histogram_by_image(defects, mine, values, weights, edges, num_images) -> np.
     """Return the weighted histogram of `values` [D] of the defects `mine` in each image [num_images, len(edges) - 1]."""
     bins = np.clip(np.searchsorted(edges, values[mine], "right") - 1, 0, len(edges) - 2)
     flat = defects.image[mine] * (len(edges) - 1) + bins
-    return np.bincount(flat, weights[mine], minlength=num_images * (len(edges) - 1)).reshape(num_images, -1)
+    return np.bincount(flat, weights[mine], minlength=num_images * (len(edges) - 1)).reshape(
+        num_images, -1
+    )

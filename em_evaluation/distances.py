@@ -53,14 +53,19 @@ def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
     `ValueError` for unequal D.
     """
     mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
-    covariance_a, covariance_b = np.asarray(covariance_a, np.float64), np.asarray(covariance_b, np.float64)
+    covariance_a, covariance_b = (
+        np.asarray(covariance_a, np.float64),
+        np.asarray(covariance_b, np.float64),
+    )
     if mean_a.shape != mean_b.shape or covariance_a.shape != covariance_b.shape:
         raise ValueError(
             f"the statistics have {mean_a.size} and {mean_b.size} dimensions: they come from different extractors"
         )
     nuclear_norm = _sum_roots_of_eigenvalues(covariance_a, covariance_b)
     if nuclear_norm is None:
-        nuclear_norm = linalg.svdvals(_square_root(covariance_a).T @ _square_root(covariance_b)).sum()
+        nuclear_norm = linalg.svdvals(
+            _square_root(covariance_a).T @ _square_root(covariance_b)
+        ).sum()
     return _sum_up(mean_a - mean_b, np.trace(covariance_a), np.trace(covariance_b), nuclear_norm)
 
 
@@ -88,7 +93,9 @@ def frechet_influence(a, b) -> Distance:
 def _centre(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be [N, D] and [M, D] of one extractor, and are {a.shape} and {b.shape}")
+        raise ValueError(
+            f"features must be [N, D] and [M, D] of one extractor, and are {a.shape} and {b.shape}"
+        )
     if min(len(a), len(b)) < 2:
         raise ValueError("a distance needs at least two images on each side")
     mean_a, mean_b = a.mean(0), b.mean(0)
@@ -109,7 +116,9 @@ def _sum_roots_of_eigenvalues(covariance_a, covariance_b, tolerance=1e-8):
     An eigenvalue of a symmetric matrix is off by about eps times the largest, hence its root by eps max / (2 root).
     """
     try:
-        eigenvalues = linalg.eigh(covariance_b, covariance_a, type=2, eigvals_only=True, driver="gv")
+        eigenvalues = linalg.eigh(
+            covariance_b, covariance_a, type=2, eigvals_only=True, driver="gv"
+        )
     except linalg.LinAlgError:  # S_a is singular
         return None
     rounding = np.finfo(np.float64).eps * eigenvalues[-1]
@@ -152,9 +161,12 @@ def kernel_distance(a, b, *, subset_size=None, num_subsets=100, seed=0) -> float
     rng = np.random.default_rng(seed)
     size = min(subset_size, len(a), len(b))
     draws = (
-        (rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False)) for _ in range(num_subsets)
+        (rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False))
+        for _ in range(num_subsets)
     )
-    return float(np.mean([kernel_influence(np.asarray(a)[i], np.asarray(b)[j]).value for i, j in draws]))
+    return float(
+        np.mean([kernel_influence(np.asarray(a)[i], np.asarray(b)[j]).value for i, j in draws])
+    )
 
 
 def kernel_influence(a, b, block=2048) -> Distance:
@@ -172,7 +184,9 @@ def mmd_influence(a, b, kernel, kernel_diagonal, block=2048) -> Distance:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be [N, D] and [M, D] of one extractor, and are {a.shape} and {b.shape}")
+        raise ValueError(
+            f"features must be [N, D] and [M, D] of one extractor, and are {a.shape} and {b.shape}"
+        )
     if min(len(a), len(b)) < 2:
         raise ValueError("a distance needs at least two images on each side")
     within_a, within_b, across_a, across_b = (np.zeros(len(rows)) for rows in (a, b, a, b))
@@ -188,7 +202,9 @@ def mmd_influence(a, b, kernel, kernel_diagonal, block=2048) -> Distance:
     projection_a = within_a / (len(a) - 1) - across_a / len(b)  # [N]
     projection_b = within_b / (len(b) - 1) - across_b / len(a)  # [M]
     value = float(projection_a.mean() + projection_b.mean())
-    return Distance(value, 2 * (projection_a - projection_a.mean()), 2 * (projection_b - projection_b.mean()))
+    return Distance(
+        value, 2 * (projection_a - projection_a.mean()), 2 * (projection_b - projection_b.mean())
+    )
 
 
 def _kernel(x, y):
@@ -279,5 +295,7 @@ def _replicate(influence, groups, num_replicates, rng):
     for start in range(0, num_replicates, 256):  # [256, G] at a time
         rows = slice(start, min(start + 256, num_replicates))
         drawn = rng.integers(num, size=(rows.stop - rows.start, num))
-        deviations[rows] = totals[drawn].sum(1) / len(influence)  # the influences sum to 0 without resampling
+        deviations[rows] = totals[drawn].sum(1) / len(
+            influence
+        )  # the influences sum to 0 without resampling
     return deviations * np.sqrt(num / (num - 1))

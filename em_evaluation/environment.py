@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("em-synthesis", "torch", "diffusers", "accelerate", "datasets", "numpy", "scipy", "clean-fid")
+PACKAGES = (
+    "em-synthesis",
+    "torch",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "clean-fid",
+)
 
 
 def describe_environment() -> dict:

@@ -23,7 +23,9 @@ class Extractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map images float [B, 1, H, W] in [-1, 1] to float32 features [B, num_features] on the CPU."""
         if images.ndim != 4 or images.shape[1] != 1:
-            raise ValueError(f"images must be [B, 1, H, W], grey in [-1, 1], and are {list(images.shape)}")
+            raise ValueError(
+                f"images must be [B, 1, H, W], grey in [-1, 1], and are {list(images.shape)}"
+            )
         return self._features(images.to(self.device, torch.float32)).float().cpu()
 
     def _features(self, images):

@@ -27,7 +27,10 @@ def fit_frechet_distance(a, b, num_points=NUM_POINTS, seed=0):
     rng = np.random.default_rng(seed)
     sizes = np.round(1 / np.linspace(2 / num, 1 / num, num_points)).astype(int)
     distances = np.array(
-        [frechet_distance(a[rng.permutation(len(a))[:size]], b[rng.permutation(len(b))[:size]]) for size in sizes]
+        [
+            frechet_distance(a[rng.permutation(len(a))[:size]], b[rng.permutation(len(b))[:size]])
+            for size in sizes
+        ]
     )
     design = np.stack([np.ones(num_points), 1 / sizes], 1)
     (value, slope), *_ = np.linalg.lstsq(design, distances, rcond=None)
@@ -44,7 +47,9 @@ def frechet_distance_infinite(a, b, num_points=NUM_POINTS, seed=0) -> float:
     return fit_frechet_distance(a, b, num_points, seed)[0]
 
 
-def frechet_distance_infinite_interval(a, b, *, num_points=NUM_POINTS, seed=0, finite=None, **options) -> Interval:
+def frechet_distance_infinite_interval(
+    a, b, *, num_points=NUM_POINTS, seed=0, finite=None, **options
+) -> Interval:
     """Return `frechet_distance_infinite` with an interval: the bootstrap's around the distance of all images and the line's
     own error, added in squares.
 
@@ -53,4 +58,6 @@ def frechet_distance_infinite_interval(a, b, *, num_points=NUM_POINTS, seed=0, f
     value, error, _, _ = fit_frechet_distance(a, b, num_points, seed)
     finite = finite or frechet_distance_interval(a, b, seed=seed, **options)
     below, above = finite.value - finite.low, finite.high - finite.value
-    return Interval(value, value - np.hypot(below, 1.96 * error), value + np.hypot(above, 1.96 * error))
+    return Interval(
+        value, value - np.hypot(below, 1.96 * error), value + np.hypot(above, 1.96 * error)
+    )

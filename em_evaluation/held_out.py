@@ -49,10 +49,16 @@ class HeldOutDistance:
                 f"{held_out.num_views} held-out views are too few for a distance; turn evaluate_every off or hold out more micrographs."
             )
         if self.num_images < num_images:
-            say(f"the distance during training is over {self.num_images} images, as many as there are held-out views")
-        self.extractor = get_extractor(extractor, resolution=held_out.resolution, device=accelerator.device)
+            say(
+                f"the distance during training is over {self.num_images} images, as many as there are held-out views"
+            )
+        self.extractor = get_extractor(
+            extractor, resolution=held_out.resolution, device=accelerator.device
+        )
         self.further = {}
-        self.metrics, notes = choose_metrics(metrics, self.extractor, self.num_images) if metrics else ((), [])
+        self.metrics, notes = (
+            choose_metrics(metrics, self.extractor, self.num_images) if metrics else ((), [])
+        )
         self.metrics = tuple(name for name in self.metrics if name != "frechet_distance")
         for note in notes:
             say(note)
@@ -69,7 +75,9 @@ class HeldOutDistance:
         features = torch.zeros(share, self.extractor.num_features)
         if numbers:
             images = ImageSet(to_uint8(generate(numbers)))
-            features[: len(numbers)] = torch.from_numpy(compute_features(images, self.extractor, use_cache=False))
+            features[: len(numbers)] = torch.from_numpy(
+                compute_features(images, self.extractor, use_cache=False)
+            )
         features = accelerator.gather(features.to(accelerator.device))[
             : self.num_images
         ]  # what fills up the last share is cut off
@@ -78,7 +86,8 @@ class HeldOutDistance:
             features = features.cpu().numpy()
             further = measure_values(self.metrics, features, self.reference)
             values += torch.tensor(
-                [frechet_distance(features, self.reference), *further.values()], device=values.device
+                [frechet_distance(features, self.reference), *further.values()],
+                device=values.device,
             )
         distance, *further = broadcast(values).tolist()
         self.further = dict(zip(self.metrics, further))

@@ -77,7 +77,10 @@ def transform_images(images: ImageSet, function: Callable, batch_size=64) -> Ima
     """Apply `function`, float [B, 1, H, W] -> float [B, 1, H, W] in [-1, 1], and return to 8 bits; the origin stays."""
     with torch.no_grad():
         return ImageSet(
-            np.concatenate([to_uint8(function(batch)) for batch in iterate_batches(images, batch_size)]), images.groups
+            np.concatenate(
+                [to_uint8(function(batch)) for batch in iterate_batches(images, batch_size)]
+            ),
+            images.groups,
         )
 
 
@@ -90,7 +93,9 @@ def select_views(tile_of_view, count, seed) -> np.ndarray:
     by_tile = shuffled[np.argsort(tile_of_view[shuffled], kind="stable")]
     starts = np.flatnonzero(np.diff(tile_of_view[by_tile], prepend=-1))
     turn = np.empty(len(by_tile), np.int64)  # how many views of its tile come before each view
-    turn[by_tile] = np.arange(len(by_tile)) - np.repeat(starts, np.diff(starts, append=len(by_tile)))
+    turn[by_tile] = np.arange(len(by_tile)) - np.repeat(
+        starts, np.diff(starts, append=len(by_tile))
+    )
     return shuffled[np.argsort(turn[shuffled], kind="stable")][:count]
 
 

@@ -26,16 +26,27 @@ def measure_with_extractor(
     rows, distances, seconds = {}, {}, 0.0
     for key, images in {**generated, **floor_sets}.items():
         name = floor_info[key]["name"] if key in floor_info else key
-        own = references["train"] if key == "real" else _features_of(name, images, extractor, log, **caching)
+        own = (
+            references["train"]
+            if key == "real"
+            else _features_of(name, images, extractor, log, **caching)
+        )
         if own is None:
             continue
         began = time.perf_counter()
         rows[key] = {}
         for side in ("held_out", "train") if key in generated else ("held_out",):
             found, influences = measure(
-                names, own, references[side], groups_a=images.groups, groups_b=sets[side].groups, seed=seed
+                names,
+                own,
+                references[side],
+                groups_a=images.groups,
+                groups_b=sets[side].groups,
+                seed=seed,
             )
-            rows[key][side] = {metric: interval_to_json(interval) for metric, interval in found.items()}
+            rows[key][side] = {
+                metric: interval_to_json(interval) for metric, interval in found.items()
+            }
             if side == "held_out":
                 distances[key] = influences["frechet_distance"]
         seconds += time.perf_counter() - began
@@ -49,13 +60,19 @@ def measure_with_extractor(
         "metrics": list(names),
         "rows": rows,
     }
-    measurement["blindness"] = find_blindness(measurement, {model.name: model.family for model in models}, floor_info)
+    measurement["blindness"] = find_blindness(
+        measurement, {model.name: model.family for model in models}, floor_info
+    )
     return measurement, distances, notes
 
 
 def _features_of(name, images, extractor, log, **caching):
     began = time.perf_counter()
-    with tqdm(total=len(images), desc=f"{extractor.name}: {name}", unit="img", leave=False, disable=None) as bar:
-        features = compute_features(images, extractor, progress=lambda done: bar.update(done - bar.n), **caching)
+    with tqdm(
+        total=len(images), desc=f"{extractor.name}: {name}", unit="img", leave=False, disable=None
+    ) as bar:
+        features = compute_features(
+            images, extractor, progress=lambda done: bar.update(done - bar.n), **caching
+        )
     log(f"features of {name}: {len(images):,} images in {time.perf_counter() - began:.1f} s")
     return features

@@ -16,7 +16,9 @@ NUM_FEATURE_QUERIES = 128  # images of each set sought in feature space, under e
 NUM_BINS, NUM_PAIRS = 200, 6
 
 
-def measure_memorisation(generated, held_out, train, *, extractor=None, seed=0, log=print, **feature_options):
+def measure_memorisation(
+    generated, held_out, train, *, extractor=None, seed=0, log=print, **feature_options
+):
     """Compare generated ImageSets with all training tiles; return (the report's section, pairs for the gallery).
 
     generated: name -> ImageSet. held_out: the ImageSet that tells how near unseen micrographs come. train: `Tiles`. In
@@ -27,7 +29,9 @@ def measure_memorisation(generated, held_out, train, *, extractor=None, seed=0, 
     start, tiles = time.perf_counter(), TileReader(train)
     side = held_out.resolution[0]
     if side < 16 + 2 * MAX_SHIFT_PX or held_out.resolution[1] != side:
-        log(f"memorisation left out: images of {side} x {held_out.resolution[1]} pixels are too small or not square")
+        log(
+            f"memorisation left out: images of {side} x {held_out.resolution[1]} pixels are too small or not square"
+        )
         return None, []
     sets = {"held_out": held_out, **generated}
     nearest = {
@@ -41,18 +45,31 @@ def measure_memorisation(generated, held_out, train, *, extractor=None, seed=0, 
         "max_shift_px": MAX_SHIFT_PX,
         "smoothing_px": SMOOTHING_PX,
         "copy_ratio": COPY_RATIO,
-        "pixels": compare_distances({key: each.distance for key, each in nearest.items()}, groups, seed),
+        "pixels": compare_distances(
+            {key: each.distance for key, each in nearest.items()}, groups, seed
+        ),
     }
     if extractor is not None:
         distances = nearest_in_features(sets, tiles, extractor, **feature_options)
-        few = {key: None if ids is None else ids[:NUM_FEATURE_QUERIES] for key, ids in groups.items()}
-        section["features"] = compare_distances(distances, few, seed) | {"extractor": extractor.identity}
-    pairs = [pair for key in sets for pair in choose_pairs(key, sets[key].levels[:, 0], nearest[key], tiles)]
+        few = {
+            key: None if ids is None else ids[:NUM_FEATURE_QUERIES] for key, ids in groups.items()
+        }
+        section["features"] = compare_distances(distances, few, seed) | {
+            "extractor": extractor.identity
+        }
+    pairs = [
+        pair
+        for key in sets
+        for pair in choose_pairs(key, sets[key].levels[:, 0], nearest[key], tiles)
+    ]
     scale = section["pixels"]["scale"]
     section["closest"] = [
-        {"set": pair["set"], "distance": pair["distance"], "ratio": pair["distance"] / scale} for pair in pairs
+        {"set": pair["set"], "distance": pair["distance"], "ratio": pair["distance"] / scale}
+        for pair in pairs
     ]
-    log(f"memorisation: {len(tiles):,} training tiles searched in {time.perf_counter() - start:.1f} s")
+    log(
+        f"memorisation: {len(tiles):,} training tiles searched in {time.perf_counter() - start:.1f} s"
+    )
     return section, pairs
 
 
@@ -86,9 +103,21 @@ def compare_distances(distances, groups, seed=0):
             "copies": share_interval(copies, len(values)),
         }
         if key != "held_out":
-            interval = compare_means(probability_nearer, means[key], means["held_out"]).interval(lowest=0.0)
-            rows[key]["nearer"] = {"value": interval.value, "low": interval.low, "high": min(interval.high, 1.0)}
-    return {"scale": scale, "threshold": threshold, "sets": rows, "highest": float(highest), "curves": curves}
+            interval = compare_means(probability_nearer, means[key], means["held_out"]).interval(
+                lowest=0.0
+            )
+            rows[key]["nearer"] = {
+                "value": interval.value,
+                "low": interval.low,
+                "high": min(interval.high, 1.0),
+            }
+    return {
+        "scale": scale,
+        "threshold": threshold,
+        "sets": rows,
+        "highest": float(highest),
+        "curves": curves,
+    }
 
 
 def probability_nearer(a, b):
@@ -148,7 +177,9 @@ def choose_pairs(key, levels, nearest, tiles, num_pairs=NUM_PAIRS):
         {
             "set": key,
             "distance": float(nearest.distance[i]),
-            "levels": np.stack([levels[i], align(tiles[nearest.tile[i : i + 1]][0], nearest.symmetry[i])]),
+            "levels": np.stack(
+                [levels[i], align(tiles[nearest.tile[i : i + 1]][0], nearest.symmetry[i])]
+            ),
         }
         for i in order
     ]

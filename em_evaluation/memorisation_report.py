@@ -5,7 +5,9 @@ import numpy as np
 from em_evaluation.charts import ACCENTS, INK, _new_figure, _style, _to_svg
 from em_evaluation.conclusion import format_number
 
-RELATED = 0.25  # median distance (correlation 0.97) below which held-out tiles are copies themselves
+RELATED = (
+    0.25  # median distance (correlation 0.97) below which held-out tiles are copies themselves
+)
 
 
 def view_memorisation(report) -> dict | None:
@@ -55,7 +57,9 @@ def conclude_memorisation(section, models) -> list[str]:
 
 def _say_model(section, name):
     row = section["pixels"]["sets"][name]
-    copies, nearer = ({key: 100 * value for key, value in row[part].items()} for part in ("copies", "nearer"))
+    copies, nearer = (
+        {key: 100 * value for key, value in row[part].items()} for part in ("copies", "nearer")
+    )
     if row["num_copies"]:
         start = (
             f"{name} copies: {row['num_copies']:,} of {row['num_images']:,} images ({copies['value']:.1f} %, "
@@ -69,9 +73,7 @@ def _say_model(section, name):
         )
     interval = f"{nearer['value']:.0f} % ({nearer['low']:.0f} to {nearer['high']:.0f} %) of pairs"
     if nearer["low"] > 50:
-        then = (
-            f"they are nearer to the training tiles than unseen micrographs in {interval}: learnt by heart, or smoother"
-        )
+        then = f"they are nearer to the training tiles than unseen micrographs in {interval}: learnt by heart, or smoother"
     elif nearer["high"] < 50:
         then = f"they are nearer to the training tiles than unseen micrographs in only {interval}: no sign of copying"
     else:
@@ -116,7 +118,10 @@ def draw_memorisation(section, models) -> str:
             axes.set_xlim(left=0)
             axes.grid(alpha=0.2)
         panels.flat[0].legend(frameon=False, fontsize=8)
-        return _to_svg(figure, "distances to the nearest training view; the dotted line is the limit for copies")
+        return _to_svg(
+            figure,
+            "distances to the nearest training view; the dotted line is the limit for copies",
+        )
 
 
 def make_gallery(pairs, section) -> list[dict]:
@@ -131,7 +136,9 @@ def make_gallery(pairs, section) -> list[dict]:
                 "section": "memorisation",
                 "title": "Held-out micrographs" if key == "held_out" else key,
                 "caption": f"above the set's images, below the nearest training view of each; distance over the held-out median: {ratios}",
-                "levels": np.concatenate([np.stack([pair["levels"][row] for pair in mine]) for row in (0, 1)]),
+                "levels": np.concatenate(
+                    [np.stack([pair["levels"][row] for pair in mine]) for row in (0, 1)]
+                ),
             }
         )
     return pictures

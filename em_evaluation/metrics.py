@@ -5,8 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from em_evaluation.clip_distance import cmmd_influence
-from em_evaluation.distances import Distance, Interval, bootstrap_interval, frechet_influence, kernel_influence
-from em_evaluation.extrapolation import frechet_distance_infinite, frechet_distance_infinite_interval
+from em_evaluation.distances import (
+    Distance,
+    Interval,
+    bootstrap_interval,
+    frechet_influence,
+    kernel_influence,
+)
+from em_evaluation.extrapolation import (
+    frechet_distance_infinite,
+    frechet_distance_infinite_interval,
+)
 from em_evaluation.neighbours import measure_neighbour_intervals, measure_neighbours
 
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
@@ -34,7 +43,8 @@ METRICS = {
         least=4,
     ),
     "kernel_distance": Metric(
-        "Kernel distance", "unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3 (Binkowski et al. 2018)"
+        "Kernel distance",
+        "unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3 (Binkowski et al. 2018)",
     ),
     "cmmd": Metric(
         "CMMD",
@@ -67,7 +77,11 @@ METRICS = {
         least=12,
     ),
 }
-INFLUENCES = {"frechet_distance": frechet_influence, "kernel_distance": kernel_influence, "cmmd": cmmd_influence}
+INFLUENCES = {
+    "frechet_distance": frechet_influence,
+    "kernel_distance": kernel_influence,
+    "cmmd": cmmd_influence,
+}
 
 
 def choose_metrics(names, extractor, num_images) -> tuple[tuple[str, ...], list[str]]:
@@ -86,25 +100,38 @@ def choose_metrics(names, extractor, num_images) -> tuple[tuple[str, ...], list[
     if few:
         labels = ", ".join(METRICS[name].label for name in few)
         least = max(METRICS[name].least for name in few)
-        notes = [f"{labels}: {least} images of each set are needed, there are {num_images}: left out."]
+        notes = [
+            f"{labels}: {least} images of each set are needed, there are {num_images}: left out."
+        ]
     return tuple(name for name in wanted if name not in few), notes
 
 
 def refuse_unmeasurable(names, extractors) -> None:
     """Refuse a metric that none of the extractors can give: said before anything long begins."""
     for name in names:
-        if name in METRICS and METRICS[name].needs_unit_norm and not any(each.unit_norm for each in extractors):
-            raise ValueError(f"{name} needs embeddings of length 1; add the extractor clip (--extractors ... clip)")
+        if (
+            name in METRICS
+            and METRICS[name].needs_unit_norm
+            and not any(each.unit_norm for each in extractors)
+        ):
+            raise ValueError(
+                f"{name} needs embeddings of length 1; add the extractor clip (--extractors ... clip)"
+            )
 
 
-def measure(names, a, b, *, groups_a=None, groups_b=None, seed=0) -> tuple[dict[str, Interval], dict[str, Distance]]:
+def measure(
+    names, a, b, *, groups_a=None, groups_b=None, seed=0
+) -> tuple[dict[str, Interval], dict[str, Distance]]:
     """Return metrics of features a [N, D] (generated) against b [M, D] with 95 % intervals, and the distances with influences.
 
     `groups_*` name what was drawn independently, such as the micrograph of each tile; intervals resample whole groups.
     """
     distances = {name: INFLUENCES[name](a, b) for name in names if name in INFLUENCES}
     groups = {"groups_a": groups_a, "groups_b": groups_b}
-    found = {name: bootstrap_interval(distance, **groups, seed=seed) for name, distance in distances.items()}
+    found = {
+        name: bootstrap_interval(distance, **groups, seed=seed)
+        for name, distance in distances.items()
+    }
     if "frechet_distance" in found:
         interval = found["frechet_distance"]
         found["frechet_distance"] = Interval(interval.value, max(interval.low, 0.0), interval.high)
@@ -113,7 +140,9 @@ def measure(names, a, b, *, groups_a=None, groups_b=None, seed=0) -> tuple[dict[
             a, b, seed=seed, finite=found.get("frechet_distance"), **groups
         )
     if any(name in names for name in NEIGHBOURS):
-        four = measure_neighbour_intervals(a, b, groups_generated=groups_a, groups_real=groups_b, seed=seed)
+        four = measure_neighbour_intervals(
+            a, b, groups_generated=groups_a, groups_real=groups_b, seed=seed
+        )
         found |= {name: getattr(four, name) for name in NEIGHBOURS}
     return {name: found[name] for name in names}, distances
 

@@ -8,7 +8,9 @@ import numpy as np
 from scipy import fft, ndimage
 
 BLOCK = 64  # images at once
-QUANTISATION_POWER = 1 / 12  # variance of rounding to whole grey levels (Widrow 1956): no power below it is real
+QUANTISATION_POWER = (
+    1 / 12
+)  # variance of rounding to whole grey levels (Widrow 1956): no power below it is real
 
 
 def frequency_bins(shape):
@@ -28,7 +30,9 @@ def radial_power_spectrum(images):
     height, width = images.shape[1:]
     window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
     weight = (window**2).sum()
-    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])  # cycles per pixel
+    radius = np.hypot(
+        np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
+    )  # cycles per pixel
     ring = np.rint(radius * min(height, width)).astype(int)  # [H, W/2 + 1], 0 is the mean
     num_rings = min(height, width) // 2
     twice = np.full(ring.shape, 2.0)  # rfft keeps one of two conjugates
@@ -77,7 +81,9 @@ def signal_to_noise(images, noise=None):
     """
     noise = noise_level(images) if noise is None else noise
     noise = np.maximum(noise, np.sqrt(QUANTISATION_POWER))
-    variance = np.concatenate([images[rows].astype(np.float64).var((1, 2)) for rows in _blocks(len(images))])
+    variance = np.concatenate(
+        [images[rows].astype(np.float64).var((1, 2)) for rows in _blocks(len(images))]
+    )
     return np.sqrt(np.maximum(variance - noise**2, 0)) / noise
 
 
@@ -90,7 +96,9 @@ def flatten_background(images, scale_px=10.0, num_passes=2):
     defect does not dig its own pit.
     """
     scale = min(scale_px, min(images.shape[1:]) / 4)
-    width = 2 * round((np.sqrt(4 * scale**2 + 1) - 1) / 2) + 1  # three boxes have the variance (width^2 - 1) / 4
+    width = (
+        2 * round((np.sqrt(4 * scale**2 + 1) - 1) / 2) + 1
+    )  # three boxes have the variance (width^2 - 1) / 4
     flat = np.empty(images.shape, np.float32)
     for rows in _blocks(len(images)):
         block = images[rows].astype(np.float32)
@@ -128,7 +136,10 @@ def two_point_correlation(flat, threshold):
     height, width = flat.shape[1:]
     longest = min(height, width) // 4
     shape = [fft.next_fast_len(side + longest, real=True) for side in (height, width)]
-    down, across = np.arange(-longest, longest + 1), np.arange(0, longest + 1)  # the other half mirrors this one
+    down, across = (
+        np.arange(-longest, longest + 1),
+        np.arange(0, longest + 1),
+    )  # the other half mirrors this one
     distance = np.rint(np.hypot(down[:, None], across[None, :])).astype(int)
     used = (distance <= longest) & ~((across == 0) & (down < 0)[:, None])
     pairs = (height - np.abs(down))[:, None] * (width - across)[None, :]

@@ -36,7 +36,9 @@ from em_evaluation.profiles import (
     wasserstein,
 )
 
-MAX_DEFECT_PIXELS = 20e6  # of each set that the detector searches: about 20 s; 305 images of 256 x 256
+MAX_DEFECT_PIXELS = (
+    20e6  # of each set that the detector searches: about 20 s; 305 images of 256 x 256
+)
 MAX_PIXELS_AT_ONCE = 2**27  # of sets that are measured beside each other: 16 bytes each, 2 GB
 LEAST_SIDE = 32  # pixels; a defect does not fit into less
 ELONGATED = 0.8  # minor over major axis below which a loop has a direction
@@ -112,9 +114,13 @@ def measure_set(levels, threshold, bins, pixel_size_nm, settings=None):
         "ratio": signal_to_noise(levels, noise)[:, None],
     }
     rows["noise_level"], _ = histogram_of_values(noise, NUM_VALUE_BINS, 0, bins["noise"])
-    rows["signal_to_noise"], _ = histogram_of_values(rows["ratio"][:, 0], NUM_VALUE_BINS, 0, bins["ratio"])
+    rows["signal_to_noise"], _ = histogram_of_values(
+        rows["ratio"][:, 0], NUM_VALUE_BINS, 0, bins["ratio"]
+    )
     unit_px = 1.0 if pixel_size_nm is None else 1 / pixel_size_nm
-    rows["two_point"] = two_point_correlation(flatten_background(levels, settings.background * unit_px), threshold)
+    rows["two_point"] = two_point_correlation(
+        flatten_background(levels, settings.background * unit_px), threshold
+    )
     searched = levels[: count_searched(levels)]
     defects = detect_defects(searched, pixel_size_nm, settings)
     rows |= _measure_defects(defects, searched.shape, bins, pixel_size_nm)
@@ -128,7 +134,9 @@ def count_searched(levels) -> int:
 
 def _measure_defects(defects, shape, bins, pixel_size_nm):
     num, height, width = shape
-    area = height * width * (pixel_size_nm / 1000) ** 2 if pixel_size_nm else height * width / 1000  # µm² or 1000 px²
+    area = (
+        height * width * (pixel_size_nm / 1000) ** 2 if pixel_size_nm else height * width / 1000
+    )  # µm² or 1000 px²
     weights = count_weights(defects, (height, width), pixel_size_nm)
     is_loop, is_dot = (defects.kind == KINDS.index(kind) for kind in ("loop", "dot"))
     length = defects.length / 1000 if pixel_size_nm else defects.length
@@ -138,9 +146,15 @@ def _measure_defects(defects, shape, bins, pixel_size_nm):
         "loop_density": sum_by_image(defects, "loop", weights, num)[:, None] / area,
         "dot_density": sum_by_image(defects, "dot", weights, num)[:, None] / area,
         "line_density": sum_by_image(defects, "line", length, num)[:, None] / area,
-        "loop_size": histogram_by_image(defects, is_loop, defects.major, weights, bins["size"], num),
-        "dot_size": histogram_by_image(defects, is_dot, defects.major, weights, bins["dot_size"], num),
-        "loop_direction": histogram_by_image(defects, has_direction, np.degrees(defects.angle), weights, edges, num),
+        "loop_size": histogram_by_image(
+            defects, is_loop, defects.major, weights, bins["size"], num
+        ),
+        "dot_size": histogram_by_image(
+            defects, is_dot, defects.major, weights, bins["dot_size"], num
+        ),
+        "loop_direction": histogram_by_image(
+            defects, has_direction, np.degrees(defects.angle), weights, edges, num
+        ),
     }
 
 
@@ -166,7 +180,15 @@ def measure_microscopy(held_out, judged, models, floors, pixel_size_nm, seed, lo
 
 
 def compare_microscopy(
-    sets, groups, pixel_size_nm=None, *, models=(), floors=(), seed=0, num_calibration=12, progress=None
+    sets,
+    groups,
+    pixel_size_nm=None,
+    *,
+    models=(),
+    floors=(),
+    seed=0,
+    num_calibration=12,
+    progress=None,
 ):
     """Measure sets of images as a microscopist would, and compare them with the one called "held_out"; JSON values.
 
@@ -174,7 +196,9 @@ def compare_microscopy(
     independently [N], or None. models, floors: the keys to compare with each other and with "real". Returns the report's
     section "microscopy".
     """
-    from em_evaluation.calibrate_detector import calibrate_detector  # not at the top: it is a command, too
+    from em_evaluation.calibrate_detector import (
+        calibrate_detector,
+    )  # not at the top: it is a command, too
 
     reference = sets["held_out"]
     settings = DetectorSettings()
@@ -194,7 +218,10 @@ def compare_microscopy(
 
     def measure(key):
         rows = measure_set(sets[key], threshold, bins, pixel_size_nm, settings)
-        side_seed = [seed, key == "held_out"]  # the reference is drawn alike for every set, and not as they are
+        side_seed = [
+            seed,
+            key == "held_out",
+        ]  # the reference is drawn alike for every set, and not as they are
         own = groups.get(key)
         return {
             name: resample_means(values, None if own is None else own[: len(values)], side_seed)
@@ -203,7 +230,9 @@ def compare_microscopy(
 
     num_at_once = max(1, min(os.cpu_count() or 1, MAX_PIXELS_AT_ONCE // reference.size))
     with ThreadPoolExecutor(num_at_once) as pool:
-        bar = tqdm(pool.map(measure, sets), "electron microscopy", total=len(sets), unit="set", leave=False)
+        bar = tqdm(
+            pool.map(measure, sets), "electron microscopy", total=len(sets), unit="set", leave=False
+        )
         means = dict(zip(sets, bar, strict=True))
     distances = {
         key: {name: compare_means(metric.function, mean[name], means["held_out"][name]) for name, metric in metrics.items()}
@@ -227,7 +256,9 @@ def compare_microscopy(
         "levels": {key: _describe_levels(mean) for key, mean in means.items()},
         "comparisons": _compare(distances, models, floors),
         "curves": _make_curves(means, metrics, pixel_size_nm, bins, reference.shape[1:]),
-        "calibration": calibrate_detector(min(reference.shape[1:]), pixel_size_nm, num_micrographs=num_calibration),
+        "calibration": calibrate_detector(
+            min(reference.shape[1:]), pixel_size_nm, num_micrographs=num_calibration
+        ),
     }
     section["blind_to"] = _find_blindness(section["comparisons"], metrics, floors)
     return section
@@ -243,14 +274,25 @@ def _describe_levels(mean):
     """Return what a set itself is, with intervals: noise, signal-to-noise, dark share, densities, mean size of loops."""
 
     def interval(values):
-        low, high = np.quantile(values[1:], [0.025, 0.975]) if np.isfinite(values).all() else (np.nan, np.nan)
+        low, high = (
+            np.quantile(values[1:], [0.025, 0.975])
+            if np.isfinite(values).all()
+            else (np.nan, np.nan)
+        )
         return (
-            {"value": float(values[0]), "low": max(float(low), 0.0), "high": float(high)} if np.isfinite(low) else None
+            {"value": float(values[0]), "low": max(float(low), 0.0), "high": float(high)}
+            if np.isfinite(low)
+            else None
         )
 
-    levels = {"noise_level": interval(mean["noise"][:, 0]), "signal_to_noise": interval(mean["ratio"][:, 0])}
+    levels = {
+        "noise_level": interval(mean["noise"][:, 0]),
+        "signal_to_noise": interval(mean["ratio"][:, 0]),
+    }
     levels["dark_share"] = interval(mean["two_point"][:, 0])
-    return levels | {name: interval(mean[name][:, 0]) for name in ("loop_density", "dot_density", "line_density")}
+    return levels | {
+        name: interval(mean[name][:, 0]) for name in ("loop_density", "dot_density", "line_density")
+    }
 
 
 def _compare(distances, models, floors):
@@ -262,8 +304,12 @@ def _compare(distances, models, floors):
     for first, second in pairs:
         for name in distances[first]:
             interval = (distances[first][name] - distances[second][name]).interval()
-            verdict = "closer" if interval.high < 0 else "farther" if interval.low > 0 else "undecided"
-            verdict = verdict if np.isfinite(interval.value) else "undefined"  # such as sizes where nothing was found
+            verdict = (
+                "closer" if interval.high < 0 else "farther" if interval.low > 0 else "undecided"
+            )
+            verdict = (
+                verdict if np.isfinite(interval.value) else "undefined"
+            )  # such as sizes where nothing was found
             rows.append(
                 {
                     "first": first,
@@ -279,8 +325,15 @@ def _compare(distances, models, floors):
 def _find_blindness(comparisons, metrics, floors):
     """Return {floor: metrics that do not find it farther from held-out micrographs than real tiles are}."""
     kept = [floor for floor in floors if floor != "real" and not floor.startswith("reconstruction")]
-    found = {(row["first"], row["metric"]): row["first_is"] for row in comparisons if row["second"] == "real"}
-    blind = {floor: [name for name in metrics if found.get((floor, name)) in ("closer", "undecided")] for floor in kept}
+    found = {
+        (row["first"], row["metric"]): row["first_is"]
+        for row in comparisons
+        if row["second"] == "real"
+    }
+    blind = {
+        floor: [name for name in metrics if found.get((floor, name)) in ("closer", "undecided")]
+        for floor in kept
+    }
     return {floor: names for floor, names in blind.items() if names}
 
 

@@ -40,9 +40,9 @@ def conclude_microscopy(section, names) -> list[str]:
     metrics, sentences = section["metrics"], []
     by_pair = {}
     for row in section["comparisons"]:
-        by_pair.setdefault((row["first"], row["second"]), {}).setdefault(row["first_is"], []).append(
-            metrics[row["metric"]]["name"]
-        )
+        by_pair.setdefault((row["first"], row["second"]), {}).setdefault(
+            row["first_is"], []
+        ).append(metrics[row["metric"]]["name"])
     models = [first for first, second in by_pair if second == "real" and first in names["models"]]
     for model in models:
         farther = by_pair[model, "real"].get("farther", [])
@@ -52,7 +52,11 @@ def conclude_microscopy(section, names) -> list[str]:
             sentences.append(
                 f"{model} differs from held-out micrographs by more than real training tiles do, beyond chance, in: "
                 f"{', '.join(farther)}; "
-                + (f"not shown for: {', '.join(rest)}." if rest else "that is all that was measured.")
+                + (
+                    f"not shown for: {', '.join(rest)}."
+                    if rest
+                    else "that is all that was measured."
+                )
                 + (f" It has too few defects for: {', '.join(undefined)}." if undefined else "")
             )
         else:
@@ -98,7 +102,10 @@ def _say_detector(section):
             "; the pixel size of these data is unknown or out of the range that could be tried, so that this holds for "
             "them by analogy only"
         )
-    return sentence + ". Its counts compare sets that look alike; they are not true numbers of defects."
+    return (
+        sentence
+        + ". Its counts compare sets that look alike; they are not true numbers of defects."
+    )
 
 
 def _capitalise(text):
@@ -121,7 +128,9 @@ def draw_microscopy(section, names, keys) -> str:
             for i, key in enumerate(keys):
                 if curves[name]["lines"].get(key) is None:
                     continue
-                x, y = _merge_bins(curves[name]["x"], curves[name]["lines"][key], MERGED.get(name, 1))
+                x, y = _merge_bins(
+                    curves[name]["x"], curves[name]["lines"][key], MERGED.get(name, 1)
+                )
                 style = {"drawstyle": "steps-mid"} if name in MERGED else {}
                 colour = INK if key == "held_out" else ACCENTS[(i - 1) % len(ACCENTS)]
                 line = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.4}

@@ -40,9 +40,15 @@ class TileReader:
     """Training tiles, each once, as uint8 by number: of `Tiles` (or what has `locate` and `batch`) or an array [T, H, W]."""
 
     def __init__(self, train):
-        self.train, self.views, self.coarse = train, None, {}  # coarse: averaged tiles, made once for several sets
+        self.train, self.views, self.coarse = (
+            train,
+            None,
+            {},
+        )  # coarse: averaged tiles, made once for several sets
         if hasattr(train, "locate"):
-            _, self.views = np.unique(train.locate(np.arange(train.num_views))[0], return_index=True)
+            _, self.views = np.unique(
+                train.locate(np.arange(train.num_views))[0], return_index=True
+            )
 
     def __len__(self):
         return len(self.train) if self.views is None else len(self.views)
@@ -53,7 +59,9 @@ class TileReader:
         return to_uint8(self.train.batch(self.views[numbers]))[:, 0]
 
 
-def find_nearest(images, train, *, max_shift_px=MAX_SHIFT_PX, name="nearest training views") -> Nearest:
+def find_nearest(
+    images, train, *, max_shift_px=MAX_SHIFT_PX, name="nearest training views"
+) -> Nearest:
     """Find the nearest view among training tiles for uint8 images [N, H, W]; all eight symmetries, shifts up to
     `max_shift_px` along both axes.
 
@@ -68,7 +76,9 @@ def find_nearest(images, train, *, max_shift_px=MAX_SHIFT_PX, name="nearest trai
             f"images {images.shape[1:]} and training tiles {tiles[np.arange(1)].shape[1:]} must be squares of one size"
         )
     if side - 2 * max_shift_px < 8:
-        raise ValueError(f"images of {side} pixels are too small for shifts of {max_shift_px}; allow fewer")
+        raise ValueError(
+            f"images of {side} pixels are too small for shifts of {max_shift_px}; allow fewer"
+        )
     factor = max(2, -(-side // COARSE_SIDE))
     step = max(1, min(factor, max_shift_px))
     offsets = np.arange(-(max_shift_px // step) * step, max_shift_px + 1, step)
@@ -81,16 +91,22 @@ def find_nearest(images, train, *, max_shift_px=MAX_SHIFT_PX, name="nearest trai
         windows = _make_windows(smooth, shifts, max_shift_px, factor)  # [B, S, D]
         candidates = _find_candidates(windows, coarse)
         best += [
-            _decide(image, *found, tiles, len(shifts), max_shift_px) for image, found in zip(smooth, zip(*candidates))
+            _decide(image, *found, tiles, len(shifts), max_shift_px)
+            for image, found in zip(smooth, zip(*candidates))
         ]
     correlation, tile, symmetry, shift = zip(*best)
     return Nearest(
-        np.sqrt(np.maximum(2 - 2 * np.array(correlation), 0)), np.array(tile), np.array(symmetry), np.array(shift)
+        np.sqrt(np.maximum(2 - 2 * np.array(correlation), 0)),
+        np.array(tile),
+        np.array(symmetry),
+        np.array(shift),
     )
 
 
 def _smooth(images):
-    return ndimage.gaussian_filter(np.asarray(images, np.float32), (0, SMOOTHING_PX, SMOOTHING_PX), truncate=3)
+    return ndimage.gaussian_filter(
+        np.asarray(images, np.float32), (0, SMOOTHING_PX, SMOOTHING_PX), truncate=3
+    )
 
 
 def _standardise(windows):
@@ -101,7 +117,9 @@ def _standardise(windows):
 
 def _average(windows, factor):
     """Return windows [B, H, W] averaged over squares of `factor` pixels, the rest at the right and the bottom left out."""
-    return F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(windows))[:, None], factor)[:, 0].numpy()
+    return F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(windows))[:, None], factor)[
+        :, 0
+    ].numpy()
 
 
 def _coarsen_tiles(tiles, margin, factor, name, block=512):
@@ -123,7 +141,9 @@ def _make_windows(images, shifts, margin, factor):
     for name in ELEMENTS:
         turned = apply_symmetry(images, name)
         for down, right in shifts:
-            window = turned[:, margin + down : margin + down + inside, margin + right : margin + right + inside]
+            window = turned[
+                :, margin + down : margin + down + inside, margin + right : margin + right + inside
+            ]
             rows.append(_average(window, factor).reshape(len(images), -1))
     return _standardise(np.stack(rows, 1))
 
@@ -145,7 +165,12 @@ def _decide(image, tile_numbers, windows, tiles, num_shifts, margin):
         found = correlate_by_fft(apply_symmetry(image, names[symmetry]), content, margin)
         down, right = np.unravel_index(found.argmax(), found.shape)
         if found[down, right] > best[0]:
-            best = (float(found[down, right]), int(tile), symmetry, (int(down) - margin, int(right) - margin))
+            best = (
+                float(found[down, right]),
+                int(tile),
+                symmetry,
+                (int(down) - margin, int(right) - margin),
+            )
     return best
 
 
@@ -161,7 +186,9 @@ def correlate_by_fft(image, tile, margin):
     shape = image.shape
     product = fft.irfft2(fft.rfft2(image) * np.conj(fft.rfft2(inner, s=shape)), s=shape)
     product = product[: 2 * margin + 1, : 2 * margin + 1]
-    total, square = (_window_sums(values, inside, margin) for values in (image, image.astype(np.float64) ** 2))
+    total, square = (
+        _window_sums(values, inside, margin) for values in (image, image.astype(np.float64) ** 2)
+    )
     norm = np.sqrt(np.maximum(square - total**2 / inside**2, 0)) * np.linalg.norm(inner)
     return np.where(norm > 1e-3, product / np.maximum(norm, 1e-3), 0.0)
 

@@ -48,7 +48,10 @@ def measure_neighbours(
         num_balls[rows] = inside.sum(1)
         covered |= inside.any(0)
     return NeighbourMetrics(
-        float(precise.mean()), float(recalled.mean()), float(num_balls.mean() / num_density), float(covered.mean())
+        float(precise.mean()),
+        float(recalled.mean()),
+        float(num_balls.mean() / num_density),
+        float(covered.mean()),
     )
 
 
@@ -80,18 +83,27 @@ def measure_neighbour_intervals(
         raise ValueError(f"an interval of these metrics needs at least {least} images of each set")
     sides = ((generated, groups_generated), (real, groups_real))
     whole = max(len(generated), len(real)) <= 2 * MOST_IN_HALF
-    rngs = [np.random.default_rng([seed, side]) for side in range(2)]  # the reference's halves are common to all models
+    rngs = [
+        np.random.default_rng([seed, side]) for side in range(2)
+    ]  # the reference's halves are common to all models
     squares = None
     if whole:
-        squares = [_squared_distances(x, y) for x, y in ((generated, generated), (real, real), (generated, real))]
+        squares = [
+            _squared_distances(x, y)
+            for x, y in ((generated, generated), (real, real), (generated, real))
+        ]
     halves, scale = [], 1.0
     for _ in range(num_halves):
         (rows, scale_a), (columns, scale_b) = (
-            _draw_half(len(features), groups, least // 2 + 1, rng) for (features, groups), rng in zip(sides, rngs)
+            _draw_half(len(features), groups, least // 2 + 1, rng)
+            for (features, groups), rng in zip(sides, rngs)
         )
         if whole:
             half = _measure_from_squares(
-                *(each[np.ix_(i, j)] for each, i, j in zip(squares, (rows, columns, rows), (rows, columns, columns))),
+                *(
+                    each[np.ix_(i, j)]
+                    for each, i, j in zip(squares, (rows, columns, rows), (rows, columns, columns))
+                ),
                 **options,
             )
         else:
@@ -116,7 +128,9 @@ def _check(generated, real, *num_neighbours):
         )
     most = max(num_neighbours)
     if min(len(generated), len(real)) <= most:
-        raise ValueError(f"the {most}-th neighbour of an image needs more than {most} images of each set")
+        raise ValueError(
+            f"the {most}-th neighbour of an image needs more than {most} images of each set"
+        )
     centre = real.mean(0)  # near the origin, the difference of squares keeps its digits
     return generated - centre, real - centre
 
@@ -141,7 +155,9 @@ def _measure_from_squares(within_generated, within_real, across, *, num_manifold
     for within in (within_generated, within_real):
         np.fill_diagonal(within, 0.0)
     generated_radius = np.partition(within_generated, num_manifold, axis=1)[:, num_manifold]
-    real_radii = np.partition(within_real, (num_manifold, num_density), axis=1)[:, [num_manifold, num_density]].T
+    real_radii = np.partition(within_real, (num_manifold, num_density), axis=1)[
+        :, [num_manifold, num_density]
+    ].T
     inside = across < real_radii[1] * (1 - TIE)
     return NeighbourMetrics(
         float((across <= real_radii[0] * (1 + TIE)).any(1).mean()),
@@ -170,4 +186,6 @@ def _draw_half(num, groups, least, rng):
 
 
 def _interval(value, half_width, most):
-    return Interval(value, float(max(value - half_width, 0.0)), float(min(value + half_width, most)))
+    return Interval(
+        value, float(max(value - half_width, 0.0)), float(min(value + half_width, most))
+    )

@@ -21,7 +21,9 @@ from em_evaluation.nearest import SMOOTHING_PX, TileReader, _average, _standardi
 WORKING_SIDE = 64  # larger images are averaged down to sides from here up to twice this
 LEAST_SIDE = 48
 MARGIN = 4  # pixels of the working side: how far a half may have moved, and how far from its edges it is compared
-PARTIAL_RATIO = 0.6  # a partial copy is nearer than this share of the median distance of held-out tiles
+PARTIAL_RATIO = (
+    0.6  # a partial copy is nearer than this share of the median distance of held-out tiles
+)
 NUM_PAIRS = 1_000_000  # pairs of image and training tile sought in each set, which bounds the time
 FEWEST = 50  # images of each set, however many training tiles there are
 NUM_CANDIDATES = 16
@@ -67,7 +69,9 @@ def measure_partial_copies(generated, held_out, train, *, log=print) -> dict | N
             "num_copies": copies,
             "copies": share_interval(copies, len(values)),
         }
-    log(f"partial copies: {len(tiles):,} training tiles searched in {time.perf_counter() - start:.1f} s")
+    log(
+        f"partial copies: {len(tiles):,} training tiles searched in {time.perf_counter() - start:.1f} s"
+    )
     return {"ratio": PARTIAL_RATIO, "scale": scale, "max_shift_px": MARGIN * factor, "sets": rows}
 
 
@@ -89,25 +93,40 @@ def find_nearest_halves(images, contents, factor) -> NearestHalf:
     """
     side = contents.shape[1]
     if images.shape[1] // factor != side or images.shape[1] != images.shape[2]:
-        raise ValueError(f"images {images.shape[1:]} and training tiles must be squares of one size")
+        raise ValueError(
+            f"images {images.shape[1:]} and training tiles must be squares of one size"
+        )
     halves = list_halves(side)
-    coarse = [_coarsen(contents[:, down, right]).T.contiguous() for down, right in halves]  # [D, T] each
+    coarse = [
+        _coarsen(contents[:, down, right]).T.contiguous() for down, right in halves
+    ]  # [D, T] each
     found = []
     for start in tqdm(range(0, len(images), BLOCK), "partial copies", unit="block", leave=False):
         block, _ = prepare(images[start : start + BLOCK])
         turned = np.stack([apply_symmetry(block, name) for name in ELEMENTS], 1)  # [B, 8, S, S]
         scores, windows = zip(*(_score(turned, half, each) for half, each in zip(halves, coarse)))
-        scores, windows = torch.stack(scores, 1).flatten(1), torch.stack(windows, 1).flatten(1)  # [B, 4 T]
+        scores, windows = (
+            torch.stack(scores, 1).flatten(1),
+            torch.stack(windows, 1).flatten(1),
+        )  # [B, 4 T]
         best = scores.topk(min(NUM_CANDIDATES, scores.shape[1]), 1).indices
         for image, numbers, places in zip(turned, best, windows.gather(1, best)):
-            found.append(max(_decide(image, int(n), int(w), contents, halves) for n, w in zip(numbers, places)))
+            found.append(
+                max(
+                    _decide(image, int(n), int(w), contents, halves)
+                    for n, w in zip(numbers, places)
+                )
+            )
     correlation, tile, symmetry, half = (np.array(each) for each in zip(*found))
     return NearestHalf(np.sqrt(np.maximum(2 - 2 * correlation, 0)), tile, symmetry, half)
 
 
 def list_halves(side) -> list[tuple[slice, slice]]:
     """Return rows and columns of the four halves of a square, `MARGIN` from their edges: top, bottom, left, right."""
-    first, second = slice(MARGIN, side // 2 - MARGIN), slice(side - side // 2 + MARGIN, side - MARGIN)
+    first, second = (
+        slice(MARGIN, side // 2 - MARGIN),
+        slice(side - side // 2 + MARGIN, side - MARGIN),
+    )
     whole = slice(MARGIN, side - MARGIN)
     return [(first, whole), (second, whole), (whole, first), (whole, second)]
 
@@ -144,5 +163,7 @@ def _decide(turned, number, window, contents, halves):
         slice(max(0, s.start - reach), s.stop + reach) for s in _move(halves[half], SHIFTS[shift])
     )  # of what may have moved
     around = np.lib.stride_tricks.sliding_window_view(turned[symmetry][down, right], content.shape)
-    correlations = _standardise(around.reshape(-1, content.size)) @ _standardise(content.reshape(1, -1))[0]
+    correlations = (
+        _standardise(around.reshape(-1, content.size)) @ _standardise(content.reshape(1, -1))[0]
+    )
     return float(correlations.max()), tile, symmetry, half

@@ -14,7 +14,13 @@ def choose_pictures(sets, generated, floor_sets, floor_info, num_pictures, galle
 
     def picture(key, title, caption, images):
         levels = images.levels[:num_pictures, 0]
-        return {"key": key, "title": title, "caption": caption, "levels": levels, "is_model": key in generated}
+        return {
+            "key": key,
+            "title": title,
+            "caption": caption,
+            "levels": levels,
+            "is_model": key in generated,
+        }
 
     pictures = [picture("held_out", "Real", "held-out tiles, never trained on", sets["held_out"])]
     pictures += [picture(name, name, "generated", images) for name, images in generated.items()]

@@ -88,7 +88,9 @@ def wasserstein(bin_width):
 
     def function(a, b):
         with np.errstate(invalid="ignore", divide="ignore"):
-            difference = np.cumsum(a, -1) / a.sum(-1, keepdims=True) - np.cumsum(b, -1) / b.sum(-1, keepdims=True)
+            difference = np.cumsum(a, -1) / a.sum(-1, keepdims=True) - np.cumsum(b, -1) / b.sum(
+                -1, keepdims=True
+            )
         return np.abs(difference[..., :-1]).sum(-1) * bin_width
 
     return function
@@ -102,7 +104,9 @@ def circular_wasserstein(bin_width):
 
     def function(a, b):
         with np.errstate(invalid="ignore", divide="ignore"):
-            difference = np.cumsum(a, -1) / a.sum(-1, keepdims=True) - np.cumsum(b, -1) / b.sum(-1, keepdims=True)
+            difference = np.cumsum(a, -1) / a.sum(-1, keepdims=True) - np.cumsum(b, -1) / b.sum(
+                -1, keepdims=True
+            )
         return np.abs(difference - np.median(difference, -1, keepdims=True)).sum(-1) * bin_width
 
     return function

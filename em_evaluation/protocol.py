@@ -68,10 +68,15 @@ def evaluate_models(
     refuse_unmeasurable(metrics, extractors)
     unknown = set(floors) - set(FLOORS)
     if unknown:
-        raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
+        raise ValueError(
+            f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}"
+        )
     starts = name_starts(untrained or {}, transferred or {})
     num_images, notes = agree_on_number(num_images, models, reference, train, starts)
-    sets = {"held_out": read_images(reference, num_images, seed), "train": read_images(train, num_images, seed + 1)}
+    sets = {
+        "held_out": read_images(reference, num_images, seed),
+        "train": read_images(train, num_images, seed + 1),
+    }
     notes += note_few_micrographs(sets["held_out"].groups)
     generated = {model.name: read_images(model.images, num_images) for model in models}
     floor_sets, floor_info = make_floors(sets["train"], floors, reconstruct, seed)
@@ -80,10 +85,24 @@ def evaluate_models(
         floor_info[key] = {"name": name, "description": description}
     refuse_sizes({"the micrographs": sets["held_out"], **generated, **floor_sets})
 
-    caching = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache, "state": state}
+    caching = {
+        "batch_size": batch_size,
+        "cache_dir": cache_dir,
+        "use_cache": use_cache,
+        "state": state,
+    }
     measured = [
         measure_with_extractor(
-            each, metrics, sets, generated, floor_sets, floor_info, models, seed=seed, log=log, **caching
+            each,
+            metrics,
+            sets,
+            generated,
+            floor_sets,
+            floor_info,
+            models,
+            seed=seed,
+            log=log,
+            **caching,
         )
         for each in extractors
     ]
@@ -96,9 +115,18 @@ def evaluate_models(
     report = {
         "format": 1,
         "title": "Synthetic electron micrographs: which generator is closer to the real ones",
-        "dataset": to_json({key: value for key, value in data_summary.items() if key != "source"}),  # no paths
+        "dataset": to_json(
+            {key: value for key, value in data_summary.items() if key != "source"}
+        ),  # no paths
         "protocol": describe_protocol(
-            extractors, measurements, num_images, seed, reference, sets, data_summary.get("split"), notes
+            extractors,
+            measurements,
+            num_images,
+            seed,
+            reference,
+            sets,
+            data_summary.get("split"),
+            notes,
         ),
         "models": [
             {
@@ -109,13 +137,16 @@ def evaluate_models(
             for model in models
         ],
         "floors": {
-            key: {**floor_info[key], "num_images": num_images, "metrics": rows[key]["held_out"]} for key in floor_sets
+            key: {**floor_info[key], "num_images": num_images, "metrics": rows[key]["held_out"]}
+            for key in floor_sets
         },
         "measurements": list(measurements),
         "comparisons": compare_models(
             list(generated), list(floor_sets), to_held_out, origin, sets["held_out"].groups, seed
         ),
-        "autoencoders": weigh_autoencoders(models, floor_info, to_held_out, origin, sets["held_out"].groups, seed),
+        "autoencoders": weigh_autoencoders(
+            models, floor_info, to_held_out, origin, sets["held_out"].groups, seed
+        ),
         "study": STUDY,
         "environment": describe_environment(),
         "reproduce": list(reproduce),
@@ -133,10 +164,20 @@ def evaluate_models(
     pairs = []
     if memorisation:
         feature_options = {"batch_size": batch_size, "cache_dir": cache_dir, "use_cache": use_cache}
-        bare = {m.name: read_images(m.without_grain, num_images) for m in models if m.without_grain is not None}
+        bare = {
+            m.name: read_images(m.without_grain, num_images)
+            for m in models
+            if m.without_grain is not None
+        }
         searched = generated | bare  # added noise would hide copies
         report["memorisation"], pairs = measure_memorisation(
-            searched, sets["held_out"], train, extractor=extractors[0], seed=seed, log=log, **feature_options
+            searched,
+            sets["held_out"],
+            train,
+            extractor=extractors[0],
+            seed=seed,
+            log=log,
+            **feature_options,
         )
         partial = measure_partial_copies(searched, sets["held_out"], train, log=log)
         if partial is not None:
@@ -147,13 +188,19 @@ def evaluate_models(
     report["warnings"] = warn(report)
     report["evaluation_seconds"] = round(time.perf_counter() - start, 2)
     gallery = make_gallery(pairs, report["memorisation"]) if pairs else []
-    return report, choose_pictures(sets, generated, floor_sets, floor_info, num_pictures, gallery, seed)
+    return report, choose_pictures(
+        sets, generated, floor_sets, floor_info, num_pictures, gallery, seed
+    )
 
 
 def name_starts(untrained, transferred):
     """Return {key: (name, description, images)} of what networks drew before their training, by their models' names."""
     starts = {
-        "untrained_" + to_key(name): (f"untrained {name}", f"images of {name} before this training", images)
+        "untrained_" + to_key(name): (
+            f"untrained {name}",
+            f"images of {name} before this training",
+            images,
+        )
         for name, images in untrained.items()
     }
     return starts | {
@@ -173,7 +220,9 @@ def agree_on_number(num_images, models, reference, train, starts):
     counts |= {f"images of {name}": count_images(images) for name, _, images in starts.values()}
     scarcest = min(counts, key=counts.get)
     if counts[scarcest] < 2:
-        raise ValueError(f"there are {counts[scarcest]} {scarcest}; a distance needs at least two of each set")
+        raise ValueError(
+            f"there are {counts[scarcest]} {scarcest}; a distance needs at least two of each set"
+        )
     if counts[scarcest] >= num_images:
         return num_images, []
     note = f"{num_images:,} images of each set were asked for; there are only {counts[scarcest]:,} {scarcest}, so every set has that many."
@@ -222,7 +271,9 @@ def make_floors(train: ImageSet, floors, reconstruct, seed):
             "fraction_clipped": clipped,
         }
     if "noise" in floors:
-        noise = np.random.default_rng([seed, 3]).normal(train.levels.mean(), train.levels.std(), train.levels.shape)
+        noise = np.random.default_rng([seed, 3]).normal(
+            train.levels.mean(), train.levels.std(), train.levels.shape
+        )
         sets["noise"] = ImageSet(noise.round().clip(0, 255).astype(np.uint8))
         info["noise"] = {
             "name": "white noise",
@@ -237,7 +288,11 @@ def to_key(name):
 
 def refuse_names(names):
     """Refuse two models of one name, and names that floors have."""
-    reserved = [name for name in names if name in FLOORS or name in ("held_out", "train") or names.count(name) > 1]
+    reserved = [
+        name
+        for name in names
+        if name in FLOORS or name in ("held_out", "train") or names.count(name) > 1
+    ]
     if reserved:
         raise ValueError(f"models need names of their own, not {', '.join(sorted(set(reserved)))}")
 
@@ -270,11 +325,15 @@ def describe_protocol(extractors, measurements, num_images, seed, reference, set
         "grey_levels": "8 bit, generated and real alike",
         "reference": f"{num_images:,} views of {num_tiles:,} held-out tiles{origin}; {trained_on}",
         "reference_num_tiles": num_tiles,
-        "reference_num_micrographs": len(np.unique(micrographs)) if micrographs is not None else None,
+        "reference_num_micrographs": len(np.unique(micrographs))
+        if micrographs is not None
+        else None,
         "train_reference": f"{num_images:,} views of training tiles, as the study has it",
         "reference_digest": content_digest(sets["held_out"])[:16],
         "train_digest": content_digest(sets["train"])[:16],
-        "distances": {name: METRICS[name].definition for each in measurements for name in each["metrics"]},
+        "distances": {
+            name: METRICS[name].definition for each in measurements for name in each["metrics"]
+        },
         "intervals": "95 %, over generated images and over micrographs: linearised bootstrap of the distances, half-samples for "
         "precision, recall, density and coverage; they do not hold the scatter between training runs",
         "seed": seed,

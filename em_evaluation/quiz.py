@@ -24,7 +24,9 @@ def make_quiz(pictures, seed=0) -> dict | None:
     share = min(share, len(real[0]) // len(models))
     if share * len(models) < FEWEST:
         return None
-    images = list(real[0][: share * len(models)]) + [level for _, levels in models for level in levels[:share]]
+    images = list(real[0][: share * len(models)]) + [
+        level for _, levels in models for level in levels[:share]
+    ]
     origins = [""] * (share * len(models)) + [name for name, _ in models for _ in range(share)]
     order = np.random.default_rng(seed).permutation(len(images))
     strip = np.concatenate([images[i] for i in order], axis=1)  # uint8 [H, N W]

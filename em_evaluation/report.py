@@ -48,11 +48,20 @@ def render_page(report, pictures) -> str:
         lstrip_blocks=True,
     )
     pixel_size_nm = report["dataset"].get("pixel_size_nm")
-    environment.filters |= {"number": format_number, "duration": format_duration, "count": format_count}
+    environment.filters |= {
+        "number": format_number,
+        "duration": format_duration,
+        "count": format_count,
+    }
     return environment.get_template("report.html.j2").render(
         report=report,
-        pictures=[make_figure(picture, pixel_size_nm) for picture in pictures if "section" not in picture],
-        quiz=make_quiz([picture for picture in pictures if "section" not in picture], report["protocol"]["seed"]),
+        pictures=[
+            make_figure(picture, pixel_size_nm) for picture in pictures if "section" not in picture
+        ],
+        quiz=make_quiz(
+            [picture for picture in pictures if "section" not in picture],
+            report["protocol"]["seed"],
+        ),
         metrics=METRICS,
         distances_svg=draw_distances(report),
         microscopy=view_microscopy(report),
@@ -78,7 +87,9 @@ def make_figure(picture, pixel_size_nm, num_columns=4) -> dict:
     num_columns = min(num, num_columns)
     num_rows = math.ceil(num / num_columns)
     step_y, step_x = height + GAP_PX, width + GAP_PX
-    grid = np.zeros((num_rows * step_y - GAP_PX, num_columns * step_x - GAP_PX, 2), np.uint8)  # transparent gaps
+    grid = np.zeros(
+        (num_rows * step_y - GAP_PX, num_columns * step_x - GAP_PX, 2), np.uint8
+    )  # transparent gaps
     for i, image in enumerate(levels):
         top, left = (i // num_columns) * step_y, (i % num_columns) * step_x
         grid[top : top + height, left : left + width, 0] = image
@@ -112,7 +123,12 @@ def format_duration(seconds) -> str:
     """Return seconds as a person would say them: 42 s, 3.5 min, 6 h, 2.1 days."""
     if seconds is None:
         return "–"
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days")):
+    for limit, unit, name in (
+        (90, 1, "s"),
+        (5400, 60, "min"),
+        (172_800, 3600, "h"),
+        (math.inf, 86_400, "days"),
+    ):
         if seconds < limit:
             return f"{float(f'{seconds / unit:.3g}'):g} {name}"
     raise ValueError(f"not a duration: {seconds}")

@@ -52,7 +52,9 @@ class FeatureStatistics:
     def _add(self, num_images, mean, scatter):
         total = self.num_images + num_images
         difference = mean - self.mean
-        self.scatter += scatter + np.outer(difference, difference) * (self.num_images * num_images / total)
+        self.scatter += scatter + np.outer(difference, difference) * (
+            self.num_images * num_images / total
+        )
         self.mean = self.mean + difference * (num_images / total)
         self.num_images = total
 
@@ -69,7 +71,11 @@ def iterate_batches(images, batch_size):
     """
     for start in range(0, len(images), batch_size):
         stop = min(start + batch_size, len(images))
-        batch = images.batch(start, stop) if hasattr(images, "batch") else torch.as_tensor(images[start:stop])
+        batch = (
+            images.batch(start, stop)
+            if hasattr(images, "batch")
+            else torch.as_tensor(images[start:stop])
+        )
         yield batch.to(torch.float32)
 
 
@@ -82,7 +88,9 @@ def content_digest(images, batch_size=256) -> str:
             shape = tuple(batch.shape[1:])
             digest.update(f"{len(images)} {shape}".encode())
         if tuple(batch.shape[1:]) != shape:
-            raise ValueError(f"images of one set must have one size: {shape} and {tuple(batch.shape[1:])}")
+            raise ValueError(
+                f"images of one set must have one size: {shape} and {tuple(batch.shape[1:])}"
+            )
         digest.update(np.ascontiguousarray(batch.cpu().numpy()).tobytes())
     return digest.hexdigest()
 
@@ -105,14 +113,18 @@ def compute_features(
     if use_cache and is_main:
         key = hashlib.sha256(f"{content_digest(images)}\n{extractor.identity}".encode()).hexdigest()
         path = find_cache_dir(cache_dir) / "features" / f"{key}.npy"
-        with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # absent or damaged: computed again
+        with contextlib.suppress(
+            FileNotFoundError, ValueError, EOFError
+        ):  # absent or damaged: computed again
             cached = np.load(path, allow_pickle=False)
             features = cached if cached.shape == (len(images), extractor.num_features) else None
     if _is_known(features, state):
         return features
     features = _compute_shares(images, extractor, batch_size, progress, state)
     if not np.isfinite(features).all():
-        raise ValueError(f"{extractor.name} gives non-finite features: the images hold NaN or infinite values")
+        raise ValueError(
+            f"{extractor.name} gives non-finite features: the images hold NaN or infinite values"
+        )
     if path is not None:
         save_array(path, features)
     return features if is_main else None
@@ -129,13 +141,19 @@ def _is_known(features, state):
 
 def _compute_shares(images, extractor, batch_size, progress, state):
     """Return the features of all images, each process having computed its contiguous share of them."""
-    num_processes, index = (state.num_processes, state.process_index) if state is not None else (1, 0)
+    num_processes, index = (
+        (state.num_processes, state.process_index) if state is not None else (1, 0)
+    )
     share = -(-len(images) // num_processes)
     first, last = min(index * share, len(images)), min((index + 1) * share, len(images))
     features = np.zeros((share, extractor.num_features), np.float32)
     for start in range(first, last, batch_size):
         stop = min(start + batch_size, last)
-        batch = images.batch(start, stop) if hasattr(images, "batch") else torch.as_tensor(images[start:stop])
+        batch = (
+            images.batch(start, stop)
+            if hasattr(images, "batch")
+            else torch.as_tensor(images[start:stop])
+        )
         features[start - first : stop - first] = extractor(batch.to(torch.float32)).numpy()
         if progress:
             progress(stop - first)
@@ -150,7 +168,9 @@ def _compute_shares(images, extractor, batch_size, progress, state):
 def save_array(path: Path, array) -> None:
     """Write an array to `path` atomically: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=path.name, suffix=".part", delete=False
+    ) as file:
         try:
             np.save(file, array, allow_pickle=False)
             file.close()

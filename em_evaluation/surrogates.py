@@ -24,7 +24,9 @@ def phase_randomised_surrogates(images, seed: int = 0) -> torch.Tensor:
         original = np.fft.rfft2(image.astype(np.float64))
         amplitude = np.abs(original)
         amplitude[..., 0, 0] = original[..., 0, 0].real
-        surrogates[i] = torch.from_numpy(np.fft.irfft2(amplitude * spectrum, s=image.shape[-2:]).astype(np.float32))
+        surrogates[i] = torch.from_numpy(
+            np.fft.irfft2(amplitude * spectrum, s=image.shape[-2:]).astype(np.float32)
+        )
     return surrogates
 
 

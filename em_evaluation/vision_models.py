@@ -14,7 +14,12 @@ from em_evaluation.extractor import Extractor
 
 DINOV2 = "facebook/dinov2-base"
 CLIP = "openai/clip-vit-large-patch14-336"  # the network of the CMMD paper
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # of a configuration, not of the function
+VOLATILE = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+)  # of a configuration, not of the function
 INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -32,10 +37,16 @@ class VisionModel(Extractor):
     def _prepare(self, label, network, side, interpolation, mean, std, configuration):
         self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
         self.side, self.interpolation = side, interpolation
-        self.mean, self.std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, std))
+        self.mean, self.std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, std)
+        )
         with torch.inference_mode():
-            self.num_features = self._features(torch.zeros(1, 1, *side, device=self.device)).shape[1]
-        setting = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode()).hexdigest()[:16]
+            self.num_features = self._features(torch.zeros(1, 1, *side, device=self.device)).shape[
+                1
+            ]
+        setting = hashlib.sha256(
+            json.dumps(configuration, sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
         self.identity = (
             f"{label}, weights sha256 {digest_weights(network)[:16]}, configuration {setting}, {self.pooling} {self.num_features}, "
             f"{interpolation} anti-aliased to {side[0]} x {side[1]} px, grey to three equal channels, mean {list(mean)}, std {list(std)}, "
@@ -45,7 +56,11 @@ class VisionModel(Extractor):
     def _features(self, images):
         x = images
         if tuple(x.shape[-2:]) != self.side:
-            options = {} if self.interpolation == "nearest" else {"antialias": True, "align_corners": False}
+            options = (
+                {}
+                if self.interpolation == "nearest"
+                else {"antialias": True, "align_corners": False}
+            )
             x = F.interpolate(x, size=self.side, mode=self.interpolation, **options).clamp(-1, 1)
         x = ((x + 1) / 2 - self.mean) / self.std  # [B, 3, H, W]
         return self._embed(x.to(self.dtype)).float()
@@ -62,14 +77,18 @@ class TransformersModel(VisionModel):
     checkpoint leaves weights at random, `ConnectionError` where it cannot be had.
     """
 
-    def __init__(self, name, folder=None, *, label=None, embedding=False, device="cpu", dtype=torch.float32):
+    def __init__(
+        self, name, folder=None, *, label=None, embedding=False, device="cpu", dtype=torch.float32
+    ):
         super().__init__(device, dtype)
         self.unit_norm = embedding
         source = str(folder or name)
         label = label or f"transformers:{Path(source).name if Path(source).is_dir() else name}"
         self.name = label
         if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"--weights {folder}: no such folder; give a local copy of the Hub's {name}")
+            raise ValueError(
+                f"--weights {folder}: no such folder; give a local copy of the Hub's {name}"
+            )
         network, missing, processor = _load_transformers(source, embedding)
         pooler = {key for key in missing if "pool" in key.split(".")[0]}
         if missing - pooler:
@@ -79,10 +98,18 @@ class TransformersModel(VisionModel):
             )
         self.has_pooler = not pooler
         self.pooling = (
-            "embedding of length 1," if embedding else "pooled" if self._can_pool(network) else "mean of the last"
+            "embedding of length 1,"
+            if embedding
+            else "pooled"
+            if self._can_pool(network)
+            else "mean of the last"
         )
-        configuration = {key: value for key, value in network.config.to_dict().items() if key not in VOLATILE}
-        preprocessing = _read_processor(processor, getattr(network.config, "vision_config", network.config))
+        configuration = {
+            key: value for key, value in network.config.to_dict().items() if key not in VOLATILE
+        }
+        preprocessing = _read_processor(
+            processor, getattr(network.config, "vision_config", network.config)
+        )
         if embedding:
             network = ImageEmbedding(network)
         elif hasattr(network, "vision_model"):
@@ -135,10 +162,21 @@ class TimmModel(VisionModel):
         with _explain(label, "timm:local-dir:FOLDER"):
             network = timm.create_model(name, pretrained=pretrained, num_classes=0)
         data = timm.data.resolve_model_data_config(network)
-        configuration = {"architecture": network.pretrained_cfg.get("architecture"), "modules": str(network)}
-        interpolation = data["interpolation"] if data["interpolation"] in INTERPOLATIONS.values() else "bicubic"
+        configuration = {
+            "architecture": network.pretrained_cfg.get("architecture"),
+            "modules": str(network),
+        }
+        interpolation = (
+            data["interpolation"] if data["interpolation"] in INTERPOLATIONS.values() else "bicubic"
+        )
         self._prepare(
-            label, network, tuple(data["input_size"][-2:]), interpolation, data["mean"], data["std"], configuration
+            label,
+            network,
+            tuple(data["input_size"][-2:]),
+            interpolation,
+            data["mean"],
+            data["std"],
+            configuration,
         )
 
     def _embed(self, x):
@@ -163,7 +201,9 @@ def _load_transformers(source, embedding):
     transformers.logging.set_verbosity_error()  # its table of unused weights; those that lack are refused below
     try:
         with _explain(source, "--weights with the extractor's name and a folder (NAME=FOLDER)"):
-            network, info = model_class.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+            network, info = model_class.from_pretrained(
+                source, output_loading_info=True, dtype=torch.float32
+            )
             processor, _ = BaseImageProcessor.get_image_processor_dict(source)
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -179,7 +219,11 @@ def _read_processor(processor, config):
     if isinstance(size, dict):
         edge = size.get("shortest_edge")
         size = (size.get("height", edge), size.get("width", edge))
-    side = (int(size), int(size)) if isinstance(size, int | float) else tuple(int(each) for each in size)
+    side = (
+        (int(size), int(size))
+        if isinstance(size, int | float)
+        else tuple(int(each) for each in size)
+    )
     interpolation = INTERPOLATIONS.get(processor.get("resample", 3), "bicubic")
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not processor.get("do_normalize", True):
@@ -192,7 +236,9 @@ def _read_processor(processor, config):
 
 
 def _is_dinov2(network):
-    return "dinov2" in network.config.model_type  # its pooled output is the class token after the last norm
+    return (
+        "dinov2" in network.config.model_type
+    )  # its pooled output is the class token after the last norm
 
 
 @contextlib.contextmanager

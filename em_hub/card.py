@@ -16,15 +16,31 @@ from em_evaluation.report import format_count, format_duration
 
 CODE_LICENSE = "Apache-2.0"
 TASK = "unconditional-image-generation"
-SAMPLING = ("scheduler", "num_inference_steps", "eta", "truncation_psi", "noise_mode", "grain", "precision", "seed")
+SAMPLING = (
+    "scheduler",
+    "num_inference_steps",
+    "eta",
+    "truncation_psi",
+    "noise_mode",
+    "grain",
+    "precision",
+    "seed",
+)
 VARIANT = "bf16"
 FAMILIES = {
-    "EMLatentDiffusionPipeline": ("ldm.md.j2", "em_diffusion", "latent-diffusion", "latent diffusion model"),
+    "EMLatentDiffusionPipeline": (
+        "ldm.md.j2",
+        "em_diffusion",
+        "latent-diffusion",
+        "latent diffusion model",
+    ),
     "EMStyleGANPipeline": ("stylegan.md.j2", "em_stylegan", "stylegan", "StyleGAN"),
 }
 
 
-def make_card(pipeline, *, repo_id, record, evaluation=None, license=None, revision=None, num_samples=0) -> str:
+def make_card(
+    pipeline, *, repo_id, record, evaluation=None, license=None, revision=None, num_samples=0
+) -> str:
     """Return the text of README.md: metadata and page, whose every number comes from the arguments.
 
     pipeline: the one that is published. record: what run.json of the repository says, as `em_hub.publish.make_record` makes it.
@@ -49,7 +65,9 @@ def make_card(pipeline, *, repo_id, record, evaluation=None, license=None, revis
         "class_name": type(pipeline).__name__,
         "call": {"batch_size": num_samples or 1},
         "samples": bool(num_samples),
-        "components": {name: type(part).__name__ for name, part in pipeline.components.items() if part},
+        "components": {
+            name: type(part).__name__ for name, part in pipeline.components.items() if part
+        },
         "data": record.get("data"),
         "pixel_size_nm": pipeline.config.pixel_size_nm,
         "evaluation": evaluation,
@@ -61,7 +79,9 @@ def make_card(pipeline, *, repo_id, record, evaluation=None, license=None, revis
         "code_license": CODE_LICENSE,
     }
     values |= (
-        describe_ldm(pipeline) if hasattr(pipeline, "unet") else {"resolution": pipeline.generator.config.resolution}
+        describe_ldm(pipeline)
+        if hasattr(pipeline, "unet")
+        else {"resolution": pipeline.generator.config.resolution}
     )
     page = create_environment().get_template(template).render(values)
     return f"---\n{metadata.to_yaml()}\n---\n\n{page}"
@@ -72,7 +92,9 @@ def describe_ldm(pipeline) -> dict:
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     stock = [
-        type(part).__name__ for part in pipeline.components.values() if type(part).__module__.startswith("diffusers.")
+        type(part).__name__
+        for part in pipeline.components.values()
+        if type(part).__module__.startswith("diffusers.")
     ]
     return {
         "resolution": pipeline.decode(
@@ -100,7 +122,11 @@ def create_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": format_number, "duration": format_duration, "count": format_count}
+    environment.filters |= {
+        "number": format_number,
+        "duration": format_duration,
+        "count": format_count,
+    }
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
@@ -118,7 +144,9 @@ def read_evaluation(path, weights_sha256: str) -> dict:
         report = json.loads(path.read_text())
         models, floors = report["models"], report["floors"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report of evaluate.py; give its report.json with --evaluation") from error
+        raise ValueError(
+            f"{path} is no report of evaluate.py; give its report.json with --evaluation"
+        ) from error
     found = [model for model in models if model["info"].get("weights_sha256") == weights_sha256]
     if not found:
         judged = ", ".join(model["name"] for model in models)
@@ -126,7 +154,11 @@ def read_evaluation(path, weights_sha256: str) -> dict:
             f"{path} does not judge this model ({judged} had other weights); run evaluate.py on it and give the new report.json"
         )
     name, others = found[0]["name"], {model["name"] for model in models} - {found[0]["name"]}
-    kept = [floor for floor in floors.values() if not any(is_about(other, floor["name"]) for other in others)]
+    kept = [
+        floor
+        for floor in floors.values()
+        if not any(is_about(other, floor["name"]) for other in others)
+    ]
     sentences = [
         text
         for text in [*report["conclusion"], *report.get("warnings", ())]
@@ -139,7 +171,9 @@ def read_evaluation(path, weights_sha256: str) -> dict:
         "model": {key: value for key, value in found[0].items() if key != "curves"},
         "floors": kept,
         "sentences": sentences,
-        "memorisation": conclude_memorisation(report["memorisation"], [name]) if report.get("memorisation") else [],
+        "memorisation": conclude_memorisation(report["memorisation"], [name])
+        if report.get("memorisation")
+        else [],
         "sampling": say_sampling(found[0]["info"]),
         "environment": report.get("environment"),
     }
@@ -148,14 +182,20 @@ def read_evaluation(path, weights_sha256: str) -> dict:
 def say_sampling(info: dict) -> dict:
     """How the images that were measured were drawn, in words where it is yes or no."""
     known = {key: info[key] for key in SAMPLING if info.get(key) is not None}
-    return {key: ("added" if value else "left out") if key == "grain" else value for key, value in known.items()}
+    return {
+        key: ("added" if value else "left out") if key == "grain" else value
+        for key, value in known.items()
+    }
 
 
 def is_about(name: str, text: str) -> bool:
     """Say whether a text names a model as a word of its own: "StyleGAN" is not in "StyleGAN2"."""
     position = text.find(name)
     while position >= 0:
-        before, after = text[position - 1 : position], text[position + len(name) : position + len(name) + 1]
+        before, after = (
+            text[position - 1 : position],
+            text[position + len(name) : position + len(name) + 1],
+        )
         if not (before.isalnum() or after.isalnum()):
             return True
         position = text.find(name, position + 1)
@@ -165,7 +205,11 @@ def is_about(name: str, text: str) -> bool:
 def list_metrics(evaluation) -> list[dict]:
     """Return the metrics that the model has: key, label, and which way is better; a floor may lack some of them."""
     return [
-        {"key": key, "label": metric.label, "better": "higher" if metric.higher_is_better else "lower"}
+        {
+            "key": key,
+            "label": metric.label,
+            "better": "higher" if metric.higher_is_better else "lower",
+        }
         for key, metric in METRICS.items()
         if is_measured(evaluation["model"]["metrics"].get(key))
     ]
@@ -185,7 +229,10 @@ def make_eval_results(record, evaluation) -> list[EvalResult]:
             dataset_type="electron-micrographs",
             dataset_name=dataset["name"],
             dataset_split=f"held out by {dataset['split']}",
-            dataset_args={"split_hash": dataset["split_hash"], "num_images": protocol["num_images"]},
+            dataset_args={
+                "split_hash": dataset["split_hash"],
+                "num_images": protocol["num_images"],
+            },
             metric_type=key,
             metric_name=f"{METRICS[key].label} ({protocol['extractor'].split(',')[0]})",
             metric_value=metric["value"],

@@ -75,8 +75,14 @@ class Drawing:
     def describe(self) -> str:
         """One sentence about the images: how many, how large, of which settings."""
         num, _, height, width = self.images.shape
-        size = "pixel size unknown" if self.pixel_size_nm is None else f"{self.pixel_size_nm:g} nm a pixel"
-        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items())
+        size = (
+            "pixel size unknown"
+            if self.pixel_size_nm is None
+            else f"{self.pixel_size_nm:g} nm a pixel"
+        )
+        settings = ", ".join(
+            f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items()
+        )
         return f"{self.name}: {num} of {height} x {width} pixels, {size}; {settings}"
 
 
@@ -89,7 +95,9 @@ def load_demo_model(source: str, family: str, *, dtype: torch.dtype | None = Non
     pipeline = load_pipeline(source, device=device, dtype=dtype or DTYPES[default_precision()])
     found = "ldm" if hasattr(pipeline, "scheduler") else "stylegan"
     if found != family:
-        raise ValueError(f"{source} is of the family {found}: give it as --{found}, not as --{family}")
+        raise ValueError(
+            f"{source} is of the family {found}: give it as --{found}, not as --{family}"
+        )
     pipeline.set_progress_bar_config(disable=True)
     name = read_run_info(source).name
     return DemoModel(source, name, family, pipeline, getattr(pipeline, "scheduler", None))
@@ -102,7 +110,9 @@ def read_optional_seed(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no seed; write a whole number, or leave the field empty") from None
+        raise ValueError(
+            f"{text!r} is no seed; write a whole number, or leave the field empty"
+        ) from None
 
 
 def draw_ldm_images(
@@ -118,7 +128,9 @@ def draw_ldm_images(
     sampler: a name of `model.list_samplers()`. num_steps: as saved where it is left out. progress: gets the fraction done.
     """
     num_steps = model.num_steps if num_steps is None else num_steps
-    _check(num_images=(num_images, MAX_IMAGES), num_steps=(num_steps, max(MAX_STEPS, model.num_steps)))
+    _check(
+        num_images=(num_images, MAX_IMAGES), num_steps=(num_steps, max(MAX_STEPS, model.num_steps))
+    )
     generators = _create_generators(model, seed, num_images)
     with _sampling(model, sampler):
         images = _denoise(model, generators, num_steps, None, progress)
@@ -166,10 +178,19 @@ def walk_ldm(
     Frames have no grain, which would flicker or stand still before what moves.
     """
     num_steps = model.num_steps if num_steps is None else num_steps
-    _check(frames=(NUM_KEYS * frames_per_key, MAX_FRAMES), num_steps=(num_steps, max(MAX_STEPS, model.num_steps)))
+    _check(
+        frames=(NUM_KEYS * frames_per_key, MAX_FRAMES),
+        num_steps=(num_steps, max(MAX_STEPS, model.num_steps)),
+    )
     size = model.pipeline.unet.config.sample_size
-    shape = (1, model.pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    keys = torch.cat([torch.randn(shape, generator=each) for each in _create_generators(model, seed, NUM_KEYS)])
+    shape = (
+        1,
+        model.pipeline.unet.config.in_channels,
+        *((size, size) if isinstance(size, int) else size),
+    )
+    keys = torch.cat(
+        [torch.randn(shape, generator=each) for each in _create_generators(model, seed, NUM_KEYS)]
+    )
     frames, images = walk_noise(keys, frames_per_key), []
     with _sampling(model, sampler):
         for part in frames.split(FRAMES_AT_ONCE):
@@ -192,7 +213,9 @@ def walk_stylegan(
     _check(frames=(NUM_KEYS * frames_per_key, MAX_FRAMES))
     images = []
     with model.lock:
-        frames = walk(_map(model, _create_generators(model, seed, NUM_KEYS), truncation_psi), frames_per_key)
+        frames = walk(
+            _map(model, _create_generators(model, seed, NUM_KEYS), truncation_psi), frames_per_key
+        )
         for part in frames.split(FRAMES_AT_ONCE):
             images.append(_synthesise(model, part, None, "const"))
             if progress is not None:
@@ -259,7 +282,9 @@ def save_download(drawing: Drawing, folder, format: str) -> Path:
     if format not in FORMATS:
         raise ValueError(f"there is no format {format!r}; choose {', '.join(FORMATS)}")
     suffix, bits = FORMATS[format]
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{drawing.name}-seed-{drawing.settings['seed']}-{bits}-bit").strip("-")
+    name = re.sub(
+        r"[^A-Za-z0-9]+", "-", f"{drawing.name}-seed-{drawing.settings['seed']}-{bits}-bit"
+    ).strip("-")
     folder = Path(folder) / name
     folder.mkdir(parents=True, exist_ok=True)
     store = create_store(folder, suffix, bits, drawing.pixel_size_nm)
@@ -268,7 +293,12 @@ def save_download(drawing: Drawing, folder, format: str) -> Path:
     if len(files) == 1:
         return files[0].rename(folder.with_name(f"{name}.{store.suffix}"))
     path = folder.with_name(f"{name}.zip")
-    about = {"model": drawing.name, "pixel_size_nm": drawing.pixel_size_nm, "bits": bits, **drawing.settings}
+    about = {
+        "model": drawing.name,
+        "pixel_size_nm": drawing.pixel_size_nm,
+        "bits": bits,
+        **drawing.settings,
+    }
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("settings.json", json.dumps(about, indent=2) + "\n")
         for file in files:
@@ -283,7 +313,9 @@ def make_result_folder(root, *key) -> Path:
     folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    by_age = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
+    by_age = sorted(
+        (path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime_ns
+    )
     for old in by_age[:-KEPT_RESULTS]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -302,7 +334,11 @@ def _sampling(model, sampler):
 
 
 def _name_sampler(model, sampler):
-    return type(model.scheduler).__name__.removesuffix("Scheduler") if sampler == SAVED_SAMPLER else sampler
+    return (
+        type(model.scheduler).__name__.removesuffix("Scheduler")
+        if sampler == SAVED_SAMPLER
+        else sampler
+    )
 
 
 def _denoise(model, generators, num_steps, latents, progress, add_grain=True):
@@ -312,7 +348,9 @@ def _denoise(model, generators, num_steps, latents, progress, add_grain=True):
         return tensors
 
     options = {"output_type": "pt", "callback_on_step_end": report, "add_grain": add_grain}
-    images = model.pipeline(len(generators), generators, num_steps, latents=latents, **options).images
+    images = model.pipeline(
+        len(generators), generators, num_steps, latents=latents, **options
+    ).images
     return images.float().cpu() * 2 - 1
 
 
@@ -321,7 +359,9 @@ def _map(model, generators, truncation_psi):
 
 
 def _synthesise(model, ws, generators, noise_mode):
-    images = model.pipeline(len(ws), generators, noise_mode=noise_mode, latents=ws, output_type="pt").images
+    images = model.pipeline(
+        len(ws), generators, noise_mode=noise_mode, latents=ws, output_type="pt"
+    ).images
     return images.float().cpu().mean(dim=1, keepdim=True) * 2 - 1  # of a colour network, its grey
 
 

@@ -85,7 +85,9 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     """
     if config.compare:
         if config.models:
-            raise ValueError("--compare reads reports that are there; evaluate --models in a call of its own")
+            raise ValueError(
+                "--compare reads reports that are there; evaluate --models in a call of its own"
+            )
         print(compare_reports(config.compare))
         return None
     state = create_process_state()
@@ -107,7 +109,10 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     starts = {start: generate_starts(config, models, start) for start in ("untrained", "start")}
 
     evaluated = evaluate_models(
-        [describe(name, info, *generated[name], without_grain[name]) for name, (_, info) in models.items()],
+        [
+            describe(name, info, *generated[name], without_grain[name])
+            for name, (_, info) in models.items()
+        ],
         data.summary,
         data.held_out,
         data.train,
@@ -139,7 +144,9 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
 def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
     """Return {name in the report: (model, what its run says)}; a family's name where it is the only one, else the folder's."""
     if not models:
-        raise ValueError("no model was named; give at least one run, pipeline or Hub id with --models")
+        raise ValueError(
+            "no model was named; give at least one run, pipeline or Hub id with --models"
+        )
     infos = []
     for text in models:
         name, _, model = ("", "", text) if Path(text).exists() else text.rpartition("=")
@@ -150,7 +157,9 @@ def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
         alone = families.count(info.family) == 1 and info.family in FAMILY_NAMES
         name = name or (FAMILY_NAMES[info.family] if alone else info.name)
         if name in named:
-            raise ValueError(f"two models are called {name}; tell them apart with --models NAME={model}")
+            raise ValueError(
+                f"two models are called {name}; tell them apart with --models NAME={model}"
+            )
         named[name] = (model, info)
     return named
 
@@ -158,9 +167,13 @@ def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
 def find_data(config: EvaluationConfig, models: dict) -> tuple[str, DataConfig]:
     """Return source and tiling: what the flags say, else what the first model with a run was trained on."""
     runs = [info for _, info in models.values() if info.config]
-    told = [info.config["data"] for info in runs if info.config.get("data")]  # not of a private folder's on the Hub
+    told = [
+        info.config["data"] for info in runs if info.config.get("data")
+    ]  # not of a private folder's on the Hub
     if config.data is None and not told:
-        raise ValueError("these models do not say what they were trained on; name the micrographs with --data FOLDER")
+        raise ValueError(
+            "these models do not say what they were trained on; name the micrographs with --data FOLDER"
+        )
     source = config.data if config.data is not None else told[0]
     values = dict(runs[0].config["tiles"]) if runs else dataclasses.asdict(DataConfig())
     return source, config_from_dict(DataConfig, values | parse_pairs(config.tiles))
@@ -223,7 +236,9 @@ def generate(config: EvaluationConfig, name: str, model: str, grain: bool | None
 
 def generate_starts(config: EvaluationConfig, models: dict, start: str) -> dict:
     """Return {name: images} of the first weights of each run that saved them: "untrained" ones, or those of a "start" elsewhere."""
-    folders = {name: info.folder / start for name, (_, info) in models.items() if info.folder is not None}
+    folders = {
+        name: info.folder / start for name, (_, info) in models.items() if info.folder is not None
+    }
     return {
         name: generate(config, f"{name} {start}", str(folder))[0]
         for name, folder in folders.items()
@@ -242,9 +257,15 @@ def describe(name: str, info: RunInfo, images, record: dict, without_grain=None)
         sample_seconds=record.get("sample_seconds"),
         sample_images_per_second=record.get("sample_images_per_second"),
         curves={
-            stage: read_stats(info.folder / stage) for stage in STAGES if info.folder and (info.folder / stage).exists()
+            stage: read_stats(info.folder / stage)
+            for stage in STAGES
+            if info.folder and (info.folder / stage).exists()
         },
-        info={key: value for key, value in record["settings"].items() if key not in ("model", "format")},
+        info={
+            key: value
+            for key, value in record["settings"].items()
+            if key not in ("model", "format")
+        },
         without_grain=without_grain,
     )
 
@@ -257,9 +278,16 @@ def make_reconstructions(config: EvaluationConfig, models: dict, device) -> dict
             pipeline = load_pipeline(model, device=device)
             if hasattr(pipeline, "vqvae"):
                 grain = pipeline.grain if config.grain else None
-                key = f"autoencoder of {name}" if grain is None else f"autoencoder and grain of {name}"
+                key = (
+                    f"autoencoder of {name}"
+                    if grain is None
+                    else f"autoencoder and grain of {name}"
+                )
                 functions[key] = partial(
-                    reconstruct, pipeline.vqvae, grain=grain, generator=make_generator(config.seed, stream="grain")
+                    reconstruct,
+                    pipeline.vqvae,
+                    grain=grain,
+                    generator=make_generator(config.seed, stream="grain"),
                 )
     return functions
 
@@ -288,7 +316,11 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
         value = getattr(config, name)
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
-    words += [f"--no-{name}" for name in ("microscopy", "memorisation", "grain") if not getattr(config, name)]
+    words += [
+        f"--no-{name}"
+        for name in ("microscopy", "memorisation", "grain")
+        if not getattr(config, name)
+    ]
     for name in ("extractors", "metrics", "tiles", "floors"):
         if getattr(config, name) != defaults[name]:
             words.append(f"--{name} {' '.join(getattr(config, name))}")
@@ -298,13 +330,17 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
 def print_summary(report: dict, page: Path) -> None:
     """Print the table of distances and the conclusion."""
     rows = [(model["name"], model["metrics"]["frechet_distance"]) for model in report["models"]]
-    rows += [(floor["name"], floor["metrics"]["frechet_distance"]) for floor in report["floors"].values()]
+    rows += [
+        (floor["name"], floor["metrics"]["frechet_distance"]) for floor in report["floors"].values()
+    ]
     width = max(len(name) for name, _ in rows)
     print(
         f"\nFrechet distance to held-out micrographs ({report['protocol']['num_images']:,} images each, 95 % interval)"
     )
     for name, distance in rows:
-        print(f"  {name:{width}}  {distance['value']:9.4g}  [{distance['low']:.4g}, {distance['high']:.4g}]")
+        print(
+            f"  {name:{width}}  {distance['value']:9.4g}  [{distance['low']:.4g}, {distance['high']:.4g}]"
+        )
     print("\n" + "\n".join(str(sentence) for sentence in as_sentences(report["conclusion"])))
     for measurement in report["measurements"]:
         for each in measurement["blindness"]:

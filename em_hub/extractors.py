@@ -11,17 +11,24 @@ def create_extractors(config, summary: dict, state) -> list:
     """Return the feature extractors of an `EvaluationConfig` before anything long begins: mistakes show at once."""
     unknown = set(config.floors) - set(FLOORS)
     if unknown:
-        raise ValueError(f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}")
+        raise ValueError(
+            f"unknown floors {', '.join(sorted(unknown))}; there are {', '.join(FLOORS)}"
+        )
     if not config.extractors or len(set(config.extractors)) < len(config.extractors):
         raise ValueError("--extractors takes one or more names, each once")
     if config.feature_precision not in ("no", "bf16"):
         raise ValueError(f"--feature-precision is no or bf16, not {config.feature_precision!r}")
     weights = pair_weights(config.weights, config.extractors)
-    options = {"inception": {"resize_mode": config.resize_mode}, "efficientnet-lite0": {"input_px": config.input_px}}
+    options = {
+        "inception": {"resize_mode": config.resize_mode},
+        "efficientnet-lite0": {"input_px": config.input_px},
+    }
     for owner, option in options.items():
         (flag, value), *_ = option.items()
         if value is not None and owner not in config.extractors:
-            raise ValueError(f"--{flag.replace('_', '-')} belongs to {owner}, which is not among the --extractors")
+            raise ValueError(
+                f"--{flag.replace('_', '-')} belongs to {owner}, which is not among the --extractors"
+            )
     extractors = [
         get_extractor(
             name,
@@ -45,7 +52,9 @@ def pair_weights(weights: tuple[str, ...], extractors: tuple[str, ...]) -> dict[
         name, equals, path = text.partition("=")
         if not equals or name not in extractors:
             if len(extractors) > 1:
-                raise ValueError(f"--weights takes EXTRACTOR=PATH with one of {', '.join(extractors)}, not {text!r}")
+                raise ValueError(
+                    f"--weights takes EXTRACTOR=PATH with one of {', '.join(extractors)}, not {text!r}"
+                )
             name, path = extractors[0], text
         paired[name] = path
     return paired

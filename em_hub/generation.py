@@ -21,7 +21,9 @@ from em_hub.sampling import DECODED_PIXELS, Sampling
 from em_training import create_process_state, default_precision, write_text_atomically
 
 RECORD = "generation.json"
-NOISE_MODE = "random"  # fresh noise for each StyleGAN image, as in training, from that image's own generator
+NOISE_MODE = (
+    "random"  # fresh noise for each StyleGAN image, as in training, from that image's own generator
+)
 FORMATS = ("png", "tiff", "arrow")
 LDM_OPTIONS = ("decode_batch_size", "compile", "num_inference_steps", "scheduler", "eta", "grain")
 GAN_OPTIONS = ("truncation_psi", "class_label")
@@ -93,7 +95,11 @@ def _generate(config: GenerationConfig, state, out: Path, refuse_unused: bool) -
     if refuse_unused:
         _refuse_unused(config, family)
     settings = _settings(config, family, pipeline)
-    record = {"name": info.name, "family": family if info.family == "unknown" else info.family, "settings": settings}
+    record = {
+        "name": info.name,
+        "family": family if info.family == "unknown" else info.family,
+        "settings": settings,
+    }
     before = _read_matching_record(out, record)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -101,7 +107,9 @@ def _generate(config: GenerationConfig, state, out: Path, refuse_unused: bool) -
         if before is None:
             write_text_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
 
-    store = create_store(out, config.format, config.bits, getattr(pipeline.config, "pixel_size_nm", None))
+    store = create_store(
+        out, config.format, config.bits, getattr(pipeline.config, "pixel_size_nm", None)
+    )
     missing = store.find_missing(config.num_images)
     state.wait_for_everyone()  # all have seen the same folder before any writes to it
     mine = store.share(missing, state.process_index, state.num_processes)
@@ -114,7 +122,9 @@ def _generate(config: GenerationConfig, state, out: Path, refuse_unused: bool) -
     before = before or {}
     record["num_images"] = max(config.num_images, before.get("num_images", 0))
     record["timed_images"] = before.get("timed_images", 0) + sum(images for images, _ in parts)
-    record["sample_seconds"] = before.get("sample_seconds", 0.0) + max(seconds for _, seconds in parts)
+    record["sample_seconds"] = before.get("sample_seconds", 0.0) + max(
+        seconds for _, seconds in parts
+    )
     if record["timed_images"]:
         record["sample_images_per_second"] = record["timed_images"] / record["sample_seconds"]
     if state.is_main_process:
@@ -124,12 +134,18 @@ def _generate(config: GenerationConfig, state, out: Path, refuse_unused: bool) -
     return record
 
 
-def _generate_missing(pipeline, family: str, numbers: list[int], config: GenerationConfig, store, state) -> None:
+def _generate_missing(
+    pipeline, family: str, numbers: list[int], config: GenerationConfig, store, state
+) -> None:
     """Sample and write the images `numbers`, under a bar that shows images/s and the time left of this process."""
     if not numbers:
         return
     sampling = create_sampling(pipeline, family, config)
-    which = f" (process {state.process_index + 1} of {state.num_processes})" if state.num_processes > 1 else ""
+    which = (
+        f" (process {state.process_index + 1} of {state.num_processes})"
+        if state.num_processes > 1
+        else ""
+    )
     with tqdm(
         total=len(numbers),
         unit="img",
@@ -139,7 +155,9 @@ def _generate_missing(pipeline, family: str, numbers: list[int], config: Generat
         disable=not state.is_main_process,
     ) as bar:
         sampling.say = lambda text: tqdm.write(text, file=sys.stderr)
-        sampling.generate(numbers, store.write, num_writers=_count_writers(state), progress=bar.update)
+        sampling.generate(
+            numbers, store.write, num_writers=_count_writers(state), progress=bar.update
+        )
 
 
 def create_sampling(pipeline, family: str, config: GenerationConfig) -> Sampling:
@@ -150,14 +168,20 @@ def create_sampling(pipeline, family: str, config: GenerationConfig) -> Sampling
         call = {"eta": config.eta, "num_inference_steps": config.num_inference_steps}
         for model in (pipeline.unet, pipeline.vqvae):
             model.to(memory_format=torch.channels_last)
-        decode_batch_size = config.decode_batch_size or choose_decode_batch_size(pipeline, config.batch_size)
+        decode_batch_size = config.decode_batch_size or choose_decode_batch_size(
+            pipeline, config.batch_size
+        )
         if config.compile:
             frozen = (
                 {"freezing": True} if pipeline.device.type == "cpu" else None
             )  # packs the weights as the CPU reads them
             pipeline.unet = torch.compile(pipeline.unet, options=frozen)
     else:
-        call |= {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE, "class_labels": config.class_label}
+        call |= {
+            "truncation_psi": config.truncation_psi,
+            "noise_mode": NOISE_MODE,
+            "class_labels": config.class_label,
+        }
     return Sampling(
         pipeline,
         family,
@@ -181,7 +205,9 @@ def choose_decode_batch_size(pipeline, batch_size: int) -> int:
 def _count_writers(state) -> int:
     """Threads that encode and write: what cores are left beside those that compute."""
     cores = (os.cpu_count() or 1) // state.num_processes
-    return max(1, min(MAX_WRITERS, cores - (1 if state.device.type == "cuda" else torch.get_num_threads())))
+    return max(
+        1, min(MAX_WRITERS, cores - (1 if state.device.type == "cuda" else torch.get_num_threads()))
+    )
 
 
 @contextlib.contextmanager
@@ -207,18 +233,25 @@ def _settings(config: GenerationConfig, family: str, pipeline) -> dict:
     }
     if family != "ldm":
         classes = {} if config.class_label is None else {"class_label": config.class_label}
-        return settings | {"truncation_psi": config.truncation_psi, "noise_mode": NOISE_MODE, **classes}
+        return settings | {
+            "truncation_psi": config.truncation_psi,
+            "noise_mode": NOISE_MODE,
+            **classes,
+        }
     if config.scheduler is not None:
         pipeline.scheduler = create_sampler(config.scheduler, pipeline.scheduler)
     scheduler = pipeline.scheduler
     defaults = dict(type(scheduler)().config)
-    options = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and v != defaults.get(k)}
+    options = {
+        k: v for k, v in scheduler.config.items() if not k.startswith("_") and v != defaults.get(k)
+    }
     if getattr(pipeline, "grain", None) is not None:
         settings["grain"] = config.grain
     return settings | {
         "scheduler": type(scheduler).__name__,
         "scheduler_options": json.dumps(options, sort_keys=True),
-        "num_inference_steps": config.num_inference_steps or pipeline.config.default_num_inference_steps,
+        "num_inference_steps": config.num_inference_steps
+        or pipeline.config.default_num_inference_steps,
         "eta": config.eta,
     }
 
@@ -227,10 +260,15 @@ def hash_weights(model: str) -> str:
     """Return the SHA-256 of a pipeline's weight files, so that a retrained model, or another revision, is another model."""
     folder = fetch_pipeline_folder(model)
     index = json.loads((folder / "model_index.json").read_text())
-    unused = {name for name, value in index.items() if isinstance(value, list) and value[-1] is None}
+    unused = {
+        name for name, value in index.items() if isinstance(value, list) and value[-1] is None
+    }
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        if any(path.match(pattern) for pattern in OTHER_VARIANTS) or path.relative_to(folder).parts[0] in unused:
+        if (
+            any(path.match(pattern) for pattern in OTHER_VARIANTS)
+            or path.relative_to(folder).parts[0] in unused
+        ):
             continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -241,7 +279,9 @@ def _read_matching_record(out: Path, record: dict) -> dict | None:
     path = out / RECORD
     if not path.exists():
         if holds_images(out):
-            raise ValueError(f"{out} holds images of unknown origin (no {RECORD}); choose another folder with --out")
+            raise ValueError(
+                f"{out} holds images of unknown origin (no {RECORD}); choose another folder with --out"
+            )
         return None
     before = json.loads(path.read_text())
     if before.get("settings") != record["settings"]:
@@ -260,10 +300,14 @@ def _precision(config: GenerationConfig) -> str:
 def _refuse_unused(config: GenerationConfig, family: str) -> None:
     unused = GAN_OPTIONS if family == "ldm" else LDM_OPTIONS
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = [f"--{name.replace('_', '-')}" for name in unused if getattr(config, name) != defaults[name]]
+    given = [
+        f"--{name.replace('_', '-')}" for name in unused if getattr(config, name) != defaults[name]
+    ]
     if given:
         other = "a StyleGAN" if family == "ldm" else "an LDM"
-        raise ValueError(f"{', '.join(given)}: only {other} has that, and {config.model} is none; leave it out")
+        raise ValueError(
+            f"{', '.join(given)}: only {other} has that, and {config.model} is none; leave it out"
+        )
 
 
 def _check(config: GenerationConfig) -> None:
@@ -276,7 +320,9 @@ def _check(config: GenerationConfig) -> None:
     if config.bits not in (8, 16):
         raise ValueError(f"--bits {config.bits}: an image has 8 or 16")
     if config.precision not in ("auto", *DTYPES):
-        raise ValueError(f"--precision {config.precision} is unknown; choose auto, bf16, fp16 or no")
+        raise ValueError(
+            f"--precision {config.precision} is unknown; choose auto, bf16, fp16 or no"
+        )
     if config.num_inference_steps is not None and config.num_inference_steps < 1:
         raise ValueError("--num-inference-steps must be at least 1")
     if config.scheduler is not None and config.scheduler not in SAMPLERS:

@@ -28,7 +28,9 @@ class FileStore:
     def find_missing(self, num_images: int) -> list[int]:
         """Numbers below `num_images` without a file, by one scan of the folder."""
         name = re.compile(rf"(\d{{6,}})\.{self.suffix}")
-        present = {int(match[1]) for path in scan_names(self.out) if (match := name.fullmatch(path))}
+        present = {
+            int(match[1]) for path in scan_names(self.out) if (match := name.fullmatch(path))
+        }
         return [i for i in range(num_images) if i not in present]
 
     def share(self, missing: list[int], process_index: int, num_processes: int) -> list[int]:
@@ -62,7 +64,9 @@ class ArrowStore:
 
     def list_shards(self) -> list[tuple[int, int, str]]:
         """(first, end, file name) of each shard, in order."""
-        matches = (re.fullmatch(r"images-(\d+)-(\d+)\.arrow", name) for name in scan_names(self.out))
+        matches = (
+            re.fullmatch(r"images-(\d+)-(\d+)\.arrow", name) for name in scan_names(self.out)
+        )
         return sorted((int(match[1]), int(match[2]), match[0]) for match in matches if match)
 
     def find_missing(self, num_images: int) -> list[int]:
@@ -87,7 +91,9 @@ class ArrowStore:
                 self._waiting[number] = image
             for shard in {self._shard_of[number] for number in numbers}:
                 if all(number in self._waiting for number in shard):
-                    complete.append((shard, np.stack([self._waiting.pop(number) for number in shard])))
+                    complete.append(
+                        (shard, np.stack([self._waiting.pop(number) for number in shard]))
+                    )
         for shard, stack in complete:
             self._write_shard(shard, stack)
         return sum(len(shard) for shard, _ in complete)
@@ -158,7 +164,10 @@ def remove_remains(folder: Path) -> None:
 
 def holds_images(folder: Path) -> bool:
     """Say whether a folder holds images by the names that are given here."""
-    return any(re.fullmatch(r"\d{6,}\.(png|tif)|images-\d+-\d+\.arrow", name) for name in scan_names(folder))
+    return any(
+        re.fullmatch(r"\d{6,}\.(png|tif)|images-\d+-\d+\.arrow", name)
+        for name in scan_names(folder)
+    )
 
 
 def cut_into_shards(numbers: list[int], size: int = SHARD_IMAGES) -> list[range]:

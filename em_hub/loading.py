@@ -30,7 +30,9 @@ class RunInfo:
     folder: Path | None
 
 
-def load_pipeline(model: str, *, device="cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    model: str, *, device="cpu", dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
     """Load the pipeline of `model`: a run's folder, a folder written by `save_pretrained`, or a Hub id (owner/name, owner/name@revision).
 
     Only our own installed classes are used; no code is downloaded. Raises `ValueError` when `model` is none of the three, when the
@@ -39,7 +41,9 @@ def load_pipeline(model: str, *, device="cpu", dtype: torch.dtype = torch.float3
     source = fetch_pipeline_folder(model)
     class_name = read_class_name(source)
     if class_name not in PIPELINES:
-        raise ValueError(f"{model} holds a {class_name}; this package samples from {', '.join(PIPELINES)}")
+        raise ValueError(
+            f"{model} holds a {class_name}; this package samples from {', '.join(PIPELINES)}"
+        )
     # the bar over two or three components says nothing; sampling has one of its own
     diffusers.utils.logging.disable_progress_bar()
     pipeline = PIPELINES[class_name].from_pretrained(str(source), dtype=dtype)
@@ -74,7 +78,9 @@ def find_pipeline_folder(model: str) -> Path | None:
             f"{model} holds no finished model (no model_index.json); run its training to the end first, with the same command"
         )
     if not HUB_ID.fullmatch(model) or model.startswith((".", "runs/")):
-        raise ValueError(f"there is no folder {model}, and it is not a Hub id (owner/name or owner/name@revision)")
+        raise ValueError(
+            f"there is no folder {model}, and it is not a Hub id (owner/name or owner/name@revision)"
+        )
     return None
 
 
@@ -88,7 +94,11 @@ def read_run_info(model: str) -> RunInfo:
     file = (fetch_pipeline_folder(model) if is_on_hub else path) / "run.json"
     if file.is_file():
         content = json.loads(file.read_text())
-        known = {key: content.get(key) for key in ("name", "family", "train_seconds", "num_images_seen")}
+        known = {
+            key: content.get(key) for key in ("name", "family", "train_seconds", "num_images_seen")
+        }
         folder = None if is_on_hub else path
-        return RunInfo(**known, data=content.get("data", {}), config=content.get("config", {}), folder=folder)
+        return RunInfo(
+            **known, data=content.get("data", {}), config=content.get("config", {}), folder=folder
+        )
     return RunInfo(path.name, "unknown", None, None, {}, {}, path if path.exists() else None)

@@ -23,7 +23,13 @@ from em_hub.loading import PIPELINES, find_pipeline_folder, load_pipeline, read_
 from em_training import write_text_atomically
 
 WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|grain|generator)/.+"
-HIDDEN = ("source", "held_out", "ignored", "notices", "specimens")  # of the data: names of files, folders and specimens
+HIDDEN = (
+    "source",
+    "held_out",
+    "ignored",
+    "notices",
+    "specimens",
+)  # of the data: names of files, folders and specimens
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 
 
@@ -59,13 +65,17 @@ def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.
     """
     folder = find_pipeline_folder(config.run)
     if folder is None:
-        raise ValueError(f"there is no folder {config.run}; give a run's folder, or a folder with a saved pipeline")
+        raise ValueError(
+            f"there is no folder {config.run}; give a run's folder, or a folder with a saved pipeline"
+        )
     if config.dry_run is not None:
         out = check_dry_run_folder(config.dry_run)
         build_repository(config, out)
         say(f"{out}: the whole repository; nothing was uploaded")
         return str(out)
-    config = dataclasses.replace(config, repo=find_account(config.repo, config.token))  # before anything long begins
+    config = dataclasses.replace(
+        config, repo=find_account(config.repo, config.token)
+    )  # before anything long begins
     with tempfile.TemporaryDirectory(prefix="em-publish-") as temporary:
         build_repository(config, Path(temporary))
         class_name = read_class_name(Path(temporary))
@@ -80,7 +90,9 @@ def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.
             is_replaced=lambda path: bool(re.fullmatch(rf"{WEIGHTS_OF_A_PART}|[^/]+\.py", path)),
         )
     if config.license is None:
-        say("the card says that no licence is stated: name one with --license, such as --license apache-2.0")
+        say(
+            "the card says that no licence is stated: name one with --license, such as --license apache-2.0"
+        )
     say(f"{upload.url} (commit {upload.commit[:8]}), verified")
     return upload.url
 
@@ -117,17 +129,23 @@ def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None
         ) from error
 
 
-def refuse_other_content(api, repo_id: str, paths: set[str], revision: str, class_name: str) -> None:
+def refuse_other_content(
+    api, repo_id: str, paths: set[str], revision: str, class_name: str
+) -> None:
     """Refuse a branch of a repository that holds anything else than a pipeline of the same class."""
     held = None
     if "model_index.json" in paths:
-        index = Path(api.hf_hub_download(repo_id, "model_index.json", revision=revision)).read_text()
+        index = Path(
+            api.hf_hub_download(repo_id, "model_index.json", revision=revision)
+        ).read_text()
         held = json.loads(index).get("_class_name")
         held = held[-1] if isinstance(held, list) else held
     if held != class_name:
         what = f"a {held}" if held else f"something else ({', '.join(sorted(paths)[:3])})"
         where = repo_id if revision == MAIN else f"{repo_id}@{revision}"
-        raise ValueError(f"{where} holds {what}, not a {class_name}; choose another name, or empty it first")
+        raise ValueError(
+            f"{where} holds {what}, not a {class_name}; choose another name, or empty it first"
+        )
 
 
 def build_repository(config: PublishConfig, out: Path) -> None:
@@ -140,10 +158,14 @@ def build_repository(config: PublishConfig, out: Path) -> None:
     if config.num_samples < 0:
         raise ValueError(f"--num-samples {config.num_samples}: a number of images, or 0 for none")
     source = find_pipeline_folder(config.run)
-    evaluation = read_evaluation(config.evaluation, hash_weights(str(source))) if config.evaluation else None
+    evaluation = (
+        read_evaluation(config.evaluation, hash_weights(str(source))) if config.evaluation else None
+    )
     pipeline = load_pipeline(str(source))
     if type(pipeline).__name__ not in PIPELINES:
-        raise ValueError(f"{config.run} holds a {type(pipeline).__name__}; only {', '.join(PIPELINES)} are published")
+        raise ValueError(
+            f"{config.run} holds a {type(pipeline).__name__}; only {', '.join(PIPELINES)} are published"
+        )
     record = make_record(Path(config.run))
     if config.num_samples:
         save_image_grid(draw_samples(pipeline, config.num_samples), out / "samples.png")
@@ -178,7 +200,9 @@ def save_weights(pipeline, out: Path) -> None:
     exact = None if codes is None else codes.weight.detach().clone()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            torch.nn.Module.to(part, torch.bfloat16)  # diffusers' own `to` warns of every narrower type
+            torch.nn.Module.to(
+                part, torch.bfloat16
+            )  # diffusers' own `to` warns of every narrower type
     if exact is not None:
         codes.weight = torch.nn.Parameter(exact, requires_grad=False)
     pipeline.save_pretrained(out, variant=VARIANT)
@@ -202,8 +226,15 @@ def make_record(run: Path) -> dict:
         if is_public(source):
             config["data"] = source
         return {
-            **{key: content.get(key) for key in ("name", "family", "train_seconds", "num_images_seen")},
-            **{key: content[key] for key in ("denoiser_weights", "generator_weights") if key in content},
+            **{
+                key: content.get(key)
+                for key in ("name", "family", "train_seconds", "num_images_seen")
+            },
+            **{
+                key: content[key]
+                for key in ("denoiser_weights", "generator_weights")
+                if key in content
+            },
             "stages": stages,
             "has_stages": len(stages) > 1,
             "config": config,
@@ -228,14 +259,19 @@ def hide_paths(value):
     """Return a configuration with the last name alone of every path on this machine."""
     if isinstance(value, dict):
         return {
-            key: None if key == "cache_dir" else hide_paths("./" + each if key == "init_from" and each else each)
+            key: None
+            if key == "cache_dir"
+            else hide_paths("./" + each if key == "init_from" and each else each)
             for key, each in value.items()
         }
     if isinstance(value, list):
         return [hide_paths(each) for each in value]
     if isinstance(value, str) and ("/" in value or "\\" in value):
         is_path = (
-            value.startswith((".", "/", "~")) or "\\" in value or Path(value).exists() or not HUB_ID.fullmatch(value)
+            value.startswith((".", "/", "~"))
+            or "\\" in value
+            or Path(value).exists()
+            or not HUB_ID.fullmatch(value)
         )
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
     return value

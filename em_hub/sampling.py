@@ -17,7 +17,9 @@ from em_training.memory import free_memory
 
 # the libraries compute a row of a batch in one way from this size on (seen with oneDNN and MKL on AVX-512), in others below
 EXACT_BATCH = 16
-DECODED_PIXELS = 2**20  # at a time: 16 images of 256 x 256; larger batches gain nothing and take much memory
+DECODED_PIXELS = (
+    2**20
+)  # at a time: 16 images of 256 x 256; larger batches gain nothing and take much memory
 MAX_WAITING = 2  # batches that are decoded but not written
 
 
@@ -43,7 +45,12 @@ class Sampling:
     _has_said_grey: bool = False
 
     def generate(
-        self, numbers: list[int], write: Callable, *, num_writers: int, progress: Callable[[int], None]
+        self,
+        numbers: list[int],
+        write: Callable,
+        *,
+        num_writers: int,
+        progress: Callable[[int], None],
     ) -> None:
         """Make the images `numbers` and hand them to `write(numbers, images)`, float32 [B, 1, H, W] in [-1, 1] on the CPU; of a colour
         StyleGAN, the mean of its channels.
@@ -62,7 +69,9 @@ class Sampling:
                     position += len(batch)
                     self._say_what_changed()
                     waiting.append([pool.submit(write_when_ready, write, *part) for part in parts])
-                    while len(waiting) > MAX_WAITING or (waiting and all(job.done() for job in waiting[0])):
+                    while len(waiting) > MAX_WAITING or (
+                        waiting and all(job.done() for job in waiting[0])
+                    ):
                         progress(sum(job.result() for job in waiting.popleft()))
                 while waiting:
                     progress(sum(job.result() for job in waiting.popleft()))
@@ -81,7 +90,9 @@ class Sampling:
         if latents is not None:
             return self._decode(numbers, latents, generators)
         try:
-            images = self.pipeline(batch_size=self._padded(numbers), generator=generators, **self.call).images
+            images = self.pipeline(
+                batch_size=self._padded(numbers), generator=generators, **self.call
+            ).images
         except (RuntimeError, MemoryError) as error:
             self._halve("batch_size", len(numbers), error)
             return None
@@ -93,7 +104,9 @@ class Sampling:
             return images
         if not self._has_said_grey:
             self._has_said_grey = True
-            self.say(f"the generator makes images of {images.shape[1]} channels: their mean is written, as grey")
+            self.say(
+                f"the generator makes images of {images.shape[1]} channels: their mean is written, as grey"
+            )
         return images.mean(dim=1, keepdim=True)
 
     def _denoise(self, numbers, generators):
@@ -115,7 +128,9 @@ class Sampling:
             try:
                 with torch.cuda.stream(stream):  # does nothing for None
                     rows = latents[position : position + len(part)]
-                    mine = [each.clone_state() for each in generators[position : position + len(part)]]
+                    mine = [
+                        each.clone_state() for each in generators[position : position + len(part)]
+                    ]
                     padding = self._padded(part, self.decode_batch_size) - len(part)
                     if padding:
                         rows = torch.cat([rows, rows[-1:].expand(padding, -1, -1, -1)])
@@ -155,7 +170,9 @@ class Sampling:
     def _say_what_changed(self):
         """Say once, when a batch has succeeded, where the halving ended."""
         if self._unsaid:
-            flags = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in self._unsaid.items())
+            flags = " ".join(
+                f"--{name.replace('_', '-')} {size}" for name, size in self._unsaid.items()
+            )
             self.say(f"out of memory: going on with {flags}")
             self._unsaid.clear()
 

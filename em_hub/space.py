@@ -17,7 +17,15 @@ from em_hub.card import CODE_LICENSE
 from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("em_data", "em_training", "em_diffusion", "em_stylegan", "em_evaluation", "em_hub", "model_cards")
+PACKAGES = (
+    "em_data",
+    "em_training",
+    "em_diffusion",
+    "em_stylegan",
+    "em_evaluation",
+    "em_hub",
+    "model_cards",
+)
 PAGE, START = "app.py", "space.py"
 PYTHON = "3.11"
 
@@ -78,22 +86,30 @@ def publish_space(config: SpaceConfig, *, say=lambda text: print(text, file=sys.
 def check_models(config: SpaceConfig) -> None:
     """Refuse a Space without a model, or with one that lies on this machine alone."""
     if not config.ldm and not config.stylegan:
-        raise ValueError("a Space needs a model: give the Hub ids with --ldm or --stylegan (publish.py makes them)")
+        raise ValueError(
+            "a Space needs a model: give the Hub ids with --ldm or --stylegan (publish.py makes them)"
+        )
     for model in (*config.ldm, *config.stylegan):
         if not HUB_ID.fullmatch(model) or Path(model).exists():
-            raise ValueError(f"{model} is no Hub id, and a Space sees no folder of yours; publish it first: publish.py")
+            raise ValueError(
+                f"{model} is no Hub id, and a Space sees no folder of yours; publish it first: publish.py"
+            )
 
 
 def refuse_other_content(api, repo_id, paths, revision):
     """Refuse a Space that was not written by this."""
     if not {PAGE, START} <= paths:
-        raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name")
+        raise ValueError(
+            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name"
+        )
 
 
 def write_space(config: SpaceConfig, out: Path) -> None:
     """Write README.md, requirements.txt, the page, what starts it, and this project's packages into `out`."""
     if not (ROOT / PAGE).is_file():
-        raise ValueError(f"{PAGE} does not lie beside the installed packages; run this in a checkout of the project")
+        raise ValueError(
+            f"{PAGE} does not lie beside the installed packages; run this in a checkout of the project"
+        )
     out.mkdir(parents=True, exist_ok=True)
     gradio, requirements = list_requirements()
     shutil.copy(ROOT / PAGE, out / PAGE)
@@ -128,7 +144,11 @@ def list_requirements() -> tuple[str, list[str]]:
 def make_start(config: SpaceConfig) -> str:
     """Return the file that the Space runs: the page with these models, unless its settings name others."""
     names = {"EM_LDM": " ".join(config.ldm), "EM_STYLEGAN": " ".join(config.stylegan)}
-    lines = [f"    os.environ.setdefault({key!r}, {json.dumps(value)})" for key, value in names.items() if value]
+    lines = [
+        f"    os.environ.setdefault({key!r}, {json.dumps(value)})"
+        for key, value in names.items()
+        if value
+    ]
     return "\n".join(
         [
             '"""Start the page with its models; the variables EM_LDM and EM_STYLEGAN in the settings name others."""',
@@ -173,4 +193,6 @@ The code is under {CODE_LICENSE}; the models have licences of their own.
 
 
 if __name__ == "__main__":
-    run_command(lambda: publish_space(tyro.cli(SpaceConfig, config=(tyro.conf.PositionalRequiredArgs,))))
+    run_command(
+        lambda: publish_space(tyro.cli(SpaceConfig, config=(tyro.conf.PositionalRequiredArgs,)))
+    )

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from em_stylegan.em_stylegan3_generator import design_filter, downsample, upsample
 
-TRANSLATION = 0.125  # of the image's side: largest whole-pixel shift, deviation of the fractional one
+TRANSLATION = (
+    0.125  # of the image's side: largest whole-pixel shift, deviation of the fractional one
+)
 SCALE_DEVIATION = 0.2  # of log2
 BRIGHTNESS_DEVIATION = 0.2  # of a range of 2
 CONTRAST_DEVIATION = 0.5  # of log2
@@ -27,7 +29,9 @@ class _Sample(torch.autograd.Function):
     def forward(ctx, x, grid):
         ctx.save_for_backward(grid)
         ctx.shape = x.shape
-        return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return F.grid_sample(
+            x, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        )
 
     @staticmethod
     def backward(ctx, y):
@@ -40,7 +44,9 @@ class _SampleAdjoint(torch.autograd.Function):
     def forward(ctx, y, grid, shape):
         ctx.save_for_backward(grid)
         empty = y.new_empty(()).expand(shape)  # the adjoint reads its shape alone
-        return torch.ops.aten.grid_sampler_2d_backward(y.contiguous(), empty, grid, 0, 2, False, (True, False))[0]
+        return torch.ops.aten.grid_sampler_2d_backward(
+            y.contiguous(), empty, grid, 0, 2, False, (True, False)
+        )[0]
 
     @staticmethod
     def backward(ctx, x):
@@ -55,16 +61,25 @@ class Draws:
         self.batch_size, self.generator = batch_size, generator
 
     def uniform(self, low=0.0, high=1.0):
-        return torch.rand(self.batch_size, generator=self.generator, device=self.generator.device) * (high - low) + low
+        return (
+            torch.rand(self.batch_size, generator=self.generator, device=self.generator.device)
+            * (high - low)
+            + low
+        )
 
     def normal(self, deviation):
-        return torch.randn(self.batch_size, generator=self.generator, device=self.generator.device) * deviation
+        return (
+            torch.randn(self.batch_size, generator=self.generator, device=self.generator.device)
+            * deviation
+        )
 
     def whether(self, probability):
         return self.uniform() < probability
 
     def integer(self, count):
-        return torch.randint(count, (self.batch_size,), generator=self.generator, device=self.generator.device)
+        return torch.randint(
+            count, (self.batch_size,), generator=self.generator, device=self.generator.device
+        )
 
 
 def _select(condition, a, b):
@@ -114,7 +129,9 @@ def draw_geometry(draws, p):
 
 
 def _matrix(*rows):
-    zero = torch.zeros_like(next(value for row in rows for value in row if isinstance(value, torch.Tensor)))
+    zero = torch.zeros_like(
+        next(value for row in rows for value in row if isinstance(value, torch.Tensor))
+    )
     return torch.stack([torch.stack([zero + value for value in row], dim=1) for row in rows], dim=1)
 
 
@@ -135,7 +152,9 @@ def transform(images, matrix, applied):
     B, C, size, _ = images.shape
     taps = torch.from_numpy(design_filter(NUM_TAPS, 0.5, 0.4, 2.0)).to(images)
     half = NUM_TAPS // 2
-    fine = upsample(F.pad(images, (half,) * 4, mode="reflect"), taps, 2, (-half, -half - 1))  # [B, C, 2R, 2R]
+    fine = upsample(
+        F.pad(images, (half,) * 4, mode="reflect"), taps, 2, (-half, -half - 1)
+    )  # [B, C, 2R, 2R]
     backwards = torch.linalg.inv(matrix.double())[:, :2].to(images)
     grid = F.affine_grid(backwards, [B, C, 2 * size, 2 * size], align_corners=False)
     fine = _Sample.apply(fine, grid)
@@ -161,7 +180,9 @@ def augment(images, p, generator):
     draws = Draws(len(images), generator)
     images = blit(images, *draw_blit(draws, p, images.shape[3]))
     images = transform(images, *draw_geometry(draws, p))
-    factor, offset = (value.to(images.dtype)[:, None, None, None] for value in draw_intensity(draws, p))
+    factor, offset = (
+        value.to(images.dtype)[:, None, None, None] for value in draw_intensity(draws, p)
+    )
     return images * factor + offset
 
 

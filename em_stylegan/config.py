@@ -69,9 +69,13 @@ class DiscriminatorConfig:
             )
         for name in ("channel_base", "max_channels", "group_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"discriminator.{name} is {getattr(self, name)}; it must be positive.")
+                raise ValueError(
+                    f"discriminator.{name} is {getattr(self, name)}; it must be positive."
+                )
         if self.num_frozen_layers < 0:
-            raise ValueError(f"discriminator.num_frozen_layers is {self.num_frozen_layers}; it must not be negative.")
+            raise ValueError(
+                f"discriminator.num_frozen_layers is {self.num_frozen_layers}; it must not be negative."
+            )
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ class AugmentationConfig:
 
     def __post_init__(self):
         if self.mode not in ("none", "adaptive", "fixed"):
-            raise ValueError(f'training.augmentation.mode is "{self.mode}"; choose "none", "adaptive" or "fixed".')
+            raise ValueError(
+                f'training.augmentation.mode is "{self.mode}"; choose "none", "adaptive" or "fixed".'
+            )
         if not 0 <= self.initial_probability <= 1:
             raise ValueError("training.augmentation.initial_probability must lie between 0 and 1.")
         if not -1 < self.target < 1:
@@ -98,7 +104,9 @@ class AugmentationConfig:
                 f"training.augmentation.target is {self.target}, a mean sign; it must lie between -1 and 1."
             )
         if self.images_to_one <= 0 or self.every_steps < 1:
-            raise ValueError("training.augmentation.images_to_one and every_steps must be positive.")
+            raise ValueError(
+                "training.augmentation.images_to_one and every_steps must be positive."
+            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,9 @@ class GANTrainingConfig:
 
     def __post_init__(self):
         if self.loss not in ("logistic", "relativistic"):
-            raise ValueError(f'training.loss is "{self.loss}"; choose "logistic" or "relativistic".')
+            raise ValueError(
+                f'training.loss is "{self.loss}"; choose "logistic" or "relativistic".'
+            )
         positive = (
             "num_images",
             "batch_size",
@@ -157,7 +167,12 @@ class GANTrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it must be positive.")
-        not_negative = ("r1_every_steps", "path_length_every_steps", "path_length_weight", "ema_half_life_images")
+        not_negative = (
+            "r1_every_steps",
+            "path_length_every_steps",
+            "path_length_weight",
+            "ema_half_life_images",
+        )
         for name in (
             *not_negative,
             "blur_initial_sigma_px",
@@ -166,12 +181,21 @@ class GANTrainingConfig:
             "sample_every",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must not be negative.")
+                raise ValueError(
+                    f"training.{name} is {getattr(self, name)}; it must not be negative."
+                )
         if self.r1_gamma is not None and self.r1_gamma < 0:
             raise ValueError(f"training.r1_gamma is {self.r1_gamma}; it must not be negative.")
-        for name in ("style_mixing_probability", "path_length_batch_fraction", "path_length_decay", "w_mean_decay"):
+        for name in (
+            "style_mixing_probability",
+            "path_length_batch_fraction",
+            "path_length_decay",
+            "w_mean_decay",
+        ):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+                raise ValueError(
+                    f"training.{name} is {getattr(self, name)}; it must lie between 0 and 1."
+                )
 
 
 @dataclass(frozen=True)
@@ -201,9 +225,13 @@ class StyleGANConfig:
 
     def __post_init__(self):
         if self.precision not in ("auto", "bf16", "fp16", "no"):
-            raise ValueError(f'precision is "{self.precision}"; choose "auto", "bf16", "fp16" or "no".')
+            raise ValueError(
+                f'precision is "{self.precision}"; choose "auto", "bf16", "fp16" or "no".'
+            )
         if self.precision == "fp16" and self.generator.architecture == "stylegan1":
-            raise ValueError("stylegan1 has no bound on its feature maps for fp16; choose bf16 or no (float32).")
+            raise ValueError(
+                "stylegan1 has no bound on its feature maps for fp16; choose bf16 or no (float32)."
+            )
         smallest = 16 if self.generator.architecture.startswith("stylegan3") else 8
         if self.tiles.resolution < smallest or self.tiles.resolution & (self.tiles.resolution - 1):
             raise ValueError(

@@ -32,14 +32,20 @@ def minibatch_standard_deviation(x, group_size, num_maps=1, num_batches=1):
     N, B = num_batches, num_images // num_batches
     G = B if group_size is None else min(group_size, B)
     if B % G:
-        raise ValueError(f"the batch ({B} images a process) must be a multiple of the discriminator's group of {G}.")
+        raise ValueError(
+            f"the batch ({B} images a process) must be a multiple of the discriminator's group of {G}."
+        )
     if C % num_maps:
         raise ValueError(f"{C} channels cannot be shared out to {num_maps} deviation maps.")
-    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(N, G, B // G, num_maps, C // num_maps, H, W)
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(
+        N, G, B // G, num_maps, C // num_maps, H, W
+    )
     # on the CPU three times as fast as y.var(dim=1, correction=0)
     variance = (y - y.mean(dim=1, keepdim=True)).square().mean(dim=1)
     deviation = (variance + 1e-8).sqrt().mean(dim=(3, 4, 5)).to(x.dtype)  # [N, B / G, num_maps]
-    maps = deviation[:, None, :, :, None, None].expand(-1, G, -1, -1, H, W)  # [N, G, B / G, num_maps, H, W]
+    maps = deviation[:, None, :, :, None, None].expand(
+        -1, G, -1, -1, H, W
+    )  # [N, G, B / G, num_maps, H, W]
     return torch.cat([x, maps.reshape(num_images, num_maps, H, W)], dim=1)
 
 
@@ -50,22 +56,30 @@ class DiscriminatorBlock(nn.Module):
     the input, and is halved for the next.
     """
 
-    def __init__(self, in_channels, out_channels, clamp=None, *, architecture="resnet", image_channels=None):
+    def __init__(
+        self, in_channels, out_channels, clamp=None, *, architecture="resnet", image_channels=None
+    ):
         super().__init__()
         self.clamp = clamp
-        self.from_image = None if image_channels is None else EqualizedConv2d(image_channels, in_channels, 1)
+        self.from_image = (
+            None if image_channels is None else EqualizedConv2d(image_channels, in_channels, 1)
+        )
         self.conv0 = EqualizedConv2d(in_channels, in_channels, 3)
         self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, down=True)
         self.skip = None
         if architecture == "resnet":
-            self.skip = EqualizedConv2d(in_channels, out_channels, 1, down=True, bias=False, activation=False)
+            self.skip = EqualizedConv2d(
+                in_channels, out_channels, 1, down=True, bias=False, activation=False
+            )
 
     def forward(self, x, image):
         if self.from_image is not None:
             y = self.from_image(image, clamp=self.clamp)  # [B, in, R, R]
             x = y if x is None else x + y
         if self.skip is None:
-            return self.conv1(self.conv0(x, clamp=self.clamp), clamp=self.clamp)  # [B, out, R/2, R/2]
+            return self.conv1(
+                self.conv0(x, clamp=self.clamp), clamp=self.clamp
+            )  # [B, out, R/2, R/2]
         y = self.skip(x, gain=math.sqrt(0.5))  # [B, out, R/2, R/2]
         x = self.conv0(x, clamp=self.clamp)  # [B, in, R, R]
         x = self.conv1(x, gain=math.sqrt(0.5), clamp=self.clamp)  # [B, out, R/2, R/2]
@@ -109,14 +123,18 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
         if architecture not in ARCHITECTURES:
-            raise ValueError(f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.')
+            raise ValueError(
+                f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.'
+            )
         self.clamp = clamp
         self.group_size = group_size
         self.num_deviation_maps = num_deviation_maps
         resolutions = [2**i for i in range(int(math.log2(resolution)), 1, -1)]  # R ... 4
         num_channels = [min(channel_base // r, max_channels) for r in resolutions]
         last = num_channels[-1]
-        self.num_reduced = len(resolutions) if num_reduced_resolutions is None else num_reduced_resolutions
+        self.num_reduced = (
+            len(resolutions) if num_reduced_resolutions is None else num_reduced_resolutions
+        )
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(
                 a,
@@ -136,13 +154,17 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         self.class_mapping = None
         width = class_mapping_width or last
         if num_classes > 0:
-            self.class_mapping = MappingNetwork(0, width, class_mapping_depth, num_classes, track_mean=False)
+            self.class_mapping = MappingNetwork(
+                0, width, class_mapping_depth, num_classes, track_mean=False
+            )
         self.out = EqualizedLinear(last, width if num_classes > 0 else 1)
 
     def freezable_layers(self):
         """The layers from the image on, in the order in which Freeze-D freezes them (Mo et al. 2020)."""
         for block in self.blocks:
-            yield from (m for m in (block.from_image, block.conv0, block.conv1, block.skip) if m is not None)
+            yield from (
+                m for m in (block.from_image, block.conv0, block.conv1, block.skip) if m is not None
+            )
 
     def forward(self, image, class_labels=None, compute_dtype=None, num_batches=1):
         dtype = self.out.weight.dtype
@@ -153,16 +175,24 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
             encode_classes(class_labels, 0, len(image), image)  # refuses any
         x = None
         for i, block in enumerate(self.blocks):
-            block_dtype = compute_dtype if i < self.num_reduced and compute_dtype is not None else dtype
-            x = block(x if x is None else x.to(block_dtype), image.to(block_dtype))  # [B, C', R/2, R/2]
+            block_dtype = (
+                compute_dtype if i < self.num_reduced and compute_dtype is not None else dtype
+            )
+            x = block(
+                x if x is None else x.to(block_dtype), image.to(block_dtype)
+            )  # [B, C', R/2, R/2]
             if self.from_image is not None:
-                image = blur(image, self.kernel, padding=1, stride=2)  # [B, image_channels, R/2, R/2]
+                image = blur(
+                    image, self.kernel, padding=1, stride=2
+                )  # [B, image_channels, R/2, R/2]
         x = x.to(dtype)
         if self.from_image is not None:
             x = x + self.from_image(image.to(dtype))  # [B, C, 4, 4]
         if self.num_deviation_maps:
             maps = self.num_deviation_maps
-            x = minibatch_standard_deviation(x, self.group_size, maps, num_batches)  # [B, C + maps, 4, 4]
+            x = minibatch_standard_deviation(
+                x, self.group_size, maps, num_batches
+            )  # [B, C + maps, 4, 4]
         x = self.conv(x, clamp=self.clamp)  # [B, C, 4, 4]
         x = self.out(self.linear(x.flatten(1)))  # [B, 1], or [B, C] with classes
         if self.class_mapping is None:

@@ -26,7 +26,9 @@ def blur_kernel():
 def blur(x, kernel):
     """Filter each channel of x [B, C, H, W] with a 3 x 3 kernel after zero padding."""
     num_channels = x.shape[1]
-    return F.conv2d(x, kernel.to(x.dtype).expand(num_channels, 1, 3, 3), padding=1, groups=num_channels)
+    return F.conv2d(
+        x, kernel.to(x.dtype).expand(num_channels, 1, 3, 3), padding=1, groups=num_channels
+    )
 
 
 def adaptive_instance_norm(x, scale, shift):
@@ -55,7 +57,9 @@ class EqualizedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)  # [B, out_features]
+        x = F.linear(
+            x, self.weight * self.weight_gain, self.bias * self.bias_gain
+        )  # [B, out_features]
         return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
 
 
@@ -73,9 +77,13 @@ def encode_classes(class_labels, num_classes, batch_size, like):
         if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
             raise ValueError("this network knows no classes: leave class_labels out.")
         return None
-    wanted = f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    wanted = (
+        f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    )
     if class_labels is None:
-        raise ValueError(f"this network knows {num_classes} classes: give class_labels, integers [B].")
+        raise ValueError(
+            f"this network knows {num_classes} classes: give class_labels, integers [B]."
+        )
     labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
         labels = labels.expand(batch_size)
@@ -84,7 +92,9 @@ def encode_classes(class_labels, num_classes, batch_size, like):
             raise ValueError(f"{wanted}; got {labels.tolist()}.")
         labels = F.one_hot(labels.long(), num_classes)
     if labels.shape != (batch_size, num_classes):
-        raise ValueError(f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}.")
+        raise ValueError(
+            f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}."
+        )
     return labels.to(like.dtype)
 
 
@@ -102,7 +112,8 @@ class MappingNetwork(nn.Module):
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
-            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True) for a, b in pairwise(num_features)
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
+            for a, b in pairwise(num_features)
         )
         self.register_buffer("w_mean", torch.zeros(w_dim))
 
@@ -186,11 +197,15 @@ class SynthesisNetwork(nn.Module):
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
-            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
+            raise ValueError(
+                f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}."
+            )
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
         if isinstance(generator, list | tuple) and len(generator) != len(ws):
-            raise ValueError(f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one.")
+            raise ValueError(
+                f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one."
+            )
         x = self.const.to(compute_dtype or self.const.dtype).expand(len(ws), -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)  # [B, C, 4, 4]
         for layer, w in zip(self.layers, ws.unbind(dim=1), strict=True):
@@ -225,7 +240,9 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
                 f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
             )
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
-        self.synthesis_network = SynthesisNetwork(w_dim, resolution, image_channels, channel_base, max_channels)
+        self.synthesis_network = SynthesisNetwork(
+            w_dim, resolution, image_channels, channel_base, max_channels
+        )
 
     @property
     def num_ws(self):
@@ -236,7 +253,9 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
         """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
         `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # of their own, so that styles can be mixed in place
+        ws = w.unsqueeze(1).repeat(
+            1, self.num_ws, 1
+        )  # of their own, so that styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)

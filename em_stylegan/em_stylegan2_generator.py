@@ -46,14 +46,18 @@ def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
     """F.conv2d of x [B, C, H, W], heeding `second_derivatives`; stride and padding hold for both sides. Not for torch.func or autocast."""
     if not _are_second_derivatives_due.get():
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
-    return _Convolution.apply(x, weight, bias, ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups))
+    return _Convolution.apply(
+        x, weight, bias, ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
+    )
 
 
 def conv_transpose2d(x, weight, *, stride=1, padding=0, groups=1):
     """F.conv_transpose2d of x [B, C, H, W], heeding `second_derivatives`; stride and padding hold for both sides."""
     if not _are_second_derivatives_due.get():
         return F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
-    return _Convolution.apply(x, weight, None, ([stride] * 2, [padding] * 2, [1, 1], True, [0, 0], groups))
+    return _Convolution.apply(
+        x, weight, None, ([stride] * 2, [padding] * 2, [1, 1], True, [0, 0], groups)
+    )
 
 
 class _Convolution(torch.autograd.Function):
@@ -104,7 +108,9 @@ class _WeightGradient(torch.autograd.Function):
 
 def _differentiate(gradient, x, weight, options, mask):
     """Gradients of a convolution in x, weight and bias, those that `mask` names, not to be differentiated again."""
-    return torch.ops.aten.convolution_backward(gradient, x, weight, [gradient.shape[1]], *options, mask)
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, [gradient.shape[1]], *options, mask
+    )
 
 
 def _apply_adjoint(gradient, x, weight, options):
@@ -146,7 +152,9 @@ def pointwise_conv2d(x, weight, bias=None):
 
     It neither copies nor moves maps that lie channels-last, as ours do; libraries are slow where one side has a single channel.
     """
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)  # [B, O, H, W]
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(
+        0, 3, 1, 2
+    )  # [B, O, H, W]
 
 
 # ------------------------------------------------------------------------------------------------------- equalised layers
@@ -155,7 +163,9 @@ def pointwise_conv2d(x, weight, bias=None):
 class EqualizedLinear(nn.Module):
     """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
 
-    def __init__(self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False):
+    def __init__(
+        self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
@@ -164,7 +174,9 @@ class EqualizedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)  # [B, out_features]
+        x = F.linear(
+            x, self.weight * self.weight_gain, self.bias * self.bias_gain
+        )  # [B, out_features]
         return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
 
 
@@ -175,7 +187,17 @@ class EqualizedConv2d(nn.Module):
     forward(x [B, in, H, W], gain=1.0, clamp=None) -> [B, out, H, W], or half or twice the side, in the type of x.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, *, down=False, up=False, bias=True, activation=True):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        *,
+        down=False,
+        up=False,
+        bias=True,
+        activation=True,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
@@ -199,7 +221,9 @@ class EqualizedConv2d(nn.Module):
             x = blur(x, self.kernel, padding=1, stride=2) if self.down else x
             x = pointwise_conv2d(x, weight, bias)  # [B, out, H, W] or [B, out, H/2, W/2]
         elif self.down:
-            x = conv2d(blur(x, self.kernel, padding=2), weight, bias, stride=2)  # [B, out, H/2, W/2]
+            x = conv2d(
+                blur(x, self.kernel, padding=2), weight, bias, stride=2
+            )  # [B, out, H/2, W/2]
         else:
             x = conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
         if self.activation:
@@ -230,7 +254,11 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.
     if (
         demodulate and dtype == torch.float16
     ):  # within its range; demodulation takes the scales back (2020 ADA, appendix D.1)
-        weight = weight / weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True) / math.sqrt(weight[0].numel())
+        weight = (
+            weight
+            / weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
+            / math.sqrt(weight[0].numel())
+        )
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     if not demodulate and gain != 1:
         styles = styles * gain
@@ -274,9 +302,13 @@ def encode_classes(class_labels, num_classes, batch_size, like):
         if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
             raise ValueError("this network knows no classes: leave class_labels out.")
         return None
-    wanted = f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    wanted = (
+        f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    )
     if class_labels is None:
-        raise ValueError(f"this network knows {num_classes} classes: give class_labels, integers [B].")
+        raise ValueError(
+            f"this network knows {num_classes} classes: give class_labels, integers [B]."
+        )
     labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
         labels = labels.expand(batch_size)
@@ -285,7 +317,9 @@ def encode_classes(class_labels, num_classes, batch_size, like):
             raise ValueError(f"{wanted}; got {labels.tolist()}.")
         labels = F.one_hot(labels.long(), num_classes)
     if labels.shape != (batch_size, num_classes):
-        raise ValueError(f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}.")
+        raise ValueError(
+            f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}."
+        )
     return labels.to(like.dtype)
 
 
@@ -303,7 +337,8 @@ class MappingNetwork(nn.Module):
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
-            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True) for a, b in pairwise(num_features)
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
+            for a, b in pairwise(num_features)
         )
         if track_mean:
             self.register_buffer("w_mean", torch.zeros(w_dim))
@@ -358,7 +393,9 @@ class SynthesisLayer(nn.Module):
         )  # [B, out, R, R]
         if noise_mode == "random":
             shape = (x.shape[0], 1, self.resolution, self.resolution)
-            noise = randn_tensor(shape, generator=generator, device=x.device, dtype=self.noise_strength.dtype)
+            noise = randn_tensor(
+                shape, generator=generator, device=x.device, dtype=self.noise_strength.dtype
+            )
             x = x.add_((noise * (self.noise_strength * gain)).to(x.dtype))
         elif noise_mode == "const":
             x = x.add_((self.noise_const * (self.noise_strength * gain)).to(x.dtype))
@@ -393,21 +430,35 @@ class SynthesisBlock(nn.Module):
     same, and a 1 x 1 convolution of the block's doubled input is added to its output, both scaled by 1 / sqrt(2).
     """
 
-    def __init__(self, in_channels, out_channels, w_dim, resolution, image_channels, architecture, is_last, clamp=None):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        w_dim,
+        resolution,
+        image_channels,
+        architecture,
+        is_last,
+        clamp=None,
+    ):
         super().__init__()
         self.first = in_channels == 0
         if self.first:
             self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
             self.conv0 = None
         else:
-            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up=True, clamp=clamp)
+            self.conv0 = SynthesisLayer(
+                in_channels, out_channels, w_dim, resolution, up=True, clamp=clamp
+            )
             self.register_buffer("kernel", blur_kernel(), persistent=False)
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, clamp=clamp)
         self.to_image = self.skip = None
         if is_last or architecture == "skip":
             self.to_image = ToImage(out_channels, image_channels, w_dim, clamp=clamp)
         if not self.first and architecture == "resnet":
-            self.skip = EqualizedConv2d(in_channels, out_channels, 1, up=True, bias=False, activation=False)
+            self.skip = EqualizedConv2d(
+                in_channels, out_channels, 1, up=True, bias=False, activation=False
+            )
         self.num_convs = 1 if self.first else 2
 
     def forward(self, x, image, ws, noise_mode, generator, compute_dtype):
@@ -466,17 +517,25 @@ class SynthesisNetwork(nn.Module):
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
-            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
+            raise ValueError(
+                f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}."
+            )
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
         if isinstance(generator, list | tuple) and len(generator) != len(ws):
-            raise ValueError(f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one.")
+            raise ValueError(
+                f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one."
+            )
         dtype = self.blocks[0].const.dtype
         x = image = None
         index = 0
         for i, block in enumerate(self.blocks):
             block_ws = ws[:, index : index + block.num_convs + 1]
-            block_dtype = compute_dtype if i >= self.num_full_resolutions and compute_dtype is not None else dtype
+            block_dtype = (
+                compute_dtype
+                if i >= self.num_full_resolutions and compute_dtype is not None
+                else dtype
+            )
             x, image = block(x, image, block_ws, noise_mode, generator, block_dtype)
             index += block.num_convs
         return image
@@ -514,7 +573,9 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if architecture not in ARCHITECTURES:
-            raise ValueError(f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.')
+            raise ValueError(
+                f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.'
+            )
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
         if channel_base < resolution:
@@ -542,7 +603,9 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
         `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # of their own, so that styles can be mixed in place
+        ws = w.unsqueeze(1).repeat(
+            1, self.num_ws, 1
+        )  # of their own, so that styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)

@@ -43,7 +43,9 @@ def design_filter(num_taps, cutoff, width, sampling_rate):
     if num_taps == 1:
         return np.ones(1)
     x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
-    taps = np.sinc(2 * cutoff * x) * np.kaiser(num_taps, kaiser_beta(num_taps, width, sampling_rate))
+    taps = np.sinc(2 * cutoff * x) * np.kaiser(
+        num_taps, kaiser_beta(num_taps, width, sampling_rate)
+    )
     return taps / taps.sum()
 
 
@@ -141,14 +143,16 @@ class FilteredLeakyReLU(nn.Module):
     up_taps [n], down_taps [m] or [m, m]: numpy arrays.
     """
 
-    def __init__(self, in_size, out_size, up, down, up_taps, down_taps, gain=SQRT_2, slope=0.2, clamp=None):
+    def __init__(
+        self, in_size, out_size, up, down, up_taps, down_taps, gain=SQRT_2, slope=0.2, clamp=None
+    ):
         super().__init__()
         self.up, self.down, self.gain, self.slope, self.clamp = up, down, gain, slope, clamp
         # samples wanted before the last filter, less those that there are after the first
         total = (out_size - 1) * down + len(down_taps) - (in_size * up - len(up_taps) + 1)
         left = (
-            total + up
-        ) // 2  # zeros follow a sample, so that the middle of the samples lies (up - 1) / 2 to the left
+            (total + up) // 2
+        )  # zeros follow a sample, so that the middle of the samples lies (up - 1) / 2 to the left
         self.padding = (left, total - left)
         self.identity = up == down == len(up_taps) == len(down_taps) == 1 and total == 0
         self.size = max(in_size, out_size)
@@ -197,7 +201,9 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=None):
     if demodulate:
         weight = weight * weight.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
         styles = styles * styles.square().mean().rsqrt()
-        scale = (F.linear(styles.square(), weight.square().sum(dim=(2, 3))) + 1e-8).rsqrt()  # [B, O]
+        scale = (
+            F.linear(styles.square(), weight.square().sum(dim=(2, 3))) + 1e-8
+        ).rsqrt()  # [B, O]
     if input_gain is not None:
         styles = styles * input_gain
     x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
@@ -211,7 +217,9 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=None):
 class EqualizedLinear(nn.Module):
     """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
 
-    def __init__(self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False):
+    def __init__(
+        self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
@@ -220,7 +228,9 @@ class EqualizedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)  # [B, out_features]
+        x = F.linear(
+            x, self.weight * self.weight_gain, self.bias * self.bias_gain
+        )  # [B, out_features]
         return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
 
 
@@ -238,9 +248,13 @@ def encode_classes(class_labels, num_classes, batch_size, like):
         if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
             raise ValueError("this network knows no classes: leave class_labels out.")
         return None
-    wanted = f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    wanted = (
+        f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
+    )
     if class_labels is None:
-        raise ValueError(f"this network knows {num_classes} classes: give class_labels, integers [B].")
+        raise ValueError(
+            f"this network knows {num_classes} classes: give class_labels, integers [B]."
+        )
     labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
         labels = labels.expand(batch_size)
@@ -249,7 +263,9 @@ def encode_classes(class_labels, num_classes, batch_size, like):
             raise ValueError(f"{wanted}; got {labels.tolist()}.")
         labels = F.one_hot(labels.long(), num_classes)
     if labels.shape != (batch_size, num_classes):
-        raise ValueError(f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}.")
+        raise ValueError(
+            f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}."
+        )
     return labels.to(like.dtype)
 
 
@@ -267,7 +283,8 @@ class MappingNetwork(nn.Module):
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
-            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True) for a, b in pairwise(num_features)
+            EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
+            for a, b in pairwise(num_features)
         )
         self.register_buffer("w_mean", torch.zeros(w_dim))
 
@@ -322,7 +339,9 @@ class FourierFeatures(nn.Module):
         t = self.affine(w)  # [B, 4]: cosine and sine of the turn, shift
         t = t / t[:, :2].norm(dim=1, keepdim=True)
         cos, sin, shift = t[:, 0], t[:, 1], t[:, 2:]
-        turn = torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)  # [B, 2, 2]
+        turn = torch.stack(
+            [torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1
+        )  # [B, 2, 2]
         # x -> turn (A x + b - shift), A and b from `transform`
         matrix = turn @ self.transform[:2, :2]  # [B, 2, 2]
         offset = turn @ (self.transform[:2, 2] - shift).unsqueeze(2)  # [B, 2, 1]
@@ -330,12 +349,16 @@ class FourierFeatures(nn.Module):
         frequencies = self.frequencies @ matrix  # [B, C, 2]
         # a user's transform may raise frequencies: those beyond the sampling rate fade out
         norm = frequencies.norm(dim=2)
-        amplitudes = (1 - (norm - self.bandwidth) / (self.sampling_rate / 2 - self.bandwidth)).clamp(0, 1)  # [B, C]
+        amplitudes = (
+            1 - (norm - self.bandwidth) / (self.sampling_rate / 2 - self.bandwidth)
+        ).clamp(0, 1)  # [B, C]
         position = torch.arange(self.size, device=w.device, dtype=w.dtype)
         position = (position - (self.size - 1) / 2) / self.sampling_rate
         along_x = frequencies[:, :, 0, None] * position  # [B, C, W]
         along_y = frequencies[:, :, 1, None] * position + phases[:, :, None]  # [B, C, H]
-        waves = torch.sin(2 * math.pi * (along_x[:, :, None, :] + along_y[:, :, :, None]))  # [B, C, H, W]
+        waves = torch.sin(
+            2 * math.pi * (along_x[:, :, None, :] + along_y[:, :, :, None])
+        )  # [B, C, H, W]
         weight = self.weight * amplitudes[:, None, :] / math.sqrt(self.weight.shape[1])  # [B, C, C]
         B, C, H, W = waves.shape
         return (weight @ waves.reshape(B, C, H * W)).view(B, C, H, W)
@@ -375,7 +398,9 @@ class SynthesisLayer(nn.Module):
         styles = self.style(w)  # [B, in]
         if self.to_image:
             styles = styles / math.sqrt(self.weight[0].numel())
-        x = x.to(compute_dtype if self.reduced and compute_dtype is not None else styles.dtype)  # [B, in, S, S]
+        x = x.to(
+            compute_dtype if self.reduced and compute_dtype is not None else styles.dtype
+        )  # [B, in, S, S]
         gain = self.magnitude.to(styles.dtype).rsqrt()
         x = modulated_conv2d(x, self.weight, styles, demodulate=not self.to_image, input_gain=gain)
         return self.activation(x, self.bias)
@@ -414,7 +439,9 @@ class LayerPlan:
     @property
     def up_taps(self):
         num_taps = self.filter_size * self.up if self.up > 1 and not self.to_image else 1
-        return design_filter(num_taps, self.in_cutoff, 2 * self.in_half_width, self.middle_sampling_rate)
+        return design_filter(
+            num_taps, self.in_cutoff, 2 * self.in_half_width, self.middle_sampling_rate
+        )
 
     @property
     def down_taps(self):
@@ -457,7 +484,9 @@ def plan_layers(
     for i in range(num_layers + 1):
         before = max(i - 1, 0)
         to_image = i == num_layers
-        middle = max(sampling_rates[before], sampling_rates[i]) * (1 if to_image else lrelu_upsampling)
+        middle = max(sampling_rates[before], sampling_rates[i]) * (
+            1 if to_image else lrelu_upsampling
+        )
         plans.append(
             LayerPlan(
                 index=i,
@@ -475,7 +504,8 @@ def plan_layers(
                 kernel_size=1 if to_image else kernel_size,
                 filter_size=filter_size,
                 to_image=to_image,
-                radial=radial_filters and i < num_layers - num_critical,  # critical sampling wants all of the square
+                radial=radial_filters
+                and i < num_layers - num_critical,  # critical sampling wants all of the square
                 reduced=bool(sampling_rates[i] * 2**num_reduced_resolutions > resolution),
             )
         )
@@ -496,8 +526,12 @@ class SynthesisNetwork(nn.Module):
         self.output_scale = output_scale
         self.num_ws = len(plans) + 1
         self.w_dim = w_dim
-        self.input = FourierFeatures(w_dim, first.in_channels, first.in_size, first.in_sampling_rate, first.in_cutoff)
-        self.layers = nn.ModuleList(SynthesisLayer(plan, w_dim, clamp, magnitude_decay) for plan in plans)
+        self.input = FourierFeatures(
+            w_dim, first.in_channels, first.in_size, first.in_sampling_rate, first.in_cutoff
+        )
+        self.layers = nn.ModuleList(
+            SynthesisLayer(plan, w_dim, clamp, magnitude_decay) for plan in plans
+        )
 
     def forward(self, ws, *, update_magnitudes=False, compute_dtype=None):
         if ws.shape[1:] != (self.num_ws, self.w_dim):
@@ -573,7 +607,9 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
                 f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
             )
         if not 0 <= num_critical < num_layers:
-            raise ValueError(f"num_critical must be from 0 to num_layers - 1 ({num_layers - 1}); got {num_critical}.")
+            raise ValueError(
+                f"num_critical must be from 0 to num_layers - 1 ({num_layers - 1}); got {num_critical}."
+            )
         self.plans = plan_layers(
             resolution,
             image_channels,
@@ -592,7 +628,9 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
             num_reduced_resolutions,
         )
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
-        self.synthesis_network = SynthesisNetwork(w_dim, self.plans, output_scale, clamp, magnitude_decay)
+        self.synthesis_network = SynthesisNetwork(
+            w_dim, self.plans, output_scale, clamp, magnitude_decay
+        )
 
     @property
     def num_ws(self):
@@ -603,7 +641,9 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
         `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # of their own, so that styles can be mixed in place
+        ws = w.unsqueeze(1).repeat(
+            1, self.num_ws, 1
+        )  # of their own, so that styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
@@ -611,12 +651,18 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
             return truncated
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
 
-    def synthesis(self, ws, noise_mode="none", generator=None, compute_dtype=None, update_magnitudes=False):
+    def synthesis(
+        self, ws, noise_mode="none", generator=None, compute_dtype=None, update_magnitudes=False
+    ):
         """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]. StyleGAN3 has no noise inputs: `noise_mode` and
         `generator` are checked and change nothing."""
         if noise_mode not in NOISE_MODES:
-            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}.")
-        return self.synthesis_network(ws, update_magnitudes=update_magnitudes, compute_dtype=compute_dtype)
+            raise ValueError(
+                f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}."
+            )
+        return self.synthesis_network(
+            ws, update_magnitudes=update_magnitudes, compute_dtype=compute_dtype
+        )
 
     def forward(
         self,

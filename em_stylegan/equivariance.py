@@ -36,9 +36,13 @@ def transformed_input(generator, transform):
     const = network.blocks[0].const if hasattr(network, "blocks") else network.const
     before = const.data
     size = before.shape[-1]
-    grid = F.affine_grid(_in_grid_units(transform[:2]).to(before)[None], [1, 1, size, size], align_corners=False)
+    grid = F.affine_grid(
+        _in_grid_units(transform[:2]).to(before)[None], [1, 1, size, size], align_corners=False
+    )
     # a periodic image: three copies a side, of which the grid sees the middle one
-    const.data = F.grid_sample(before.repeat(1, 3, 3)[None], grid / 3, mode="bicubic", align_corners=False)[0]
+    const.data = F.grid_sample(
+        before.repeat(1, 3, 3)[None], grid / 3, mode="bicubic", align_corners=False
+    )[0]
     try:
         yield
     finally:
@@ -59,10 +63,14 @@ def sample_image(images, transform, margin=0):
     y, x = torch.meshgrid(position, position, indexing="ij")
     points = torch.stack([x, y, torch.ones_like(x)]).reshape(3, -1)
     u, v = (transform.double() @ points)[:2] * size + (size - 1) / 2  # [R R], in pixels
-    rows, columns = (_lanczos(axis[:, None] - torch.arange(size)).to(images) for axis in (v, u))  # [R R, R]
+    rows, columns = (
+        _lanczos(axis[:, None] - torch.arange(size)).to(images) for axis in (v, u)
+    )  # [R R, R]
     result = torch.einsum("pj,bcpj->bcp", columns, torch.matmul(rows, images))
     reach = LANCZOS_SIZE + margin
-    known = ((u >= reach - 1) & (u <= size - reach) & (v >= reach - 1) & (v <= size - reach)).reshape(size, size)
+    known = (
+        (u >= reach - 1) & (u <= size - reach) & (v >= reach - 1) & (v <= size - reach)
+    ).reshape(size, size)
     return result.reshape(images.shape), known.to(images.device)
 
 
@@ -111,7 +119,14 @@ def _measure(generator, draw_transform, num_images, peak, seed, prepare, margin,
 
 
 def translation_equivariance(
-    generator, num_images=32, *, fractional=False, max_shift=0.125, peak=2.0, seed=0, class_labels=None
+    generator,
+    num_images=32,
+    *,
+    fractional=False,
+    max_shift=0.125,
+    peak=2.0,
+    seed=0,
+    class_labels=None,
 ):
     """EQ-T in dB (with `fractional`: EQ-T_frac) over `num_images` random images and shifts.
 
@@ -127,7 +142,9 @@ def translation_equivariance(
     return _measure(generator, draw, num_images, peak, seed, lambda image: image, 0, class_labels)
 
 
-def rotation_equivariance(generator, num_images=32, *, max_angle=math.pi, peak=2.0, seed=0, class_labels=None):
+def rotation_equivariance(
+    generator, num_images=32, *, max_angle=math.pi, peak=2.0, seed=0, class_labels=None
+):
     """EQ-R in dB over `num_images` random images and angles, uniform within `max_angle`.
 
     The corners of the spectrum's square turn out of it: before the comparison both images pass a low-pass filter that is the same in all
@@ -136,7 +153,9 @@ def rotation_equivariance(generator, num_images=32, *, max_angle=math.pi, peak=2
     resolution = generator.config.resolution
     num_taps = 2 * LANCZOS_SIZE + 1
     taps = torch.from_numpy(
-        np.ascontiguousarray(design_radial_filter(num_taps, 0.4 * resolution, 0.2 * resolution, resolution))
+        np.ascontiguousarray(
+            design_radial_filter(num_taps, 0.4 * resolution, 0.2 * resolution, resolution)
+        )
     )
 
     def prepare(image):

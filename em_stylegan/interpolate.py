@@ -39,7 +39,9 @@ def load_generator(model):
 @torch.no_grad()
 def draw_ws(generator, seed, count, truncation_psi=1.0, class_label=None):
     """ws [count, num_ws, w_dim] of z that `seed` decides, all of one class where the generator knows classes."""
-    z = torch.randn(count, generator.config.z_dim, generator=make_generator(seed, stream="interpolation"))
+    z = torch.randn(
+        count, generator.config.z_dim, generator=make_generator(seed, stream="interpolation")
+    )
     return generator.mapping(z, class_label, truncation_psi)
 
 
@@ -47,7 +49,9 @@ def draw_ws(generator, seed, count, truncation_psi=1.0, class_label=None):
 def render(generator, ws, batch_size=16, description="images"):
     """Images [N, 1, R, R] on the CPU of ws [N, num_ws, w_dim], with the stored noise."""
     images = [
-        generator.synthesis(part, "const").mean(dim=1, keepdim=True).cpu()  # of a colour network, its grey
+        generator.synthesis(part, "const")
+        .mean(dim=1, keepdim=True)
+        .cpu()  # of a colour network, its grey
         for part in tqdm(ws.split(batch_size), desc=description, unit="batch")
     ]
     return torch.cat(images)
@@ -60,7 +64,9 @@ def walk(keys, frames_per_key):
     t = t.reshape(1, -1, *[1] * (keys.ndim - 1))
     before, start, end, after = (keys.roll(shift, dims=0).unsqueeze(1) for shift in (1, 0, -1, -2))
     path = start + t / 2 * (
-        end - before + t * (2 * before - 5 * start + 4 * end - after + t * (3 * (start - end) + after - before))
+        end
+        - before
+        + t * (2 * before - 5 * start + 4 * end - after + t * (3 * (start - end) + after - before))
     )
     return path.flatten(0, 1)
 
@@ -98,7 +104,9 @@ def save_video(images, path, frames_per_second):
             if path.suffix == ".gif":
                 duration = find_gif_duration(frames_per_second)
             options = {"append_images": rest, "save_all": True, "duration": duration, "loop": 0}
-            first.save(temporary, **options, **({"optimize": False} if path.suffix == ".gif" else {}))
+            first.save(
+                temporary, **options, **({"optimize": False} if path.suffix == ".gif" else {})
+            )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -132,18 +140,49 @@ def find_encoder():
 
 def _encode_mp4(frames, path, frames_per_second):
     height, width = frames.shape[1:]
-    raw = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{width}x{height}", "-r", str(frames_per_second), "-i", "-"]
-    coded = ["-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
+    raw = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "gray",
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        str(frames_per_second),
+        "-i",
+        "-",
+    ]
+    coded = [
+        "-c:v",
+        "libx264",
+        "-crf",
+        "16",
+        "-pix_fmt",
+        "yuv420p",
+        "-movflags",
+        "+faststart",
+        str(path),
+    ]
     command = [find_encoder(), "-loglevel", "error", "-y", *raw, *coded]
-    done = subprocess.run(command, input=np.ascontiguousarray(frames).tobytes(), capture_output=True, check=False)
+    done = subprocess.run(
+        command, input=np.ascontiguousarray(frames).tobytes(), capture_output=True, check=False
+    )
     if done.returncode:
-        raise ValueError(f"ffmpeg could not write the MP4: {done.stderr.decode(errors='replace').strip()[-300:]}")
+        raise ValueError(
+            f"ffmpeg could not write the MP4: {done.stderr.decode(errors='replace').strip()[-300:]}"
+        )
 
 
 def make_walk(arguments):
     check_video_format(arguments.out)  # before the work
     generator = load_generator(arguments.model)
-    keys = draw_ws(generator, arguments.seed, arguments.num_keys, arguments.truncation_psi, arguments.class_label)
+    keys = draw_ws(
+        generator,
+        arguments.seed,
+        arguments.num_keys,
+        arguments.truncation_psi,
+        arguments.class_label,
+    )
     images = render(generator, walk(keys, arguments.frames_per_key), description="frames")
     save_video(images, arguments.out, arguments.fps)
 
@@ -155,7 +194,9 @@ def make_mixing(arguments):
     ws = draw_ws(generator, arguments.seed, count, arguments.truncation_psi, arguments.class_label)
     rows, columns = ws[: arguments.num_rows], ws[arguments.num_rows :]
     mixed = mix_styles(rows, columns, arguments.layers or (0, generator.num_ws // 3))
-    images = render(generator, torch.cat([columns, torch.cat([rows.unsqueeze(1), mixed], dim=1).flatten(0, 1)]))
+    images = render(
+        generator, torch.cat([columns, torch.cat([rows.unsqueeze(1), mixed], dim=1).flatten(0, 1)])
+    )
     corner = torch.ones_like(images[:1])  # white: neither row nor column
     save_grid(torch.cat([corner, images]), arguments.out, num_columns=arguments.num_columns + 1)
 
@@ -165,7 +206,9 @@ def make_truncation(arguments):
     generator = load_generator(arguments.model)
     ws = draw_ws(generator, arguments.seed, arguments.num_rows, class_label=arguments.class_label)
     w_mean = generator.mapping_network.w_mean
-    ws = torch.stack([w_mean.lerp(ws, psi) for psi in arguments.psi], dim=1)  # [rows, columns, num_ws, w_dim]
+    ws = torch.stack(
+        [w_mean.lerp(ws, psi) for psi in arguments.psi], dim=1
+    )  # [rows, columns, num_ws, w_dim]
     save_grid(render(generator, ws.flatten(0, 1)), arguments.out, num_columns=len(arguments.psi))
 
 
@@ -189,7 +232,9 @@ def check_grid_format(path):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="walk|mixing|truncation")
 
     def add(name, make, text):
@@ -208,7 +253,9 @@ def parse_arguments(argv=None):
     two = add("mixing", make_mixing, "a grid: rows, with the styles of columns in some layers")
     two.add_argument("--num-rows", type=int, default=4)
     two.add_argument("--num-columns", type=int, default=5)
-    two.add_argument("--layers", type=int, nargs=2, metavar=("FIRST", "END"), help="default: the coarsest third")
+    two.add_argument(
+        "--layers", type=int, nargs=2, metavar=("FIRST", "END"), help="default: the coarsest third"
+    )
     for command in (one, two):
         command.add_argument("--truncation-psi", type=float, default=1.0)
     three = add("truncation", make_truncation, "a grid: images drawn towards the mean")

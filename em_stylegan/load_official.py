@@ -16,7 +16,11 @@ from em_stylegan.official_pickle import read_pickle
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training.safe_pickle import Record
 
-CONVERTERS = {"G_ema": generator_from_official, "G": generator_from_official, "D": discriminator_from_official}
+CONVERTERS = {
+    "G_ema": generator_from_official,
+    "G": generator_from_official,
+    "D": discriminator_from_official,
+}
 
 
 def convert(source, out_dir):

@@ -49,7 +49,9 @@ def create_networks(config):
         discriminator = StyleGANDiscriminator(resolution=config.tiles.resolution, **options)
     num_layers = len(list(discriminator.freezable_layers()))
     if num_frozen > num_layers:
-        raise ValueError(f"discriminator.num_frozen_layers is {num_frozen}; there are {num_layers} layers above 4 x 4.")
+        raise ValueError(
+            f"discriminator.num_frozen_layers is {num_frozen}; there are {num_layers} layers above 4 x 4."
+        )
     return generator.train(), discriminator.train()
 
 
@@ -72,11 +74,15 @@ def create_generator(config):
     if architecture == "stylegan1":
         for name in ("clamp", "num_reduced_resolutions"):
             if name in options:
-                raise ValueError(f"generator.{name} is {options[name]}; stylegan1 has no such option.")
+                raise ValueError(
+                    f"generator.{name} is {options[name]}; stylegan1 has no such option."
+                )
         return StyleGAN1Generator(resolution, **options)
     if architecture == "stylegan3-r":
         options |= {"kernel_size": 1, "radial_filters": True}
-    return StyleGAN3Generator(resolution, magnitude_decay=0.5 ** (config.training.batch_size / half_life), **options)
+    return StyleGAN3Generator(
+        resolution, magnitude_decay=0.5 ** (config.training.batch_size / half_life), **options
+    )
 
 
 def create_augmentation(config, device):
@@ -84,7 +90,9 @@ def create_augmentation(config, device):
     if config.mode == "none":
         return None
     target = config.target if config.mode == "adaptive" else None
-    return AdaptiveProbability(config.initial_probability, target, config.images_to_one, config.every_steps, device)
+    return AdaptiveProbability(
+        config.initial_probability, target, config.images_to_one, config.every_steps, device
+    )
 
 
 def set_trainable(discriminator, trainable, num_frozen):
@@ -98,7 +106,9 @@ def create_optimizer(model, learning_rate, every_steps):
     """Adam without momentum; lazy regularisation every k steps adds one step in k, and lr and betas give way by c = k / (k + 1)
     (2020, appendix B)."""
     c = every_steps / (every_steps + 1) if every_steps else 1.0
-    return torch.optim.Adam(model.parameters(), lr=learning_rate * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
+    return torch.optim.Adam(
+        model.parameters(), lr=learning_rate * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True
+    )
 
 
 def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
@@ -122,8 +132,12 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     set_trainable(discriminator, True, num_frozen)
     update_magnitudes = {"update_magnitudes": True} if isinstance(model, StyleGAN3Generator) else {}
     # a ramp forgets random weights; the average to start from is to be kept
-    ema = EMA(model, training.ema_half_life_images, None if config.init_from else training.ema_ramp_up)
-    if config.init_from is not None and not list_checkpoints(Path(out_dir) / "stylegan" / "checkpoints"):
+    ema = EMA(
+        model, training.ema_half_life_images, None if config.init_from else training.ema_ramp_up
+    )
+    if config.init_from is not None and not list_checkpoints(
+        Path(out_dir) / "stylegan" / "checkpoints"
+    ):
         start_from(config, model, discriminator, ema.model, accelerator.print)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
@@ -168,24 +182,35 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
         while num_images_seen < training.num_images:
             step = num_images_seen // training.batch_size
             generator = make_generator(
-                config.seed, rank=accelerator.process_index, num_images_seen=num_images_seen, device=device
+                config.seed,
+                rank=accelerator.process_index,
+                num_images_seen=num_images_seen,
+                device=device,
             )
-            sigma = blur_sigma(num_images_seen, training.blur_initial_sigma_px, training.blur_fade_images)
+            sigma = blur_sigma(
+                num_images_seen, training.blur_initial_sigma_px, training.blur_fade_images
+            )
             images = next(loader).to(device)  # [B, 1, R, R]
             w, ws = draw_ws(model, local_batch_size, training.style_mixing_probability, generator)
-            images_fake = model.synthesis(ws, "random", generator, compute_dtype, **update_magnitudes)  # [B, 1, R, R]
+            images_fake = model.synthesis(
+                ws, "random", generator, compute_dtype, **update_magnitudes
+            )  # [B, 1, R, R]
             p = 0.0 if augmentation is None else augmentation.p
             show = partial(show_images, sigma=sigma, p=p, generator=generator)
             seen_fake, seen_real = show(images_fake), show(images)
 
             seen = torch.cat([seen_real, seen_fake.detach()])
-            scores_real, scores_fake = discriminator(seen, compute_dtype=compute_dtype, num_batches=2).chunk(2)
+            scores_real, scores_fake = discriminator(
+                seen, compute_dtype=compute_dtype, num_batches=2
+            ).chunk(2)
             loss_D = loss_of_D(scores_real, scores_fake)
             step_D = update(discriminator, optimizer_D, loss_D, accelerator)
             if r1_every and step % r1_every == 0:
                 penalties = {"r1": compute_gradient_penalty(discriminator, images, show)}
                 if is_relativistic:
-                    penalties["r2"] = compute_gradient_penalty(discriminator, images_fake.detach(), show)
+                    penalties["r2"] = compute_gradient_penalty(
+                        discriminator, images_fake.detach(), show
+                    )
                 penalty = sum(penalties.values()) * (config.r1_gamma / 2 * r1_every)
                 update(discriminator, optimizer_D, penalty, accelerator)
                 run.log(**penalties)
@@ -200,10 +225,17 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
             set_trainable(discriminator, True, num_frozen)
             if path_length_every and step % path_length_every == 0:
                 count = max(1, round(local_batch_size * training.path_length_batch_fraction))
-                lengths = compute_path_lengths(model, count, training.style_mixing_probability, generator)
+                lengths = compute_path_lengths(
+                    model, count, training.style_mixing_probability, generator
+                )
                 mean = path_length_mean.update(accelerator.reduce(lengths.detach().mean(), "mean"))
                 penalty = (lengths - mean).square().mean()
-                update(model, optimizer, penalty * (training.path_length_weight * path_length_every), accelerator)
+                update(
+                    model,
+                    optimizer,
+                    penalty * (training.path_length_weight * path_length_every),
+                    accelerator,
+                )
                 run.log(path_length=lengths.detach().mean(), path_length_penalty=penalty)
             num_images_seen += training.batch_size
             w_mean = accelerator.reduce(w.detach().mean(dim=0), "mean")
@@ -215,7 +247,12 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
                 augmentation.update(sign, training.batch_size)
             ema.update(model, num_images_seen, training.batch_size)
 
-            run.log(loss_G=loss, loss_D=loss_D, scores_real=scores_real.mean(), scores_fake=scores_fake.mean())
+            run.log(
+                loss_G=loss,
+                loss_D=loss_D,
+                scores_real=scores_real.mean(),
+                scores_fake=scores_fake.mean(),
+            )
             for network, logged in (("G", step_G), ("D", step_D)):
                 run.log(**{f"{name}_{network}": value for name, value in logged.items()})
             if run.is_due(training.evaluate_every, num_images_seen):
@@ -235,7 +272,9 @@ def check_batch_size(config, accelerator) -> int:
     """Images of a step in one process; ValueError when processes or the discriminator's groups do not divide them evenly."""
     batch_size, num_processes = config.training.batch_size, accelerator.num_processes
     group_size = config.discriminator.group_size
-    if batch_size % num_processes or (batch_size // num_processes) % min(group_size, batch_size // num_processes):
+    if batch_size % num_processes or (batch_size // num_processes) % min(
+        group_size, batch_size // num_processes
+    ):
         raise ValueError(
             f"training.batch_size is {batch_size}: {num_processes} processes with discriminator groups of {group_size} need a "
             f"multiple of {num_processes * group_size}."
@@ -248,7 +287,9 @@ def draw_ws(model, batch_size, mixing_probability, generator):
     w at a random layer (2019, section 3.1)."""
     device, num_ws = generator.device, model.num_ws
     z = torch.randn(2 * batch_size, model.config.z_dim, generator=generator, device=device)
-    cutoffs = torch.randint(1, num_ws, (batch_size, 1), generator=generator, device=device)  # [B, 1]
+    cutoffs = torch.randint(
+        1, num_ws, (batch_size, 1), generator=generator, device=device
+    )  # [B, 1]
     mixed = torch.rand(batch_size, 1, generator=generator, device=device) < mixing_probability
     ws, ws_second = model.mapping(z).chunk(2)  # [B, num_ws, w_dim]
     second = mixed & (torch.arange(num_ws, device=device) >= cutoffs)  # [B, num_ws]
@@ -288,7 +329,9 @@ def update(model, optimizer, loss, accelerator) -> dict:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if accelerator.num_processes > 1:
         flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        for gradient, part in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
     return step_optimizer(accelerator, optimizer, parameters)
 
@@ -299,7 +342,9 @@ def share_magnitudes(model, accelerator):
     if accelerator.num_processes == 1 or not isinstance(model, StyleGAN3Generator):
         return
     magnitudes = [layer.magnitude for layer in model.synthesis_network.layers]
-    for magnitude, mean in zip(magnitudes, accelerator.reduce(torch.stack(magnitudes), "mean"), strict=True):
+    for magnitude, mean in zip(
+        magnitudes, accelerator.reduce(torch.stack(magnitudes), "mean"), strict=True
+    ):
         magnitude.copy_(mean)
 
 
@@ -321,6 +366,8 @@ def generate_images(model, config, numbers):
     for start in range(0, len(numbers), config.training.batch_size):
         part = numbers[start : start + config.training.batch_size]
         generators = [make_generator(config.seed, stream=f"evaluation {number}") for number in part]
-        z = torch.stack([torch.randn(config.generator.z_dim, generator=generator) for generator in generators])
+        z = torch.stack(
+            [torch.randn(config.generator.z_dim, generator=generator) for generator in generators]
+        )
         images.append(model(z.to(model.device), noise_mode="random", generator=generators).cpu())
     return torch.cat(images)

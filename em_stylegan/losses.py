@@ -60,7 +60,9 @@ def gaussian_blur(images, sigma_px):
     radius = min(math.ceil(3 * sigma_px), images.shape[2] - 1)
     if radius < 1:
         return images
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=images.device) / sigma_px).square())
+    taps = torch.exp(
+        -0.5 * (torch.arange(-radius, radius + 1, device=images.device) / sigma_px).square()
+    )
     taps = (taps / taps.sum()).to(images.dtype)
     num_channels = images.shape[1]
     images = F.pad(images, (radius,) * 4, mode="reflect")

@@ -24,7 +24,9 @@ def _channel_config(num_channels):
     max_channels = max(num_channels.values())
     channel_base = max(r * c for r, c in num_channels.items())
     if any(min(channel_base // r, max_channels) != c for r, c in num_channels.items()):
-        raise ValueError(f"feature maps {num_channels} do not follow min(channel_base // resolution, max_channels).")
+        raise ValueError(
+            f"feature maps {num_channels} do not follow min(channel_base // resolution, max_channels)."
+        )
     return {"channel_base": channel_base, "max_channels": max_channels}
 
 
@@ -56,12 +58,16 @@ def _expect(network, path, **expected):
         else:
             same = type(found) is type(value) and found == value
         if not same:
-            raise ValueError(f"{path} has {name} {reprlib.repr(found)}; ours computes with {value}.")
+            raise ValueError(
+                f"{path} has {name} {reprlib.repr(found)}; ours computes with {value}."
+            )
 
 
 def _expect_linear(network, tensors, path, activation="linear", rate=1.0):
     fan_in = tensors[f"{path}.weight"].shape[1]
-    _expect(network, path, activation=activation, weight_gain=rate / math.sqrt(fan_in), bias_gain=rate)
+    _expect(
+        network, path, activation=activation, weight_gain=rate / math.sqrt(fan_in), bias_gain=rate
+    )
 
 
 def _expect_convolution(network, tensors, path, activation, clamp, up=1, down=1):
@@ -84,19 +90,25 @@ def _num_reduced(network, blocks):
     """How many of these blocks, from the lowest resolution to the highest, compute in half precision: the last ones."""
     flags = [bool(_submodule(network, block).state.get("use_fp16")) for block in blocks]
     if flags != sorted(flags):
-        raise ValueError(f"use_fp16 is {flags} from the lowest resolution up; ours reduces the highest ones.")
+        raise ValueError(
+            f"use_fp16 is {flags} from the lowest resolution up; ours reduces the highest ones."
+        )
     return sum(flags)
 
 
 def _holds(tensor, expected):
     """Whether a `StoredTensor` has these numbers, to 1e-6; one of another shape is not read."""
-    return tensor.shape == tuple(expected.shape) and torch.allclose(tensor.read().float(), expected, atol=1e-6)
+    return tensor.shape == tuple(expected.shape) and torch.allclose(
+        tensor.read().float(), expected, atol=1e-6
+    )
 
 
 def _architecture(network, blocks):
     found = [_submodule(network, block).state.get("architecture") for block in blocks]
     if found[0] not in ("skip", "orig", "resnet") or any(other != found[0] for other in found):
-        raise ValueError(f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and resnet.")
+        raise ValueError(
+            f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and resnet."
+        )
     return found[0]
 
 
@@ -112,9 +124,15 @@ def _load(model, tensors, names, zeros=()):
     ignored = ("resample_filter", ".up_filter", ".down_filter")
     unknown = sorted(name for name in tensors if name not in names and not name.endswith(ignored))
     missing = sorted(expected.keys() - stored.keys() - set(zeros))
-    other = sorted(name for name in stored.keys() & expected.keys() if stored[name].shape != expected[name].shape)
+    other = sorted(
+        name
+        for name in stored.keys() & expected.keys()
+        if stored[name].shape != expected[name].shape
+    )
     if unknown or missing or other or stored.keys() - expected.keys():
-        raise ValueError(f"the network does not fit: unknown {unknown}, missing {missing}, of another shape {other}.")
+        raise ValueError(
+            f"the network does not fit: unknown {unknown}, missing {missing}, of another shape {other}."
+        )
     state = {
         name: torch.zeros_like(tensor) if name in zeros else stored[name].read().float()
         for name, tensor in expected.items()
@@ -132,7 +150,9 @@ def _mapping(network, tensors, official, ours):
     if f"{official}.embed.weight" in tensors:
         _expect_linear(network, tensors, f"{official}.embed")
     names = {
-        f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias")
+        f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}"
+        for i in range(depth)
+        for kind in ("weight", "bias")
     }
     names |= {f"{official}.embed.{kind}": f"{ours}.embed.{kind}" for kind in ("weight", "bias")}
     return depth, names | {f"{official}.w_avg": f"{ours}.w_mean"}
@@ -141,7 +161,9 @@ def _mapping(network, tensors, official, ours):
 def _expect_shape(tensors, name, *shape):
     """Refuse a tensor of another shape than the network's attributes give, before memory for them is asked for; None fits any size."""
     found = tensors[name].shape
-    if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+    if len(found) != len(shape) or any(
+        b not in (None, a) for a, b in zip(found, shape, strict=True)
+    ):
         sides = ["any" if side is None else side for side in shape]
         raise ValueError(f"{name} is {list(found)}; the network's own attributes give {sides}.")
 
@@ -169,7 +191,9 @@ def generator_from_official(network):
         is_alias_free = "input" in _submodule(network, "synthesis").state["_modules"]
         return (_generator3 if is_alias_free else _generator2)(network)
     except (KeyError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
-        raise ValueError(f"the network is called Generator and has not the parts of StyleGAN's ({error!r}).") from error
+        raise ValueError(
+            f"the network is called Generator and has not the parts of StyleGAN's ({error!r})."
+        ) from error
 
 
 def _generator2(network):
@@ -179,13 +203,17 @@ def _generator2(network):
     tensors = _flatten(network)
     depth, names = _mapping(network, tensors, "mapping", "mapping_network")
     clamp = _clamp(network, "synthesis.b4.conv1")
-    _expect_shape(tensors, f"{blocks[-1]}.torgb.weight", int(network.state["img_channels"]), None, 1, 1)
+    _expect_shape(
+        tensors, f"{blocks[-1]}.torgb.weight", int(network.state["img_channels"]), None, 1, 1
+    )
     model = StyleGAN2Generator(
         **_common(network, tensors, depth),
         architecture=_architecture(network, blocks),
         clamp=clamp,
         num_reduced_resolutions=_num_reduced(network, blocks),
-        **_channel_config({r: tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}),
+        **_channel_config(
+            {r: tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}
+        ),
     )
     zeros = []
     for i, block in enumerate(blocks):
@@ -202,7 +230,9 @@ def _generator2(network):
             if f"{block}.{a}.weight" not in tensors:
                 continue  # the first block has one convolution, and not every one makes an image
             activation = "linear" if a == "torgb" else "lrelu"
-            _expect_convolution(network, tensors, f"{block}.{a}", activation, clamp, up=2 if a == "conv0" else 1)
+            _expect_convolution(
+                network, tensors, f"{block}.{a}", activation, clamp, up=2 if a == "conv0" else 1
+            )
             _expect_linear(network, tensors, f"{block}.{a}.affine")
             if not _submodule(network, f"{block}.{a}").state.get("use_noise", True):
                 zeros += [f"{ours}.{b}.noise_strength", f"{ours}.{b}.noise_const"]
@@ -263,12 +293,24 @@ def _generator3(network):
     layer_names = synthesis.state["layer_names"]
     clamp = _clamp(synthesis, layer_names[0])
     decay = _submodule(synthesis, layer_names[0]).state.get("magnitude_ema_beta", 0.999)
-    _expect_shape(tensors, f"synthesis.{layer_names[-1]}.weight", int(network.state["img_channels"]), None, 1, 1)
+    _expect_shape(
+        tensors,
+        f"synthesis.{layer_names[-1]}.weight",
+        int(network.state["img_channels"]),
+        None,
+        1,
+        1,
+    )
     if len(layer_names) != int(given.get("num_layers", 14)) + 1:
-        raise ValueError(f"{len(layer_names)} layers do not fit num_layers {given.get('num_layers', 14)}.")
+        raise ValueError(
+            f"{len(layer_names)} layers do not fit num_layers {given.get('num_layers', 14)}."
+        )
     model = StyleGAN3Generator(
         **_common(network, tensors, depth),
-        **{ours: type(default)(given.get(name, default)) for name, (ours, default) in SCHEDULE.items()},
+        **{
+            ours: type(default)(given.get(name, default))
+            for name, (ours, default) in SCHEDULE.items()
+        },
         clamp=clamp,
         magnitude_decay=float(decay),
     )
@@ -298,7 +340,10 @@ def _generator3(network):
                 raise ValueError(
                     f"{name} has the padding {reprlib.repr(padding)}; the constructor's arguments give {[*expected, *expected]}."
                 )
-        for kind, taps in (("up_filter", ours.activation.up_taps), ("down_filter", ours.activation.down_taps)):
+        for kind, taps in (
+            ("up_filter", ours.activation.up_taps),
+            ("down_filter", ours.activation.down_taps),
+        ):
             found = tensors.get(f"synthesis.{name}.{kind}")
             if not (len(taps) == 1 if found is None else _holds(found, taps)):
                 raise ValueError(f"{name} has another {kind} than the paper's Kaiser design gives.")
@@ -328,9 +373,13 @@ def _discriminator(network):
     deviation = {"group_size": None, "num_channels": 0} if deviation is None else deviation.state
     num_channels = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions}
     num_channels[4] = tensors["b4.conv.weight"].shape[0]
-    depth, names = _mapping(network, tensors, "mapping", "class_mapping") if num_classes else (8, {})
+    depth, names = (
+        _mapping(network, tensors, "mapping", "class_mapping") if num_classes else (8, {})
+    )
     clamp = _clamp(network, "b4.conv")
-    _expect_shape(tensors, f"b{resolution}.fromrgb.weight", None, int(network.state["img_channels"]), 1, 1)
+    _expect_shape(
+        tensors, f"b{resolution}.fromrgb.weight", None, int(network.state["img_channels"]), 1, 1
+    )
     num_maps = int(deviation["num_channels"])
     _expect_shape(tensors, "b4.conv.weight", num_channels[4], num_channels[4] + num_maps, 3, 3)
     if num_classes:
@@ -348,7 +397,12 @@ def _discriminator(network):
         num_reduced_resolutions=_num_reduced(network, [f"b{r}" for r in reversed(resolutions)]),
         **_channel_config(num_channels),
     )
-    pairs = [("b4.fromrgb", "from_image"), ("b4.conv", "conv"), ("b4.fc", "linear"), ("b4.out", "out")]
+    pairs = [
+        ("b4.fromrgb", "from_image"),
+        ("b4.conv", "conv"),
+        ("b4.fc", "linear"),
+        ("b4.out", "out"),
+    ]
     for i, r in enumerate(resolutions):
         pairs += [(f"b{r}.{name}", f"blocks.{i}.{name}") for name in ("conv0", "conv1", "skip")]
         pairs += [(f"b{r}.fromrgb", f"blocks.{i}.from_image")]
@@ -358,7 +412,16 @@ def _discriminator(network):
             _expect_linear(network, tensors, path, "lrelu" if name == "fc" else "linear")
         elif f"{path}.weight" in tensors:
             is_bounded = name != "skip" and path != "b4.fromrgb"
-            activation, down = "linear" if name == "skip" else "lrelu", 2 if name in ("conv1", "skip") else 1
-            _expect_convolution(network, tensors, path, activation, clamp if is_bounded else None, down=down)
-    names |= {f"{official}.{kind}": f"{ours}.{kind}" for official, ours in pairs for kind in ("weight", "bias")}
+            activation, down = (
+                "linear" if name == "skip" else "lrelu",
+                2 if name in ("conv1", "skip") else 1,
+            )
+            _expect_convolution(
+                network, tensors, path, activation, clamp if is_bounded else None, down=down
+            )
+    names |= {
+        f"{official}.{kind}": f"{ours}.{kind}"
+        for official, ours in pairs
+        for kind in ("weight", "bias")
+    }
     return _load(model, tensors, names)

@@ -38,7 +38,9 @@ class OfficialUnpickler(SafeUnpickler):
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}: a TensorFlow-era pickle; convert it with stylegan3's legacy.py"
             )
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a StyleGAN pickle")
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which is no part of a StyleGAN pickle"
+        )
 
 
 def read_pickle(path):
@@ -59,16 +61,18 @@ def read_pickle(path):
         try:
             check_opcodes(file)
             contents = OfficialUnpickler(file).load()
-        except (
-            Exception
-        ) as error:  # a damaged pickle can raise anything; whatever it raises, the file is not one of ours
-            raise ValueError(f"{path} is not a StyleGAN pickle that can be read safely: {error}") from error
+        except Exception as error:  # a damaged pickle can raise anything; whatever it raises, the file is not one of ours
+            raise ValueError(
+                f"{path} is not a StyleGAN pickle that can be read safely: {error}"
+            ) from error
     if isinstance(contents, Record):
         raise ValueError(
             f"{path} holds no network in a dictionary, but a {contents.class_name} on its own: with the original code, load it and "
             "pickle it again as {'G_ema': network}, or {'D': network} for a discriminator."
         )
-    if not isinstance(contents, dict) or not any(isinstance(value, Record) for value in contents.values()):
+    if not isinstance(contents, dict) or not any(
+        isinstance(value, Record) for value in contents.values()
+    ):
         raise ValueError(
             f"{path} holds no network: expected a dictionary with 'G_ema', 'G' or 'D', as the trainings write it "
             "(network-snapshot-*.pkl)."

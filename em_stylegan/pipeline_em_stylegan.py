@@ -37,7 +37,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
         super().__init__()
         _read_source(type(getattr(generator, "_orig_mod", generator)))
         self.register_modules(generator=generator)
-        self.register_to_config(pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm))
+        self.register_to_config(
+            pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm)
+        )
 
     @torch.no_grad()
     def __call__(
@@ -68,13 +70,19 @@ class EMStyleGANPipeline(DiffusionPipeline):
         Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False. There are no steps and so no progress bar.
         """
         noise_mode = noise_mode or ("random" if latents is None else "const")
-        self._check_inputs(batch_size, generator if latents is None else None, noise_mode, output_type)
+        self._check_inputs(
+            batch_size, generator if latents is None else None, noise_mode, output_type
+        )
         device, dtype = self._execution_device, self.generator.dtype
         _wake(self.generator)
         if latents is None:
             shape = (batch_size, self.generator.config.z_dim)
-            z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)  # [B, z_dim]
-            ws = self.generator.mapping(z.to(dtype), class_labels, truncation_psi, truncation_cutoff)
+            z = randn_tensor(
+                shape, generator=generator, device=device, dtype=torch.float32
+            )  # [B, z_dim]
+            ws = self.generator.mapping(
+                z.to(dtype), class_labels, truncation_psi, truncation_cutoff
+            )
         else:
             ws = self._prepare_latents(latents, generator).to(device, dtype)  # [B, num_ws, w_dim]
         if output_type == "latent":
@@ -92,9 +100,13 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
             )
         if noise_mode not in NOISE_MODES:
-            raise ValueError(f'`noise_mode` is "{noise_mode}"; choose one of {", ".join(NOISE_MODES)}.')
+            raise ValueError(
+                f'`noise_mode` is "{noise_mode}"; choose one of {", ".join(NOISE_MODES)}.'
+            )
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.')
+            raise ValueError(
+                f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
+            )
 
     def _prepare_latents(self, latents, generator):
         num_ws, w_dim = self.generator.num_ws, self.generator.config.w_dim
@@ -144,7 +156,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
         diffusers takes over only models of exactly the class in the signature, and ours names what they have in common.
         """
         own = cls._get_signature_keys(cls)[0]
-        return super().from_pipe(pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs)
+        return super().from_pipe(
+            pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -152,15 +166,27 @@ class EMStyleGANPipeline(DiffusionPipeline):
         no code from the repository and needs no `trust_remote_code`. Options are those of `ModelMixin.from_pretrained`,
         `generator` (a component in place of the stored one) and `pixel_size_nm`."""
         package = __name__.rpartition(".")[0]
-        if package != "em_stylegan":  # this file came with the repository, and so did the component's
+        if (
+            package != "em_stylegan"
+        ):  # this file came with the repository, and so did the component's
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("trust_remote_code", None)
         for key in ("dtype", "torch_dtype"):  # diffusers takes one for each component, too
             if isinstance(kwargs.get(key), dict):
-                kwargs[key] = kwargs[key].get("generator", kwargs[key].get("default", torch.float32))
-        hub_options = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+                kwargs[key] = kwargs[key].get(
+                    "generator", kwargs[key].get("default", torch.float32)
+                )
+        hub_options = (
+            "cache_dir",
+            "force_download",
+            "proxies",
+            "token",
+            "local_files_only",
+            "revision",
+        )
         index = cls.load_config(
-            pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_options if name in kwargs}
+            pretrained_model_name_or_path,
+            **{name: kwargs[name] for name in hub_options if name in kwargs},
         )
         module, name = index.get("generator") or (None, None)
         if GENERATORS.get(module) != name or name is None:
@@ -172,7 +198,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
         generator = kwargs.pop("generator", None)
         if generator is None:
             component = getattr(importlib.import_module(f"{package}.{module}"), name)
-            generator = component.from_pretrained(pretrained_model_name_or_path, subfolder="generator", **kwargs)
+            generator = component.from_pretrained(
+                pretrained_model_name_or_path, subfolder="generator", **kwargs
+            )
         pipeline = cls(generator=generator, pixel_size_nm=pixel_size_nm)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline

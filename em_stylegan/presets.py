@@ -3,7 +3,12 @@
 from dataclasses import replace
 
 from em_data import DataConfig
-from em_stylegan.config import DiscriminatorConfig, GANTrainingConfig, GeneratorConfig, StyleGANConfig
+from em_stylegan.config import (
+    DiscriminatorConfig,
+    GANTrainingConfig,
+    GeneratorConfig,
+    StyleGANConfig,
+)
 
 
 def paper() -> StyleGANConfig:
@@ -37,8 +42,12 @@ def stylegan3_t() -> StyleGANConfig:
     return StyleGANConfig(
         out="runs/stylegan3-t",
         tiles=DataConfig(resolution=256),
-        generator=GeneratorConfig(architecture="stylegan3-t", mapping_depth=2, channel_base=32768, max_channels=512),
-        discriminator=DiscriminatorConfig(channel_base=32768, max_channels=512, clamp=256, num_reduced_resolutions=4),
+        generator=GeneratorConfig(
+            architecture="stylegan3-t", mapping_depth=2, channel_base=32768, max_channels=512
+        ),
+        discriminator=DiscriminatorConfig(
+            channel_base=32768, max_channels=512, clamp=256, num_reduced_resolutions=4
+        ),
         training=GANTrainingConfig(
             discriminator_learning_rate=0.002,
             r1_gamma=1.0,
@@ -59,7 +68,9 @@ def stylegan3_r() -> StyleGANConfig:
     return replace(
         config,
         out="runs/stylegan3-r",
-        generator=replace(config.generator, architecture="stylegan3-r", channel_base=65536, max_channels=1024),
+        generator=replace(
+            config.generator, architecture="stylegan3-r", channel_base=65536, max_channels=1024
+        ),
         training=replace(config.training, blur_initial_sigma_px=10.0, blur_fade_images=200_000),
     )
 
@@ -97,7 +108,9 @@ def test() -> StyleGANConfig:
         out="runs/test/stylegan2",
         save_untrained=True,
         tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),
-        generator=GeneratorConfig(z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8),
+        generator=GeneratorConfig(
+            z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8
+        ),
         discriminator=DiscriminatorConfig(channel_base=128, max_channels=8, group_size=2),
         training=GANTrainingConfig(
             num_images=64,

@@ -50,7 +50,13 @@ class ProjectionConfig:
     def __post_init__(self):
         if self.num_steps < 1 or self.num_w_samples < 2:
             raise ValueError("num_steps must be at least 1 and num_w_samples at least 2")
-        for name in ("learning_rate", "w_noise", "perceptual_weight", "pixel_weight", "noise_weight"):
+        for name in (
+            "learning_rate",
+            "w_noise",
+            "perceptual_weight",
+            "pixel_weight",
+            "noise_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 
@@ -82,7 +88,9 @@ def learning_rate_factor(step, config):
 def measure_w(generator, num_samples, rng, class_label=None):
     """Mean [w_dim] of w over random z, and its deviation, a number: the root of E|w - mean|^2."""
     z = torch.randn(num_samples, generator.config.z_dim, generator=rng)
-    w = torch.cat([generator.mapping(part, class_label)[:, 0] for part in z.split(1000)])  # [N, w_dim]
+    w = torch.cat(
+        [generator.mapping(part, class_label)[:, 0] for part in z.split(1000)]
+    )  # [N, w_dim]
     mean = w.mean(dim=0)
     return mean, (w - mean).square().sum(dim=1).mean().sqrt()
 
@@ -109,20 +117,28 @@ def project(generator, target, config=None, distance=None, class_label=None):
     def synthesise(w):
         ws = w.expand(1, generator.num_ws, -1)
         # a network without noise maps takes no noise mode
-        image = functional_call(generator.synthesis_network, noises, (ws, "const") if noises else (ws,))
+        image = functional_call(
+            generator.synthesis_network, noises, (ws, "const") if noises else (ws,)
+        )
         return image.mean(dim=1, keepdim=True)
 
     distances = []
     bar = tqdm(range(config.num_steps), desc="projection", unit="step")
     for step in bar:
-        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(step + 0.5, config)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(
+            step + 0.5, config
+        )
         left = max(0.0, 1 - step / config.num_steps / config.w_noise_until)
         seen = w + torch.randn(w.shape, generator=rng) * (w_deviation * config.w_noise * left**2)
         image = synthesise(seen)
         perceptual = distance(image, target)
         pixel = (image - target).square().mean()
         regular = sum((noise_regularization(noise) for noise in noises.values()), torch.zeros(()))
-        loss = config.perceptual_weight * perceptual + config.pixel_weight * pixel + config.noise_weight * regular
+        loss = (
+            config.perceptual_weight * perceptual
+            + config.pixel_weight * pixel
+            + config.noise_weight * regular
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,26 +180,44 @@ def save_projection(folder, found, image, target, facts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("micrograph")
     parser.add_argument("model", help="a run's folder, or one that holds a saved pipeline")
-    parser.add_argument("--out", default="projection", help="folder for projection.png, w.safetensors, projection.json")
-    parser.add_argument("--row", type=int, default=0, help="upper edge of the tile in the micrograph's pixels")
+    parser.add_argument(
+        "--out",
+        default="projection",
+        help="folder for projection.png, w.safetensors, projection.json",
+    )
+    parser.add_argument(
+        "--row", type=int, default=0, help="upper edge of the tile in the micrograph's pixels"
+    )
     parser.add_argument("--column", type=int, default=0, help="left edge of the tile")
     parser.add_argument("--downsample", type=int, default=1, help="as in the run's tiles")
     parser.add_argument(
-        "--intensity", default="auto", choices=("auto", "full", "percentile"), help="as in the run's tiles"
+        "--intensity",
+        default="auto",
+        choices=("auto", "full", "percentile"),
+        help="as in the run's tiles",
     )
     parser.add_argument("--num-steps", type=int, default=ProjectionConfig.num_steps)
     parser.add_argument("--pixel-weight", type=float, default=ProjectionConfig.pixel_weight)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--class-label", type=int, help="of a generator that knows classes")
     arguments = parser.parse_args()
-    config = ProjectionConfig(num_steps=arguments.num_steps, pixel_weight=arguments.pixel_weight, seed=arguments.seed)
+    config = ProjectionConfig(
+        num_steps=arguments.num_steps, pixel_weight=arguments.pixel_weight, seed=arguments.seed
+    )
     generator = load_generator(arguments.model)
     resolution = generator.config.resolution
     target = read_tile(
-        arguments.micrograph, resolution, arguments.row, arguments.column, arguments.downsample, arguments.intensity
+        arguments.micrograph,
+        resolution,
+        arguments.row,
+        arguments.column,
+        arguments.downsample,
+        arguments.intensity,
     )
     found, image, distances = project(generator, target, config, class_label=arguments.class_label)
     facts = {

@@ -98,7 +98,9 @@ def resample(x, taps, up, down, padding):
     y[:, :, :, 0, :, 0] = x
     y = F.pad(y.reshape(B, C, H * up, W * up), (*padding, *padding))
     taps = torch.outer(taps, taps) if taps.ndim == 1 else taps
-    kernel = taps.flip((0, 1)).to(y)[None, None]  # conv2d does not turn its kernel, a convolution does
+    kernel = taps.flip((0, 1)).to(y)[
+        None, None
+    ]  # conv2d does not turn its kernel, a convolution does
     return F.conv2d(y.flatten(0, 1)[:, None], kernel).unflatten(0, (B, C))[:, :, 0, ::down, ::down]
 
 
@@ -122,7 +124,16 @@ def alias_free_modulated_conv2d(x, weight, styles, *, demodulate=True, input_gai
 
 
 def fourier_features(
-    w, size, sampling_rate, bandwidth, frequencies, phases, transform, weight, affine_weight, affine_bias
+    w,
+    size,
+    sampling_rate,
+    bandwidth,
+    frequencies,
+    phases,
+    transform,
+    weight,
+    affine_weight,
+    affine_bias,
 ):
     """Waves of StyleGAN3's input, wave by wave and pixel by pixel."""
     images = []
@@ -134,13 +145,20 @@ def fourier_features(
         for i in range(size):
             for j in range(size):
                 point = (
-                    torch.tensor([j - (size - 1) / 2, i - (size - 1) / 2, sampling_rate], dtype=w.dtype) / sampling_rate
+                    torch.tensor(
+                        [j - (size - 1) / 2, i - (size - 1) / 2, sampling_rate], dtype=w.dtype
+                    )
+                    / sampling_rate
                 )
                 u, v = (transform @ point)[:2] - shift
                 u, v = c * u - s * v, s * u + c * v
-                image[:, i, j] = torch.sin(2 * math.pi * (frequencies[:, 0] * u + frequencies[:, 1] * v + phases))
+                image[:, i, j] = torch.sin(
+                    2 * math.pi * (frequencies[:, 0] * u + frequencies[:, 1] * v + phases)
+                )
         turn = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
         radius = (frequencies @ turn @ transform[:2, :2]).norm(dim=1)
         amplitude = (1 - (radius - bandwidth) / (sampling_rate / 2 - bandwidth)).clamp(0, 1)
-        images.append(torch.einsum("oi,i,ihw->ohw", weight / math.sqrt(len(frequencies)), amplitude, image))
+        images.append(
+            torch.einsum("oi,i,ihw->ohw", weight / math.sqrt(len(frequencies)), amplitude, image)
+        )
     return torch.stack(images)

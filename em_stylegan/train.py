@@ -55,7 +55,9 @@ def train_and_save(config, accelerator, out):
             folder = out / ("untrained" if config.init_from is None else "start")
             if config.init_from is not None:
                 start_from(config, generator, discriminator, generator, accelerator.print)
-            EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(folder)
+            EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(
+                folder
+            )
 
     generator, num_images_seen, train_seconds = train_stylegan(
         config, data.train, accelerator=accelerator, out_dir=out, held_out=data.held_out
@@ -63,7 +65,9 @@ def train_and_save(config, accelerator, out):
     if accelerator.is_main_process:
         best = read_best(out / "stylegan") if config.training.evaluate_every else None
         if best:
-            generator = type(generator).from_pretrained(out / "stylegan" / "best" / "generator").eval()
+            generator = (
+                type(generator).from_pretrained(out / "stylegan" / "best" / "generator").eval()
+            )
         EMStyleGANPipeline(generator, pixel_size_nm=pixel_size_nm).save_pretrained(out / "pipeline")
         run = {
             "name": out.name,
@@ -71,7 +75,9 @@ def train_and_save(config, accelerator, out):
             "train_seconds": train_seconds,
             "train_seconds_by_stage": {"stylegan": train_seconds},
             "num_images_seen": num_images_seen,
-            "generator_weights": {"of": "the best checkpoint", **best} if best else {"of": "the last step"},
+            "generator_weights": {"of": "the best checkpoint", **best}
+            if best
+            else {"of": "the last step"},
             "config": asdict(config),
             "data": data.summary,
         }
@@ -90,4 +96,8 @@ def check_same_run(config, out):
         "training.sample_every",
         "training.checkpoint_every",
     )
-    refuse_other_run(out, config, lambda name, old, new: name in free or (name == "training.num_images" and new > old))
+    refuse_other_run(
+        out,
+        config,
+        lambda name, old, new: name in free or (name == "training.num_images" and new > old),
+    )

@@ -45,7 +45,9 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     weights = {name: _fit(found[name], model, _generator_to_grey) for name in ("model", "ema")}
     weights["discriminator"] = None
     if found["discriminator"] is not None:
-        weights["discriminator"] = _fit(found["discriminator"], discriminator, _discriminator_to_grey)
+        weights["discriminator"] = _fit(
+            found["discriminator"], discriminator, _discriminator_to_grey
+        )
     problems = _compare(weights["ema"], model, "generator") + _compare(
         weights["discriminator"], discriminator, "discriminator"
     )
@@ -68,11 +70,16 @@ def _from_run(folder):
             f"the run in {folder} has no checkpoint yet to start from; let it train on, or give another init_from"
         )
     saved, config = load_checkpoint(paths[-1]), load_config(StyleGANConfig, folder / "config.json")
-    sizes = {f"generator.{name}": getattr(config.generator, name) for name in ("architecture", *SIZES)}
+    sizes = {
+        f"generator.{name}": getattr(config.generator, name) for name in ("architecture", *SIZES)
+    }
     sizes |= {f"discriminator.{name}": getattr(config.discriminator, name) for name in SIZES[3:]}
     return {
         **{name: saved["state"][name] for name in ("model", "discriminator", "ema")},
-        "options": {"generator": {}, "discriminator": {"architecture": config.discriminator.architecture}},
+        "options": {
+            "generator": {},
+            "discriminator": {"architecture": config.discriminator.architecture},
+        },
         "note": f" at {saved['num_images_seen']:,} images",
         "advice": _advise({"tiles.resolution": config.tiles.resolution, **sizes}),
     }
@@ -80,7 +87,11 @@ def _from_run(folder):
 
 def _from_converted(folder, generator_type):
     def load(name, kind):
-        return kind.from_pretrained(folder / name) if (folder / name / "config.json").is_file() else None
+        return (
+            kind.from_pretrained(folder / name)
+            if (folder / name / "config.json").is_file()
+            else None
+        )
 
     average = _load_generator(folder / "G_ema", generator_type)
     model = _load_generator(folder / "G", generator_type)
@@ -123,7 +134,9 @@ def _fit(state, network, to_grey):
     """`state` with image channels made one where `network` has one."""
     expected = network.state_dict()
     return {
-        name: to_grey(tensor, expected[name]) if name in expected and tensor.shape != expected[name].shape else tensor
+        name: to_grey(tensor, expected[name])
+        if name in expected and tensor.shape != expected[name].shape
+        else tensor
         for name, tensor in state.items()
     }
 
@@ -157,7 +170,9 @@ def _compare(state, network, name):
         if keys
     ]
     key = next(iter(other), None)
-    example = f" (such as {key}: {list(state[key].shape)} for {list(expected[key].shape)})" if key else ""
+    example = (
+        f" (such as {key}: {list(state[key].shape)} for {list(expected[key].shape)})" if key else ""
+    )
     return [f"in the {name} {', '.join(parts)}{example}"]
 
 

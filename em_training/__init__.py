@@ -28,7 +28,13 @@ from em_training.precision import (
     use_cpu,
 )
 from em_training.prefetch import Prefetcher
-from em_training.run import NonFiniteLossError, TrainingInterrupted, TrainingRun, lock_folder, read_stats
+from em_training.run import (
+    NonFiniteLossError,
+    TrainingInterrupted,
+    TrainingRun,
+    lock_folder,
+    read_stats,
+)
 from em_training.seeding import make_generator, seed_for
 
 __all__ = [

@@ -18,13 +18,17 @@ class BestWeights:
     def __init__(self, distance, run, name: str, **facts):
         self.distance, self.run, self.name, self.facts = distance, run, name, facts
         record = read_best(run.dir) if run.accelerator.is_main_process else None
-        is_comparable = record is not None and all(record.get(key) == value for key, value in facts.items())
+        is_comparable = record is not None and all(
+            record.get(key) == value for key, value in facts.items()
+        )
         self.record = record if is_comparable else None
 
     def update(self, model, generate, num_images_seen: int) -> float:
         """Return the distance of `generate`'s images, and keep `model` when it is the smallest so far; all processes call it."""
         value = self.distance.measure(generate)
-        if self.run.accelerator.is_main_process and (self.record is None or value < self.record["frechet_distance"]):
+        if self.run.accelerator.is_main_process and (
+            self.record is None or value < self.record["frechet_distance"]
+        ):
             self.record = {
                 "num_images_seen": num_images_seen,
                 "frechet_distance": value,
@@ -45,7 +49,9 @@ def save_best(model, folder, record: dict, name: str):
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(new / name)
-    (new / "best.json").write_text(json.dumps(record, indent=2) + "\n")  # last: with it, the folder is whole
+    (new / "best.json").write_text(
+        json.dumps(record, indent=2) + "\n"
+    )  # last: with it, the folder is whole
     if best.exists():
         os.replace(best, old)
     os.replace(new, best)

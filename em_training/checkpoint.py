@@ -72,7 +72,9 @@ def _flatten(value, name: str, tensors: dict):
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+        return {
+            "dict": [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]
+        }
     if isinstance(value, list | tuple):
         items = [_flatten(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}

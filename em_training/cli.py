@@ -11,16 +11,24 @@ from em_training.precision import leave_processes
 from em_training.run import NonFiniteLossError, TrainingInterrupted
 
 
-def parse_preset(presets: dict[str, Callable], *, default: str, description: str, argv: list[str] | None = None):
+def parse_preset(
+    presets: dict[str, Callable], *, default: str, description: str, argv: list[str] | None = None
+):
     """Return the configuration that the command line asks for: `PRESET --flags`, or `--flags` alone for the preset `default`.
 
     presets: name -> function that returns a frozen dataclass; its docstring is the preset's help text.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or (argv[0] not in presets and argv[0] not in ("-h", "--help") and argv[0].startswith("-")):
-        print(f"preset '{default}' (none was named; there are {', '.join(presets)})", file=sys.stderr)
+    if not argv or (
+        argv[0] not in presets and argv[0] not in ("-h", "--help") and argv[0].startswith("-")
+    ):
+        print(
+            f"preset '{default}' (none was named; there are {', '.join(presets)})", file=sys.stderr
+        )
         argv = [default, *argv]
-    configs = {name: (inspect.cleandoc(preset.__doc__ or ""), preset()) for name, preset in presets.items()}
+    configs = {
+        name: (inspect.cleandoc(preset.__doc__ or ""), preset()) for name, preset in presets.items()
+    }
     return tyro.extras.overridable_config_cli(configs, description=description, args=argv)
 
 

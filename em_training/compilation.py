@@ -35,7 +35,9 @@ class Compilation:
         """
         is_measured = self.is_on is None and self.run.accelerator.device.type != "cpu"
         if is_measured:
-            found = torch.tensor([float(self._measure(trial, num_steps))], device=self.run.accelerator.device)
+            found = torch.tensor(
+                [float(self._measure(trial, num_steps))], device=self.run.accelerator.device
+            )
             self.is_on = bool(broadcast(found))  # the main process's, so that all round alike
         if self.is_on and self.network is self.module:
             self._compile(trial)
@@ -68,7 +70,9 @@ class Compilation:
         try:
             trial()
             return True
-        except Exception as error:  # of any kind: a missing compiler, a version of a library, a lack of memory
+        except (
+            Exception
+        ) as error:  # of any kind: a missing compiler, a version of a library, a lack of memory
             self.network = self.module
             text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         torch.compiler.reset()

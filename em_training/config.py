@@ -63,7 +63,9 @@ def refuse_other_run(out, config, is_allowed) -> None:
         return
     changes = changed_fields(load_config(type(config), path), config)
     refused = [
-        f"{name} was {old!r}, is now {new!r}" for name, (old, new) in changes.items() if not is_allowed(name, old, new)
+        f"{name} was {old!r}, is now {new!r}"
+        for name, (old, new) in changes.items()
+        if not is_allowed(name, old, new)
     ]
     if refused:
         raise ValueError(
@@ -103,15 +105,21 @@ def write_text_atomically(path, text: str) -> None:
 
 def _build(cls, values, path: str):
     if not isinstance(values, dict):
-        raise ValueError(f"'{path or cls.__name__}' must be an object of {cls.__name__}, not {values!r}")
+        raise ValueError(
+            f"'{path or cls.__name__}' must be an object of {cls.__name__}, not {values!r}"
+        )
     types_by_name = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             nearest = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(fields)}"
+            hint = (
+                f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(fields)}"
+            )
             raise ValueError(f"unknown key '{path}{name}'{hint}")
-    arguments = {name: _convert(types_by_name[name], value, path + name) for name, value in values.items()}
+    arguments = {
+        name: _convert(types_by_name[name], value, path + name) for name, value in values.items()
+    }
     try:
         return cls(**arguments)
     except TypeError as error:

@@ -13,9 +13,13 @@ class EMA:
     Buffers are copied, not averaged. `.model` is in eval mode and takes no gradient.
     """
 
-    def __init__(self, model: torch.nn.Module, half_life_images: float, ramp_up: float | None = 0.05):
+    def __init__(
+        self, model: torch.nn.Module, half_life_images: float, ramp_up: float | None = 0.05
+    ):
         if half_life_images < 0:
-            raise ValueError(f"the EMA's half-life is {half_life_images} images; it must be 0 (no averaging) or more")
+            raise ValueError(
+                f"the EMA's half-life is {half_life_images} images; it must be 0 (no averaging) or more"
+            )
         self.half_life_images = half_life_images
         self.ramp_up = ramp_up
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -36,7 +40,9 @@ class EMA:
             model is not self._followed
         ):  # listing the tensors of a large model takes longer than averaging them on a GPU
             self._followed = model
-            self._weights, self._averages = ([p.detach() for p in m.parameters()] for m in (model, self.model))
+            self._weights, self._averages = (
+                [p.detach() for p in m.parameters()] for m in (model, self.model)
+            )
             self._buffers = list(zip(self.model.buffers(), model.buffers()))
         if self._averages:
             torch._foreach_lerp_(self._averages, self._weights, 1 - decay)

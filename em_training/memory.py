@@ -19,7 +19,9 @@ class MicroBatching:
 
     def __init__(self, micro_batch_size: int, *, run, flag: str):
         if micro_batch_size < 0:
-            raise ValueError(f"{flag} is {micro_batch_size}; it must be at least 1 image, or 0 for the whole batch")
+            raise ValueError(
+                f"{flag} is {micro_batch_size}; it must be at least 1 image, or 0 for the whole batch"
+            )
         self.configured = self.size = micro_batch_size
         self.run, self.flag = run, flag
 
@@ -50,7 +52,9 @@ class MicroBatching:
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise ValueError(_advise(f"{self.run.stage}: one image by itself does not fit", error)) from error
+                    raise ValueError(
+                        _advise(f"{self.run.stage}: one image by itself does not fit", error)
+                    ) from error
                 text = _first_line(error)
             # outside of `except`, whose error holds the graph
             for parameter in parameters:
@@ -76,7 +80,9 @@ class MicroBatching:
             result = compute(*part)
             loss, outputs = result if isinstance(result, tuple) else (result, {})
             count = len(part[0])
-            self.run.accelerator.backward(loss if count == batch_size else loss * (count / batch_size))
+            self.run.accelerator.backward(
+                loss if count == batch_size else loss * (count / batch_size)
+            )
             outputs = {name: value.detach() for name, value in outputs.items()}
             results.append((count, loss.detach(), outputs))
             del result, loss
@@ -117,7 +123,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether `error` is a lack of memory, of the accelerator or the host: some libraries know no error of their own for it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    texts = (
+        "out of memory",
+        "can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
@@ -135,11 +146,15 @@ def average_gradients(parameters) -> None:
     They travel in flat buckets of one dtype, at most `BUCKET_BYTES` or one gradient large.
     """
     scale = 1 / torch.distributed.get_world_size()
-    for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+    for bucket in _buckets(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    ):
         flat = torch.cat([gradient.flatten() for gradient in bucket]).mul_(scale)
         torch.distributed.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket)])
+        torch._foreach_copy_(
+            bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket)]
+        )
 
 
 def _buckets(gradients):
@@ -168,7 +183,10 @@ def _join(results, batch_size: int):
 
 
 def _random_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    )
 
 
 def _set_random_state(state) -> None:

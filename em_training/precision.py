@@ -6,7 +6,9 @@ import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
 
-PROCESS_TIMEOUT = timedelta(days=1)  # other processes wait while the main one cuts tiles, encodes latents or evaluates
+PROCESS_TIMEOUT = timedelta(
+    days=1
+)  # other processes wait while the main one cuts tiles, encodes latents or evaluates
 
 
 def default_precision() -> str:
@@ -77,9 +79,13 @@ def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float | No
     scaler = accelerator.scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    )
     # asking a GPU would wait for it
-    if max_grad_norm is not None and (norm.device.type != "cpu" or not norm + 1e-6 <= max_grad_norm):
+    if max_grad_norm is not None and (
+        norm.device.type != "cpu" or not norm + 1e-6 <= max_grad_norm
+    ):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if scaler is None:
         optimizer.step()
@@ -90,4 +96,7 @@ def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float | No
     if scaler is None:
         return {"gradient_norm": norm}
     is_finite = torch.isfinite(norm)
-    return {"gradient_norm": torch.where(is_finite, norm, 0.0), "skipped_steps": 1.0 - is_finite.float()}
+    return {
+        "gradient_norm": torch.where(is_finite, norm, 0.0),
+        "skipped_steps": 1.0 - is_finite.float(),
+    }

@@ -56,7 +56,9 @@ class Prefetcher:
         while not self._stop.is_set():
             try:
                 item = tuple(self._prepare(tensor) for tensor in next(self.batches)), None
-            except BaseException as error:  # StopIteration too: to the reader, not to the thread's end
+            except (
+                BaseException
+            ) as error:  # StopIteration too: to the reader, not to the thread's end
                 item = None, error
             while not self._stop.is_set():
                 try:
@@ -68,5 +70,7 @@ class Prefetcher:
                 return
 
     def _prepare(self, tensor):
-        tensor = tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        tensor = (
+            tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        )
         return tensor.pin_memory() if self.device.type == "cuda" else tensor

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
-AGREE_EVERY_STEPS = 8  # how often several processes tell each other that one of them was asked to stop
+AGREE_EVERY_STEPS = (
+    8  # how often several processes tell each other that one of them was asked to stop
+)
 
 
 class TrainingInterrupted(Exception):
@@ -52,7 +54,9 @@ class TrainingRun:
         num_checkpoints: int = 2,
     ):
         if log_every < 1 or checkpoint_every < 1 or sample_every < 0:
-            raise ValueError("log_every and checkpoint_every are at least 1 image, sample_every at least 0 (none)")
+            raise ValueError(
+                "log_every and checkpoint_every are at least 1 image, sample_every at least 0 (none)"
+            )
         self.dir = Path(out_dir) / stage
         self.stage = stage
         self.accelerator = accelerator
@@ -63,7 +67,9 @@ class TrainingRun:
         self.checkpoint_every = max(checkpoint_every, batch_size)
         self.num_checkpoints = num_checkpoints
         self._state: dict = {}
-        self._sums: dict[str, list] = {}  # name -> [sum (tensor or float), count] since the last log line
+        self._sums: dict[
+            str, list
+        ] = {}  # name -> [sum (tensor or float), count] since the last log line
         self._stop_signal: int | None = None
         self._seconds_before = 0.0
         self._last_saved: int | None = None
@@ -92,7 +98,9 @@ class TrainingRun:
         self.accelerator.trackers = []
         self._lock.__exit__(None, None, None)
         if kind is None and self._stop_signal is not None and self._old_handlers:
-            signal.raise_signal(self._stop_signal)  # came after the last agreement: to whoever handles it now
+            signal.raise_signal(
+                self._stop_signal
+            )  # came after the last agreement: to whoever handles it now
             if signal.getsignal(self._stop_signal) is signal.SIG_IGN:
                 raise KeyboardInterrupt  # nobody does: shells start what runs in the background so
 
@@ -115,7 +123,9 @@ class TrainingRun:
                 continue
             self._restore(saved)
             num_images_seen = saved["num_images_seen"]
-            self.say(f"{self.stage}: going on at {num_images_seen:,} of {self.num_images:,} images from {path}")
+            self.say(
+                f"{self.stage}: going on at {num_images_seen:,} of {self.num_images:,} images from {path}"
+            )
             break
         self._last_saved = num_images_seen if num_images_seen else None
         if self.accelerator.is_main_process:
@@ -198,7 +208,10 @@ class TrainingRun:
         """Write a checkpoint now, unless this count is already on disk."""
         if self._last_saved == num_images_seen:
             return
-        pending = {name: self._mean_over_processes(total / count) for name, (total, count) in self._sums.items()}
+        pending = {
+            name: self._mean_over_processes(total / count)
+            for name, (total, count) in self._sums.items()
+        }
         self._refuse_non_finite(pending, num_images_seen)
         sums = self._gather_sums()
         if self.accelerator.is_main_process:
@@ -209,7 +222,9 @@ class TrainingRun:
                 "pending": sums,
                 "state": state,
             }
-            save_checkpoint(self.dir / "checkpoints", num_images_seen, content, keep=self.num_checkpoints)
+            save_checkpoint(
+                self.dir / "checkpoints", num_images_seen, content, keep=self.num_checkpoints
+            )
         self._last_saved = num_images_seen
         self.accelerator.wait_for_everyone()
 
@@ -231,7 +246,10 @@ class TrainingRun:
         self._sums = {}
         for name, pending in saved["pending"].items():
             totals = pending["totals"]
-            rank, is_same = self.accelerator.process_index, len(totals) == self.accelerator.num_processes
+            rank, is_same = (
+                self.accelerator.process_index,
+                len(totals) == self.accelerator.num_processes,
+            )
             total = totals[rank] if is_same else sum(totals) / len(totals)
             if pending["is_tensor"]:
                 total = torch.tensor(total, dtype=torch.float32, device=self.accelerator.device)
@@ -239,7 +257,10 @@ class TrainingRun:
         self._seconds_before = saved["train_seconds"]
 
     def _write_log(self, num_images_seen: int) -> None:
-        values = {name: self._mean_over_processes(total / count) for name, (total, count) in self._sums.items()}
+        values = {
+            name: self._mean_over_processes(total / count)
+            for name, (total, count) in self._sums.items()
+        }
         self._sums = {}
         self._refuse_non_finite(values, num_images_seen)
         values = {name: float(value) for name, value in values.items()}
@@ -252,13 +273,20 @@ class TrainingRun:
             with (self.dir / "stats.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         for tracker in self.accelerator.trackers:
-            tracker.log({f"{self.stage}/{name}": value for name, value in line.items()}, step=num_images_seen)
+            tracker.log(
+                {f"{self.stage}/{name}": value for name, value in line.items()},
+                step=num_images_seen,
+            )
         first = dict(list(values.items())[:4])
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in first.items()}, refresh=False)
+        self._bar.set_postfix(
+            {name: f"{value:.3g}" for name, value in first.items()}, refresh=False
+        )
 
     def _gather_sums(self) -> dict:
         """What each process has summed since the last log line: a resumed run goes on with its own, and logs the same line."""
-        totals = torch.tensor([float(total) for total, _ in self._sums.values()], dtype=torch.float64)
+        totals = torch.tensor(
+            [float(total) for total, _ in self._sums.values()], dtype=torch.float64
+        )
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.gather(totals.to(self.accelerator.device)).cpu()
         by_name = totals.view(self.accelerator.num_processes, -1).T.tolist()  # [names][processes]
@@ -277,14 +305,19 @@ class TrainingRun:
         bad = [name for name, value in values.items() if not math.isfinite(float(value))]
         if bad:
             last = list_checkpoints(self.dir / "checkpoints")
-            where = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            where = (
+                f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            )
             raise NonFiniteLossError(
                 f"{self.stage}: {', '.join(bad)} is not finite at {num_images_seen:,} images; {where}. "
                 "Lower the learning rate or set the precision to 'no' (float32) and start again."
             )
 
     def _must_stop(self, num_images_seen: int) -> bool:
-        if self.accelerator.num_processes > 1 and (num_images_seen // self.batch_size) % AGREE_EVERY_STEPS:
+        if (
+            self.accelerator.num_processes > 1
+            and (num_images_seen // self.batch_size) % AGREE_EVERY_STEPS
+        ):
             return False
         return self._agree_to_stop()
 

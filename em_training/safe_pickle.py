@@ -28,7 +28,12 @@ class Record:
 
     def __new__(cls, *args, **kwargs):
         self = object.__new__(cls)
-        self.class_name, self.args, self.state, self.items = cls.pickled_name, args, dict(kwargs), []
+        self.class_name, self.args, self.state, self.items = (
+            cls.pickled_name,
+            args,
+            dict(kwargs),
+            [],
+        )
         return self
 
     @classmethod
@@ -41,7 +46,9 @@ class Record:
         return self
 
     def __setstate__(self, state):
-        parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)  # (dictionary, slots)
+        parts = (
+            state if isinstance(state, tuple) and len(state) == 2 else (state,)
+        )  # (dictionary, slots)
         for part in parts:
             self.state |= part if isinstance(part, dict) else {} if part is None else {"": part}
 
@@ -129,7 +136,11 @@ class StoredArray:
 def _read_array(data, dtype, shape, order="C", *_):
     if not isinstance(dtype, _DType) or order not in ("C", "F"):
         raise pickle.UnpicklingError("malformed array")
-    return np.frombuffer(_read_bytes(data), dtype=dtype.numpy()).reshape(tuple(map(int, shape)), order=order).copy()
+    return (
+        np.frombuffer(_read_bytes(data), dtype=dtype.numpy())
+        .reshape(tuple(map(int, shape)), order=order)
+        .copy()
+    )
 
 
 def _read_scalar(dtype, data):
@@ -163,7 +174,9 @@ def check_key(key):
         is_scalar = type(part) in SCALARS and not (type(part) is int and part.bit_length() > 64)
         if not is_scalar and type(part).__hash__ is not object.__hash__:
             what = "a long number" if type(part) is int else f"a {type(part).__name__}"
-            raise pickle.UnpicklingError(f"it has a dictionary or set with {what} as a key, or within one")
+            raise pickle.UnpicklingError(
+                f"it has a dictionary or set with {what} as a key, or within one"
+            )
     return key
 
 
@@ -254,7 +267,9 @@ class SafeUnpickler(pickle._Unpickler):
     def load_build(self):
         state, target = self.stack.pop(), self.stack[-1]
         if not hasattr(type(target), "__setstate__"):
-            raise pickle.UnpicklingError(f"it gives a state to a {type(target).__name__}, which takes none")
+            raise pickle.UnpicklingError(
+                f"it gives a state to a {type(target).__name__}, which takes none"
+            )
         target.__setstate__(state)
 
     dispatch |= {
@@ -316,7 +331,9 @@ def check_extent(num_elements, offset, size, stride):
     if offset + span > num_elements:
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     if math.prod(size) > max(num_elements, MAX_REPEATED):
-        raise pickle.UnpicklingError(f"a tensor repeats its storage to {math.prod(size):.3g} elements")
+        raise pickle.UnpicklingError(
+            f"a tensor repeats its storage to {math.prod(size):.3g} elements"
+        )
     return span
 
 
@@ -329,7 +346,11 @@ def walk_modules(module):
     while waiting:
         path, module = waiting.pop()
         yield ".".join(path), module
-        children = [(name, child) for name, child in module.state.get("_modules", {}).items() if child is not None]
+        children = [
+            (name, child)
+            for name, child in module.state.get("_modules", {}).items()
+            if child is not None
+        ]
         count += len(children)
         if len(path) == MAX_DEPTH or count > MAX_MODULES:
             raise ValueError("its modules lie in each other without an end")
@@ -346,6 +367,8 @@ def flatten_module(module):
         for kind in ("_parameters", "_buffers"):
             stored = part.state.get(kind, {})
             tensors |= {
-                f"{path}.{name}" if path else name: value for name, value in stored.items() if value is not None
+                f"{path}.{name}" if path else name: value
+                for name, value in stored.items()
+                if value is not None
             }
     return tensors

@@ -13,7 +13,13 @@ import zlib
 from pathlib import Path
 
 from em_training.safe_pickle import SafeUnpickler, check_extent, check_key, check_opcodes
-from em_training.torch_unpickler import FileInMemory, Storage, StorageType, StoredTensor, TorchUnpickler
+from em_training.torch_unpickler import (
+    FileInMemory,
+    Storage,
+    StorageType,
+    StoredTensor,
+    TorchUnpickler,
+)
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -34,7 +40,9 @@ def read_torch_checkpoint(path):
         reader = _find_reader(path, head)
         try:
             return reader(path, file)
-        except Exception as error:  # a damaged file can raise anything; whatever it raises, nothing of it was run
+        except (
+            Exception
+        ) as error:  # a damaged file can raise anything; whatever it raises, nothing of it was run
             reason = error if str(error) else type(error).__name__
             raise ValueError(f"{path} cannot be read as a torch checkpoint: {reason}.") from error
 
@@ -52,7 +60,13 @@ def read_stored_storage(data):
     return storage
 
 
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf": "7z",
+}
 
 
 def refuse_other_kinds(path, head):
@@ -61,14 +75,22 @@ def refuse_other_kinds(path, head):
         raise ValueError(f"{path} is empty: fetch it again.")
     for start, name in PACKED.items():
         if head.startswith(start):
-            raise ValueError(f"{path} is packed with {name}: unpack it, and give the file that was in it.")
+            raise ValueError(
+                f"{path} is packed with {name}: unpack it, and give the file that was in it."
+            )
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`.")
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`."
+        )
     if head.lstrip()[:1] == b"<":
         raise ValueError(
             f"{path} is a web page, not a checkpoint: open its address in a browser and save the file itself."
         )
-    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
+    if (
+        len(head) > 8
+        and head[8:9] == b"{"
+        and struct.unpack("<Q", head[:8])[0] < path.stat().st_size
+    ):
         raise ValueError(
             f"{path} is a safetensors file, not a torch checkpoint: give the folder that it belongs to, with its config.json."
         )
@@ -95,7 +117,12 @@ def _read_zip(path, file):
         raise ValueError("it is cut short or damaged; fetch it again") from error
     names = {info.filename: info for info in archive.infolist()}
     root = next(
-        (name[: -len("data.pkl")] for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None
+        (
+            name[: -len("data.pkl")]
+            for name in names
+            if name.count("/") == 1 and name.endswith("/data.pkl")
+        ),
+        None,
     )
     if root is None:
         raise ValueError("it is a zip archive without torch's data.pkl")
@@ -117,7 +144,9 @@ def _read_zip(path, file):
             info = names.get(f"{root}data/{key}")
             storage = Storage(path, dtype, count)
             if info is None or info.file_size < storage.num_bytes:
-                raise ValueError(f"storage {key} says it has {count} elements, and the file does not hold them")
+                raise ValueError(
+                    f"storage {key} says it has {count} elements, and the file does not hold them"
+                )
             storage.start, storage.big_endian = _find_entry(file, info), big_endian
             storage.crc = info.CRC if info.file_size == storage.num_bytes else 0
             storages[key] = storage
@@ -143,7 +172,12 @@ def _read_entry(file, info):
 
 def _read_pid(pid):
     """Type, name and length of a storage from what stands for it in the pickle."""
-    if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], StorageType):
+    if (
+        type(pid) is not tuple
+        or len(pid) < 5
+        or pid[0] != "storage"
+        or not isinstance(pid[1], StorageType)
+    ):
         raise pickle.UnpicklingError("it refers to objects outside the file")
     if type(pid[2]) not in (str, int):
         raise pickle.UnpicklingError("malformed storage")
@@ -158,7 +192,9 @@ def _read_stream(path, file):
     storages, views = {}, []
 
     def load_storage(pid):
-        if type(pid) is tuple and len(pid) > 1 and pid[0] == "module":  # a class, with its source text
+        if (
+            type(pid) is tuple and len(pid) > 1 and pid[0] == "module"
+        ):  # a class, with its source text
             return pid[1]
         dtype, key, count = _read_pid(pid)
         if key not in storages:
@@ -198,14 +234,18 @@ def _check_magic(file):
     start = file.read(4096)
     file.seek(0)
     if b"torch_utils.persistence" in start or b"dnnlib" in start:
-        raise ValueError("it is a StyleGAN pickle; convert it with python -m em_stylegan.load_official")
+        raise ValueError(
+            "it is a StyleGAN pickle; convert it with python -m em_stylegan.load_official"
+        )
     try:
         check_opcodes(io.BytesIO(start[:64]))
         is_magic = SafeUnpickler(io.BytesIO(start[:64])).load() == MAGIC
     except Exception:
         is_magic = False
     if not is_magic:
-        raise ValueError("it was not written by torch.save; save its tensors again with torch.save, or as safetensors")
+        raise ValueError(
+            "it was not written by torch.save; save its tensors again with torch.save, or as safetensors"
+        )
     check_opcodes(file)
     SafeUnpickler(file).load()
 
@@ -241,7 +281,9 @@ def _read_tar(path, file):
             raise ValueError("a tensor has an absurd number of dimensions")
         size, stride = (struct.unpack(f"<{dims}q", file.read(8 * dims)) for _ in range(2))
         (offset,) = struct.unpack("<q", file.read(8))
-        tensors[check_key(key)] = StoredTensor(storages[check_key(storage_key)], offset, size, stride)
+        tensors[check_key(key)] = StoredTensor(
+            storages[check_key(storage_key)], offset, size, stride
+        )
 
     file.seek(members["pickle"].offset_data)
     return _unpickle(file, lambda pid: pid[0] if type(pid) is tuple else tensors[int(pid)])

@@ -94,7 +94,9 @@ class Storage:
                 file.seek(self.start)
                 whole = data if count == self.num_elements else file.read(self.num_bytes)
                 if zlib.crc32(whole) != self.crc:
-                    raise ValueError(f"{self.path} is damaged (a checksum does not fit): fetch it again.")
+                    raise ValueError(
+                        f"{self.path} is damaged (a checksum does not fit): fetch it again."
+                    )
                 self._is_checked = True
         if self.big_endian != (sys.byteorder == "big") and item > 1:
             part = item // 2 if self.dtype.is_complex else item
@@ -131,7 +133,9 @@ class StorageType:
 
 def _refuse_call(name):
     def refuse(*_):
-        raise pickle.UnpicklingError(f"it would call {name}, which is no data (nothing of it was run)")
+        raise pickle.UnpicklingError(
+            f"it would call {name}, which is no data (nothing of it was run)"
+        )
 
     return Maker(refuse)
 
@@ -169,7 +173,9 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
-_stored_tensor = Maker(lambda storage, offset, size, stride, *_: StoredTensor(storage, offset, size, stride))
+_stored_tensor = Maker(
+    lambda storage, offset, size, stride, *_: StoredTensor(storage, offset, size, stride)
+)
 _parameter = Maker(lambda data, *_: data)
 TORCH = PLAIN | {
     ("torch._utils", "_rebuild_tensor"): _stored_tensor,
@@ -206,7 +212,9 @@ class TorchUnpickler(SafeUnpickler):
         if full_name not in DATA_CLASSES and (is_standard or not is_class):
             return _refuse_call(full_name)
         if full_name not in self._records:
-            self._records[full_name] = type(name, (Record,), {"__slots__": (), "pickled_name": full_name})
+            self._records[full_name] = type(
+                name, (Record,), {"__slots__": (), "pickled_name": full_name}
+            )
         return self._records[full_name]
 
     def persistent_load(self, pid):

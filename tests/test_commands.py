@@ -30,7 +30,10 @@ def run(*arguments, check=True):
 
 
 def weights_of(run_dir):
-    return {path.parent.name: load_file(path) for path in sorted(Path(run_dir, "pipeline").rglob("*.safetensors"))}
+    return {
+        path.parent.name: load_file(path)
+        for path in sorted(Path(run_dir, "pipeline").rglob("*.safetensors"))
+    }
 
 
 def assert_same_weights(a, b):
@@ -50,12 +53,16 @@ def test_help_explains_the_flags(script):
 
 @pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
 def test_mistakes_are_one_line(script, tmp_path):
-    result = run(script, "test", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", check=False)
+    result = run(
+        script, "test", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", check=False
+    )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "nowhere" in result.stderr.splitlines()[-2]
     (tmp_path / "empty").mkdir()
-    result = run(script, "test", "--data", tmp_path / "empty", "--out", tmp_path / "run", check=False)
+    result = run(
+        script, "test", "--data", tmp_path / "empty", "--out", tmp_path / "run", check=False
+    )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
 
@@ -86,7 +93,17 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
     ]
     ldm = run("train_ldm.py", "test", "--data", data, "--out", tmp_path / "ldm", *tiles)
     assert "broken.tif" in ldm.stdout
-    run("train_gan.py", "test", "--data", data, "--out", tmp_path / "gan", "--generator.channel-base", "256", *tiles)
+    run(
+        "train_gan.py",
+        "test",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "gan",
+        "--generator.channel-base",
+        "256",
+        *tiles,
+    )
     result = run(
         "evaluate.py",
         "--models",
@@ -100,7 +117,9 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [model["name"] for model in report["models"]] == ["LDM", "StyleGAN2"]
     assert report["dataset"]["num_micrographs"] == 6
-    assert {"real", "reconstruction", "surrogates", "noise", "untrained_stylegan2"} <= set(report["floors"])
+    assert {"real", "reconstruction", "surrogates", "noise", "untrained_stylegan2"} <= set(
+        report["floors"]
+    )
     assert all(model["sample_images_per_second"] > 0 for model in report["models"])
     assert "report.html" in result.stdout
     page = (tmp_path / "report" / "report.html").read_text()
@@ -115,7 +134,9 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
-def test_kill_9_at_random_moments_loses_at_most_the_work_since_the_last_checkpoint(script, tmp_path):
+def test_kill_9_at_random_moments_loses_at_most_the_work_since_the_last_checkpoint(
+    script, tmp_path
+):
     """Ten kills each, at least one checkpoint later each time; the end equals the uninterrupted run to the bit."""
     flags = ["--tiles.cache-dir", tmp_path / "cache"]
     if script == "train_ldm.py":

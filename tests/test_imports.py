@@ -44,8 +44,21 @@ def test_packages_import_only_what_lies_below(package):
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path in (ROOT / package).rglob("*.py")
         for name, line in imported_modules(path)
-        if (name in ALLOWED and name != package and name not in ALLOWED[package] | allowed_as_judge(path))
-        or name in {"train_ldm", "train_gan", "evaluate", "generate", "publish", "experiments", "benchmarks"}
+        if (
+            name in ALLOWED
+            and name != package
+            and name not in ALLOWED[package] | allowed_as_judge(path)
+        )
+        or name
+        in {
+            "train_ldm",
+            "train_gan",
+            "evaluate",
+            "generate",
+            "publish",
+            "experiments",
+            "benchmarks",
+        }
     ]
     assert not wrong
 
@@ -62,8 +75,12 @@ def test_published_files_stand_alone(path):
     import sys
 
     # a sibling component is referred to for type and owner's use only inside `if`/`try`, never at the top of the file
-    top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0] for n in top}
+    top = [
+        n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    names = {
+        (n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0] for n in top
+    }
     assert names <= HUB_ALLOWED | set(sys.stdlib_module_names)
 
 

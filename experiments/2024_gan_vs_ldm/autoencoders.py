@@ -29,7 +29,12 @@ from em_diffusion.train import read_result, write_result
 from em_training import create_accelerator
 from em_training.cli import run_command
 
-STUDY_DISTANCES = {"vqgan-f8-8192": 31.15, "vqgan-f16-1024": 82.19, "vqgan-f16-16384": 60.26, "dalle-dvae": 116.64}
+STUDY_DISTANCES = {
+    "vqgan-f8-8192": 31.15,
+    "vqgan-f16-1024": 82.19,
+    "vqgan-f16-16384": 60.26,
+    "dalle-dvae": 116.64,
+}
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,15 @@ def describe(candidate, variant, source):
     settings = {"name": name, "kind": candidate["kind"], "factor": candidate["downsampling_factor"]}
     settings |= {"num_codes": candidate["num_codes"]}
     distance = candidate["frechet_distance"]
-    measured = {"ours": distance["value"], "low": distance["low"], "high": distance["high"], "like": like}
+    measured = {
+        "ours": distance["value"],
+        "low": distance["low"],
+        "high": distance["high"],
+        "like": like,
+    }
     measured |= {
-        key: candidate[key] for key in ("psnr_db", "ssim", "spectrum_error_db", "codes_used", "num_parameters")
+        key: candidate[key]
+        for key in ("psnr_db", "ssim", "spectrum_error_db", "codes_used", "num_parameters")
     }
     measured |= {"latent_shape": candidate["latent_shape"]}
     if candidate["num_codes"] is not None:
@@ -148,8 +159,12 @@ def run_experiment(arguments) -> Path:
     for candidate in selection["candidates"]:
         variant = variants.get(candidate["name"])
         settings, study, measured = describe(candidate, variant, sources[candidate["name"]])
-        results.add(settings, study, measured | {"num_images_compared": selection["protocol"]["num_images"]})
-    results.notes = [f"{each['name']} was not judged: {each['error']}" for each in selection["failed"]]
+        results.add(
+            settings, study, measured | {"num_images_compared": selection["protocol"]["num_images"]}
+        )
+    results.notes = [
+        f"{each['name']} was not judged: {each['error']}" for each in selection["failed"]
+    ]
     results.write()
     picture = Path(arguments.runs) / f"autoencoders_{arguments.scale}" / "selection.png"
     write_atomically(results.path.with_suffix(".png"), picture.read_bytes())
@@ -160,7 +175,11 @@ def run_experiment(arguments) -> Path:
 def parse_arguments(argv=None):
     parser = create_parser(__doc__)
     parser.add_argument(
-        "--candidates", nargs="*", default=(), metavar="NAME=SOURCE", help="pretrained autoencoders to judge as well"
+        "--candidates",
+        nargs="*",
+        default=(),
+        metavar="NAME=SOURCE",
+        help="pretrained autoencoders to judge as well",
     )
     return parser.parse_args(argv)
 

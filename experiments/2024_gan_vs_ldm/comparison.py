@@ -71,7 +71,9 @@ def list_models(scale) -> tuple[Model, ...]:
     return (
         Model("LDM, DDIM 200 steps", "ldm", "batch_size", point, STUDY_MODELS["ldm"], "ddim", 200),
         Model("LDM, our default sampler", "ldm", "batch_size", point, {}),
-        Model("StyleGAN2", "stylegan2", "kimg", gan.EXPERIMENTS["kimg"][-1], STUDY_MODELS["stylegan2"]),
+        Model(
+            "StyleGAN2", "stylegan2", "kimg", gan.EXPERIMENTS["kimg"][-1], STUDY_MODELS["stylegan2"]
+        ),
         *alias_free,
     )
 
@@ -98,7 +100,11 @@ def train(model: Model, arguments) -> tuple:
 
 def generate(model: Model, folder, arguments, num_images) -> tuple:
     """A model's images and the record of how long they took; kept under runs, and found there the next time."""
-    out = Path(arguments.runs) / f"comparison_{arguments.scale}" / model.name.replace(" ", "_").replace(",", "")
+    out = (
+        Path(arguments.runs)
+        / f"comparison_{arguments.scale}"
+        / model.name.replace(" ", "_").replace(",", "")
+    )
     sampling = {"scheduler": model.scheduler, "num_inference_steps": model.num_inference_steps}
     record = generate_images(
         GenerationConfig(model=str(folder), out=str(out), num_images=num_images, precision="no" if arguments.scale != "study" else "auto",
@@ -116,7 +122,11 @@ def compare_times(model: Model, run, record) -> dict:
     times = {}
     for name, seconds in ours.items():
         study = model.study.get(name)
-        times[name] = {"study": study, "ours": seconds, "difference": None if study is None else seconds - study}
+        times[name] = {
+            "study": study,
+            "ours": seconds,
+            "difference": None if study is None else seconds - study,
+        }
     texts = {
         key: f"{times[name]['ours']:,.0f} ({'-' if times[name]['study'] is None else format(times[name]['study'], ',d')})"
         for key, name in (("train_text", "train_seconds"), ("sample_text", "sample_seconds_50000"))
@@ -140,7 +150,9 @@ def run_experiment(arguments) -> Path:
             measured["num_parameters"] = count_parameters(folder)
             results.add(settings, model.study.get("frechet_distance"), measured)
     if len(reference.images) < NUM_STUDY_IMAGES:
-        results.notes = [f"The time for 50,000 images is that of {len(reference.images):,}, multiplied."]
+        results.notes = [
+            f"The time for 50,000 images is that of {len(reference.images):,}, multiplied."
+        ]
     results.notes.append("The LDM's training is without its autoencoder's.")
     if arguments.scale == "small":
         results.notes.append(
@@ -154,9 +166,15 @@ def run_experiment(arguments) -> Path:
 
 def count_parameters(folder) -> int:
     """Parameters of what generates: the U-Net and the autoencoder, or the generator."""
-    pipeline = gan.EMStyleGANPipeline if (folder / "pipeline").is_dir() else ldm.EMLatentDiffusionPipeline
+    pipeline = (
+        gan.EMStyleGANPipeline if (folder / "pipeline").is_dir() else ldm.EMLatentDiffusionPipeline
+    )
     folder = folder / "pipeline" if (folder / "pipeline").is_dir() else folder
-    models = [each for each in pipeline.from_pretrained(folder).components.values() if hasattr(each, "parameters")]
+    models = [
+        each
+        for each in pipeline.from_pretrained(folder).components.values()
+        if hasattr(each, "parameters")
+    ]
     return sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
@@ -171,7 +189,9 @@ def draw_rows(rows, path):
     figure.set_layout_engine("none")
     for i, (name, strip) in enumerate(strips):
         bottom = 1 - ((i + 1) * (height + gap_px) - gap_px / 2) / size[1]
-        axes = figure.add_axes((label_px / size[0], bottom, strip.shape[1] / size[0], height / size[1]))
+        axes = figure.add_axes(
+            (label_px / size[0], bottom, strip.shape[1] / size[0], height / size[1])
+        )
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         figure.text(8 / size[0], bottom + height / size[1] / 2, name, va="center", fontsize=9)
@@ -181,7 +201,8 @@ def draw_rows(rows, path):
 def parse_arguments(argv=None):
     parser = create_parser(__doc__)
     parser.add_argument(
-        "--autoencoder", help="of the LDM: what load_autoencoder reads; left out, the f8 of autoencoders.py"
+        "--autoencoder",
+        help="of the LDM: what load_autoencoder reads; left out, the f8 of autoencoders.py",
     )
     return parser.parse_args(argv)
 

@@ -93,7 +93,9 @@ def make_config(point: Point, arguments) -> StyleGANConfig:
         channels *= 2  # the architecture's own share (Karras et al. 2021, section 3.2)
     base = max(32768, CHANNEL_BASE_PER_MAP * channels) if scale.preset == "paper" else 16 * channels
     name = f"{point.architecture}-depth{point.mapping_depth}-maps{point.max_channels}"
-    batch_size = config.training.batch_size // (2 if is_slow and scale.preset == "demo" else 1)  # more steps
+    batch_size = config.training.batch_size // (
+        2 if is_slow and scale.preset == "demo" else 1
+    )  # more steps
     num_images = max(2 * batch_size, round(point.kimg * images_per_kimg))
     training = replace(config.training, num_images=num_images, batch_size=batch_size)
     if point.architecture != "stylegan2":
@@ -124,8 +126,13 @@ def generate(run, config, num_images, device) -> ImageSet:
     """A run's images on the 8-bit road."""
     generator = EMStyleGANPipeline.from_pretrained(Path(run) / "pipeline").generator.to(device)
     numbers = range(num_images)
-    parts = (numbers[start : start + GENERATED_AT_ONCE] for start in range(0, num_images, GENERATED_AT_ONCE))
-    return ImageSet(np.concatenate([to_uint8(generate_images(generator, config, part)) for part in parts]))
+    parts = (
+        numbers[start : start + GENERATED_AT_ONCE]
+        for start in range(0, num_images, GENERATED_AT_ONCE)
+    )
+    return ImageSet(
+        np.concatenate([to_uint8(generate_images(generator, config, part)) for part in parts])
+    )
 
 
 def count_images_seen(config) -> int:
@@ -144,7 +151,11 @@ def find_elsewhere(settings, num_images, arguments) -> dict | None:
     for experiment in EXPERIMENTS:
         results = open_results(arguments, experiment)
         point = results.find(settings)
-        if experiment != arguments.experiment and point is not None and point["num_images_seen"] == num_images:
+        if (
+            experiment != arguments.experiment
+            and point is not None
+            and point["num_images_seen"] == num_images
+        ):
             return {**point, "from": experiment}
     return None
 
@@ -182,7 +193,9 @@ def run_experiment(arguments) -> Path:
 
 def say_steps(arguments) -> str:
     """How long the trainings of an experiment are."""
-    configs = [make_config(point, arguments).training for point in EXPERIMENTS[arguments.experiment]]
+    configs = [
+        make_config(point, arguments).training for point in EXPERIMENTS[arguments.experiment]
+    ]
     steps = sorted({-(-training.num_images // training.batch_size) for training in configs})
     span = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     return f"The trainings are of {span} steps of {configs[0].batch_size} images."

@@ -24,7 +24,15 @@ from pathlib import Path
 
 import numpy as np
 from autoencoders import find_variant
-from recipe import SCALES, Reference, Results, choose_tiles, create_figure, create_parser, save_figure
+from recipe import (
+    SCALES,
+    Reference,
+    Results,
+    choose_tiles,
+    create_figure,
+    create_parser,
+    save_figure,
+)
 
 from em_data import to_uint8
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, train_ldm
@@ -49,7 +57,10 @@ EXPERIMENTS = {
     "unet_levels": (Point(num_levels=3), Point(num_levels=4)),
     "batch_size": tuple(Point(batch_size=size) for size in (8, 16, 32, 64)),
 }
-TITLES = {"unet_levels": "Figure 6: levels of the LDM's U-Net", "batch_size": "Batch size of the LDM"}
+TITLES = {
+    "unet_levels": "Figure 6: levels of the LDM's U-Net",
+    "batch_size": "Batch size of the LDM",
+}
 COLUMNS = {
     "num_images_seen": ("images trained on", ",d"),
     "loss": ("training loss", ".4f"),
@@ -84,12 +95,16 @@ def make_config(point: Point, arguments) -> LDMConfig:
     if point.num_levels is not None:
         multipliers = MULTIPLIERS[: point.num_levels]
         denoiser = replace(
-            denoiser, channel_multipliers=multipliers, attention_levels=tuple(range(1, len(multipliers)))
+            denoiser,
+            channel_multipliers=multipliers,
+            attention_levels=tuple(range(1, len(multipliers))),
         )
     return replace(
         config,
         data=arguments.data,
-        out=str(Path(arguments.runs) / f"{arguments.experiment}_{arguments.scale}" / name_run(point)),
+        out=str(
+            Path(arguments.runs) / f"{arguments.experiment}_{arguments.scale}" / name_run(point)
+        ),
         tiles=replace(config.tiles, **choose_tiles(config.tiles, arguments)),
         autoencoder=replace(config.autoencoder, init_from=find_variant(arguments), num_images=0),
         denoiser=denoiser,
@@ -113,7 +128,9 @@ def train(point: Point, arguments) -> tuple:
     unet = load_denoiser(run / "denoiser" / "unet").eval()
     num_steps = pipeline.config.default_num_inference_steps
     pixel_size_nm = pipeline.config.pixel_size_nm
-    pipeline = EMLatentDiffusionPipeline(pipeline.vqvae, unet, pipeline.scheduler, pixel_size_nm, num_steps)
+    pipeline = EMLatentDiffusionPipeline(
+        pipeline.vqvae, unet, pipeline.scheduler, pixel_size_nm, num_steps
+    )
     return config, json.loads((run / "run.json").read_text()), pipeline
 
 
@@ -130,7 +147,9 @@ def share_latents(config, arguments):
 def generate(pipeline, config, num_images, accelerator) -> ImageSet:
     """A pipeline's images by its own sampler, on the 8-bit road."""
     pipeline.to(accelerator.device)
-    draw = partial(generate_images, pipeline.vqvae, pipeline.unet, pipeline.scheduler, accelerator, config.seed)
+    draw = partial(
+        generate_images, pipeline.vqvae, pipeline.unet, pipeline.scheduler, accelerator, config.seed
+    )
     starts = range(0, num_images, 512)
     parts = (range(start, min(start + 512, num_images)) for start in starts)
     num_steps = pipeline.config.default_num_inference_steps
@@ -140,12 +159,17 @@ def generate(pipeline, config, num_images, accelerator) -> ImageSet:
 def read_curves(run) -> dict:
     """{name: [[images seen, value], ...]} of a run's losses and distances."""
     lines = read_stats(Path(run) / "denoiser")
-    return {name: [[line["num_images_seen"], line[name]] for line in lines if name in line] for name in CURVES}
+    return {
+        name: [[line["num_images_seen"], line[name]] for line in lines if name in line]
+        for name in CURVES
+    }
 
 
 def run_experiment(arguments) -> Path:
     """Train and measure every point that the result file lacks; returns its path."""
-    results = Results(arguments, arguments.experiment, TITLES[arguments.experiment], COLUMNS, ("ldm",))
+    results = Results(
+        arguments, arguments.experiment, TITLES[arguments.experiment], COLUMNS, ("ldm",)
+    )
     reference = None
     for point in EXPERIMENTS[arguments.experiment]:
         settings = {name: value for name, value in asdict(point).items() if value is not None}
@@ -176,7 +200,8 @@ def draw_curves(points, path):
     for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
         for point in points:
             label = ", ".join(
-                f"{key.removeprefix('num_').replace('_', ' ')} {value}" for key, value in point["settings"].items()
+                f"{key.removeprefix('num_').replace('_', ' ')} {value}"
+                for key, value in point["settings"].items()
             )
             axes.plot(*zip(*point["curves"][name]), marker="o", markersize=3, label=label)
         axes.set(title=title, xlabel="images seen")
@@ -188,7 +213,10 @@ def draw_curves(points, path):
 def parse_arguments(argv=None):
     parser = create_parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--autoencoder", help="what load_autoencoder reads: a run, a pipeline, a checkpoint, a Hub id")
+    parser.add_argument(
+        "--autoencoder",
+        help="what load_autoencoder reads: a run, a pipeline, a checkpoint, a Hub id",
+    )
     return parser.parse_args(argv)
 
 

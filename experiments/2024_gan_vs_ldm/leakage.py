@@ -54,9 +54,15 @@ def learn_by_heart(train: ImageSet, seed=0, shift_px=4, noise=4.0) -> ImageSet:
     copies = []
     for tile in train.levels[:, 0]:
         moved = ndimage.shift(
-            tile.astype(np.float32), rng.integers(-shift_px, shift_px + 1, 2), order=0, mode="reflect"
+            tile.astype(np.float32),
+            rng.integers(-shift_px, shift_px + 1, 2),
+            order=0,
+            mode="reflect",
         )
-        copies.append(apply_symmetry(moved, list(ELEMENTS)[rng.integers(8)]) + rng.normal(0, noise, tile.shape))
+        copies.append(
+            apply_symmetry(moved, list(ELEMENTS)[rng.integers(8)])
+            + rng.normal(0, noise, tile.shape)
+        )
     return ImageSet(np.stack(copies).round().clip(0, 255).astype(np.uint8)[:, None], train.groups)
 
 
@@ -65,27 +71,44 @@ def draw_new(num, resolution, micrograph_px=512) -> ImageSet:
     corners = find_tile_positions((micrograph_px, micrograph_px), resolution)
     per_micrograph = max(1, len(corners) // 4)
     rng, tiles, groups = np.random.default_rng(FRESH_SEED), [], []
-    for number, micrograph in enumerate(synthesise_micrographs(-(-num // per_micrograph), FRESH_SEED, micrograph_px)):
+    for number, micrograph in enumerate(
+        synthesise_micrographs(-(-num // per_micrograph), FRESH_SEED, micrograph_px)
+    ):
         for corner in rng.permutation(len(corners))[:per_micrograph]:
             y, x = corners[corner]
             view = SYMMETRIES["paper"][rng.integers(len(SYMMETRIES["paper"]))]
-            tiles.append(apply_symmetry(micrograph.image[y : y + resolution, x : x + resolution], view))
+            tiles.append(
+                apply_symmetry(micrograph.image[y : y + resolution, x : x + resolution], view)
+            )
             groups.append(number)
     return ImageSet(np.stack(tiles)[:num, None], np.array(groups)[:num])
 
 
-def measure(source, config, nums_images, extractor, images=None, seed=0, log=print, **feature_options):
+def measure(
+    source, config, nums_images, extractor, images=None, seed=0, log=print, **feature_options
+):
     """Return the rows of the experiment: split, reference, generator, number of images and Frechet distance with interval."""
     rows, largest = [], max(nums_images)
-    honest = draw_new(largest, config.resolution, config.micrograph_size) if source == "synthetic" else None
+    honest = (
+        draw_new(largest, config.resolution, config.micrograph_size)
+        if source == "synthetic"
+        else None
+    )
     for split in SPLITS:
         data = load_data(source, DataConfig(**{**vars(config), "split": split}), log=log)
         most = min([largest, count_images(data.held_out), count_images(data.train)])
-        sides = {"held_out": read_images(data.held_out, most, seed), "train": read_images(data.train, most, seed + 1)}
-        generators = {"learnt by heart": learn_by_heart(read_images(data.train, most, seed + 2), seed)}
+        sides = {
+            "held_out": read_images(data.held_out, most, seed),
+            "train": read_images(data.train, most, seed + 1),
+        }
+        generators = {
+            "learnt by heart": learn_by_heart(read_images(data.train, most, seed + 2), seed)
+        }
         if honest is not None:
             generators["honest"] = honest
-        generators |= {name: read_images(each, min(most, len(each))) for name, each in (images or {}).items()}
+        generators |= {
+            name: read_images(each, min(most, len(each))) for name, each in (images or {}).items()
+        }
         sets = sides | generators
         features = {}
         for name, each in sets.items():
@@ -99,8 +122,19 @@ def measure(source, config, nums_images, extractor, images=None, seed=0, log=pri
                         groups_b=cut(sets[reference].groups, num), seed=seed,
                     )  # fmt: skip
                     rows.append(
-                        {"split": split, "reference": reference, "generator": name, "num_images": num}
-                        | {"frechet_distance": {"value": interval.value, "low": interval.low, "high": interval.high}}
+                        {
+                            "split": split,
+                            "reference": reference,
+                            "generator": name,
+                            "num_images": num,
+                        }
+                        | {
+                            "frechet_distance": {
+                                "value": interval.value,
+                                "low": interval.low,
+                                "high": interval.high,
+                            }
+                        }
                     )
     return rows
 
@@ -115,7 +149,9 @@ def summarise(rows) -> list[dict]:
     for name in dict.fromkeys(row["generator"] for row in rows):
         mine = [row for row in rows if row["generator"] == name]
         nums = sorted(
-            set.intersection(*({row["num_images"] for row in mine if row["split"] == split} for split in SPLITS))
+            set.intersection(
+                *({row["num_images"] for row in mine if row["split"] == split} for split in SPLITS)
+            )
         )
 
         def find(split, reference, num, key="value", mine=mine):
@@ -125,7 +161,9 @@ def summarise(rows) -> list[dict]:
                 if (row["split"], row["reference"], row["num_images"]) == (split, reference, num)
             )
 
-        ours, low, high = (find("micrograph", "held_out", nums[-1], key) for key in ("value", "low", "high"))
+        ours, low, high = (
+            find("micrograph", "held_out", nums[-1], key) for key in ("value", "low", "high")
+        )
         summary.append(
             {
                 "generator": name,
@@ -190,10 +228,17 @@ def write_tables(result) -> str:
             f"{row['honest_protocol']:.2f}",
             *(f"{add:+.2f}" for add in adds),
         ]
-        lines.append("| " + " | ".join([*cells, f"{row['fewer_images_add']:+.2f} at {row['fewer_images']}"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([*cells, f"{row['fewer_images_add']:+.2f} at {row['fewer_images']}"])
+            + " |"
+        )
     lines += ["", *(f"- {sentence}" for sentence in conclude(result["summary"]))]
     lines += ["", "Every distance with its 95 % interval:", ""]
-    lines += ["| split | reference | generator | images | Frechet distance |", "|---|---|---|---|---|"]
+    lines += [
+        "| split | reference | generator | images | Frechet distance |",
+        "|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         metric = row["frechet_distance"]
         interval = f"{metric['value']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
@@ -208,7 +253,11 @@ def main(arguments=None):
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--data", help="micrographs; left out, the embedded data (small scale)")
     parser.add_argument(
-        "--images", nargs="*", default=[], metavar="NAME=FOLDER", help="generated images of real models"
+        "--images",
+        nargs="*",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="generated images of real models",
     )
     parser.add_argument("--extractor", default="efficientnet-lite0")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -216,10 +265,17 @@ def main(arguments=None):
     scale = SCALES[args.scale]
     source = args.data or scale.data
     if source == "damaged-alloys:":
-        parser.error("the study's scale needs the study's micrographs: --data damaged-alloys:FOLDER")
-    config = DataConfig(resolution=scale.resolution, num_micrographs=scale.num_micrographs, held_out_fraction=0.25)
+        parser.error(
+            "the study's scale needs the study's micrographs: --data damaged-alloys:FOLDER"
+        )
+    config = DataConfig(
+        resolution=scale.resolution, num_micrographs=scale.num_micrographs, held_out_fraction=0.25
+    )
     extractor = get_extractor(args.extractor, resolution=scale.resolution)
-    images = {name: read_image_folder(folder) for name, _, folder in (text.partition("=") for text in args.images)}
+    images = {
+        name: read_image_folder(folder)
+        for name, _, folder in (text.partition("=") for text in args.images)
+    }
     rows = measure(source, config, scale.nums_images, extractor, images)
     result = {
         "experiment": "leakage",
@@ -231,7 +287,10 @@ def main(arguments=None):
         "rows": rows,
         "environment": describe_environment(),
     }
-    for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", write_tables(result))):
+    for suffix, text in (
+        (".json", json.dumps(result, indent=1) + "\n"),
+        (".md", write_tables(result)),
+    ):
         write_atomically(args.out / f"leakage_{args.scale}{suffix}", text.encode())
     print(write_tables(result))
 

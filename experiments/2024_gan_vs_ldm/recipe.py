@@ -30,7 +30,9 @@ class GANScale:
     preset: str
     images_per_kimg: float  # images of training for each thousand of the study's
     channel_share: float  # of the study's feature maps
-    slow_images_per_kimg: float  # the same two for the experiment that has StyleGAN3's points, which take far longer
+    slow_images_per_kimg: (
+        float  # the same two for the experiment that has StyleGAN3's points, which take far longer
+    )
     slow_channel_share: float
 
 
@@ -56,8 +58,12 @@ class Scale:
 
 
 SCALES = {
-    "study": Scale(256, 50_000, GANScale("paper", 1000, 1, 1000, 1), LDMScale("paper", 1000, None, None, 2000)),
-    "small": Scale(64, 300, GANScale("demo", 10, 1 / 16, 3, 1 / 64), LDMScale("demo", 300, 800, 2_400, 100)),
+    "study": Scale(
+        256, 50_000, GANScale("paper", 1000, 1, 1000, 1), LDMScale("paper", 1000, None, None, 2000)
+    ),
+    "small": Scale(
+        64, 300, GANScale("demo", 10, 1 / 16, 3, 1 / 64), LDMScale("demo", 300, 800, 2_400, 100)
+    ),
     # two steps each: that everything runs
     "test": Scale(32, 8, GANScale("test", 0, 1 / 64, 0, 1 / 64), LDMScale("test", 8, 16, 16, 8)),
 }
@@ -70,12 +76,18 @@ CAVEATS = (
 
 def create_parser(description, default_scale="small"):
     """The flags of every recipe."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", choices=SCALES, default=default_scale)
     parser.add_argument(
-        "--data", default="synthetic", help='"synthetic", a folder of micrographs, or "damaged-alloys:FOLDER"'
+        "--data",
+        default="synthetic",
+        help='"synthetic", a folder of micrographs, or "damaged-alloys:FOLDER"',
     )
-    parser.add_argument("--extractor", default="efficientnet-lite0", choices=("efficientnet-lite0", "inception"))
+    parser.add_argument(
+        "--extractor", default="efficientnet-lite0", choices=("efficientnet-lite0", "inception")
+    )
     parser.add_argument("--runs", default="runs/2024_gan_vs_ldm", help="folder of the trainings")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--cache-dir", help="of the tiles")
@@ -100,7 +112,9 @@ class Reference:
         held_out = load_data(arguments.data, tiles, log=lambda text: None).held_out
         num_images = min(SCALES[arguments.scale].num_images, count_images(held_out))
         self.images = read_images(held_out, num_images)
-        self.extractor = get_extractor(arguments.extractor, resolution=tiles.resolution, device=device)
+        self.extractor = get_extractor(
+            arguments.extractor, resolution=tiles.resolution, device=device
+        )
         self.features = compute_features(self.images, self.extractor, cache_dir=tiles.cache_dir)
 
     def measure(self, images) -> dict:
@@ -126,7 +140,11 @@ class Results:
         self.facts = {
             "experiment": experiment,
             "scale": arguments.scale,
-            "sizes": {name: size for name, size in sizes.items() if name not in FAMILIES or name in families},
+            "sizes": {
+                name: size
+                for name, size in sizes.items()
+                if name not in FAMILIES or name in families
+            },
             "data": name_data(arguments.data),
             "extractor": arguments.extractor,
         }
@@ -139,7 +157,13 @@ class Results:
     def add(self, settings, study, measured: dict) -> dict:
         """Keep a point: what was `measured`, with "ours" among it, beside the study's number."""
         difference = None if study is None or measured["ours"] is None else measured["ours"] - study
-        point = {"settings": settings, "study": study, "difference": difference, "comparable": False, **measured}
+        point = {
+            "settings": settings,
+            "study": study,
+            "difference": difference,
+            "comparable": False,
+            **measured,
+        }
         self.points.append(point)
         self.write()
         return point
@@ -147,7 +171,12 @@ class Results:
     def write(self):
         """Write the file and its table."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {**self.facts, "points": self.points, "notes": self.conclude(), "environment": describe_environment()}
+        content = {
+            **self.facts,
+            "points": self.points,
+            "notes": self.conclude(),
+            "environment": describe_environment(),
+        }
         write_text_atomically(self.path, json.dumps(content, indent=1) + "\n")
         write_text_atomically(self.path.with_suffix(".md"), self.format_table())
 
@@ -165,7 +194,9 @@ class Results:
         ]
         sentence = f"Least distance: {names[best]}, {say_interval(points[best])}"
         sentence += (
-            f"; intervals that overlap with its own: {'; '.join(near)}." if near else "; no other's interval overlaps."
+            f"; intervals that overlap with its own: {'; '.join(near)}."
+            if near
+            else "; no other's interval overlaps."
         )
         return [sentence, *compare_order(points), *self.notes]
 
@@ -179,9 +210,21 @@ class Results:
             *(name for name, _ in self.columns.values()),
         ]
         facts = f"{self.facts['data']}, {self.facts['extractor']} features, scale {self.facts['scale']}."
-        lines = [f"# {self.title}", "", facts, "", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+        lines = [
+            f"# {self.title}",
+            "",
+            facts,
+            "",
+            f"| {' | '.join(headings)} |",
+            "|" + "---|" * len(headings),
+        ]
         for name, point in zip(name_points(self.points), self.points):
-            cells = [name, say(point["study"]), say_interval(point), say(point["difference"], "+,.2f")]
+            cells = [
+                name,
+                say(point["study"]),
+                say_interval(point),
+                say(point["difference"], "+,.2f"),
+            ]
             cells += [say(point.get(key), style) for key, (_, style) in self.columns.items()]
             lines.append(f"| {' | '.join(cells)} |")
         notes = [*self.conclude(), *CAVEATS]
@@ -203,13 +246,19 @@ def compare_order(points) -> list[str]:
     """Say how many pairs of points our intervals hold apart, and of how many that the study ranks ours give the same order."""
     pairs = list(combinations(points, 2))
     apart = sum(are_apart(a, b) for a, b in pairs)
-    sentences = [f"Our intervals hold {apart} of the {len(pairs)} pairs of points apart."] if pairs else []
+    sentences = (
+        [f"Our intervals hold {apart} of the {len(pairs)} pairs of points apart."] if pairs else []
+    )
     if apart < len(pairs) / 2:
         sentences.append(
             "So these trainings are too short, or their images too few, for an order that could be relied on."
         )
     ranked = [(a, b) for a, b in pairs if None not in (a["study"], b["study"])]
-    alike = [pair for pair in ranked if (pair[0]["study"] - pair[1]["study"]) * (pair[0]["ours"] - pair[1]["ours"]) > 0]
+    alike = [
+        pair
+        for pair in ranked
+        if (pair[0]["study"] - pair[1]["study"]) * (pair[0]["ours"] - pair[1]["ours"]) > 0
+    ]
     if ranked:
         sentences.append(
             f"Of the {len(ranked)} pairs that the study ranks, ours are in the same order in {len(alike)}, "
@@ -228,7 +277,9 @@ def name_points(points) -> list[str]:
     settings = [point["settings"] for point in points]
     if all("name" in each for each in settings):
         return [each["name"] for each in settings]
-    differ = [key for key in settings[0] if any(each[key] != settings[0][key] for each in settings)] or settings[0]
+    differ = [
+        key for key in settings[0] if any(each[key] != settings[0][key] for each in settings)
+    ] or settings[0]
     return [", ".join(f"{key} {each[key]}" for key in differ) for each in settings]
 
 
@@ -237,7 +288,11 @@ def say(value, style=",.2f") -> str:
 
 
 def say_interval(point) -> str:
-    return "-" if point["ours"] is None else f"{point['ours']:.2f} [{point['low']:.2f}, {point['high']:.2f}]"
+    return (
+        "-"
+        if point["ours"] is None
+        else f"{point['ours']:.2f} [{point['low']:.2f}, {point['high']:.2f}]"
+    )
 
 
 def save_figure(figure, path):
@@ -263,11 +318,20 @@ def draw_points(points, labels, path):
     left, right = figure.subplots(1, 2)
     x = np.arange(len(points))
     ours = np.array([[point[key] for point in points] for key in ("ours", "low", "high")])
-    left.errorbar(x, ours[0], [ours[0] - ours[1], ours[2] - ours[0]], marker="o", linestyle="", capsize=3)
+    left.errorbar(
+        x, ours[0], [ours[0] - ours[1], ours[2] - ours[0]], marker="o", linestyle="", capsize=3
+    )
     known = [i for i, point in enumerate(points) if point["study"] is not None]
-    right.plot(known, [points[i]["study"] for i in known], marker="s", linestyle="", color="tab:orange")
-    for axes, title in ((left, "ours, with 95 % intervals"), (right, "the study's FID, of other images")):
+    right.plot(
+        known, [points[i]["study"] for i in known], marker="s", linestyle="", color="tab:orange"
+    )
+    for axes, title in (
+        (left, "ours, with 95 % intervals"),
+        (right, "the study's FID, of other images"),
+    ):
         axes.set_xticks(x, labels, rotation=30 if len(points) > 4 else 0, fontsize=8)
-        axes.set(title=title, ylabel="Frechet distance", ylim=(0, None), xlim=(-0.5, len(points) - 0.5))
+        axes.set(
+            title=title, ylabel="Frechet distance", ylim=(0, None), xlim=(-0.5, len(points) - 0.5)
+        )
         axes.grid(axis="y", alpha=0.3)
     save_figure(figure, path)

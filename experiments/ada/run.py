@@ -27,12 +27,17 @@ MODES = ("none", "adaptive")
 def make_config(mode, arguments):
     config = PRESETS[arguments.preset]()
     num_micrographs = arguments.num_train + arguments.num_held_out
-    tiles = {"num_micrographs": num_micrographs, "held_out_fraction": arguments.num_held_out / num_micrographs}
+    tiles = {
+        "num_micrographs": num_micrographs,
+        "held_out_fraction": arguments.num_held_out / num_micrographs,
+    }
     tiles |= {"micrograph_size": arguments.micrograph_px}
     tiles |= {"resolution": arguments.resolution, "downsample": arguments.downsample}
     tiles |= {"symmetries": "none"}  # few images: six views of each would be six times as many
     tiles |= {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
-    augmentation = replace(config.training.augmentation, mode=mode, images_to_one=arguments.images_to_one)
+    augmentation = replace(
+        config.training.augmentation, mode=mode, images_to_one=arguments.images_to_one
+    )
     training = replace(
         config.training, num_images=arguments.num_images, augmentation=augmentation, r1_gamma=arguments.r1_gamma,
         evaluate_every=arguments.evaluate_every, log_every=arguments.evaluate_every, num_evaluation_images=arguments.num_evaluation_images,
@@ -53,14 +58,20 @@ def limit_channels(network, max_channels):
     """A network's configuration with at most so many feature maps, and as many at each resolution in proportion."""
     share = min(1, max_channels / network.max_channels)
     return replace(
-        network, channel_base=round(network.channel_base * share), max_channels=round(network.max_channels * share)
+        network,
+        channel_base=round(network.channel_base * share),
+        max_channels=round(network.max_channels * share),
     )
 
 
 def read_curve(run):
     """[[images seen, distance, probability of augmentation], ...] of a run."""
     return [
-        [line["num_images_seen"], line["held_out_frechet_distance"], line.get("augmentation_probability", 0.0)]
+        [
+            line["num_images_seen"],
+            line["held_out_frechet_distance"],
+            line.get("augmentation_probability", 0.0),
+        ]
         for line in read_stats(run / "stylegan")
         if "held_out_frechet_distance" in line
     ]
@@ -74,7 +85,9 @@ def run_experiment(arguments) -> dict:
         curves[mode] = read_curve(run)
         data = json.loads((run / "run.json").read_text())["data"]
     result = {
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("runs", "results", "cache_dir")},
+        "settings": {
+            k: v for k, v in vars(arguments).items() if k not in ("runs", "results", "cache_dir")
+        },
         "num_micrographs": data["num_micrographs"],
         "num_training_tiles": data.get("num_train_tiles"),
         "columns": ["num_images_seen", "held_out_frechet_distance", "augmentation_probability"],
@@ -97,7 +110,12 @@ def draw(curves, path):
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for mode, label in zip(MODES, ("without augmentation", "adaptive augmentation")):
-        axes.plot([point[0] for point in curves[mode]], [point[1] for point in curves[mode]], marker="o", label=label)
+        axes.plot(
+            [point[0] for point in curves[mode]],
+            [point[1] for point in curves[mode]],
+            marker="o",
+            label=label,
+        )
     axes.set(xlabel="real images shown", ylabel="Frechet distance to held-out tiles")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -108,19 +126,31 @@ def draw(curves, path):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--num-train", type=int, default=2, help="micrographs to train on")
-    parser.add_argument("--num-held-out", type=int, default=30, help="other micrographs, which the distance is to")
-    parser.add_argument("--micrograph-px", type=int, default=256, help="side of the embedded micrographs")
+    parser.add_argument(
+        "--num-held-out", type=int, default=30, help="other micrographs, which the distance is to"
+    )
+    parser.add_argument(
+        "--micrograph-px", type=int, default=256, help="side of the embedded micrographs"
+    )
     parser.add_argument("--resolution", type=int, default=32, help="of the tiles in pixels")
-    parser.add_argument("--downsample", type=int, default=2, help="pixels of the micrograph averaged along a side")
-    parser.add_argument("--r1-gamma", type=float, help="weight of R1; the paper's rule of thumb if not given")
+    parser.add_argument(
+        "--downsample", type=int, default=2, help="pixels of the micrograph averaged along a side"
+    )
+    parser.add_argument(
+        "--r1-gamma", type=float, help="weight of R1; the paper's rule of thumb if not given"
+    )
     parser.add_argument("--max-channels", type=int, default=64, help="feature maps at most")
     parser.add_argument("--num-images", type=int, default=40_000)
     # the paper's 500,000 are a fiftieth of its training
-    parser.add_argument("--images-to-one", type=float, default=4_000, help="images in which p can rise from 0 to 1")
+    parser.add_argument(
+        "--images-to-one", type=float, default=4_000, help="images in which p can rise from 0 to 1"
+    )
     parser.add_argument("--evaluate-every", type=int, default=4_000)
     parser.add_argument("--num-evaluation-images", type=int, default=500)
     parser.add_argument("--runs", default="runs/ada")

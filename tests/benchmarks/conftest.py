@@ -45,5 +45,7 @@ def vqvae():
 
 @pytest.fixture
 def latents(vqvae, tiles, accelerator, tmp_path):
-    array, _ = encode_latents(vqvae, tiles, tmp_path / "latents", accelerator=accelerator, view_ids=np.arange(12))
+    array, _ = encode_latents(
+        vqvae, tiles, tmp_path / "latents", accelerator=accelerator, view_ids=np.arange(12)
+    )
     return Latents(array, *measure_latents(array))

@@ -19,7 +19,18 @@ def test_both_distances_are_one_and_the_ratio_is_theirs_over_ours():
 @pytest.mark.slow  # Inception, twice
 def test_a_line_a_figure(monkeypatch, capsys):
     monkeypatch.setattr(
-        "sys.argv", ["evaluation.py", "--num-tiles", "8", "--dimensions", "64", "--batch-size", "4", "--threads", "1"]
+        "sys.argv",
+        [
+            "evaluation.py",
+            "--num-tiles",
+            "8",
+            "--dimensions",
+            "64",
+            "--batch-size",
+            "4",
+            "--threads",
+            "1",
+        ],
     )
     main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -25,7 +25,9 @@ def test_both_sides_are_one_network(config):
             if name.endswith(("noise_strength", "bias")):
                 parameter.add_(0.3)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # `make_generator` and the textbook draw in the default type
+    torch.set_default_dtype(
+        torch.float64
+    )  # `make_generator` and the textbook draw in the default type
     try:
         images = torch.randn(8, 1, 32, 32)
         plain = textbook.TextbookTraining(model, discriminator, images, config)

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -32,7 +34,9 @@ def load_script(name):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     preset = PRESETS["test"]()
-    tiles = dataclasses.replace(preset.tiles, cache_dir=str(folder / "cache"), held_out_fraction=0.5)
+    tiles = dataclasses.replace(
+        preset.tiles, cache_dir=str(folder / "cache"), held_out_fraction=0.5
+    )
     return str(train_ldm(dataclasses.replace(preset, out=str(folder / "ldm"), tiles=tiles)))
 
 
@@ -48,7 +52,13 @@ def test_the_fastest_of_those_as_good_is_chosen():
     sweep = load_script("sampler_sweep")
     points = [
         {"images_per_second": rate, "as_good": good, "frechet_distance": {"value": value}}
-        for rate, good, value in ((1, True, 50), (30, False, 49), (20, True, 52), (19, True, 51), (5, True, 48))
+        for rate, good, value in (
+            (1, True, 50),
+            (30, False, 49),
+            (20, True, 52),
+            (19, True, 51),
+            (5, True, 48),
+        )
     ]
     assert sweep.choose(points) is points[3]  # as fast as the third but for the clock, and nearer
     assert sweep.choose(points[:3]) is points[2]
@@ -68,7 +78,9 @@ def test_a_sweep_measures_draws_and_stores_the_default(run, tmp_path, capsys):
         write=True,
     )
     result = sweep.sweep(config)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
+    ]
     assert lines == result["points"]
     assert [(p["sampler"], p["num_inference_steps"], p["unet_evaluations"]) for p in lines] == [
         ("ddim", 200, 200), ("dpm-solver++-karras", 2, 2), ("dpm-solver++-karras", 3, 3), ("heun", 2, 3), ("heun", 3, 5),
@@ -77,7 +89,10 @@ def test_a_sweep_measures_draws_and_stores_the_default(run, tmp_path, capsys):
     assert first["difference_to_reference"] == {"value": 0, "low": 0, "high": 0}
     assert first["as_good"]
     assert all(
-        p["frechet_distance"]["low"] <= p["frechet_distance"]["value"] <= p["frechet_distance"]["high"] for p in lines
+        p["frechet_distance"]["low"]
+        <= p["frechet_distance"]["value"]
+        <= p["frechet_distance"]["high"]
+        for p in lines
     )
     assert lines[1]["times_reference"] > 10
     assert json.loads((tmp_path / "sampler_sweep.json").read_text())["chosen"] == result["chosen"]
@@ -94,8 +109,12 @@ def test_a_sweep_measures_draws_and_stores_the_default(run, tmp_path, capsys):
 
     before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "points").iterdir())]
     again = sweep.sweep(dataclasses.replace(config, write=False))
-    assert [p["frechet_distance"] for p in again["points"]] == [p["frechet_distance"] for p in result["points"]]
-    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "points").iterdir())] == before  # nothing twice
+    assert [p["frechet_distance"] for p in again["points"]] == [
+        p["frechet_distance"] for p in result["points"]
+    ]
+    assert [
+        path.stat().st_mtime_ns for path in sorted((tmp_path / "points").iterdir())
+    ] == before  # nothing twice
     with pytest.raises(ValueError, match="flow-euler does not suit"):
         sweep.sweep(dataclasses.replace(config, samplers=("flow-euler",)))
 
@@ -112,7 +131,9 @@ def test_a_trained_run_has_the_default_sampler(run):
 def test_the_benchmark_compares_the_same_images(run, capsys):
     """With the same sampler and steps, ours and the stock pipeline draw the same images from the same noise."""
     benchmark = load_script("sampling")
-    config = benchmark.BenchmarkConfig(model=run, num_images=20, batch_size=20, num_baseline_steps=3, cores=1)
+    config = benchmark.BenchmarkConfig(
+        model=run, num_images=20, batch_size=20, num_baseline_steps=3, cores=1
+    )
     sampling, baseline = benchmark.prepare(run, config, torch.device("cpu"))
     sampling.pipeline.scheduler = baseline.scheduler
     sampling.call["num_inference_steps"] = 3
@@ -123,7 +144,9 @@ def test_the_benchmark_compares_the_same_images(run, capsys):
     assert (seconds > 0).all()
 
     lines = benchmark.benchmark(config)
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    printed = [
+        json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
+    ]
     assert printed[:-1] == lines
     assert [line["name"] for line in lines] == ["images per second", "frechet distance"]
     assert all(line["ratio"] > 0 and line["baseline_is"] == benchmark.BASELINE for line in lines)

@@ -37,8 +37,12 @@ def test_the_plain_loss_is_ours_for_the_same_batch(plain, latents, tiles, paths)
     noise = torch.randn(cached.shape, generator=torch.Generator().manual_seed(2))
     timesteps = torch.tensor([0, 10, 200, 500, 900, 999])
     ours = compute_denoising_loss(plain.unet, plain.scheduler, cached, noise, timesteps).mean()
-    assert plain.compute_loss(cached, noise, timesteps).item() == pytest.approx(ours.item(), rel=1e-6)
-    assert plain.compute_loss(encoded, noise, timesteps).item() == pytest.approx(ours.item(), rel=1e-3)
+    assert plain.compute_loss(cached, noise, timesteps).item() == pytest.approx(
+        ours.item(), rel=1e-6
+    )
+    assert plain.compute_loss(encoded, noise, timesteps).item() == pytest.approx(
+        ours.item(), rel=1e-3
+    )
 
 
 def test_the_plain_loop_trains_and_sees_every_view_once_an_epoch(plain, tiles):
@@ -53,9 +57,13 @@ def test_the_plain_loop_trains_and_sees_every_view_once_an_epoch(plain, tiles):
     assert all(torch.equal(a, b) for a, b in zip(frozen, plain.vqvae.parameters()))
 
 
-def test_the_held_loop_is_the_training_loop_step_by_step(config, latents, vqvae, accelerator, tmp_path):
+def test_the_held_loop_is_the_training_loop_step_by_step(
+    config, latents, vqvae, accelerator, tmp_path
+):
     def train(out_dir, config):
-        denoiser_loop.train_denoiser(config, latents, latents, vqvae, accelerator=accelerator, out_dir=out_dir)
+        denoiser_loop.train_denoiser(
+            config, latents, latents, vqvae, accelerator=accelerator, out_dir=out_dir
+        )
 
     held = LoopInSteps(lambda: train(tmp_path / "held", config), num_threads=1)
     for _ in range(3):
@@ -83,21 +91,39 @@ def test_the_bare_pass_names_every_part_of_our_step(config, latents, accelerator
     ticks = iter(range(100))
     laps = Laps(lambda: next(ticks))
     BarePass(config, latents, accelerator).step(laps)
-    names = ["forward and backward", "optimizer", "clip", "average of the weights", "read latents, draw noise"]
+    names = [
+        "forward and backward",
+        "optimizer",
+        "clip",
+        "average of the weights",
+        "read latents, draw noise",
+    ]
     assert laps.seconds == dict.fromkeys(names, 1)
 
 
 def test_the_figures_are_ratios_of_the_same_rounds():
-    parts = {"forward and backward": 0.9, "optimizer": 0.1, "clip": 0.02, "average of the weights": 0.02}
+    parts = {
+        "forward and backward": 0.9,
+        "optimizer": 0.1,
+        "clip": 0.02,
+        "average of the weights": 0.02,
+    }
     parts["read latents, draw noise"] = 0.01
-    plain = {"decode PNG": 0.5, "encode": 4.0, "forward and backward": 1.0, "clip and optimizer": 0.5}
+    plain = {
+        "decode PNG": 0.5,
+        "encode": 4.0,
+        "forward and backward": 1.0,
+        "clip and optimizer": 0.5,
+    }
     rounds = [
         {"ours": 1.1 * slow, "plain": {k: v * slow for k, v in plain.items()}, "parts": {k: v * slow for k, v in parts.items()}}
         for slow in (1, 3, 1.5)
     ]  # fmt: skip
     step, bare, breakdown = summarise(rounds, {"device": "cpu"}, batch_size=8)
     assert step["ratio"] == pytest.approx(6 / 1.1, abs=1e-3)
-    assert step["ratio_range"] == [step["ratio"]] * 2  # a machine that is slow for both changes nothing
+    assert (
+        step["ratio_range"] == [step["ratio"]] * 2
+    )  # a machine that is slow for both changes nothing
     assert step["encoder_share"] == pytest.approx(4 / 6, abs=1e-3)
     assert bare["ratio"] == pytest.approx(1.1, abs=1e-3)
     assert bare["ratio_without_optimizer"] == pytest.approx(1.1 / 0.9, abs=1e-3)
@@ -109,7 +135,12 @@ def test_the_figures_are_ratios_of_the_same_rounds():
 
 def test_arguments():
     arguments = parse_arguments([])
-    assert (arguments.resolution, arguments.preset, arguments.threads, arguments.clock) == (256, "small", 1, "wall")
+    assert (arguments.resolution, arguments.preset, arguments.threads, arguments.clock) == (
+        256,
+        "small",
+        1,
+        "wall",
+    )
     assert parse_arguments(["--resolution", "64", "--base-channels", "0"]).base_channels == 0
     with pytest.raises(SystemExit):
         parse_arguments(["--preset", "huge"])

@@ -11,7 +11,10 @@ def test_the_autoencoder_is_trained_as_long_as_asked(tmp_path, monkeypatch):
     command = ["--preset", "test", "--out", str(tmp_path)]
     shared = prepare(parse_arguments([*command, "--autoencoder-images", "16"]))
     assert shared.config.autoencoder.num_images == 16
-    assert json.loads((tmp_path / "shared/autoencoder/result.json").read_text())["num_images_seen"] == 16
+    assert (
+        json.loads((tmp_path / "shared/autoencoder/result.json").read_text())["num_images_seen"]
+        == 16
+    )
     with pytest.raises(ValueError, match="choose another --out"):
         prepare(parse_arguments(command))
 

@@ -30,7 +30,9 @@ def source_of():
     """A source of given micrographs, without files."""
 
     def make(micrographs):
-        entries = [Entry(each.name, f"key of {each.name}", lambda each=each: each) for each in micrographs]
+        entries = [
+            Entry(each.name, f"key of {each.name}", lambda each=each: each) for each in micrographs
+        ]
         return Source("given", entries, [])
 
     return make

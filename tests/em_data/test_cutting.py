@@ -48,12 +48,16 @@ def test_area_average_equals_its_slow_twin(dtype, noise):
     assert fast.shape == (4, 6)
     for i in range(4):
         for j in range(6):
-            assert fast[i, j] == round(float(np.mean(image[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].astype(float))))
+            assert fast[i, j] == round(
+                float(np.mean(image[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].astype(float)))
+            )
     assert average_area(image, 1) is image
 
 
 def test_tiles_are_the_pixels_at_their_positions(config, noise, source_of, tmp_path):
-    micrographs = [Micrograph(noise(i, (40, 70), np.uint16), f"m{i}", 0.5, f"s{i}") for i in range(3)]
+    micrographs = [
+        Micrograph(noise(i, (40, 70), np.uint16), f"m{i}", 0.5, f"s{i}") for i in range(3)
+    ]
     cut(source_of(micrographs), config(), tmp_path / "cut")
     made = Cut(tmp_path / "cut")
     tiles = Tiles(made, np.arange(made.num_tiles), "none")
@@ -62,7 +66,9 @@ def test_tiles_are_the_pixels_at_their_positions(config, noise, source_of, tmp_p
     for i in range(tiles.num_tiles):
         row = rows[i]
         micrograph = micrographs[int(str(row["micrograph"])[1:])]
-        expected = micrograph.image[row["row_px"] : row["row_px"] + 16, row["col_px"] : row["col_px"] + 16]
+        expected = micrograph.image[
+            row["row_px"] : row["row_px"] + 16, row["col_px"] : row["col_px"] + 16
+        ]
         assert np.array_equal(row["tile"], expected)
         assert np.array_equal(tiles.raw([i])[0], expected)
         assert (row["pixel_size_nm"], str(row["specimen"])) == (0.5, micrograph.specimen)
@@ -70,7 +76,9 @@ def test_tiles_are_the_pixels_at_their_positions(config, noise, source_of, tmp_p
     assert tiles.raw([0]).dtype == np.uint16
 
 
-def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(config, noise, source_of, tmp_path):
+def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(
+    config, noise, source_of, tmp_path
+):
     image = noise(0, (70, 101))
     cut(source_of([Micrograph(image, "m", 0.5)]), config(downsample=2), tmp_path / "cut")
     made = Cut(tmp_path / "cut")
@@ -85,7 +93,11 @@ def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(co
 
 def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source_of, tmp_path):
     eight, sixteen = noise(0), noise(1, dtype=np.uint16)
-    cut(source_of([Micrograph(eight, "eight"), Micrograph(sixteen, "sixteen")]), config(), tmp_path / "cut")
+    cut(
+        source_of([Micrograph(eight, "eight"), Micrograph(sixteen, "sixteen")]),
+        config(),
+        tmp_path / "cut",
+    )
     made = Cut(tmp_path / "cut")
     tiles = Tiles(made, np.arange(made.num_tiles), "none")
     assert np.array_equal(tiles.raw([0])[0], eight[:16, :16])
@@ -97,7 +109,11 @@ def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source
 def test_a_batch_equals_its_slow_twin(symmetries, config, noise, source_of, tmp_path):
     """View by view, from the micrograph, in float64."""
     micrographs = [Micrograph(noise(i, (40, 50), np.uint16), str(i)) for i in range(3)]
-    cut(source_of(micrographs), config(intensity="percentile", percentiles=(5, 95)), tmp_path / "cut")
+    cut(
+        source_of(micrographs),
+        config(intensity="percentile", percentiles=(5, 95)),
+        tmp_path / "cut",
+    )
     made = Cut(tmp_path / "cut")
     names = SYMMETRIES[symmetries]
     tiles = Tiles(made, np.arange(made.num_tiles * len(names)), symmetries)
@@ -106,7 +122,9 @@ def test_a_batch_equals_its_slow_twin(symmetries, config, noise, source_of, tmp_
     assert batch.shape == (tiles.num_views, 1, 16, 16)
     for view, image in zip(views, batch):
         row = tiles.rows[int(view) // len(names)]
-        pixels = micrographs[int(row["micrograph"])].image[row["row_px"] :, row["col_px"] :][:16, :16]
+        pixels = micrographs[int(row["micrograph"])].image[row["row_px"] :, row["col_px"] :][
+            :16, :16
+        ]
         expected = 2 * (pixels.astype(float) - row["low"]) / (row["high"] - row["low"]) - 1
         expected = apply_symmetry(np.clip(expected, -1, 1), names[int(view) % len(names)])
         np.testing.assert_allclose(image[0], expected, atol=3e-7)
@@ -155,10 +173,15 @@ def test_two_processes_that_cut_at_once_leave_one_whole_cut(config, noise, tmp_p
 
 def test_every_part_of_the_recipe_is_in_the_key(config, noise, source_of):
     source = source_of([Micrograph(noise(0), "a")])
-    same = config(split="leaky", seed=7, symmetries="d4", on_bad_image="fail", held_out_fraction=0.3)
+    same = config(
+        split="leaky", seed=7, symmetries="d4", on_bad_image="fail", held_out_fraction=0.3
+    )
     assert make_cut_key(source, same) == make_cut_key(source, config())
     changes = [{"resolution": 8}, {"downsample": 2}, {"intensity": "full"}, {"label_bar": "keep"}]
-    changes += [{"intensity": "percentile"}, {"intensity": "percentile", "percentiles": (1.0, 99.0)}]
+    changes += [
+        {"intensity": "percentile"},
+        {"intensity": "percentile", "percentiles": (1.0, 99.0)},
+    ]
     keys = {make_cut_key(source, config(**change)) for change in [{}, *changes]}
     source.entries[0].key = "changed"
     assert len(keys | {make_cut_key(source, config())}) == len(changes) + 2
@@ -176,7 +199,12 @@ def test_damaged_cut_is_not_read(config, noise, source_of, tmp_path):
 
 @pytest.mark.parametrize("shape", [(9, 9), (8, 11)])
 def test_pixel_hash_is_shared_by_all_views_and_by_nothing_else(shape, noise):
-    for image in (noise(0, shape), np.ones(shape, np.uint8), noise(0, shape) // 128, noise(1, shape, np.uint16)):
+    for image in (
+        noise(0, shape),
+        np.ones(shape, np.uint8),
+        noise(0, shape) // 128,
+        noise(1, shape, np.uint16),
+    ):
         assert len({hash_pixels(apply_symmetry(image, name)) for name in ELEMENTS}) == 1
         changed = image.copy()
         changed[3, 2] ^= 1

@@ -14,7 +14,13 @@ import pytest
 
 from em_data import DataConfig, load_data
 from em_data import damaged_alloys as module
-from em_data.damaged_alloys import download_damaged_alloys, main, open_damaged_alloys, pixel_size_from_name, query_index
+from em_data.damaged_alloys import (
+    download_damaged_alloys,
+    main,
+    open_damaged_alloys,
+    pixel_size_from_name,
+    query_index,
+)
 from em_data.damaged_alloys_labels import UNIT_TO_PX
 from em_data.download import download_file
 
@@ -37,7 +43,9 @@ def listed(tmp_path):
     (root / "images.txt").write_text("\n".join(names) + "\n")
     (root / "bounding_boxes").mkdir()
     (root / "bounding_boxes" / "BF X500K, 06 (2).txt").write_text("10 20 30 50\n0 0 5 70\n")
-    (root / "bounding_boxes" / "grid1 100kx 3.txt").write_text("0 1 2 9 12\n1 30 30 36 36\n2 40 8 60 28\n")
+    (root / "bounding_boxes" / "grid1 100kx 3.txt").write_text(
+        "0 1 2 9 12\n1 30 30 36 36\n2 40 8 60 28\n"
+    )
     return tmp_path / "set"
 
 
@@ -87,7 +95,10 @@ def test_layout_of_the_first_program(listed, tmp_path):
     assert "3 micrographs, the study has 494: 0 of 442 with 1024 x 1024 pixels" in text
     assert "3 with 64 x 64, which the study has not" in text
     untyped, typed = read["BF X500K, 06 (2).jpg"], read["grid1 100kx 3.jpg"]
-    assert [(d.kind, d.box_px) for d in untyped.defects] == [("loop", (20, 10, 50, 30)), ("loop", (0, 0, 64, 5))]
+    assert [(d.kind, d.box_px) for d in untyped.defects] == [
+        ("loop", (20, 10, 50, 30)),
+        ("loop", (0, 0, 64, 5)),
+    ]
     assert untyped.defects[0].diameter_nm == pytest.approx(30 * 0.2832)
     assert [(d.kind, d.box_px) for d in typed.defects] == [
         ("loop_111", (2, 1, 12, 9)), ("dot", (30, 30, 36, 36)), ("loop_100", (8, 40, 28, 60)),
@@ -126,7 +137,11 @@ def test_what_is_unknown_is_refused_politely(tmp_path, listed):
     with pytest.raises(ValueError, match=r"no known layout.*x\.jpg"):
         open_damaged_alloys(tmp_path / "other", DataConfig(), tmp_path)
     bad = listed / "Defect-Detection" / "bounding_boxes" / "onzone 7.txt"
-    for text, problem in (("1 2 3\n", "not a box"), ("7 1 2 3 4\n", "not a box"), ("90 90 99 99\n", "outside of the")):
+    for text, problem in (
+        ("1 2 3\n", "not a box"),
+        ("7 1 2 3 4\n", "not a box"),
+        ("90 90 99 99\n", "outside of the"),
+    ):
         bad.write_text(text)
         with pytest.raises(ValueError, match=f"line 1: .*{problem}"):
             read_all(listed, tmp_path)
@@ -143,7 +158,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.asked.append((path, self.headers.get("Range")))
         if path == "/search":
             offset = int(urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)["offset"][0])
-            return self.answer(json.dumps(server.pages[min(offset, len(server.pages) - 1)]).encode())
+            return self.answer(
+                json.dumps(server.pages[min(offset, len(server.pages) - 1)]).encode()
+            )
         if path not in server.files:
             return self.send_error(404)
         content, start = server.files[path], 0
@@ -189,9 +206,14 @@ def published(server, listed):
         for path in sorted((base / "bounding_boxes").iterdir()):
             archive.writestr(path.name, path.read_bytes())
     contents = {
-        p.relative_to(base).as_posix(): p.read_bytes() for p in base.rglob("*") if p.is_file() and p.suffix != ".txt"
+        p.relative_to(base).as_posix(): p.read_bytes()
+        for p in base.rglob("*")
+        if p.is_file() and p.suffix != ".txt"
     }
-    contents |= {"images.txt": (base / "images.txt").read_bytes(), "bounding_boxes.zip": packed.getvalue()}
+    contents |= {
+        "images.txt": (base / "images.txt").read_bytes(),
+        "bounding_boxes.zip": packed.getvalue(),
+    }
     server.files = {ROOT + name: content for name, content in contents.items()}
     records = [
         {
@@ -205,14 +227,23 @@ def published(server, listed):
     location = {"endpoint_path": f"globus://{module.ENDPOINT}{ROOT}"}
     pages = [
         [{"entries": [{"content": {"mdf": mdf, "data": location}}]}],
-        [{"content": [{"mdf": mdf, "files": records}, {"mdf": {"source_id": "another"}, "files": [{"url": "/no"}]}]}],
+        [
+            {
+                "content": [
+                    {"mdf": mdf, "files": records},
+                    {"mdf": {"source_id": "another"}, "files": [{"url": "/no"}]},
+                ]
+            }
+        ],
     ]
     server.pages = [{"gmeta": gmeta, "total": 2} for gmeta in pages]
     return server
 
 
 def fetch(server, folder):
-    download_damaged_alloys(folder, index_url=f"{server.url}/search", server_url=server.url, log=lambda text: None)
+    download_damaged_alloys(
+        folder, index_url=f"{server.url}/search", server_url=server.url, log=lambda text: None
+    )
 
 
 def test_download_resumes_checks_and_unpacks(published, listed, tmp_path):
@@ -264,7 +295,16 @@ def test_no_name_leads_outside_of_the_folder(published, tmp_path):
 def test_command(published, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = str(tmp_path / "fetched")
-    main([folder, "--download", "--search-url", f"{published.url}/search", "--server-url", published.url])
+    main(
+        [
+            folder,
+            "--download",
+            "--search-url",
+            f"{published.url}/search",
+            "--server-url",
+            published.url,
+        ]
+    )
     assert "3 micrographs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere")])

@@ -22,7 +22,12 @@ def folder(tmp_path, noise):
         path = folder / f"specimen_{i % 2}" / f"image {i}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if i < 2:
-            tifffile.imwrite(f"{path}.tif", noise(i, (40, 70), np.uint16), resolution=(2e7, 2e7), resolutionunit=3)
+            tifffile.imwrite(
+                f"{path}.tif",
+                noise(i, (40, 70), np.uint16),
+                resolution=(2e7, 2e7),
+                resolutionunit=3,
+            )
         else:
             PIL.Image.fromarray(noise(i, (64, 33))).save(f"{path}.{'png' if i < 4 else 'bmp'}")
     return folder
@@ -39,7 +44,11 @@ def test_folder_to_batches(folder, config):
     assert summary["name"] == "alloy"
     assert summary["num_micrographs"] == 6
     assert summary["num_tiles"] == 2 * (2 * 4) + 4 * (4 * 2)
-    assert summary["num_views"] == 6 * summary["num_tiles"] == data.train.num_views + data.held_out.num_views
+    assert (
+        summary["num_views"]
+        == 6 * summary["num_tiles"]
+        == data.train.num_views + data.held_out.num_views
+    )
     assert summary["specimens"] == ["specimen_0", "specimen_1"]
     assert summary["pixel_size_nm"] is None  # known of some only
     assert not set(data.train.rows["micrograph"]) & set(data.held_out.rows["micrograph"])
@@ -57,7 +66,9 @@ def test_8_bit_pixels_come_back_exactly(tmp_path, noise, config):
         PIL.Image.fromarray(image).save(tmp_path / f"{i}.png")
     data, _ = load(tmp_path, config, symmetries="none", cache_dir=str(tmp_path / ".cache"))
     for tiles in (data.train, data.held_out):
-        for name, image in zip(tiles.rows["micrograph"], to_uint8(tiles.batch(range(tiles.num_views)))):
+        for name, image in zip(
+            tiles.rows["micrograph"], to_uint8(tiles.batch(range(tiles.num_views)))
+        ):
             assert np.array_equal(image[0], images[int(name[0])])
 
 
@@ -101,7 +112,9 @@ def test_hashes_of_known_files_are_remembered_and_fresh_ones_are_not(tmp_path, m
     path = tmp_path / "a.bin"
     path.write_bytes(b"one")
     first = hash_files([path], tmp_path / "cache")
-    assert not (tmp_path / "cache" / "file_hashes.json").exists()  # too fresh to tell from a second change
+    assert not (
+        tmp_path / "cache" / "file_hashes.json"
+    ).exists()  # too fresh to tell from a second change
     os.utime(path, (1e9, 1e9))
     assert hash_files([path], tmp_path / "cache") == first
     monkeypatch.setattr("pathlib.Path.read_bytes", None)
@@ -169,10 +182,13 @@ def test_bad_images_are_fatal_on_request(folder, config, noise):
 def test_nothing_usable_is_an_error_that_names_all(tmp_path, config):
     (tmp_path / "a.tif").write_bytes(b"")
     (tmp_path / "b.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"2 of 2 images(.|\n)*a\.tif(.|\n)*b\.png(.|\n)*Nothing is left"):
+    with pytest.raises(
+        ValueError, match=r"2 of 2 images(.|\n)*a\.tif(.|\n)*b\.png(.|\n)*Nothing is left"
+    ):
         load(tmp_path, config, cache_dir=str(tmp_path / ".cache"))
     with pytest.raises(
-        ValueError, match=r"1 of 1 images(.|\n)*not looked at: 1 images beyond the first 1, as num_micro"
+        ValueError,
+        match=r"1 of 1 images(.|\n)*not looked at: 1 images beyond the first 1, as num_micro",
     ):
         load(tmp_path, config, cache_dir=str(tmp_path / ".cache"), num_micrographs=1)
 
@@ -185,7 +201,9 @@ def test_duplicates_across_the_split_are_refused_by_name(tmp_path, noise, config
     (held_out,) = data.summary["held_out"]
     other = "1.png" if held_out != "1.png" else "2.png"
     original = np.array(PIL.Image.open(tmp_path / held_out))
-    PIL.Image.fromarray(np.rot90(original)).save(tmp_path / other)  # turned: training would see it turned back
+    PIL.Image.fromarray(np.rot90(original)).save(
+        tmp_path / other
+    )  # turned: training would see it turned back
     with pytest.raises(ValueError, match="exact duplicates") as error:
         load(tmp_path, config, **cache)
     assert held_out in str(error.value)
@@ -258,9 +276,25 @@ def test_cache_that_cannot_be_written_is_an_error_with_the_way_out(folder, confi
 
 
 def test_names_of_label_folders():
-    for name in ("masks", "mask", "masks1", "Labels", "labels_yolo_polygon", "GT", "ground_truth", "annotations"):
+    for name in (
+        "masks",
+        "mask",
+        "masks1",
+        "Labels",
+        "labels_yolo_polygon",
+        "GT",
+        "ground_truth",
+        "annotations",
+    ):
         assert LABEL_FOLDER.match(name), name
-    for name in ("images", "labelled-tubes"[8:], "maskelynite", "specimen", "gtx", "masked-etching"):
+    for name in (
+        "images",
+        "labelled-tubes"[8:],
+        "maskelynite",
+        "specimen",
+        "gtx",
+        "masked-etching",
+    ):
         assert not LABEL_FOLDER.match(name), name
 
 
@@ -288,7 +322,9 @@ def test_first_so_many_micrographs_in_natural_order(tmp_path, noise, config):
 def test_dataset_of_images_keeps_16_bits(tmp_path, noise, config):
     images = [noise(i, (32, 32), np.uint16) for i in range(3)]
     for i, image in enumerate(images):
-        stored = image if i else np.stack([image] * 3, axis=-1)  # PIL, and so `datasets`, reads 16-bit colour as 8 bits
+        stored = (
+            image if i else np.stack([image] * 3, axis=-1)
+        )  # PIL, and so `datasets`, reads 16-bit colour as 8 bits
         (tmp_path / f"{i}.png").write_bytes(imagecodecs.png_encode(stored))
     table = {
         "image": [str(tmp_path / f"{i}.png") for i in range(3)],
@@ -313,7 +349,10 @@ def test_our_own_tiles_as_a_dataset_keep_micrographs_whole(folder, config, tmp_p
     data.train.rows.save_to_disk(tmp_path / "tiles_set")
     again, _ = load(f"datasets:{tmp_path / 'tiles_set'}", config)
     assert again.summary["num_tiles"] == data.train.num_tiles
-    sides = [{name.rsplit("_", 1)[0] for name in side.rows["micrograph"]} for side in (again.train, again.held_out)]
+    sides = [
+        {name.rsplit("_", 1)[0] for name in side.rows["micrograph"]}
+        for side in (again.train, again.held_out)
+    ]
     assert not sides[0] & sides[1]
 
 

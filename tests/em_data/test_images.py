@@ -4,7 +4,14 @@ import pytest
 import tifffile
 import torch
 
-from em_data import from_uint, read_image_folder, read_micrograph, save_image_grid, to_uint8, write_image
+from em_data import (
+    from_uint,
+    read_image_folder,
+    read_micrograph,
+    save_image_grid,
+    to_uint8,
+    write_image,
+)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -23,7 +30,9 @@ def test_written_image_comes_back_exactly(bits, suffix, tmp_path):
     assert torch.equal(batch[0, 0], images)
     assert torch.equal(batch[1, 0], images)
     assert read_micrograph(tmp_path / f"b{suffix}").pixel_size_nm is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == folder.names  # no remains of the atomic writing
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == folder.names
+    )  # no remains of the atomic writing
 
 
 def test_pixel_size_stands_where_other_programs_look(tmp_path):

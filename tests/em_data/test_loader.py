@@ -55,7 +55,9 @@ def test_loader_starts_anywhere():
     assert take(3, batch_size=8, start=7 * 8) == take(10, batch_size=8)[7:]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 9, "world_size": 2}, {"batch_size": 8, "rank": 2, "world_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 9, "world_size": 2}, {"batch_size": 8, "rank": 2, "world_size": 2}]
+)
 def test_batch_that_cannot_be_shared_is_refused(options):
     with pytest.raises(ValueError, match="process"):
         BatchLoader(FakeTiles(), ImageSampler(30), **options)

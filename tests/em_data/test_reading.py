@@ -54,7 +54,10 @@ EXACT = {
         GREY8,
     ),
     "tiff white is zero": (tiff(65535 - GREY16, photometric="miniswhite"), GREY16),
-    "tiff one bit, white is zero": (tiff(GREY8 > 99, photometric="miniswhite"), np.where(GREY8 > 99, 0, 255)),
+    "tiff one bit, white is zero": (
+        tiff(GREY8 > 99, photometric="miniswhite"),
+        np.where(GREY8 > 99, 0, 255),
+    ),
     "tiff with a thumbnail": (tiff_with_thumbnail(), GREY16),
     "tiff int16 of positive values": (tiff((GREY16 // 2).astype(np.int16)), GREY16 // 2),
     "tiff float of whole numbers": (tiff(GREY16.astype(np.float32)), GREY16),
@@ -64,7 +67,10 @@ EXACT = {
     "png three equal channels 8": (pil(three(GREY8), "PNG"), GREY8),
     "png three equal channels 16": (imagecodecs.png_encode(three(GREY16)), GREY16),
     "png opaque": (pil(np.dstack([three(GREY8), np.full_like(GREY8, 255)]), "PNG"), GREY8),
-    "png 16 opaque": (imagecodecs.png_encode(np.dstack([GREY16, np.full_like(GREY16, 65535)])), GREY16),
+    "png 16 opaque": (
+        imagecodecs.png_encode(np.dstack([GREY16, np.full_like(GREY16, 65535)])),
+        GREY16,
+    ),
     "png grey palette": (pil(PIL.Image.fromarray(GREY8).convert("P"), "PNG"), GREY8),
     "png one bit": (pil(PIL.Image.fromarray(GREY8 > 127), "PNG"), np.where(GREY8 > 127, 255, 0)),
     "bmp": (pil(GREY8, "BMP"), GREY8),
@@ -78,7 +84,9 @@ def test_grey_levels_are_read_exactly(kind, tmp_path):
     path = tmp_path / "image.dat"  # told by content, not by suffix
     path.write_bytes(data)
     image = read_micrograph(path).image
-    assert image.dtype == (np.uint8 if "uint8" in str(expected.dtype) or "one bit" in kind else np.uint16)
+    assert image.dtype == (
+        np.uint8 if "uint8" in str(expected.dtype) or "one bit" in kind else np.uint16
+    )
     assert np.array_equal(image, expected)
 
 
@@ -88,7 +96,9 @@ def test_jpeg_of_a_grey_image_is_read_as_pil_reads_it():
     image = read_micrograph(data, name="a.jpg").image
     assert image.dtype == np.uint8
     assert np.abs(image.astype(int) - smooth).max() <= 3
-    assert np.array_equal(image, np.array(PIL.Image.open(io.BytesIO(pil(smooth, "JPEG", quality=95)))))
+    assert np.array_equal(
+        image, np.array(PIL.Image.open(io.BytesIO(pil(smooth, "JPEG", quality=95))))
+    )
 
 
 COLOUR = three(GREY8).copy()
@@ -136,7 +146,12 @@ def test_bad_image_is_refused_by_name_with_the_reason(kind, tmp_path):
 
 
 def test_every_cut_of_a_file_is_refused_and_never_half_read():
-    for data in (tiff(GREY16, compression="lzw"), pil(GREY8, "PNG"), pil(GREY16, "PNG"), pil(GREY8, "BMP")):
+    for data in (
+        tiff(GREY16, compression="lzw"),
+        pil(GREY8, "PNG"),
+        pil(GREY16, "PNG"),
+        pil(GREY8, "BMP"),
+    ):
         for length in np.linspace(1, len(data) - 20, 23).astype(int):
             with pytest.raises(ValueError, match=r"^x: "):
                 read_micrograph(data[:length], name="x")
@@ -157,7 +172,10 @@ def test_nothing_is_printed_of_a_bad_tiff(capfd):
 
 def test_image_too_large_for_its_format_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1500)
-    assert read_micrograph(pil(GREY8, "PNG"), name="x").image.shape == (40, 56)  # the limit itself is PIL's, doubled
+    assert read_micrograph(pil(GREY8, "PNG"), name="x").image.shape == (
+        40,
+        56,
+    )  # the limit itself is PIL's, doubled
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="save it as TIFF"):
         read_micrograph(pil(GREY8, "PNG"), name="x")
@@ -179,7 +197,13 @@ def test_float_image_is_scaled_to_16_bits_and_says_so():
 
 def png_with(chunk):
     data = pil(GREY8, "PNG")
-    return data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    return (
+        data[:33]
+        + struct.pack(">I", len(chunk) - 4)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + data[33:]
+    )
 
 
 OME = {
@@ -195,15 +219,24 @@ SIZES = {
     "png ratio only": (png_with(b"pHYs" + struct.pack(">IIB", 1, 1, 0)), None),
     "png without": (pil(GREY8, "PNG"), None),
     "tiff per centimetre": (tiff(GREY8, resolution=(8e6, 8e6), resolutionunit="CENTIMETER"), 1.25),
-    "tiff per inch": (tiff(GREY8, resolution=(2.54e7 / 1.25, 2.54e7 / 1.25), resolutionunit="INCH"), 1.25),
+    "tiff per inch": (
+        tiff(GREY8, resolution=(2.54e7 / 1.25, 2.54e7 / 1.25), resolutionunit="INCH"),
+        1.25,
+    ),
     "tiff of a printer": (tiff(GREY8, resolution=(300, 300), resolutionunit="INCH"), None),
     "tiff not square": (tiff(GREY8, resolution=(8e6, 4e6), resolutionunit="CENTIMETER"), None),
     "imagej": (tiff(GREY8, imagej=True, resolution=(0.8, 0.8), metadata={"unit": "nm"}), 1.25),
     "imagej um": (tiff(GREY8, imagej=True, resolution=(800, 800), metadata={"unit": "um"}), 1.25),
-    "imagej in pixels": (tiff(GREY8, imagej=True, resolution=(1, 1), metadata={"unit": "pixel"}), None),
+    "imagej in pixels": (
+        tiff(GREY8, imagej=True, resolution=(1, 1), metadata={"unit": "pixel"}),
+        None,
+    ),
     "ome": (tiff(GREY8, ome=True, metadata=OME), 1.25),
     "gatan": (tiff(GREY8, extratags=[(65003, 2, 3, "nm", True), (65009, 12, 1, 1.25, True)]), 1.25),
-    "gatan um": (tiff(GREY8, extratags=[(65003, 2, 3, "um", True), (65009, 12, 1, 0.00125, True)]), 1.25),
+    "gatan um": (
+        tiff(GREY8, extratags=[(65003, 2, 3, "um", True), (65009, 12, 1, 0.00125, True)]),
+        1.25,
+    ),
 }
 
 
@@ -220,7 +253,9 @@ def test_printers_resolution_is_said_to_be_none():
 
 
 def test_fei_header_gives_pixel_size_and_cuts_the_label_bar():
-    header = "[User]\r\nDate=01/01/2020\r\n[Scan]\r\nPixelWidth=1.25e-009\r\nPixelHeight=1.25e-009\r\n"
+    header = (
+        "[User]\r\nDate=01/01/2020\r\n[Scan]\r\nPixelWidth=1.25e-009\r\nPixelHeight=1.25e-009\r\n"
+    )
     header += "[Image]\r\nResolutionX=56\r\nResolutionY=36\r\n"
     data = tiff(GREY16, extratags=[(34682, 2, len(header) + 1, header, True)])
     micrograph = read_micrograph(data, name="x")

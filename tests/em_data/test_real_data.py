@@ -9,7 +9,9 @@ import pytest
 from em_data import load_data, read_micrograph
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real micrographs in ../shared/data are not here")
+pytestmark = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the real micrographs in ../shared/data are not here"
+)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,9 @@ def test_real_set_is_read_whole_and_its_masks_are_not(name, num_micrographs, num
 
 def test_three_channel_jpeg_frames_are_grey(config):
     data = load_data(
-        str(SHARED / "ti-neutron-loops"), config(resolution=1024, num_micrographs=2), log=lambda line: None
+        str(SHARED / "ti-neutron-loops"),
+        config(resolution=1024, num_micrographs=2),
+        log=lambda line: None,
     )
     assert data.summary["num_tiles"] == 8
     path = next((SHARED / "ti-neutron-loops" / "images").iterdir())

@@ -20,13 +20,17 @@ def test_split_by_micrograph_shares_none_and_loses_none(config):
     for seed in range(5):
         train, held_out = split_views(facts(20), micrograph_of_tile, 6, config(seed=seed))
         assert np.array_equal(np.sort(np.concatenate([train, held_out])), np.arange(20 * 3 * 6))
-        sides = micrographs_of(train, micrograph_of_tile), micrographs_of(held_out, micrograph_of_tile)
+        sides = (
+            micrographs_of(train, micrograph_of_tile),
+            micrographs_of(held_out, micrograph_of_tile),
+        )
         assert not sides[0] & sides[1]
         assert len(sides[1]) == 2
 
 
 @pytest.mark.parametrize(
-    ("num", "fraction", "expected"), [(2, 0.1, 1), (2, 0.9, 1), (5, 0.1, 1), (10, 0.25, 2), (494, 0.1, 49)]
+    ("num", "fraction", "expected"),
+    [(2, 0.1, 1), (2, 0.9, 1), (5, 0.1, 1), (10, 0.25, 2), (494, 0.1, 49)],
 )
 def test_at_least_one_group_on_each_side(num, fraction, expected, config):
     groups = [str(i) for i in range(num)]
@@ -44,7 +48,9 @@ def test_seed_decides_and_a_new_micrograph_changes_few(config):
 def test_split_by_specimen_keeps_specimens_whole(config):
     specimens = ["a", "a", "b", "b", "b", "c"]
     train, held_out = split_views(facts(6, specimens), np.arange(6), 6, config(split="specimen"))
-    sides = [{specimens[m] for m in micrographs_of(views, np.arange(6))} for views in (train, held_out)]
+    sides = [
+        {specimens[m] for m in micrographs_of(views, np.arange(6))} for views in (train, held_out)
+    ]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == {"a", "b", "c"}
 
@@ -54,7 +60,9 @@ def test_leaky_split_draws_views(config):
     train, held_out = split_views(facts(4), micrograph_of_tile, 6, config(split="leaky"))
     assert (len(train), len(held_out)) == (540, 60)
     assert np.array_equal(np.sort(np.concatenate([train, held_out])), np.arange(600))
-    assert len(set(train // 6) & set(held_out // 6)) > 30  # other views of the same tiles: that is the leak
+    assert (
+        len(set(train // 6) & set(held_out // 6)) > 30
+    )  # other views of the same tiles: that is the leak
     train, held_out = split_views(facts(1), np.zeros(4, int), 6, config(split="leaky"))
     assert len(train) + len(held_out) == 24
 
@@ -65,7 +73,9 @@ def test_one_micrograph_cannot_be_split_and_the_way_out_is_named(config):
 
 
 def test_unknown_or_single_specimens_are_refused(config):
-    with pytest.raises(ValueError, match=r"specimen of m0\.tif, m1\.tif is unknown.*specimen-pattern"):
+    with pytest.raises(
+        ValueError, match=r"specimen of m0\.tif, m1\.tif is unknown.*specimen-pattern"
+    ):
         split_views(facts(2), np.arange(2), 6, config(split="specimen"))
     with pytest.raises(ValueError, match=r"only one specimen \(a\)"):
         split_views(facts(2, ["a", "a"]), np.arange(2), 6, config(split="specimen"))
@@ -81,5 +91,7 @@ def test_sides_that_share_an_exact_duplicate_are_refused_by_name():
     micrographs = facts(4, hashes=["a", "b", "c", "a"])
     with pytest.raises(ValueError, match=r"exact duplicates.*m0\.tif = m3\.tif"):
         check_split(micrographs[:2], micrographs[2:])
-    check_split(micrographs[1:3], [micrographs[0], micrographs[3]])  # both on one side: nothing leaks
+    check_split(
+        micrographs[1:3], [micrographs[0], micrographs[3]]
+    )  # both on one side: nothing leaks
     assert find_duplicates(micrographs) == [["m0.tif", "m3.tif"]]

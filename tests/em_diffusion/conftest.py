@@ -16,8 +16,14 @@ class FakeTiles:
     def __init__(self, num_views=24, resolution=16, seed=0):
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.randn(num_views, 1, resolution // 4, resolution // 4, generator=generator)
-        self.images = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear").clamp(-1, 1)
-        self.num_views, self.resolution, self.fingerprint = num_views, resolution, f"fake-{seed}-{num_views}"
+        self.images = torch.nn.functional.interpolate(
+            coarse, scale_factor=4, mode="bilinear"
+        ).clamp(-1, 1)
+        self.num_views, self.resolution, self.fingerprint = (
+            num_views,
+            resolution,
+            f"fake-{seed}-{num_views}",
+        )
         self.seen = set()
 
     def locate(self, view_ids):
@@ -63,7 +69,11 @@ def vqvae(config):
 @pytest.fixture
 def pipeline(config, vqvae):
     torch.manual_seed(1)
-    unet = create_denoiser(config.denoiser, config.latent_size, config.autoencoder.latent_channels).eval()
-    pipe = EMLatentDiffusionPipeline(vqvae, unet, create_scheduler(config.denoiser), pixel_size_nm=0.5)
+    unet = create_denoiser(
+        config.denoiser, config.latent_size, config.autoencoder.latent_channels
+    ).eval()
+    pipe = EMLatentDiffusionPipeline(
+        vqvae, unet, create_scheduler(config.denoiser), pixel_size_nm=0.5
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -45,7 +45,9 @@ def norm(weights, name, x, eps):
     mean = grouped.mean(-1, keepdim=True)
     variance = (grouped - mean).square().mean(-1, keepdim=True)
     normed = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)
-    return normed * weights[name + ".weight"].view(-1, 1, 1) + weights[name + ".bias"].view(-1, 1, 1)
+    return normed * weights[name + ".weight"].view(-1, 1, 1) + weights[name + ".bias"].view(
+        -1, 1, 1
+    )
 
 
 def linear(weights, name, x, out):
@@ -65,7 +67,9 @@ def double(x):
 
 def halve(x):
     """Means of 2 x 2 pixels."""
-    return (x[:, :, 0::2, 0::2] + x[:, :, 1::2, 0::2] + x[:, :, 0::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+    return (
+        x[:, :, 0::2, 0::2] + x[:, :, 1::2, 0::2] + x[:, :, 0::2, 1::2] + x[:, :, 1::2, 1::2]
+    ) / 4
 
 
 # ---------------------------------------------------------------- taming-transformers: encoder, decoder, codes
@@ -81,8 +85,12 @@ def taming_attention(weights, name, x):
     """One head over all positions: each takes softmax(q k / sqrt(c)) of the values."""
     channels = x.shape[1]
     normed = norm(weights, f"{name}.norm", x, 1e-6)
-    q, k, v = (conv(weights, f"{name}.{part}", normed, channels, size=1).flatten(2) for part in "qkv")
-    share = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(channels), dim=2)  # [B, who asks, who answers]
+    q, k, v = (
+        conv(weights, f"{name}.{part}", normed, channels, size=1).flatten(2) for part in "qkv"
+    )
+    share = torch.softmax(
+        q.transpose(1, 2) @ k / math.sqrt(channels), dim=2
+    )  # [B, who asks, who answers]
     h = (v @ share.transpose(1, 2)).reshape(x.shape)
     return x + conv(weights, f"{name}.proj_out", h, channels, size=1)
 
@@ -109,8 +117,17 @@ def taming_encoder(weights, config, x):
         name, out = f"encoder.down.{level}", config["ch"] * multiplier
         x = taming_level(weights, name, x, out, config["num_res_blocks"], side, config)
         if level + 1 < len(config["ch_mult"]):
-            if config.get("resamp_with_conv", True):  # one column and one row of zeros, right and below
-                x = conv(weights, f"{name}.downsample.conv", F.pad(x, (0, 1, 0, 1)), out, stride=2, padding=0)
+            if config.get(
+                "resamp_with_conv", True
+            ):  # one column and one row of zeros, right and below
+                x = conv(
+                    weights,
+                    f"{name}.downsample.conv",
+                    F.pad(x, (0, 1, 0, 1)),
+                    out,
+                    stride=2,
+                    padding=0,
+                )
             else:
                 x = halve(x)
             side //= 2
@@ -132,7 +149,12 @@ def taming_decoder(weights, config, z):
             side *= 2
             if config.get("resamp_with_conv", True):
                 x = conv(weights, f"{name}.upsample.conv", x, out)
-    x = conv(weights, "decoder.conv_out", swish(norm(weights, "decoder.norm_out", x, 1e-6)), config["out_ch"])
+    x = conv(
+        weights,
+        "decoder.conv_out",
+        swish(norm(weights, "decoder.norm_out", x, 1e-6)),
+        config["out_ch"],
+    )
     return torch.tanh(x) if config.get("tanh_out") else x
 
 
@@ -145,14 +167,18 @@ def taming_encode(weights, params, x):
 
 def taming_decode(weights, params, latents):
     return taming_decoder(
-        weights, params["ddconfig"], conv(weights, "post_quant_conv", latents, params["ddconfig"]["z_channels"], size=1)
+        weights,
+        params["ddconfig"],
+        conv(weights, "post_quant_conv", latents, params["ddconfig"]["z_channels"], size=1),
     )
 
 
 def nearest_codes(weights, params, latents):
     """The nearest code of each position and its number, by comparing with all."""
     if isinstance(weights, Shapes):
-        weights["quantize.embedding.weight"] = weights.random(params["n_embed"], params["embed_dim"])
+        weights["quantize.embedding.weight"] = weights.random(
+            params["n_embed"], params["embed_dim"]
+        )
     codes = weights["quantize.embedding.weight"]
     distances = (latents.movedim(1, -1)[..., None, :] - codes).square().sum(-1)  # [B, h, w, codes]
     indices = distances.argmin(-1)
@@ -175,7 +201,9 @@ def random_taming(kind, params, seed=0):
     if kind == "KL":
         latents = latents[:, : params["embed_dim"]]
     else:
-        latents, _ = (most_probable_codes if kind == "Gumbel VQ" else nearest_codes)(weights, params, latents)
+        latents, _ = (most_probable_codes if kind == "Gumbel VQ" else nearest_codes)(
+            weights, params, latents
+        )
     taming_decode(weights, params, latents)
     return dict(weights)
 
@@ -190,7 +218,9 @@ def unet_block(weights, name, x, time, out, config, resample=None):
     h = step(swish(norm(weights, f"{name}.in_layers.0", x, 1e-5)))
     h = conv(weights, f"{name}.in_layers.2", h, out)
     both = config.get("use_scale_shift_norm", False)
-    t = linear(weights, f"{name}.emb_layers.1", swish(time), out * (2 if both else 1))[:, :, None, None]
+    t = linear(weights, f"{name}.emb_layers.1", swish(time), out * (2 if both else 1))[
+        :, :, None, None
+    ]
     if both:
         scale, shift = t[:, :out], t[:, out:]
         h = norm(weights, f"{name}.out_layers.0", h, 1e-5) * (1 + scale) + shift
@@ -198,14 +228,18 @@ def unet_block(weights, name, x, time, out, config, resample=None):
         h = norm(weights, f"{name}.out_layers.0", h + t, 1e-5)
     h = conv(weights, f"{name}.out_layers.3", swish(h), out)
     x = step(x)
-    return h + (x if x.shape[1] == out else conv(weights, f"{name}.skip_connection", x, out, size=1))
+    return h + (
+        x if x.shape[1] == out else conv(weights, f"{name}.skip_connection", x, out, size=1)
+    )
 
 
 def unet_attention(weights, name, x, config):
     """Attention head by head; queries and keys are each multiplied by the head's width to the power of -1/4."""
     channels, shape = x.shape[1], x.shape
     heads = (
-        config["num_heads"] if config.get("num_head_channels", -1) == -1 else channels // config["num_head_channels"]
+        config["num_heads"]
+        if config.get("num_head_channels", -1) == -1
+        else channels // config["num_head_channels"]
     )
     width = channels // heads
     flat = x.flatten(2)
@@ -213,7 +247,9 @@ def unet_attention(weights, name, x, config):
     if isinstance(weights, Shapes):
         weights.add(f"{name}.qkv", (3 * channels, channels, 1))
         weights.add(f"{name}.proj_out", (channels, channels, 1))
-    qkv = weights[f"{name}.qkv.weight"][..., 0] @ normed + weights[f"{name}.qkv.bias"][:, None]  # [B, 3 C, positions]
+    qkv = (
+        weights[f"{name}.qkv.weight"][..., 0] @ normed + weights[f"{name}.qkv.bias"][:, None]
+    )  # [B, 3 C, positions]
     answers = []
     for head in range(heads):
         if config.get("use_new_attention_order"):  # all queries, all keys, all values
@@ -237,7 +273,12 @@ def unet(weights, config, x, timesteps):
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
     angles = timesteps[:, None].float() * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
-    time = linear(weights, "time_embed.2", swish(linear(weights, "time_embed.0", embedding, 4 * width)), 4 * width)
+    time = linear(
+        weights,
+        "time_embed.2",
+        swish(linear(weights, "time_embed.0", embedding, 4 * width)),
+        4 * width,
+    )
 
     def resample(name, x, factor):
         function = double if factor == 2 else halve
@@ -294,7 +335,9 @@ def random_unet(config, seed=0):
 
 def dalle_conv(weights, name, x, out, size):
     if isinstance(weights, Shapes):
-        weights[name + ".w"] = weights.random(out, x.shape[1], size, size) / math.sqrt(x.shape[1] * size**2 / 2)
+        weights[name + ".w"] = weights.random(out, x.shape[1], size, size) / math.sqrt(
+            x.shape[1] * size**2 / 2
+        )
         weights[name + ".b"] = 0.1 * weights.random(out)
     return F.conv2d(x, weights[name + ".w"], weights[name + ".b"], padding=size // 2)
 
@@ -303,7 +346,13 @@ def dalle_group(weights, name, x, out, num_blocks, sizes):
     for i in range(num_blocks):
         block, h = f"{name}.block_{i + 1}", x
         for j, size in enumerate(sizes):
-            h = dalle_conv(weights, f"{block}.res_path.conv_{j + 1}", h.clamp(min=0), out if j == 3 else out // 4, size)
+            h = dalle_conv(
+                weights,
+                f"{block}.res_path.conv_{j + 1}",
+                h.clamp(min=0),
+                out if j == 3 else out // 4,
+                size,
+            )
         x = x if x.shape[1] == out else dalle_conv(weights, f"{block}.id_path", x, out, 1)
         x = x + h / (4 * num_blocks) ** 2
     return x

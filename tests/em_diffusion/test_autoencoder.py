@@ -67,7 +67,9 @@ def test_codebook_and_commitment_gradients_have_their_closed_form():
 def test_codebook_loss_moves_codes_only_and_commitment_the_encoder_only():
     z, codebook = make_latents().requires_grad_(), make_latents(1, (8, 4)).requires_grad_()
     ours = quantise(z, codebook)
-    assert torch.autograd.grad(ours.codebook_loss, z, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(ours.codebook_loss, z, allow_unused=True, retain_graph=True) == (
+        None,
+    )
     assert torch.autograd.grad(ours.commitment_loss, codebook, allow_unused=True) == (None,)
 
 
@@ -112,7 +114,9 @@ def test_every_parameter_of_the_autoencoder_receives_a_gradient(config, tiles):
     objective = AutoencoderObjective(model, config.autoencoder)
     loss, terms, latents, *_ = objective(tiles.batch(range(8)))
     # all codes near latents, but not on them, where the gradient vanishes
-    move_codes(model.quantize.embedding, torch.arange(64), latents, torch.Generator().manual_seed(0))
+    move_codes(
+        model.quantize.embedding, torch.arange(64), latents, torch.Generator().manual_seed(0)
+    )
     model.quantize.embedding.weight.data.add_(0.01)
     loss, terms, latents, indices, _ = objective(tiles.batch(range(8)))
     loss.backward()
@@ -224,7 +228,9 @@ def kl_stage(config):
 @pytest.mark.parametrize("family", ["vq", "kl"])
 @pytest.mark.parametrize(("channels", "factor"), [((8, 16, 16), 4), ((8, 8, 16, 16), 8)])
 def test_f4_and_f8_of_both_families(config, family, channels, factor):
-    stage = dataclasses.replace(config.autoencoder, family=family, block_out_channels=channels, latent_channels=3)
+    stage = dataclasses.replace(
+        config.autoencoder, family=family, block_out_channels=channels, latent_channels=3
+    )
     model = create_autoencoder(stage, 32)
     images = torch.rand(2, 1, 32, 32) * 2 - 1
     with torch.no_grad():
@@ -255,11 +261,15 @@ def test_kl_is_its_integral_and_the_latents_are_of_the_posterior(kl_stage, tiles
         mean, deviation = posterior.mean.double(), posterior.std.double()
         q = torch.distributions.Normal(mean, deviation)
         z = mean + deviation * torch.linspace(-9, 9, 4001, dtype=torch.float64).view(-1, 1, 1, 1, 1)
-        density = q.log_prob(z).exp() * (q.log_prob(z) - torch.distributions.Normal(0, 1).log_prob(z))
+        density = q.log_prob(z).exp() * (
+            q.log_prob(z) - torch.distributions.Normal(0, 1).log_prob(z)
+        )
         integral = torch.trapezoid(density, z, dim=0).sum() / images.numel()
         decoded = model.decode((mean + deviation * noise).float()).sample
     assert ours.terms["kl"].item() == pytest.approx(integral.item(), rel=1e-5)
-    assert ours.terms["l1"].item() == pytest.approx((decoded - images).abs().mean().item(), rel=1e-4)
+    assert ours.terms["l1"].item() == pytest.approx(
+        (decoded - images).abs().mean().item(), rel=1e-4
+    )
     c, t = kl_stage, ours.terms
     expected = c.l1_weight * t["l1"] + c.perceptual_weight * t["perceptual"] + c.kl_weight * t["kl"]
     torch.testing.assert_close(ours.loss.detach(), expected)

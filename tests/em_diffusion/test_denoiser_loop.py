@@ -11,10 +11,27 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 
 from em_diffusion import denoiser_loop
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, load_denoiser
-from em_diffusion.denoiser_loop import draw_noise, draw_validation_batch, evaluate_denoising, train_denoiser
+from em_diffusion.denoiser import (
+    compute_denoising_loss,
+    create_denoiser,
+    create_scheduler,
+    load_denoiser,
+)
+from em_diffusion.denoiser_loop import (
+    draw_noise,
+    draw_validation_batch,
+    evaluate_denoising,
+    train_denoiser,
+)
 from em_diffusion.em_unet2d_model import EMUNet2DModel
-from em_training import create_accelerator, list_checkpoints, load_checkpoint, make_generator, read_best, read_stats
+from em_training import (
+    create_accelerator,
+    list_checkpoints,
+    load_checkpoint,
+    make_generator,
+    read_best,
+    read_stats,
+)
 from em_training.posthoc_ema import list_snapshots
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,7 +44,12 @@ def train(vqvae, accelerator, tmp_path):
 
     def train(stage, name, kill_after=None, accelerator=accelerator, **options):
         latents, held_out = make_latents(), make_latents(6, seed=1)
-        arguments = {"vqvae": vqvae, "accelerator": accelerator, "out_dir": tmp_path / name, **options}
+        arguments = {
+            "vqvae": vqvae,
+            "accelerator": accelerator,
+            "out_dir": tmp_path / name,
+            **options,
+        }
         if kill_after is None:
             train_denoiser(stage, latents, held_out, **arguments)
         else:
@@ -48,7 +70,11 @@ def load_last(folder):
     [
         {"prediction_type": "flow", "timestep_density": "logit_normal"},
         {"prediction_type": "v_prediction", "zero_terminal_snr": True},
-        {"prediction_type": "v_prediction", "min_snr_gamma": 5.0, "learning_rate_decay": "inverse_sqrt"},
+        {
+            "prediction_type": "v_prediction",
+            "min_snr_gamma": 5.0,
+            "learning_rate_decay": "inverse_sqrt",
+        },
         {"micro_batch_size": 3, "gradient_checkpointing": True},
         {"posthoc_ema_every": 24},
         {"num_attention_heads": 4},
@@ -78,8 +104,13 @@ def test_snapshots_resume_to_the_bit(config, train):
 
 def test_heads_of_one_number_are_counted_and_saved(config, tmp_path):
     """As many on every level, whatever its channels; the stock model where heads have one width."""
-    stage = dataclasses.replace(config.denoiser, channel_multipliers=(1, 2, 4), attention_levels=(1, 2))
-    for changes, kind, heads in (({"num_attention_heads": 8}, EMUNet2DModel, {8}), ({}, UNet2DModel, {4, 8})):
+    stage = dataclasses.replace(
+        config.denoiser, channel_multipliers=(1, 2, 4), attention_levels=(1, 2)
+    )
+    for changes, kind, heads in (
+        ({"num_attention_heads": 8}, EMUNet2DModel, {8}),
+        ({}, UNet2DModel, {4, 8}),
+    ):
         unet = create_denoiser(dataclasses.replace(stage, **changes), 8, 4)
         assert type(unet) is kind
         assert {module.heads for module in unet.modules() if isinstance(module, Attention)} == heads
@@ -98,23 +129,32 @@ def test_heads_of_one_number_are_counted_and_saved(config, tmp_path):
 
 def test_the_best_resumes_to_the_bit(config, train, held_out):
     """Killed after the best at 48 was kept and before it was in a checkpoint: it is found again, by replay."""
-    stage = dataclasses.replace(config.denoiser, evaluate_every=16, num_evaluation_images=6, num_evaluation_steps=2)
+    stage = dataclasses.replace(
+        config.denoiser, evaluate_every=16, num_evaluation_images=6, num_evaluation_steps=2
+    )
     whole = train(stage, "whole", held_out=held_out)
     train(stage, "parts", kill_after=7, held_out=held_out)
     assert_same_run(whole, train(stage, "parts", held_out=held_out))
     parts = whole.parents[1] / "parts/denoiser"
-    distances = {line["num_images_seen"]: line["held_out_frechet_distance"] for line in read_stats(whole)}
+    distances = {
+        line["num_images_seen"]: line["held_out_frechet_distance"] for line in read_stats(whole)
+    }
     best = read_best(whole)
     assert best == read_best(parts)
     assert best["frechet_distance"] == min(distances.values()) == distances[best["num_images_seen"]]
-    weights = [load_file(f / "best/unet/diffusion_pytorch_model.safetensors") for f in (whole, parts)]
+    weights = [
+        load_file(f / "best/unet/diffusion_pytorch_model.safetensors") for f in (whole, parts)
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_parts_and_recomputation_change_nothing_but_rounding(config, train):
     """Weights after 8 steps, against those of the plain loop, and with a memory that holds 3 images."""
     plain = load_last(train(config.denoiser, "plain"))["model"]
-    for name, changes in (("micro", {"micro_batch_size": 3}), ("again", {"gradient_checkpointing": True})):
+    for name, changes in (
+        ("micro", {"micro_batch_size": 3}),
+        ("again", {"gradient_checkpointing": True}),
+    ):
         weights = load_last(train(dataclasses.replace(config.denoiser, **changes), name))["model"]
         for key, value in plain.items():
             torch.testing.assert_close(weights[key], value, rtol=2e-3, atol=2e-5)
@@ -143,7 +183,9 @@ def test_a_compiler_that_fails_changes_nothing(config, train, monkeypatch, capfd
     monkeypatch.setattr(torch, "compile", lambda module: fail)
     folder = train(dataclasses.replace(config.denoiser, compile="on"), "on")
     assert capfd.readouterr().err.count("torch.compile does not work here") == 1
-    assert all(torch.equal(value, plain[name]) for name, value in load_last(folder)["model"].items())
+    assert all(
+        torch.equal(value, plain[name]) for name, value in load_last(folder)["model"].items()
+    )
 
 
 def test_memory_that_runs_out_is_survived_and_resumed(config, train, monkeypatch, capfd):
@@ -190,9 +232,18 @@ class TestFloat16:
 
     def test_overflow_skips_steps_and_resumes_to_the_bit(self, config, train, scaled, monkeypatch):
         """A loss of about 16 overflows at the first scales, and once more when the scale has grown again."""
-        monkeypatch.setattr(denoiser_loop, "compute_denoising_loss", lambda *args: 16 * compute_denoising_loss(*args))
+        monkeypatch.setattr(
+            denoiser_loop,
+            "compute_denoising_loss",
+            lambda *args: 16 * compute_denoising_loss(*args),
+        )
         stage = dataclasses.replace(config.denoiser, log_every=8)
-        options = {"init_scale": 2.0**127, "growth_interval": 3, "backoff_factor": 0.125, "growth_factor": 8.0}
+        options = {
+            "init_scale": 2.0**127,
+            "growth_interval": 3,
+            "backoff_factor": 0.125,
+            "growth_factor": 8.0,
+        }
         whole = train(stage, "whole", accelerator=scaled(**options))
         train(stage, "parts", kill_after=6, accelerator=scaled(**options))
         assert_same_run(whole, train(stage, "parts", accelerator=scaled(**options)))
@@ -241,7 +292,9 @@ def test_the_studys_variants_are_built_and_stepped(config, num_levels, batch_siz
     )
     unet, scheduler = create_denoiser(stage, 32, 4), create_scheduler(stage)
     latents = torch.randn(batch_size, 4, 32, 32, generator=make_generator(0))
-    losses = compute_denoising_loss(unet, scheduler, latents, *draw_noise(latents.shape, stage, make_generator(1)))
+    losses = compute_denoising_loss(
+        unet, scheduler, latents, *draw_noise(latents.shape, stage, make_generator(1))
+    )
     assert losses.shape == (batch_size,)
     losses.mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in unet.parameters())

@@ -27,7 +27,9 @@ class SlowAttention:
     def __init__(self, num_heads):
         self.num_heads = num_heads
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
+    ):
         batch, channels, height, width = hidden_states.shape
         normed = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)  # [B, h w, C]
         q, k, v = (linear(normed) for linear in (attn.to_q, attn.to_k, attn.to_v))
@@ -35,9 +37,15 @@ class SlowAttention:
         heads = []
         for i in range(self.num_heads):
             part = slice(i * head_width, (i + 1) * head_width)
-            weights = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / head_width**0.5, dim=-1)
+            weights = torch.softmax(
+                q[..., part] @ k[..., part].transpose(1, 2) / head_width**0.5, dim=-1
+            )
             heads.append(weights @ v[..., part])
-        out = attn.to_out[0](torch.cat(heads, dim=-1)).transpose(1, 2).reshape(batch, channels, height, width)
+        out = (
+            attn.to_out[0](torch.cat(heads, dim=-1))
+            .transpose(1, 2)
+            .reshape(batch, channels, height, width)
+        )
         return out + hidden_states
 
 
@@ -70,7 +78,9 @@ def explicit(model, num_heads):
 
 @pytest.fixture
 def noisy():
-    return torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([3, 700])
+    return torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor(
+        [3, 700]
+    )
 
 
 def relative(a, b):
@@ -78,8 +88,12 @@ def relative(a, b):
 
 
 def test_signature_is_the_stock_one_and_two_more():
-    ours, stock = (inspect.signature(cls.__init__).parameters for cls in (EMUNet2DModel, UNet2DModel))
-    assert {name: p.default for name, p in ours.items()} == {name: p.default for name, p in stock.items()} | {
+    ours, stock = (
+        inspect.signature(cls.__init__).parameters for cls in (EMUNet2DModel, UNet2DModel)
+    )
+    assert {name: p.default for name, p in ours.items()} == {
+        name: p.default for name, p in stock.items()
+    } | {
         "num_attention_heads": None,
         "resample_with_conv": True,
     }
@@ -95,7 +109,9 @@ def test_output_and_gradients_equal_explicit_attention(num_heads, noisy):
     for output in outputs:
         output.square().sum().backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            a.grad, b.grad, atol=1e-3, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @torch.no_grad()
@@ -144,14 +160,18 @@ def test_round_trip_keeps_the_heads(tmp_path, num_heads, noisy):
     assert loaded.config.attention_head_dim == (None if num_heads else 8)
     assert torch.equal(loaded(*noisy).sample, model(*noisy).sample)
     again = EMUNet2DModel.from_config(loaded.config)
-    assert {attention.heads for attention in attentions(again)} == {a.heads for a in attentions(model)}
+    assert {attention.heads for attention in attentions(again)} == {
+        a.heads for a in attentions(model)
+    }
 
 
 def test_config_of_the_stock_model_takes_the_heads():
     stock = UNet2DModel(**SHAPE, attention_head_dim=4)
     model = EMUNet2DModel.from_config(dict(stock.config) | {"num_attention_heads": 2})
     assert {attention.heads for attention in attentions(model)} == {2}
-    assert {a.to_q.weight.shape for a in attentions(model)} == {a.to_q.weight.shape for a in attentions(stock)}
+    assert {a.to_q.weight.shape for a in attentions(model)} == {
+        a.to_q.weight.shape for a in attentions(stock)
+    }
 
 
 def test_head_width_that_does_not_divide_is_no_obstacle():
@@ -172,10 +192,14 @@ def test_resampling_without_convolutions_takes_means_and_repeats(tmp_path, noisy
     assert not [name for name in model.state_dict() if "samplers" in name]
     seen = []
     for block, name in ((model.down_blocks[0], "downsamplers"), (model.up_blocks[0], "upsamplers")):
-        getattr(block, name)[0].register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        getattr(block, name)[0].register_forward_hook(
+            lambda _, args, output: seen.append((args[0], output))
+        )
     expected = model(*noisy).sample
     (wide, narrow), (small, large) = seen
-    torch.testing.assert_close(narrow, wide.reshape(*narrow.shape[:3], 2, narrow.shape[3], 2).mean((3, 5)))
+    torch.testing.assert_close(
+        narrow, wide.reshape(*narrow.shape[:3], 2, narrow.shape[3], 2).mean((3, 5))
+    )
     assert torch.equal(large, small.repeat_interleave(2, 2).repeat_interleave(2, 3))
     model.save_pretrained(tmp_path)
     assert torch.equal(EMUNet2DModel.from_pretrained(tmp_path)(*noisy).sample, expected)
@@ -209,5 +233,7 @@ def test_every_parameter_receives_a_gradient(noisy):
     model(*noisy).sample.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     # keys share a bias that the softmax cancels: its gradient is zero up to rounding
-    names = [n for n, p in model.named_parameters() if not p.grad.any() and not n.endswith("to_k.bias")]
+    names = [
+        n for n, p in model.named_parameters() if not p.grad.any() and not n.endswith("to_k.bias")
+    ]
     assert not names

@@ -40,7 +40,9 @@ def test_distance_is_that_of_the_evaluation(held_out, accelerator):
 def test_further_metrics_stand_beside_the_distance(held_out, accelerator):
     said = []
     metrics = ("kernel_distance", "frechet_distance_infinite", "recall")
-    distance = HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator, metrics=metrics, say=said.append)
+    distance = HeldOutDistance(
+        held_out, 6, seed=0, accelerator=accelerator, metrics=metrics, say=said.append
+    )
     images = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     value = distance.measure(lambda numbers: images[list(numbers)])
     a, b = (distance.extractor(from_uint(to_uint8(x))).numpy() for x in (images, held_out.images))
@@ -60,7 +62,10 @@ def test_further_metrics_stand_beside_the_distance(held_out, accelerator):
 
 def test_few_held_out_views_are_said_or_refused(held_out, accelerator):
     said = []
-    assert HeldOutDistance(held_out, 100, seed=0, accelerator=accelerator, say=said.append).num_images == 6
+    assert (
+        HeldOutDistance(held_out, 100, seed=0, accelerator=accelerator, say=said.append).num_images
+        == 6
+    )
     assert "over 6 images" in said[0]
     held_out.num_views = 1
     with pytest.raises(ValueError, match="turn evaluate_every off"):
@@ -119,7 +124,10 @@ def test_a_kill_leaves_the_old_best_or_the_new(tmp_path, monkeypatch, moment):
     assert found["frechet_distance"] == float((tmp_path / "best/unet/weights").read_text())
     assert found["frechet_distance"] == (1.0 if moment < 3 else 2.0)
     save_best(Model(3), tmp_path, {"frechet_distance": 3.0}, "unet")
-    assert (read_best(tmp_path)["frechet_distance"], (tmp_path / "best/unet/weights").read_text()) == (3.0, "3")
+    assert (
+        read_best(tmp_path)["frechet_distance"],
+        (tmp_path / "best/unet/weights").read_text(),
+    ) == (3.0, "3")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
@@ -132,13 +140,20 @@ def test_there_is_no_best_without_a_record(tmp_path):
 
 def test_two_processes_measure_what_one_measures(tmp_path):
     """Shares of unequal size, weights that stay equal, one best: two_processes.py, against the same stage in one process."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     program = Path(__file__).with_name("two_processes.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, arguments in (("two", launch), ("one", [])):
         command = [sys.executable, *arguments, str(program), str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
-    two, one = (json.loads((tmp_path / name / "measured.json").read_text()) for name in ("two", "one"))
+    two, one = (
+        json.loads((tmp_path / name / "measured.json").read_text()) for name in ("two", "one")
+    )
     np.testing.assert_allclose(two["distance"], one["distance"], rtol=1e-4)
     assert two["best"] is not None

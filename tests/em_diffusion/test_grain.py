@@ -36,13 +36,19 @@ def test_known_grain_is_recovered(known):
     assert drawn.square().mean() == pytest.approx(added.square().mean().item(), rel=0.1)
     # 0.35 cycles per pixel are the 11th frequency of 16
     below = (radial_power_spectrum(drawn) / radial_power_spectrum(added))[:10]
-    np.testing.assert_allclose(below, 1, atol=0.2)  # what is missing of strong structure is known less well
+    np.testing.assert_allclose(
+        below, 1, atol=0.2
+    )  # what is missing of strong structure is known less well
     above = radial_power_spectrum(drawn)[12:]
     assert (above < 0.01 * radial_power_spectrum(drawn)[5]).all()
     for grey in (decoded < -0.3, (decoded > -0.1) & (decoded < 0.1), decoded > 0.3):
         assert drawn[grey].std() == pytest.approx(added[grey].std().item(), rel=0.1)
-    levels, expected = (each.square().mean(dim=(1, 2, 3)).sqrt().sort().values for each in (drawn, added))
-    np.testing.assert_allclose(levels[[30, 150, 450, 570]], expected[[30, 150, 450, 570]], rtol=0.15)
+    levels, expected = (
+        each.square().mean(dim=(1, 2, 3)).sqrt().sort().values for each in (drawn, added)
+    )
+    np.testing.assert_allclose(
+        levels[[30, 150, 450, 570]], expected[[30, 150, 450, 570]], rtol=0.15
+    )
 
 
 def test_images_that_lack_nothing_get_nothing(known):
@@ -95,7 +101,10 @@ def test_the_filter_is_a_circular_convolution_and_keeps_the_variance():
     height, width = 6, 8
     grain = EMGrain((height, width))
     amplitude = torch.rand(height, width // 2 + 1, generator=torch.Generator().manual_seed(0)) + 0.1
-    amplitude[-2:, 0], amplitude[-2:, -1] = amplitude[1:3, 0].flip(0), amplitude[1:3, -1].flip(0)  # of a real kernel
+    amplitude[-2:, 0], amplitude[-2:, -1] = (
+        amplitude[1:3, 0].flip(0),
+        amplitude[1:3, -1].flip(0),
+    )  # of a real kernel
     mean_square = (amplitude.square() * frequency_rings(height, width)[1]).sum() / (height * width)
     grain.load_state_dict(grain.state_dict() | {"amplitude": amplitude / mean_square.sqrt()})
     noise = torch.randn(2, 1, height, width, generator=torch.Generator().manual_seed(1))
@@ -105,7 +114,9 @@ def test_the_filter_is_a_circular_convolution_and_keeps_the_variance():
         for j in range(width):
             expected += kernel[i, j] * noise.roll((i, j), dims=(-2, -1))
     torch.testing.assert_close(grain.filter(noise), expected)
-    assert kernel.square().sum() == pytest.approx(1, rel=1e-5)  # the variance of what the filter makes of white noise
+    assert kernel.square().sum() == pytest.approx(
+        1, rel=1e-5
+    )  # the variance of what the filter makes of white noise
 
 
 def test_power_is_parsevals():
@@ -123,14 +134,18 @@ def test_each_image_depends_on_its_generator_alone(known):
 
     whole = draw(list(range(20)))
     torch.testing.assert_close(torch.cat([draw([19]), draw([3, 4])]), whole[[19, 3, 4]])
-    same = grain(decoded[:1].expand(2, -1, -1, -1), [torch.Generator().manual_seed(i) for i in (0, 1)])
+    same = grain(
+        decoded[:1].expand(2, -1, -1, -1), [torch.Generator().manual_seed(i) for i in (0, 1)]
+    )
     assert (same[0] - same[1]).abs().max() > 0.05
 
 
 def test_interpolation_is_numpys():
     knots, values = torch.tensor([-0.5, 0.1, 0.2, 0.9]), torch.tensor([1.0, 3.0, -1.0, 2.0])
     x = torch.linspace(-2, 2, 101).view(1, 101)
-    np.testing.assert_allclose(interpolate(x, knots, values), np.interp(x, knots, values), atol=1e-6)
+    np.testing.assert_allclose(
+        interpolate(x, knots, values), np.interp(x, knots, values), atol=1e-6
+    )
     assert torch.equal(interpolate(x, knots[:1], values[:1]), torch.ones_like(x))
 
 

@@ -29,7 +29,9 @@ def test_latents_are_encoded_view_by_view_once_and_normalised(vqvae, tiles, acce
     latents = Latents(array, *measure_latents(array, chunk=5))
     normalised = latents.batch(range(24))
     torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
-    torch.testing.assert_close(normalised.std(dim=(0, 2, 3), unbiased=False), torch.ones(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        normalised.std(dim=(0, 2, 3), unbiased=False), torch.ones(4), rtol=0, atol=1e-3
+    )
 
     tiles.seen.clear()
     encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator)
@@ -63,7 +65,9 @@ def test_kl_latents_are_cached_as_means(config, tiles, accelerator, tmp_path):
     array, _ = encode_latents(model, tiles, tmp_path, accelerator=accelerator, batch_size=5)
     with torch.no_grad():
         expected = model.encode(tiles.batch(range(24))).latent_dist.mean
-    torch.testing.assert_close(torch.from_numpy(np.array(array)).float(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(np.array(array)).float(), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 class Killed(BaseException):
@@ -71,9 +75,13 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("killed_at", [2, 5, 6, 9])
-def test_a_killed_encoding_goes_on_chunk_by_chunk(vqvae, tiles, accelerator, tmp_path, monkeypatch, killed_at):
+def test_a_killed_encoding_goes_on_chunk_by_chunk(
+    vqvae, tiles, accelerator, tmp_path, monkeypatch, killed_at
+):
     """Batches of 2 views, chunks of 8 of 24; stopped in the first chunk, in a write, between chunks, in the last chunk."""
-    whole, _ = encode_latents(vqvae, tiles, tmp_path / "whole", accelerator=accelerator, batch_size=2)
+    whole, _ = encode_latents(
+        vqvae, tiles, tmp_path / "whole", accelerator=accelerator, batch_size=2
+    )
     count = 0
 
     def mortal(*arguments):
@@ -91,7 +99,9 @@ def test_a_killed_encoding_goes_on_chunk_by_chunk(vqvae, tiles, accelerator, tmp
             encode_latents(vqvae, tiles, tmp_path / "parts", accelerator=accelerator, batch_size=2)
     assert not list((tmp_path / "parts").glob("*.npy"))
     tiles.seen.clear()
-    parts, seconds = encode_latents(vqvae, tiles, tmp_path / "parts", accelerator=accelerator, batch_size=2)
+    parts, seconds = encode_latents(
+        vqvae, tiles, tmp_path / "parts", accelerator=accelerator, batch_size=2
+    )
     num_done = {2: 0, 5: 0, 6: 8, 9: 8}[killed_at]  # one call finds the shape, then four a chunk
     assert tiles.seen == set(range(num_done, 24)) | {0}
     assert np.array_equal(parts, whole)
@@ -127,11 +137,28 @@ def test_an_unfinished_file_of_other_weights_or_chunks_is_not_gone_on_with(
 
 
 def run_two_processes(folder, killed_after):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     script = str(Path(__file__).with_name("encode_latents_in_processes.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+    ]
     return subprocess.run(
-        [*command, str(folder), str(killed_after)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(folder), str(killed_after)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -154,7 +181,9 @@ def test_two_processes_share_the_encoding_and_survive_a_kill(accelerator, tmp_pa
     }
     (path,) = (tmp_path / "latents").glob("*.npy")
     model, tiles = make_parts()
-    alone, _ = encode_latents(model, tiles, tmp_path / "alone", accelerator=accelerator, batch_size=1)
+    alone, _ = encode_latents(
+        model, tiles, tmp_path / "alone", accelerator=accelerator, batch_size=1
+    )
     assert np.array_equal(np.load(path), alone)
     assert path.name == next((tmp_path / "alone").glob("*.npy")).name
 

@@ -26,7 +26,9 @@ SHAPE = {
 
 def create_vq(channels=3, seed=0):
     torch.manual_seed(seed)
-    model = VQModel(in_channels=channels, out_channels=channels, num_vq_embeddings=32, **SHAPE).eval()
+    model = VQModel(
+        in_channels=channels, out_channels=channels, num_vq_embeddings=32, **SHAPE
+    ).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight)
     return model
 
@@ -56,7 +58,9 @@ def test_vq_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
     assert_agrees(latents, expected)
     assert torch.equal(indices, model.quantize(expected)[2][2].reshape(3, 8, 12))
     assert indices.unique().numel() > 1
-    assert_agrees(autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1))
+    assert_agrees(
+        autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1)
+    )
     assert (autoencoder.kind, autoencoder.num_codes) == ("VQ", 32)
 
 
@@ -69,7 +73,9 @@ def test_kl_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
     expected = model.encode(images.repeat(1, 3, 1, 1)).latent_dist.mean
     assert indices is None
     assert_agrees(latents, expected)
-    assert_agrees(autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1))
+    assert_agrees(
+        autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1)
+    )
     assert (autoencoder.kind, autoencoder.num_codes) == ("KL", None)
 
 
@@ -79,7 +85,10 @@ def test_folded_model_saves_and_loads_as_a_grey_one(tmp_path, create, images):
     folded.save_pretrained(tmp_path)
     loaded = type(folded).from_pretrained(tmp_path)
     assert loaded.config.in_channels == loaded.config.out_channels == 1
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), folded.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), folded.state_dict().values())
+    )
     assert {p.requires_grad for p in folded.parameters()} == {True}
 
 
@@ -123,7 +132,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "0" * 40)
         if not path.is_file():
             self.send_header(
-                "X-Error-Code", "EntryNotFound" if path.parents[len(parts) - 1].is_dir() else "RepoNotFound"
+                "X-Error-Code",
+                "EntryNotFound" if path.parents[len(parts) - 1].is_dir() else "RepoNotFound",
             )
         data = path.read_bytes() if path.is_file() else b""
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
@@ -147,7 +157,9 @@ def hub(tmp_path):
     thread.start()
 
     def run(code):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("HF_")
+        }
         environment |= {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(tmp_path / "cache"),
@@ -156,7 +168,11 @@ def hub(tmp_path):
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -196,5 +212,7 @@ for name in ("other", "nothing"):
     assert "lab/nothing is no file or folder, and cannot be fetched from the Hub" in nothing
     for name, repository in (("model", "lab/model"), ("pipeline", "lab/pipeline/vqvae")):
         assert_agrees(torch.load(tmp_path / f"{name}.pt"), expected[repository].encode(images)[0])
-    fetched = {line.split("/")[-1] for line in hub.asked if line.startswith("GET") and "/resolve/" in line}
+    fetched = {
+        line.split("/")[-1] for line in hub.asked if line.startswith("GET") and "/resolve/" in line
+    }
     assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}

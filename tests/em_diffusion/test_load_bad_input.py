@@ -16,7 +16,9 @@ import yaml
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.load_official import load_official
 
-spec = importlib.util.spec_from_file_location("official_twins", Path(__file__).with_name("official_twins.py"))
+spec = importlib.util.spec_from_file_location(
+    "official_twins", Path(__file__).with_name("official_twins.py")
+)
 twins = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(twins)
 
@@ -72,7 +74,8 @@ def test_the_right_one_loads(checkpoint):
 def test_missing_yaml(checkpoint):
     checkpoint.with_suffix(".yaml").unlink()
     assert_refused(
-        checkpoint, r"model\.ckpt needs the yaml that describes its model.*put it there, or name it with --config"
+        checkpoint,
+        r"model\.ckpt needs the yaml that describes its model.*put it there, or name it with --config",
     )
 
 
@@ -94,7 +97,10 @@ def test_yaml_that_is_named_and_missing(checkpoint, tmp_path):
             "is a torchvision.models.ResNet, and only these are known",
         ),
         ("model: [\n", "is not a yaml that can be read safely"),
-        ("model: !!python/object/apply:os.system ['touch target']\n", "is not a yaml that can be read safely"),
+        (
+            "model: !!python/object/apply:os.system ['touch target']\n",
+            "is not a yaml that can be read safely",
+        ),
         ("\x00\x01", "is not a yaml"),
     ],
 )
@@ -108,7 +114,10 @@ def test_yaml_of_something_else(checkpoint, text, message, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ch": 64}, r"is \[.*\] in .*model\.ckpt, and \[.*\] by the yaml: it is the yaml of another model"),
+        (
+            {"ch": 64},
+            r"is \[.*\] in .*model\.ckpt, and \[.*\] by the yaml: it is the yaml of another model",
+        ),
         ({"ch_mult": [1, 2, 2]}, "it is damaged, or the yaml is that of another model"),
         ({"ch_mult": [2]}, "the yaml"),
         ({"num_res_blocks": 2}, "the yaml is that of another model"),
@@ -122,7 +131,10 @@ def test_yaml_of_something_else(checkpoint, text, message, monkeypatch, tmp_path
         ({"give_pre_end": True}, "give_pre_end"),
         ({"ch": 33}, "cannot be built"),
         ({"ch": 0}, "ch is 0"),
-        ({"ch": 2**20}, "the yaml of another model"),  # its second convolution alone would take 40 TB
+        (
+            {"ch": 2**20},
+            "the yaml of another model",
+        ),  # its second convolution alone would take 40 TB
         ({"ch": 10**9}, "ch is 1000000000"),
         ({"num_res_blocks": 10**5}, "num_res_blocks is 100000"),
         ({"ch_mult": []}, r"ch_mult is \[\]"),
@@ -139,12 +151,19 @@ def test_yaml_of_another_kind(checkpoint):
     write_yaml(checkpoint.with_suffix(".yaml"), target="taming.models.vqgan.GumbelVQ")
     assert_refused(checkpoint, "the yaml is that of another model")
     network = PARAMS["ddconfig"] | {"double_z": True}
-    write_yaml(checkpoint.with_suffix(".yaml"), PARAMS | {"ddconfig": network}, "ldm.models.autoencoder.AutoencoderKL")
+    write_yaml(
+        checkpoint.with_suffix(".yaml"),
+        PARAMS | {"ddconfig": network},
+        "ldm.models.autoencoder.AutoencoderKL",
+    )
     assert_refused(checkpoint, "the yaml")
 
 
 def test_classifier(checkpoint):
-    torch.save(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(4, 5)).state_dict(), checkpoint)
+    torch.save(
+        torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(4, 5)).state_dict(),
+        checkpoint,
+    )
     assert_refused(
         checkpoint,
         r"model\.ckpt is not the checkpoint of a VQ autoencoder: it holds 0\.weight, 0\.bias, 1\.weight and so on",
@@ -152,7 +171,9 @@ def test_classifier(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "contents", [{"epoch": 3}, [1, 2], {"state_dict": {}}, torch.ones(3), {"state_dict": {"a": "b"}}], ids=str
+    "contents",
+    [{"epoch": 3}, [1, 2], {"state_dict": {}}, torch.ones(3), {"state_dict": {"a": "b"}}],
+    ids=str,
 )
 def test_checkpoint_without_weights(checkpoint, contents):
     torch.save(contents, checkpoint)
@@ -170,12 +191,16 @@ def test_missing_and_unexpected_tensors(checkpoint, weights):
     torch.save({"state_dict": some}, checkpoint)
     assert_refused(checkpoint, r"has no decoder\.conv_out\.bias for a VQ autoencoder")
     torch.save({"state_dict": weights | {"encoder.extra.weight": torch.ones(1)}}, checkpoint)
-    assert_refused(checkpoint, r"also holds encoder\.extra\.weight, which the yaml does not explain")
+    assert_refused(
+        checkpoint, r"also holds encoder\.extra\.weight, which the yaml does not explain"
+    )
 
 
 def test_stylegan_pickle_and_safetensors(checkpoint, weights):
     checkpoint.write_bytes(b"\x80\x04ctorch_utils.persistence\n_reconstruct_persistent_obj\n.")
-    assert_refused(checkpoint, "is a StyleGAN pickle; convert it with python -m em_stylegan.load_official")
+    assert_refused(
+        checkpoint, "is a StyleGAN pickle; convert it with python -m em_stylegan.load_official"
+    )
     from safetensors.torch import save_file
 
     save_file(weights, checkpoint)
@@ -188,7 +213,9 @@ def test_whole_module_that_is_not_dalle(checkpoint):
 
 
 def test_no_such_source(tmp_path):
-    assert_refused(str(tmp_path / "none.ckpt"), "there is no file or folder .* and it is not a Hub id")
+    assert_refused(
+        str(tmp_path / "none.ckpt"), "there is no file or folder .* and it is not a Hub id"
+    )
     assert_refused(str(tmp_path), "there is no autoencoder in")
     with pytest.raises(FileNotFoundError):
         load_official(tmp_path / "none.ckpt")
@@ -203,7 +230,9 @@ def test_damaged_config_and_missing_weights(tmp_path):
     assert_refused(tmp_path, r"config\.json is damaged")
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
     assert_refused(tmp_path, "has no weights that can be read")
-    torch.save({"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")  # a pickle is not even looked at
+    torch.save(
+        {"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin"
+    )  # a pickle is not even looked at
     assert_refused(tmp_path, "has no weights that can be read")
 
 
@@ -231,7 +260,9 @@ def test_command_is_not_run(checkpoint, weights, tmp_path, place, zipped):
     torch.save(contents, path, _use_new_zipfile_serialization=zipped)
     if place == "in encoder.pkl":
         torch.save({}, tmp_path / "decoder.pkl")
-    assert_refused(path, r"it would call (posix|nt)\.system, which is no data \(nothing of it was run\)")
+    assert_refused(
+        path, r"it would call (posix|nt)\.system, which is no data \(nothing of it was run\)"
+    )
     assert not (tmp_path / "target").exists()
 
 
@@ -243,7 +274,9 @@ def test_bare_malicious_pickle(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_truncated_and_altered_files(checkpoint, weights, zipped):
-    torch.save({"state_dict": weights, "epoch": 1}, checkpoint, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": weights, "epoch": 1}, checkpoint, _use_new_zipfile_serialization=zipped
+    )
     data = checkpoint.read_bytes()
     for length in (1, 100, len(data) // 3, len(data) - 10):
         checkpoint.write_bytes(data[:length])
@@ -259,8 +292,17 @@ def test_truncated_and_altered_files(checkpoint, weights, zipped):
 
 def test_command_line_says_one_line(checkpoint, tmp_path):
     checkpoint.with_suffix(".yaml").unlink()
-    command = [sys.executable, "-m", "em_diffusion.load_official", str(checkpoint), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONWARNINGS": "error::RuntimeWarning"}
+    command = [
+        sys.executable,
+        "-m",
+        "em_diffusion.load_official",
+        str(checkpoint),
+        str(tmp_path / "out"),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONWARNINGS": "error::RuntimeWarning",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

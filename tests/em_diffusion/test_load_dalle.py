@@ -13,7 +13,9 @@ from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.load_official import load_official, main
 
-spec = importlib.util.spec_from_file_location("official_twins", Path(__file__).with_name("official_twins.py"))
+spec = importlib.util.spec_from_file_location(
+    "official_twins", Path(__file__).with_name("official_twins.py")
+)
 twins = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(twins)
 
@@ -29,7 +31,10 @@ def build_module(weights, class_name):
         if path not in modules:
             cls = getattr(sys.modules["dall_e.encoder"], names.get(path, "Block"))
             modules[path] = cls()
-            modules[path].device, modules[path].n_hid = torch.device("cpu"), 2  # attributes as those of the originals
+            modules[path].device, modules[path].n_hid = (
+                torch.device("cpu"),
+                2,
+            )  # attributes as those of the originals
             if path:
                 parent, _, name = path.rpartition(".")
                 find(parent).add_module(name, modules[path])
@@ -81,20 +86,28 @@ def twin_codes(encoder, config, images):
 
 
 def twin_images(decoder, config, codes):
-    one_hot = nn.functional.one_hot(codes, config["vocab_size"]).movedim(-1, 1).to(next(iter(decoder.values())).dtype)
+    one_hot = (
+        nn.functional.one_hot(codes, config["vocab_size"])
+        .movedim(-1, 1)
+        .to(next(iter(decoder.values())).dtype)
+    )
     location = torch.sigmoid(twins.dalle_decoder(decoder, config, one_hot)[:, : config["channels"]])
     return 2 * ((location - 0.1) / 0.8).clamp(0, 1) - 1
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"whole": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"_use_new_zipfile_serialization": False}, {"whole": False}], ids=str
+)
 @pytest.mark.parametrize("changes", [{}, {"n_blk": 1, "channels": 1}])
 def test_answers_as_the_twin(create, images, options, changes):
     config = CONFIG | changes
     folder, encoder, decoder = create(config, **options)
     model = load_official(folder, grey=False).double()
-    encoder, decoder = ({name: tensor.double() for name, tensor in half.items()} for half in (encoder, decoder))
+    encoder, decoder = (
+        {name: tensor.double() for name, tensor in half.items()} for half in (encoder, decoder)
+    )
     x = images[:, : config["channels"]].double()
     logits, codes = twin_codes(encoder, config, x)
     assert len(codes.unique()) > 1
@@ -106,8 +119,14 @@ def test_answers_as_the_twin(create, images, options, changes):
     expected = twin_images(decoder, config, codes)
     assert (expected.abs() == 1).any()
     assert (expected.abs() < 1).double().mean() > 0.05
-    for decoded in (model.decode(latents), model.decode(latents, force_not_quantize=True), model(x)):
-        assert error(decoded.sample, expected) < 1e-6  # a code and its bias are stored as their sum, in float32
+    for decoded in (
+        model.decode(latents),
+        model.decode(latents, force_not_quantize=True),
+        model(x),
+    ):
+        assert (
+            error(decoded.sample, expected) < 1e-6
+        )  # a code and its bias are stored as their sum, in float32
 
 
 @torch.no_grad()
@@ -137,7 +156,9 @@ def test_codes_are_found_from_latents_that_are_near(create, images):
 
 def test_one_half_is_enough_to_find_the_other(create, tmp_path, monkeypatch):
     folder, _, _ = create()
-    monkeypatch.setattr("sys.argv", ["load_official", str(folder / "encoder.pkl"), str(tmp_path / "out")])
+    monkeypatch.setattr(
+        "sys.argv", ["load_official", str(folder / "encoder.pkl"), str(tmp_path / "out")]
+    )
     main()
     assert EMDalleVAE.from_pretrained(tmp_path / "out").config.in_channels == 1
 

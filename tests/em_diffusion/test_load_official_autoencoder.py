@@ -15,11 +15,16 @@ from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.load_official import load_official, main
 
-spec = importlib.util.spec_from_file_location("official_twins", Path(__file__).with_name("official_twins.py"))
+spec = importlib.util.spec_from_file_location(
+    "official_twins", Path(__file__).with_name("official_twins.py")
+)
 twins = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(twins)
 
-FOLDER = Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures")) / "official_vqgan"
+FOLDER = (
+    Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
+    / "official_vqgan"
+)
 FIXTURES = sorted(path.with_suffix("") for path in FOLDER.glob("*.ckpt"))
 TARGETS = {
     "VQ": "taming.models.vqgan.VQModel",
@@ -43,8 +48,18 @@ CASES = {
     "no attention": ("VQ", {}, 4, VQModel),
     "attention on the finest level": ("VQ", {"attn_resolutions": [32]}, 4, VQModel),
     "attention on the coarsest level": ("VQ", {"attn_resolutions": [16]}, 4, VQModel),
-    "attention on several levels": ("VQ", {"attn_resolutions": [32, 8], "ch_mult": [1, 1, 2]}, 4, VQModel),
-    "attention in the middle only of three": ("VQ", {"attn_resolutions": [16], "ch_mult": [1, 2, 2]}, 4, VQModel),
+    "attention on several levels": (
+        "VQ",
+        {"attn_resolutions": [32, 8], "ch_mult": [1, 1, 2]},
+        4,
+        VQModel,
+    ),
+    "attention in the middle only of three": (
+        "VQ",
+        {"attn_resolutions": [16], "ch_mult": [1, 2, 2]},
+        4,
+        VQModel,
+    ),
     "attention nowhere at all": ("VQ", {"attn_resolutions": [16], "attn_type": "none"}, 4, VQModel),
     "other attention in encoder and decoder": (
         "VQ",
@@ -52,19 +67,44 @@ CASES = {
         4,
         VQModel,
     ),
-    "three blocks, three channels": ("VQ", {"num_res_blocks": 3, "in_channels": 3, "out_ch": 3}, 4, VQModel),
+    "three blocks, three channels": (
+        "VQ",
+        {"num_res_blocks": 3, "in_channels": 3, "out_ch": 3},
+        4,
+        VQModel,
+    ),
     "one level": ("VQ", {"ch_mult": [1], "attn_resolutions": [32]}, 4, VQModel),
     "widths that fall": ("VQ", {"ch_mult": [1, 3, 2]}, 4, VQModel),
     "codes of other width than latents": ("VQ", {"z_channels": 6}, 3, VQModel),
     "other channels at the end": ("VQ", {"in_channels": 2, "out_ch": 5}, 4, VQModel),
     "wide first level": ("VQ", {"ch_mult": [2, 1], "attn_resolutions": [32]}, 4, EMTamingVQModel),
-    "no convolutions between levels": ("VQ", {"resamp_with_conv": False, "ch_mult": [1, 2, 1]}, 4, EMTamingVQModel),
+    "no convolutions between levels": (
+        "VQ",
+        {"resamp_with_conv": False, "ch_mult": [1, 2, 1]},
+        4,
+        EMTamingVQModel,
+    ),
     "tanh at the end": ("VQ", {"tanh_out": True}, 4, EMTamingVQModel),
     "classifier": ("Gumbel VQ", {"attn_resolutions": [16], "z_channels": 8}, 8, EMGumbelVQModel),
-    "classifier, unusual": ("Gumbel VQ", {"ch_mult": [2, 2], "resamp_with_conv": False}, 4, EMGumbelVQModel),
+    "classifier, unusual": (
+        "Gumbel VQ",
+        {"ch_mult": [2, 2], "resamp_with_conv": False},
+        4,
+        EMGumbelVQModel,
+    ),
     "gaussian": ("KL", {"double_z": True, "attn_resolutions": [32]}, 4, AutoencoderKL),
-    "gaussian, no attention at all": ("KL", {"double_z": True, "attn_type": "none"}, 4, AutoencoderKL),
-    "gaussian of other width": ("KL", {"double_z": True, "z_channels": 6}, 3, EMTamingAutoencoderKL),
+    "gaussian, no attention at all": (
+        "KL",
+        {"double_z": True, "attn_type": "none"},
+        4,
+        AutoencoderKL,
+    ),
+    "gaussian of other width": (
+        "KL",
+        {"double_z": True, "z_channels": 6},
+        3,
+        EMTamingAutoencoderKL,
+    ),
     "gaussian, unusual": (
         "KL",
         {"double_z": True, "ch_mult": [3, 1], "resamp_with_conv": False},
@@ -77,7 +117,11 @@ CASES = {
 
 def parameters(case):
     kind, changes, embed_dim, _ = CASES[case]
-    params = {"embed_dim": embed_dim, "ddconfig": BASE | changes, "lossconfig": {"target": "torch.nn.Identity"}}
+    params = {
+        "embed_dim": embed_dim,
+        "ddconfig": BASE | changes,
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }
     return params if kind == "KL" else params | {"n_embed": 40}
 
 
@@ -88,9 +132,16 @@ def write(folder, params, weights, target, name="model", extra=()):
         "loss.discriminator.main.0.weight": torch.ones(3),
         "loss.perceptual_loss.lin0.model.1.weight": torch.ones(2),
     }
-    contents = {"epoch": 3, "global_step": 7, "state_dict": weights | rubbish | dict(extra), "callbacks": {"x": 1}}
+    contents = {
+        "epoch": 3,
+        "global_step": 7,
+        "state_dict": weights | rubbish | dict(extra),
+        "callbacks": {"x": 1},
+    }
     torch.save(contents, path)
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"target": target, "params": params}}))
+    path.with_suffix(".yaml").write_text(
+        yaml.safe_dump({"model": {"target": target, "params": params}})
+    )
     return path
 
 
@@ -119,7 +170,10 @@ def rms(value, expected):
 
 
 def as_double(weights):
-    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    return {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
 
 
 @torch.no_grad()
@@ -130,19 +184,28 @@ def test_answers_as_the_twin(case, case_files):
     model = load_official(path, grey=False)
     assert type(model) is cls
     x = images(params["ddconfig"]["in_channels"])
-    if params["ddconfig"]["resolution"] == 51:  # odd sides occur where they are halved with one row of zeros
+    if (
+        params["ddconfig"]["resolution"] == 51
+    ):  # odd sides occur where they are halved with one row of zeros
         x = images(params["ddconfig"]["in_channels"], shape=(9, 13))
     # in float64 the two are the same function; in float32, the same up to rounding
-    for precision, tolerance, error in ((torch.float64, 1e-9, deviation), (torch.float32, 1e-5, rms)):
+    for precision, tolerance, error in (
+        (torch.float64, 1e-9, deviation),
+        (torch.float32, 1e-5, rms),
+    ):
         model = model.to(precision)
-        w, x = (as_double(weights), x.double()) if precision == torch.float64 else (weights, x.float())
+        w, x = (
+            (as_double(weights), x.double()) if precision == torch.float64 else (weights, x.float())
+        )
         latents = twins.taming_encode(w, params, x)
         output = model.encode(x)
         if kind == "KL":
             mean, log_variance = latents.chunk(2, dim=1)
             assert error(output.latent_dist.mode(), mean) < tolerance
             assert error(output.latent_dist.logvar, log_variance.clamp(-30, 20)) < tolerance
-            assert error(model.decode(mean).sample, twins.taming_decode(w, params, mean)) < tolerance
+            assert (
+                error(model.decode(mean).sample, twins.taming_decode(w, params, mean)) < tolerance
+            )
             continue
         assert error(output.latents, latents) < tolerance
         quantise = twins.most_probable_codes if kind == "Gumbel VQ" else twins.nearest_codes
@@ -180,15 +243,21 @@ def test_components_of_our_own_save_and_load(tmp_path, case, case_files, caplog)
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "target", ["ldm.models.autoencoder.VQModelInterface", "taming.models.vqgan.EMAVQ", "VQNoDiscModel"]
+    "target",
+    ["ldm.models.autoencoder.VQModelInterface", "taming.models.vqgan.EMAVQ", "VQNoDiscModel"],
 )
 def test_relatives_of_the_vq_model(tmp_path, target):
     params = parameters("no attention") | {"monitor": "val/rec_loss"}
     weights = twins.random_taming("VQ", params)
-    extra = {"quantize.embedding.cluster_size": torch.ones(40), "quantize.embedding.embed_avg": torch.ones(40, 4)}
+    extra = {
+        "quantize.embedding.cluster_size": torch.ones(40),
+        "quantize.embedding.embed_avg": torch.ones(40, 4),
+    }
     path = write(tmp_path, params, weights, target, extra=extra)
     x = images(1)
-    assert rms(load_official(path).encode(x).latents, twins.taming_encode(weights, params, x)) < 1e-5
+    assert (
+        rms(load_official(path).encode(x).latents, twins.taming_encode(weights, params, x)) < 1e-5
+    )
 
 
 @torch.no_grad()
@@ -199,7 +268,10 @@ def test_averaged_weights(case_files):
     extra["model_ema.lossdiscriminatormain0weight"] = torch.zeros(3)
     path, params, weights = case_files("no attention", extra=extra)
     x = images(1)
-    expected = {False: twins.taming_encode(weights, params, x), True: twins.taming_encode(average, params, x)}
+    expected = {
+        False: twins.taming_encode(weights, params, x),
+        True: twins.taming_encode(average, params, x),
+    }
     for use_ema in (None, True, False):
         latents = load_official(path, use_ema=use_ema).encode(x).latents
         assert rms(latents, expected[use_ema is not False]) < 1e-5
@@ -207,7 +279,9 @@ def test_averaged_weights(case_files):
 
 
 def test_averaged_weights_that_are_incomplete_or_absent(case_files):
-    path, _, _ = case_files("no attention", extra={"model_ema.encoderconv_inweight": torch.ones(32, 1, 3, 3)})
+    path, _, _ = case_files(
+        "no attention", extra={"model_ema.encoderconv_inweight": torch.ones(32, 1, 3, 3)}
+    )
     with pytest.raises(ValueError, match=r"it holds .* and no model_ema\."):
         load_official(path)
     load_official(path, use_ema=False)
@@ -243,7 +317,13 @@ def test_dropout_and_training_keys_do_not_matter(tmp_path):
     weights = twins.random_taming("VQ", params)
     plain = load_official(write(tmp_path, params, weights, TARGETS["VQ"]))
     params["ddconfig"] = params["ddconfig"] | {"dropout": 0.3}
-    full = {"base_learning_rate": 4.5e-6, "ckpt_path": "x", "lr_g_factor": 1.0, "remap": None, "sane_index_shape": True}
+    full = {
+        "base_learning_rate": 4.5e-6,
+        "ckpt_path": "x",
+        "lr_g_factor": 1.0,
+        "remap": None,
+        "sane_index_shape": True,
+    }
     other = load_official(write(tmp_path, params | full, weights, TARGETS["VQ"], name="other"))
     x = images(1)
     assert torch.equal(plain(x).sample, other(x).sample)
@@ -253,12 +333,20 @@ def test_dropout_and_training_keys_do_not_matter(tmp_path):
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.name)
 def test_stored_reference_numbers(fixture):
     """To 1e-5 of the deviation, as a root mean square: at single pixels, rounding puts the stored numbers 2e-5 from float64's."""
-    numbers = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(f"{fixture}.npz").items()}
+    numbers = {
+        name: torch.from_numpy(np.asarray(value))
+        for name, value in np.load(f"{fixture}.npz").items()
+    }
     model = load_official(f"{fixture}.ckpt", grey=False)
-    for precision, tolerance, error in ((torch.float32, 1e-5, rms), (torch.float64, 3e-5, deviation)):
+    for precision, tolerance, error in (
+        (torch.float32, 1e-5, rms),
+        (torch.float64, 3e-5, deviation),
+    ):
         model = model.to(precision)
         for suffix in ("", "_rect"):
-            expected = {name: numbers[name + suffix] for name in ("x", "prequant", "indices", "zq", "rec")}
+            expected = {
+                name: numbers[name + suffix] for name in ("x", "prequant", "indices", "zq", "rec")
+            }
             latents = model.encode(expected["x"].to(precision)).latents
             codes, loss, (_, _, indices) = model.quantize(latents)
             assert error(latents, expected["prequant"]) < tolerance
@@ -266,7 +354,9 @@ def test_stored_reference_numbers(fixture):
             assert error(codes, expected["zq"]) < tolerance
             assert loss == pytest.approx(float(numbers["vq_loss" + suffix]), rel=1e-4)
             assert error(model.decode(latents).sample, expected["rec"]) < tolerance
-            unquantised = model.decode(expected["prequant"].to(precision), force_not_quantize=True).sample
+            unquantised = model.decode(
+                expected["prequant"].to(precision), force_not_quantize=True
+            ).sample
             assert error(unquantised, numbers["rec_from_prequant_noquant" + suffix]) < tolerance
 
 
@@ -294,7 +384,9 @@ def test_command_writes_an_autoencoder_that_loads(tmp_path, case_files, monkeypa
     assert json.loads((tmp_path / "out" / "config.json").read_text())["_class_name"] == "VQModel"
 
 
-@pytest.mark.parametrize("place", ["model.yml", "config.yaml", "../configs/2021-04-03T19-39-50_x-project.yaml"])
+@pytest.mark.parametrize(
+    "place", ["model.yml", "config.yaml", "../configs/2021-04-03T19-39-50_x-project.yaml"]
+)
 def test_yaml_is_found_where_the_originals_put_it(tmp_path, place):
     folder = tmp_path / "checkpoints"
     folder.mkdir()

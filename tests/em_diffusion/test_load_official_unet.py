@@ -17,7 +17,9 @@ from em_diffusion.load_official import load_official, load_official_unet, main
 from em_diffusion.official_config import NoiseSchedule
 from em_diffusion.official_unet import compute_betas, create_scheduler
 
-spec = importlib.util.spec_from_file_location("official_twins", Path(__file__).with_name("official_twins.py"))
+spec = importlib.util.spec_from_file_location(
+    "official_twins", Path(__file__).with_name("official_twins.py")
+)
 twins = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(twins)
 
@@ -45,11 +47,19 @@ CASES = {
     "scale and shift": ({"use_scale_shift_norm": True}, EMUNet2DModel),
     "residual resampling": ({"resblock_updown": True, "attention_resolutions": [2]}, EMUNet2DModel),
     "both, as in ADM": (
-        {"resblock_updown": True, "use_scale_shift_norm": True, "num_heads": -1, "num_head_channels": 16},
+        {
+            "resblock_updown": True,
+            "use_scale_shift_norm": True,
+            "num_heads": -1,
+            "num_head_channels": 16,
+        },
         UNet2DModel,
     ),
     "resampling without convolutions": ({"conv_resample": False}, EMUNet2DModel),
-    "the same with fixed width": ({"conv_resample": False, "num_heads": -1, "num_head_channels": 16}, EMUNet2DModel),
+    "the same with fixed width": (
+        {"conv_resample": False, "num_heads": -1, "num_head_channels": 16},
+        EMUNet2DModel,
+    ),
     "attention in the middle only": ({"attention_resolutions": []}, EMUNet2DModel),
     "attention on the finest level": ({"attention_resolutions": [1, 4]}, EMUNet2DModel),
     "two blocks": ({"num_res_blocks": 2, "channel_mult": [1, 3]}, EMUNet2DModel),
@@ -78,17 +88,28 @@ PARAMS = {
     "image_size": 8,
     "channels": 4,
     "cond_stage_config": "__is_unconditional__",
-    "first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface", "params": FIRST_STAGE},
+    "first_stage_config": {
+        "target": "ldm.models.autoencoder.VQModelInterface",
+        "params": FIRST_STAGE,
+    },
 }
 
 
 def write(
-    folder, unet_config, weights, params=PARAMS, target="ldm.models.diffusion.ddpm.LatentDiffusion", name="model"
+    folder,
+    unet_config,
+    weights,
+    params=PARAMS,
+    target="ldm.models.diffusion.ddpm.LatentDiffusion",
+    name="model",
 ):
     """A Lightning checkpoint with these weights and its yaml."""
     unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_config}
     path = folder / f"{name}.ckpt"
-    torch.save({"global_step": 5, "state_dict": weights, "optimizer_states": [{"state": torch.ones(5)}]}, path)
+    torch.save(
+        {"global_step": 5, "state_dict": weights, "optimizer_states": [{"state": torch.ones(5)}]},
+        path,
+    )
     path.with_suffix(".yaml").write_text(
         yaml.safe_dump({"model": {"target": target, "params": params | {"unet_config": unet}}})
     )
@@ -100,7 +121,10 @@ def raw(weights):
 
 
 def averaged(weights):
-    names = {f"model_ema.{('diffusion_model.' + name).replace('.', '')}": tensor for name, tensor in weights.items()}
+    names = {
+        f"model_ema.{('diffusion_model.' + name).replace('.', '')}": tensor
+        for name, tensor in weights.items()
+    }
     return names | {
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
@@ -137,7 +161,9 @@ def as_double(weights):
 
 
 def noisy(size=8, channels=4):
-    return torch.randn(2, channels, size, size + 4, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 871])
+    return torch.randn(
+        2, channels, size, size + 4, generator=torch.Generator().manual_seed(1)
+    ), torch.tensor([3, 871])
 
 
 @torch.no_grad()
@@ -169,7 +195,9 @@ def test_the_stock_model_is_wrong_about_a_fixed_number_of_heads(tmp_path):
         )  # attention sharp enough to matter, as in trained models
     unet, _, _ = load_official_unet(write(tmp_path, config, raw(weights)))
     own = ("num_attention_heads", "resample_with_conv")
-    stock = UNet2DModel.from_config({k: v for k, v in unet.config.items() if k not in own} | {"attention_head_dim": 32})
+    stock = UNet2DModel.from_config(
+        {k: v for k, v in unet.config.items() if k not in own} | {"attention_head_dim": 32}
+    )
     stock.load_state_dict(unet.state_dict(), strict=True)
     x, timesteps = noisy(4)
     expected = twins.unet(as_double(weights), config, x.double(), timesteps)
@@ -182,12 +210,17 @@ def test_averaged_and_raw_weights(tmp_path):
     weights, average = twins.random_unet(UNET), twins.random_unet(UNET, seed=5)
     path = write(tmp_path, UNET, raw(weights) | averaged(average))
     x, timesteps = noisy()
-    expected = {False: twins.unet(weights, UNET, x, timesteps), True: twins.unet(average, UNET, x, timesteps)}
+    expected = {
+        False: twins.unet(weights, UNET, x, timesteps),
+        True: twins.unet(average, UNET, x, timesteps),
+    }
     for use_ema in (None, True, False):
         unet, _, _ = load_official_unet(path, use_ema=use_ema)
         assert deviation(unet(x, timesteps).sample, expected[use_ema is not False]) < 1e-5
     only_averages = write(tmp_path, UNET, averaged(average), name="averages")
-    assert deviation(load_official_unet(only_averages)[0](x, timesteps).sample, expected[True]) < 1e-5
+    assert (
+        deviation(load_official_unet(only_averages)[0](x, timesteps).sample, expected[True]) < 1e-5
+    )
     only_raw = write(tmp_path, UNET, raw(weights), name="raw")
     with pytest.raises(ValueError, match="holds no averaged weights"):
         load_official_unet(only_raw, use_ema=True)
@@ -224,7 +257,10 @@ def schedule(**changes):
 @pytest.mark.parametrize(
     ("name", "formula"),
     [
-        ("linear", lambda i: (math.sqrt(0.0015) + i / 999 * (math.sqrt(0.0195) - math.sqrt(0.0015))) ** 2),
+        (
+            "linear",
+            lambda i: (math.sqrt(0.0015) + i / 999 * (math.sqrt(0.0195) - math.sqrt(0.0015))) ** 2,
+        ),
         ("sqrt_linear", lambda i: 0.0015 + i / 999 * (0.0195 - 0.0015)),
         ("sqrt", lambda i: math.sqrt(0.0015 + i / 999 * (0.0195 - 0.0015))),
         (
@@ -250,10 +286,14 @@ def test_round_trip_of_a_schedule_without_a_name(tmp_path):
     assert torch.equal(DDIMScheduler.from_pretrained(tmp_path).betas, scheduler.betas)
 
 
-@pytest.mark.parametrize(("parameterization", "name"), [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
+@pytest.mark.parametrize(
+    ("parameterization", "name"), [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
 def test_what_the_unet_predicts(tmp_path, parameterization, name):
     params = PARAMS | {"parameterization": parameterization}
-    _, scheduler, _ = load_official_unet(write(tmp_path, UNET, raw(twins.random_unet(UNET)), params))
+    _, scheduler, _ = load_official_unet(
+        write(tmp_path, UNET, raw(twins.random_unet(UNET)), params)
+    )
     assert scheduler.config.prediction_type == name
     assert scheduler.config.clip_sample is False
 
@@ -295,7 +335,12 @@ def test_sampling_takes_the_originals_steps(tmp_path, eta):
     noises = torch.randn(5, 1, 4, 8, 8, generator=generator)
     betas = torch.from_numpy(compute_betas(schedule()))
     expected = sample_by_the_original_ddim(
-        lambda z, t: twins.unet(weights, UNET, z.float(), t[None]).double(), betas, x.double(), 5, eta, noises.double()
+        lambda z, t: twins.unet(weights, UNET, z.float(), t[None]).double(),
+        betas,
+        x.double(),
+        5,
+        eta,
+        noises.double(),
     )
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == [801, 601, 401, 201, 1]
@@ -311,7 +356,9 @@ def whole_model(folder, params=PARAMS, kind="VQ", extra=(), **options):
     unet_weights = twins.random_unet(UNET)
     first_stage = params["first_stage_config"]["params"]
     autoencoder = twins.random_taming(kind, first_stage, seed=3)
-    weights = raw(unet_weights) | {f"first_stage_model.{name}": tensor for name, tensor in autoencoder.items()}
+    weights = raw(unet_weights) | {
+        f"first_stage_model.{name}": tensor for name, tensor in autoencoder.items()
+    }
     weights |= {"first_stage_model.loss.discriminator.main.0.weight": torch.ones(3)} | dict(extra)
     return write(folder, UNET, weights, params, **options), unet_weights, autoencoder
 
@@ -361,7 +408,9 @@ def test_pipeline_saves_loads_and_samples(tmp_path, monkeypatch, capsys):
 
 @torch.no_grad()
 def test_autoencoder_of_a_whole_model(tmp_path):
-    path, _, weights = whole_model(tmp_path, extra=buffers(torch.from_numpy(compute_betas(schedule())).float()))
+    path, _, weights = whole_model(
+        tmp_path, extra=buffers(torch.from_numpy(compute_betas(schedule())).float())
+    )
     autoencoder = load_autoencoder(path)
     x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = twins.taming_encode(weights, FIRST_STAGE, x.repeat(1, 3, 1, 1))
@@ -372,13 +421,18 @@ def test_autoencoder_of_a_whole_model(tmp_path):
 @torch.no_grad()
 def test_gaussian_first_stage(tmp_path):
     network = FIRST_STAGE["ddconfig"] | {"double_z": True}
-    first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"embed_dim": 4, "ddconfig": network}}
+    first_stage = {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {"embed_dim": 4, "ddconfig": network},
+    }
     path, _, weights = whole_model(
         tmp_path, PARAMS | {"first_stage_config": first_stage, "scale_factor": 0.18215}, "KL"
     )
     pipeline = load_official(path)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = twins.taming_decode(weights, first_stage["params"], latents / 0.18215).mean(1, keepdim=True)
+    images = twins.taming_decode(weights, first_stage["params"], latents / 0.18215).mean(
+        1, keepdim=True
+    )
     decoded = pipeline.vqvae.decode(pipeline.denormalise_latents(latents)).sample
     assert deviation(decoded, images) < 1e-5
 
@@ -462,16 +516,25 @@ def test_other_diffusion_models_are_refused_by_name(tmp_path, changes, message):
 
 
 def test_conditional_weights_are_refused(tmp_path):
-    path, _, _ = whole_model(tmp_path, extra={"cond_stage_model.embedding.weight": torch.ones(3, 4)})
+    path, _, _ = whole_model(
+        tmp_path, extra={"cond_stage_model.embedding.weight": torch.ones(3, 4)}
+    )
     with pytest.raises(ValueError, match="is a conditional model"):
         load_official(path)
 
 
 def test_numbers_as_yaml_writes_them(tmp_path):
     """`1e-4` is a word to yaml; `${...}` refers to another place of the file."""
-    path = write(tmp_path, UNET, raw(twins.random_unet(UNET)), PARAMS | {"linear_start": "1e-3", "linear_end": "2e-2"})
+    path = write(
+        tmp_path,
+        UNET,
+        raw(twins.random_unet(UNET)),
+        PARAMS | {"linear_start": "1e-3", "linear_end": "2e-2"},
+    )
     text = path.with_suffix(".yaml").read_text()
-    path.with_suffix(".yaml").write_text(text.replace("num_heads: 4", "num_heads: ${model.params.channels}"))
+    path.with_suffix(".yaml").write_text(
+        text.replace("num_heads: 4", "num_heads: ${model.params.channels}")
+    )
     unet, scheduler, _ = load_official_unet(path)
     assert unet.config.num_attention_heads == 4
     assert float(scheduler.betas[0]) == pytest.approx(1e-3)

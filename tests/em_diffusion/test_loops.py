@@ -8,9 +8,19 @@ from safetensors.torch import load_file
 
 from em_diffusion import autoencoder, autoencoder_loop
 from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder
-from em_diffusion.autoencoder_loop import build_autoencoder, evaluate_reconstruction, make_step, train_autoencoder
+from em_diffusion.autoencoder_loop import (
+    build_autoencoder,
+    evaluate_reconstruction,
+    make_step,
+    train_autoencoder,
+)
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler, draw_timesteps
+from em_diffusion.denoiser import (
+    compute_denoising_loss,
+    create_denoiser,
+    create_scheduler,
+    draw_timesteps,
+)
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents
 from em_diffusion.load_autoencoder import load_autoencoder
@@ -57,12 +67,17 @@ def assert_equal_to_the_bit(a, b, path=""):
 
 def assert_same_run(whole, parts):
     """Same checkpoint, to the bit, and the same log, times aside."""
-    left, right = (load_checkpoint(list_checkpoints(folder / "checkpoints")[-1]) for folder in (whole, parts))
+    left, right = (
+        load_checkpoint(list_checkpoints(folder / "checkpoints")[-1]) for folder in (whole, parts)
+    )
     for content in (left, right):
         content.pop("train_seconds")
     assert_equal_to_the_bit(left, right)
     times = {"train_seconds", "images_per_second"}
-    logs = [[{k: v for k, v in line.items() if k not in times} for line in read_stats(f)] for f in (whole, parts)]
+    logs = [
+        [{k: v for k, v in line.items() if k not in times} for line in read_stats(f)]
+        for f in (whole, parts)
+    ]
     assert logs[0] == logs[1]
     assert left["num_images_seen"] == 64
 
@@ -73,21 +88,33 @@ def test_autoencoder_resumes_to_the_bit(config, tiles, held_out, accelerator, tm
     train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
     restore = kill_at(tiles, 6)
     with pytest.raises(Killed):
-        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+        train_autoencoder(
+            stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
+        )
     restore()
     assert list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1].name == "000000000032"
-    path, seconds = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    path, seconds = train_autoencoder(
+        stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
+    )
     assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
     assert seconds > 0
     weights = "diffusion_pytorch_model.safetensors"
-    assert (path / weights).read_bytes() == (tmp_path / "whole/autoencoder/vqvae" / weights).read_bytes()
+    assert (path / weights).read_bytes() == (
+        tmp_path / "whole/autoencoder/vqvae" / weights
+    ).read_bytes()
     last = read_stats(tmp_path / "parts/autoencoder")[-1]
-    assert {"held_out_psnr", "held_out_l1", "held_out_ssim", "held_out_spectrum_error_db"} <= set(last)
+    assert {"held_out_psnr", "held_out_l1", "held_out_ssim", "held_out_spectrum_error_db"} <= set(
+        last
+    )
     assert {"perceptual", "codebook", "commitment"} <= set(last)
 
 
 def make_latents(num_views=24, seed=0):
-    array = torch.randn(num_views, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).half().numpy()
+    array = (
+        torch.randn(num_views, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        .half()
+        .numpy()
+    )
     return Latents(array, [0.0] * 4, [1.0] * 4)
 
 
@@ -104,7 +131,9 @@ def test_denoiser_resumes_to_the_bit(config, vqvae, accelerator, tmp_path):
     grids = sorted(path.name for path in (tmp_path / "parts/denoiser/samples").glob("*.png"))
     assert grids == ["000000000032.png", "000000000064.png"]
     for name in grids:
-        same = [(tmp_path / run / "denoiser/samples" / name).read_bytes() for run in ("whole", "parts")]
+        same = [
+            (tmp_path / run / "denoiser/samples" / name).read_bytes() for run in ("whole", "parts")
+        ]
         assert same[0] == same[1]
 
 
@@ -134,7 +163,10 @@ def test_denoising_loss_is_the_formula_and_reaches_every_parameter(config):
     unet = create_denoiser(config.denoiser, 8, 4)
     scheduler = create_scheduler(config.denoiser)
     generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    latents, noise = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.randn(2, 4, 8, 8, generator=generator),
+    )
     timesteps = torch.tensor([10, 900])
     losses = compute_denoising_loss(unet, scheduler, latents, noise, timesteps)
     abar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -148,9 +180,14 @@ def test_denoising_loss_is_the_formula_and_reaches_every_parameter(config):
 
 def test_velocity_target_gives_the_latents_back(config):
     """For a U-Net that answered the velocity itself, the loss is 0 and one DDIM step to the start gives the latents."""
-    scheduler = create_scheduler(dataclasses.replace(config.denoiser, prediction_type="v_prediction"))
+    scheduler = create_scheduler(
+        dataclasses.replace(config.denoiser, prediction_type="v_prediction")
+    )
     generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    latents, noise = (
+        torch.randn(3, 4, 8, 8, generator=generator),
+        torch.randn(3, 4, 8, 8, generator=generator),
+    )
     timesteps = torch.full((3,), 400)
     abar = scheduler.alphas_cumprod[400]
     velocity = abar.sqrt() * noise - (1 - abar).sqrt() * latents
@@ -169,7 +206,9 @@ def test_velocity_target_gives_the_latents_back(config):
 
 def test_logit_normal_timesteps_have_their_density():
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([draw_timesteps(8, 1000, generator, "logit_normal") for _ in range(3000)]).double()
+    draws = torch.cat(
+        [draw_timesteps(8, 1000, generator, "logit_normal") for _ in range(3000)]
+    ).double()
     assert draws.min() >= 0
     assert draws.max() <= 999
     logits = torch.logit((draws + 0.5) / 1000)
@@ -182,7 +221,9 @@ def test_scheduler_suits_latents(config):
     assert not scheduler.config.clip_sample
     scheduler.set_timesteps(20)
     assert scheduler.timesteps[0] == 999
-    assert scheduler.alphas_cumprod[-1].sqrt() < 0.02  # hardly anything of the image is left at the start
+    assert (
+        scheduler.alphas_cumprod[-1].sqrt() < 0.02
+    )  # hardly anything of the image is left at the start
 
 
 def test_timesteps_are_uniform_and_spread():
@@ -197,7 +238,11 @@ def test_timesteps_are_uniform_and_spread():
 
 def test_learning_rate_counts_images(config):
     stage = dataclasses.replace(
-        config.denoiser, learning_rate=1.0, warmup_images=80, num_images=8000, learning_rate_decay="cosine"
+        config.denoiser,
+        learning_rate=1.0,
+        warmup_images=80,
+        num_images=8000,
+        learning_rate_decay="cosine",
     )
     assert learning_rate_at(stage, 0) == pytest.approx(0.1)
     assert learning_rate_at(stage, 4000) == pytest.approx(0.5)
@@ -224,7 +269,9 @@ def test_resumed_moments_lie_as_their_parameters(config):
     step(layer, optimizer)
     state = copy.deepcopy(optimizer.state_dict())
     for moments in state["state"].values():
-        moments.update({k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()})
+        moments.update(
+            {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()}
+        )
     resumed.load_state_dict(layer.state_dict())
     resumed_optimizer.load_state_dict(state)
     match_memory_format(resumed_optimizer)
@@ -244,7 +291,9 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
     assert metrics["held_out_l1"] == pytest.approx(error.abs().mean().item(), rel=1e-4)
     assert metrics["held_out_psnr"] == pytest.approx(psnr, rel=1e-4)
     assert metrics["held_out_ssim"] == pytest.approx(ssim(images, decoded).mean().item(), rel=1e-4)
-    assert metrics["held_out_spectrum_error_db"] == pytest.approx(spectrum_error_db(images, decoded), rel=1e-4)
+    assert metrics["held_out_spectrum_error_db"] == pytest.approx(
+        spectrum_error_db(images, decoded), rel=1e-4
+    )
     assert "held_out_ssim" not in evaluate_reconstruction(vqvae, images[..., :8, :8], accelerator)
 
 
@@ -262,7 +311,10 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
         (lambda: DenoiserConfig(batch_size=0), "must be positive"),
         (lambda: DenoiserConfig(learning_rate_decay="linear"), "cosine"),
         (lambda: LDMConfig(precision="fp8"), "bf16"),
-        (lambda: LDMConfig(tiles=dataclasses.replace(LDMConfig().tiles, resolution=100)), "multiple of 128"),
+        (
+            lambda: LDMConfig(tiles=dataclasses.replace(LDMConfig().tiles, resolution=100)),
+            "multiple of 128",
+        ),
     ],
 )
 def test_impossible_configurations_name_the_way_out(build, message):
@@ -272,23 +324,37 @@ def test_impossible_configurations_name_the_way_out(build, message):
 
 def with_discriminator(stage, **changes):
     """The full recipe, its discriminator beginning after three of eight steps."""
-    changes = {"discriminator_start_images": 24, "ema_half_life_images": 16.0, "revive_after_images": 24} | changes
+    changes = {
+        "discriminator_start_images": 24,
+        "ema_half_life_images": 16.0,
+        "revive_after_images": 24,
+    } | changes
     small = {"discriminator_weight": 1.0, "discriminator_channels": 8, "discriminator_layers": 1}
     return dataclasses.replace(stage, **small, **changes)
 
 
 @pytest.mark.parametrize(("family", "killed_after"), [("vq", 2), ("vq", 6), ("kl", 6)])
-def test_full_recipe_resumes_to_the_bit(config, tiles, held_out, accelerator, tmp_path, family, killed_after):
+def test_full_recipe_resumes_to_the_bit(
+    config, tiles, held_out, accelerator, tmp_path, family, killed_after
+):
     """Both players, both optimizers, average and codebook; killed before the discriminator's first step and after."""
-    stage = with_discriminator(config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32, family=family)
+    stage = with_discriminator(
+        config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32, family=family
+    )
     train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
     restore = kill_at(tiles, killed_after)
     with pytest.raises(Killed):
-        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+        train_autoencoder(
+            stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
+        )
     restore()
-    path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+    path, _ = train_autoencoder(
+        stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
+    )
     assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
-    state = load_checkpoint(list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1])["state"]
+    state = load_checkpoint(list_checkpoints(tmp_path / "parts/autoencoder/checkpoints")[-1])[
+        "state"
+    ]
     expected = {"model", "optimizer", "ema", "discriminator", "optimizer_D", "micro_batching"}
     assert set(state) == (expected | {"codebook"} if family == "vq" else expected)
     assert state["optimizer_D"]["state"][0]["step"] == 5  # of eight steps, those from the third on
@@ -309,7 +375,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
     stage = dataclasses.replace(
         config.autoencoder, family=family, num_images=24, checkpoint_every=24, validate_every=24
     )
-    whole, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
+    whole, _ = train_autoencoder(
+        stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole"
+    )
     forward, sizes = autoencoder.AutoencoderObjective.forward, []
 
     def forward_within_memory(self, images, *rest):
@@ -320,7 +388,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(autoencoder.AutoencoderObjective, "forward", forward_within_memory)
-        parts, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+        parts, _ = train_autoencoder(
+            stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
+        )
     assert sizes == [8, 4] + [2] * 12
     said = capfd.readouterr().err
     assert said.count("The step was done again in parts of 2 images") == 1
@@ -328,7 +398,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
     a, b = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (whole, parts))
     start = build_autoencoder(stage, 16, accelerator).state_dict()
     apart, moved = (
-        torch.stack([(x[name] - y[name]).square().sum() for name in a if "quantize" not in name]).sum().sqrt()
+        torch.stack([(x[name] - y[name]).square().sum() for name in a if "quantize" not in name])
+        .sum()
+        .sqrt()
         for x, y in ((a, b), (a, start))
     )
     assert apart < 0.05 * moved
@@ -360,7 +432,9 @@ def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, family)
 
 
 @pytest.mark.parametrize("family", ["vq", "kl"])
-def test_training_goes_on_from_a_loaded_autoencoder(config, tiles, held_out, accelerator, tmp_path, capfd, family):
+def test_training_goes_on_from_a_loaded_autoencoder(
+    config, tiles, held_out, accelerator, tmp_path, capfd, family
+):
     """Its weights and architecture, not the configuration's; the codebook stays where it is; resumable to the bit."""
     torch.manual_seed(5)
     source = create_autoencoder(
@@ -371,9 +445,14 @@ def test_training_goes_on_from_a_loaded_autoencoder(config, tiles, held_out, acc
     source.register_to_config(latents_mean=[9.0] * 3, latents_std=[9.0] * 3)  # of other micrographs
     source.save_pretrained(tmp_path / "source")
     stage = with_discriminator(
-        config.autoencoder, init_from=str(tmp_path / "source"), learning_rate=1e-8, discriminator_start_images=0
+        config.autoencoder,
+        init_from=str(tmp_path / "source"),
+        learning_rate=1e-8,
+        discriminator_start_images=0,
     )
-    path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
+    path, _ = train_autoencoder(
+        stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole"
+    )
     trained = load_autoencoder(path).model
     assert trained.config.latent_channels == 3
     assert trained.config.latents_mean is None
@@ -388,7 +467,9 @@ def test_training_goes_on_from_a_loaded_autoencoder(config, tiles, held_out, acc
 
     restore = kill_at(tiles, 6)
     with pytest.raises(Killed):
-        train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
+        train_autoencoder(
+            stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
+        )
     restore()
     train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts")
     assert_same_run(tmp_path / "whole/autoencoder", tmp_path / "parts/autoencoder")
@@ -423,14 +504,19 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused_but_used(
     config, vqvae, tiles, held_out, accelerator, tmp_path, monkeypatch
 ):
     vqvae.quantize = ArgMaxQuantizer()
-    monkeypatch.setattr(autoencoder_loop, "load_autoencoder", lambda source: SimpleNamespace(model=vqvae))
+    monkeypatch.setattr(
+        autoencoder_loop, "load_autoencoder", lambda source: SimpleNamespace(model=vqvae)
+    )
     stage = dataclasses.replace(config.autoencoder, init_from="somewhere")
     with pytest.raises(
-        ValueError, match=r"somewhere is a VQModel, which is not trained on.*--autoencoder.num-images 0"
+        ValueError,
+        match=r"somewhere is a VQModel, which is not trained on.*--autoencoder.num-images 0",
     ):
         train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
     stage = dataclasses.replace(stage, num_images=0)
-    path, seconds = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
+    path, seconds = train_autoencoder(
+        stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path
+    )
     assert seconds == 0
     saved = load_file(path / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, vqvae.state_dict()[name]) for name, value in saved.items())
@@ -441,9 +527,13 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused_but_used(
     )
 
 
-def test_before_the_discriminator_begins_training_is_as_without(config, tiles, held_out, accelerator, tmp_path):
+def test_before_the_discriminator_begins_training_is_as_without(
+    config, tiles, held_out, accelerator, tmp_path
+):
     plain = dataclasses.replace(config.autoencoder, num_images=32)
-    late = with_discriminator(plain, discriminator_start_images=32, ema_half_life_images=0.0, revive_after_images=32)
+    late = with_discriminator(
+        plain, discriminator_start_images=32, ema_half_life_images=0.0, revive_after_images=32
+    )
     arguments = {"accelerator": accelerator}
     a, _ = train_autoencoder(plain, tiles, held_out, **arguments, out_dir=tmp_path / "plain")
     b, _ = train_autoencoder(late, tiles, held_out, **arguments, out_dir=tmp_path / "late")
@@ -451,7 +541,9 @@ def test_before_the_discriminator_begins_training_is_as_without(config, tiles, h
     assert (a / weights).read_bytes() == (b / weights).read_bytes()
 
 
-def test_validated_and_saved_are_the_averaged_weights(config, tiles, held_out, accelerator, tmp_path):
+def test_validated_and_saved_are_the_averaged_weights(
+    config, tiles, held_out, accelerator, tmp_path
+):
     stage = with_discriminator(config.autoencoder)
     path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
     images = held_out.batch(range(6))

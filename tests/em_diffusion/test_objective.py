@@ -48,7 +48,9 @@ def test_flow_goes_straight_from_latents_to_noise():
     losses = compute_denoising_loss(zero, scheduler, latents, noise, timesteps)
     torch.testing.assert_close(losses, (noise - latents).square().mean(dim=(1, 2, 3)))
     ((noisy, t),) = seen
-    torch.testing.assert_close(noisy, torch.stack([latents[0], 0.75 * latents[1] + 0.25 * noise[1], noise[2]]))
+    torch.testing.assert_close(
+        noisy, torch.stack([latents[0], 0.75 * latents[1] + 0.25 * noise[1], noise[2]])
+    )
     assert torch.equal(t, timesteps)  # what the sampler will ask with: sigma * num_train_timesteps
     step = 1e-2
     ahead = compute_path(latents, noise, (timesteps + step) / 1000)
@@ -63,7 +65,9 @@ def compute_path(latents, noise, s):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 def test_a_perfect_model_has_no_loss(prediction_type):
     """What answers from x_t and the one image there is; the sampler then gives that image from any noise, in any number of steps."""
-    scheduler = make_scheduler(prediction_type=prediction_type, zero_terminal_snr=prediction_type == "v_prediction")
+    scheduler = make_scheduler(
+        prediction_type=prediction_type, zero_terminal_snr=prediction_type == "v_prediction"
+    )
     (latents, noise), abars = draw(), getattr(scheduler, "alphas_cumprod", None)
     image = latents[:1]
 
@@ -73,18 +77,28 @@ def test_a_perfect_model_has_no_loss(prediction_type):
             return (noisy - image) / (timesteps / 1000).view(-1, 1, 1, 1)
         abar = abars[timesteps].view(-1, 1, 1, 1)
         found = (noisy - abar.sqrt() * image) / (1 - abar).sqrt()
-        return found if prediction_type == "epsilon" else abar.sqrt() * found - (1 - abar).sqrt() * image
+        return (
+            found
+            if prediction_type == "epsilon"
+            else abar.sqrt() * found - (1 - abar).sqrt() * image
+        )
 
     for timesteps in ([50, 500, 998], [1, 20, 999]):
-        timesteps = torch.tensor(timesteps, dtype=torch.float32 if prediction_type == "flow" else torch.int64)
-        losses = compute_denoising_loss(Answer(answer), scheduler, image.expand(3, -1, -1, -1), noise, timesteps)
+        timesteps = torch.tensor(
+            timesteps, dtype=torch.float32 if prediction_type == "flow" else torch.int64
+        )
+        losses = compute_denoising_loss(
+            Answer(answer), scheduler, image.expand(3, -1, -1, -1), noise, timesteps
+        )
         assert losses.max() < 1e-6
     for num_steps in (1, 4, 50):
         scheduler.set_timesteps(num_steps)
         x = noise
         for t in scheduler.timesteps:
             x = scheduler.step(answer(x, t), t, x).prev_sample
-        tolerance = 0.05 if prediction_type == "epsilon" and num_steps == 1 else 5e-3  # of x_0 from noise alone
+        tolerance = (
+            0.05 if prediction_type == "epsilon" and num_steps == 1 else 5e-3
+        )  # of x_0 from noise alone
         torch.testing.assert_close(x, image.expand_as(x), rtol=0, atol=tolerance)
 
 
@@ -97,16 +111,23 @@ def test_min_snr_weights_count_the_latents_error_min_snr_times(prediction_type):
     weights = compute_min_snr_weights(scheduler, timesteps, 5.0).double()
     error = 0.1
     latents_error = (
-        (1 - abar).sqrt() * error if prediction_type == "v_prediction" else ((1 - abar) / abar).sqrt() * error
+        (1 - abar).sqrt() * error
+        if prediction_type == "v_prediction"
+        else ((1 - abar) / abar).sqrt() * error
     )
     snr = abar / (1 - abar)
-    torch.testing.assert_close(weights * error**2, snr.clamp(max=5) * latents_error**2, rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(
+        weights * error**2, snr.clamp(max=5) * latents_error**2, rtol=1e-3, atol=1e-12
+    )
     if prediction_type == "epsilon":
         assert (weights[snr < 5] == 1).all()
 
 
 def test_min_snr_weights_at_known_snr():
-    for prediction_type, expected in (("epsilon", [1.0, 1.0, 0.5]), ("v_prediction", [0.5, 5 / 6, 5 / 11])):
+    for prediction_type, expected in (
+        ("epsilon", [1.0, 1.0, 0.5]),
+        ("v_prediction", [0.5, 5 / 6, 5 / 11]),
+    ):
         scheduler = make_scheduler(prediction_type=prediction_type)
         scheduler.alphas_cumprod = torch.tensor([1 / 2, 5 / 6, 10 / 11])  # SNR 1, 5, 10
         weights = compute_min_snr_weights(scheduler, torch.arange(3), 5.0)
@@ -116,7 +137,9 @@ def test_min_snr_weights_at_known_snr():
 def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
     """Algorithm 1 of Lin et al.: sqrt(abar) is shifted and scaled, so that its last is 0 and its first is kept."""
     plain, rescaled = (
-        make_scheduler(prediction_type="v_prediction", zero_terminal_snr=zero).alphas_cumprod.double().sqrt()
+        make_scheduler(prediction_type="v_prediction", zero_terminal_snr=zero)
+        .alphas_cumprod.double()
+        .sqrt()
         for zero in (False, True)
     )
     assert rescaled[-1] == 0
@@ -136,14 +159,21 @@ def test_schedules_are_saved_and_loaded_as_trained(tmp_path):
     loaded.set_timesteps(7)
     assert loaded.timesteps[0] == 999  # begins where nothing of the image is left
     make_scheduler(prediction_type="flow").save_pretrained(tmp_path / "flow")
-    assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "flow").config.num_train_timesteps == 1000
+    assert (
+        FlowMatchEulerDiscreteScheduler.from_pretrained(
+            tmp_path / "flow"
+        ).config.num_train_timesteps
+        == 1000
+    )
 
 
 @torch.no_grad()
 def test_the_pipeline_samples_flow(pipeline):
     """What it draws is Euler's way from noise along the U-Net's answers, asked for s x 1000."""
     pipeline.register_modules(scheduler=make_scheduler(prediction_type="flow"))
-    drawn = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=4, output_type="latent").images
+    drawn = pipeline(
+        2, torch.Generator().manual_seed(0), num_inference_steps=4, output_type="latent"
+    ).images
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     s = torch.cat([pipeline.scheduler.sigmas[:4], torch.zeros(1)])
     assert s[0] == 1
@@ -155,7 +185,9 @@ def test_the_pipeline_samples_flow(pipeline):
 def test_continuous_timesteps_have_their_density():
     generator = torch.Generator().manual_seed(0)
     for density in ("uniform", "logit_normal"):
-        draws = torch.cat([draw_timesteps(8, 1000, generator, density, continuous=True) for _ in range(3000)])
+        draws = torch.cat(
+            [draw_timesteps(8, 1000, generator, density, continuous=True) for _ in range(3000)]
+        )
         assert draws.dtype == torch.float32
         assert draws.min() >= 0
         assert draws.max() <= 1000
@@ -163,12 +195,17 @@ def test_continuous_timesteps_have_their_density():
         uniform = draws.double() / 1000
         if density == "logit_normal":
             uniform = torch.special.ndtr(torch.logit(uniform))
-        assert (uniform.sort().values - torch.linspace(0, 1, len(uniform), dtype=torch.float64)).abs().max() < 0.01
+        assert (
+            uniform.sort().values - torch.linspace(0, 1, len(uniform), dtype=torch.float64)
+        ).abs().max() < 0.01
 
 
 def test_inverse_square_root_falls_from_the_reference_on():
     config = DenoiserConfig(
-        learning_rate=1.0, warmup_images=0, learning_rate_decay="inverse_sqrt", learning_rate_reference_images=1000
+        learning_rate=1.0,
+        warmup_images=0,
+        learning_rate_decay="inverse_sqrt",
+        learning_rate_reference_images=1000,
     )
     assert learning_rate_at(config, 0) == learning_rate_at(config, 1000) == 1
     assert learning_rate_at(config, 4000) == pytest.approx(0.5)

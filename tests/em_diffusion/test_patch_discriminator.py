@@ -18,7 +18,9 @@ from em_diffusion.patch_discriminator import (
 )
 
 
-@pytest.mark.parametrize(("num_layers", "side", "patch"), [(1, 32, 16), (2, 64, 34), (3, 128, 70), (3, 256, 70)])
+@pytest.mark.parametrize(
+    ("num_layers", "side", "patch"), [(1, 32, 16), (2, 64, 34), (3, 128, 70), (3, 256, 70)]
+)
 def test_a_logit_sees_its_patch_and_no_more(num_layers, side, patch):
     """The input's gradient of one logit spans the receptive field that the papers state, but for the norms' common view."""
     discriminator = PatchDiscriminator(8, num_layers)
@@ -43,16 +45,32 @@ def test_the_smallest_image_has_one_logit(num_layers):
         LDMConfig(
             tiles=dataclasses.replace(LDMConfig().tiles, resolution=64),
             autoencoder=AutoencoderConfig(
-                block_out_channels=(32,), discriminator_weight=1.0, discriminator_layers=5, norm_num_groups=32
+                block_out_channels=(32,),
+                discriminator_weight=1.0,
+                discriminator_layers=5,
+                norm_num_groups=32,
             ),
-            denoiser=dataclasses.replace(LDMConfig().denoiser, channel_multipliers=(1,), attention_levels=()),
+            denoiser=dataclasses.replace(
+                LDMConfig().denoiser, channel_multipliers=(1,), attention_levels=()
+            ),
         )
 
 
 def test_widths_double_up_to_eight_times():
-    widths = [m.out_channels for m in PatchDiscriminator(64, 3).modules() if isinstance(m, torch.nn.Conv2d)]
+    widths = [
+        m.out_channels
+        for m in PatchDiscriminator(64, 3).modules()
+        if isinstance(m, torch.nn.Conv2d)
+    ]
     assert widths == [64, 128, 256, 512, 1]  # C64-C128-C256-C512 of the paper
-    assert max(m.out_channels for m in PatchDiscriminator(6, 6).modules() if isinstance(m, torch.nn.Conv2d)) == 48
+    assert (
+        max(
+            m.out_channels
+            for m in PatchDiscriminator(6, 6).modules()
+            if isinstance(m, torch.nn.Conv2d)
+        )
+        == 48
+    )
 
 
 def test_an_answer_does_not_depend_on_the_batch():
@@ -65,7 +83,9 @@ def test_an_answer_does_not_depend_on_the_batch():
 
 def test_hinge_loss_is_its_closed_form():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, -0.25, 1.0])
-    assert hinge_loss(real, fake).item() == pytest.approx(((0 + 0.5 + 2) / 3 + (0 + 0.75 + 2) / 3) / 2)
+    assert hinge_loss(real, fake).item() == pytest.approx(
+        ((0 + 0.5 + 2) / 3 + (0 + 0.75 + 2) / 3) / 2
+    )
     assert hinge_loss(torch.zeros(3), torch.zeros(3)).item() == 1
 
 
@@ -99,14 +119,21 @@ def test_one_pass_equals_the_slow_twin(game):
     gradients = torch.autograd.grad(ours.loss, parameters, retain_graph=True)
     gradients_D = torch.autograd.grad(ours.discriminator_loss, list(discriminator.parameters()))
 
-    plain = objective(images)  # without the game: its graph gives L_rec + L_VQ and, apart, the decoded images
+    plain = objective(
+        images
+    )  # without the game: its graph gives L_rec + L_VQ and, apart, the decoded images
     codes = model.quantize.embedding.weight
     from em_diffusion.autoencoder import quantise
 
-    decoded = model.decode(quantise(model.encode(images).latents, codes).latents, force_not_quantize=True).sample
+    decoded = model.decode(
+        quantise(model.encode(images).latents, codes).latents, force_not_quantize=True
+    ).sample
     reconstruction, _ = objective.compare(decoded, images)
     adversarial = -discriminator(decoded).mean()
-    norms = [torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (reconstruction, adversarial)]
+    norms = [
+        torch.autograd.grad(t, last, retain_graph=True)[0].norm()
+        for t in (reconstruction, adversarial)
+    ]
     weight = norms[0] / (norms[1] + ADAPTIVE_EPSILON)
     loss = plain.loss + stage.discriminator_weight * weight.detach() * adversarial
     expected = torch.autograd.grad(loss, parameters)
@@ -149,14 +176,18 @@ def test_a_step_makes_one_pass_of_each_network(game):
         ("encoder", objective.model.encoder),
         ("discriminator", discriminator),
     ):
-        module.register_forward_pre_hook(lambda *_, name=name: passes.update({name: passes[name] + 1}))
+        module.register_forward_pre_hook(
+            lambda *_, name=name: passes.update({name: passes[name] + 1})
+        )
     objective(images, None, discriminator)
     assert passes == {"decoder": 1, "encoder": 1, "discriminator": 2}
 
 
 def test_the_discriminator_learns_to_tell_blurred_from_sharp(config):
     torch.manual_seed(0)
-    stage = dataclasses.replace(config.autoencoder, discriminator_weight=1.0, discriminator_learning_rate=2e-3)
+    stage = dataclasses.replace(
+        config.autoencoder, discriminator_weight=1.0, discriminator_learning_rate=2e-3
+    )
     discriminator, optimizer = create_discriminator(
         dataclasses.replace(stage, discriminator_channels=8, discriminator_layers=2), "cpu"
     )

@@ -17,7 +17,9 @@ from diffusers import (
 from em_data import to_uint8
 from em_diffusion import EMLatentDiffusionPipeline
 
-numpy_2_in_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+numpy_2_in_diffusers = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)
 
 
 def generators(*seeds):
@@ -27,18 +29,27 @@ def generators(*seeds):
 def ddim_by_hand(pipeline, noise, num_steps, eta, step_noises):
     """DDIM (Song et al. 2021, equation 12) in float64, from the betas up."""
     config = pipeline.scheduler.config
-    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000, dtype=torch.float32) ** 2
+    betas = (
+        torch.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000, dtype=torch.float32) ** 2
+    )
     abar = torch.cumprod(1 - betas.double(), 0)
     stride = 1000 // num_steps
     x = noise.double()
     for i in range(num_steps):
         t = 999 - i * stride
-        a, a_before = abar[t], abar[t - stride] if t >= stride else torch.tensor(1.0, dtype=torch.float64)
+        a, a_before = (
+            abar[t],
+            abar[t - stride] if t >= stride else torch.tensor(1.0, dtype=torch.float64),
+        )
         with torch.no_grad():
             e = pipeline.unet(x.float(), t).sample.double()
         x0 = (x - (1 - a).sqrt() * e) / a.sqrt()
         sigma = eta * ((1 - a_before) / (1 - a) * (1 - a / a_before)).sqrt()
-        x = a_before.sqrt() * x0 + (1 - a_before - sigma**2).clamp(min=0).sqrt() * e + sigma * step_noises[i].double()
+        x = (
+            a_before.sqrt() * x0
+            + (1 - a_before - sigma**2).clamp(min=0).sqrt() * e
+            + sigma * step_noises[i].double()
+        )
     return x
 
 
@@ -50,8 +61,12 @@ def test_ddim_equals_the_formula_in_float64(pipeline, eta):
     noise = draw()
     step_noises = [draw() for _ in range(10)]
     expected = ddim_by_hand(pipeline, noise, 10, eta, step_noises)
-    latents = pipeline(2, generators(3, 4), num_inference_steps=10, eta=eta, output_type="latent").images
-    torch.testing.assert_close(pipeline.normalise_latents(latents).double(), expected, rtol=1e-4, atol=1e-4)
+    latents = pipeline(
+        2, generators(3, 4), num_inference_steps=10, eta=eta, output_type="latent"
+    ).images
+    torch.testing.assert_close(
+        pipeline.normalise_latents(latents).double(), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
@@ -79,13 +94,17 @@ def test_output_types_are_one_image(pipeline):
     assert array.shape == (2, 16, 16, 1)
     np.testing.assert_array_equal(array, pt.permute(0, 2, 3, 1).numpy())
     assert [image.mode for image in pil] == ["L", "L"]
-    difference = np.stack([np.asarray(image, np.int16) for image in pil]) - to_uint8(pt[:, 0] * 2 - 1)
+    difference = np.stack([np.asarray(image, np.int16) for image in pil]) - to_uint8(
+        pt[:, 0] * 2 - 1
+    )
     assert np.abs(difference).max() <= 1  # rounding at a tie
     assert np.abs(difference).mean() < 0.01
     with torch.no_grad():
         decoded = pipeline.vqvae.decode(latents).sample
     torch.testing.assert_close(pt, (decoded / 2 + 0.5).clamp(0, 1))
-    assert torch.equal(run("pt"), pipeline(2, generators(0, 1), 3, output_type="pt", return_dict=False)[0])
+    assert torch.equal(
+        run("pt"), pipeline(2, generators(0, 1), 3, output_type="pt", return_dict=False)[0]
+    )
 
 
 def test_latent_scale_is_that_of_the_autoencoders_config(pipeline):
@@ -99,7 +118,9 @@ def test_latent_scale_is_that_of_the_autoencoders_config(pipeline):
 
 
 @numpy_2_in_diffusers
-@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler]
+)
 def test_other_schedulers_solve_the_same_equation(pipeline, scheduler):
     """The image is a function of the noise: with many steps another solver ends where DDIM ends."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -115,7 +136,9 @@ def test_ancestral_scheduler_honours_generators_and_refuses_eta(pipeline):
     pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
     options = {"num_inference_steps": 3, "output_type": "latent"}
     batch = pipeline(2, generators(1, 2), **options).images
-    torch.testing.assert_close(pipeline(1, generators(2), **options).images, batch[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pipeline(1, generators(2), **options).images, batch[1:], rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match="takes no `eta`"):
         pipeline(eta=0.5)
 
@@ -126,7 +149,10 @@ def test_bfloat16_is_near_float32(pipeline):
     seen = []
     pipeline.to(torch.bfloat16)
     narrow = pipeline(
-        2, generators(0, 1), **options, callback_on_step_end=lambda p, i, t, x: seen.append(x["latents"].dtype)
+        2,
+        generators(0, 1),
+        **options,
+        callback_on_step_end=lambda p, i, t, x: seen.append(x["latents"].dtype),
     ).images
     assert seen == [torch.float32] * 10
     assert narrow.dtype == torch.float32
@@ -142,7 +168,9 @@ def test_callback_sees_every_step_and_its_latents_take_over(pipeline):
         steps.append((step, int(timestep)))
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    latents = pipeline(num_inference_steps=4, output_type="latent", callback_on_step_end=callback).images
+    latents = pipeline(
+        num_inference_steps=4, output_type="latent", callback_on_step_end=callback
+    ).images
     assert steps == [(0, 999), (1, 749), (2, 499), (3, 249)]
     torch.testing.assert_close(latents, pipeline.denormalise_latents(torch.zeros(1, 4, 8, 8)))
 
@@ -165,7 +193,9 @@ def test_mistakes_are_named(pipeline, arguments, message):
 def test_saved_folder_gives_equal_images_without_running_its_code(pipeline, tmp_path):
     expected = pipeline(2, generators(0, 1), num_inference_steps=3, output_type="np").images
     pipeline.save_pretrained(tmp_path / "pipe")
-    (tmp_path / "pipe" / "pipeline_em_ldm.py").write_text("raise SystemExit('the code of the folder ran')")
+    (tmp_path / "pipe" / "pipeline_em_ldm.py").write_text(
+        "raise SystemExit('the code of the folder ran')"
+    )
     loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "pipe")
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is EMLatentDiffusionPipeline
@@ -175,7 +205,9 @@ def test_saved_folder_gives_equal_images_without_running_its_code(pipeline, tmp_
     stored = json.loads((tmp_path / "again" / "vqvae" / "config.json").read_text())
     assert stored["latents_mean"] == [0.1, -0.2, 0.3, 0.4]
     assert stored["latents_std"] == [0.5, 1.5, 2.0, 0.8]
-    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "again").rglob("*.json"))
+    assert str(tmp_path) not in "".join(
+        path.read_text() for path in (tmp_path / "again").rglob("*.json")
+    )
 
 
 def test_latent_statistics_survive_a_stock_model(vqvae, tmp_path):
@@ -196,7 +228,9 @@ def test_unknown_pixel_size_stays_unknown(pipeline, tmp_path):
 def test_another_pipelines_folder_is_refused(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline_x", "OtherPipeline"]}))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": ["pipeline_x", "OtherPipeline"]})
+    )
     with pytest.raises(ValueError, match="This is a OtherPipeline"):
         EMLatentDiffusionPipeline.from_pretrained(tmp_path)
 
@@ -227,9 +261,18 @@ assert type(pipe).__module__.startswith("diffusers_modules")
 image = pipe(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="np").images
 np.save(folder + "/image.npy", image)
 """
-    environment = {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
+    environment = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin",
+    }
     done = subprocess.run(
-        [sys.executable, "-I", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "ignored" not in done.stderr

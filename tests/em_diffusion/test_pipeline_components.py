@@ -41,21 +41,37 @@ def generators(*seeds):
 @pytest.fixture
 def kl():
     torch.manual_seed(2)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    channels = {"in_channels": 1, "out_channels": 1, "latent_channels": 4, "block_out_channels": (8, 8)}
-    return AutoencoderKL(**channels, **blocks, norm_num_groups=4, sample_size=16, **STATISTICS).eval()
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    channels = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 4,
+        "block_out_channels": (8, 8),
+    }
+    return AutoencoderKL(
+        **channels, **blocks, norm_num_groups=4, sample_size=16, **STATISTICS
+    ).eval()
 
 
 @pytest.fixture
 def own_unet(pipeline):
     torch.manual_seed(3)
-    config = {k: v for k, v in pipeline.unet.config.items() if not k.startswith("_") and k != "attention_head_dim"}
+    config = {
+        k: v
+        for k, v in pipeline.unet.config.items()
+        if not k.startswith("_") and k != "attention_head_dim"
+    }
     return EMUNet2DModel(**config, num_attention_heads=2).eval()
 
 
 @pytest.fixture
 def own(kl, own_unet, pipeline):
-    pipe = EMLatentDiffusionPipeline(kl, own_unet, pipeline.scheduler, 0.5, default_num_inference_steps=3)
+    pipe = EMLatentDiffusionPipeline(
+        kl, own_unet, pipeline.scheduler, 0.5, default_num_inference_steps=3
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -125,7 +141,9 @@ def test_a_kl_autoencoder_decodes_latents_as_they_are(own, kl):
 
 
 def test_a_kl_autoencoder_without_statistics_is_scaled_and_shifted(own, kl):
-    kl.register_to_config(latents_mean=None, latents_std=None, scaling_factor=0.25, shift_factor=0.1)
+    kl.register_to_config(
+        latents_mean=None, latents_std=None, scaling_factor=0.25, shift_factor=0.1
+    )
     latents = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(own.denormalise_latents(latents), latents / 0.25 + 0.1)
     torch.testing.assert_close(own.normalise_latents(own.denormalise_latents(latents)), latents)
@@ -150,7 +168,11 @@ def test_denoise_and_decode_are_the_call(pipeline):
 def test_nearest_codes_are_those_of_training(pipeline):
     latents = torch.randn(2, 4, 8, 8)
     codes = pipeline.vqvae.quantize.embedding.weight
-    expected = codes[nearest_codes(latents.movedim(1, -1).reshape(-1, 4), codes)].reshape(2, 8, 8, 4).movedim(-1, 1)
+    expected = (
+        codes[nearest_codes(latents.movedim(1, -1).reshape(-1, 4), codes)]
+        .reshape(2, 8, 8, 4)
+        .movedim(-1, 1)
+    )
     assert torch.equal(pipeline._quantise(latents, codes), expected)
     distances = (latents.movedim(1, -1)[..., None, :] - codes).norm(dim=-1)  # the slow twin
     assert torch.equal(expected, codes[distances.argmin(-1)].movedim(-1, 1))
@@ -216,13 +238,26 @@ def test_a_stranger_loads_own_components(own, tmp_path):
     own.scheduler = FlowMatchEulerDiscreteScheduler()
     own.register_modules(grain=make_grain())
     own.save_pretrained(tmp_path / "saved")
-    (tmp_path / "load_elsewhere.py").write_text(Path(__file__).with_name("load_elsewhere.py").read_text())
+    (tmp_path / "load_elsewhere.py").write_text(
+        Path(__file__).with_name("load_elsewhere.py").read_text()
+    )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     # -S and a path of the site-packages alone: an editable install of our packages stays out of sight
     packages = [path for path in sys.path if path.endswith("site-packages")]
     program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
-    command = [sys.executable, "-I", "-S", "-c", program, "load_elsewhere.py", str(tmp_path / "saved"), str(tmp_path)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        program,
+        "load_elsewhere.py",
+        str(tmp_path / "saved"),
+        str(tmp_path),
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     expected = own(2, generators(0, 1), output_type="np").images
     for name in ("first", "again"):
@@ -246,7 +281,9 @@ def test_grain_is_added_to_decoded_images_and_can_be_left_out(own):
     after = generators(0, 1, 2)
     own.denoise(3, after)  # the grain goes on where the denoising left the generators
     torch.testing.assert_close(own.decode(latents, after) / 2 + 0.5, grainy)
-    torch.testing.assert_close(own(1, generators(1), output_type="pt").images, grainy[1:2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        own(1, generators(1), output_type="pt").images, grainy[1:2], atol=1e-5, rtol=0
+    )
 
 
 def test_a_pipeline_keeps_its_grain_or_that_it_has_none(own, tmp_path):
@@ -259,7 +296,10 @@ def test_a_pipeline_keeps_its_grain_or_that_it_has_none(own, tmp_path):
     own.register_modules(grain=make_grain())
     own.save_pretrained(tmp_path / "with")
     loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "with")
-    assert all(torch.equal(value, own.grain.state_dict()[key]) for key, value in loaded.grain.state_dict().items())
+    assert all(
+        torch.equal(value, own.grain.state_dict()[key])
+        for key, value in loaded.grain.state_dict().items()
+    )
     narrow = EMLatentDiffusionPipeline.from_pretrained(tmp_path / "with", dtype=torch.bfloat16)
     narrow.set_progress_bar_config(disable=True)
     images = narrow(2, generators(0, 1), output_type="pt").images
@@ -289,7 +329,10 @@ def test_flow_steps_are_even_and_end_at_the_latents(pipeline, num_steps, cls, sh
         )
     even = [1 - i / num_steps for i in range(num_steps)]
     shifted = [1000 * shift * s / (1 + (shift - 1) * s) for s in even]
-    evaluations = [shifted[0], *[s for s in shifted[1:] for _ in range(2 if "Heun" in cls.__name__ else 1)]]
+    evaluations = [
+        shifted[0],
+        *[s for s in shifted[1:] for _ in range(2 if "Heun" in cls.__name__ else 1)],
+    ]
     np.testing.assert_allclose(unet.seen, evaluations, rtol=1e-5)
 
 
@@ -306,7 +349,9 @@ def test_all_samplers_find_the_exact_answer_where_it_is_known(pipeline, flow):
             a, b = 1 - t / 1000, t / 1000
         else:  # between the timesteps that were trained, where solvers put some
             level = torch.tensor(
-                np.interp(t.numpy(), np.arange(1000), (1 / base.alphas_cumprod - 1).sqrt().log().numpy())
+                np.interp(
+                    t.numpy(), np.arange(1000), (1 / base.alphas_cumprod - 1).sqrt().log().numpy()
+                )
             )
             a, b = 1 / (1 + (2 * level).exp()).sqrt(), level.exp() / (1 + (2 * level).exp()).sqrt()
         centred = (x - a * mean) / (a**2 * std**2 + b**2)
@@ -322,7 +367,9 @@ def test_all_samplers_find_the_exact_answer_where_it_is_known(pipeline, flow):
         assert is_flow(pipeline.scheduler) == flow
         errors = []
         for num_steps in (10, 40):
-            latents = pipeline.normalise_latents(pipeline.denoise(2, latents=noise, num_inference_steps=num_steps))
+            latents = pipeline.normalise_latents(
+                pipeline.denoise(2, latents=noise, num_inference_steps=num_steps)
+            )
             errors.append(float((latents - (mean + std * noise)).square().mean().sqrt() / std))
         # evenly spaced timesteps leave much noise to the last step, whatever the order; Karras's and those of flow do not
         assert errors[1] < (0.05 if flow or name.endswith("karras") else 0.16), (name, errors)
@@ -347,9 +394,13 @@ def test_unsuitable_samplers_are_refused(pipeline):
         create_sampler("magic", pipeline.scheduler)
     with pytest.raises(ValueError, match="flow-euler is not for a model of diffusion"):
         create_sampler("flow-euler", pipeline.scheduler)
-    with pytest.raises(ValueError, match="ddim is not for a model of flow matching; choose dpm-solver"):
+    with pytest.raises(
+        ValueError, match="ddim is not for a model of flow matching; choose dpm-solver"
+    ):
         create_sampler("ddim", FlowMatchEulerDiscreteScheduler())
-    zero = type(pipeline.scheduler).from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    zero = type(pipeline.scheduler).from_config(
+        pipeline.scheduler.config, rescale_betas_zero_snr=True
+    )
     with pytest.raises(ValueError, match="zero terminal"):
         create_sampler("heun", zero)
     assert create_sampler("dpm-solver++", zero).config.rescale_betas_zero_snr
@@ -361,11 +412,18 @@ def test_unsuitable_samplers_are_refused(pipeline):
 def test_noisy_samplers_honour_each_images_generator(pipeline, name):
     pipeline.scheduler = create_sampler(name, pipeline.scheduler)
     batch = pipeline.denoise(2, generators(1, 2), 4)
-    torch.testing.assert_close(pipeline.denoise(1, generators(2), 4), batch[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pipeline.denoise(1, generators(2), 4), batch[1:], rtol=1e-4, atol=1e-4
+    )
     noise = torch.randn(2, 4, 8, 8)
-    runs = [pipeline.denoise(2, generators(*seeds), 4, latents=noise) for seeds in ((1, 2), (1, 2), (1, 3))]
+    runs = [
+        pipeline.denoise(2, generators(*seeds), 4, latents=noise)
+        for seeds in ((1, 2), (1, 2), (1, 3))
+    ]
     assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0][1], runs[2][1])  # the noise of the steps, too, is the generator's
+    assert not torch.equal(
+        runs[0][1], runs[2][1]
+    )  # the noise of the steps, too, is the generator's
 
 
 def test_a_scheduler_that_knows_seeds_only_gets_one_of_each_generator(pipeline):

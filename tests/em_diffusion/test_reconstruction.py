@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from em_diffusion.reconstruction import psnr, radial_power_spectrum, spectrum_difference_db, spectrum_error_db, ssim
+from em_diffusion.reconstruction import (
+    psnr,
+    radial_power_spectrum,
+    spectrum_difference_db,
+    spectrum_error_db,
+    ssim,
+)
 
 
 def random_images(num=3, height=24, width=32, seed=0):
@@ -17,7 +23,9 @@ def test_psnr_of_a_known_error():
         expected = 20 * math.log10(2 / error)
         assert psnr(images, images + error).tolist() == pytest.approx([expected] * 3, abs=1e-3)
     shifts = torch.tensor([0.2, 0.02, 0.1]).view(-1, 1, 1, 1)
-    assert psnr(images, images - shifts).tolist() == pytest.approx([20, 40, 20 * math.log10(20)], abs=1e-3)
+    assert psnr(images, images - shifts).tolist() == pytest.approx(
+        [20, 40, 20 * math.log10(20)], abs=1e-3
+    )
     assert psnr(images, images).tolist() == pytest.approx([10 * math.log10(4e10)] * 3)
 
 
@@ -32,17 +40,24 @@ def slow_ssim(x, y):
         for j in range(x.shape[1] - 10):
             a, b = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
             mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
-            variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+            variance_a, variance_b = (
+                (weights * (a - mean_a) ** 2).sum(),
+                (weights * (b - mean_b) ** 2).sum(),
+            )
             covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
             numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-            values.append(numerator / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)))
+            values.append(
+                numerator / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+            )
     return np.mean(values)
 
 
 def test_ssim_equals_its_slow_twin_and_is_one_for_equal_images():
     images = random_images()
     others = (0.7 * images + 0.2 * random_images(seed=1) + 0.1).clamp(-1, 1)
-    expected = [slow_ssim(x[0].double().numpy(), y[0].double().numpy()) for x, y in zip(images, others)]
+    expected = [
+        slow_ssim(x[0].double().numpy(), y[0].double().numpy()) for x, y in zip(images, others)
+    ]
     assert ssim(images, others).tolist() == pytest.approx(expected, abs=1e-5)
     assert ssim(images, images).tolist() == pytest.approx([1.0] * 3, abs=1e-6)
     assert torch.allclose(ssim(images, others), ssim(others, images), atol=1e-6)
@@ -71,8 +86,12 @@ def test_the_spectrum_equals_that_of_the_full_transform():
         centred = images[:, 0].double() - images[:, 0].double().mean(dim=(1, 2), keepdim=True)
         window = np.outer(np.hanning(height), np.hanning(width))
         power = np.abs(np.fft.fft2(centred.numpy() * window)) ** 2
-        radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) * min(height, width)
-        expected = [power[:, np.rint(radius) == k].mean() for k in range(1, min(height, width) // 2 + 1)]
+        radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) * min(
+            height, width
+        )
+        expected = [
+            power[:, np.rint(radius) == k].mean() for k in range(1, min(height, width) // 2 + 1)
+        ]
         assert radial_power_spectrum(images).numpy() == pytest.approx(np.array(expected), rel=1e-6)
 
 
@@ -82,7 +101,9 @@ def test_the_spectrum_error_is_the_gain_in_db():
     for gain in (0.5, 2.0):
         difference = spectrum_difference_db(images, gain * images)
         assert difference.numpy() == pytest.approx(np.full(12, 20 * math.log10(gain)), abs=1e-5)
-        assert spectrum_error_db(images, gain * images) == pytest.approx(20 * abs(math.log10(gain)), abs=1e-5)
+        assert spectrum_error_db(images, gain * images) == pytest.approx(
+            20 * abs(math.log10(gain)), abs=1e-5
+        )
     blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
     difference = spectrum_difference_db(images, blurred)
     assert difference[0] > -2

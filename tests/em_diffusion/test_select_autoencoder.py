@@ -16,14 +16,25 @@ from em_data import DataConfig
 from em_diffusion import select_autoencoder as module
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.presets import PRESETS
-from em_diffusion.select_autoencoder import SelectionConfig, name_candidates, pair, select_autoencoder
+from em_diffusion.select_autoencoder import (
+    SelectionConfig,
+    name_candidates,
+    pair,
+    select_autoencoder,
+)
 from em_diffusion.selection_output import format_table, join
 from em_evaluation.conclusion import STUDY
 from em_evaluation.distances import bootstrap_interval, frechet_influence
 from em_evaluation.features import Extractor
 
 ROOT = Path(__file__).parents[2]
-TILES = {"resolution": 32, "downsample": 4, "num_micrographs": 6, "micrograph_size": 256, "held_out_fraction": 0.5}
+TILES = {
+    "resolution": 32,
+    "downsample": 4,
+    "num_micrographs": 6,
+    "micrograph_size": 256,
+    "held_out_fraction": 0.5,
+}
 
 
 class Pooled(Extractor):
@@ -68,17 +79,34 @@ def saved(tmp_path_factory):
     """Folders with a VQ and a KL autoencoder of random weights, and one that is broken."""
     folder = tmp_path_factory.mktemp("autoencoders")
     torch.manual_seed(0)
-    create_autoencoder(PRESETS["test"]().autoencoder, 32).save_pretrained(folder / "run" / "autoencoder" / "vqvae")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    channels = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 8}
-    AutoencoderKL(**blocks, **channels, latent_channels=3, layers_per_block=1).save_pretrained(folder / "kl")
+    create_autoencoder(PRESETS["test"]().autoencoder, 32).save_pretrained(
+        folder / "run" / "autoencoder" / "vqvae"
+    )
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    channels = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 8,
+    }
+    AutoencoderKL(**blocks, **channels, latent_channels=3, layers_per_block=1).save_pretrained(
+        folder / "kl"
+    )
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text('{"_class_name": "VQModel"')
     return folder
 
 
 def select(candidates, cache, out, **options):
-    defaults = {"data": "synthetic", "num_images": 24, "batch_size": 8, "tiles": DataConfig(**TILES, cache_dir=cache)}
+    defaults = {
+        "data": "synthetic",
+        "num_images": 24,
+        "batch_size": 8,
+        "tiles": DataConfig(**TILES, cache_dir=cache),
+    }
     config = SelectionConfig(candidates=tuple(candidates), out=str(out), **(defaults | options))
     lines = []
     return select_autoencoder(config, log=lines.append), "\n".join(lines)
@@ -89,7 +117,12 @@ def selected(saved, cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "get_extractor", lambda *args, **options: Pooled())
-        names = [f"kl={saved}/kl", f"broken={saved}/broken", f"ours={saved}/run", f"gone={saved}/nowhere"]
+        names = [
+            f"kl={saved}/kl",
+            f"broken={saved}/broken",
+            f"ours={saved}/run",
+            f"gone={saved}/nowhere",
+        ]
         selection, text = select(names, cache, out)
     return selection, text, out
 
@@ -113,13 +146,17 @@ def test_candidates_are_judged_and_the_lame_ones_named(selected, saved):
     assert 1 <= vq["codes_used"] <= vq["num_codes"] == 64
     assert 1 <= vq["perplexity"] <= vq["codes_used"]
     assert kl["num_codes"] is kl["codes_used"] is kl["perplexity"] is None
-    assert all(each[f"{name}_images_per_second"] > 0 for each in (vq, kl) for name in ("encode", "decode"))
+    assert all(
+        each[f"{name}_images_per_second"] > 0 for each in (vq, kl) for name in ("encode", "decode")
+    )
     assert selection["study"] is None
     assert "held-out" in selection["protocol"]["tiles"]
     assert selection["protocol"]["num_micrographs"] == 3
 
 
-def test_a_perfect_autoencoder_has_no_distance_and_a_known_error_is_found(cache, tmp_path, monkeypatch):
+def test_a_perfect_autoencoder_has_no_distance_and_a_known_error_is_found(
+    cache, tmp_path, monkeypatch
+):
     monkeypatch.setattr(module, "load_autoencoder", lambda source, device: Copy(float(source)))
     selection, _ = select(["worse=0.04", "perfect=0"], cache, tmp_path)
     perfect, worse = selection["candidates"]
@@ -133,7 +170,9 @@ def test_a_perfect_autoencoder_has_no_distance_and_a_known_error_is_found(cache,
     assert perfect["num_parameters"] == 8
     # 0.04 is 5.1 grey levels, which round to 5; a shift moves the means of 16 blocks and no deviation
     shift = 5 / 127.5
-    assert worse["psnr_db"] == pytest.approx(20 * np.log10(2 / shift), abs=0.05)  # some pixels saturate
+    assert worse["psnr_db"] == pytest.approx(
+        20 * np.log10(2 / shift), abs=0.05
+    )  # some pixels saturate
     assert worse["frechet_distance"]["value"] == pytest.approx(16 * shift**2, rel=0.05)
     (comparison,) = selection["comparisons"]
     assert (comparison["first"], comparison["second"]) == ("worse", "perfect")
@@ -146,7 +185,11 @@ def test_equal_candidates_cannot_be_told_apart(saved, cache, tmp_path):
     first, second = selection["candidates"]
     speeds = ("name", "encode_images_per_second", "decode_images_per_second")
     assert all(first[key] == second[key] for key in first if key not in speeds)
-    assert selection["comparisons"][0]["frechet_distance_difference"] == {"value": 0, "low": 0, "high": 0}
+    assert selection["comparisons"][0]["frechet_distance_difference"] == {
+        "value": 0,
+        "low": 0,
+        "high": 0,
+    }
     assert "b cannot be told apart from it" in selection["conclusion"][0]
 
 
@@ -154,9 +197,16 @@ def test_the_seed_decides_and_the_batch_size_does_not(saved, cache, tmp_path):
     names = [f"ours={saved}/run", f"kl={saved}/kl"]
 
     def numbers(**options):
-        rows = sorted(select(names, cache, tmp_path, **options)[0]["candidates"], key=lambda row: row["name"])
+        rows = sorted(
+            select(names, cache, tmp_path, **options)[0]["candidates"], key=lambda row: row["name"]
+        )
         keys = ("psnr_db", "ssim", "spectrum_error_db", "codes_used", "perplexity")
-        return [value for row in rows for value in (*row["frechet_distance"].values(), *map(row.get, keys)) if value]
+        return [
+            value
+            for row in rows
+            for value in (*row["frechet_distance"].values(), *map(row.get, keys))
+            if value
+        ]
 
     reference = numbers()
     assert numbers() == reference
@@ -169,11 +219,16 @@ def test_the_side_is_said_and_fewer_tiles_than_asked_for_too(saved, cache, tmp_p
     held_out, _ = select([f"ours={saved}/run"], cache, tmp_path, num_images=100_000)
     num_views = held_out["dataset"]["num_held_out_views"]
     assert held_out["protocol"]["num_images"] == num_views
-    assert any(f"there are only {num_views:,} held-out views" in sentence for sentence in held_out["conclusion"])
+    assert any(
+        f"there are only {num_views:,} held-out views" in sentence
+        for sentence in held_out["conclusion"]
+    )
     train, text = select([f"ours={saved}/run"], cache, tmp_path, side="train")
     assert "24 random training tiles" in text
     assert "flattered" in text
-    assert train["candidates"][0]["frechet_distance"] != held_out["candidates"][0]["frechet_distance"]
+    assert (
+        train["candidates"][0]["frechet_distance"] != held_out["candidates"][0]["frechet_distance"]
+    )
 
 
 def test_the_table_is_aligned_and_shows_the_study_beside_its_own_network_only(selected):
@@ -184,7 +239,9 @@ def test_the_table_is_aligned_and_shows_the_study_beside_its_own_network_only(se
     lines = table.splitlines()
     rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
     rows = lines[rule + 1 : rule + 3]
-    assert len({len(row) for row in (lines[rule], *rows)}) == 1  # each ends with a right-aligned number under the rule
+    assert (
+        len({len(row) for row in (lines[rule], *rows)}) == 1
+    )  # each ends with a right-aligned number under the rule
     for name in (" PSNR", " SSIM", " perplexity", " encode"):
         end = lines[rule - 2].index(name) + len(name)
         assert all(row[end - 1] != " " and row[end : end + 1] in ("", " ") for row in rows)
@@ -197,29 +254,47 @@ def test_the_table_is_aligned_and_shows_the_study_beside_its_own_network_only(se
 
 def test_the_inception_network_brings_the_study_along(saved, cache, tmp_path):
     selection, text = select([f"ours={saved}/run"], cache, tmp_path, extractor="inception")
-    assert [each["frechet_distance"] for each in selection["study"]] == [31.15, 60.26, 82.19, 116.64]
+    assert [each["frechet_distance"] for each in selection["study"]] == [
+        31.15,
+        60.26,
+        82.19,
+        116.64,
+    ]
     assert "31.15" in text
 
 
-def test_the_picture_holds_the_pixels_of_originals_and_reconstructions(cache, tmp_path, monkeypatch):
+def test_the_picture_holds_the_pixels_of_originals_and_reconstructions(
+    cache, tmp_path, monkeypatch
+):
     monkeypatch.setattr(module, "load_autoencoder", lambda source, device: Copy(0.25))
     drawn = {}
     original = module.draw_selection
-    monkeypatch.setattr(module, "draw_selection", lambda *args: (drawn.update(args=args), original(*args)))
+    monkeypatch.setattr(
+        module, "draw_selection", lambda *args: (drawn.update(args=args), original(*args))
+    )
     select(["shifted=x"], cache, tmp_path)
     _, originals, reconstructions, path, num_columns = drawn["args"]
     picture = np.asarray(PIL.Image.open(path).convert("L"))
     zoom = 3  # tiles of 32 px are drawn 96 wide
     tiles, shifted = originals[:num_columns, 0], reconstructions["shifted"][:num_columns, 0]
-    errors = (np.abs(shifted.astype(int) - tiles) * 4).clip(0, 255)  # a quarter of the range is white
-    for levels, top, left in ((tiles, 34, 230), (shifted, 138, 230), (errors, 138, 230 + num_columns * 98 - 2 + 16)):
+    errors = (np.abs(shifted.astype(int) - tiles) * 4).clip(
+        0, 255
+    )  # a quarter of the range is white
+    for levels, top, left in (
+        (tiles, 34, 230),
+        (shifted, 138, 230),
+        (errors, 138, 230 + num_columns * 98 - 2 + 16),
+    ):
         strip = join(np.asarray(levels, np.uint8), zoom)
         found = picture[top : top + strip.shape[0], left : left + strip.shape[1]]
         assert np.abs(found.astype(int) - strip).max() <= 2
 
 
 def test_names_and_sources():
-    assert name_candidates(["ours=runs/a", "runs/demo/ldm"]) == {"ours": "runs/a", "ldm": "runs/demo/ldm"}
+    assert name_candidates(["ours=runs/a", "runs/demo/ldm"]) == {
+        "ours": "runs/a",
+        "ldm": "runs/demo/ldm",
+    }
     for texts, message in (
         ([], "no candidate"),
         (["=x"], "NAME=SOURCE"),

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 def make_config(folder, **changes):
     config = PRESETS["test"]()
     tiles = dataclasses.replace(config.tiles, cache_dir=str(folder / "cache"))
-    return dataclasses.replace(config, out=str(folder / "run"), tiles=tiles, precision="no", **changes)
+    return dataclasses.replace(
+        config, out=str(folder / "run"), tiles=tiles, precision="no", **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +57,15 @@ def test_pipeline_of_a_run_generates(run):
     _, out = run
     pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np").images
+    images = pipe(
+        2, torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np"
+    ).images
     assert images.shape == (2, 32, 32, 1)
     summary = json.loads((out / "run.json").read_text())["data"]
     assert pipe.config.pixel_size_nm == summary["pixel_size_nm"]
-    assert not pipe.scheduler.config.get("clip_sample", False)  # latents are not pixels; some samplers know no clipping
+    assert not pipe.scheduler.config.get(
+        "clip_sample", False
+    )  # latents are not pixels; some samplers know no clipping
 
 
 def test_latent_statistics_have_one_home(run):
@@ -81,9 +87,14 @@ def test_a_run_may_stop_after_its_autoencoder_and_go_on(run, tmp_path, capsys):
     out = train_ldm(dataclasses.replace(config, last_stage="autoencoder"))
     assert "--last-stage denoiser goes on" in capsys.readouterr().out
     assert (out / "autoencoder" / "vqvae").is_dir()
-    assert not any((out / name).exists() for name in ("latents", "denoiser", "pipeline", "run.json"))
+    assert not any(
+        (out / name).exists() for name in ("latents", "denoiser", "pipeline", "run.json")
+    )
     train_ldm(config)
-    for path in ("vqvae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+    for path in (
+        "vqvae/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+    ):
         expected = load_file(run[1] / "pipeline" / path)
         for name, values in load_file(out / "pipeline" / path).items():
             assert torch.equal(values, expected[name]), name
@@ -109,10 +120,14 @@ def test_second_start_trains_nothing(run, monkeypatch):
 
 def test_another_configuration_in_the_same_folder_is_refused(run):
     config, out = run
-    other = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, learning_rate=0.5))
+    other = dataclasses.replace(
+        config, autoencoder=dataclasses.replace(config.autoencoder, learning_rate=0.5)
+    )
     with pytest.raises(ValueError, match=r"autoencoder.learning_rate was 0.001, is now 0.5.*--out"):
         train_ldm(other)
-    longer = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, num_images=128))
+    longer = dataclasses.replace(
+        config, autoencoder=dataclasses.replace(config.autoencoder, num_images=128)
+    )
     with pytest.raises(ValueError, match=r"autoencoder.num_images was 64, is now 128"):
         train_ldm(longer)
     assert config_from_json(LDMConfig, (out / "config.json").read_text()) == config
@@ -121,8 +136,14 @@ def test_another_configuration_in_the_same_folder_is_refused(run):
 def test_a_finished_stage_with_cosine_decay_is_not_lengthened(run):
     """Its learning rate has come down to its end already."""
     config, _ = run
-    with pytest.raises(ValueError, match=r"denoiser.num_images was 64, is now 80.*learning-rate-decay constant"):
-        train_ldm(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, num_images=80)))
+    with pytest.raises(
+        ValueError, match=r"denoiser.num_images was 64, is now 80.*learning-rate-decay constant"
+    ):
+        train_ldm(
+            dataclasses.replace(
+                config, denoiser=dataclasses.replace(config.denoiser, num_images=80)
+            )
+        )
 
 
 def test_a_lengthened_denoiser_is_the_longer_run(run, tmp_path):
@@ -138,13 +159,16 @@ def test_a_lengthened_denoiser_is_the_longer_run(run, tmp_path):
         train_ldm(dataclasses.replace(config, out=str(tmp_path / name), denoiser=longer))
         assert json.loads((tmp_path / name / "run.json").read_text())["num_images_seen"] == 80
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "parts" / weights).read_bytes()
+    assert (tmp_path / "whole" / weights).read_bytes() == (
+        tmp_path / "parts" / weights
+    ).read_bytes()
 
 
 def test_a_second_training_in_the_folder_is_refused_at_once(run, monkeypatch):
     config, out = run
     monkeypatch.setattr(
-        "em_diffusion.train.load_data", lambda *args, **kwargs: pytest.fail("the folder was not locked")
+        "em_diffusion.train.load_data",
+        lambda *args, **kwargs: pytest.fail("the folder was not locked"),
     )
     with lock_folder(out), pytest.raises(ValueError, match="another process is training"):
         train_ldm(config)
@@ -152,7 +176,9 @@ def test_a_second_training_in_the_folder_is_refused_at_once(run, monkeypatch):
 
 def test_a_run_with_a_number_of_heads_ends_in_its_own_unet(run, tmp_path):
     config, out = run
-    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("denoiser", "run.json", "pipeline"))
+    shutil.copytree(
+        out, tmp_path / "run", ignore=shutil.ignore_patterns("denoiser", "run.json", "pipeline")
+    )
     (tmp_path / "run/config.json").unlink()
     denoiser = dataclasses.replace(config.denoiser, num_attention_heads=2)
     out = train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
@@ -169,13 +195,23 @@ def test_the_pipeline_takes_the_best_weights(run, tmp_path, monkeypatch):
     (tmp_path / "run/config.json").unlink()
     denoiser = dataclasses.replace(config.denoiser, evaluate_every=16, num_evaluation_images=4)
     values = iter([7.0, 5.0, 6.0, 8.0])
-    monkeypatch.setattr("em_evaluation.held_out.HeldOutDistance.measure", lambda self, generate: next(values))
+    monkeypatch.setattr(
+        "em_evaluation.held_out.HeldOutDistance.measure", lambda self, generate: next(values)
+    )
     out = train_ldm(dataclasses.replace(config, out=str(tmp_path / "run"), denoiser=denoiser))
     result = json.loads((out / "run.json").read_text())
     assert result["num_images_seen"] == 64
-    expected = {"of": "the best checkpoint", "num_images_seen": 32, "frechet_distance": 5.0, "num_images": 4}
+    expected = {
+        "of": "the best checkpoint",
+        "num_images_seen": 32,
+        "frechet_distance": 5.0,
+        "num_images": 4,
+    }
     measured_with = hash_weights(EMGrain.from_pretrained(out / "grain"))
-    assert result["denoiser_weights"] == expected | {"num_inference_steps": 20, "grain_sha256": measured_with}
+    assert result["denoiser_weights"] == expected | {
+        "num_inference_steps": 20,
+        "grain_sha256": measured_with,
+    }
     best, last, chosen = (
         load_file(out / folder / "unet/diffusion_pytorch_model.safetensors")
         for folder in ("denoiser/best", "denoiser", "pipeline")
@@ -226,7 +262,9 @@ def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):
     train_ldm(config)
     data = load_data(config.data, config.tiles, log=lambda text: None)
     train = {image.numpy().tobytes() for image in data.train.batch(range(data.train.num_views))}
-    held_out = {image.numpy().tobytes() for image in data.held_out.batch(range(data.held_out.num_views))}
+    held_out = {
+        image.numpy().tobytes() for image in data.held_out.batch(range(data.held_out.num_views))
+    }
     trained_on = {image.contiguous().numpy().tobytes() for batch in seen for image in batch}
     assert len(trained_on) > 32
     assert trained_on <= train
@@ -259,9 +297,19 @@ def test_paper_preset_has_the_studys_sizes():
 def test_two_processes_train_one_model(tmp_path, discriminator_weight):
     """Two processes on half the batch each end where one process on the whole batch ends, but for noise and rounding."""
     config = make_config(tmp_path)
-    recipe = {"discriminator_weight": discriminator_weight, "discriminator_channels": 8, "discriminator_layers": 1}
-    recipe |= {"discriminator_start_images": 16, "ema_half_life_images": 8.0} if discriminator_weight else {}
-    config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **recipe))
+    recipe = {
+        "discriminator_weight": discriminator_weight,
+        "discriminator_channels": 8,
+        "discriminator_layers": 1,
+    }
+    recipe |= (
+        {"discriminator_start_images": 16, "ema_half_life_images": 8.0}
+        if discriminator_weight
+        else {}
+    )
+    config = dataclasses.replace(
+        config, autoencoder=dataclasses.replace(config.autoencoder, **recipe)
+    )
     program = tmp_path / "train.py"
     program.write_text(
         "import sys, torch\nfrom pathlib import Path\nfrom em_diffusion import LDMConfig, train_ldm\n"
@@ -269,8 +317,20 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
         "train_ldm(config_from_json(LDMConfig, Path(sys.argv[1]).read_text()))\nleave_processes()\n"
     )
     (tmp_path / "config.json").write_text(config_to_json(config))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
         [*command, str(program), str(tmp_path / "config.json")],
         env=environment,
@@ -284,7 +344,9 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
         EMLatentDiffusionPipeline.from_pretrained(folder / "pipeline").vqvae.state_dict()
         for folder in (whole, tmp_path / "run")
     )
-    stage = dataclasses.replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
+    stage = dataclasses.replace(
+        config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed)
+    )
     torch.manual_seed(seed_for(stage.seed, "autoencoder"))
     start = create_autoencoder(stage, config.tiles.resolution).state_dict()
     names = [name for name in a if not name.startswith("quantize")]
@@ -292,7 +354,9 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
         torch.stack([(x[name] - y[name]).square().sum() for name in names]).sum().sqrt()
         for x, y in ((a, b), (a, start))
     )
-    assert apart < 0.1 * moved  # half the batch each and no common gradient would bring them far apart
+    assert (
+        apart < 0.1 * moved
+    )  # half the batch each and no common gradient would bring them far apart
     result = json.loads((tmp_path / "run/run.json").read_text())
     assert result["num_images_seen"] == 64
     assert np.isfinite(result["train_seconds"])
@@ -309,19 +373,29 @@ def test_kl_run_from_micrographs_to_reconstructions(tmp_path):
         "discriminator_start_images": 32,
         "discriminator_channels": 8,
     }
-    recipe |= {"discriminator_layers": 1, "ema_half_life_images": 8.0, "block_out_channels": (8, 16, 16)}  # f4
-    out = train_ldm(dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **recipe)))
+    recipe |= {
+        "discriminator_layers": 1,
+        "ema_half_life_images": 8.0,
+        "block_out_channels": (8, 16, 16),
+    }  # f4
+    out = train_ldm(
+        dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **recipe))
+    )
     pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
     assert isinstance(pipe.vqvae, AutoencoderKL)
     assert pipe.unet.config.sample_size == 8
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt").images
+    images = pipe(
+        2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt"
+    ).images
     assert images.shape == (2, 1, 32, 32)
     data = load_data(config.data, config.tiles, log=lambda text: None)
     held_out = data.held_out.batch(range(4))
     with torch.no_grad():
         latents = pipe.vqvae.encode(data.train.batch(range(data.train.num_views))).latent_dist.mean
-        expected = pipe.vqvae.decode(pipe.vqvae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
+        expected = pipe.vqvae.decode(pipe.vqvae.encode(held_out).latent_dist.mean).sample.clamp(
+            -1, 1
+        )
     normalised = pipe.normalise_latents(latents)
     torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=2e-3)
     torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
@@ -348,7 +422,10 @@ def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_
         assert (tmp_path / "run" / "pipeline" / "grain").exists() == (grain_images > 0)
     assert not torch.equal(again.grain.amplitude, pipe.grain.amplitude)
     assert capsys.readouterr().out.count("grain: the autoencoder leaves out") == 1
-    assert all(torch.equal(value, again.unet.state_dict()[name]) for name, value in pipe.unet.state_dict().items())
+    assert all(
+        torch.equal(value, again.unet.state_dict()[name])
+        for name, value in pipe.unet.state_dict().items()
+    )
     with pytest.raises(ValueError, match="grain_images is -1"):
         dataclasses.replace(config, grain_images=-1)
 
@@ -361,7 +438,9 @@ def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch
     shutil.copytree(source, tmp_path / "source")
     config = make_config(tmp_path)
     tiles = dataclasses.replace(config.tiles, cache_dir=finished.tiles.cache_dir)
-    autoencoder = dataclasses.replace(config.autoencoder, init_from=str(tmp_path / "source"), num_images=0)
+    autoencoder = dataclasses.replace(
+        config.autoencoder, init_from=str(tmp_path / "source"), num_images=0
+    )
     config = dataclasses.replace(config, autoencoder=autoencoder, tiles=tiles)
     out = train_ldm(config)
     result = json.loads((out / "run.json").read_text())
@@ -369,7 +448,10 @@ def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch
     assert result["train_seconds_by_stage"]["autoencoder"] == 0
     name = "pipeline/vqvae/diffusion_pytorch_model.safetensors"
     assert (out / name).read_bytes() == (source / name).read_bytes()
-    a, b = (EMLatentDiffusionPipeline.from_pretrained(folder / "pipeline").vqvae.config for folder in (out, source))
+    a, b = (
+        EMLatentDiffusionPipeline.from_pretrained(folder / "pipeline").vqvae.config
+        for folder in (out, source)
+    )
     assert a.latents_mean == pytest.approx(b.latents_mean)  # measured anew, on the same micrographs
     shutil.rmtree(tmp_path / "source")
     train_ldm(config)
@@ -377,12 +459,21 @@ def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch
 
 def test_tiles_that_a_loaded_autoencoder_cannot_halve_are_refused_before_training(tmp_path):
     config = make_config(tmp_path)
-    for width, message in ((16, r"makes latents of 1 x 1 of, and the denoiser halves"), (8, "cannot encode")):
+    for width, message in (
+        (16, r"makes latents of 1 x 1 of, and the denoiser halves"),
+        (8, "cannot encode"),
+    ):
         f32 = dataclasses.replace(config.autoencoder, block_out_channels=(width,) * 6)
-        create_autoencoder(f32, 32).save_pretrained(tmp_path / "source")  # with 8 groups, 8 channels have no deviation
+        create_autoencoder(f32, 32).save_pretrained(
+            tmp_path / "source"
+        )  # with 8 groups, 8 channels have no deviation
         autoencoder = dataclasses.replace(config.autoencoder, init_from=str(tmp_path / "source"))
         with pytest.raises(ValueError, match=message):
-            train_ldm(dataclasses.replace(config, out=str(tmp_path / f"run{width}"), autoencoder=autoencoder))
+            train_ldm(
+                dataclasses.replace(
+                    config, out=str(tmp_path / f"run{width}"), autoencoder=autoencoder
+                )
+            )
     missing = dataclasses.replace(config.autoencoder, init_from=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         train_ldm(dataclasses.replace(config, out=str(tmp_path / "other"), autoencoder=missing))

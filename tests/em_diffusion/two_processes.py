@@ -36,16 +36,22 @@ held_out = FakeTiles(num_views=5, seed=1)
 models = []
 average = denoiser_loop.EMA
 denoiser_loop.EMA = lambda model, half_life: models.append(model) or average(model, half_life)
-train_denoiser(config, latents, latents, vqvae, accelerator=accelerator, out_dir=out, held_out=held_out)
+train_denoiser(
+    config, latents, latents, vqvae, accelerator=accelerator, out_dir=out, held_out=held_out
+)
 weights = torch.cat([value.flatten() for value in models[0].state_dict().values()])
 assert (accelerator.gather(weights[None]) == weights).all(), "the processes have grown apart"
 
 torch.manual_seed(1)
 unet = create_denoiser(config, 8, 4).eval()  # the same weights whatever the number of processes
 distance = HeldOutDistance(held_out, 5, 0, accelerator=accelerator)
-generate = partial(generate_images, vqvae, unet, create_scheduler(config), accelerator, 0, num_steps=2)
+generate = partial(
+    generate_images, vqvae, unet, create_scheduler(config), accelerator, 0, num_steps=2
+)
 value = distance.measure(generate)
 assert (accelerator.gather(torch.tensor([value], dtype=torch.float64)) == value).all()
 if accelerator.is_main_process:
-    (out / "measured.json").write_text(json.dumps({"distance": value, "best": read_best(out / "denoiser")}))
+    (out / "measured.json").write_text(
+        json.dumps({"distance": value, "best": read_best(out / "denoiser")})
+    )
 leave_processes()

@@ -34,7 +34,9 @@ def test_a_loop_a_dot_and_a_line_are_told_apart_and_measured(canvas):
     canvas[np.abs(y - 90 - 0.1 * (x - 64)) < 1.5] -= 50
     found = detect_defects(canvas[None])
     assert [KINDS[kind] for kind in found.kind if kind != 1] == ["loop", "line"]
-    loop, line, dot = (found.select(found.kind == KINDS.index(kind)) for kind in ("loop", "line", "dot"))
+    loop, line, dot = (
+        found.select(found.kind == KINDS.index(kind)) for kind in ("loop", "line", "dot")
+    )
     assert loop.centre_px[0] == pytest.approx([30, 40], abs=1)
     assert np.degrees(loop.angle[0]) == pytest.approx(30, abs=4)
     assert 30 <= loop.major[0] <= 42
@@ -81,7 +83,15 @@ def test_counting_is_unbiased_in_small_windows():
     box = np.concatenate([low, np.minimum(high, window)], 1)
     zeros = np.zeros(len(sides))
     defects = Defects(
-        tile[:, 0] * 100 + tile[:, 1], zeros.astype(int), box, box[:, :2], sides, sides, sides, zeros, cut
+        tile[:, 0] * 100 + tile[:, 1],
+        zeros.astype(int),
+        box,
+        box[:, :2],
+        sides,
+        sides,
+        sides,
+        zeros,
+        cut,
     )
     weights = count_weights(defects, (window, window))
     for side in (6, 30):
@@ -99,9 +109,15 @@ def test_counting_is_unbiased_where_fine_pixels_are_averaged(window):
     seen = np.stack([low // 4 * 4, -(-(low + side) // 4) * 4], 1).clip(0, searched)
     box = np.stack([seen[:, 0], seen[:, 0], seen[:, 1], seen[:, 1]], 1)
     cut, zeros = (seen[:, 0] == 0) | (seen[:, 1] == searched), np.zeros(len(low))
-    defects = Defects(zeros.astype(int), zeros.astype(int), box, box[:, :2], zeros, zeros, zeros, zeros, cut)
-    assert np.sqrt(count_weights(defects, (window, window), pixel_size_nm)).sum() == pytest.approx(window, rel=0.005)
-    assert np.sqrt(count_weights(defects, (window, window))).sum() < 0.96 * window  # with a margin of one pixel
+    defects = Defects(
+        zeros.astype(int), zeros.astype(int), box, box[:, :2], zeros, zeros, zeros, zeros, cut
+    )
+    assert np.sqrt(count_weights(defects, (window, window), pixel_size_nm)).sum() == pytest.approx(
+        window, rel=0.005
+    )
+    assert (
+        np.sqrt(count_weights(defects, (window, window))).sum() < 0.96 * window
+    )  # with a margin of one pixel
 
 
 def test_fine_pixels_count_as_the_coarse_ones_that_the_search_makes_of_them():
@@ -150,7 +166,9 @@ def test_calibration_is_a_command(tmp_path, capsys, calibration):
 
 def test_real_tiles_are_nearer_than_texture_without_structure():
     micrographs = list(synthesise_micrographs(8, 2, size=256))
-    tiles = np.stack([m.image[y : y + 128, x : x + 128] for m in micrographs for y in (0, 128) for x in (0, 128)])
+    tiles = np.stack(
+        [m.image[y : y + 128, x : x + 128] for m in micrographs for y in (0, 128) for x in (0, 128)]
+    )
     groups = np.repeat(np.arange(8), 4)
     surrogates = phase_randomised_surrogates(tiles[16:, None] / 127.5 - 1.0, 0).clamp(-1, 1)
     sets = {
@@ -160,7 +178,9 @@ def test_real_tiles_are_nearer_than_texture_without_structure():
         "surrogates": ((surrogates + 1) * 127.5).round().numpy().astype(np.uint8)[:, 0],
     }
     ids = {"held_out": groups[:16], "copy": None, "real": groups[16:], "surrogates": groups[16:]}
-    section = compare_microscopy(sets, ids, 1.0, models=["copy"], floors=["real", "surrogates"], num_calibration=2)
+    section = compare_microscopy(
+        sets, ids, 1.0, models=["copy"], floors=["real", "surrogates"], num_calibration=2
+    )
     distances = section["distances"]
     assert all(metric["value"] == 0 for metric in distances["copy"].values())
     for name in ("two_point", "loop_density", "loop_size"):

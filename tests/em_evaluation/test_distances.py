@@ -36,20 +36,30 @@ def test_distance_of_two_gaussians_has_the_closed_form_of_commuting_covariances(
     mean, a, b = np.array([1.0, -2.0, 0.5]), np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 0.25])
     expected = (mean**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
     turn = linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
-    found = frechet_distance_from_statistics(mean, turn * a @ turn.T, np.zeros(3), turn * b @ turn.T)
+    found = frechet_distance_from_statistics(
+        mean, turn * a @ turn.T, np.zeros(3), turn * b @ turn.T
+    )
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("num_a", "num_b", "dimensions"), [(60, 50, 10), (20, 60, 30), (12, 15, 40), (40, 40, 40)])
-def test_singular_values_equal_eigenvalues_with_more_and_fewer_images_than_dimensions(num_a, num_b, dimensions):
+@pytest.mark.parametrize(
+    ("num_a", "num_b", "dimensions"), [(60, 50, 10), (20, 60, 30), (12, 15, 40), (40, 40, 40)]
+)
+def test_singular_values_equal_eigenvalues_with_more_and_fewer_images_than_dimensions(
+    num_a, num_b, dimensions
+):
     a, b = draw(1, num_a, dimensions, 1.3, 0.1), draw(2, num_b, dimensions)
     expected = frechet_distance_from_statistics(*statistics(a), *statistics(b))
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
     assert frechet_influence(a, b).value == pytest.approx(expected, rel=1e-10)
 
 
-def test_roots_by_cholesky_equal_roots_by_eigenvectors_and_singular_covariances_have_one(monkeypatch):
-    full, singular = (statistics(draw(seed, num, 20, 1.3, 0.1)) for seed, num in ((1, 300), (2, 12)))
+def test_roots_by_cholesky_equal_roots_by_eigenvectors_and_singular_covariances_have_one(
+    monkeypatch,
+):
+    full, singular = (
+        statistics(draw(seed, num, 20, 1.3, 0.1)) for seed, num in ((1, 300), (2, 12))
+    )
     pairs = [(full, statistics(draw(3, 200, 20))), (full, singular), (singular, singular)]
     found = [frechet_distance_from_statistics(*first, *second) for first, second in pairs]
     monkeypatch.setattr("em_evaluation.distances._square_root", _symmetric_root)
@@ -83,7 +93,9 @@ def test_distance_equals_the_matrix_root_of_scipy():
 def test_identical_sets_are_at_distance_zero_in_any_order(num):
     a = draw(3, num, 20)
     assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance_from_statistics(*statistics(a), *statistics(a)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance_from_statistics(*statistics(a), *statistics(a)) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_influence_is_the_change_of_the_distance_by_an_images_weight():
@@ -131,15 +143,26 @@ def test_kernel_distance_is_unbiased_and_the_mean_over_subsets_agrees():
     same = [kernel_distance(draw(i, 30, 6), draw(1000 + i, 30, 6)) for i in range(300)]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(300)
     a, b = draw(1, 60, 6, 2.5, 1.0), draw(2, 60, 6)
-    assert kernel_distance(a, b, subset_size=30, num_subsets=400) == pytest.approx(kernel_distance(a, b), rel=0.05)
-    assert kernel_distance(a, b, subset_size=60, num_subsets=2) == pytest.approx(kernel_distance(a, b), rel=1e-12)
+    assert kernel_distance(a, b, subset_size=30, num_subsets=400) == pytest.approx(
+        kernel_distance(a, b), rel=0.05
+    )
+    assert kernel_distance(a, b, subset_size=60, num_subsets=2) == pytest.approx(
+        kernel_distance(a, b), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("dimensions", [5, 120])
 @pytest.mark.parametrize("measure", [frechet_distance_interval, kernel_distance_interval])
-def test_intervals_cover_the_expected_distance_with_more_and_fewer_dimensions_than_images(measure, dimensions):
+def test_intervals_cover_the_expected_distance_with_more_and_fewer_dimensions_than_images(
+    measure, dimensions
+):
     intervals = [
-        measure(draw(2 * i, 80, dimensions, 1.3, 0.05), draw(2 * i + 1, 80, dimensions), num_replicates=200, seed=i)
+        measure(
+            draw(2 * i, 80, dimensions, 1.3, 0.05),
+            draw(2 * i + 1, 80, dimensions),
+            num_replicates=200,
+            seed=i,
+        )
         for i in range(120)
     ]
     expected = np.mean([interval.value for interval in intervals])
@@ -152,7 +175,10 @@ def test_intervals_cover_the_expected_distance_with_more_and_fewer_dimensions_th
 def test_interval_is_centred_where_the_naive_bootstrap_is_biased():
     rng, a, b = np.random.default_rng(0), draw(1, 60, 30), draw(2, 60, 30)
     interval = bootstrap_interval(frechet_influence(a, b))
-    naive = [frechet_distance(a[rng.integers(60, size=60)], b[rng.integers(60, size=60)]) for _ in range(40)]
+    naive = [
+        frechet_distance(a[rng.integers(60, size=60)], b[rng.integers(60, size=60)])
+        for _ in range(40)
+    ]
     assert interval.low < interval.value < interval.high
     assert min(naive) > interval.high
 
@@ -161,7 +187,10 @@ def test_groups_widen_the_interval_when_images_of_a_group_are_copies():
     a, b = draw(1, 20, 4, 1.3), draw(2, 200, 4)
     copies, groups = np.repeat(a, 10, axis=0), np.repeat(np.arange(20), 10)
     distance = frechet_influence(copies, b)
-    one_by_one, by_group = bootstrap_interval(distance), bootstrap_interval(distance, groups_a=groups)
+    one_by_one, by_group = (
+        bootstrap_interval(distance),
+        bootstrap_interval(distance, groups_a=groups),
+    )
     assert by_group.high - by_group.low > 1.5 * (one_by_one.high - one_by_one.low)
 
 
@@ -196,7 +225,9 @@ def test_a_paired_difference_holds_only_what_differs():
     for _ in range(60):
         origin = rng.normal(size=(400, 6))
         a, b = origin + 0.3 + 0.01 * rng.normal(size=origin.shape), origin + 0.31
-        differences.append(frechet_influence(a, reference).value - frechet_influence(b, reference).value)
+        differences.append(
+            frechet_influence(a, reference).value - frechet_influence(b, reference).value
+        )
     fixed = difference_interval(
         dataclasses.replace(first, influence_b=0 * first.influence_b),
         dataclasses.replace(second, influence_b=0 * second.influence_b),
@@ -217,7 +248,11 @@ def test_unequal_dimensions_and_single_images_are_refused():
 
 def test_streaming_statistics_equal_numpy_whatever_the_batches_and_merge_exactly():
     features = draw(1, 101, 7) + 1e4  # a large mean would cancel in a sum of squares
-    whole, batched, halves = FeatureStatistics.of(features), FeatureStatistics(7), FeatureStatistics(7)
+    whole, batched, halves = (
+        FeatureStatistics.of(features),
+        FeatureStatistics(7),
+        FeatureStatistics(7),
+    )
     for start in range(0, 101, 8):
         batched.update(features[start : start + 8])
     for part in (features[60:], features[:0], features[:60]):
@@ -225,7 +260,9 @@ def test_streaming_statistics_equal_numpy_whatever_the_batches_and_merge_exactly
     for found in (whole, batched, halves):
         assert found.num_images == 101
         np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-13)
-        np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            found.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-12
+        )
     with pytest.raises(ValueError, match="at least two"):
         _ = FeatureStatistics(7).covariance
     with pytest.raises(ValueError, match=r"must be \[B, 7\]"):

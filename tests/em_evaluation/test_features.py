@@ -48,7 +48,9 @@ def test_folded_efficientnet_equals_the_packages_own(images):
 def test_efficientnet_preprocessing_is_that_of_its_weights(images):
     """One image by hand: bicubic resize, three equal channels, (grey level - 127) / 128, pooling."""
     extractor = EfficientNetLite0(64, fused=False)
-    resized = nn.functional.interpolate(images[:1], size=64, mode="bicubic", antialias=True).clamp(-1, 1)
+    resized = nn.functional.interpolate(images[:1], size=64, mode="bicubic", antialias=True).clamp(
+        -1, 1
+    )
     levels = resized.add(1).mul(127.5)  # 0..255
     colour = levels.sub(127).div(128).repeat(1, 3, 1, 1)
     with torch.no_grad():
@@ -65,7 +67,10 @@ def test_features_do_not_depend_on_the_batch(images):
 
 
 def test_identity_says_everything_that_decides_the_features():
-    identities = {get_extractor(**options).identity for options in ({}, {"input_px": 96}, {"dtype": torch.bfloat16})}
+    identities = {
+        get_extractor(**options).identity
+        for options in ({}, {"input_px": 96}, {"dtype": torch.bfloat16})
+    }
     assert len(identities) == 3
     assert get_extractor(resolution=64).identity == get_extractor(input_px=128).identity
     assert get_extractor(resolution=256).identity == get_extractor(input_px=224).identity
@@ -79,7 +84,10 @@ def test_identity_says_everything_that_decides_the_features():
         ({"input_px": 100}, "multiple of 32"),
         ({"name": "inception", "input_px": 128}, "belongs to efficientnet"),
         ({"name": "inception", "resize_mode": "tensorflow"}, "clean, legacy_pytorch"),
-        ({"name": "inception", "weights": "absent.pt"}, "no such file; give a local copy of https://"),
+        (
+            {"name": "inception", "weights": "absent.pt"},
+            "no such file; give a local copy of https://",
+        ),
     ],
 )
 def test_wrong_options_are_refused_with_the_way_out(options, message):
@@ -107,7 +115,12 @@ def test_cache_knows_content_and_extractor_and_no_name(images, tmp_path):
     np.testing.assert_array_equal(again, first)
     changed = images.clone()
     changed[5, 0, 39, 39] += 1e-6
-    for other, identity in ((changed, "a"), (images, "b"), (images[:5], "a"), (images.flip(0), "a")):
+    for other, identity in (
+        (changed, "a"),
+        (images, "b"),
+        (images[:5], "a"),
+        (images.flip(0), "a"),
+    ):
         assert compute(other, identity)[1] == len(other)
     assert compute(images.reshape(6, 1, 20, 80), "a")[1] == 6  # the same values in another shape
 
@@ -134,7 +147,9 @@ def test_several_processes_share_the_images_and_find_what_one_finds(tmp_path):
         str(program),
         str(tmp_path),
     ]
-    result = subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    result = subprocess.run(
+        torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     for num in (7, 1):
         images = torch.rand(num, 1, 8, 8, generator=torch.Generator().manual_seed(num)) * 2 - 1
@@ -160,7 +175,9 @@ class StandIn(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten(), nn.Linear(3 * 256, 2048))
+        self.layers = nn.Sequential(
+            nn.AdaptiveAvgPool2d(16), nn.Flatten(), nn.Linear(3 * 256, 2048)
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -185,7 +202,9 @@ def test_clean_inception_equals_clean_fid_on_the_same_file(images, torchscript_f
         network = InceptionV3W(str(tmp_path), download=False)
         resizer = build_resizer("clean")
         levels = ((images + 1) * 127.5).round()
-        resized = [resizer(image[0].numpy().astype(np.uint8)[:, :, None].repeat(3, 2)) for image in levels]
+        resized = [
+            resizer(image[0].numpy().astype(np.uint8)[:, :, None].repeat(3, 2)) for image in levels
+        ]
     with torch.no_grad():
         expected = network(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))
     found = get_extractor("inception", weights=torchscript_file)(levels / 127.5 - 1)
@@ -193,25 +212,33 @@ def test_clean_inception_equals_clean_fid_on_the_same_file(images, torchscript_f
     assert expected.std(0).mean() > 1e-3
 
 
-def test_legacy_inception_loads_a_state_dict_and_resizes_as_pytorch_fid(images, tmp_path, monkeypatch):
+def test_legacy_inception_loads_a_state_dict_and_resizes_as_pytorch_fid(
+    images, tmp_path, monkeypatch
+):
     from cleanfid import inception_pytorch
 
     class Tiny(nn.Module):
         def __init__(self, output_blocks, resize_input):
             super().__init__()
             self.linear = nn.Linear(3 * 64, 2048)
-            self.linear.load_state_dict(inception_pytorch.load_state_dict_from_url("unused", progress=False))
+            self.linear.load_state_dict(
+                inception_pytorch.load_state_dict_from_url("unused", progress=False)
+            )
             assert (output_blocks, resize_input) == ([3], False)
 
         def forward(self, x):
-            return [self.linear(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1))[:, :, None, None]]
+            return [
+                self.linear(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1))[:, :, None, None]
+            ]
 
     monkeypatch.setattr(inception_pytorch, "InceptionV3", Tiny)
     original = inception_pytorch.load_state_dict_from_url
     state = nn.Linear(3 * 64, 2048).state_dict()
     torch.save(state, tmp_path / "weights.pth")
     found = features.Inception("legacy_pytorch", tmp_path / "weights.pth", fused=False)(images)
-    resized = nn.functional.interpolate((images + 1) / 2, size=(299, 299), mode="bilinear", align_corners=False)
+    resized = nn.functional.interpolate(
+        (images + 1) / 2, size=(299, 299), mode="bilinear", align_corners=False
+    )
     pooled = nn.functional.adaptive_avg_pool2d(resized.repeat(1, 3, 1, 1), 8).flatten(1)
     torch.testing.assert_close(
         found, nn.functional.linear(pooled, state["weight"], state["bias"]), rtol=1e-4, atol=1e-4
@@ -296,7 +323,9 @@ def server(torchscript_file):
 
 def test_weights_are_downloaded_once_into_the_users_cache(server, images, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = weights.WeightsFile(server.url, "inception.pt", weights.hashlib.sha256(server.content).hexdigest()[:8])
+    source = weights.WeightsFile(
+        server.url, "inception.pt", weights.hashlib.sha256(server.content).hexdigest()[:8]
+    )
     monkeypatch.setitem(features.INCEPTION_WEIGHTS, "clean", source)
     first = get_extractor("inception")(images)
     assert torch.equal(get_extractor("inception")(images), first)
@@ -339,4 +368,6 @@ def test_a_wrong_digest_leaves_no_file(server, tmp_path):
 def test_without_a_network_the_error_names_url_and_flag(server, tmp_path):
     server.close()
     with pytest.raises(ConnectionError, match=rf"{server.url}.*--weights.*efficientnet-lite0"):
-        weights.find_weights(weights.WeightsFile(server.url, "w.pt"), cache_dir=tmp_path, log=lambda text: None)
+        weights.find_weights(
+            weights.WeightsFile(server.url, "w.pt"), cache_dir=tmp_path, log=lambda text: None
+        )

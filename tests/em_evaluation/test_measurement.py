@@ -14,7 +14,13 @@ from em_evaluation.compare import compare_reports, find_differences
 from em_evaluation.distances import frechet_distance, kernel_distance
 from em_evaluation.extractor import Extractor
 from em_evaluation.images import ImageSet
-from em_evaluation.metrics import METRICS, choose_metrics, measure, measure_values, refuse_unmeasurable
+from em_evaluation.metrics import (
+    METRICS,
+    choose_metrics,
+    measure,
+    measure_values,
+    refuse_unmeasurable,
+)
 from em_evaluation.pictures import choose_pictures, choose_unseen
 from em_evaluation.quiz import make_quiz
 
@@ -34,10 +40,14 @@ def test_metrics_that_apply_are_chosen_and_the_rest_is_said():
     assert choose_metrics(("recall",), Plain(), 100) == (("frechet_distance", "recall"), [])
     names, notes = choose_metrics((), Plain(), 8)
     assert names == ("frechet_distance", "frechet_distance_infinite", "kernel_distance")
-    assert notes == ["Precision, Recall, Density, Coverage: 12 images of each set are needed, there are 8: left out."]
+    assert notes == [
+        "Precision, Recall, Density, Coverage: 12 images of each set are needed, there are 8: left out."
+    ]
     with pytest.raises(ValueError, match="unknown metrics fid; there are frechet_distance"):
         choose_metrics(("fid",), Plain(), 100)
-    with pytest.raises(ValueError, match="cmmd needs embeddings of length 1; add the extractor clip"):
+    with pytest.raises(
+        ValueError, match="cmmd needs embeddings of length 1; add the extractor clip"
+    ):
         refuse_unmeasurable(("cmmd",), [Plain()])
     refuse_unmeasurable(("cmmd",), [Plain(), Unit()])
 
@@ -54,7 +64,9 @@ def test_all_metrics_are_measured_with_intervals_that_hold_them():
     assert found["kernel_distance"].value == pytest.approx(kernel_distance(a, b), rel=1e-9)
     assert set(distances) == {"frechet_distance", "kernel_distance", "cmmd"}
     values = measure_values(tuple(METRICS), a, b)
-    assert values == pytest.approx({name: interval.value for name, interval in found.items()}, rel=1e-9)
+    assert values == pytest.approx(
+        {name: interval.value for name, interval in found.items()}, rel=1e-9
+    )
     turned, _ = measure(("recall", "frechet_distance"), a[::-1], b[::-1])
     assert turned["recall"].value == found["recall"].value
 
@@ -68,12 +80,21 @@ FLOORS = {
     "noise": {"name": "white noise"},
 }
 MODELS = {"LDM": "ldm", "GAN": "stylegan2"}
-GOOD = {"real": 1, "reconstruction": 2, "LDM": 3, "GAN": 1.5, "surrogates": 5, "noise": 9}  # a GAN has no autoencoder
+GOOD = {
+    "real": 1,
+    "reconstruction": 2,
+    "LDM": 3,
+    "GAN": 1.5,
+    "surrogates": 5,
+    "noise": 9,
+}  # a GAN has no autoencoder
 
 
 def blindness(metric, values, sign=1):
     rows = {key: {"held_out": {metric: {"value": sign * value}}} for key, value in values.items()}
-    (found,) = find_blindness({"extractor": "plain", "metrics": [metric], "rows": rows}, MODELS, FLOORS)
+    (found,) = find_blindness(
+        {"extractor": "plain", "metrics": [metric], "rows": rows}, MODELS, FLOORS
+    )
     return found, [(each["nearer"], each["farther"]) for each in found["misordered"]]
 
 
@@ -89,16 +110,25 @@ def test_a_metric_that_orders_everything_is_blind_to_nothing(metric, sign):
 def test_a_metric_is_blind_to_each_pair_that_it_turns_or_levels():
     found, wrong = blindness("recall", GOOD | {"noise": 5}, -1)
     assert wrong == [("surrogates", "noise")]
-    assert "does not tell phase-randomised surrogates (−5.000) from white noise (−5.000)" in found["sentence"]
+    assert (
+        "does not tell phase-randomised surrogates (−5.000) from white noise (−5.000)"
+        in found["sentence"]
+    )
     assert "truly" not in found["sentence"]
     found, wrong = blindness("frechet_distance", GOOD | {"LDM": 6})
     assert wrong == [("LDM", "surrogates")]
-    assert found["sentence"].endswith("Where one of a pair is a model, that model may truly be no better.")
-    assert blindness("frechet_distance", GOOD | {"reconstruction": 4})[1] == [("reconstruction", "LDM")]
+    assert found["sentence"].endswith(
+        "Where one of a pair is a model, that model may truly be no better."
+    )
+    assert blindness("frechet_distance", GOOD | {"reconstruction": 4})[1] == [
+        ("reconstruction", "LDM")
+    ]
 
 
 def test_autoencoders_are_set_against_their_own_model_alone():
-    floors = {f"reconstruction_{i}": {"name": f"reconstructions by the autoencoder of {i}"} for i in "ab"}
+    floors = {
+        f"reconstruction_{i}": {"name": f"reconstructions by the autoencoder of {i}"} for i in "ab"
+    }
     pairs = expect_order({"a": "ldm", "b": "ldm", "c": "stylegan2"}, floors)
     own = [(near, far) for near, far in pairs if near in floors and far in "abc"]
     assert own == [("reconstruction_a", "a"), ("reconstruction_b", "b")]
@@ -121,7 +151,12 @@ def report(**changes):
         "dataset": {"split_hash": "s", "fingerprint": "f"},
         "models": [{"name": "A"}],
         "measurements": [
-            {"extractor": "plain", "identity": "plain 1", "metrics": ["frechet_distance"], "rows": rows},
+            {
+                "extractor": "plain",
+                "identity": "plain 1",
+                "metrics": ["frechet_distance"],
+                "rows": rows,
+            },
         ],
     }
 
@@ -146,9 +181,15 @@ def test_reports_of_one_protocol_are_put_beside_each_other(tmp_path):
     ("change", "reason"),
     [
         (lambda r: r["protocol"].update(num_images=20), "number of images: 10 and 20"),
-        (lambda r: r["protocol"].update(reference_digest="x"), "content of the reference images: r and x"),
+        (
+            lambda r: r["protocol"].update(reference_digest="x"),
+            "content of the reference images: r and x",
+        ),
         (lambda r: r["dataset"].update(split_hash="x"), "split of the micrographs: s and x"),
-        (lambda r: r["measurements"][0].update(identity="plain 2"), "features: plain 1 and plain 2"),
+        (
+            lambda r: r["measurements"][0].update(identity="plain 2"),
+            "features: plain 1 and plain 2",
+        ),
     ],
 )
 def test_reports_of_unequal_protocol_are_refused_with_the_reason(change, reason, tmp_path):
@@ -157,7 +198,9 @@ def test_reports_of_unequal_protocol_are_refused_with_the_reason(change, reason,
     change(second)
     assert find_differences(first, second) == [reason]
     paths = [write(tmp_path, "a", first), write(tmp_path, "b", second)]
-    with pytest.raises(ValueError, match=f"cannot be compared, they were measured differently:\n  {reason}"):
+    with pytest.raises(
+        ValueError, match=f"cannot be compared, they were measured differently:\n  {reason}"
+    ):
         compare_reports(paths)
 
 
@@ -176,7 +219,12 @@ def test_what_is_no_report_is_refused(tmp_path):
 
 
 def picture(key, level, num, is_model=False):
-    return {"key": key, "title": key, "unseen": np.full((num, 4, 6), level, np.uint8), "is_model": is_model}
+    return {
+        "key": key,
+        "title": key,
+        "unseen": np.full((num, 4, 6), level, np.uint8),
+        "is_model": is_model,
+    }
 
 
 def test_the_quiz_holds_as_many_real_images_as_generated_ones_and_knows_each():
@@ -193,7 +241,9 @@ def test_the_quiz_holds_as_many_real_images_as_generated_ones_and_knows_each():
     assert levels.std((1, 2)).max() == 0
     assert [{10: "", 20: "A", 30: "B"}[int(level[0, 0])] for level in levels] == quiz["origins"]
     assert [quiz["origins"].count(origin) for origin in ("", "A", "B")] == [10, 5, 5]
-    assert make_quiz(pictures)["origins"] == quiz["origins"] != make_quiz(pictures, seed=1)["origins"]
+    assert (
+        make_quiz(pictures)["origins"] == quiz["origins"] != make_quiz(pictures, seed=1)["origins"]
+    )
 
 
 def test_the_quiz_asks_for_nothing_that_the_page_shows_elsewhere():
@@ -205,7 +255,11 @@ def test_the_quiz_asks_for_nothing_that_the_page_shows_elsewhere():
     held_out = ImageSet(levels[:, None])
     generated = {"A": ImageSet(rng.integers(0, 256, (60, 1, 5, 5), dtype=np.uint8))}
     sets = {"held_out": held_out, "train": ImageSet(levels[:1, None])}
-    closest = {"key": "closest_A", "section": "memorisation", "levels": generated["A"].levels[20:26, 0]}
+    closest = {
+        "key": "closest_A",
+        "section": "memorisation",
+        "levels": generated["A"].levels[20:26, 0],
+    }
     pictures = choose_pictures(sets, generated, {}, {}, 16, [closest], seed=3)
     real, model = pictures[0]["unseen"], pictures[1]["unseen"]
     places = [[int(np.flatnonzero((images.levels[:, 0] == each).all((1, 2)))[0]) for each in unseen]
@@ -215,7 +269,10 @@ def test_the_quiz_asks_for_nothing_that_the_page_shows_elsewhere():
     assert {len(each) for each in places} == {24}
     assert len(choose_unseen(levels, levels[:16], most=60)) == 60 - 16 - 10 - 1
     assert places[0] != sorted(places[0])
-    again, other = (choose_pictures(sets, generated, {}, {}, 16, [closest], seed)[0]["unseen"] for seed in (3, 4))
+    again, other = (
+        choose_pictures(sets, generated, {}, {}, 16, [closest], seed)[0]["unseen"]
+        for seed in (3, 4)
+    )
     assert (again == real).all()
     assert (other != real).any()
 

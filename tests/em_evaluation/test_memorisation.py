@@ -12,7 +12,12 @@ from em_data.views import ELEMENTS, apply_symmetry
 from em_evaluation import ModelImages, evaluate_models
 from em_evaluation.features import Extractor
 from em_evaluation.images import ImageSet
-from em_evaluation.memorisation import measure_memorisation, nearest_in_features, probability_nearer, share_interval
+from em_evaluation.memorisation import (
+    measure_memorisation,
+    nearest_in_features,
+    probability_nearer,
+    share_interval,
+)
 from em_evaluation.memorisation_report import conclude_memorisation, make_gallery
 from em_evaluation.nearest import (
     INVERSE,
@@ -23,7 +28,13 @@ from em_evaluation.nearest import (
     correlate_one_by_one,
     find_nearest,
 )
-from em_evaluation.partial_copies import MARGIN, find_nearest_halves, list_halves, measure_partial_copies, prepare
+from em_evaluation.partial_copies import (
+    MARGIN,
+    find_nearest_halves,
+    list_halves,
+    measure_partial_copies,
+    prepare,
+)
 
 NAMES = list(ELEMENTS)
 HALVES = [np.s_[:32], np.s_[32:], np.s_[:, :32], np.s_[:, 32:]]
@@ -37,7 +48,12 @@ class Pooled(Extractor):
     def _features(self, images):
         edges = images[..., 1:-1, 1:-1] - torch.nn.functional.avg_pool2d(images, 3, 1)
         return torch.stack(
-            [f(x) for x in (images, edges) for f in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)))], 1
+            [
+                f(x)
+                for x in (images, edges)
+                for f in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)))
+            ],
+            1,
         )
 
 
@@ -58,7 +74,14 @@ class FakeTiles:
 
 def cut(seed, num, side=64):
     micrographs = synthesise_micrographs(num, seed, size=2 * side)
-    return np.stack([m.image[y : y + side, x : x + side] for m in micrographs for y in (0, side) for x in (0, side)])
+    return np.stack(
+        [
+            m.image[y : y + side, x : x + side]
+            for m in micrographs
+            for y in (0, side)
+            for x in (0, side)
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +106,9 @@ def copy(tiles, seed, deviation=6.0):
 
 def measure(generated, held_out, train, **options):
     sets = {name: ImageSet(images[:, None]) for name, images in generated.items()}
-    return measure_memorisation(sets, ImageSet(held_out[:, None]), FakeTiles(train), log=lambda text: None, **options)
+    return measure_memorisation(
+        sets, ImageSet(held_out[:, None]), FakeTiles(train), log=lambda text: None, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +116,9 @@ def measured(train, held_out):
     chosen = np.random.default_rng(1).permutation(len(train))[:20]
     honest = cut(8, 5)
     half = np.concatenate([copy(train[chosen[:10]], 2), honest[:10]])
-    return measure({"copier": copy(train[chosen], 1), "honest": honest, "half": half}, held_out, train)
+    return measure(
+        {"copier": copy(train[chosen], 1), "honest": honest, "half": half}, held_out, train
+    )
 
 
 def test_a_copier_is_caught_and_an_honest_generator_is_not(measured):
@@ -124,14 +151,25 @@ def test_copies_under_added_grain_are_sought_before_it_is_added(train, held_out)
     assert report["memorisation"]["without_grain"] == ["LDM"]
     assert report["models"][0]["metrics"] == report["models"][1]["metrics"]  # judged with the grain
     text = conclude_memorisation(report["memorisation"], ["LDM", "hidden"])
-    assert any(sentence.startswith("Of LDM the images were searched as they are before the grain") for sentence in text)
-    assert not any("Of LDM" in sentence for sentence in conclude_memorisation(report["memorisation"], ["hidden"]))
+    assert any(
+        sentence.startswith("Of LDM the images were searched as they are before the grain")
+        for sentence in text
+    )
+    assert not any(
+        "Of LDM" in sentence
+        for sentence in conclude_memorisation(report["memorisation"], ["hidden"])
+    )
 
 
 def test_the_gallery_shows_the_source_as_the_copy_lies(measured):
     section, pairs = measured
     pictures = make_gallery(pairs, section)
-    assert [picture["title"] for picture in pictures] == ["Held-out micrographs", "copier", "honest", "half"]
+    assert [picture["title"] for picture in pictures] == [
+        "Held-out micrographs",
+        "copier",
+        "honest",
+        "half",
+    ]
     image, tile = (pictures[1]["levels"][i, 8:-8, 8:-8].astype(float) for i in (0, 6))
     best = max(np.corrcoef(np.roll(image, (y, x), (0, 1))[4:-4, 4:-4].ravel(), tile[4:-4, 4:-4].ravel())[0, 1]
                for y in range(-4, 5) for x in range(-4, 5))  # fmt: skip
@@ -147,7 +185,9 @@ def test_source_symmetry_and_shift_are_told(train):
         assert nearest.distance[0] < 0.01
         assert NAMES[nearest.symmetry[0]] == INVERSE[name]
         assert tuple(nearest.shift_px[0]) == (2, -3)
-        assert np.array_equal(align(apply_symmetry(turned, INVERSE[name]), nearest.symmetry[0]), turned)
+        assert np.array_equal(
+            align(apply_symmetry(turned, INVERSE[name]), nearest.symmetry[0]), turned
+        )
 
 
 def test_the_fast_search_finds_what_trying_everything_finds(train):
@@ -163,7 +203,9 @@ def test_the_fast_search_finds_what_trying_everything_finds(train):
 def test_correlation_by_fft_is_that_of_each_window():
     rng = np.random.default_rng(0)
     image, tile = rng.normal(100, 30, (2, 24, 24)).astype(np.float32)
-    assert correlate_by_fft(image, tile, 3) == pytest.approx(correlate_one_by_one(image, tile, 3), abs=1e-5)
+    assert correlate_by_fft(image, tile, 3) == pytest.approx(
+        correlate_one_by_one(image, tile, 3), abs=1e-5
+    )
     assert (correlate_by_fft(np.full((24, 24), 5.0), tile, 3) == 0).all()
 
 
@@ -191,7 +233,10 @@ def test_features_find_copies_under_every_symmetry(train, held_out):
 def test_a_leaky_split_is_said_and_nothing_concluded(train):
     section, _ = measure({"honest": cut(8, 2)}, copy(train[:12], 4, deviation=1.0), train)
     assert "cannot be judged" in conclude_memorisation(section, ["honest"])[0]
-    assert measure({}, np.zeros((2, 16, 16), np.uint8), np.zeros((3, 16, 16), np.uint8)) == (None, [])
+    assert measure({}, np.zeros((2, 16, 16), np.uint8), np.zeros((3, 16, 16), np.uint8)) == (
+        None,
+        [],
+    )
 
 
 def paste_halves(tiles, onto):
@@ -204,7 +249,9 @@ def paste_halves(tiles, onto):
 
 def measure_halves(generated, held_out, train):
     sets = {name: ImageSet(images[:, None]) for name, images in generated.items()}
-    return measure_partial_copies(sets, ImageSet(held_out[:, None]), FakeTiles(train), log=lambda text: None)
+    return measure_partial_copies(
+        sets, ImageSet(held_out[:, None]), FakeTiles(train), log=lambda text: None
+    )
 
 
 def test_who_copies_halves_is_caught_where_whole_copies_are_not_found(train, held_out, measured):
@@ -213,7 +260,9 @@ def test_who_copies_halves_is_caught_where_whole_copies_are_not_found(train, hel
     halves = paste_halves(copy(train[chosen], 1), honest)
     section, _ = measure({"halves": halves, "honest": honest}, held_out, train)
     assert section["pixels"]["sets"]["halves"]["num_copies"] <= 2
-    section["partial"] = measure_halves({"halves": halves, "honest": honest, "whole": train[:12]}, held_out, train)
+    section["partial"] = measure_halves(
+        {"halves": halves, "honest": honest, "whole": train[:12]}, held_out, train
+    )
     sets = section["partial"]["sets"]
     assert sets["halves"]["num_copies"] >= 17
     assert sets["whole"]["num_copies"] == 12
@@ -230,7 +279,9 @@ def test_tile_symmetry_and_half_of_a_partial_copy_are_told(train):
     assert factor == 1
     unrelated = cut(9, 1)[0]
     for i, name in enumerate(NAMES):
-        image = paste_halves([unrelated] * 4, np.stack([np.roll(train[5], (3, -2), (0, 1))] * 4))[i % 4]
+        image = paste_halves([unrelated] * 4, np.stack([np.roll(train[5], (3, -2), (0, 1))] * 4))[
+            i % 4
+        ]
         nearest = find_nearest_halves(apply_symmetry(image, name)[None], contents, factor)
         assert nearest.tile[0] == 5
         assert NAMES[nearest.symmetry[0]] == INVERSE[name]
@@ -253,7 +304,9 @@ def test_the_search_for_halves_finds_what_trying_everything_finds(train):
                     for y in range(-MARGIN, MARGIN + 1)
                     for x in range(-MARGIN, MARGIN + 1)
                 ]
-                windows = np.stack([turned[y : y + height, x : x + width].ravel() for y, x in shifts])
+                windows = np.stack(
+                    [turned[y : y + height, x : x + width].ravel() for y, x in shifts]
+                )
                 for content in contents[:, rows, columns].reshape(len(few), -1):
                     best = max(best, np.corrcoef(content, windows)[0, 1:].max())
         assert best - 0.02 < found < best + 1e-5

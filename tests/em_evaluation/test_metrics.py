@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 
 from em_evaluation.clip_distance import cmmd, cmmd_influence
-from em_evaluation.distances import bootstrap_interval, frechet_distance, frechet_distance_from_statistics
+from em_evaluation.distances import (
+    bootstrap_interval,
+    frechet_distance,
+    frechet_distance_from_statistics,
+)
 from em_evaluation.extrapolation import (
     fit_frechet_distance,
     frechet_distance_infinite,
@@ -45,15 +49,22 @@ def test_fewer_images_than_dimensions_equal_40_digits():
 
 def test_extrapolation_takes_away_the_bias_of_finite_samples():
     """Two Gaussians at a known distance, 60 images of 24 dimensions: the plain distance is far too high, the line is not."""
-    truth = frechet_distance_from_statistics(np.zeros(24), np.eye(24), np.full(24, 0.2), 1.44 * np.eye(24))
+    truth = frechet_distance_from_statistics(
+        np.zeros(24), np.eye(24), np.full(24, 0.2), 1.44 * np.eye(24)
+    )
     draws = [(normal(2 * i, 120, 24), normal(2 * i + 1, 120, 24, 1.2, 0.2)) for i in range(60)]
     plain = np.array([frechet_distance(a, b) for a, b in draws])
     line = np.array([frechet_distance_infinite(a, b) for a, b in draws])
     assert plain.mean() > 1.5 * truth
     assert abs(line.mean() - truth) < 0.15 * (plain.mean() - truth)
-    intervals = [frechet_distance_infinite_interval(a, b, num_replicates=200, seed=i) for i, (a, b) in enumerate(draws)]
+    intervals = [
+        frechet_distance_infinite_interval(a, b, num_replicates=200, seed=i)
+        for i, (a, b) in enumerate(draws)
+    ]
     expected = line.mean()
-    assert 0.9 <= np.mean([interval.low <= expected <= interval.high for interval in intervals]) <= 1.0
+    assert (
+        0.9 <= np.mean([interval.low <= expected <= interval.high for interval in intervals]) <= 1.0
+    )
 
 
 def test_the_line_goes_through_its_points():
@@ -96,8 +107,12 @@ def test_cmmd_is_unbiased_its_interval_covers_and_lengths_are_checked():
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(200)
     draws = [cmmd_influence(embed(i, 60, 6), embed(1000 + i, 60, 6, 0.4)) for i in range(100)]
     expected = np.mean([distance.value for distance in draws])
-    intervals = [bootstrap_interval(distance, num_replicates=200, seed=i) for i, distance in enumerate(draws)]
-    assert 0.86 <= np.mean([interval.low <= expected <= interval.high for interval in intervals]) <= 1
+    intervals = [
+        bootstrap_interval(distance, num_replicates=200, seed=i) for i, distance in enumerate(draws)
+    ]
+    assert (
+        0.86 <= np.mean([interval.low <= expected <= interval.high for interval in intervals]) <= 1
+    )
     with pytest.raises(ValueError, match=r"length 1.*extractor clip"):
         cmmd(normal(0, 5, 6), embed(1, 5, 6))
 
@@ -115,18 +130,28 @@ def test_neighbour_metrics_equal_their_definitions_in_any_block_and_order():
     distance = np.linalg.norm(generated[:, None] - real[None], axis=2)
     ball = np.array([radius(real, j, 3) for j in range(27)])
     expected = {
-        "precision": np.mean([any(distance[i, j] <= ball[j] for j in range(27)) for i in range(31)]),
-        "recall": np.mean([any(distance[i, j] <= radius(generated, i, 3) for i in range(31)) for j in range(27)]),
+        "precision": np.mean(
+            [any(distance[i, j] <= ball[j] for j in range(27)) for i in range(31)]
+        ),
+        "recall": np.mean(
+            [any(distance[i, j] <= radius(generated, i, 3) for i in range(31)) for j in range(27)]
+        ),
     }
     ball = np.array([radius(real, j, 5) for j in range(27)])
-    expected["density"] = np.mean([sum(distance[i, j] < ball[j] for j in range(27)) / 5 for i in range(31)])
-    expected["coverage"] = np.mean([any(distance[i, j] < ball[j] for i in range(31)) for j in range(27)])
+    expected["density"] = np.mean(
+        [sum(distance[i, j] < ball[j] for j in range(27)) / 5 for i in range(31)]
+    )
+    expected["coverage"] = np.mean(
+        [any(distance[i, j] < ball[j] for i in range(31)) for j in range(27)]
+    )
     assert all(0 < value < 1.5 for value in expected.values())
     for block in (2048, 10):
         found = measure_neighbours(generated[::-1], real, block=block)
         assert {name: getattr(found, name) for name in NAMES} == pytest.approx(expected, rel=1e-12)
     intervals = measure_neighbour_intervals(generated, real)
-    assert {name: getattr(intervals, name).value for name in NAMES} == pytest.approx(expected, rel=1e-12)
+    assert {name: getattr(intervals, name).value for name in NAMES} == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_identical_sets_are_perfect_and_distant_ones_share_nothing():
@@ -158,7 +183,9 @@ def test_precision_falls_with_outliers_and_recall_and_coverage_with_dropped_mode
 def test_half_samples_scatter_as_fresh_draws_do(most, monkeypatch):
     monkeypatch.setattr("em_evaluation.neighbours.MOST_IN_HALF", most)
     draws = [
-        measure_neighbour_intervals(normal(2 * i, 150, 5, 1.3), normal(2 * i + 1, 150, 5), num_halves=24, seed=i)
+        measure_neighbour_intervals(
+            normal(2 * i, 150, 5, 1.3), normal(2 * i + 1, 150, 5), num_halves=24, seed=i
+        )
         for i in range(60)
     ]
     for name in NAMES:
@@ -172,9 +199,14 @@ def test_half_samples_scatter_as_fresh_draws_do(most, monkeypatch):
 def test_copies_in_groups_widen_the_interval():
     a, b = normal(0, 20, 4, 1.3), normal(1, 200, 4)
     copies, groups = np.repeat(a, 10, 0) + 1e-3 * normal(2, 200, 4), np.repeat(np.arange(20), 10)
-    alone, grouped = (measure_neighbour_intervals(copies, b, groups_generated=each).density for each in (None, groups))
+    alone, grouped = (
+        measure_neighbour_intervals(copies, b, groups_generated=each).density
+        for each in (None, groups)
+    )
     assert grouped.high - grouped.low > 1.5 * (alone.high - alone.low)
-    single = measure_neighbour_intervals(copies, b, groups_generated=np.zeros(200))  # one group: each image for itself
+    single = measure_neighbour_intervals(
+        copies, b, groups_generated=np.zeros(200)
+    )  # one group: each image for itself
     assert single.density.high - single.density.low == pytest.approx(alone.high - alone.low)
 
 

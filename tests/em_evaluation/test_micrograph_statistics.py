@@ -39,7 +39,9 @@ def test_a_wave_has_its_power_in_its_own_ring():
     wave = (128 + 50 * np.sin(2 * np.pi * 8 / 64 * y))[None, :, None] * np.ones((1, 1, 64))
     spectrum = radial_power_spectrum(wave.round().astype(np.uint8))[0]
     assert frequency_bins((64, 64))[spectrum.argmax()] == 8 / 64
-    assert radial_power_spectrum(np.full((1, 64, 64), 7, np.uint8))[0] == pytest.approx(10 * np.log10(1 / 12))
+    assert radial_power_spectrum(np.full((1, 64, 64), 7, np.uint8))[0] == pytest.approx(
+        10 * np.log10(1 / 12)
+    )
 
 
 @pytest.mark.parametrize("deviation", [2.0, 10.0])
@@ -51,7 +53,9 @@ def test_noise_level_is_that_of_the_noise_and_blind_to_planes(deviation):
     assert noise_level(plane)[0] == 0
     wave = 40 * np.sin(2 * np.pi * x / 32)
     mixed = (images.astype(float) + wave).round().clip(0, 255).astype(np.uint8)
-    assert signal_to_noise(mixed).mean() == pytest.approx(40 / 2**0.5 / np.hypot(deviation, 12**-0.5), rel=0.05)
+    assert signal_to_noise(mixed).mean() == pytest.approx(
+        40 / 2**0.5 / np.hypot(deviation, 12**-0.5), rel=0.05
+    )
 
 
 def test_two_point_correlation_of_random_pixels_and_its_slow_twin():
@@ -84,7 +88,9 @@ def test_background_is_taken_away_and_a_dark_spot_stays():
 
 
 def test_wasserstein_of_a_shift_is_the_shift():
-    dark, bright = (grey_level_histogram(np.full((2, 8, 8), level, np.uint8)).mean(0) for level in (20, 57))
+    dark, bright = (
+        grey_level_histogram(np.full((2, 8, 8), level, np.uint8)).mean(0) for level in (20, 57)
+    )
     assert wasserstein(1)(dark, bright) == pytest.approx(37)
     rows, width = histogram_of_values(np.array([1.0, 3.0]), 100, 0, 5)
     other, _ = histogram_of_values(np.array([2.0, 4.0]), 100, 0, 5)
@@ -105,12 +111,16 @@ def test_intervals_hold_the_difference_and_the_common_reference_cancels():
     for trial in range(60):
         a, b = rng.normal(truth, 1, (200, 1)), rng.normal(0, 1, (150, 1))
         distance = compare_means(
-            root_mean_square_difference, resample_means(a, seed=trial), resample_means(b, seed=trial + 999)
+            root_mean_square_difference,
+            resample_means(a, seed=trial),
+            resample_means(b, seed=trial + 999),
         )
         interval = distance.interval()
         inside += interval.low <= truth <= interval.high
     assert inside >= 51  # of 60; 57 are expected
-    first = compare_means(root_mean_square_difference, resample_means(a, seed=0), resample_means(b, seed=1))
+    first = compare_means(
+        root_mean_square_difference, resample_means(a, seed=0), resample_means(b, seed=1)
+    )
     assert (first - first).interval().high == 0
 
 

@@ -11,7 +11,11 @@ import scipy
 import torch
 
 from em_evaluation.clip_distance import cmmd
-from em_evaluation.distances import frechet_distance, frechet_distance_from_statistics, kernel_distance
+from em_evaluation.distances import (
+    frechet_distance,
+    frechet_distance_from_statistics,
+    kernel_distance,
+)
 from em_evaluation.neighbours import measure_neighbours
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the packages' own warnings
@@ -25,7 +29,9 @@ def need(package):
 
 def need_old_scipy():
     if tuple(int(part) for part in scipy.__version__.split(".")[:2]) >= (1, 18):
-        pytest.skip("their matrix root needs SciPy < 1.18; CONTRIBUTING.md says how to run this check")
+        pytest.skip(
+            "their matrix root needs SciPy < 1.18; CONTRIBUTING.md says how to run this check"
+        )
 
 
 def draw(seed, num, dimensions, scale=1.0, shift=0.0):
@@ -49,7 +55,9 @@ def test_frechet_distance_is_that_of_the_packages(package, num_a, num_b, dimensi
     a, b = draw(0, num_a, dimensions, 1.3, 0.1), draw(1, num_b, dimensions)
     expected = distance(*statistics(a), *statistics(b))
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
-    assert frechet_distance_from_statistics(*statistics(a), *statistics(b)) == pytest.approx(expected, rel=1e-4)
+    assert frechet_distance_from_statistics(*statistics(a), *statistics(b)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_kernel_distance_is_that_of_torch_fidelity():
@@ -61,15 +69,26 @@ def test_kernel_distance_is_that_of_torch_fidelity():
 
     def theirs(**options):
         return kid_features_to_metric(
-            torch.from_numpy(a).double(), torch.from_numpy(b).double(), verbose=False, rng_seed=0, **options
+            torch.from_numpy(a).double(),
+            torch.from_numpy(b).double(),
+            verbose=False,
+            rng_seed=0,
+            **options,
         )[KEY_METRIC_KID_MEAN]
 
     whole = theirs(kid_subsets=1, kid_subset_size=300)
     assert kernel_distance(a, b) == pytest.approx(whole, rel=1e-6)
     subsets = theirs(kid_subsets=200, kid_subset_size=100)
-    assert kernel_distance(a, b, subset_size=100, num_subsets=200) == pytest.approx(subsets, rel=0.03)
-    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a.astype(float), b.astype(float)))
-    gaussian = theirs(kid_subsets=1, kid_subset_size=300, kid_kernel="rbf", kid_kernel_rbf_sigma=10.0)
+    assert kernel_distance(a, b, subset_size=100, num_subsets=200) == pytest.approx(
+        subsets, rel=0.03
+    )
+    a, b = (
+        rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for rows in (a.astype(float), b.astype(float))
+    )
+    gaussian = theirs(
+        kid_subsets=1, kid_subset_size=300, kid_kernel="rbf", kid_kernel_rbf_sigma=10.0
+    )
     assert cmmd(a, b) == pytest.approx(1000 * gaussian, rel=1e-5)
 
 
@@ -95,7 +114,9 @@ def test_density_and_coverage_are_those_of_prdc(neighbours):
     generated, real = draw(0, 400, 16, 1.2, 0.1), draw(1, 350, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = prdc.compute_prdc(real_features=real, fake_features=generated, nearest_k=neighbours)
+        expected = prdc.compute_prdc(
+            real_features=real, fake_features=generated, nearest_k=neighbours
+        )
     found = measure_neighbours(generated, real, num_manifold=neighbours, num_density=neighbours)
     for name in ("precision", "recall", "density", "coverage"):
         assert getattr(found, name) == pytest.approx(expected[name], abs=1e-9), name

@@ -45,7 +45,9 @@ class FakeTiles:
     def batch(self, view_ids):
         tiles, symmetries = self.locate(np.asarray(view_ids))
         images = self.tiles[tiles]
-        return torch.where(torch.as_tensor(symmetries).view(-1, 1, 1, 1) == 1, images.flip(-1), images)
+        return torch.where(
+            torch.as_tensor(symmetries).view(-1, 1, 1, 1) == 1, images.flip(-1), images
+        )
 
 
 class Rows(dict):
@@ -58,7 +60,11 @@ def blobs(count, generator, contrast=1.2):
     centre = torch.rand(count, 2, 1, 1, 1, generator=generator) * 10 + 3
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     distance = (x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2
-    return 0.4 - contrast * torch.exp(-distance / 6) + 0.05 * torch.randn(count, 1, 16, 16, generator=generator)
+    return (
+        0.4
+        - contrast * torch.exp(-distance / 6)
+        + 0.05 * torch.randn(count, 1, 16, 16, generator=generator)
+    )
 
 
 SUMMARY = {
@@ -70,10 +76,16 @@ SUMMARY = {
 def evaluate(num_images=80, models=None, seed=0, **options):
     generator = torch.Generator().manual_seed(5)
     if models is None:
-        curves = {"denoiser": [{"num_images_seen": 100 * i, "loss": 1 / i, "odd": None} for i in range(1, 300)]}
+        curves = {
+            "denoiser": [
+                {"num_images_seen": 100 * i, "loss": 1 / i, "odd": None} for i in range(1, 300)
+            ]
+        }
         models = [
             ModelImages("LDM", "ldm", blobs(80, generator, 0.95), 120.0, 5000, 2.0, None, curves),
-            ModelImages("StyleGAN2", "stylegan2", blobs(90, generator, 0.8), 100.0, 4000, None, 400.0),
+            ModelImages(
+                "StyleGAN2", "stylegan2", blobs(90, generator, 0.8), 100.0, 4000, None, 400.0
+            ),
         ]
     return evaluate_models(
         models, SUMMARY, FakeTiles(1, 80), FakeTiles(2, 80), extractor=Pooled(), num_images=num_images, seed=seed,
@@ -98,7 +110,14 @@ def test_the_measure_orders_what_it_must(evaluated):
     report, _ = evaluated
     floors, (ldm, gan) = report["floors"], report["models"]
     assert list(floors) == ["real", "reconstruction", "surrogates", "noise", "untrained_stylegan2"]
-    order = [floors["real"], floors["reconstruction"], ldm, gan, floors["surrogates"], floors["untrained_stylegan2"]]
+    order = [
+        floors["real"],
+        floors["reconstruction"],
+        ldm,
+        gan,
+        floors["surrogates"],
+        floors["untrained_stylegan2"],
+    ]
     assert [distance(row) for row in order] == sorted(distance(row) for row in order)
     for row in (*report["models"], *floors.values()):
         assert row["num_images"] == 80
@@ -109,9 +128,16 @@ def test_the_measure_orders_what_it_must(evaluated):
 def test_a_transferred_start_is_reported_as_what_it_is():
     images = torch.zeros(30, 1, 16, 16)
     report, pictures = evaluate(
-        num_images=20, floors=("real",), transferred={"StyleGAN2": images}, microscopy=False, memorisation=False
+        num_images=20,
+        floors=("real",),
+        transferred={"StyleGAN2": images},
+        microscopy=False,
+        memorisation=False,
     )
-    assert report["floors"]["transferred_stylegan2"]["name"] == "StyleGAN2 before training (transferred)"
+    assert (
+        report["floors"]["transferred_stylegan2"]["name"]
+        == "StyleGAN2 before training (transferred)"
+    )
     shown = [picture for picture in pictures if picture["key"] == "transferred_stylegan2"]
     assert [picture["title"] for picture in shown] == ["StyleGAN2 before training (transferred)"]
     assert "untrained" not in json.dumps([report["floors"], report["conclusion"]])
@@ -122,7 +148,14 @@ def test_the_report_has_the_promised_keys_and_no_path(evaluated):
     assert report["dataset"]["split_hash"] == SUMMARY["split_hash"]
     assert "somebody" not in json.dumps(report)
     first = report["models"][0]
-    assert {"name", "family", "train_seconds", "num_images_seen", "metrics", "metrics_against_train"} <= set(first)
+    assert {
+        "name",
+        "family",
+        "train_seconds",
+        "num_images_seen",
+        "metrics",
+        "metrics_against_train",
+    } <= set(first)
     assert first["sample_images_per_second"] == 40  # 80 images in 2 s
     assert first["sample_seconds_50000"] == 1250
     assert len(first["curves"]["denoiser"]) == 200
@@ -146,7 +179,9 @@ def blur(amount):
 def evaluate_ldm(amount, contrast=0.6, floors=FLOORS):
     """The report of an LDM of so much contrast, with an autoencoder that blurs so much, and its two distances."""
     models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(5), contrast))]
-    report, _ = evaluate(models=models, floors=floors, reconstruct={"autoencoder of LDM": blur(amount)})
+    report, _ = evaluate(
+        models=models, floors=floors, reconstruct={"autoencoder of LDM": blur(amount)}
+    )
     return report, report["floors"]["reconstruction"], report["models"][0]
 
 
@@ -165,19 +200,29 @@ def balance():
 def test_an_autoencoder_above_half_of_the_score_is_warned_of(side, balance, tmp_path):
     report, floor, score = evaluate_ldm(balance[side])
     (weighed,) = report["autoencoders"]
-    assert weighed["difference_to_half"]["value"] == pytest.approx(distance(floor) - distance(score) / 2, abs=1e-9)
-    assert weighed["floor_is"] == {"far below": "below", "far above": "above"}.get(side, "undecided")
+    assert weighed["difference_to_half"]["value"] == pytest.approx(
+        distance(floor) - distance(score) / 2, abs=1e-9
+    )
+    assert weighed["floor_is"] == {"far below": "below", "far above": "above"}.get(
+        side, "undecided"
+    )
     page = write_report(report, [], tmp_path).read_text()
     if side.endswith("below"):
         assert report["warnings"] == []
         assert "Warning" not in page
-        said = next(sentence for sentence in report["conclusion"] if sentence.startswith("The autoencoder alone"))
+        said = next(
+            sentence
+            for sentence in report["conclusion"]
+            if sentence.startswith("The autoencoder alone")
+        )
         assert "below half of it" in said
         assert "is the limit" not in said
     else:
         (said,) = report["warnings"]
         assert said.replace("'", "&#39;") in page
-        assert not any(sentence.startswith("The autoencoder alone") for sentence in report["conclusion"])
+        assert not any(
+            sentence.startswith("The autoencoder alone") for sentence in report["conclusion"]
+        )
         verb = "is" if side == "far above" else "may be"
         assert f"above half of it{'' if verb == 'is' else ', but not beyond chance'}" in said
         assert f"then the autoencoder, not the diffusion, {verb} the limit" in said
@@ -191,15 +236,21 @@ def test_a_score_near_that_of_real_images_does_not_blame_the_autoencoder():
     report, floor, score = evaluate_ldm(amount=0.0, contrast=0.95)
     assert distance(floor) == distance(report["floors"]["real"]) > distance(score) / 2
     (said,) = report["warnings"]
-    assert "may be the limit; but of what LDM has above real images, the autoencoder has 0 %" in said
+    assert (
+        "may be the limit; but of what LDM has above real images, the autoencoder has 0 %" in said
+    )
 
 
 def test_an_autoencoder_that_was_measured_with_its_grain_is_called_so():
     models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(5), 0.6))]
     report, _ = evaluate(models=models, reconstruct={"autoencoder and grain of LDM": blur(0.0)})
-    assert report["floors"]["reconstruction"]["name"] == "reconstructions by the autoencoder and grain of LDM"
+    assert (
+        report["floors"]["reconstruction"]["name"]
+        == "reconstructions by the autoencoder and grain of LDM"
+    )
     assert any(
-        sentence.startswith("The autoencoder alone, with its grain, scores") for sentence in report["conclusion"]
+        sentence.startswith("The autoencoder alone, with its grain, scores")
+        for sentence in report["conclusion"]
     )
 
 
@@ -217,18 +268,24 @@ def test_equal_models_cannot_be_told_apart_and_order_does_not_matter():
     assert one["conclusion"][0].startswith("A and B cannot be told apart")
     assert distance(one["models"][0]) == pytest.approx(distance(other["models"][1]), rel=1e-12)
     turned = [ModelImages("A", "x", images[0].flip(0)), models[1]]
-    assert distance(evaluate(models=turned, floors=())[0]["models"][0]) == pytest.approx(distance(one["models"][0]))
+    assert distance(evaluate(models=turned, floors=())[0]["models"][0]) == pytest.approx(
+        distance(one["models"][0])
+    )
 
 
 def test_texture_without_structure_does_not_beat_the_surrogates():
     generator = torch.Generator().manual_seed(0)
     noise = ModelImages("Noise", "x", torch.rand(80, 1, 16, 16, generator=generator) * 2 - 1)
     report, _ = evaluate(models=[noise])
-    assert any("Noise does not reach the phase-randomised surrogates" in text for text in report["conclusion"])
+    assert any(
+        "Noise does not reach the phase-randomised surrogates" in text
+        for text in report["conclusion"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("num_micrographs", "said"), [(1, "is one held-out micrograph"), (3, "is 3 held-out micrographs"), (6, None)]
+    ("num_micrographs", "said"),
+    [(1, "is one held-out micrograph"), (3, "is 3 held-out micrographs"), (6, None)],
 )
 def test_too_few_held_out_micrographs_are_said(num_micrographs, said):
     models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(0)))]
@@ -269,7 +326,9 @@ def test_views_are_drawn_every_tile_once_before_any_twice():
         assert len(set(views.tolist())) == count
         times = np.unique(tile_of_view[views], return_counts=True)[1]
         assert len(times) == min(count, 4)
-        assert times.max() == next(n for n in range(1, 7) if np.minimum([3, 1, 2, 6], n).sum() >= count)
+        assert times.max() == next(
+            n for n in range(1, 7) if np.minimum([3, 1, 2, 6], n).sum() >= count
+        )
     assert (select_views(tile_of_view, 6, 1) != select_views(tile_of_view, 6, 2)).any()
 
 
@@ -279,20 +338,29 @@ def test_views_are_drawn_every_tile_once_before_any_twice():
 @pytest.fixture(scope="module")
 def written(evaluated, tmp_path_factory):
     page = write_report(*evaluated, tmp_path_factory.mktemp("report"))
-    return page.read_text(), json.loads((page.parent / "report.json").read_text(), parse_constant=pytest.fail)
+    return page.read_text(), json.loads(
+        (page.parent / "report.json").read_text(), parse_constant=pytest.fail
+    )
 
 
 def test_the_page_holds_every_number_of_the_json(written):
     html, report = written
     rows = [*report["models"], *report["floors"].values()]
     metrics = [metric for row in rows for metric in row["metrics"].values()]
-    metrics += [metric for model in report["models"] for metric in model["metrics_against_train"].values()]
+    metrics += [
+        metric for model in report["models"] for metric in model["metrics_against_train"].values()
+    ]
     metrics += [comparison["frechet_distance_difference"] for comparison in report["comparisons"]]
     for metric in metrics:
         low, high = format_number(metric["low"]), format_number(metric["high"])
-        assert f'{format_number(metric["value"])} <span class="range">[{low}, {high}]</span>' in html
+        assert (
+            f'{format_number(metric["value"])} <span class="range">[{low}, {high}]</span>' in html
+        )
     for model in report["models"]:
-        for text in (format_duration(model["train_seconds"]), format_duration(model["sample_seconds_50000"])):
+        for text in (
+            format_duration(model["train_seconds"]),
+            format_duration(model["sample_seconds_50000"]),
+        ):
             assert f"<td>{text}" in html
         assert f"{model['num_images_seen']:,} images seen" in html
     for model in report["study"]["models"]:
@@ -308,7 +376,9 @@ def test_the_page_refers_to_nothing_outside_itself(written):
     )
     assert targets
     assert all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
-    assert not re.search(r"<(link|iframe|object|embed)|<script[^>]|@import|https?://|import\(", html)
+    assert not re.search(
+        r"<(link|iframe|object|embed)|<script[^>]|@import|https?://|import\(", html
+    )
     ids = re.findall(r'\sid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert {target[1:] for target in targets if target.startswith("#")} <= set(ids)
@@ -352,14 +422,24 @@ def test_numbers_durations_and_scale_bars_are_formatted_for_people():
 
 
 def test_json_values_become_plain():
-    value = {"a": np.float32(1.5), "b": torch.tensor([1, 2]), "c": float("nan"), "d": (np.int64(3), {"e": None})}
+    value = {
+        "a": np.float32(1.5),
+        "b": torch.tensor([1, 2]),
+        "c": float("nan"),
+        "d": (np.int64(3), {"e": None}),
+    }
     assert to_json(value) == {"a": 1.5, "b": [1, 2], "c": None, "d": [3, {"e": None}]}
 
 
 # ---------------------------------------------------------------- browser
 
 BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 # plays the quiz by keys: Enter starts and goes on, R says real each time
 PLAYER = """<script>

@@ -12,7 +12,13 @@ from em_evaluation import ModelImages, evaluate_models, write_report
 from em_evaluation import calibrate_detector as calibration
 from em_evaluation.features import Extractor
 
-SUMMARY = {"name": "tiles", "num_micrographs": 6, "split": "micrograph", "resolution": 48, "pixel_size_nm": 1.0}
+SUMMARY = {
+    "name": "tiles",
+    "num_micrographs": 6,
+    "split": "micrograph",
+    "resolution": 48,
+    "pixel_size_nm": 1.0,
+}
 
 
 class Pooled(Extractor):
@@ -26,7 +32,9 @@ class Pooled(Extractor):
 class FakeTiles:
     def __init__(self, seed):
         micrographs = synthesise_micrographs(6, seed, size=96)
-        self.tiles = np.stack([m.image[y : y + 48, x : x + 48] for m in micrographs for y in (0, 48) for x in (0, 48)])
+        self.tiles = np.stack(
+            [m.image[y : y + 48, x : x + 48] for m in micrographs for y in (0, 48) for x in (0, 48)]
+        )
         self.num_tiles = self.num_views = len(self.tiles)
         self.rows = type("Rows", (dict,), {"column_names": ["micrograph"]})(
             micrograph=[f"m{i // 4}" for i in range(24)]

@@ -25,7 +25,12 @@ def images():
 
 def save(network, folder, **processor):
     network.save_pretrained(folder)
-    processor = {"image_mean": MEAN, "image_std": STD, "resample": 3, "do_normalize": True} | processor
+    processor = {
+        "image_mean": MEAN,
+        "image_std": STD,
+        "resample": 3,
+        "do_normalize": True,
+    } | processor
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
@@ -35,8 +40,14 @@ def dinov2(tmp_path_factory):
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    processor = {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 28, "width": 28}}
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    processor = {
+        "size": {"shortest_edge": 32},
+        "do_center_crop": True,
+        "crop_size": {"height": 28, "width": 28},
+    }
     return save(Dinov2Model(config), tmp_path_factory.mktemp("dinov2"), **processor)
 
 
@@ -45,7 +56,12 @@ def clip(tmp_path_factory):
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
-    part = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    part = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     config = CLIPConfig(
         text_config={**part, "vocab_size": 50}, vision_config={**part, "image_size": 28, "patch_size": 14}, projection_dim=16
     )  # fmt: skip
@@ -54,7 +70,9 @@ def clip(tmp_path_factory):
 
 def prepare(images, side=28):
     """The preprocessing by hand: the whole tile resized, three equal channels, each normalised."""
-    x = torch.nn.functional.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    x = torch.nn.functional.interpolate(
+        images, size=(side, side), mode="bicubic", antialias=True
+    ).clamp(-1, 1)
     x = (x + 1) / 2
     return torch.cat([(x - mean) / std for mean, std in zip(MEAN, STD)], 1)
 
@@ -124,17 +142,32 @@ def test_what_the_hub_serves_is_what_the_folder_holds(images, dinov2, clip, tmp_
         for name, folder in ((DINOV2, dinov2), (CLIP, clip)):
             repo = server.repos["models", name] = hub_server.Repo(private=False)
             large = hub_server.LARGE_SUFFIXES
-            files = {path.name: server.store(path.read_bytes(), path.suffix in large) for path in folder.iterdir()}
+            files = {
+                path.name: server.store(path.read_bytes(), path.suffix in large)
+                for path in folder.iterdir()
+            }
             server.commit(repo, "main", "weights", files)
         environment = hub_server.make_environment(server, tmp_path / "hf", PYTHONPATH=str(ROOT))
         command = [sys.executable, "-c", ASK_THE_HUB, tmp_path / "images.pt", DINOV2]
         result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
         )
         assert result.returncode == 0, result.stderr[-3000:]
-        served = [path for method, path, _ in server.requests if method == "GET" and "/lfs-storage/" in path]
+        served = [
+            path
+            for method, path, _ in server.requests
+            if method == "GET" and "/lfs-storage/" in path
+        ]
     answers = json.loads(result.stdout.splitlines()[-1])
-    assert len(served) == 2  # each network's weights once: the third extractor found them in the cache
+    assert (
+        len(served) == 2
+    )  # each network's weights once: the third extractor found them in the cache
     for name, folder in (("dinov2", dinov2), ("clip", clip)):
         direct = get_extractor(name, weights=folder)
         identity, features = answers[name]
@@ -154,7 +187,11 @@ def test_identity_knows_weights_configuration_and_dtype_and_no_folder(images, di
     assert get_extractor("dinov2", weights=same).identity in identities
     identities.add(get_extractor("dinov2", weights=dinov2, dtype=torch.bfloat16).identity)
     for i, (name, change) in enumerate(
-        [("weights", lambda: network.layernorm.bias.data.add_(1e-3)), ("size", None), ("config", None)]
+        [
+            ("weights", lambda: network.layernorm.bias.data.add_(1e-3)),
+            ("size", None),
+            ("config", None),
+        ]
     ):
         folder = tmp_path / name
         if change:
@@ -166,7 +203,9 @@ def test_identity_knows_weights_configuration_and_dtype_and_no_folder(images, di
         assert len(identities) == 3 + i
     half = get_extractor("dinov2", weights=dinov2, dtype=torch.bfloat16)(images)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, get_extractor("dinov2", weights=dinov2)(images), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        half, get_extractor("dinov2", weights=dinov2)(images), rtol=0.1, atol=0.1
+    )
 
 
 def test_a_random_pooler_is_not_measured_and_missing_weights_are_refused(images, tmp_path):
@@ -174,7 +213,12 @@ def test_a_random_pooler_is_not_measured_and_missing_weights_are_refused(images,
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=28,
+        patch_size=14,
     )
     classifier = ViTForImageClassification(config)
     save(classifier, tmp_path, size=28)
@@ -194,7 +238,9 @@ def test_what_cannot_be_loaded_says_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConnectionError, match=r"cannot load .*absent.*efficientnet-lite0"):
         get_extractor(f"transformers:{tmp_path / 'absent'}")
-    with pytest.raises(ValueError, match="no such folder; give a local copy of the Hub's facebook/dinov2-base"):
+    with pytest.raises(
+        ValueError, match="no such folder; give a local copy of the Hub's facebook/dinov2-base"
+    ):
         get_extractor("dinov2", weights=tmp_path / "absent")
     with pytest.raises(ValueError, match="takes no --weights"):
         get_extractor("timm:resnet18", weights="w.pth")
@@ -212,13 +258,17 @@ def test_digest_of_weights_sees_names_shapes_and_values():
 
 
 def test_a_timm_model_is_what_its_classifier_would_read(images, tmp_path):
-    timm = pytest.importorskip("timm", reason="timm is not installed: pip install em-synthesis[timm]")
+    timm = pytest.importorskip(
+        "timm", reason="timm is not installed: pip install em-synthesis[timm]"
+    )
     torch.manual_seed(0)
     network = timm.create_model("resnet10t", pretrained=False)
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
     extractor = get_extractor(f"timm:local-dir:{tmp_path}")
     data = timm.data.resolve_model_data_config(network)
-    x = torch.nn.functional.interpolate(images, size=data["input_size"][1:], mode=data["interpolation"], antialias=True)
+    x = torch.nn.functional.interpolate(
+        images, size=data["input_size"][1:], mode=data["interpolation"], antialias=True
+    )
     x = (x.clamp(-1, 1) + 1) / 2
     x = torch.cat([(x - mean) / std for mean, std in zip(data["mean"], data["std"])], 1)
     with torch.no_grad():

@@ -48,7 +48,9 @@ class Repo:
     def find(self, revision: str) -> str | None:
         """The commit that a branch, a tag or a hash names."""
         return (
-            self.branches.get(revision) or self.tags.get(revision) or (revision if revision in self.commits else None)
+            self.branches.get(revision)
+            or self.tags.get(revision)
+            or (revision if revision in self.commits else None)
         )
 
 
@@ -89,8 +91,12 @@ class HubServer:
         self.http.hub = self
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.storage_url = f"http://localhost:{self.port}"  # another host to the client: it sends no token there
-        self._thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.storage_url = (
+            f"http://localhost:{self.port}"  # another host to the client: it sends no token there
+        )
+        self._thread = threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     def __enter__(self):
         self._thread.start()
@@ -129,7 +135,9 @@ class HubServer:
 
     def commit(self, repo: Repo, branch: str, title: str, files: dict[str, Entry]) -> str:
         parent = repo.branches.get(branch, "")
-        text = json.dumps([parent, title, len(repo.commits), sorted((p, e.oid) for p, e in files.items())])
+        text = json.dumps(
+            [parent, title, len(repo.commits), sorted((p, e.oid) for p, e in files.items())]
+        )
         sha = hashlib.sha1(text.encode()).hexdigest()
         repo.commits[sha] = (title, files)
         repo.branches[branch] = sha
@@ -195,13 +203,18 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def read_body(self) -> bytes:
-        pieces, cut_after = [], self.fault.cut_after if self.fault and self.command != "GET" else None
+        pieces, cut_after = (
+            [],
+            self.fault.cut_after if self.fault and self.command != "GET" else None,
+        )
         chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
         left = int(self.headers.get("Content-Length") or 0)
         while chunked or left:
             if chunked:
                 left = int(self.rfile.readline().strip() or b"0", 16)
-            piece = self.rfile.read(min(left, 65536, max(1, cut_after - self.num_received) if cut_after else 65536))
+            piece = self.rfile.read(
+                min(left, 65536, max(1, cut_after - self.num_received) if cut_after else 65536)
+            )
             pieces.append(piece)
             self.num_received += len(piece)
             if cut_after is not None and self.num_received >= cut_after:
@@ -224,7 +237,9 @@ class Handler(BaseHTTPRequestHandler):
         for method, pattern, name in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("|"):
-                groups = {key: value for key, value in match.groupdict().items() if value is not None}
+                groups = {
+                    key: value for key, value in match.groupdict().items() if value is not None
+                }
                 return getattr(self, name)(query=query, body=body, **groups)
         raise Refusal(404, f"no such page: {self.command} {raw_path}")
 
@@ -283,7 +298,12 @@ class Handler(BaseHTTPRequestHandler):
         orgs = [{"name": name, "type": "org", "roleInOrg": "write"} for name in user["orgs"]]
         token = {"displayName": "test", "role": user["role"]}
         self.reply_json(
-            {"type": "user", "name": user["name"], "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
+            {
+                "type": "user",
+                "name": user["name"],
+                "orgs": orgs,
+                "auth": {"type": "access_token", "accessToken": token},
+            }
         )
 
     def create(self, body, **_):
@@ -299,7 +319,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         repo = Repo(private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
         self.hub.repos[kind, repo_id] = repo
-        attributes = self.hub.store(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", large=False)
+        attributes = self.hub.store(
+            b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", large=False
+        )
         self.hub.commit(repo, "main", "initial commit", {".gitattributes": attributes})
         self.reply_json({"url": url, "name": repo_id, "id": "0"})
 
@@ -315,11 +337,28 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.commits[sha][1]
         siblings = []
         for path, entry in files.items():
-            lfs = {"lfs": {"sha256": entry.sha256, "size": entry.size, "pointerSize": 130}} if entry.sha256 else {}
+            lfs = (
+                {"lfs": {"sha256": entry.sha256, "size": entry.size, "pointerSize": 130}}
+                if entry.sha256
+                else {}
+            )
             siblings.append({"rfilename": path, "size": entry.size, "blobId": entry.oid} | lfs)
         now = "2026-01-01T00:00:00.000Z"
-        basis = {"_id": "0", "id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "author": owner, "sha": sha}
-        basis |= {"private": repo.private, "disabled": False, "gated": False, "downloads": 0, "likes": 0, "tags": []}
+        basis = {
+            "_id": "0",
+            "id": f"{owner}/{name}",
+            "modelId": f"{owner}/{name}",
+            "author": owner,
+            "sha": sha,
+        }
+        basis |= {
+            "private": repo.private,
+            "disabled": False,
+            "gated": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+        }
         self.reply_json(basis | {"lastModified": now, "createdAt": now, "siblings": siblings})
 
     def tree(self, kind, owner, name, revision, query, folder="", **_):
@@ -338,7 +377,10 @@ class Handler(BaseHTTPRequestHandler):
                 rows.append(describe(path, entry))
         if folder and not rows and not folders:
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
-        rows += [{"type": "directory", "path": path, "oid": git_sha1(path.encode()), "size": 0} for path in folders]
+        rows += [
+            {"type": "directory", "path": path, "oid": git_sha1(path.encode()), "size": 0}
+            for path in folders
+        ]
         self.reply_json(rows)
 
     def paths_info(self, kind, owner, name, revision, body, **_):
@@ -349,14 +391,22 @@ class Handler(BaseHTTPRequestHandler):
         rows = [describe(path, files[path]) for path in paths if path in files]
         for path in paths:
             if path not in files and any(each.startswith(f"{path}/") for each in files):
-                rows.append({"type": "directory", "path": path, "oid": git_sha1(path.encode()), "size": 0})
+                rows.append(
+                    {"type": "directory", "path": path, "oid": git_sha1(path.encode()), "size": 0}
+                )
         self.reply_json(rows)
 
     def refs(self, kind, owner, name, **_):
         repo = self.find_repo(kind, owner, name)
         rows = {
-            each: [{"name": key, "ref": f"refs/{ref}/{key}", "targetCommit": sha} for key, sha in known.items()]
-            for each, ref, known in (("branches", "heads", repo.branches), ("tags", "tags", repo.tags))
+            each: [
+                {"name": key, "ref": f"refs/{ref}/{key}", "targetCommit": sha}
+                for key, sha in known.items()
+            ]
+            for each, ref, known in (
+                ("branches", "heads", repo.branches),
+                ("tags", "tags", repo.tags),
+            )
         }
         self.reply_json(rows | {"converts": []})
 
@@ -393,7 +443,11 @@ class Handler(BaseHTTPRequestHandler):
         files, rows = repo.commits[self.find_commit(repo, revision)][1], []
         for each in json.loads(body)["files"]:
             large = each["size"] > TEXT_BYTES * 16 or each["path"].endswith(LARGE_SUFFIXES)
-            row = {"path": each["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            row = {
+                "path": each["path"],
+                "uploadMode": "lfs" if large else "regular",
+                "shouldIgnore": False,
+            }
             known = files.get(each["path"])
             rows.append(row | {"oid": (known.sha256 or known.oid) if known else None})
         self.reply_json({"files": rows})
@@ -409,7 +463,10 @@ class Handler(BaseHTTPRequestHandler):
             upload = {"href": f"{self.hub.storage_url}/lfs-storage/{oid}"}
             if self.hub.chunk_size and size > self.hub.chunk_size:
                 count = -(-size // self.hub.chunk_size)
-                header = {f"{i + 1:05d}": f"{self.hub.storage_url}/lfs-storage/{oid}/{i + 1}" for i in range(count)}
+                header = {
+                    f"{i + 1:05d}": f"{self.hub.storage_url}/lfs-storage/{oid}/{i + 1}"
+                    for i in range(count)
+                }
                 upload = {
                     "href": f"{self.hub.url}/lfs-complete/{oid}",
                     "header": {"chunk_size": str(self.hub.chunk_size)} | header,
@@ -455,7 +512,9 @@ class Handler(BaseHTTPRequestHandler):
             if item["key"] == "header":
                 title = value["summary"]
             elif item["key"] == "file":
-                files[value["path"]] = self.hub.store(base64.b64decode(value["content"]), large=False)
+                files[value["path"]] = self.hub.store(
+                    base64.b64decode(value["content"]), large=False
+                )
             elif item["key"] == "lfsFile":
                 if value["oid"] not in self.hub.blobs:
                     raise Refusal(400, f"{value['path']}: its content was not uploaded")
@@ -463,9 +522,19 @@ class Handler(BaseHTTPRequestHandler):
             elif item["key"] == "deletedFile":
                 files.pop(value["path"])
             elif item["key"] == "deletedFolder":
-                files = {path: entry for path, entry in files.items() if not path.startswith(value["path"])}
+                files = {
+                    path: entry
+                    for path, entry in files.items()
+                    if not path.startswith(value["path"])
+                }
         sha = self.hub.commit(repo, revision, title, files)
-        self.reply_json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{owner}/{name}/commit/{sha}"})
+        self.reply_json(
+            {
+                "success": True,
+                "commitOid": sha,
+                "commitUrl": f"{self.hub.url}/{owner}/{name}/commit/{sha}",
+            }
+        )
 
     # --- downloads
 
@@ -528,13 +597,21 @@ ROUTES = [
     ("GET|HEAD", r"/lfs-storage/(?P<oid>[0-9a-f]{64})", "get_large"),
     ("POST", r"/lfs-complete/(?P<oid>[0-9a-f]{64})", "complete"),
     ("POST", r"/lfs-verify/(?P<oid>[0-9a-f]{64})", "verify"),
-    ("GET|HEAD", rf"/(?P<prefix>datasets/|spaces/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "resolve"),
+    (
+        "GET|HEAD",
+        rf"/(?P<prefix>datasets/|spaces/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)",
+        "resolve",
+    ),
 ]
 
 
 def make_environment(server, home, **changes) -> dict:
     """Environment of a process with a private cache that speaks to `server`."""
-    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
+    keep = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "HUGGING_FACE"))
+    }
     return keep | {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(home),

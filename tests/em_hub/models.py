@@ -14,14 +14,22 @@ def make_ldm(seed=0):
     """A latent diffusion model of 16 x 16 pixels, with a U-Net of our own, a codebook and grain."""
     torch.manual_seed(seed)
     blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    kinds = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     vqvae = VQModel(1, 1, latent_channels=2, num_vq_embeddings=16, **kinds, **blocks)
     vqvae.register_to_config(latents_mean=[0.1, -0.1], latents_std=[1.0, 0.5])
-    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    kinds = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     unet = EMUNet2DModel(8, 2, 2, num_attention_heads=2, **kinds, **blocks)
     grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=2)
     grain.load_state_dict(grain.state_dict() | {"deviations": torch.tensor([0.05, 0.1])})
-    pipeline = EMLatentDiffusionPipeline(vqvae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), 0.5, 3, grain)
+    pipeline = EMLatentDiffusionPipeline(
+        vqvae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), 0.5, 3, grain
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -29,7 +37,9 @@ def make_ldm(seed=0):
 def make_stylegan(seed=0):
     """A StyleGAN2 of 16 x 16 pixels."""
     torch.manual_seed(seed)
-    generator = StyleGAN2Generator(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8).eval()
+    generator = StyleGAN2Generator(
+        16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8
+    ).eval()
     for block in generator.synthesis_network.blocks:
         torch.nn.init.constant_(block.conv1.noise_strength, 0.2)
     return EMStyleGANPipeline(generator, pixel_size_nm=0.5)

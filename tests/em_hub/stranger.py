@@ -13,7 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
-assert not any(importlib.util.find_spec(name) for name in ("em_diffusion", "em_stylegan", "em_data", "em_hub"))
+assert not any(
+    importlib.util.find_spec(name) for name in ("em_diffusion", "em_stylegan", "em_data", "em_hub")
+)
 out, *names = sys.argv[1:]
 
 
@@ -35,6 +37,8 @@ for name in names:
     _, images["again"] = draw(f"{repo}-again")
     api = HfApi()
     for path in (each for each in api.list_repo_files(repo) if each.endswith(".py")):
-        first, again = (Path(api.hf_hub_download(each, path)).read_text() for each in (repo, f"{repo}-again"))
+        first, again = (
+            Path(api.hf_hub_download(each, path)).read_text() for each in (repo, f"{repo}-again")
+        )
         assert first == again, path
     np.savez(f"{out}/{repo.split('/')[1]}.npz", **images)

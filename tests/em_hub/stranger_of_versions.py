@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-assert not any(importlib.util.find_spec(name) for name in ("em_diffusion", "em_stylegan", "em_data", "em_hub"))
+assert not any(
+    importlib.util.find_spec(name) for name in ("em_diffusion", "em_stylegan", "em_data", "em_hub")
+)
 out, *names = sys.argv[1:]
 pipelines = {}
 for name in names:
     repo, revision = name.split("@")
-    pipelines[name] = DiffusionPipeline.from_pretrained(repo, revision=revision, trust_remote_code=True)
+    pipelines[name] = DiffusionPipeline.from_pretrained(
+        repo, revision=revision, trust_remote_code=True
+    )
     pipelines[name].set_progress_bar_config(disable=True)
 images = {}
 for name, pipeline in reversed(pipelines.items()):

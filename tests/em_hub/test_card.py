@@ -13,9 +13,24 @@ import model_cards
 from em_hub.card import create_environment, is_about, make_card, read_evaluation
 
 TEMPLATES = sorted(Path(model_cards.__file__).parent.glob("*.j2"))
-RECORD = {"name": "my-run", "family": "ldm", "train_seconds": 61.5, "num_images_seen": 1234, "has_stages": True}
-RECORD |= {"stages": {"autoencoder": 20.5, "denoiser": 41.0}, "versions": {"torch": "9.8.7"}, "config": {}}
-RECORD["data"] = {"name": "set", "num_micrographs": 4711, "num_held_out_micrographs": 31, "num_train_tiles": 12345}
+RECORD = {
+    "name": "my-run",
+    "family": "ldm",
+    "train_seconds": 61.5,
+    "num_images_seen": 1234,
+    "has_stages": True,
+}
+RECORD |= {
+    "stages": {"autoencoder": 20.5, "denoiser": 41.0},
+    "versions": {"torch": "9.8.7"},
+    "config": {},
+}
+RECORD["data"] = {
+    "name": "set",
+    "num_micrographs": 4711,
+    "num_held_out_micrographs": 31,
+    "num_train_tiles": 12345,
+}
 RECORD["data"] |= {
     "num_held_out_tiles": 678,
     "split": "micrograph",
@@ -35,10 +50,19 @@ def make_report(path):
     def row(name, value, **more):
         return {
             "name": name,
-            "metrics": {"frechet_distance": interval(value), "kernel_distance": interval(value / 100)},
+            "metrics": {
+                "frechet_distance": interval(value),
+                "kernel_distance": interval(value / 100),
+            },
         } | more
 
-    settings = {"scheduler": "DDIMScheduler", "num_inference_steps": 7, "eta": 0.0, "seed": 0, "bits": 8}
+    settings = {
+        "scheduler": "DDIMScheduler",
+        "num_inference_steps": 7,
+        "eta": 0.0,
+        "seed": 0,
+        "bits": 8,
+    }
     report = {
         "dataset": {
             "name": "set",
@@ -47,19 +71,35 @@ def make_report(path):
             "source": "hidden",
             "held_out": ["hidden"],
         },
-        "protocol": {"num_images": 2000, "extractor": "efficientnet-lite0, pooled", "intervals": "95 %, bootstrap"},
+        "protocol": {
+            "num_images": 2000,
+            "extractor": "efficientnet-lite0, pooled",
+            "intervals": "95 %, bootstrap",
+        },
         "models": [
             row("StyleGAN", 50.25, family="stylegan1", info={"weights_sha256": "other"}, curves={}),
-            row("StyleGAN2", 36.125, family="stylegan2", info=settings | {"weights_sha256": "mine"}, curves={}),
+            row(
+                "StyleGAN2",
+                36.125,
+                family="stylegan2",
+                info=settings | {"weights_sha256": "mine"},
+                curves={},
+            ),
         ],
         "floors": {
             "real": row("real training tiles", 5.5, description="real against real"),
             "reconstruction": row(
-                "reconstructions by the autoencoder of StyleGAN", 9.75, description="not of this one"
+                "reconstructions by the autoencoder of StyleGAN",
+                9.75,
+                description="not of this one",
             ),
             "untrained": row("untrained StyleGAN2", 900.5, description="before training"),
         },
-        "conclusion": ["StyleGAN2 is closer than StyleGAN.", "StyleGAN2 beats the surrogates.", "StyleGAN does not."],
+        "conclusion": [
+            "StyleGAN2 is closer than StyleGAN.",
+            "StyleGAN2 beats the surrogates.",
+            "StyleGAN does not.",
+        ],
         "warnings": [],
     }
     path.write_text(json.dumps(report))
@@ -71,7 +111,9 @@ def test_a_template_has_no_number_of_its_own(path):
     environment = jinja2.Environment()
     for line, kind, text in environment.lex(path.read_text()):
         if kind not in ("comment", "whitespace"):
-            assert not re.search(r"\d", text.replace(".j2", "")), f"{path.name}:{line} says {text.strip()!r}"
+            assert not re.search(r"\d", text.replace(".j2", "")), (
+                f"{path.name}:{line} says {text.strip()!r}"
+            )
             assert kind not in ("integer", "float")
 
 
@@ -84,7 +126,12 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
     evaluation = read_evaluation(make_report(tmp_path / "report.json"), "mine")
     pipeline = MAKERS[family]()
     card = make_card(
-        pipeline, repo_id="you/em", record=RECORD, evaluation=evaluation, license="cc-by-4.0", num_samples=5
+        pipeline,
+        repo_id="you/em",
+        record=RECORD,
+        evaluation=evaluation,
+        license="cc-by-4.0",
+        num_samples=5,
     )
     page = card.split("---\n", 2)[2]
     for number in (
@@ -101,7 +148,14 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
         assert number in page
     assert "5.500 [4.500, 6.500]" in page
     assert "900.5" in page
-    for absent in ("50.25", "9.750", "hidden", "not of this one", "StyleGAN does not", "closer than"):
+    for absent in (
+        "50.25",
+        "9.750",
+        "hidden",
+        "not of this one",
+        "StyleGAN does not",
+        "closer than",
+    ):
         assert absent not in page
     assert "StyleGAN2 beats the surrogates." in page
     assert "num inference steps 7" in page
@@ -110,7 +164,12 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
     assert "{{" not in page
     assert "{%" not in page
     bare = make_card(pipeline, repo_id="you/em", record={"name": "x", "versions": {}})
-    for sentence in ("None was given when", "not published from a training run", "has not stated one", "Not recorded."):
+    for sentence in (
+        "None was given when",
+        "not published from a training run",
+        "has not stated one",
+        "Not recorded.",
+    ):
         assert sentence in bare
     assert "samples.png" not in bare
     assert not re.search(r"^\n\n\n", page, re.MULTILINE)
@@ -124,16 +183,26 @@ def test_a_card_says_of_grain_what_holds(tmp_path):
         for model in report["models"]:
             model["info"]["grain"] = grain
         path.write_text(json.dumps(report))
-        card = make_card(pipeline, repo_id="you/em", record=RECORD, evaluation=read_evaluation(path, "mine"))
+        card = make_card(
+            pipeline, repo_id="you/em", record=RECORD, evaluation=read_evaluation(path, "mine")
+        )
         assert f"grain {'added' if grain else 'left out'}" in card
         assert "draws it anew for each decoded image" in card
     pipeline.grain = None
-    assert "grain" not in make_card(pipeline, repo_id="you/em", record={"name": "x", "versions": {}})
+    assert "grain" not in make_card(
+        pipeline, repo_id="you/em", record={"name": "x", "versions": {}}
+    )
 
 
 def test_the_hub_reads_the_evaluation_off_the_card(tmp_path, hub):
     evaluation = read_evaluation(make_report(tmp_path / "report.json"), "mine")
-    text = make_card(MAKERS["stylegan"](), repo_id="you/em", record=RECORD, evaluation=evaluation, license="cc-by-4.0")
+    text = make_card(
+        MAKERS["stylegan"](),
+        repo_id="you/em",
+        record=RECORD,
+        evaluation=evaluation,
+        license="cc-by-4.0",
+    )
     card = ModelCard(text)
     card.validate()  # posts to the stand-in what the Hub itself would judge
     assert card.data.license == "cc-by-4.0"
@@ -157,7 +226,11 @@ NAN = float("nan")
     [
         ({"precision": 0.625, "recall": 0.375}, ("precision", "recall"), ("precision", "recall")),
         ({"precision": 0.625, "recall": 0.375}, (), ("precision", "recall")),
-        ({"coverage": 0.5, "cmmd": NAN, "kernel_distance": None}, ("coverage", "cmmd"), ("coverage",)),
+        (
+            {"coverage": 0.5, "cmmd": NAN, "kernel_distance": None},
+            ("coverage", "cmmd"),
+            ("coverage",),
+        ),
         ({"a_metric_of_tomorrow": 1.5}, (), ()),
         ({}, ("precision",), ()),
     ],
@@ -166,12 +239,16 @@ def test_a_card_is_valid_whatever_was_measured(metrics, floors, shown, tmp_path,
     path = make_report(tmp_path / "report.json")
     report = json.loads(path.read_text())
     bounds = {"low": 0.25, "high": None if NAN in metrics.values() else 0.75}
-    report["models"][1]["metrics"] = {key: {"value": value, **bounds} for key, value in metrics.items()}
+    report["models"][1]["metrics"] = {
+        key: {"value": value, **bounds} for key, value in metrics.items()
+    }
     for floor in report["floors"].values():
         floor["metrics"] = {key: interval(0.875) for key in floors}
     path.write_text(json.dumps(report))
     evaluation = read_evaluation(path, "mine")
-    text = make_card(MAKERS["ldm"](), repo_id="you/em", record=RECORD, evaluation=evaluation, num_samples=1)
+    text = make_card(
+        MAKERS["ldm"](), repo_id="you/em", record=RECORD, evaluation=evaluation, num_samples=1
+    )
     card = ModelCard(text)
     card.validate()
     results = {result.metric_type: result for result in card.data.eval_results or ()}
@@ -182,9 +259,13 @@ def test_a_card_is_valid_whatever_was_measured(metrics, floors, shown, tmp_path,
     assert ("model-index" in card.data.to_dict()) == bool(shown)
     assert "nan" not in text.lower().split()
     page = card.text
-    assert (f"{metrics[shown[0]]:.4f} [0.2500" if shown else "None of its metrics is a number.") in page
+    assert (
+        f"{metrics[shown[0]]:.4f} [0.2500" if shown else "None of its metrics is a number."
+    ) in page
     columns = {
-        line.count("|") for line in page.splitlines() if line.startswith(("| **this", "| Real", "| real", "|---|-"))
+        line.count("|")
+        for line in page.splitlines()
+        if line.startswith(("| **this", "| Real", "| real", "|---|-"))
     }
     assert ("| 0.8750 [−0.1250" in page) == bool(set(shown) & set(floors))
     if shown:
@@ -194,7 +275,9 @@ def test_a_card_is_valid_whatever_was_measured(metrics, floors, shown, tmp_path,
 
 
 def test_a_report_of_other_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"does not judge this model \(StyleGAN, StyleGAN2 had other weights\)"):
+    with pytest.raises(
+        ValueError, match=r"does not judge this model \(StyleGAN, StyleGAN2 had other weights\)"
+    ):
         read_evaluation(make_report(tmp_path / "report.json"), "unknown")
     (tmp_path / "other.json").write_text("{}")
     for path in (tmp_path / "other.json", tmp_path / "nothing.json"):

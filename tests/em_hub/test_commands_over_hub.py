@@ -25,7 +25,11 @@ class Machine:
     def __init__(self, server, home, **changes):
         self.home = home
         home.mkdir(exist_ok=True)
-        own = {"HF_TOKEN": "write-token", "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+        own = {
+            "HF_TOKEN": "write-token",
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "PYTHONPATH": str(ROOT),
+        }
         self.environment = make_environment(server, home / "hf", **own | changes)
 
     def run(self, *words, check=True, **changes):
@@ -55,7 +59,16 @@ def owner(server, tmp_path_factory):
     write_labelled(list(synthesise_micrographs(4, 0, 256)), owner.home / "micrographs")
     owner.run("-m", "em_data.push", "micrographs", "you/set", "--private")
     for name, script in TRAININGS.items():
-        words = ["test", "--data", "hub:you/set", "--out", name, "--push-to-hub", f"you/{name}", "--private"]
+        words = [
+            "test",
+            "--data",
+            "hub:you/set",
+            "--out",
+            name,
+            "--push-to-hub",
+            f"you/{name}",
+            "--private",
+        ]
         result = owner.run(script, *words)
         assert f"{server.url}/you/{name} (commit" in result.stderr
     return owner
@@ -80,21 +93,27 @@ def test_both_trainings_publish_their_runs(server, owner):
         assert record["config"]["data"] == "hub:you/set"
         assert record["num_images_seen"] > 0
         for path in owner.home.joinpath(name, "pipeline").rglob("*.safetensors"):
-            there = server.read(f"you/{name}", path.relative_to(owner.home / name / "pipeline").as_posix())
+            there = server.read(
+                f"you/{name}", path.relative_to(owner.home / name / "pipeline").as_posix()
+            )
             assert there == path.read_bytes()
 
 
 def test_a_training_on_a_stream_is_the_training_on_the_whole_set(owner, user):
     user.run("train_gan.py", "test", "--data", "hub-stream:you/set", "--out", "streamed")
     weights = "pipeline/generator/diffusion_pytorch_model.safetensors"
-    assert (user.home / "streamed" / weights).read_bytes() == (owner.home / "em-gan" / weights).read_bytes()
+    assert (user.home / "streamed" / weights).read_bytes() == (
+        owner.home / "em-gan" / weights
+    ).read_bytes()
     assert not list((user.home / "hf").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_images_of_a_hub_id_then_offline_then_of_a_pinned_revision(server, owner, user, name):
     def generate(machine, model, out, **options):
-        return machine.run("generate.py", "--model", model, "--out", out, "--num-images", "3", **options)
+        return machine.run(
+            "generate.py", "--model", model, "--out", out, "--num-images", "3", **options
+        )
 
     before = server.repos["models", f"you/{name}"].branches["main"]
     generate(owner, name, f"images of {name}")
@@ -135,7 +154,8 @@ def test_hub_ids_are_judged_at_a_revision_and_offline(server, owner, user):
 
     commits = {name: server.repos["models", f"you/{name}"].commits for name in TRAININGS}
     published = {
-        name: next(sha for sha, (title, _) in known.items() if "Publish" in title) for name, known in commits.items()
+        name: next(sha for sha, (title, _) in known.items() if "Publish" in title)
+        for name, known in commits.items()
     }
     pinned = [f"you/{name}@{commit}" for name, commit in published.items()]
     report = judge("judged", *pinned)

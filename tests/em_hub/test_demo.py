@@ -49,9 +49,19 @@ def load_app():
 
 @pytest.mark.parametrize("family", ["ldm", "stylegan"])
 def test_images_are_those_of_generate(family, folders, ldm, stylegan, tmp_path):
-    options = {"num_inference_steps": 2, "scheduler": "ddim"} if family == "ldm" else {"truncation_psi": 0.7}
-    generate_images(GenerationConfig(folders[family], str(tmp_path), 3, seed=5, precision="no", bits=16, **options))
-    expected = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]).astype(int)
+    options = (
+        {"num_inference_steps": 2, "scheduler": "ddim"}
+        if family == "ldm"
+        else {"truncation_psi": 0.7}
+    )
+    generate_images(
+        GenerationConfig(
+            folders[family], str(tmp_path), 3, seed=5, precision="no", bits=16, **options
+        )
+    )
+    expected = np.stack(
+        [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
+    ).astype(int)
     if family == "ldm":
         drawing = demo.draw_ldm_images(ldm, 5, 3, "ddim", 2)
     else:
@@ -87,11 +97,14 @@ def test_mixing_all_thirds_is_the_other_style(stylegan):
     torch.testing.assert_close(same[0], plain[0])  # a style mixed with itself
     assert not torch.allclose(same[1], plain[1])
     mixed = [
-        demo.draw_stylegan_images(stylegan, 1, 2, mix_seed=9, mix_layers=third).images for third in demo.MIX_LAYERS
+        demo.draw_stylegan_images(stylegan, 1, 2, mix_seed=9, mix_layers=third).images
+        for third in demo.MIX_LAYERS
     ]
     assert all(not torch.allclose(each, plain) for each in mixed)
     typical = demo.draw_stylegan_images(stylegan, 1, 2, truncation_psi=0.0, mix_seed=9)
-    torch.testing.assert_close(typical.images, demo.draw_stylegan_images(stylegan, 1, 2, 0.0).images)
+    torch.testing.assert_close(
+        typical.images, demo.draw_stylegan_images(stylegan, 1, 2, 0.0).images
+    )
     with pytest.raises(ValueError, match="coarse, middle, fine"):
         demo.find_layers(num_ws, "all")
 
@@ -102,7 +115,9 @@ def test_a_walk_of_noise_keeps_unit_variance_and_passes_the_keys():
     assert frames.shape == (24, 3, 64, 64)
     torch.testing.assert_close(frames[::6], keys)
     variance = frames.flatten(1).var(dim=1)
-    assert (variance - 1).abs().max() < 5 * (2 / keys[0].numel()) ** 0.5  # five deviations of a sample variance
+    assert (variance - 1).abs().max() < 5 * (
+        2 / keys[0].numel()
+    ) ** 0.5  # five deviations of a sample variance
 
 
 def test_walks_pass_the_images_of_the_seed(ldm, stylegan, tmp_path, monkeypatch):
@@ -126,18 +141,24 @@ def test_walks_pass_the_images_of_the_seed(ldm, stylegan, tmp_path, monkeypatch)
 
 
 def make_drawing(num_images=3, pixel_size_nm=0.5, size=32):
-    images = torch.rand(num_images, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = (
+        torch.rand(num_images, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
     return demo.Drawing(images, "My GAN/1", pixel_size_nm, {"seed": 7, "truncation": 0.5})
 
 
 def test_the_scale_bar_has_the_length_that_it_says(tmp_path):
     drawing = make_drawing(4)
     picture = np.asarray(Image.open(demo.save_grid_with_scale_bar(drawing, tmp_path / "bar.png")))
-    plain = np.asarray(Image.open(demo.save_grid_with_scale_bar(make_drawing(4, None), tmp_path / "plain.png")))
+    plain = np.asarray(
+        Image.open(demo.save_grid_with_scale_bar(make_drawing(4, None), tmp_path / "plain.png"))
+    )
     factor = plain.shape[1] // 66  # 2 x 32 pixels and a gap of 2
     assert plain.shape == (66 * factor, 66 * factor)
     assert factor > 1
-    assert np.array_equal(plain[: 32 * factor : factor, : 32 * factor : factor], to_uint8(drawing.images[0, 0]))
+    assert np.array_equal(
+        plain[: 32 * factor : factor, : 32 * factor : factor], to_uint8(drawing.images[0, 0])
+    )
     assert np.array_equal(picture[: len(plain)], plain)
     strip = picture[len(plain) :]
     bar = strip[(strip[:, 0] == 0).argmax()]
@@ -170,7 +191,9 @@ def test_one_image_is_one_file(tmp_path):
     drawing = make_drawing(1, None)
     path = demo.save_download(drawing, tmp_path, "16-bit TIFF")
     assert path.name == "My-GAN-1-seed-7-16-bit.tif"
-    assert np.array_equal(tifffile.imread(io.BytesIO(path.read_bytes())), to_uint16(drawing.images[0, 0]))
+    assert np.array_equal(
+        tifffile.imread(io.BytesIO(path.read_bytes())), to_uint16(drawing.images[0, 0])
+    )
     with pytest.raises(ValueError, match="8-bit PNG, 16-bit TIFF"):
         demo.save_download(drawing, tmp_path, "JPEG")
 
@@ -211,7 +234,9 @@ def test_models_come_from_the_command_line_or_the_environment(monkeypatch):
 def test_without_gradio_one_sentence_says_what_to_install(folders):
     command = [sys.executable, "app.py", "--ldm", folders["ldm"]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert "em-synthesis[demo]" in result.stderr
     assert "Traceback" not in result.stderr
@@ -219,7 +244,9 @@ def test_without_gradio_one_sentence_says_what_to_install(folders):
 
 # gradio leaves an event loop and its sockets to the garbage collector
 @pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    "ignore::DeprecationWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
 )
 def test_the_interface_draws_and_offers_a_download(ldm, stylegan, tmp_path):
     gradio = pytest.importorskip("gradio")
@@ -243,6 +270,11 @@ def test_the_interface_draws_and_offers_a_download(ldm, stylegan, tmp_path):
 
 
 def test_an_empty_field_is_no_seed_and_a_word_is_refused():
-    assert [demo.read_optional_seed(text) for text in ("", "  ", "0", " 11 ")] == [None, None, 0, 11]
+    assert [demo.read_optional_seed(text) for text in ("", "  ", "0", " 11 ")] == [
+        None,
+        None,
+        0,
+        11,
+    ]
     with pytest.raises(ValueError, match="whole number"):
         demo.read_optional_seed("eleven")

@@ -26,7 +26,9 @@ def info(name="run", family="ldm", **changes):
 @pytest.fixture
 def runs(monkeypatch):
     infos = {
-        "a/ldm": info("ldm", config={"data": "here", "tiles": {"resolution": 64, "split": "specimen"}}),
+        "a/ldm": info(
+            "ldm", config={"data": "here", "tiles": {"resolution": 64, "split": "specimen"}}
+        ),
         "b/ldm": info("other", data={"name": "set", "split_hash": "1"}),
         "c/gan": info("gan", "stylegan2"),
     }
@@ -48,8 +50,13 @@ def test_data_is_that_of_the_run_unless_flags_say_else(runs):
     models = name_models(("a/ldm", "c/gan"))
     config = EvaluationConfig(models=())
     assert find_data(config, models) == ("here", DataConfig(resolution=64, split="specimen"))
-    config = EvaluationConfig(models=(), data="there", tiles=("resolution=32", "cache_dir=null", "intensity=full"))
-    assert find_data(config, models) == ("there", DataConfig(resolution=32, split="specimen", intensity="full"))
+    config = EvaluationConfig(
+        models=(), data="there", tiles=("resolution=32", "cache_dir=null", "intensity=full")
+    )
+    assert find_data(config, models) == (
+        "there",
+        DataConfig(resolution=32, split="specimen", intensity="full"),
+    )
     with pytest.raises(ValueError, match="--data FOLDER"):
         find_data(EvaluationConfig(models=()), name_models(("c/gan",)))
     with pytest.raises(ValueError, match="did you mean 'resolution'"):
@@ -86,8 +93,12 @@ def test_the_start_of_a_transferred_run_is_not_called_untrained(monkeypatch, tmp
             (tmp_path / name / start / "model_index.json").write_text("{}")
     models["D"] = ("", info(folder=None))
     config = EvaluationConfig()
-    assert generate_starts(config, models, "untrained") == {"A": ("A untrained", str(tmp_path / "A" / "untrained"))}
-    assert generate_starts(config, models, "start") == {"B": ("B start", str(tmp_path / "B" / "start"))}
+    assert generate_starts(config, models, "untrained") == {
+        "A": ("A untrained", str(tmp_path / "A" / "untrained"))
+    }
+    assert generate_starts(config, models, "start") == {
+        "B": ("B start", str(tmp_path / "B" / "start"))
+    }
 
 
 def test_reconstruction_quantises():
@@ -108,7 +119,9 @@ def test_reconstruction_quantises():
 
 
 def test_weights_go_to_the_extractor_that_they_name():
-    assert pair_weights(("w=1.pt",), ("inception",)) == {"inception": "w=1.pt"}  # a path may hold a sign of equality
+    assert pair_weights(("w=1.pt",), ("inception",)) == {
+        "inception": "w=1.pt"
+    }  # a path may hold a sign of equality
     assert pair_weights(("dinov2=folder", "inception=w.pt"), ("inception", "dinov2")) == {
         "dinov2": "folder",
         "inception": "w.pt",
@@ -137,7 +150,9 @@ def test_mistakes_in_the_flags_show_before_anything_long(changes, message):
 
 def test_extractors_take_their_own_options():
     state = type("State", (), {"device": "cpu"})()
-    config = EvaluationConfig(models=("a",), input_px=96, feature_precision="bf16", metrics=("kernel_distance",))
+    config = EvaluationConfig(
+        models=("a",), input_px=96, feature_precision="bf16", metrics=("kernel_distance",)
+    )
     (extractor,) = create_extractors(config, {"resolution": 64}, state)
     assert "96 x 96" in extractor.identity
     assert extractor.dtype is torch.bfloat16

@@ -30,16 +30,26 @@ ROOT = Path(__file__).parents[2]
 def make_ldm(seed=0):
     torch.manual_seed(seed)
     blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    kinds = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     vqvae = VQModel(
-        in_channels=1, out_channels=1, latent_channels=2, num_vq_embeddings=16, scaling_factor=1.0, **kinds, **blocks
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        num_vq_embeddings=16,
+        scaling_factor=1.0,
+        **kinds,
+        **blocks,
     )
     vqvae.register_to_config(latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0])
     kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(sample_size=8, in_channels=2, out_channels=2, **kinds, **blocks)
     grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=3)
     grain.load_state_dict(
-        grain.state_dict() | {"deviations": torch.tensor([0.1, 0.2]), "strengths": torch.tensor([0.5, 1.0, 2.0])}
+        grain.state_dict()
+        | {"deviations": torch.tensor([0.1, 0.2]), "strengths": torch.tensor([0.5, 1.0, 2.0])}
     )
     return EMLatentDiffusionPipeline(vqvae, unet, DDIMScheduler(clip_sample=False), grain=grain)
 
@@ -47,7 +57,9 @@ def make_ldm(seed=0):
 def make_stylegan(seed=0):
     torch.manual_seed(seed)
     return EMStyleGANPipeline(
-        generator=StyleGAN2Generator(resolution=16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8)
+        generator=StyleGAN2Generator(
+            resolution=16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8
+        )
     )
 
 
@@ -61,12 +73,17 @@ def model(request, tmp_path_factory):
 def config_for(model, out, **changes):
     steps = {"num_inference_steps": 2} if "ldm" in Path(model).name else {}
     return replace(
-        GenerationConfig(model=model, out=str(out), num_images=7, batch_size=3, precision="no", **steps), **changes
+        GenerationConfig(
+            model=model, out=str(out), num_images=7, batch_size=3, precision="no", **steps
+        ),
+        **changes,
     )
 
 
 def read(folder):
-    return np.stack([np.asarray(Image.open(p), dtype=int) for p in sorted(Path(folder).glob("[0-9]*.png"))])
+    return np.stack(
+        [np.asarray(Image.open(p), dtype=int) for p in sorted(Path(folder).glob("[0-9]*.png"))]
+    )
 
 
 def test_images_depend_on_seed_and_number_alone(model, tmp_path):
@@ -81,12 +98,16 @@ def test_images_depend_on_seed_and_number_alone(model, tmp_path):
 
 def test_a_colour_generator_gives_the_mean_of_its_channels_and_says_so_once(tmp_path):
     torch.manual_seed(0)
-    colour = StyleGAN2Generator(16, 3, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8)
+    colour = StyleGAN2Generator(
+        16, 3, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8
+    )
     EMStyleGANPipeline(colour).save_pretrained(tmp_path / "colour")
     images, _, said = sample(str(tmp_path / "colour"), range(5))
     generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(5)]
     pipeline = load_pipeline(str(tmp_path / "colour"))
-    expected = pipeline(5, generator=generators, noise_mode=generation.NOISE_MODE, output_type="pt").images
+    expected = pipeline(
+        5, generator=generators, noise_mode=generation.NOISE_MODE, output_type="pt"
+    ).images
     assert expected.shape == (5, 3, 16, 16)
     written = torch.stack([images[i] for i in range(5)])
     assert torch.allclose(written, expected.mean(dim=1, keepdim=True) * 2 - 1, atol=1e-4)
@@ -100,7 +121,9 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
     pipeline = load_pipeline(str(tmp_path / "ldm"))
     pipeline.set_progress_bar_config(disable=True)
     for grain in (True, False):
-        config = config_for(tmp_path / "ldm", tmp_path / str(grain), num_images=16, batch_size=16, grain=grain)
+        config = config_for(
+            tmp_path / "ldm", tmp_path / str(grain), num_images=16, batch_size=16, grain=grain
+        )
         settings = generate_images(config)["settings"]
         assert settings["grain"] is grain
         generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(16)]
@@ -109,7 +132,9 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
     with pytest.raises(ValueError, match="grain differ"):
         generate_images(replace(config, grain=True))
     difference = read(tmp_path / "True") - read(tmp_path / "False")
-    assert 5 < difference.std() < 50  # of 0.1 to 0.2 of half the range, 13 to 26 grey levels, times 0.5 to 2
+    assert (
+        5 < difference.std() < 50
+    )  # of 0.1 to 0.2 of half the range, 13 to 26 grey levels, times 0.5 to 2
 
 
 def test_options_of_the_other_family_are_refused(model, tmp_path):
@@ -118,10 +143,14 @@ def test_options_of_the_other_family_are_refused(model, tmp_path):
     given = {"truncation_psi": 0.7, "class_label": 1} if is_ldm else {"eta": 0.5, "grain": False}
     with pytest.raises(
         ValueError,
-        match="--truncation-psi, --class-label: only a StyleGAN" if is_ldm else "--eta, --grain: only an LDM",
+        match="--truncation-psi, --class-label: only a StyleGAN"
+        if is_ldm
+        else "--eta, --grain: only an LDM",
     ):
         generate_images(config_for(model, tmp_path / "out", **given), refuse_unused=True)
-    assert generate_images(config_for(model, tmp_path / "out"), refuse_unused=True)["num_images"] == 7
+    assert (
+        generate_images(config_for(model, tmp_path / "out"), refuse_unused=True)["num_images"] == 7
+    )
 
 
 def test_images_of_a_class(tmp_path):
@@ -304,7 +333,9 @@ def sample(model, numbers, **changes):
     """The images `numbers` as float32, by the same road as generate_images."""
     config = config_for(model, "unused", **changes)
     pipeline = load_pipeline(model)
-    maker = generation.create_sampling(pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config)
+    maker = generation.create_sampling(
+        pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config
+    )
     store, counts, said = RecordingStore(), [], []
     maker.say = said.append
     maker.generate(list(numbers), store.write, num_writers=2, progress=counts.append)
@@ -317,7 +348,12 @@ def test_on_one_thread_the_batch_changes_no_bit_from_16_on(model, eta):
     if eta and "ldm" not in model:
         pytest.skip("the StyleGAN takes no eta")
     whole, _, _ = sample(model, range(40), batch_size=40, eta=eta)
-    for numbers, batch_size in ((range(40), 16), (range(40), 23), ([3, 17, 39], 32), (range(39, 20, -1), 20)):
+    for numbers, batch_size in (
+        (range(40), 16),
+        (range(40), 23),
+        ([3, 17, 39], 32),
+        (range(39, 20, -1), 20),
+    ):
         part, _, _ = sample(model, numbers, batch_size=batch_size, eta=eta)
         assert all(torch.equal(part[i], whole[i]) for i in numbers)
     small, _, _ = sample(model, range(6), batch_size=5, eta=eta)
@@ -389,7 +425,9 @@ def test_out_of_memory_in_decoding_halves_the_decoders_batch(tmp_path, monkeypat
 
     def limited(self, latents, *arguments):
         sizes.append(len(latents))
-        images = decode(self, latents, *arguments)  # has drawn the grain when it fails: the next try draws the same
+        images = decode(
+            self, latents, *arguments
+        )  # has drawn the grain when it fails: the next try draws the same
         if len(latents) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return images
@@ -422,7 +460,9 @@ def test_one_image_that_does_not_fit_is_an_error_and_others_stay_themselves(tmp_
 def test_a_failing_disk_ends_the_run(model):
     config = config_for(model, "unused")
     pipeline = load_pipeline(model)
-    maker = generation.create_sampling(pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config)
+    maker = generation.create_sampling(
+        pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config
+    )
 
     def full(numbers, images):
         raise OSError("no space left")
@@ -439,7 +479,9 @@ def test_arrow_holds_the_levels_of_the_files(model, tmp_path, bits, monkeypatch)
     import datasets
     import tifffile
 
-    monkeypatch.setattr("em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4))
+    monkeypatch.setattr(
+        "em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4)
+    )
     options = {"bits": bits, "num_images": 11, "batch_size": 16}
     generate_images(config_for(model, tmp_path / "files", format="tiff", **options))
     record = generate_images(config_for(model, tmp_path / "arrow", format="arrow", **options))
@@ -456,7 +498,9 @@ def test_arrow_holds_the_levels_of_the_files(model, tmp_path, bits, monkeypatch)
     assert torch.equal(images.batch(2, 20), files.batch(2, 20))
     # and as a source of micrographs, by the folder's name alone
     side = expected.shape[1]
-    config = DataConfig(resolution=side, num_micrographs=None, downsample=1, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        resolution=side, num_micrographs=None, downsample=1, cache_dir=str(tmp_path / "cache")
+    )
     data = load_data(str(tmp_path / "arrow"), config, log=lambda line: None)
     assert data.summary["num_micrographs"] == 11
     opened = open_source(str(tmp_path / "arrow"), config, None)
@@ -467,13 +511,17 @@ def test_arrow_holds_the_levels_of_the_files(model, tmp_path, bits, monkeypatch)
 def test_arrow_goes_on_after_a_kill_and_grows(model, tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr("em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4))
+    monkeypatch.setattr(
+        "em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4)
+    )
     config = config_for(model, tmp_path, format="arrow", num_images=10, batch_size=16)
     generate_images(config)
 
     def levels():
         dataset = datasets.load_from_disk(str(tmp_path)).with_format("numpy")[:]
-        assert dataset["number"].tolist() == list(range(len(dataset["number"])))  # no duplicate, no gap, in order
+        assert dataset["number"].tolist() == list(
+            range(len(dataset["number"]))
+        )  # no duplicate, no gap, in order
         return dataset["image"]
 
     whole, fingerprint = levels(), datasets.load_from_disk(str(tmp_path))._fingerprint
@@ -491,7 +539,12 @@ def test_arrow_goes_on_after_a_kill_and_grows(model, tmp_path, monkeypatch):
 
 
 def test_shards_are_runs_within_blocks():
-    assert cut_into_shards([0, 1, 2, 3, 4, 6, 9, 10], size=4) == [range(4), range(4, 5), range(6, 7), range(9, 11)]
+    assert cut_into_shards([0, 1, 2, 3, 4, 6, 9, 10], size=4) == [
+        range(4),
+        range(4, 5),
+        range(6, 7),
+        range(9, 11),
+    ]
     assert cut_into_shards([]) == []
 
 
@@ -499,7 +552,9 @@ def test_shards_are_runs_within_blocks():
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_processes_share_what_is_missing_without_gap_or_duplicate(tmp_path, format, num_processes):
     make = (
-        (lambda: ArrowStore(tmp_path, 8, None)) if format == "arrow" else (lambda: FileStore(tmp_path, "png", 8, None))
+        (lambda: ArrowStore(tmp_path, 8, None))
+        if format == "arrow"
+        else (lambda: FileStore(tmp_path, "png", 8, None))
     )
     missing = [i for i in range(1500) if i % 700 > 5]
     shares = [make().share(missing, rank, num_processes) for rank in range(num_processes)]
@@ -518,7 +573,10 @@ def test_a_scan_of_50000_files_takes_moments(tmp_path):
 
 
 def test_two_generations_in_one_folder_are_refused(model, tmp_path):
-    with generation._lock(tmp_path), pytest.raises(ValueError, match="another process generates into"):
+    with (
+        generation._lock(tmp_path),
+        pytest.raises(ValueError, match="another process generates into"),
+    ):
         generate_images(config_for(model, tmp_path))
     generate_images(config_for(model, tmp_path, num_images=1))
 
@@ -533,16 +591,32 @@ def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
              "--num-inference-steps", "2"]  # fmt: skip
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "generate.py", "--out", tmp_path / "killed", *flags]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command[1:]]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *command[1:],
+    ]
 
     def count():
-        names = [path.name for path in (tmp_path / "killed").glob("[!.]*") if path.suffix in (".png", ".arrow")]
+        names = [
+            path.name
+            for path in (tmp_path / "killed").glob("[!.]*")
+            if path.suffix in (".png", ".arrow")
+        ]
         return len(names)
 
     reached = 0
     for arguments in (command, command):
         process = subprocess.Popen(
-            arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while process.poll() is None and count() <= reached:
             pass
@@ -551,7 +625,9 @@ def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
         process.wait()
         assert count() > reached  # nothing is lost
         reached = count()
-    subprocess.run(torchrun, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        torchrun, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300
+    )
     subprocess.run(
         [sys.executable, "generate.py", "--out", tmp_path / "whole", *flags],
         cwd=ROOT,
@@ -561,7 +637,8 @@ def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
     )
     if format == "arrow":
         killed, whole = (
-            datasets.load_from_disk(str(tmp_path / name)).with_format("numpy")[:] for name in ("killed", "whole")
+            datasets.load_from_disk(str(tmp_path / name)).with_format("numpy")[:]
+            for name in ("killed", "whole")
         )
         assert killed["number"].tolist() == list(range(1200))
         np.testing.assert_array_equal(killed["image"], whole["image"])

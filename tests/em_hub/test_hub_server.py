@@ -40,14 +40,20 @@ def test_what_was_uploaded_comes_back(tmp_path, hub_machine, chunk_size):
         for name in ("config.json", "sub/weights.safetensors"):
             assert (snapshot / name).read_bytes() == (folder / name).read_bytes()
         sizes = {
-            sibling.rfilename: sibling.size for sibling in api.model_info("you/thing", files_metadata=True).siblings
+            sibling.rfilename: sibling.size
+            for sibling in api.model_info("you/thing", files_metadata=True).siblings
         }
         assert sizes["sub/weights.safetensors"] == 256 * 1200
         (info,) = api.get_paths_info("you/thing", ["sub/weights.safetensors"])
-        assert info.lfs.sha256 == hashlib.sha256((folder / "sub/weights.safetensors").read_bytes()).hexdigest()
+        assert (
+            info.lfs.sha256
+            == hashlib.sha256((folder / "sub/weights.safetensors").read_bytes()).hexdigest()
+        )
         tree = [each.path for each in api.list_repo_tree("you/thing")]
         assert tree == [".gitattributes", "config.json", "sub"]
-        api.upload_folder(repo_id="you/thing", folder_path=folder)  # nothing new: no commit, no upload
+        api.upload_folder(
+            repo_id="you/thing", folder_path=folder
+        )  # nothing new: no commit, no upload
         assert api.model_info("you/thing").sha == first
         assert sum(method == "PUT" for method, _, _ in hub.requests) == num_puts
 
@@ -58,7 +64,9 @@ def test_revisions_and_who_may_see(tmp_path, hub, hub_machine):
     api.create_branch("you/thing", branch="old")
     api.upload_folder(repo_id="you/thing", folder_path=make_folder(tmp_path / "a"), revision="old")
     api.create_tag("you/thing", tag="v1", revision="old")
-    api.upload_folder(repo_id="you/thing", folder_path=make_folder(tmp_path / "b", **{"config.json": b"[]"}))
+    api.upload_folder(
+        repo_id="you/thing", folder_path=make_folder(tmp_path / "b", **{"config.json": b"[]"})
+    )
     assert {branch.name for branch in api.list_repo_refs("you/thing").branches} == {"main", "old"}
     assert Path(hf_hub_download("you/thing", "config.json", revision="v1")).read_bytes() == b"{}"
     assert Path(hf_hub_download("you/thing", "config.json")).read_bytes() == b"[]"

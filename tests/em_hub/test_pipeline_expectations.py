@@ -107,7 +107,9 @@ def test_saved_and_loaded_is_the_same(pipe, how, tmp_path):
     np.testing.assert_array_equal(draw(loaded, 0, 1), draw(pipe, 0, 1))
     assert loaded.components.keys() == pipe.components.keys()
     assert loaded.config.pixel_size_nm == 0.5
-    assert not any(part.training for part in loaded.components.values() if isinstance(part, torch.nn.Module))
+    assert not any(
+        part.training for part in loaded.components.values() if isinstance(part, torch.nn.Module)
+    )
 
 
 def test_a_pipeline_is_made_again_from_its_components(pipe):
@@ -141,12 +143,16 @@ def test_a_dictionary_and_a_tuple_hold_the_same(pipe):
 
 def test_output_types(pipe):
     def run(kind):
-        return pipe(2, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type=kind).images
+        return pipe(
+            2, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type=kind
+        ).images
 
     array, tensor, pictures, latents = (run(kind) for kind in ("np", "pt", "pil", "latent"))
     np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
     assert [(picture.mode, picture.size) for picture in pictures] == [("L", (16, 16))] * 2
-    np.testing.assert_array_equal(np.stack([np.asarray(p) for p in pictures]), np.round(array[..., 0] * 255))
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(p) for p in pictures]), np.round(array[..., 0] * 255)
+    )
     assert latents.shape[0] == 2
     with pytest.raises(ValueError, match="output_type"):
         run("jpg")
@@ -175,7 +181,9 @@ def test_variants(pipe, tmp_path):
     loaded = type(pipe).from_pretrained(tmp_path, variant="bf16")
     loaded.set_progress_bar_config(disable=True)
     np.testing.assert_array_equal(draw(loaded, 0), draw(pipe, 0))
-    with pytest.raises((OSError, ValueError), match=r"diffusion_pytorch_model\.safetensors|no file|variant"):
+    with pytest.raises(
+        (OSError, ValueError), match=r"diffusion_pytorch_model\.safetensors|no file|variant"
+    ):
         type(pipe).from_pretrained(tmp_path)
 
 
@@ -183,15 +191,23 @@ def test_offloading_brings_every_model_to_the_device_before_it_is_used(pipe, mon
     """On the CPU as the device: the hooks are the accelerator's, the journey is none."""
     expected = draw(pipe, 0, 1)
     pipe.enable_model_cpu_offload(device="cpu")
-    order, models = [], {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    order, models = (
+        [],
+        {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)},
+    )
     for name, part in models.items():
         hook, before = part._hf_hook, part._hf_hook.pre_forward
         monkeypatch.setattr(
-            hook, "pre_forward", lambda *a, name=name, before=before, **k: order.append(name) or before(*a, **k)
+            hook,
+            "pre_forward",
+            lambda *a, name=name, before=before, **k: order.append(name) or before(*a, **k),
         )
-        used = {"unet": ["forward"], "vqvae": ["decode"], "grain": ["forward"], "generator": ["mapping", "synthesis"]}[
-            name
-        ]
+        used = {
+            "unet": ["forward"],
+            "vqvae": ["decode"],
+            "grain": ["forward"],
+            "generator": ["mapping", "synthesis"],
+        }[name]
         for method in used:
             old = getattr(part, method)
 
@@ -202,7 +218,9 @@ def test_offloading_brings_every_model_to_the_device_before_it_is_used(pipe, mon
             if method != "forward":
                 monkeypatch.setattr(part, method, spy)
     np.testing.assert_allclose(draw(pipe, 0, 1), expected, atol=1e-6)
-    assert [name for i, name in enumerate(order) if name not in order[:i]] == pipe.model_cpu_offload_seq.split("->")
+    assert [
+        name for i, name in enumerate(order) if name not in order[:i]
+    ] == pipe.model_cpu_offload_seq.split("->")
     np.testing.assert_allclose(draw(pipe, 0, 1), expected, atol=1e-6)  # the hooks are put on again
     pipe.remove_all_hooks()
     np.testing.assert_allclose(draw(pipe, 0, 1), expected, atol=1e-6)
@@ -227,7 +245,9 @@ def test_each_part_in_a_type_of_its_own(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     names = [name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
     for name in names:
-        loaded = type(pipe).from_pretrained(tmp_path, dtype={name: torch.bfloat16, "default": torch.float16})
+        loaded = type(pipe).from_pretrained(
+            tmp_path, dtype={name: torch.bfloat16, "default": torch.float16}
+        )
         assert {each: loaded.components[each].dtype for each in names} == {
             each: torch.bfloat16 if each == name else torch.float16 for each in names
         }
@@ -248,12 +268,16 @@ def test_loaded_onto_a_device(pipe, tmp_path):
 def test_latents_come_out_and_go_in(pipe):
     """StyleGAN's are the styles, which make the image with the stored noise; the LDM's are the noise that it starts from."""
     if "scheduler" in pipe.components:
-        noise = torch.cat([torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+        noise = torch.cat(
+            [torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+        )
         given = pipe(2, latents=noise, output_type="np", add_grain=False).images
         other = pipe(2, latents=-noise, output_type="np", add_grain=False).images
         np.testing.assert_array_equal(given, draw(pipe, 0, 1, add_grain=False))
     else:
-        styles = pipe(2, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type="latent").images
+        styles = pipe(
+            2, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type="latent"
+        ).images
         given = pipe(2, latents=styles, output_type="np").images
         other = pipe(2, latents=-styles, output_type="np").images
         np.testing.assert_array_equal(given, draw(pipe, 0, 1, noise_mode="const"))
@@ -272,7 +296,9 @@ def test_sliced_attention_changes_nothing(pipe):
 def test_a_denoiser_stored_in_eight_bits():
     pipe = make_ldm()
     expected = draw(pipe, 0, 1)
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     assert any(parameter.dtype == torch.float8_e4m3fn for parameter in pipe.unet.parameters())
     images = draw(pipe, 0, 1)
     assert np.isfinite(images).all()
@@ -300,7 +326,11 @@ def test_callbacks_see_and_change_the_latents():
         seen.append((step, int(timestep), tensors["latents"].clone()))
         return tensors
 
-    options = {"generator": [torch.Generator().manual_seed(0)], "output_type": "latent", "num_inference_steps": 4}
+    options = {
+        "generator": [torch.Generator().manual_seed(0)],
+        "output_type": "latent",
+        "num_inference_steps": 4,
+    }
     latents = pipe(1, callback_on_step_end=look, **options).images
     assert [step for step, _, _ in seen] == [0, 1, 2, 3]
     torch.testing.assert_close(pipe.denormalise_latents(seen[-1][2]), latents)

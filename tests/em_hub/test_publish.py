@@ -32,7 +32,13 @@ def make_run(folder, family="ldm", seed=0, data="synthetic"):
         "num_held_out_micrographs": 1,
         "num_train_tiles": 12,
     }
-    summary |= {"num_held_out_tiles": 4, "split": "micrograph", "symmetries": "paper", "bits": 8, "intensity": "auto"}
+    summary |= {
+        "num_held_out_tiles": 4,
+        "split": "micrograph",
+        "symmetries": "paper",
+        "bits": 8,
+        "intensity": "auto",
+    }
     summary |= {
         "held_out": ["patient-7.tif"],
         "ignored": [],
@@ -40,8 +46,19 @@ def make_run(folder, family="ldm", seed=0, data="synthetic"):
         "specimens": ["secret"],
         "split_hash": "12ab",
     }
-    config = {"data": data, "out": str(folder), "tiles": {"resolution": 16, "cache_dir": str(folder)}, "seed": 3}
-    run = {"name": folder.name, "family": family, "train_seconds": 61.5, "num_images_seen": 1234, "data": summary}
+    config = {
+        "data": data,
+        "out": str(folder),
+        "tiles": {"resolution": 16, "cache_dir": str(folder)},
+        "seed": 3,
+    }
+    run = {
+        "name": folder.name,
+        "family": family,
+        "train_seconds": 61.5,
+        "num_images_seen": 1234,
+        "data": summary,
+    }
     run |= {"train_seconds_by_stage": {"autoencoder": 20.5, "denoiser": 41.0}, "config": config}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
@@ -53,7 +70,9 @@ def run(tmp_path):
 
 
 def publish(run, repo="you/em-ldm", **options):
-    return publish_run(PublishConfig(str(run), repo, **({"num_samples": 2} | options)), say=lambda text: None)
+    return publish_run(
+        PublishConfig(str(run), repo, **({"num_samples": 2} | options)), say=lambda text: None
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +93,23 @@ def test_a_dry_run_writes_all_that_a_stranger_needs(family, tmp_path):
             assert full.keys() == narrow.keys()
             for key, tensor in full.items():
                 exact = key == "quantize.embedding.weight" or not tensor.is_floating_point()
-                torch.testing.assert_close(narrow[key], tensor if exact else tensor.to(torch.bfloat16), rtol=0, atol=0)
+                torch.testing.assert_close(
+                    narrow[key], tensor if exact else tensor.to(torch.bfloat16), rtol=0, atol=0
+                )
     levels = np.concatenate(list(np.round(draw(pipeline, 0, 1) * 255)[..., 0]), axis=1)
     picture = np.asarray(Image.open(out / "samples.png"), dtype=int)
     picture = np.delete(picture, [16, 17], axis=1)  # the gap
-    assert np.abs(picture - levels).max() <= 1  # the call that the card shows draws the picture that it shows
+    assert (
+        np.abs(picture - levels).max() <= 1
+    )  # the call that the card shows draws the picture that it shows
     record = json.loads((out / "run.json").read_text())
     assert record["num_images_seen"] == 1234
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
-    published = "".join(path.read_text(errors="replace") for path in out.rglob("*") if path.suffix in (".json", ".md"))
+    published = "".join(
+        path.read_text(errors="replace")
+        for path in out.rglob("*")
+        if path.suffix in (".json", ".md")
+    )
     for secret in (str(tmp_path), "private", "patient", "secret"):
         assert secret not in published
     ModelCard.load(out / "README.md")
@@ -100,9 +127,13 @@ def test_the_narrow_variant_draws_what_the_whole_model_draws_in_that_precision(t
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_published_run_is_loaded_generated_from_and_published_again(family, tmp_path, hub, monkeypatch):
+def test_a_published_run_is_loaded_generated_from_and_published_again(
+    family, tmp_path, hub, monkeypatch
+):
     run = make_run(tmp_path / "my-run", family)
-    assert publish(run, "em-model", private=True) == f"{hub.url}/you/em-model"  # one's own name is filled in
+    assert (
+        publish(run, "em-model", private=True) == f"{hub.url}/you/em-model"
+    )  # one's own name is filled in
     assert hub.repos["models", "you/em-model"].private
     files = hub.files("you/em-model")
     assert {"README.md", "samples.png", "run.json", "model_index.json"} < set(files)
@@ -112,7 +143,12 @@ def test_a_published_run_is_loaded_generated_from_and_published_again(family, tm
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.py"))  # no code was even downloaded
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*bf16*"))
     info = read_run_info("you/em-model")
-    assert (info.name, info.family, info.num_images_seen, info.config["data"]) == ("my-run", family, 1234, "synthetic")
+    assert (info.name, info.family, info.num_images_seen, info.config["data"]) == (
+        "my-run",
+        family,
+        1234,
+        "synthetic",
+    )
     assert hash_weights("you/em-model") == hash_weights(str(run))
 
     cls = EMLatentDiffusionPipeline if family == "ldm" else EMStyleGANPipeline
@@ -161,16 +197,22 @@ def test_parts_load_by_stock_classes_and_at_a_revision(run, hub):
 def test_a_run_of_another_kind_or_anothers_name_is_refused(run, tmp_path, hub):
     publish(run, num_samples=0)
     gan = make_run(tmp_path / "gan", "stylegan")
-    with pytest.raises(ValueError, match="you/em-ldm holds a EMLatentDiffusionPipeline, not a EMStyleGANPipeline"):
+    with pytest.raises(
+        ValueError, match="you/em-ldm holds a EMLatentDiffusionPipeline, not a EMStyleGANPipeline"
+    ):
         publish(gan)
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo("you/notes")
     api.upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="you/notes")
-    with pytest.raises(ValueError, match=r"you/notes holds something else \(\.gitattributes, notes\.txt\)"):
+    with pytest.raises(
+        ValueError, match=r"you/notes holds something else \(\.gitattributes, notes\.txt\)"
+    ):
         publish(run, "you/notes")
-    with pytest.raises(ValueError, match="belongs to other, the token to you; it may write to lab, you"):
+    with pytest.raises(
+        ValueError, match="belongs to other, the token to you; it may write to lab, you"
+    ):
         publish(run, "other/em-ldm")
     with pytest.raises(ValueError, match="public already"):
         publish(run, private=True)
@@ -186,23 +228,39 @@ def test_what_is_checked_is_the_branch_that_is_written_to(run, tmp_path, hub):
     api = HfApi()
     gan = make_run(tmp_path / "gan", "stylegan")
     publish(run, num_samples=0)
-    with pytest.raises(ValueError, match="you/em-ldm holds a EMLatentDiffusionPipeline, not a EMStyleGANPipeline"):
+    with pytest.raises(
+        ValueError, match="you/em-ldm holds a EMLatentDiffusionPipeline, not a EMStyleGANPipeline"
+    ):
         publish(gan, revision="new", num_samples=0)  # it would start from main
     assert list(hub.repos["models", "you/em-ldm"].branches) == ["main"]
 
     api.create_branch("you/em-ldm", branch="gan")
     api.delete_files(
-        "you/em-ldm", [path for path in hub.files("you/em-ldm") if path != ".gitattributes"], revision="gan"
+        "you/em-ldm",
+        [path for path in hub.files("you/em-ldm") if path != ".gitattributes"],
+        revision="gan",
     )
     publish(gan, revision="gan", num_samples=0)
     publish(gan, revision="gan", num_samples=0)  # main holds an LDM, this branch does not
-    np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm@gan"), 0), draw(make_stylegan(), 0))
+    np.testing.assert_array_equal(
+        draw(load_pipeline("you/em-ldm@gan"), 0), draw(make_stylegan(), 0)
+    )
     np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(), 0))
-    with pytest.raises(ValueError, match="you/em-ldm@gan holds a EMStyleGANPipeline, not a EMLatentDiffusionPipeline"):
+    with pytest.raises(
+        ValueError,
+        match="you/em-ldm@gan holds a EMStyleGANPipeline, not a EMLatentDiffusionPipeline",
+    ):
         publish(run, revision="gan", num_samples=0)
 
-    api.upload_file(path_or_fileobj=b"x", path_in_repo="unet/old.safetensors", repo_id="you/em-ldm", revision="main")
-    publish(run, revision="v1", num_samples=0)  # a new branch has what main has, less what is replaced
+    api.upload_file(
+        path_or_fileobj=b"x",
+        path_in_repo="unet/old.safetensors",
+        repo_id="you/em-ldm",
+        revision="main",
+    )
+    publish(
+        run, revision="v1", num_samples=0
+    )  # a new branch has what main has, less what is replaced
     assert "unet/old.safetensors" in hub.files("you/em-ldm")
     assert "unet/old.safetensors" not in hub.files("you/em-ldm", "v1")
 
@@ -259,7 +317,9 @@ def test_an_upload_cut_in_its_middle_leaves_nothing_half_and_goes_on(run, hub):
     arrived = set(hub.blobs)
     num_requests = len(hub.requests)
     publish(run)
-    sent = [path.rsplit("/", 1)[1] for method, path, _ in hub.requests[num_requests:] if method == "PUT"]
+    sent = [
+        path.rsplit("/", 1)[1] for method, path, _ in hub.requests[num_requests:] if method == "PUT"
+    ]
     assert sent
     assert not arrived & set(sent)  # what arrived was not sent again
     np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm"), 0), draw(make_ldm(1), 0))
@@ -291,7 +351,8 @@ def test_a_tampered_file_is_named_removed_and_fetched_again(run, hub):
     publish(run, num_samples=0)
     hub.tamper("you/em-ldm", "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(
-        ValueError, match=r"^unet/diffusion_pytorch_model\.safetensors of you/em-ldm came with another checksum"
+        ValueError,
+        match=r"^unet/diffusion_pytorch_model\.safetensors of you/em-ldm came with another checksum",
     ):
         load_pipeline("you/em-ldm")
     hub.served.clear()
@@ -304,7 +365,9 @@ def test_a_disk_that_is_full_at_the_download(run, hub):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(ValueError, match=r"a file may not grow so large .* make room") as raised:
+        with pytest.raises(
+            ValueError, match=r"a file may not grow so large .* make room"
+        ) as raised:
             load_pipeline("you/em-ldm")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -318,7 +381,9 @@ def test_a_full_disk_while_the_repository_is_written(run, hub):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(ValueError, match=r"the weights cannot be written to .*too large.*make room") as raised:
+        with pytest.raises(
+            ValueError, match=r"the weights cannot be written to .*too large.*make room"
+        ) as raised:
             publish(run, num_samples=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -345,7 +410,8 @@ def test_no_space_left_is_said_and_leaves_no_half_of_a_file(run, hub, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", fill)
         with pytest.raises(
-            ValueError, match=r"downloading you/em-ldm: the (disk is full|quota is used up) .* set HF_HOME"
+            ValueError,
+            match=r"downloading you/em-ldm: the (disk is full|quota is used up) .* set HF_HOME",
         ):
             load_pipeline("you/em-ldm")
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
@@ -389,7 +455,9 @@ def test_a_training_publishes_its_run(tmp_path, hub):
         assert argv == ["test", "--seed", "1"]
         return type("Config", (), {"out": str(tmp_path / "gan"), "run": str(tmp_path / "gan")})()
 
-    train_and_publish(parse, train, ["test", "--push-to-hub", "you/em-gan", "--seed", "1", "--private"])
+    train_and_publish(
+        parse, train, ["test", "--push-to-hub", "you/em-gan", "--seed", "1", "--private"]
+    )
     assert hub.repos["models", "you/em-gan"].private
     np.testing.assert_array_equal(draw(load_pipeline("you/em-gan"), 0), draw(make_stylegan(), 0))
     os.environ.pop("HF_TOKEN")
@@ -410,14 +478,27 @@ def test_a_push_that_fails_after_the_training_says_how_to_go_on(tmp_path, hub):
     run = tmp_path / "gan"
     config = type("Config", (), {"out": str(run)})()
     hub.fail("POST", "/api/repos/create", status=500, times=9)
-    with pytest.raises(ValueError, match=r"finished and saved: `python publish\.py \S+ you/em-gan` publishes it"):
-        train_and_publish(lambda argv: config, lambda config: make_run(run, "stylegan"), ["--push-to-hub", "em-gan"])
+    with pytest.raises(
+        ValueError, match=r"finished and saved: `python publish\.py \S+ you/em-gan` publishes it"
+    ):
+        train_and_publish(
+            lambda argv: config,
+            lambda config: make_run(run, "stylegan"),
+            ["--push-to-hub", "em-gan"],
+        )
 
 
 def test_paths_of_this_machine_are_hidden(tmp_path):
-    config = {"a": str(tmp_path / "x" / "weights.ckpt"), "b": ["../there/", "owner/name", "C:\\data\\set", "plain"]}
+    config = {
+        "a": str(tmp_path / "x" / "weights.ckpt"),
+        "b": ["../there/", "owner/name", "C:\\data\\set", "plain"],
+    }
     config |= {"tiles": {"cache_dir": "anything", "num": 3}}
-    hidden = {"a": "weights.ckpt", "b": ["there", "owner/name", "set", "plain"], "tiles": {"cache_dir": None, "num": 3}}
+    hidden = {
+        "a": "weights.ckpt",
+        "b": ["there", "owner/name", "set", "plain"],
+        "tiles": {"cache_dir": None, "num": 3},
+    }
     assert hide_paths(config) == hidden
 
 

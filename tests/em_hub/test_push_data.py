@@ -29,7 +29,9 @@ def folder(tmp_path):
     random = np.random.default_rng(0)
     folder = tmp_path / "micrographs"
     for i in range(4):
-        levels = random.integers(0, 2**16 if i % 2 else 2**8, (40, 48)).astype(np.uint16 if i % 2 else np.uint8)
+        levels = random.integers(0, 2**16 if i % 2 else 2**8, (40, 48)).astype(
+            np.uint16 if i % 2 else np.uint8
+        )
         path = folder / f"specimen {i // 2}" / f"frame_{i}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(path, levels, metadata={"pixel_size_nm": 0.25})
@@ -44,7 +46,10 @@ def test_every_grey_level_comes_back(folder, hub, tmp_path, monkeypatch):
     assert push(folder, "set", private=True, license="cc-by-4.0") == f"{hub.url}/datasets/you/set"
     assert hub.repos["datasets", "you/set"].private
     config = DataConfig(resolution=16, split="specimen", held_out_fraction=0.5, symmetries="none")
-    sent, got = open_source(str(folder), config, tmp_path), open_source("hub:you/set", config, tmp_path)
+    sent, got = (
+        open_source(str(folder), config, tmp_path),
+        open_source("hub:you/set", config, tmp_path),
+    )
     assert got.name == "set"
     for first, second in zip(sent.entries, got.entries, strict=True):
         a, b = first.read(), second.read()
@@ -71,24 +76,39 @@ def test_boxes_and_masks_come_along(tmp_path):
     write_labelled(micrographs, tmp_path / "labelled")
     out = push(tmp_path / "labelled", dry_run=str(tmp_path / "set"))
     rows = datasets.load_dataset("parquet", data_files=f"{out}/data/*.parquet", split="train")
-    rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column("mask", datasets.Image(decode=False))
+    rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
+        "mask", datasets.Image(decode=False)
+    )
     coco = make_coco(micrographs)
     by_name = {
-        f"images/{image['file_name']}": (image["id"], m) for image, m in zip(coco["images"], micrographs, strict=True)
+        f"images/{image['file_name']}": (image["id"], m)
+        for image, m in zip(coco["images"], micrographs, strict=True)
     }
     for row in rows:
         image_id, micrograph = by_name[row["name"]]
-        np.testing.assert_array_equal(np.asarray(PIL.Image.open(io.BytesIO(row["image"]["bytes"]))), micrograph.image)
+        np.testing.assert_array_equal(
+            np.asarray(PIL.Image.open(io.BytesIO(row["image"]["bytes"]))), micrograph.image
+        )
         boxes = [each["bbox"] for each in coco["annotations"] if each["image_id"] == image_id]
-        assert [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in (each["box_px"] for each in row["objects"])] == boxes
-        assert [each["kind"] for each in row["objects"]] == [defect.kind for defect in micrograph.defects]
+        assert [
+            [x0, y0, x1 - x0, y1 - y0]
+            for x0, y0, x1, y1 in (each["box_px"] for each in row["objects"])
+        ] == boxes
+        assert [each["kind"] for each in row["objects"]] == [
+            defect.kind for defect in micrograph.defects
+        ]
         mask = np.asarray(PIL.Image.open(io.BytesIO(row["mask"]["bytes"])))
         assert mask.max() == len(micrograph.defects)
     assert sum(len(row["objects"]) for row in rows) == len(coco["annotations"]) > 0
 
 
 def assert_same_defects(a, b):
-    assert (a.kind, a.box_px, a.diameter_nm, a.length_nm) == (b.kind, b.box_px, b.diameter_nm, b.length_nm)
+    assert (a.kind, a.box_px, a.diameter_nm, a.length_nm) == (
+        b.kind,
+        b.box_px,
+        b.diameter_nm,
+        b.length_nm,
+    )
     np.testing.assert_array_equal(a.mask, b.mask)
     assert a.metadata == json.loads(json.dumps(b.metadata))
 
@@ -102,7 +122,8 @@ def test_labels_come_back_as_they_were(road, hub, tmp_path):
     assert not source.ignored
     read = [entry.read() for entry in source.entries]
     by_name = {
-        image["file_name"]: each for image, each in zip(make_coco(micrographs)["images"], micrographs, strict=True)
+        image["file_name"]: each
+        for image, each in zip(make_coco(micrographs)["images"], micrographs, strict=True)
     }
     num_hidden = 0
     for entry, got in zip(source.entries, read, strict=True):

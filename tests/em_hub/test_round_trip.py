@@ -34,7 +34,11 @@ def published(tmp_path_factory):
     runs = {"em-ldm": folder / "em-ldm", "em-gan": folder / "em-gan"}
     train_ldm(replace(em_diffusion.PRESETS["test"](), out=str(runs["em-ldm"])))
     train_gan(replace(em_stylegan.PRESETS["test"](), out=str(runs["em-gan"])))
-    evaluate_runs(EvaluationConfig(models=tuple(map(str, runs.values())), out=str(folder / "judged"), num_images=16))
+    evaluate_runs(
+        EvaluationConfig(
+            models=tuple(map(str, runs.values())), out=str(folder / "judged"), num_images=16
+        )
+    )
     with hub_server.HubServer() as server, patch.context() as machine:
         machine.setattr(constants, "ENDPOINT", server.url)
         machine.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -81,7 +85,9 @@ def test_a_stranger_draws_the_owners_images(published, strangers_images, name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_an_owner_loads_what_the_stranger_pushed_again_without_trust(published, strangers_images, name, hub_machine):
+def test_an_owner_loads_what_the_stranger_pushed_again_without_trust(
+    published, strangers_images, name, hub_machine
+):
     server, _, commits = published
     hub_machine(server, token=None)
     for source, revision in ((f"you/{name}-again", None), (f"you/{name}", commits[name])):

@@ -23,10 +23,14 @@ def publish(repo="demo", **options):
 
 def run_start(folder, **variables):
     """Run the Space's own file in an interpreter that finds our packages in the Space alone, with a page that only tells."""
-    (folder / "app.py").write_text("import os; print(os.environ.get('EM_LDM'), os.environ.get('EM_STYLEGAN'), sep='|')")
+    (folder / "app.py").write_text(
+        "import os; print(os.environ.get('EM_LDM'), os.environ.get('EM_STYLEGAN'), sep='|')"
+    )
     keep = {key: value for key, value in os.environ.items() if not key.startswith("EM_")}
     command = [sys.executable, "-S", "space.py"]
-    result = subprocess.run(command, cwd=folder, env=keep | variables, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, cwd=folder, env=keep | variables, capture_output=True, text=True, check=True
+    )
     return result.stdout.strip()
 
 
@@ -34,18 +38,29 @@ def test_a_space_is_pushed_whole_and_again(hub, tmp_path):
     assert publish(private=True) == f"{hub.url}/spaces/you/demo"
     assert hub.repos["spaces", "you/demo"].private
     first = set(hub.files("you/demo", kind="spaces"))
-    assert {"README.md", "requirements.txt", "app.py", "space.py", "LICENSE", "em_hub/demo.py"} <= first
+    assert {
+        "README.md",
+        "requirements.txt",
+        "app.py",
+        "space.py",
+        "LICENSE",
+        "em_hub/demo.py",
+    } <= first
     assert not any("__pycache__" in path or path.startswith(("tests/", "runs/")) for path in first)
     for path in ("app.py", "em_hub/demo.py", "em_evaluation/templates/report.html.j2"):
         assert hub.read("you/demo", path, kind="spaces") == (ROOT / path).read_bytes()
     api = HfApi()
     for path in ("em_hub/gone.py", "notes.md"):
-        api.upload_file(path_or_fileobj=b"x", path_in_repo=path, repo_id="you/demo", repo_type="space")
+        api.upload_file(
+            path_or_fileobj=b"x", path_in_repo=path, repo_id="you/demo", repo_type="space"
+        )
     publish(title="Ours")
     assert set(hub.files("you/demo", kind="spaces")) == first | {"notes.md"}
     folder = Path(snapshot_download("you/demo", repo_type="space", local_dir=tmp_path / "space"))
     assert run_start(folder) == "you/em-ldm@v1 you/other|you/em-gan"
-    assert run_start(folder, EM_LDM="lab/another") == "lab/another|None"  # the settings' models, and none beside them
+    assert (
+        run_start(folder, EM_LDM="lab/another") == "lab/another|None"
+    )  # the settings' models, and none beside them
 
 
 def test_the_front_matter_and_the_requirements_are_what_the_hub_reads(tmp_path, hub):
@@ -79,7 +94,8 @@ finally:
 
 @pytest.mark.slow  # imports everything in another interpreter
 @pytest.mark.skipif(
-    importlib.util.find_spec("gradio") is not None, reason="gradio is installed, and the page would open"
+    importlib.util.find_spec("gradio") is not None,
+    reason="gradio is installed, and the page would open",
 )
 def test_the_page_starts_from_the_space_alone(tmp_path):
     out = Path(publish(dry_run=str(tmp_path / "space")))
@@ -94,9 +110,13 @@ def test_the_page_starts_from_the_space_alone(tmp_path):
 def test_what_is_no_space_of_ours_is_refused(tmp_path, hub):
     with pytest.raises(ValueError, match="a Space needs a model"):
         publish(ldm=(), stylegan=())
-    with pytest.raises(ValueError, match="runs/demo/x/ldm is no Hub id, and a Space sees no folder of yours"):
+    with pytest.raises(
+        ValueError, match="runs/demo/x/ldm is no Hub id, and a Space sees no folder of yours"
+    ):
         publish(ldm=("runs/demo/x/ldm",))
     HfApi().create_repo("you/demo", repo_type="space", space_sdk="gradio")
-    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="main.py", repo_id="you/demo", repo_type="space")
+    HfApi().upload_file(
+        path_or_fileobj=b"x", path_in_repo="main.py", repo_id="you/demo", repo_type="space"
+    )
     with pytest.raises(ValueError, match=r"you/demo holds something else"):
         publish()

@@ -25,7 +25,9 @@ def _own_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr("em_data.push.SHARD_BYTES", 4 * SIDE**2)  # several files, each of several row groups
+    monkeypatch.setattr(
+        "em_data.push.SHARD_BYTES", 4 * SIDE**2
+    )  # several files, each of several row groups
     monkeypatch.setattr("em_data.push.ROW_GROUP_BYTES", SIDE**2)
     monkeypatch.setattr(
         "em_data.dataset_rows.BLOCK_BYTES", 2**12
@@ -53,7 +55,8 @@ def count_sent(hub, since=0):
 
 def make_config(tmp_path, name="tiles", **changes):
     return DataConfig(
-        **{"resolution": RESOLUTION, "cache_dir": str(tmp_path / name), "held_out_fraction": 0.3} | changes
+        **{"resolution": RESOLUTION, "cache_dir": str(tmp_path / name), "held_out_fraction": 0.3}
+        | changes
     )
 
 
@@ -65,14 +68,22 @@ def size_of(folder):
 def test_a_streamed_set_is_the_fetched_one(pushed, tmp_path, split):
     config = make_config(tmp_path, "streamed", split=split)
     streamed = load_data("hub-stream:you/set", config, log=lambda text: None)
-    whole = sum(e.size for path, e in pushed.files("you/set", kind="datasets").items() if path.endswith(".parquet"))
+    whole = sum(
+        e.size
+        for path, e in pushed.files("you/set", kind="datasets").items()
+        if path.endswith(".parquet")
+    )
     num_files = sum(path.endswith(".parquet") for path in pushed.files("you/set", kind="datasets"))
     assert num_files > 2
     assert not size_of(constants.HF_HUB_CACHE)
     assert not size_of(tmp_path / "datasets")
-    footers = 3 * num_files * FOOTER_BYTES  # each file is opened for its list, for its columns and for its rows
+    footers = (
+        3 * num_files * FOOTER_BYTES
+    )  # each file is opened for its list, for its columns and for its rows
     assert whole < count_sent(pushed) < 1.05 * whole + footers  # each row once
-    fetched = load_data("hub:you/set", make_config(tmp_path, "fetched", split=split), log=lambda text: None)
+    fetched = load_data(
+        "hub:you/set", make_config(tmp_path, "fetched", split=split), log=lambda text: None
+    )
     assert size_of(constants.HF_HUB_CACHE) >= whole
     differ = {key for key in fetched.summary if fetched.summary[key] != streamed.summary[key]}
     assert differ == {"source"}
@@ -86,7 +97,9 @@ def test_a_streamed_set_is_the_fetched_one(pushed, tmp_path, split):
     held_out = set(fetched.summary["held_out"])
     assert held_out
     assert not held_out & set(streamed.train.rows["micrograph"])
-    before = len(pushed.sent)  # what was cut on one road serves the other, and only the list is read again
+    before = len(
+        pushed.sent
+    )  # what was cut on one road serves the other, and only the list is read again
     load_data("hub-stream:you/set", config, log=lambda text: None)
     load_data("hub:you/set", config, log=lambda text: None)
     assert count_sent(pushed, before) < num_files * FOOTER_BYTES + 0.2 * whole
@@ -102,8 +115,13 @@ def test_one_commit_is_streamed_though_another_comes(pushed, tmp_path):
         opened.entries[0].read().image, first.image
     )  # asked for again: the stream begins again
     assert opened.entries[-1].read().image.dtype == np.uint16
-    assert len(open_source("hub-stream:you/set", make_config(tmp_path), tmp_path).entries) == NUM - 1
-    assert len(open_source(f"hub-stream:you/set@{commit}", make_config(tmp_path), tmp_path).entries) == NUM
+    assert (
+        len(open_source("hub-stream:you/set", make_config(tmp_path), tmp_path).entries) == NUM - 1
+    )
+    assert (
+        len(open_source(f"hub-stream:you/set@{commit}", make_config(tmp_path), tmp_path).entries)
+        == NUM
+    )
     few = open_source("hub-stream:you/set", make_config(tmp_path, num_micrographs=3), tmp_path)
     assert len(few.entries) == 3
 
@@ -111,12 +129,16 @@ def test_one_commit_is_streamed_though_another_comes(pushed, tmp_path):
 def test_a_stream_that_breaks_leaves_no_half_of_the_tiles(pushed, tmp_path):
     config = make_config(tmp_path)
     pushed.fail("GET", "/lfs-storage/", status=500, skip=12, times=10_000)
-    with pytest.raises(ValueError, match=r"streaming you/set: the Hub has a fault of its own \(500\)") as raised:
+    with pytest.raises(
+        ValueError, match=r"streaming you/set: the Hub has a fault of its own \(500\)"
+    ) as raised:
         load_data("hub-stream:you/set", config, log=lambda text: None)
     assert "\n" not in str(raised.value)
     assert not size_of(tmp_path / "tiles" / "tiles")
     pushed.faults.clear()
-    fault = pushed.fail("GET", "/lfs-storage/", cut_after=1000, skip=6, times=2)  # mended by the client itself
+    fault = pushed.fail(
+        "GET", "/lfs-storage/", cut_after=1000, skip=6, times=2
+    )  # mended by the client itself
     data = load_data("hub-stream:you/set", config, log=lambda text: None)
     assert fault.times == 0
     assert data.summary["num_micrographs"] == NUM
@@ -130,8 +152,12 @@ def test_what_cannot_be_streamed_is_said(pushed, tmp_path, monkeypatch):
         load("you/nothing")
     with pytest.raises(ValueError, match="has no such revision"):
         load("you/set@v9")
-    name = next(path for path in pushed.files("you/set", kind="datasets") if path.endswith("00001.parquet"))
-    pushed.tamper("you/set", name, kind="datasets")  # one byte in the middle of an image: its own checksum tells
+    name = next(
+        path for path in pushed.files("you/set", kind="datasets") if path.endswith("00001.parquet")
+    )
+    pushed.tamper(
+        "you/set", name, kind="datasets"
+    )  # one byte in the middle of an image: its own checksum tells
     said = []
     data = load_data("hub-stream:you/set", make_config(tmp_path), log=said.append)
     assert data.summary["num_micrographs"] == NUM - 1
@@ -153,11 +179,22 @@ print(json.dumps([data.summary["split_hash"], data.summary["num_tiles"], data.su
 
 @pytest.mark.slow  # three processes
 def test_in_another_process_where_the_set_does_not_fit_on_the_disk(pushed, tmp_path):
-    environment = make_environment(pushed, tmp_path / "hf", PYTHONPATH=str(ROOT), HF_TOKEN="write-token")
+    environment = make_environment(
+        pushed, tmp_path / "hf", PYTHONPATH=str(ROOT), HF_TOKEN="write-token"
+    )
     results = {}
     for name, limit in (("hub-stream", 150_000), ("hub", 150_000), ("hub ", 10**9)):
-        command = [sys.executable, "-c", PROGRAM, f"{name.strip()}:you/set", str(tmp_path / name), str(limit)]
-        results[name] = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            f"{name.strip()}:you/set",
+            str(tmp_path / name),
+            str(limit),
+        ]
+        results[name] = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
     assert results["hub-stream"].returncode == 0, results["hub-stream"].stderr[-2000:]
     assert "a file may not grow so large" in results["hub"].stderr
     whole, streamed = (json.loads(results[name].stdout) for name in ("hub ", "hub-stream"))

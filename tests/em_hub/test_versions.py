@@ -34,13 +34,20 @@ def test_each_runs_and_saves_its_own_code(family, order, tmp_path, monkeypatch):
     names = ["old", "new"] if order == "old then new" else ["new", "old"]
     alone = {}
     for each in names:  # what each does while the other is not there
-        alone[each] = run(DiffusionPipeline.from_pretrained(tmp_path / each, trust_remote_code=True), family)
-    pipelines = {each: DiffusionPipeline.from_pretrained(tmp_path / each, trust_remote_code=True) for each in names}
+        alone[each] = run(
+            DiffusionPipeline.from_pretrained(tmp_path / each, trust_remote_code=True), family
+        )
+    pipelines = {
+        each: DiffusionPipeline.from_pretrained(tmp_path / each, trust_remote_code=True)
+        for each in names
+    }
     for each, pipeline in pipelines.items():
         np.testing.assert_array_equal(run(pipeline, family), alone[each])
         pipeline.save_pretrained(tmp_path / f"{each} again")
         for path in Path(tmp_path / each).rglob("*.py"):
-            assert (tmp_path / f"{each} again" / path.relative_to(tmp_path / each)).read_text() == path.read_text()
+            assert (
+                tmp_path / f"{each} again" / path.relative_to(tmp_path / each)
+            ).read_text() == path.read_text()
     assert not np.array_equal(alone["old"], alone["new"])
 
 
@@ -96,7 +103,9 @@ def test_repositories_of_different_versions_in_one_process(family, tmp_path, hub
     pipelines = []
     for name in (*names, *reversed(names)):  # again, when the others' code lies where its own lay
         repo, revision = name.split("@")
-        pipeline = DiffusionPipeline.from_pretrained(repo, revision=revision, trust_remote_code=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            repo, revision=revision, trust_remote_code=True
+        )
         pipeline.set_progress_bar_config(disable=True)
         pipelines.append((name, pipeline))
     images = [(name in names[2:], draw(pipeline, 0, 1)) for name, pipeline in pipelines]

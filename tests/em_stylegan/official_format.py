@@ -39,9 +39,12 @@ class Persistent:
             "state": {
                 "training": False,
                 "_parameters": {
-                    name: None if p is None else torch.nn.Parameter(p.clone()) for name, p in dict(parameters).items()
+                    name: None if p is None else torch.nn.Parameter(p.clone())
+                    for name, p in dict(parameters).items()
                 },
-                "_buffers": {name: None if b is None else b.clone() for name, b in dict(buffers).items()},
+                "_buffers": {
+                    name: None if b is None else b.clone() for name, b in dict(buffers).items()
+                },
                 "_non_persistent_buffers_set": set(),
                 "_backward_hooks": {},
                 "_modules": dict(modules),
@@ -58,7 +61,8 @@ class Persistent:
 def write_pickle(path, contents, protocol=4):
     """Write `contents` with the module names of the official code, which are taken away again."""
     modules = {
-        name: types.ModuleType(name) for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
+        name: types.ModuleType(name)
+        for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
     }
     modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     modules["dnnlib.util"].EasyDict = EasyDict
@@ -105,7 +109,9 @@ def mapping(network, z_dim, w_dim, has_mean=True):
 
 
 def convolution(layer, clamp, frozen=False):
-    tensors = {"weight": layer.weight.data} | ({} if layer.bias is None else {"bias": layer.bias.data})
+    tensors = {"weight": layer.weight.data} | (
+        {} if layer.bias is None else {"bias": layer.bias.data}
+    )
     return Persistent(
         "Conv2dLayer",
         {} if frozen else tensors,
@@ -166,7 +172,9 @@ def generator2(model):
             architecture=config.architecture,
             use_fp16=i >= network.num_full_resolutions,
         )
-    return Persistent("SynthesisNetwork", modules=blocks, w_dim=config.w_dim, img_resolution=config.resolution)
+    return Persistent(
+        "SynthesisNetwork", modules=blocks, w_dim=config.w_dim, img_resolution=config.resolution
+    )
 
 
 def generator3(model):
@@ -245,7 +253,10 @@ def generator(model):
     synthesis = (generator2 if isinstance(model, StyleGAN2Generator) else generator3)(model)
     return Persistent(
         "Generator",
-        modules={"synthesis": synthesis, "mapping": mapping(model.mapping_network, config.z_dim, config.w_dim)},
+        modules={
+            "synthesis": synthesis,
+            "mapping": mapping(model.mapping_network, config.z_dim, config.w_dim),
+        },
         z_dim=config.z_dim,
         c_dim=config.num_classes,
         w_dim=config.w_dim,
@@ -259,12 +270,19 @@ def discriminator(model, num_frozen=0):
     config, modules = model.config, {}
     frozen = list(model.freezable_layers())[:num_frozen]
     for i, block in enumerate(model.blocks):
-        layers = (("fromrgb", block.from_image), ("conv0", block.conv0), ("conv1", block.conv1), ("skip", block.skip))
+        layers = (
+            ("fromrgb", block.from_image),
+            ("conv0", block.conv0),
+            ("conv1", block.conv1),
+            ("skip", block.skip),
+        )
         modules[f"b{config.resolution >> i}"] = Persistent(
             "DiscriminatorBlock",
             buffers={"resample_filter": blur_kernel()},
             modules={
-                name: convolution(layer, None if name == "skip" else config.clamp, any(layer is f for f in frozen))
+                name: convolution(
+                    layer, None if name == "skip" else config.clamp, any(layer is f for f in frozen)
+                )
                 for name, layer in layers
                 if layer is not None
             },
@@ -276,7 +294,9 @@ def discriminator(model, num_frozen=0):
         parts["fromrgb"] = convolution(model.from_image, None)
     if config.num_deviation_maps:
         parts["mbstd"] = Persistent(
-            "MinibatchStdLayer", group_size=config.group_size, num_channels=config.num_deviation_maps
+            "MinibatchStdLayer",
+            group_size=config.group_size,
+            num_channels=config.num_deviation_maps,
         )
     else:
         attributes["mbstd"] = None
@@ -285,9 +305,13 @@ def discriminator(model, num_frozen=0):
         "fc": linear(model.linear, "lrelu"),
         "out": linear(model.out),
     }
-    modules["b4"] = Persistent("DiscriminatorEpilogue", modules=parts, architecture=config.architecture, **attributes)
+    modules["b4"] = Persistent(
+        "DiscriminatorEpilogue", modules=parts, architecture=config.architecture, **attributes
+    )
     if model.class_mapping is not None:
-        modules["mapping"] = mapping(model.class_mapping, 0, model.out.weight.shape[0], has_mean=False)
+        modules["mapping"] = mapping(
+            model.class_mapping, 0, model.out.weight.shape[0], has_mean=False
+        )
     return Persistent(
         "Discriminator",
         modules=modules,

@@ -60,11 +60,16 @@ def test_transform_by_a_known_matrix():
     inner = (..., slice(8, -8), slice(8, -8))
     turn = augmentation._turning(torch.tensor([math.pi / 2]))
     torch.testing.assert_close(
-        transform(images, turn, yes)[inner], torch.rot90(images, -1, (2, 3))[inner], atol=5e-3, rtol=0
+        transform(images, turn, yes)[inner],
+        torch.rot90(images, -1, (2, 3))[inner],
+        atol=5e-3,
+        rtol=0,
     )
     shift = augmentation._shifting(torch.tensor([2 * 3 / 32]), torch.tensor([-2 * 2 / 32]))
     expected = torch.roll(images, (3, -2), (3, 2))
-    torch.testing.assert_close(transform(images, shift, yes)[inner], expected[inner], atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        transform(images, shift, yes)[inner], expected[inner], atol=5e-3, rtol=0
+    )
     scale = torch.tensor([1.25])
     x = (torch.arange(32, dtype=torch.float64) + 0.5) / 16 - 1  # pixel centres
     coarse = torch.sin(2 * x[None]) * torch.cos(1.5 * x[:, None])
@@ -83,7 +88,9 @@ def test_image_without_geometry_keeps_its_pixels():
 
 def test_derivatives_of_any_order():
     images = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=rng(1)).requires_grad_()
-    grid = (torch.rand(2, 4, 4, 2, dtype=torch.float64, generator=rng(2)) * 2.4 - 1.2).requires_grad_(False)
+    grid = (
+        torch.rand(2, 4, 4, 2, dtype=torch.float64, generator=rng(2)) * 2.4 - 1.2
+    ).requires_grad_(False)
     assert gradcheck(_Sample.apply, (images, grid))
     assert gradgradcheck(_Sample.apply, (images, grid))
     assert gradcheck(lambda x: augment(x, 0.9, rng(3)), (images,), nondet_tol=0)
@@ -135,7 +142,9 @@ def test_no_leak_below_p_of_0_8():
     def coefficients(values, period):
         k = np.arange(1, period)
         histogram = np.bincount(np.asarray(values) % period, minlength=period) / count
-        return np.abs((histogram * np.exp(-2j * np.pi * np.outer(k, np.arange(period)) / period)).sum(axis=1))
+        return np.abs(
+            (histogram * np.exp(-2j * np.pi * np.outer(k, np.arange(period)) / period)).sum(axis=1)
+        )
 
     noise = 4 / math.sqrt(count)
     assert coefficients(flip.long(), 2).min() > 1 - p - noise  # mirrored with p / 2: 1 - p
@@ -183,13 +192,17 @@ def test_adaptive_probability_is_resumed():
 
 def test_training_with_it_resumes_to_the_bit(tmp_path, monkeypatch):
     preset = PRESETS["test"]()
-    adaptive = AugmentationConfig("adaptive", initial_probability=0.4, images_to_one=400, every_steps=2)
+    adaptive = AugmentationConfig(
+        "adaptive", initial_probability=0.4, images_to_one=400, every_steps=2
+    )
     config = replace(
         preset,
         precision="no",
         out=str(tmp_path / "whole"),
         tiles=replace(preset.tiles, cache_dir=str(tmp_path / "cache")),
-        training=replace(preset.training, augmentation=adaptive, path_length_weight=0.0, checkpoint_every=16),
+        training=replace(
+            preset.training, augmentation=adaptive, path_length_weight=0.0, checkpoint_every=16
+        ),
     )
 
     class Killed(BaseException):
@@ -218,11 +231,16 @@ def test_training_with_it_resumes_to_the_bit(tmp_path, monkeypatch):
     lines = read_stats(tmp_path / "whole" / "stylegan")
     assert all(0 <= line["augmentation_probability"] <= 1 for line in lines)
     assert (
-        json.loads((tmp_path / "whole" / "config.json").read_text())["training"]["augmentation"]["mode"] == "adaptive"
+        json.loads((tmp_path / "whole" / "config.json").read_text())["training"]["augmentation"][
+            "mode"
+        ]
+        == "adaptive"
     )
 
 
-@pytest.mark.parametrize("options", [{"mode": "some"}, {"initial_probability": 1.5}, {"every_steps": 0}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "some"}, {"initial_probability": 1.5}, {"every_steps": 0}]
+)
 def test_impossible_augmentation_is_refused(options):
     with pytest.raises(ValueError, match=r"training\.augmentation"):
         AugmentationConfig(**options)

@@ -9,7 +9,12 @@ from em_stylegan import equivariance
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.equivariance import rotation_equivariance, sample_image, transformed_input, translation_equivariance
+from em_stylegan.equivariance import (
+    rotation_equivariance,
+    sample_image,
+    transformed_input,
+    translation_equivariance,
+)
 
 SMALL = {"z_dim": 8, "w_dim": 8, "mapping_depth": 2}
 QUARTER = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -39,7 +44,10 @@ def measure(generator, function, **options):
 
 def test_translation(generators):
     for fractional in (False, True):
-        t, r, two = (measure(generators[name], translation_equivariance, fractional=fractional) for name in "tr2")
+        t, r, two = (
+            measure(generators[name], translation_equivariance, fractional=fractional)
+            for name in "tr2"
+        )
         assert min(t, r) > 35
         assert two < 25
 
@@ -74,7 +82,9 @@ def test_quarter_turn_of_the_constant_is_exact(generators):
 @torch.no_grad()
 def test_the_first_stylegan_can_be_measured():
     torch.manual_seed(0)
-    generator = StyleGAN1Generator(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8).eval()
+    generator = StyleGAN1Generator(
+        16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8
+    ).eval()
     assert translation_equivariance(generator, 2, peak=peak(generator)) < 25
 
 
@@ -97,7 +107,9 @@ def test_samples_of_a_known_image():
     torch.testing.assert_close(shifted[0, 0][known], torch.roll(x, (-1, 2), (0, 1))[known])
 
 
-def test_a_generator_that_ignores_its_input_scores_the_scatter_of_its_image(generators, monkeypatch):
+def test_a_generator_that_ignores_its_input_scores_the_scatter_of_its_image(
+    generators, monkeypatch
+):
     """EQ of images that do not move is the range against their own change under the shift: of white noise, twice its variance."""
     generator = generators["t"]
     noise = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))

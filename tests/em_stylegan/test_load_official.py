@@ -20,7 +20,10 @@ from em_stylegan.losses import path_lengths, r1_penalty
 from em_stylegan.official_networks import discriminator_from_official, generator_from_official
 from em_stylegan.official_pickle import OfficialUnpickler, read_pickle
 
-FOLDER = Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures")) / "official_stylegan"
+FOLDER = (
+    Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
+    / "official_stylegan"
+)
 FIXTURE = FOLDER / "sg2_r32_ch1_c0_map8"
 needs_fixture = pytest.mark.skipif(
     not FIXTURE.with_suffix(".pkl").exists(),
@@ -30,7 +33,10 @@ needs_fixture = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def numbers():
-    return {name: torch.from_numpy(value) for name, value in np.load(FIXTURE.with_suffix(".npz")).items()}
+    return {
+        name: torch.from_numpy(value)
+        for name, value in np.load(FIXTURE.with_suffix(".npz")).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,8 @@ def assert_agrees(value, expected):
 
 @needs_fixture
 @pytest.mark.parametrize(
-    ("name", "psi", "cutoff"), [("ws", 1.0, None), ("ws_psi0.5", 0.5, None), ("ws_psi0.7_cut3", 0.7, 3)]
+    ("name", "psi", "cutoff"),
+    [("ws", 1.0, None), ("ws_psi0.5", 0.5, None), ("ws_psi0.7_cut3", 0.7, 3)],
 )
 def test_mapping_and_truncation(generator, numbers, name, psi, cutoff):
     assert_agrees(generator.mapping(numbers["z"], None, psi, cutoff), numbers[name])
@@ -68,7 +75,10 @@ def test_mapping_and_truncation(generator, numbers, name, psi, cutoff):
     [
         ("img_const_psi1", {"noise_mode": "const"}),
         ("img_const_psi0.7", {"noise_mode": "const", "truncation_psi": 0.7}),
-        ("img_const_psi0.7_cut3", {"noise_mode": "const", "truncation_psi": 0.7, "truncation_cutoff": 3}),
+        (
+            "img_const_psi0.7_cut3",
+            {"noise_mode": "const", "truncation_psi": 0.7, "truncation_cutoff": 3},
+        ),
         ("img_none_psi1", {"noise_mode": "none"}),
     ],
 )
@@ -78,7 +88,9 @@ def test_images(generator, numbers, name, options):
 
 @needs_fixture
 def test_style_mixing(generator, numbers):
-    assert_agrees(generator.synthesis(numbers["ws_mixed"], noise_mode="const"), numbers["img_mixed"])
+    assert_agrees(
+        generator.synthesis(numbers["ws_mixed"], noise_mode="const"), numbers["img_mixed"]
+    )
 
 
 @needs_fixture
@@ -100,7 +112,9 @@ def test_logits(discriminator, numbers, images, count, logits):
 def test_r1(discriminator, numbers):
     images = numbers["D_img"][:4].clone().requires_grad_()
     logits = discriminator(images)
-    assert_agrees(torch.autograd.grad(logits.sum(), images, retain_graph=True)[0], numbers["r1_grads"])
+    assert_agrees(
+        torch.autograd.grad(logits.sum(), images, retain_graph=True)[0], numbers["r1_grads"]
+    )
     assert_agrees(r1_penalty(logits, images), numbers["r1_penalty"])
 
 
@@ -117,12 +131,17 @@ def test_path_lengths(generator, numbers):
 
 
 FIXTURE_3 = FOLDER / "sg3t_r32_ch1_c0_map2"
-needs_fixture_3 = pytest.mark.skipif(not FIXTURE_3.with_suffix(".pkl").exists(), reason=f"{FIXTURE_3}.pkl is not here")
+needs_fixture_3 = pytest.mark.skipif(
+    not FIXTURE_3.with_suffix(".pkl").exists(), reason=f"{FIXTURE_3}.pkl is not here"
+)
 
 
 @pytest.fixture(scope="module")
 def numbers_3():
-    return {name: torch.from_numpy(value) for name, value in np.load(FIXTURE_3.with_suffix(".npz")).items()}
+    return {
+        name: torch.from_numpy(value)
+        for name, value in np.load(FIXTURE_3.with_suffix(".npz")).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +163,11 @@ def test_alias_free_generator(stored_3, numbers_3, monkeypatch, dense):
     assert isinstance(generator, StyleGAN3Generator)
     assert all(layer.activation.dense == dense for layer in generator.synthesis_network.layers)
     z = numbers_3["z"]
-    for name, psi, cutoff in (("ws", 1.0, None), ("ws_psi0.5", 0.5, None), ("ws_psi0.7_cut3", 0.7, 3)):
+    for name, psi, cutoff in (
+        ("ws", 1.0, None),
+        ("ws_psi0.5", 0.5, None),
+        ("ws_psi0.7_cut3", 0.7, 3),
+    ):
         assert_agrees(generator.mapping(z, None, psi, cutoff), numbers_3[name])
     for name, options in (
         ("img_const_psi1", {"noise_mode": "const"}),
@@ -163,7 +186,9 @@ def test_alias_free_path_lengths_and_its_discriminator(generator_3, stored_3, nu
     images = generator_3.synthesis(ws)
     gradient = torch.autograd.grad((images * numbers_3["pl_noise"]).sum(), ws, retain_graph=True)[0]
     assert_agrees(gradient, numbers_3["pl_grads"])
-    assert_agrees(path_lengths(images, ws, numbers_3["pl_noise"] * images.shape[2]), numbers_3["pl_lengths"])
+    assert_agrees(
+        path_lengths(images, ws, numbers_3["pl_noise"] * images.shape[2]), numbers_3["pl_lengths"]
+    )
     discriminator = discriminator_from_official(stored_3["D"])
     for images, count, logits in (
         ("D_img", 8, "D_logits"),
@@ -173,7 +198,9 @@ def test_alias_free_path_lengths_and_its_discriminator(generator_3, stored_3, nu
         assert_agrees(discriminator(numbers_3[images][:count]), numbers_3[logits])
     images = numbers_3["D_img"][:4].clone().requires_grad_()
     logits = discriminator(images)
-    assert_agrees(torch.autograd.grad(logits.sum(), images, retain_graph=True)[0], numbers_3["r1_grads"])
+    assert_agrees(
+        torch.autograd.grad(logits.sum(), images, retain_graph=True)[0], numbers_3["r1_grads"]
+    )
     assert_agrees(r1_penalty(logits, images), numbers_3["r1_penalty"])
 
 
@@ -181,10 +208,15 @@ def test_alias_free_path_lengths_and_its_discriminator(generator_3, stored_3, nu
 def test_command_writes_networks_that_load(tmp_path, monkeypatch, numbers, capsys):
     from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 
-    monkeypatch.setattr("sys.argv", ["load_official", str(FIXTURE.with_suffix(".pkl")), str(tmp_path)])
+    monkeypatch.setattr(
+        "sys.argv", ["load_official", str(FIXTURE.with_suffix(".pkl")), str(tmp_path)]
+    )
     main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "G", "G_ema", "pipeline"]
-    for generator in (StyleGAN2Generator.from_pretrained(tmp_path / "G_ema"), load_generator(tmp_path)):
+    for generator in (
+        StyleGAN2Generator.from_pretrained(tmp_path / "G_ema"),
+        load_generator(tmp_path),
+    ):
         with torch.no_grad():
             assert_agrees(generator(numbers["z"], noise_mode="const"), numbers["img_const_psi1"])
 
@@ -216,11 +248,15 @@ class Call:
 
 
 @pytest.mark.parametrize(
-    "function", [os.system, eval, exec, getattr, __import__, open], ids=lambda function: function.__name__
+    "function",
+    [os.system, eval, exec, getattr, __import__, open],
+    ids=lambda function: function.__name__,
 )
 def test_malicious_pickle_runs_nothing(tmp_path, function):
     target = tmp_path / "target"
-    argument = {os.system: f"touch {target}", open: str(target)}.get(function, f"open({str(target)!r}, 'w')")
+    argument = {os.system: f"touch {target}", open: str(target)}.get(
+        function, f"open({str(target)!r}, 'w')"
+    )
     arguments = (argument, "w") if function in (open, getattr) else (argument,)
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps({"G": Call(function, *arguments)}))
@@ -232,7 +268,9 @@ def test_malicious_pickle_runs_nothing(tmp_path, function):
 @pytest.mark.parametrize("dotted", ["OrderedDict.__init__", "OrderedDict.__class__", "abc.sys"])
 def test_attributes_of_what_is_allowed_are_refused(tmp_path, dotted):
     path = tmp_path / "dotted.pkl"
-    path.write_bytes(b"\x80\x04\x8c\x0bcollections\x8c" + bytes([len(dotted)]) + dotted.encode() + b"\x93.")
+    path.write_bytes(
+        b"\x80\x04\x8c\x0bcollections\x8c" + bytes([len(dotted)]) + dotted.encode() + b"\x93."
+    )
     with pytest.raises(ValueError, match="which is no part"):
         read_pickle(path)
 
@@ -241,7 +279,9 @@ def test_pickle_cannot_alter_its_reader(tmp_path):
     # GLOBAL torch._utils._rebuild_tensor_v2, then BUILD on it with a state of attributes to set
     for state in (b"}\x8c\x09_functionK\x01s", b"N}\x8c\x09_functionK\x01s\x86"):
         path = tmp_path / "build.pkl"
-        path.write_bytes(b"\x80\x04\x8c\x0ctorch._utils\x8c\x12_rebuild_tensor_v2\x93" + state + b"b.")
+        path.write_bytes(
+            b"\x80\x04\x8c\x0ctorch._utils\x8c\x12_rebuild_tensor_v2\x93" + state + b"b."
+        )
         with pytest.raises(ValueError, match="may not alter its reader"):
             read_pickle(path)
 
@@ -253,11 +293,20 @@ def test_pickle_cannot_alter_its_reader(tmp_path):
         (lambda path: path.write_bytes(gzip.compress(b"N.")), "is packed with gzip: unpack it"),
         (lambda path: path.write_bytes(bz2.compress(b"N.")), "is packed with bzip2: unpack it"),
         (lambda path: zipfile.ZipFile(path, "w").close(), "is a zip archive"),
-        (lambda path: torch.save({"G": torch.ones(1)}, path), "is a zip archive.*no official StyleGAN's"),
+        (
+            lambda path: torch.save({"G": torch.ones(1)}, path),
+            "is a zip archive.*no official StyleGAN's",
+        ),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "is a web page"),
-        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-        (lambda path: path.write_bytes(pickle.dumps({"a": 1})), r"expected a dictionary.*network-snapshot-\*\.pkl"),
+        (
+            lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "git lfs pull",
+        ),
+        (
+            lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+            r"expected a dictionary.*network-snapshot-\*\.pkl",
+        ),
         (
             lambda path: path.write_bytes(b"\x80\x04" + network(text("Generator")) + b"."),
             r"a Generator on its own: .* as \{'G_ema': network\}",
@@ -284,7 +333,14 @@ class Tensor:
         self.size = size
 
     def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, (torch.arange(4.0)._typed_storage(), 1, (self.size,), (1,), False, None)
+        return torch._utils._rebuild_tensor_v2, (
+            torch.arange(4.0)._typed_storage(),
+            1,
+            (self.size,),
+            (1,),
+            False,
+            None,
+        )
 
 
 def test_tensors_are_read_and_stay_within_their_storage(tmp_path):
@@ -306,7 +362,9 @@ def test_numbers_and_containers_are_read(tmp_path):
         read_pickle(path)
 
 
-BOMB = b")" + b"2\x86" * 60  # (), then each tuple twice in the next: hashing or printing it takes 2^60 steps
+BOMB = (
+    b")" + b"2\x86" * 60
+)  # (), then each tuple twice in the next: hashing or printing it takes 2^60 steps
 
 
 def text(word):
@@ -325,7 +383,9 @@ def network(name, state=b"}"):
 def storage_of(*instructions):
     """A storage, as a file of its own that ends in these instructions."""
     header = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
-    data = header + b"\x80\x04" + b"".join(instructions) + b"." + pickle.dumps([], 2)  # no storages follow
+    data = (
+        header + b"\x80\x04" + b"".join(instructions) + b"." + pickle.dumps([], 2)
+    )  # no storages follow
     return call("torch.storage", "_load_from_bytes", b"B" + len(data).to_bytes(4, "little") + data)
 
 
@@ -335,7 +395,10 @@ HANGS = {
     "key": b"}" + BOMB + b"Ns",
     "class name": network(BOMB),
     "key in a storage": storage_of(b"}" + BOMB + b"Ns"),
-    "architecture": b"}" + text("G") + network(text("Generator"), b"}" + text("_modules") + BOMB + b"s") + b"s",
+    "architecture": b"}"
+    + text("G")
+    + network(text("Generator"), b"}" + text("_modules") + BOMB + b"s")
+    + b"s",
 }
 READ = """
 import sys
@@ -354,7 +417,9 @@ def test_nested_tuples_do_not_hang_the_reader(tmp_path):
     for path, instructions in zip(paths, HANGS.values(), strict=True):
         path.write_bytes(b"\x80\x04" + instructions + b".")
     # in another process: what hashes such a tuple cannot be interrupted
-    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=120
+    )
     answers = done.stdout.splitlines()
     assert len(answers) == len(HANGS), done.stderr
     assert "a dictionary or set with a tuple as a key" in answers[0]
@@ -369,13 +434,22 @@ SIZE = b"K\x00(K\x04t(K\x01t"
 @pytest.mark.parametrize(
     ("instructions", "message"),
     [
-        (call("torch.storage", "_load_from_bytes", b"\x8a\x06" + (10**12).to_bytes(6, "little")), "malformed storage"),
+        (
+            call("torch.storage", "_load_from_bytes", b"\x8a\x06" + (10**12).to_bytes(6, "little")),
+            "malformed storage",
+        ),
         (call("torch.storage", "_load_from_bytes", text("text")), "malformed storage"),
         (storage_of(b"N"), "expected the storage of a tensor"),
         (STORAGE + b"}" + text("dtype") + b"Nsb", "malformed storage"),
         (STORAGE + b"K\x00K\x01s", "puts items into a Storage"),
-        (call("torch._utils", "_rebuild_tensor_v2", STORAGE, SIZE) + b"(K\x01tb", "malformed tensor"),
-        (call("torch._utils", "_rebuild_tensor_v2", STORAGE, SIZE) + b"K\x00K\x01s", "puts items into a StoredTensor"),
+        (
+            call("torch._utils", "_rebuild_tensor_v2", STORAGE, SIZE) + b"(K\x01tb",
+            "malformed tensor",
+        ),
+        (
+            call("torch._utils", "_rebuild_tensor_v2", STORAGE, SIZE) + b"K\x00K\x01s",
+            "puts items into a StoredTensor",
+        ),
     ],
 )
 def test_tensors_and_storages_cannot_be_altered(tmp_path, instructions, message):

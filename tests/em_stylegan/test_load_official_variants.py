@@ -20,7 +20,9 @@ from em_stylegan.official_networks import discriminator_from_official, generator
 from em_stylegan.official_pickle import read_pickle
 from em_stylegan.transfer import load_initial_weights
 
-_spec = importlib.util.spec_from_file_location("official_format", Path(__file__).with_name("official_format.py"))
+_spec = importlib.util.spec_from_file_location(
+    "official_format", Path(__file__).with_name("official_format.py")
+)
 official_format = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(official_format)
 
@@ -70,17 +72,23 @@ GENERATORS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "protocol"), [*((name, 4) for name in GENERATORS), *(("128 classes", p) for p in (2, 3, 5))]
+    ("name", "protocol"),
+    [*((name, 4) for name in GENERATORS), *(("128 classes", p) for p in (2, 3, 5))],
 )
 def test_stylegan2_generators(name, protocol, tmp_path):
     torch.manual_seed(0)
-    model = shake(StyleGAN2Generator(**{"resolution": 32, **SMALL, "mapping_depth": 2, **GENERATORS[name]}))
-    path = official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": official_format.generator(model)}, protocol)
+    model = shake(
+        StyleGAN2Generator(**{"resolution": 32, **SMALL, "mapping_depth": 2, **GENERATORS[name]})
+    )
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"G_ema": official_format.generator(model)}, protocol
+    )
     loaded = generator_from_official(read_pickle(path)["G_ema"])
     assert_same(model, loaded)
     z = torch.randn(3, 8)
     assert torch.equal(
-        loaded(z, labels(model), 0.7, noise_mode="const"), model(z, labels(model), 0.7, noise_mode="const")
+        loaded(z, labels(model), 0.7, noise_mode="const"),
+        model(z, labels(model), 0.7, noise_mode="const"),
     )
 
 
@@ -97,12 +105,15 @@ GENERATORS_3 = {
 
 
 @pytest.mark.parametrize(
-    ("name", "protocol"), [*((name, 4) for name in GENERATORS_3), *(("r64 classes", p) for p in (2, 3, 5))]
+    ("name", "protocol"),
+    [*((name, 4) for name in GENERATORS_3), *(("r64 classes", p) for p in (2, 3, 5))],
 )
 def test_stylegan3_generators(name, protocol, tmp_path):
     torch.manual_seed(0)
     model = shake(StyleGAN3Generator(**{"resolution": 32, **SMALL, **GENERATORS_3[name]}))
-    path = official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": official_format.generator(model)}, protocol)
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"G_ema": official_format.generator(model)}, protocol
+    )
     loaded = generator_from_official(read_pickle(path)["G_ema"])
     assert_same(model, loaded)
     assert loaded.plans == model.plans
@@ -128,12 +139,22 @@ DISCRIMINATORS = {
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 def test_discriminators(name, num_frozen, tmp_path):
     torch.manual_seed(0)
-    options = {"resolution": 32, "channel_base": 256, "max_channels": 16, "group_size": 3, **DISCRIMINATORS[name]}
+    options = {
+        "resolution": 32,
+        "channel_base": 256,
+        "max_channels": 16,
+        "group_size": 3,
+        **DISCRIMINATORS[name],
+    }
     model = shake(StyleGANDiscriminator(**options))
-    path = official_format.write_pickle(tmp_path / "a.pkl", {"D": official_format.discriminator(model, num_frozen)})
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"D": official_format.discriminator(model, num_frozen)}
+    )
     loaded = discriminator_from_official(read_pickle(path)["D"])
     assert_same(model, loaded)
-    images = torch.randn(3, options.get("image_channels", 1), options["resolution"], options["resolution"])
+    images = torch.randn(
+        3, options.get("image_channels", 1), options["resolution"], options["resolution"]
+    )
     assert torch.equal(loaded(images, labels(model)), model(images, labels(model)))
 
 
@@ -143,12 +164,19 @@ def make_generator(**options):
 
 
 def write(tmp_path, network):
-    return read_pickle(official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": network}))["G_ema"]
+    return read_pickle(official_format.write_pickle(tmp_path / "a.pkl", {"G_ema": network}))[
+        "G_ema"
+    ]
 
 
 def test_schedule_that_only_the_constructor_knows(tmp_path):
     """First and last band edges are attributes of no layer: they are read from the stored arguments."""
-    options = {"first_cutoff": 2.5, "first_stopband": 5.5, "last_stopband_ratio": 1.4, "lrelu_upsampling": 4}
+    options = {
+        "first_cutoff": 2.5,
+        "first_stopband": 5.5,
+        "last_stopband_ratio": 1.4,
+        "lrelu_upsampling": 4,
+    }
     model = make_generator(**options)
     network = official_format.generator(model)
     synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
@@ -172,7 +200,10 @@ def test_layers_without_noise(tmp_path):
         for name, layer in block.meta["state"]["_modules"].items():
             if name.startswith("conv"):
                 layer.meta["state"]["use_noise"] = False
-                del layer.meta["state"]["_parameters"]["noise_strength"], layer.meta["state"]["_buffers"]["noise_const"]
+                del (
+                    layer.meta["state"]["_parameters"]["noise_strength"],
+                    layer.meta["state"]["_buffers"]["noise_const"],
+                )
     loaded = generator_from_official(write(tmp_path, network))
     z = torch.randn(2, 8)
     assert torch.equal(loaded(z, noise_mode="random"), model(z, noise_mode="none"))
@@ -214,7 +245,9 @@ LAYERS_2 = [
 @pytest.mark.parametrize(("path", "attributes"), LAYERS_2, ids=str)
 def test_generator_with_a_layer_that_ours_does_not_compute(tmp_path, path, attributes):
     architecture = "resnet" if path.endswith("skip") else "skip"
-    model = StyleGAN2Generator(16, **SMALL, mapping_depth=2, num_classes=3, clamp=256.0, architecture=architecture)
+    model = StyleGAN2Generator(
+        16, **SMALL, mapping_depth=2, num_classes=3, clamp=256.0, architecture=architecture
+    )
     network = alter(official_format.generator(model), path, **attributes)
     (name, value), *_ = attributes.items()
     with pytest.raises(ValueError, match=rf"^{path} has {name} {value!r}; ours computes with"):
@@ -266,10 +299,16 @@ def test_discriminator_with_a_layer_that_ours_does_not_compute(tmp_path, path, a
     ],
     ids=str,
 )
-def test_alias_free_generator_with_a_layer_that_ours_does_not_compute(tmp_path, layer, part, attributes):
+def test_alias_free_generator_with_a_layer_that_ours_does_not_compute(
+    tmp_path, layer, part, attributes
+):
     network = official_format.generator(make_generator(clamp=256.0))
     names = network.meta["state"]["_modules"]["synthesis"].meta["state"]["layer_names"]
-    alter(network, "synthesis." + part if layer is None else f"synthesis.{names[layer]}{part}", **attributes)
+    alter(
+        network,
+        "synthesis." + part if layer is None else f"synthesis.{names[layer]}{part}",
+        **attributes,
+    )
     with pytest.raises(ValueError, match=r"^synthesis\..* has .*; ours computes with"):
         generator_from_official(write(tmp_path, network))
 
@@ -307,7 +346,9 @@ def test_maps_and_layers_that_no_tensor_has_ask_for_no_memory(tmp_path):
 @pytest.mark.parametrize("path", ["synthesis.b8", "b8"])
 def test_half_precision_below_full_is_refused(tmp_path, path):
     if path == "b8":
-        model = StyleGANDiscriminator(16, channel_base=256, max_channels=16, num_reduced_resolutions=0)
+        model = StyleGANDiscriminator(
+            16, channel_base=256, max_channels=16, num_reduced_resolutions=0
+        )
         network, read = official_format.discriminator(model), discriminator_from_official
     else:
         model = StyleGAN2Generator(16, **SMALL, mapping_depth=2, num_reduced_resolutions=0)
@@ -319,7 +360,9 @@ def test_half_precision_below_full_is_refused(tmp_path, path):
 def test_another_filter_is_refused(tmp_path):
     network = official_format.generator(make_generator())
     synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
-    synthesis["_modules"][synthesis["layer_names"][3]].meta["state"]["_buffers"]["up_filter"][2] += 1e-3
+    synthesis["_modules"][synthesis["layer_names"][3]].meta["state"]["_buffers"]["up_filter"][
+        2
+    ] += 1e-3
     with pytest.raises(ValueError, match="another up_filter"):
         generator_from_official(write(tmp_path, network))
 
@@ -338,8 +381,8 @@ def test_generator_of_another_project_is_refused(tmp_path):
         generator_from_official(write(tmp_path, network))
     model = make_generator()
     network = official_format.generator(model)
-    network.meta["state"]["_modules"]["synthesis"].meta["state"]["_modules"]["extra"] = official_format.linear(
-        model.mapping_network.layers[0]
+    network.meta["state"]["_modules"]["synthesis"].meta["state"]["_modules"]["extra"] = (
+        official_format.linear(model.mapping_network.layers[0])
     )
     with pytest.raises(ValueError, match=r"unknown \['synthesis.extra"):
         generator_from_official(write(tmp_path, network))
@@ -347,7 +390,9 @@ def test_generator_of_another_project_is_refused(tmp_path):
 
 def test_module_source_in_the_file_is_not_run(tmp_path):
     """`write_pickle` puts a raise statement where the wild files have source text."""
-    path = official_format.write_pickle(tmp_path / "a.pkl", {"G": official_format.generator(make_generator())})
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"G": official_format.generator(make_generator())}
+    )
     assert b"this must not run" in path.read_bytes()
     read_pickle(path)
     assert "torch_utils" not in sys.modules
@@ -363,7 +408,8 @@ def test_converted_folder_stands_for_a_run(tmp_path, monkeypatch, capsys):
     """Of the averaged generator: generate.py finds its pipeline, and so do the pictures; training finds all three networks."""
     torch.manual_seed(0)
     raw, average = (
-        shake(StyleGAN2Generator(32, 3, **SMALL, mapping_depth=2, num_reduced_resolutions=i)) for i in (0, 1)
+        shake(StyleGAN2Generator(32, 3, **SMALL, mapping_depth=2, num_reduced_resolutions=i))
+        for i in (0, 1)
     )
     discriminator = shake(StyleGANDiscriminator(32, 3, channel_base=256, max_channels=16))
     contents = {"G": official_format.generator(raw), "G_ema": official_format.generator(average)}
@@ -378,7 +424,9 @@ def test_converted_folder_stands_for_a_run(tmp_path, monkeypatch, capsys):
     pipeline = load_pipeline(str(out))
     assert pipeline.config.pixel_size_nm is None
     assert_same(average, pipeline.generator)
-    record = generate_images(GenerationConfig(str(out), str(tmp_path / "images"), num_images=2, precision="no"))
+    record = generate_images(
+        GenerationConfig(str(out), str(tmp_path / "images"), num_images=2, precision="no")
+    )
     assert record["num_images"] == 2
     run(monkeypatch, interpolate, "truncation", out, tmp_path / "truncation.png")
     networks = (
@@ -387,7 +435,9 @@ def test_converted_folder_stands_for_a_run(tmp_path, monkeypatch, capsys):
     )
     found = load_initial_weights(SimpleNamespace(init_from=out), *networks, say=lambda text: None)
     for name, model in (("model", raw), ("ema", average), ("discriminator", discriminator)):
-        assert all(torch.equal(found[name][key], value) for key, value in model.state_dict().items())
+        assert all(
+            torch.equal(found[name][key], value) for key, value in model.state_dict().items()
+        )
 
 
 def test_pipeline_of_the_only_generator(tmp_path):
@@ -400,7 +450,9 @@ def test_pipeline_of_the_only_generator(tmp_path):
 
 def test_folder_that_is_used_loses_nothing(tmp_path, monkeypatch, capsys):
     model = StyleGANDiscriminator(16, channel_base=256, max_channels=16)
-    path = official_format.write_pickle(tmp_path / "a.pkl", {"D": official_format.discriminator(model)})
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"D": official_format.discriminator(model)}
+    )
     out, used, file = tmp_path / "out", tmp_path / "used", tmp_path / "file"
     (used / "G_ema").mkdir(parents=True)
     file.write_text("text")
@@ -420,20 +472,26 @@ def test_network_that_does_not_fit_leaves_nothing_behind(tmp_path):
     generator = official_format.generator(make_generator())
     other = alter(official_format.generator(make_generator()), "mapping.fc0", activation="linear")
     path = official_format.write_pickle(tmp_path / "a.pkl", {"G": generator, "G_ema": other})
-    with pytest.raises(ValueError, match=r"^G_ema of .*a\.pkl: mapping\.fc0 has activation 'linear'"):
+    with pytest.raises(
+        ValueError, match=r"^G_ema of .*a\.pkl: mapping\.fc0 has activation 'linear'"
+    ):
         load_official.convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_command_explains_itself(tmp_path, monkeypatch, capsys):
     path = official_format.write_pickle(
-        tmp_path / "a.pkl", {"augment_pipe": official_format.Persistent("AugmentPipe"), "training_set_kwargs": {}}
+        tmp_path / "a.pkl",
+        {"augment_pipe": official_format.Persistent("AugmentPipe"), "training_set_kwargs": {}},
     )
     monkeypatch.setattr("sys.argv", ["load_official", str(path), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
         load_official.main()
     assert stop.value.code == 2
-    assert "holds no network: expected 'G_ema', 'G' or 'D', found augment_pipe" in capsys.readouterr().err
+    assert (
+        "holds no network: expected 'G_ema', 'G' or 'D', found augment_pipe"
+        in capsys.readouterr().err
+    )
 
 
 def test_array_that_lies_about_its_shape_is_refused(tmp_path):
@@ -449,6 +507,8 @@ def test_array_that_lies_about_its_shape_is_refused(tmp_path):
 
 
 def test_array_of_objects_is_refused(tmp_path):
-    path = official_format.write_pickle(tmp_path / "a.pkl", {"a": np.array([None, print], dtype=object)})
+    path = official_format.write_pickle(
+        tmp_path / "a.pkl", {"a": np.array([None, print], dtype=object)}
+    )
     with pytest.raises(ValueError, match="can be read safely"):
         read_pickle(path)

@@ -22,7 +22,9 @@ from em_stylegan.losses import (
 def test_logistic_losses_are_the_binary_cross_entropy_of_the_probabilities():
     real, fake = torch.tensor([[2.0], [-1.0]]), torch.tensor([[0.5], [-3.0]])
     p_real, p_fake = real.sigmoid(), fake.sigmoid()
-    torch.testing.assert_close(discriminator_loss(real, fake), -(p_real.log().mean() + (1 - p_fake).log().mean()))
+    torch.testing.assert_close(
+        discriminator_loss(real, fake), -(p_real.log().mean() + (1 - p_fake).log().mean())
+    )
     torch.testing.assert_close(generator_loss(fake), -p_fake.log().mean())
 
 
@@ -58,7 +60,9 @@ def test_path_length_of_a_linear_generator_is_the_norm_of_its_transpose_times_th
     noise = torch.randn(2, 1, 8, 8, generator=generator, dtype=torch.float64)
     images = (ws.sum(dim=1) @ matrix).reshape(2, 1, 8, 8)
     lengths = path_lengths(images, ws, noise)
-    expected = (noise.flatten(1) / 8 @ matrix.T).norm(dim=1)  # the same gradient in each of the three layers
+    expected = (noise.flatten(1) / 8 @ matrix.T).norm(
+        dim=1
+    )  # the same gradient in each of the three layers
     torch.testing.assert_close(lengths, expected)
     (a,) = torch.autograd.grad(lengths.sum(), matrix, retain_graph=True)
     (b,) = torch.autograd.grad(expected.sum(), matrix)
@@ -97,24 +101,36 @@ def test_blur_fades():
 def test_relativistic_losses_and_their_gradients():
     """softplus of the difference of a pair; the derivative is the sigmoid, and the two sides pull against each other."""
     generator = torch.Generator().manual_seed(0)
-    real, fake = (torch.randn(5, 1, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    real, fake = (
+        torch.randn(5, 1, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    )
     difference = (real - fake).detach()
-    loss_D, loss_G = relativistic_discriminator_loss(real, fake), relativistic_generator_loss(real, fake)
+    loss_D, loss_G = (
+        relativistic_discriminator_loss(real, fake),
+        relativistic_generator_loss(real, fake),
+    )
     torch.testing.assert_close(loss_D, (-difference.sigmoid().log()).mean())
     torch.testing.assert_close(loss_G, (-(-difference).sigmoid().log()).mean())
     for loss, pull in ((loss_D, -(-difference).sigmoid() / 5), (loss_G, difference.sigmoid() / 5)):
         at_real, at_fake = torch.autograd.grad(loss, (real, fake))
         torch.testing.assert_close(at_real, pull)
         torch.testing.assert_close(at_fake, -pull)
-    torch.testing.assert_close(relativistic_discriminator_loss(real + 3, fake + 3), loss_D)  # only differences count
-    assert relativistic_generator_loss(torch.full((1, 1), 300.0), torch.zeros(1, 1)).item() == pytest.approx(300)
+    torch.testing.assert_close(
+        relativistic_discriminator_loss(real + 3, fake + 3), loss_D
+    )  # only differences count
+    assert relativistic_generator_loss(
+        torch.full((1, 1), 300.0), torch.zeros(1, 1)
+    ).item() == pytest.approx(300)
 
 
 def test_gradients_of_r1_and_r2_of_a_quadratic_discriminator():
     """D = a |x|^2: R1 + R2 = 4 a^2 (E|x|^2 + E|G|^2), whose derivative in a is twice that over a."""
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
-    real, fake = (torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    real, fake = (
+        torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     penalty = sum(
         compute_gradient_penalty(lambda x: (a * x.square()).sum(dim=(1, 2, 3)), images, lambda x: x)
         for images in (real, fake)

@@ -24,7 +24,9 @@ SMALL = {"channel_base": 256, "max_channels": 16}
 
 def make_generator(**options):
     torch.manual_seed(0)
-    return StyleGAN2Generator(**{"resolution": 16, "z_dim": 8, "w_dim": 12, "mapping_depth": 2, **SMALL, **options})
+    return StyleGAN2Generator(
+        **{"resolution": 16, "z_dim": 8, "w_dim": 12, "mapping_depth": 2, **SMALL, **options}
+    )
 
 
 def make_discriminator(**options):
@@ -52,7 +54,9 @@ KINDS = {"1": StyleGAN1Generator, "2": StyleGAN2Generator, "3": StyleGAN3Generat
 
 def make_kind(kind, **options):
     torch.manual_seed(0)
-    return KINDS[kind](**{"resolution": 16, "z_dim": 8, "w_dim": 12, "mapping_depth": 2, **SMALL, **options}).eval()
+    return KINDS[kind](
+        **{"resolution": 16, "z_dim": 8, "w_dim": 12, "mapping_depth": 2, **SMALL, **options}
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +73,9 @@ def test_styles_can_be_mixed_in_place(kind):
 @torch.no_grad()
 def test_z_may_have_another_type(kind):
     generator, z = make_kind(kind), draw_z(2)
-    torch.testing.assert_close(generator(z.double(), noise_mode="const"), generator(z, noise_mode="const"))
+    torch.testing.assert_close(
+        generator(z.double(), noise_mode="const"), generator(z, noise_mode="const")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,12 +86,23 @@ def test_classes_in_every_form(kind):
     for labels in ([2, 2], 2, torch.eye(3)[[2, 2]], torch.tensor(2)):
         torch.testing.assert_close(generator.mapping(z, labels), expected)
     assert not torch.allclose(generator.mapping(z, [2, 1]), expected)
-    wrong = (None, 3, [-1, 0], [1], [0, 1, 2], torch.zeros(2, 1), torch.tensor([0.0, 1.0]), torch.eye(3))
+    wrong = (
+        None,
+        3,
+        [-1, 0],
+        [1],
+        [0, 1, 2],
+        torch.zeros(2, 1),
+        torch.tensor([0.0, 1.0]),
+        torch.eye(3),
+    )
     for labels in wrong:
         with pytest.raises(ValueError, match="class_labels"):
             generator.mapping(z, labels)
     unconditional = make_kind(kind)
-    torch.testing.assert_close(unconditional.mapping(z, torch.zeros(2, 0)), unconditional.mapping(z))
+    torch.testing.assert_close(
+        unconditional.mapping(z, torch.zeros(2, 0)), unconditional.mapping(z)
+    )
     with pytest.raises(ValueError, match="knows no classes"):
         unconditional.mapping(z, [0, 1])
 
@@ -120,12 +137,19 @@ def test_images_that_a_discriminator_was_not_made_for_are_refused():
 def test_the_first_stylegan_bears_constant_maps_in_half_precision():
     x = torch.full((1, 2, 4, 4), 3.0, dtype=torch.float16)
     one = torch.ones(1, 2, dtype=torch.float16)
-    torch.testing.assert_close(adaptive_instance_norm(x, one, one), torch.ones_like(x), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        adaptive_instance_norm(x, one, one), torch.ones_like(x), atol=0.01, rtol=0
+    )
 
 
 def test_feature_maps_follow_base_and_maximum():
     generator = make_generator(resolution=32)
-    assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [16, 16, 16, 8]
+    assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [
+        16,
+        16,
+        16,
+        8,
+    ]
     discriminator = make_discriminator(resolution=32)
     assert [block.conv0.weight.shape[0] for block in discriminator.blocks] == [8, 16, 16]
 
@@ -154,7 +178,10 @@ def test_mapping_ignores_the_length_of_z():
 def test_demodulation_gives_unit_deviation_whatever_the_style(scale):
     """Independent unit inputs come out with unit deviation in every sample and map (2020, section 2.2)."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 32, 64, 64, generator=generator), torch.randn(5, 32, 3, 3, generator=generator)
+    x, weight = (
+        torch.randn(2, 32, 64, 64, generator=generator),
+        torch.randn(5, 32, 3, 3, generator=generator),
+    )
     styles = scale * torch.randn(2, 32, generator=generator)
     y = modulated_conv2d(x * styles.sign()[:, :, None, None], weight, styles)[:, :, 1:-1, 1:-1]
     assert y.std(dim=(2, 3)) == pytest.approx(1, abs=0.05)
@@ -205,14 +232,22 @@ def test_every_parameter_of_the_generator_learns():
             if layer is not None:
                 torch.nn.init.constant_(layer.noise_strength, 0.1)
     generator(draw_z(), generator=torch.Generator().manual_seed(0)).square().mean().backward()
-    without = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name
+        for name, p in generator.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert without == []
 
 
 def test_every_parameter_of_the_discriminator_learns():
     discriminator = make_discriminator()
     discriminator(torch.rand(4, 1, 16, 16)).square().mean().backward()
-    without = [name for name, p in discriminator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name
+        for name, p in discriminator.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert without == []
 
 
@@ -248,7 +283,9 @@ def test_reduced_precision_stays_close():
 def test_clamp_bounds_the_feature_maps():
     generator = make_generator(clamp=0.25)
     outputs = []
-    generator.synthesis_network.blocks[1].conv1.register_forward_hook(lambda m, args, output: outputs.append(output))
+    generator.synthesis_network.blocks[1].conv1.register_forward_hook(
+        lambda m, args, output: outputs.append(output)
+    )
     images = generator(draw_z(), noise_mode="none")
     assert outputs[0].abs().max() == 0.25
     assert images.abs().max() <= 0.25 * 3 * (1 + 1e-6)  # three resolutions are added
@@ -258,8 +295,12 @@ def test_clamp_bounds_the_feature_maps():
 def test_second_derivatives_through_whole_networks(convolutions):
     """R1's and path length's gradients in the weights equal difference quotients."""
     generator, discriminator = make_generator().double(), make_discriminator().double()
-    images = torch.rand(2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    noise = torch.randn(2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(
+        2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    noise = torch.randn(
+        2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
     def penalty_D():
         with convolutions():
@@ -278,19 +319,25 @@ def test_second_derivatives_through_whole_networks(convolutions):
         (penalty_G, generator.mapping_network.layers[0].weight),
     ]
     for penalty, weight in weights:
-        direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        direction = torch.randn(
+            weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        )
         (gradient,) = torch.autograd.grad(penalty(), weight)
         values = []
         for sign in (1, -2):  # one step up, then two down
             weight.data += sign * 1e-6 * direction
             values.append(penalty().item())
-        assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+        assert (gradient * direction).sum().item() == pytest.approx(
+            (values[0] - values[1]) / 2e-6, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("group_size", [None, 2, 4, 8])
 def test_batches_in_one_pass_are_judged_as_alone(group_size):
     discriminator = make_discriminator(group_size=group_size, num_deviation_maps=2).double()
-    images = torch.rand(8, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(
+        8, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     apart = torch.cat([discriminator(batch) for batch in images.chunk(2)])
     torch.testing.assert_close(discriminator(images, num_batches=2), apart)
     assert (discriminator(images) - apart).abs().max() > 1e-6
@@ -331,15 +378,24 @@ def test_penalties_have_no_more_convolutions_than_their_derivatives(penalty):
 
 
 def test_networks_are_saved_and_loaded_whole(tmp_path):
-    for network, inputs in ((make_generator(), draw_z()), (make_discriminator(), torch.rand(4, 1, 16, 16))):
+    for network, inputs in (
+        (make_generator(), draw_z()),
+        (make_discriminator(), torch.rand(4, 1, 16, 16)),
+    ):
         options = {"noise_mode": "const"} if isinstance(network, StyleGAN2Generator) else {}
         network.save_pretrained(tmp_path)
         loaded = type(network).from_pretrained(tmp_path)
-        assert all(loaded.config[name] == value for name, value in network.config.items() if not name.startswith("_"))
+        assert all(
+            loaded.config[name] == value
+            for name, value in network.config.items()
+            if not name.startswith("_")
+        )
         assert torch.equal(loaded(inputs, **options), network(inputs, **options))
 
 
 @pytest.mark.parametrize("options", [{"resolution": 24}, {"resolution": 4}, {"channel_base": 8}])
 def test_impossible_sizes_are_refused(options):
-    with pytest.raises(ValueError, match=r"resolution must be a power of two|leaves no feature map"):
+    with pytest.raises(
+        ValueError, match=r"resolution must be a power of two|leaves no feature map"
+    ):
         make_generator(**options)

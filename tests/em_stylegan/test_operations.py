@@ -49,7 +49,11 @@ def compare(f, g, inputs):
 def test_modulated_convolution(size, up, demodulate, gain):
     inputs = [draw(3, 2, 5, 6), draw(4, 2, size, size, seed=1), draw(3, 2, seed=2)]
     options = {"demodulate": demodulate, "kernel": KERNEL if up else None, "gain": gain}
-    compare(lambda *a: fast.modulated_conv2d(*a, **options), lambda *a: slow.modulated_conv2d(*a, **options), inputs)
+    compare(
+        lambda *a: fast.modulated_conv2d(*a, **options),
+        lambda *a: slow.modulated_conv2d(*a, **options),
+        inputs,
+    )
 
 
 @pytest.mark.usefixtures("derivatives")
@@ -61,27 +65,36 @@ def test_equalised_convolution(size, down, activation):
     kernel = KERNEL if down else None
 
     def run_fast(x, weight, bias):
-        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,), {"gain": 0.7, "clamp": 1.5})
+        return torch.func.functional_call(
+            layer, {"weight": weight, "bias": bias}, (x,), {"gain": 0.7, "clamp": 1.5}
+        )
 
     def run_slow(x, weight, bias):
-        return slow.equalized_conv2d(x, weight, bias, kernel=kernel, activation=activation, gain=0.7, clamp=1.5)
+        return slow.equalized_conv2d(
+            x, weight, bias, kernel=kernel, activation=activation, gain=0.7, clamp=1.5
+        )
 
     compare(run_fast, run_slow, [draw(2, 2, 6, 8), draw(3, 2, size, size, seed=1), draw(3, seed=2)])
 
 
 @pytest.mark.usefixtures("derivatives")
 def test_upsampling():
-    compare(lambda x: fast.upsample(x, KERNEL), lambda x: slow.upsample(x, KERNEL), [draw(2, 3, 4, 5)])
+    compare(
+        lambda x: fast.upsample(x, KERNEL), lambda x: slow.upsample(x, KERNEL), [draw(2, 3, 4, 5)]
+    )
 
 
 def test_halving_filter():
     compare(
-        lambda x: fast.blur(x, KERNEL, padding=1, stride=2), lambda x: slow.downsample(x, KERNEL), [draw(2, 3, 6, 4)]
+        lambda x: fast.blur(x, KERNEL, padding=1, stride=2),
+        lambda x: slow.downsample(x, KERNEL),
+        [draw(2, 3, 6, 4)],
     )
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "group_size", "num_maps"), [(2, 4, 1), (4, 4, 1), (8, 4, 1), (8, 2, 2), (6, None, 4)]
+    ("batch_size", "group_size", "num_maps"),
+    [(2, 4, 1), (4, 4, 1), (8, 4, 1), (8, 2, 2), (6, None, 4)],
 )
 def test_minibatch_standard_deviation(batch_size, group_size, num_maps):
     compare(
@@ -101,7 +114,9 @@ def test_adaptive_instance_norm():
 
 def test_minibatch_standard_deviation_of_equal_images_is_nothing():
     x = draw(1, 2, 3, 3).expand(4, -1, -1, -1)
-    assert fast_discriminator.minibatch_standard_deviation(x, 4)[:, 2].abs().max() <= 1e-4 * (1 + 1e-9)
+    assert fast_discriminator.minibatch_standard_deviation(x, 4)[:, 2].abs().max() <= 1e-4 * (
+        1 + 1e-9
+    )
 
 
 def test_minibatch_standard_deviation_refuses_a_broken_group():
@@ -157,12 +172,15 @@ def test_pointwise_convolution(in_channels, out_channels, memory_format):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stride": 2}, {"stride": 2, "padding": 1}, {"stride": 3, "padding": 2}, {"groups": 2}]
+    "options",
+    [{}, {"stride": 2}, {"stride": 2, "padding": 1}, {"stride": 3, "padding": 2}, {"groups": 2}],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_convolution(options, has_bias):
     """Sides of 7 and 8 pixels, of which a stride of two makes three, and kernels of 3 x 2."""
-    inputs = [draw(2, 4, 7, 8), draw(6, 4 // options.get("groups", 1), 3, 2, seed=1)] + [draw(6, seed=2)] * has_bias
+    inputs = [draw(2, 4, 7, 8), draw(6, 4 // options.get("groups", 1), 3, 2, seed=1)] + [
+        draw(6, seed=2)
+    ] * has_bias
     few = (draw(1, 2, 4, 3), draw(2, 2 // options.get("groups", 1), 3, 2, seed=1))
     with fast.second_derivatives():
         compare(partial(fast.conv2d, **options), partial(F.conv2d, **options), inputs)
@@ -174,7 +192,11 @@ def test_transposed_convolution(options):
     inputs = [draw(2, 4, 3, 4), draw(4, 6 // options.get("groups", 1), 3, 2, seed=1)]
     few = (draw(1, 2, 2, 2), draw(2, 2 // options.get("groups", 1), 3, 2, seed=1))
     with fast.second_derivatives():
-        compare(partial(fast.conv_transpose2d, **options), partial(F.conv_transpose2d, **options), inputs)
+        compare(
+            partial(fast.conv_transpose2d, **options),
+            partial(F.conv_transpose2d, **options),
+            inputs,
+        )
         assert gradgradcheck(partial(fast.conv_transpose2d, **options), few)
 
 
@@ -185,6 +207,8 @@ def test_third_derivatives_of_the_convolution():
         with fast.second_derivatives():
             y = fast.conv2d(x, weight, stride=2).pow(3).sum()
         first = torch.autograd.grad(y, (x, weight), create_graph=True)
-        return torch.autograd.grad(sum(a.square().sum() for a in first), (x, weight), create_graph=True)
+        return torch.autograd.grad(
+            sum(a.square().sum() for a in first), (x, weight), create_graph=True
+        )
 
     assert gradcheck(differentiate_twice, (x, weight))

@@ -19,7 +19,9 @@ from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    generator = StyleGAN2Generator(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8).eval()
+    generator = StyleGAN2Generator(
+        16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8
+    ).eval()
     for block in generator.synthesis_network.blocks:
         torch.nn.init.constant_(block.conv1.noise_strength, 0.2)
     torch.nn.init.normal_(generator.mapping_network.w_mean)
@@ -31,14 +33,18 @@ def seeds(*numbers):
 
 
 def test_output_types_agree(pipe):
-    pt, array, pictures = (pipe(2, generator=seeds(0, 1), output_type=kind).images for kind in ("pt", "np", "pil"))
+    pt, array, pictures = (
+        pipe(2, generator=seeds(0, 1), output_type=kind).images for kind in ("pt", "np", "pil")
+    )
     assert pt.shape == (2, 1, 16, 16)
     assert array.shape == (2, 16, 16, 1)
     assert [picture.mode for picture in pictures] == ["L", "L"]
     np.testing.assert_array_equal(pt.permute(0, 2, 3, 1).numpy(), array)
     assert 0 <= array.min() < array.max() <= 1
     grey_levels = to_uint8(pt[:, 0] * 2 - 1)  # the one road gives the same grey levels
-    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in pictures]), grey_levels)
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(picture) for picture in pictures]), grey_levels
+    )
 
 
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
@@ -52,17 +58,24 @@ def test_image_depends_on_its_generator_alone(pipe, noise_mode):
 def test_noise_is_fresh_unless_latents_are_given(pipe):
     """Images drawn are as in training and as `generate.py` makes them; those of a walk share their noise."""
     drawn, random = (
-        pipe(2, generator=seeds(0, 1), output_type="np", **mode).images for mode in ({}, {"noise_mode": "random"})
+        pipe(2, generator=seeds(0, 1), output_type="np", **mode).images
+        for mode in ({}, {"noise_mode": "random"})
     )
     np.testing.assert_array_equal(drawn, random)
     latents = pipe(2, generator=seeds(0, 1), output_type="latent").images
-    walk, const = (pipe(latents=latents, output_type="np", **mode).images for mode in ({}, {"noise_mode": "const"}))
+    walk, const = (
+        pipe(latents=latents, output_type="np", **mode).images
+        for mode in ({}, {"noise_mode": "const"})
+    )
     np.testing.assert_array_equal(walk, const)
     assert np.abs(walk - drawn).max() > 0.01
 
 
 def test_one_generator_serves_a_batch(pipe):
-    first, second = (pipe(2, generator=torch.Generator().manual_seed(3), output_type="np").images for _ in range(2))
+    first, second = (
+        pipe(2, generator=torch.Generator().manual_seed(3), output_type="np").images
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)
 
 
@@ -77,7 +90,9 @@ def test_latents_make_the_same_images(pipe):
 
 def test_truncation_draws_images_together(pipe):
     spread = [
-        pipe(4, generator=seeds(0, 1, 2, 3), truncation_psi=psi, noise_mode="const", output_type="pt")
+        pipe(
+            4, generator=seeds(0, 1, 2, 3), truncation_psi=psi, noise_mode="const", output_type="pt"
+        )
         .images.var(dim=0)
         .mean()
         .item()
@@ -98,7 +113,9 @@ def test_reduced_precision(pipe, tmp_path):
     reduced = EMStyleGANPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert reduced.generator.dtype == torch.bfloat16
     images = reduced(2, generator=seeds(0, 1), output_type="np").images
-    np.testing.assert_allclose(images, pipe(2, generator=seeds(0, 1), output_type="np").images, atol=0.1)
+    np.testing.assert_allclose(
+        images, pipe(2, generator=seeds(0, 1), output_type="np").images, atol=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,13 +135,18 @@ def test_mistakes_are_explained(pipe, arguments, message):
 
 def test_installed_class_needs_no_trust_and_runs_no_code_of_the_folder(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    for path in (tmp_path / "pipeline_em_stylegan.py", tmp_path / "generator" / "em_stylegan2_generator.py"):
+    for path in (
+        tmp_path / "pipeline_em_stylegan.py",
+        tmp_path / "generator" / "em_stylegan2_generator.py",
+    ):
         path.write_text("raise RuntimeError('this must not run')")
     loaded = EMStyleGANPipeline.from_pretrained(tmp_path)
     assert type(loaded.generator) is StyleGAN2Generator
     assert loaded.config.pixel_size_nm == 0.5
     expected = pipe(2, generator=seeds(0, 1), output_type="np").images
-    np.testing.assert_array_equal(loaded(2, generator=seeds(0, 1), output_type="np").images, expected)
+    np.testing.assert_array_equal(
+        loaded(2, generator=seeds(0, 1), output_type="np").images, expected
+    )
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(tmp_path)
 
@@ -148,8 +170,19 @@ def test_stranger_loads_the_folder_without_our_packages(pipe, tmp_path):
     # -S and a path of the site-packages alone: an editable install of our packages stays out of sight
     packages = [path for path in sys.path if path.endswith("site-packages")]
     program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
-    command = [sys.executable, "-I", "-S", "-c", program, "load_elsewhere.py", str(tmp_path / "saved"), str(tmp_path)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        program,
+        "load_elsewhere.py",
+        str(tmp_path / "saved"),
+        str(tmp_path),
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     expected = pipe(2, generator=seeds(0, 1), output_type="np").images
     for name in ("first", "again"):

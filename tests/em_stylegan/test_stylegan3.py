@@ -28,7 +28,9 @@ def make_generator(resolution=32, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"image_channels": 3, "resolution": 64}, R, {**R, "num_classes": 3}, {"resolution": 16}], ids=str
+    "options",
+    [{}, {"image_channels": 3, "resolution": 64}, R, {**R, "num_classes": 3}, {"resolution": 16}],
+    ids=str,
 )
 def test_shapes_and_every_parameter_learns(options):
     generator = make_generator(**options)
@@ -39,7 +41,11 @@ def test_shapes_and_every_parameter_learns(options):
     side = options.get("resolution", 32)
     assert images.shape == (2, options.get("image_channels", 1), side, side)
     images.square().mean().backward()
-    without = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name
+        for name, p in generator.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     # the turn and shift begin at rest: the weights that read them from w learn all the same
     assert without == ([] if labels is None else [n for n in without if "embed" in n])
 
@@ -49,7 +55,10 @@ def test_schedule_at_1024_is_the_papers():
     plans = plan_layers(1024, 3, 32768, 512, 14, 2, 2.0, 2**2.1, 2**0.3, 10, 3, 6, 2, False, 4)
     assert plans[0].in_sampling_rate == 16
     assert plans[-1].out_sampling_rate == 1024
-    assert all(a.out_sampling_rate <= b.out_sampling_rate <= 2 * a.out_sampling_rate for a, b in pairwise(plans))
+    assert all(
+        a.out_sampling_rate <= b.out_sampling_rate <= 2 * a.out_sampling_rate
+        for a, b in pairwise(plans)
+    )
     cutoffs = np.array([plan.out_cutoff for plan in plans])
     np.testing.assert_allclose(cutoffs[1:13] / cutoffs[:12], 256 ** (1 / 12))
     np.testing.assert_allclose(cutoffs[12:], 512)
@@ -65,7 +74,9 @@ def test_magnitudes_follow_the_inputs_in_training_alone():
     generator.synthesis(ws)
     assert all(layer.magnitude == 1 for layer in generator.synthesis_network.layers)
     inputs = []
-    generator.synthesis_network.layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    generator.synthesis_network.layers[0].register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0])
+    )
     generator.synthesis(ws, update_magnitudes=True)
     expected = 0.9 + 0.1 * inputs[0].square().mean()
     torch.testing.assert_close(generator.synthesis_network.layers[0].magnitude, expected)
@@ -77,7 +88,9 @@ def test_settled_magnitudes_keep_activations_of_unit_size():
     ws = generator.mapping(torch.randn(16, 8))
     sizes = []
     for layer in generator.synthesis_network.layers[:-1]:
-        layer.activation.register_forward_pre_hook(lambda module, args: sizes.append(args[0].square().mean().item()))
+        layer.activation.register_forward_pre_hook(
+            lambda module, args: sizes.append(args[0].square().mean().item())
+        )
     generator.synthesis(ws, update_magnitudes=True)
     assert len(sizes) == 14
     assert 0.2 < min(sizes) < max(sizes) < 5
@@ -151,9 +164,13 @@ def test_stylegan1():
     w, x = outputs[0]
     scale, shift = layer.style(w).chunk(2, dim=1)
     torch.testing.assert_close(x.mean(dim=(2, 3)), shift, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(x.std(dim=(2, 3), correction=0), (scale + 1).abs(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        x.std(dim=(2, 3), correction=0), (scale + 1).abs(), atol=1e-3, rtol=1e-3
+    )
     images.square().mean().backward()
-    assert all(p.grad is not None for name, p in generator.named_parameters() if "embed" not in name)
+    assert all(
+        p.grad is not None for name, p in generator.named_parameters() if "embed" not in name
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -164,13 +181,19 @@ def config(tmp_path_factory):
     """The test preset with StyleGAN3-R, blurred images and two frozen layers."""
     config = PRESETS["test"]()
     training = replace(
-        config.training, path_length_weight=1.0, blur_initial_sigma_px=2.0, blur_fade_images=40, num_sample_images=2
+        config.training,
+        path_length_weight=1.0,
+        blur_initial_sigma_px=2.0,
+        blur_fade_images=40,
+        num_sample_images=2,
     )
     return replace(
         config,
         precision="no",
         tiles=replace(config.tiles, cache_dir=str(tmp_path_factory.mktemp("cache"))),
-        generator=replace(config.generator, architecture="stylegan3-r", magnitude_half_life_images=50),
+        generator=replace(
+            config.generator, architecture="stylegan3-r", magnitude_half_life_images=50
+        ),
         discriminator=replace(config.discriminator, num_frozen_layers=2),
         training=training,
     )
@@ -195,8 +218,16 @@ def test_training_moves_magnitudes_and_leaves_frozen_layers(finished, config):
             assert torch.equal(value, state["model"][name])
     _, discriminator = loop.create_networks(config)
     first = discriminator.state_dict()
-    moved = {name for name, value in state["discriminator"].items() if not torch.equal(value, first[name])}
-    frozen = {f"blocks.0.{layer}.{kind}" for layer in ("from_image", "conv0") for kind in ("weight", "bias")}
+    moved = {
+        name
+        for name, value in state["discriminator"].items()
+        if not torch.equal(value, first[name])
+    }
+    frozen = {
+        f"blocks.0.{layer}.{kind}"
+        for layer in ("from_image", "conv0")
+        for kind in ("weight", "bias")
+    }
     assert moved.isdisjoint(frozen)
     assert {"blocks.0.conv1.weight", "blocks.0.skip.weight", "out.weight"} <= moved
     assert json.loads((finished / "run.json").read_text())["family"] == "stylegan3-r"
@@ -223,7 +254,10 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path,
         assert whole[part].keys() == resumed[part].keys()
         for name, value in whole[part].items():
             assert torch.equal(value, resumed[part][name]), (part, name)
-    assert read_stats(finished / "stylegan")[-1]["loss_G"] == read_stats(out / "stylegan")[-1]["loss_G"]
+    assert (
+        read_stats(finished / "stylegan")[-1]["loss_G"]
+        == read_stats(out / "stylegan")[-1]["loss_G"]
+    )
 
 
 @pytest.mark.parametrize("architecture", ["stylegan3-t", "stylegan1"])
@@ -237,7 +271,9 @@ def test_other_architectures_train_and_are_saved_with_their_code(config, tmp_pat
         training=training,
     )
     out = train_gan(short)
-    file = {"stylegan3-t": "em_stylegan3_generator", "stylegan1": "em_stylegan1_generator"}[architecture]
+    file = {"stylegan3-t": "em_stylegan3_generator", "stylegan1": "em_stylegan1_generator"}[
+        architecture
+    ]
     assert (out / "pipeline" / "generator" / f"{file}.py").is_file()
     assert json.loads((out / "pipeline" / "model_index.json").read_text())["generator"][0] == file
     pipe = EMStyleGANPipeline.from_pretrained(out / "pipeline")
@@ -258,7 +294,9 @@ def test_installed_code_is_self_contained(finished, tmp_path):
         (lambda: GeneratorConfig(magnitude_half_life_images=0), "must be positive"),
         (lambda: DiscriminatorConfig(num_frozen_layers=-1), "must not be negative"),
         (
-            lambda: replace(PRESETS["stylegan3-t"](), tiles=replace(PRESETS["test"]().tiles, resolution=8)),
+            lambda: replace(
+                PRESETS["stylegan3-t"](), tiles=replace(PRESETS["test"]().tiles, resolution=8)
+            ),
             "at least 16",
         ),
     ],

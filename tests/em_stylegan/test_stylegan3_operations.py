@@ -36,7 +36,9 @@ def compare(f, g, inputs):
 )
 def test_filter_is_scipys(num_taps, cutoff, width, rate):
     expected = scipy.signal.firwin(num_taps, cutoff, width=width, fs=rate)
-    np.testing.assert_allclose(fast.design_filter(num_taps, cutoff, width, rate), expected, atol=1e-14)
+    np.testing.assert_allclose(
+        fast.design_filter(num_taps, cutoff, width, rate), expected, atol=1e-14
+    )
 
 
 def test_bessel_function_is_scipys():
@@ -66,7 +68,10 @@ def test_radial_filter(num_taps):
     # a separable filter passes the diagonal's frequencies up to sqrt(2) the cutoff: at cutoff its amplitude there is higher
     line = fast.design_filter(num_taps, cutoff, 16.0, rate)
     separable = [
-        (np.outer(line, line) * np.cos(2 * np.pi * cutoff * (np.cos(a) * x[None] + np.sin(a) * x[:, None]))).sum()
+        (
+            np.outer(line, line)
+            * np.cos(2 * np.pi * cutoff * (np.cos(a) * x[None] + np.sin(a) * x[:, None]))
+        ).sum()
         for a in angles
     ]
     assert np.ptp(separable) > 4 * np.ptp(at_cutoff)
@@ -85,12 +90,21 @@ def make_activation(case, dense, clamp=0.8):
     in_size, out_size, up, down, radial = CASES[case]
     rate = 8.0 * up
     up_taps = fast.design_filter(6 * up, 2.0, 4.0, rate)
-    down_taps = (fast.design_radial_filter if radial else fast.design_filter)(6 * down, 2.4, 4.0, rate)
-    activation = fast.FilteredLeakyReLU(in_size, out_size, up, down, up_taps, down_taps, clamp=clamp)
+    down_taps = (fast.design_radial_filter if radial else fast.design_filter)(
+        6 * down, 2.4, 4.0, rate
+    )
+    activation = fast.FilteredLeakyReLU(
+        in_size, out_size, up, down, up_taps, down_taps, clamp=clamp
+    )
     if not dense:
         activation.dense = False
-    activation.up_taps, activation.down_taps = torch.from_numpy(up_taps), torch.from_numpy(down_taps)
-    activation.up_matrix = torch.from_numpy(fast.upsampling_matrix(up_taps, in_size, up, activation.padding))
+    activation.up_taps, activation.down_taps = (
+        torch.from_numpy(up_taps),
+        torch.from_numpy(down_taps),
+    )
+    activation.up_matrix = torch.from_numpy(
+        fast.upsampling_matrix(up_taps, in_size, up, activation.padding)
+    )
     if not radial:
         middle = (out_size - 1) * down + len(down_taps)
         activation.down_matrix = torch.from_numpy(fast.downsampling_matrix(down_taps, middle, down))
@@ -101,10 +115,15 @@ def make_activation(case, dense, clamp=0.8):
 @pytest.mark.parametrize("case", CASES)
 def test_filtered_leaky_relu(case, dense):
     activation, in_size, out_size = make_activation(case, dense)
-    options = {name: getattr(activation, name) for name in ("up", "down", "padding", "gain", "slope", "clamp")}
+    options = {
+        name: getattr(activation, name)
+        for name in ("up", "down", "padding", "gain", "slope", "clamp")
+    }
 
     def run_slow(x, bias):
-        return slow.filtered_leaky_relu(x, bias, activation.up_taps, activation.down_taps, **options)
+        return slow.filtered_leaky_relu(
+            x, bias, activation.up_taps, activation.down_taps, **options
+        )
 
     inputs = [draw(2, 3, in_size, in_size), draw(3, seed=1)]
     assert activation(*inputs).shape == (2, 3, out_size, out_size)
@@ -165,7 +184,9 @@ def test_fourier_features():
     def run_slow(w):
         names = ("frequencies", "phases", "transform", "weight")
         tensors = [getattr(layer, name) for name in names]
-        return slow.fourier_features(w, 6, 4.0, 1.2, *tensors, layer.affine.weight, layer.affine.bias)
+        return slow.fourier_features(
+            w, 6, 4.0, 1.2, *tensors, layer.affine.weight, layer.affine.bias
+        )
 
     compare(layer, run_slow, [draw(2, 5)])
     assert gradgradcheck(layer, (draw(1, 5),))

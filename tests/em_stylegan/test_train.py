@@ -73,12 +73,24 @@ def test_run_folder(finished, config):
     assert len(list((finished / "stylegan" / "samples").glob("*.png"))) == 2
     lines = read_stats(finished / "stylegan")
     assert [line["num_images_seen"] for line in lines] == [16, 32, 48, 64]
-    expected = {"loss_G", "loss_D", "scores_real", "scores_fake", "path_length", "gradient_norm_G", "gradient_norm_D"}
+    expected = {
+        "loss_G",
+        "loss_D",
+        "scores_real",
+        "scores_fake",
+        "path_length",
+        "gradient_norm_G",
+        "gradient_norm_D",
+    }
     assert all(expected <= set(line) for line in lines)
     distances = {line["num_images_seen"]: line.get("held_out_frechet_distance") for line in lines}
     assert [value is not None for value in distances.values()] == [False, True, False, True]
     best = read_best(finished / "stylegan")
-    assert best["frechet_distance"] == min(distances[32], distances[64]) == distances[best["num_images_seen"]]
+    assert (
+        best["frechet_distance"]
+        == min(distances[32], distances[64])
+        == distances[best["num_images_seen"]]
+    )
     assert run["generator_weights"] == {"of": "the best checkpoint", **best}
     assert list((finished / "tensorboard").rglob("events.out.tfevents.*"))
     assert ["r1" in line for line in lines] == [True, False, True, False]
@@ -86,23 +98,30 @@ def test_run_folder(finished, config):
 
 
 def test_pipelines_before_and_after(finished, config):
-    trained, untrained = (EMStyleGANPipeline.from_pretrained(finished / name) for name in ("pipeline", "untrained"))
+    trained, untrained = (
+        EMStyleGANPipeline.from_pretrained(finished / name) for name in ("pipeline", "untrained")
+    )
     first, _ = loop.create_networks(config)
     for a, b in zip(untrained.generator.parameters(), first.parameters(), strict=True):
         assert torch.equal(a, b)
     best = read_best(finished / "stylegan")
-    saved = load_checkpoint(finished / "stylegan" / "checkpoints" / f"{best['num_images_seen']:012d}")["state"]["ema"]
+    saved = load_checkpoint(
+        finished / "stylegan" / "checkpoints" / f"{best['num_images_seen']:012d}"
+    )["state"]["ema"]
     for name, value in trained.generator.state_dict().items():
         assert torch.equal(value, saved[name])
     images = [
-        pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images for pipe in (trained, untrained)
+        pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for pipe in (trained, untrained)
     ]
     assert (images[0] - images[1]).abs().max() > 0.01
     assert trained.config.pixel_size_nm == untrained.config.pixel_size_nm
 
 
 @pytest.mark.parametrize("steps_lost", [0, 2])
-def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path, monkeypatch, steps_lost):
+def test_resumed_run_equals_the_whole_run_to_the_bit(
+    finished, config, tmp_path, monkeypatch, steps_lost
+):
     """Stopped dead after 4 steps, or two steps past the checkpoint at 4; then the same command again."""
 
     class Killed(BaseException):
@@ -122,12 +141,18 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path,
     assert not (tmp_path / "resumed" / "run.json").exists()
     out = train_gan(config)
     name = f"stylegan/checkpoints/{64:012d}"
-    whole, resumed = (flatten(load_checkpoint(folder / name)["state"]) for folder in (finished, out))
+    whole, resumed = (
+        flatten(load_checkpoint(folder / name)["state"]) for folder in (finished, out)
+    )
     assert whole.keys() == resumed.keys()
     for part in ("model", "discriminator", "ema", "optimizer", "optimizer_D", "path_length_mean"):
         assert any(key.startswith(f"/{part}/") for key in whole)
     for key, value in whole.items():
-        same = torch.equal(value, resumed[key]) if isinstance(value, torch.Tensor) else value == resumed[key]
+        same = (
+            torch.equal(value, resumed[key])
+            if isinstance(value, torch.Tensor)
+            else value == resumed[key]
+        )
         assert same, key
     ignored = ("train_seconds", "images_per_second")
     lines = [
@@ -150,7 +175,9 @@ def test_measured_images_have_noise_of_their_own(config):
             torch.nn.init.ones_(parameter)
     images = loop.generate_images(generator, config, range(20))
     assert images.flatten(1).std(dim=0).min() > 0.1 * images.std()
-    torch.testing.assert_close(loop.generate_images(generator, config, [9, 17]), images[[9, 17]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loop.generate_images(generator, config, [9, 17]), images[[9, 17]], rtol=1e-4, atol=1e-5
+    )
     z = torch.randn(2, config.generator.z_dim)
     first, second = generator(z, noise_mode="const").detach()
     torch.testing.assert_close(first, second)
@@ -159,13 +186,19 @@ def test_measured_images_have_noise_of_their_own(config):
 def test_without_evaluation_the_last_weights_are_kept(config, tmp_path):
     training = replace(config.training, evaluate_every=0, num_images=8)
     out = train_gan(replace(config, out=str(tmp_path / "run"), training=training))
-    assert json.loads((out / "run.json").read_text())["generator_weights"] == {"of": "the last step"}
+    assert json.loads((out / "run.json").read_text())["generator_weights"] == {
+        "of": "the last step"
+    }
     assert not (out / "stylegan" / "best").exists()
 
 
 def test_relativistic_training(config, tmp_path):
-    training = replace(config.training, loss="relativistic", r1_every_steps=1, num_images=16, evaluate_every=0)
-    (line,) = read_stats(train_gan(replace(config, out=str(tmp_path / "run"), training=training)) / "stylegan")
+    training = replace(
+        config.training, loss="relativistic", r1_every_steps=1, num_images=16, evaluate_every=0
+    )
+    (line,) = read_stats(
+        train_gan(replace(config, out=str(tmp_path / "run"), training=training)) / "stylegan"
+    )
     assert line["r1"] > 0
     assert line["r2"] > 0
     assert abs(line["loss_D"] - math.log(2)) < 0.3  # a pair begins undecided
@@ -178,7 +211,8 @@ def test_state_that_resume_must_carry_has_moved(finished):
     assert state["path_length_mean"]["mean"] > 0
     assert state["model"]["mapping_network.w_mean"].abs().max() > 0
     assert not torch.equal(
-        state["model"]["synthesis_network.blocks.0.const"], state["ema"]["synthesis_network.blocks.0.const"]
+        state["model"]["synthesis_network.blocks.0.const"],
+        state["ema"]["synthesis_network.blocks.0.const"],
     )
 
 
@@ -187,9 +221,13 @@ def test_finished_run_is_not_trained_again(finished, config, monkeypatch):
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(loop, "discriminator_loss", refuse)
-    before = (finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors").read_bytes()
+    before = (
+        finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
     assert train_gan(replace(config, out=str(finished))) == finished
-    assert (finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert (
+        finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes() == before
 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished, config):
@@ -227,7 +265,9 @@ def test_two_processes_share_the_work(tmp_path):
         script,
         str(tmp_path),
     ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "agreed at 64" in result.stdout
 
@@ -253,7 +293,9 @@ def test_style_mixing_changes_w_once_a_picture_at_the_stated_rate(config):
     assert torch.equal(pure, pure[:, :1].expand_as(pure))
 
 
-@pytest.mark.parametrize("network", ["discriminator", "stylegan1", "stylegan2", "stylegan3-t", "stylegan3-r"])
+@pytest.mark.parametrize(
+    "network", ["discriminator", "stylegan1", "stylegan2", "stylegan3-t", "stylegan3-r"]
+)
 @pytest.mark.parametrize("penalty", [False, True], ids=["main", "penalty"])
 def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
     """Adam's first step without momentum moves each weight by the learning rate against the sign of its gradient. Convolutions leave
@@ -283,7 +325,9 @@ def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
     for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
         if gradient is not None and (large := gradient.abs() > 1e-5).any():
             step = before[name] - parameter.detach()
-            torch.testing.assert_close(step[large], 0.01 * gradient[large].sign(), rtol=0.01, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                step[large], 0.01 * gradient[large].sign(), rtol=0.01, atol=1e-5, msg=name
+            )
             compared += parameter.dim() == 4 and parameter.shape[2] > 1
     assert compared >= 3 or network == "stylegan3-r"  # whose kernels are 1 x 1
 
@@ -311,13 +355,19 @@ class TestFloat16:
 
         def train(name, num_images=64, precision="no", **scaler_options):
             accelerator = create_accelerator(tmp_path, "no")
-            accelerator.scaler = torch.amp.GradScaler("cpu", **scaler_options) if scaler_options else None
+            accelerator.scaler = (
+                torch.amp.GradScaler("cpu", **scaler_options) if scaler_options else None
+            )
             changed = replace(
-                config, precision=precision, training=replace(config.training, num_images=num_images, evaluate_every=0)
+                config,
+                precision=precision,
+                training=replace(config.training, num_images=num_images, evaluate_every=0),
             )
             loop.train_stylegan(changed, data, accelerator=accelerator, out_dir=tmp_path / name)
             folder = tmp_path / name / "stylegan"
-            return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])["state"], read_stats(folder)
+            return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])[
+                "state"
+            ], read_stats(folder)
 
         return train
 
@@ -325,7 +375,9 @@ class TestFloat16:
         plain, plain_lines = run("plain")
         scaled, scaled_lines = run("scaled", init_scale=2.0**14, growth_interval=11)
         for part in ("model", "discriminator", "ema"):
-            assert all(torch.equal(plain[part][name], value) for name, value in scaled[part].items())
+            assert all(
+                torch.equal(plain[part][name], value) for name, value in scaled[part].items()
+            )
         # 8 steps of two updates, R1 in every 4th, path length in every 2nd: 22 updates, so two growths
         assert scaled["scaler"]["scale"] == 2.0**16
         assert scaled_lines[-1]["skipped_steps_G"] == scaled_lines[-1]["skipped_steps_D"] == 0
@@ -335,16 +387,26 @@ class TestFloat16:
     def test_overflow_skips_steps_and_resumes_to_the_bit(self, run, monkeypatch):
         """A loss of about 16 overflows at the first scale, and again when the scale has grown."""
         monkeypatch.setattr(loop, "generator_loss", lambda scores: 16 * generator_loss(scores))
-        options = {"init_scale": 2.0**127, "growth_interval": 8, "backoff_factor": 0.125, "growth_factor": 8.0}
+        options = {
+            "init_scale": 2.0**127,
+            "growth_interval": 8,
+            "backoff_factor": 0.125,
+            "growth_factor": 8.0,
+        }
         whole, lines = run("whole", **options)
         run("parts", num_images=32, **options)
         parts, _ = run("parts", **options)
         assert [line["skipped_steps_G"] > 0 for line in lines] == [True, False, True, False]
         assert not any(line["skipped_steps_D"] for line in lines)
         assert whole["optimizer_D"]["state"][0]["step"] == 8 + 2  # with two of R1
-        assert whole["optimizer"]["state"][0]["step"] < 8 + 4  # with four of path length, but for those skipped
+        assert (
+            whole["optimizer"]["state"][0]["step"] < 8 + 4
+        )  # with four of path length, but for those skipped
         for part in ("model", "discriminator", "ema", "scaler"):
-            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(parts[part][k])) for k, v in whole[part].items())
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(parts[part][k]))
+                for k, v in whole[part].items()
+            )
 
     def test_float16_maps(self, run, judged, monkeypatch):
         monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
@@ -353,27 +415,41 @@ class TestFloat16:
         assert lines[-1]["skipped_steps_G"] == lines[-1]["skipped_steps_D"] == 0
         full, full_lines = run("full")
         assert lines[0]["loss_D"] == pytest.approx(full_lines[0]["loss_D"], rel=1e-2)
-        change = max((state["model"][name] - value).abs().max() for name, value in full["model"].items())
+        change = max(
+            (state["model"][name] - value).abs().max() for name, value in full["model"].items()
+        )
         assert 0 < change < 0.1
 
     def test_networks_are_bounded(self, config):
         generator, discriminator = loop.create_networks(replace(config, precision="fp16"))
         assert generator.config.clamp == discriminator.config.clamp == 256
-        assert generator.config.num_reduced_resolutions == discriminator.config.num_reduced_resolutions == 4
+        assert (
+            generator.config.num_reduced_resolutions
+            == discriminator.config.num_reduced_resolutions
+            == 4
+        )
         own = replace(config.generator, clamp=64.0, num_reduced_resolutions=2)
         generator, _ = loop.create_networks(replace(config, precision="fp16", generator=own))
         assert (generator.config.clamp, generator.config.num_reduced_resolutions) == (64.0, 2)
         with pytest.raises(ValueError, match="stylegan1 has no bound"):
-            replace(config, precision="fp16", generator=replace(config.generator, architecture="stylegan1"))
+            replace(
+                config,
+                precision="fp16",
+                generator=replace(config.generator, architecture="stylegan1"),
+            )
         with pytest.raises(ValueError, match="fp16 needs a GPU"):
             train_gan(replace(config, precision="fp16"))
 
 
 def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, judged):
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision; this test needs another
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # one process has one precision; this test needs another
     data = load_data(config.data, config.tiles, log=lambda text: None)
     short = replace(config, training=replace(config.training, num_images=8, evaluate_every=0))
-    loop.train_stylegan(short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path)
+    loop.train_stylegan(
+        short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     # real and generated images, each with deviations of their own; generated ones; R1 in float32
     assert judged == {(torch.bfloat16, 16, 2), (torch.bfloat16, 8, 1), (None, 8, 1)}
@@ -394,7 +470,9 @@ def test_paper_preset_is_the_studys_best_gan():
     with torch.device("meta"):
         generator, _ = loop.create_networks(config)
     assert generator.config.mapping_depth == 4
-    assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [1024] * 4 + [512, 256, 128]
+    assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [
+        1024
+    ] * 4 + [512, 256, 128]
     assert config.training.num_images == 1_200_000
     assert config.r1_gamma == pytest.approx(0.4096)
 

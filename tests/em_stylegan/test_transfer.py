@@ -48,19 +48,28 @@ def converted(tmp_path_factory):
 def test_a_run_starts_where_another_ended_and_frozen_layers_stay(config, source, tmp_path):
     frozen = replace(config.discriminator, num_frozen_layers=3)
     out = train_gan(
-        replace(config, init_from=str(source), out=str(tmp_path / "next"), save_untrained=True, discriminator=frozen)
+        replace(
+            config,
+            init_from=str(source),
+            out=str(tmp_path / "next"),
+            save_untrained=True,
+            discriminator=frozen,
+        )
     )
     before, first, after = (
-        EMStyleGANPipeline.from_pretrained(path) for path in (source / "pipeline", out / "start", out / "pipeline")
+        EMStyleGANPipeline.from_pretrained(path)
+        for path in (source / "pipeline", out / "start", out / "pipeline")
     )
     images = [
-        pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images for pipe in (before, first, after)
+        pipe(2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for pipe in (before, first, after)
     ]
     assert torch.equal(images[0], images[1])
     assert not (out / "untrained").exists()
     assert not torch.equal(images[0], images[2])
     old, new = (
-        load_checkpoint(run / f"stylegan/checkpoints/{16:012d}")["state"]["discriminator"] for run in (source, out)
+        load_checkpoint(run / f"stylegan/checkpoints/{16:012d}")["state"]["discriminator"]
+        for run in (source, out)
     )
     _, discriminator = create_networks(config)
     layers = list(discriminator.freezable_layers())
@@ -75,7 +84,9 @@ def test_the_average_to_start_from_is_not_forgotten(config, converted, tmp_path,
     """A ramp of the half-life would leave nothing of G_ema after one step."""
     averages = []
     original = loop.EMA
-    monkeypatch.setattr(loop, "EMA", lambda *options: averages.append(original(*options)) or averages[-1])
+    monkeypatch.setattr(
+        loop, "EMA", lambda *options: averages.append(original(*options)) or averages[-1]
+    )
     training = replace(config.training, num_images=8, ema_half_life_images=8.0, ema_ramp_up=0.001)
     train_gan(replace(config, init_from=str(converted), out=str(tmp_path), training=training))
     assert averages[0].decay(8, 8) == pytest.approx(0.5)
@@ -86,11 +97,14 @@ def test_the_average_to_start_from_is_not_forgotten(config, converted, tmp_path,
 def test_networks_that_compute_otherwise_are_refused(config, tmp_path):
     """Weights of equal shapes, but other filters."""
     sizes = {"z_dim": 8, "w_dim": 8, "mapping_depth": 2, **SIZES}
-    StyleGAN3Generator(32, 1, filter_size=4, output_scale=1.0, **sizes).save_pretrained(tmp_path / "G_ema")
+    StyleGAN3Generator(32, 1, filter_size=4, output_scale=1.0, **sizes).save_pretrained(
+        tmp_path / "G_ema"
+    )
     generator = replace(config.generator, architecture="stylegan3-t")
     config = replace(config, init_from=str(tmp_path), generator=generator)
     with pytest.raises(
-        ValueError, match=r"generator was made with filter_size 4 \(ours 6\), output_scale 1.0 \(ours 0.25\)"
+        ValueError,
+        match=r"generator was made with filter_size 4 \(ours 6\), output_scale 1.0 \(ours 0.25\)",
     ):
         load_initial_weights(config, *create_networks(config))
 
@@ -98,20 +112,32 @@ def test_networks_that_compute_otherwise_are_refused(config, tmp_path):
 def test_colour_becomes_grey(config, converted):
     """The image is the mean of the three channels, and a grey image is judged as its three equal channels were."""
     generator, discriminator = create_networks(config)
-    start_from(replace(config, init_from=str(converted)), generator, discriminator, generator, lambda text: None)
+    start_from(
+        replace(config, init_from=str(converted)),
+        generator,
+        discriminator,
+        generator,
+        lambda text: None,
+    )
     colour = StyleGAN2Generator.from_pretrained(converted / "G_ema")
     z = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = colour(z, noise_mode="const", truncation_psi=0.7).mean(dim=1, keepdim=True)
-        torch.testing.assert_close(generator(z, noise_mode="const", truncation_psi=0.7), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            generator(z, noise_mode="const", truncation_psi=0.7), expected, rtol=1e-4, atol=1e-5
+        )
         judge = StyleGANDiscriminator.from_pretrained(converted / "D")
-        torch.testing.assert_close(discriminator(expected), judge(expected.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            discriminator(expected), judge(expected.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_missing_discriminator_is_said(config, converted, tmp_path):
     (tmp_path / "G_ema").symlink_to(converted / "G_ema")
     said = []
-    weights = load_initial_weights(replace(config, init_from=str(tmp_path)), *create_networks(config), said.append)
+    weights = load_initial_weights(
+        replace(config, init_from=str(tmp_path)), *create_networks(config), said.append
+    )
     assert weights["discriminator"] is None
     assert any("no discriminator" in line for line in said)
 
@@ -119,12 +145,23 @@ def test_a_missing_discriminator_is_said(config, converted, tmp_path):
 def test_other_sizes_are_refused_with_the_flags_that_fit(config, source, converted, tmp_path):
     for folder in (source, converted):
         wider = replace(
-            config, init_from=str(folder), generator=replace(config.generator, max_channels=16, channel_base=512)
+            config,
+            init_from=str(folder),
+            generator=replace(config.generator, max_channels=16, channel_base=512),
         )
-        with pytest.raises(ValueError, match=r"of another shape.*--tiles\.resolution 32.*--generator\.max-channels 8"):
+        with pytest.raises(
+            ValueError,
+            match=r"of another shape.*--tiles\.resolution 32.*--generator\.max-channels 8",
+        ):
             load_initial_weights(wider, *create_networks(wider))
     with pytest.raises(ValueError, match="neither the folder of a run"):
         load_initial_weights(replace(config, init_from=str(tmp_path)), *create_networks(config))
-    other = replace(config, init_from=str(converted), generator=replace(config.generator, architecture="stylegan3-t"))
-    with pytest.raises(ValueError, match=r"holds a StyleGAN2Generator.*set generator\.architecture"):
+    other = replace(
+        config,
+        init_from=str(converted),
+        generator=replace(config.generator, architecture="stylegan3-t"),
+    )
+    with pytest.raises(
+        ValueError, match=r"holds a StyleGAN2Generator.*set generator\.architecture"
+    ):
         load_initial_weights(other, *create_networks(other))

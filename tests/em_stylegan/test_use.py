@@ -22,7 +22,9 @@ from em_training import make_generator
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
-    generator = StyleGAN2Generator(32, z_dim=8, w_dim=8, mapping_depth=2, channel_base=256, max_channels=16).eval()
+    generator = StyleGAN2Generator(
+        32, z_dim=8, w_dim=8, mapping_depth=2, channel_base=256, max_channels=16
+    ).eval()
     with torch.no_grad():
         generator.mapping_network.w_mean.normal_()
     return generator.requires_grad_(False)
@@ -64,9 +66,13 @@ def test_mixing_takes_the_columns_styles_in_the_layers_alone(generator):
 @pytest.mark.parametrize("suffix", [".gif", ".png"])
 def test_walk_on_disk_keeps_every_grey_level(model, generator, tmp_path, monkeypatch, suffix):
     out = tmp_path / "new" / f"walk{suffix}"
-    monkeypatch.setattr(sys, "argv", ["", "walk", str(model), str(out), "--num-keys", "2", "--frames-per-key", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["", "walk", str(model), str(out), "--num-keys", "2", "--frames-per-key", "3"]
+    )
     interpolate.main()
-    expected = to_uint8(interpolate.render(generator, interpolate.walk(interpolate.draw_ws(generator, 0, 2), 3)))[:, 0]
+    expected = to_uint8(
+        interpolate.render(generator, interpolate.walk(interpolate.draw_ws(generator, 0, 2), 3))
+    )[:, 0]
     with Image.open(out) as video:
         assert video.n_frames == 6
         assert video.info["loop"] == 0
@@ -78,7 +84,19 @@ def test_walk_on_disk_keeps_every_grey_level(model, generator, tmp_path, monkeyp
 
 def test_grids(model, generator, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["", "truncation", str(model), str(tmp_path / "t.png"), "--num-rows", "2", "--psi", "0", "1"]
+        sys,
+        "argv",
+        [
+            "",
+            "truncation",
+            str(model),
+            str(tmp_path / "t.png"),
+            "--num-rows",
+            "2",
+            "--psi",
+            "0",
+            "1",
+        ],
     )
     interpolate.main()
     grid = np.asarray(Image.open(tmp_path / "t.png"))
@@ -127,7 +145,9 @@ def test_noise_regularisation_is_the_autocorrelation_over_scales():
     stripes = ((-1.0) ** torch.arange(16)).expand(16, 16)
     assert noise_regularization(stripes).item() == pytest.approx(1 + 1)
     constant = torch.ones(16, 16)
-    assert noise_regularization(constant).item() == pytest.approx(2 + 2 * 4**2)  # the halved map is 2 everywhere
+    assert noise_regularization(constant).item() == pytest.approx(
+        2 + 2 * 4**2
+    )  # the halved map is 2 everywhere
     white = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     assert noise_regularization(white) < 0.1
     x = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
@@ -136,9 +156,9 @@ def test_noise_regularisation_is_the_autocorrelation_over_scales():
 
 def test_learning_rate_ramps():
     config = ProjectionConfig(num_steps=1000)
-    assert [learning_rate_factor(step, config) for step in (0, 25, 50, 500, 750, 1000)] == pytest.approx(
-        [0, 0.5, 1, 1, 1, 0]
-    )
+    assert [
+        learning_rate_factor(step, config) for step in (0, 25, 50, 500, 750, 1000)
+    ] == pytest.approx([0, 0.5, 1, 1, 1, 0])
     assert learning_rate_factor(875, config) == pytest.approx(0.5)
 
 
@@ -168,15 +188,21 @@ def test_projection_leaves_every_kind_of_generator_as_it_was(kind):
     """StyleGAN3 has no noise maps, and running magnitudes that must not follow what projection tries."""
     torch.manual_seed(0)
     generator = (
-        kind(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8).eval().requires_grad_(False)
+        kind(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8)
+        .eval()
+        .requires_grad_(False)
     )
     target = generator(torch.randn(1, 8), noise_mode="const")
     before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
-    found, image, _ = project.project(generator, target, ProjectionConfig(num_steps=1, num_w_samples=50))
+    found, image, _ = project.project(
+        generator, target, ProjectionConfig(num_steps=1, num_w_samples=50)
+    )
     for name, tensor in generator.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     if kind is StyleGAN3Generator:
-        torch.testing.assert_close(generator.synthesis(found["w"].expand(1, generator.num_ws, -1)), image)
+        torch.testing.assert_close(
+            generator.synthesis(found["w"].expand(1, generator.num_ws, -1)), image
+        )
     mean, _ = project.measure_w(generator, 50, make_generator(0, stream="projection"))
     assert not torch.equal(found["w"], mean), "the only step goes somewhere"
 
@@ -192,7 +218,10 @@ def test_projection_and_pictures_of_a_class():
     config = ProjectionConfig(num_steps=1, num_w_samples=20)
     target = torch.zeros(1, 1, 8, 8)
     distance = torch.nn.functional.mse_loss  # the perceptual one needs larger images
-    found = [project.project(generator, target, config, distance, class_label=label)[0]["w"] for label in (0, 2)]
+    found = [
+        project.project(generator, target, config, distance, class_label=label)[0]["w"]
+        for label in (0, 2)
+    ]
     assert (found[0] - found[1]).abs().max() > 0.1
     with pytest.raises(ValueError, match="knows 3 classes"):
         project.project(generator, target, config, distance)
@@ -210,7 +239,9 @@ def test_a_gif_has_the_nearest_pace_that_it_can(tmp_path, fps, duration):
         assert picture.info["duration"] == duration
 
 
-@pytest.mark.parametrize(("command", "name"), [("walk", "a.avi"), ("mixing", "a.jpg"), ("truncation", "a.gif")])
+@pytest.mark.parametrize(
+    ("command", "name"), [("walk", "a.avi"), ("mixing", "a.jpg"), ("truncation", "a.gif")]
+)
 def test_wrong_suffixes_are_refused_before_the_work(monkeypatch, command, name):
     monkeypatch.setattr(sys, "argv", ["", command, "no-such-model", name])
     with pytest.raises(ValueError, match="ends in"):

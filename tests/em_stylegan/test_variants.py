@@ -25,7 +25,9 @@ def slow_linear(layer, x):
 
 
 def slow_layer(layer, x, w, gain, clamp):
-    x = slow.modulated_conv2d(x, layer.weight, slow_linear(layer.style, w), kernel=KERNEL if layer.up else None)
+    x = slow.modulated_conv2d(
+        x, layer.weight, slow_linear(layer.style, w), kernel=KERNEL if layer.up else None
+    )
     x = x + layer.noise_const * layer.noise_strength + layer.bias[None, :, None, None]
     x = torch.where(x > 0, x, 0.2 * x) * math.sqrt(2) * gain
     return x.clamp(-clamp * gain, clamp * gain)
@@ -53,7 +55,10 @@ def slow_generator(model, ws):
         if architecture == "skip" or block is model.synthesis_network.blocks[-1]:
             layer = block.to_image
             styles = slow_linear(layer.style, ws[:, index]) / math.sqrt(layer.weight.shape[1])
-            own = slow.modulated_conv2d(x, layer.weight, styles, demodulate=False) + layer.bias[None, :, None, None]
+            own = (
+                slow.modulated_conv2d(x, layer.weight, styles, demodulate=False)
+                + layer.bias[None, :, None, None]
+            )
             own = own.clamp(-clamp, clamp)
             image = own if image is None else image + own
     return image
@@ -62,7 +67,14 @@ def slow_generator(model, ws):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generator(architecture):
     torch.manual_seed(0)
-    options = {"z_dim": 8, "w_dim": 12, "channel_base": 128, "max_channels": 8, "mapping_depth": 2, "image_channels": 2}
+    options = {
+        "z_dim": 8,
+        "w_dim": 12,
+        "channel_base": 128,
+        "max_channels": 8,
+        "mapping_depth": 2,
+        "image_channels": 2,
+    }
     model = shake(StyleGAN2Generator(16, clamp=1.3, architecture=architecture, **options))
     ws = torch.randn(2, model.num_ws, 12, dtype=torch.float64, requires_grad=True)
     images, expected = model.synthesis(ws, "const"), slow_generator(model, ws)
@@ -77,7 +89,13 @@ def test_generator(architecture):
 def slow_conv(layer, x, gain=1.0, clamp=None):
     kernel = KERNEL if layer.down else None
     return slow.equalized_conv2d(
-        x, layer.weight, layer.bias, kernel=kernel, activation=layer.activation, gain=gain, clamp=clamp
+        x,
+        layer.weight,
+        layer.bias,
+        kernel=kernel,
+        activation=layer.activation,
+        gain=gain,
+        clamp=clamp,
     )
 
 
@@ -98,7 +116,9 @@ def slow_discriminator(model, image):
             x = slow_conv(block.conv1, slow_conv(block.conv0, x, clamp=clamp), clamp=clamp)
     if architecture == "skip":
         x = x + slow_conv(model.from_image, image)
-    x = slow.minibatch_standard_deviation(x, model.config.group_size, model.config.num_deviation_maps)
+    x = slow.minibatch_standard_deviation(
+        x, model.config.group_size, model.config.num_deviation_maps
+    )
     x = slow_linear(model.linear, slow_conv(model.conv, x, clamp=clamp).flatten(1))
     return slow_linear(model.out, torch.where(x > 0, x, 0.2 * x) * math.sqrt(2))
 
@@ -106,7 +126,13 @@ def slow_discriminator(model, image):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_discriminator(architecture):
     torch.manual_seed(0)
-    options = {"channel_base": 128, "max_channels": 8, "group_size": 2, "num_deviation_maps": 2, "image_channels": 2}
+    options = {
+        "channel_base": 128,
+        "max_channels": 8,
+        "group_size": 2,
+        "num_deviation_maps": 2,
+        "image_channels": 2,
+    }
     model = shake(StyleGANDiscriminator(16, clamp=1.3, architecture=architecture, **options))
     images = torch.randn(4, 2, 16, 16, dtype=torch.float64, requires_grad=True)
     logits, expected = model(images), slow_discriminator(model, images)
@@ -117,7 +143,12 @@ def test_discriminator(architecture):
 
 def test_number_of_parameters_tells_the_architectures_apart():
     names = [
-        {name for name, _ in StyleGAN2Generator(16, channel_base=128, architecture=kind).named_parameters()}
+        {
+            name
+            for name, _ in StyleGAN2Generator(
+                16, channel_base=128, architecture=kind
+            ).named_parameters()
+        }
         for kind in ARCHITECTURES
     ]
     assert sum("to_image.weight" in name for name in names[0]) == 3
@@ -129,7 +160,9 @@ def test_number_of_parameters_tells_the_architectures_apart():
 
 def test_half_precision_holds_for_the_highest_resolutions_alone():
     torch.manual_seed(0)
-    model = StyleGAN2Generator(32, channel_base=256, max_channels=16, num_reduced_resolutions=2, clamp=256.0)
+    model = StyleGAN2Generator(
+        32, channel_base=256, max_channels=16, num_reduced_resolutions=2, clamp=256.0
+    )
     types = []
     for block in model.synthesis_network.blocks:
         block.conv1.register_forward_hook(lambda module, args, output: types.append(output.dtype))

@@ -28,11 +28,15 @@ assert model.bias.item() == 0.5
 
 with accelerator.main_process_first():
     data = load_data(config.data, config.tiles, log=accelerator.print)
-generator, num_images_seen, _ = train_stylegan(config, data.train, accelerator=accelerator, out_dir=out)
+generator, num_images_seen, _ = train_stylegan(
+    config, data.train, accelerator=accelerator, out_dir=out
+)
 weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
 first, second = accelerator.gather(weights[None])
 assert torch.equal(first, second), "the processes have grown apart"
-untrained = torch.cat([value.flatten() for value in create_networks(config)[0].state_dict().values()])
+untrained = torch.cat(
+    [value.flatten() for value in create_networks(config)[0].state_dict().values()]
+)
 assert torch.isfinite(weights).all()
 assert not torch.equal(weights, untrained)
 
@@ -45,7 +49,9 @@ config = replace(
 models = []
 average = loop.EMA
 loop.EMA = lambda model, *options: models.append(model) or average(model, *options)
-generator, _, _ = train_stylegan(config, data.train, accelerator=accelerator, out_dir=f"{out}/alias-free")
+generator, _, _ = train_stylegan(
+    config, data.train, accelerator=accelerator, out_dir=f"{out}/alias-free"
+)
 for network in (generator, *models):
     state = network.state_dict()
     for name, value in state.items():

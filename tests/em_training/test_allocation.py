@@ -28,7 +28,9 @@ print(int(kept), min(faults() for _ in range(5)))
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_no_page_is_mapped_twice():
     def run(mode):
-        done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True
+        )
         return [int(word) for word in done.stdout.split()]
 
     kept, faults = run("keep")

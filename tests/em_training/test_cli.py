@@ -11,7 +11,9 @@ def fail():
 
 def test_a_command_leaves_its_group_of_processes_unless_it_failed(capsys):
     """Else a finished process may abort; and one that failed may wait for the others."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     with pytest.raises(SystemExit, match="2"):
         run_command(fail)
     assert "error: no such thing" in capsys.readouterr().err

@@ -16,14 +16,25 @@ def run(tmp_path):
         stage="toy",
         lines=lines,
         say=lambda text, from_any_process=False: lines.append(text),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=accelerator.num_processes),
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"), num_processes=accelerator.num_processes
+        ),
     )
 
 
 class Step:
     """Steps of a module that takes `seconds` as it is and `compiled_seconds` compiled, on a clock of their own."""
 
-    def __init__(self, monkeypatch, run, choice="auto", seconds=1.0, compiled_seconds=0.5, error=None, is_gpu=True):
+    def __init__(
+        self,
+        monkeypatch,
+        run,
+        choice="auto",
+        seconds=1.0,
+        compiled_seconds=0.5,
+        error=None,
+        is_gpu=True,
+    ):
         self.now, self.num_compiled, self.error = 0.0, 0, error
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(torch, "compile", lambda module: ("compiled", module))
@@ -32,7 +43,9 @@ class Step:
         if is_gpu:
             monkeypatch.setattr(Compilation, "_synchronize", lambda self: None)
             run.accelerator.device = SimpleNamespace(type="cuda")
-            monkeypatch.setattr("em_training.compilation.torch.tensor", lambda value, device: value[0])
+            monkeypatch.setattr(
+                "em_training.compilation.torch.tensor", lambda value, device: value[0]
+            )
             monkeypatch.setattr("em_training.compilation.broadcast", lambda value: value)
         self.module = torch.nn.Linear(1, 1)
         self.compilation = Compilation(choice, self.module, run=run)
@@ -53,7 +66,10 @@ def test_auto_takes_what_was_faster_and_says_both_times(monkeypatch, run):
         assert step.compilation.is_on is is_on
         assert (step.compilation.network is not step.module) is is_on
         assert step.num_compiled > 5
-    assert "torch.compile is on: a step takes 500 ms with it and 1000 ms without, 2.00 times as fast" in run.lines[0]
+    assert (
+        "torch.compile is on: a step takes 500 ms with it and 1000 ms without, 2.00 times as fast"
+        in run.lines[0]
+    )
     assert all("torch.compile is off" in line for line in run.lines[1:])
 
 
@@ -81,7 +97,12 @@ def test_on_and_off_are_obeyed_without_a_measurement(monkeypatch, run):
 
 @pytest.mark.parametrize("choice", ["on", "auto"])
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(monkeypatch, run, choice):
-    step = Step(monkeypatch, run, choice, error=RuntimeError("Failed to find C compiler.\nPlease install one"))
+    step = Step(
+        monkeypatch,
+        run,
+        choice,
+        error=RuntimeError("Failed to find C compiler.\nPlease install one"),
+    )
     step.compilation.decide(step, 10_000)
     assert step.compilation.network is step.module
     (line,) = run.lines

@@ -2,7 +2,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from em_training import changed_fields, config_from_json, config_to_json, load_config, refuse_other_data, save_config
+from em_training import (
+    changed_fields,
+    config_from_json,
+    config_to_json,
+    load_config,
+    refuse_other_data,
+    save_config,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,10 @@ def test_json_and_back_is_the_identity(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "a", "inner": {"widht": 3}}', r"unknown key 'inner\.widht'; did you mean 'width'"),
+        (
+            '{"name": "a", "inner": {"widht": 3}}',
+            r"unknown key 'inner\.widht'; did you mean 'width'",
+        ),
         ('{"name": 3}', "'name' must be str"),
         ('{"name": "a", "inner": {"betas": [1]}}', "must hold 2 values"),
         ('{"name": "a", "limit": "x"}', "'limit' must be"),

@@ -22,7 +22,9 @@ class Memory:
     def __call__(self, images, noise):
         self.sizes.append(len(images))
         if len(images) > self.room:
-            raise self.error("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB")
+            raise self.error(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+            )
         losses = (self.model(images) - noise).square().mean(dim=1)
         return losses.mean(), {"mean": losses.detach().mean(), "losses": losses}
 
@@ -31,13 +33,17 @@ class Memory:
 def run(tmp_path):
     lines = []
     say = lambda text, from_any_process=False: lines.append(text)  # noqa: E731
-    return SimpleNamespace(stage="toy", say=say, lines=lines, accelerator=create_accelerator(tmp_path, "no"))
+    return SimpleNamespace(
+        stage="toy", say=say, lines=lines, accelerator=create_accelerator(tmp_path, "no")
+    )
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5)
+    ).double()
 
 
 def draw(count=8):
@@ -109,7 +115,9 @@ def test_a_part_that_fails_late_leaves_nothing_behind(model, run):
 
 def test_one_image_too_large_is_an_error_with_a_way_out(model, run):
     micro_batching = MicroBatching(0, run=run, flag="")
-    with pytest.raises(ValueError, match=r"one image by itself does not fit.*gradient checkpointing"):
+    with pytest.raises(
+        ValueError, match=r"one image by itself does not fit.*gradient checkpointing"
+    ):
         micro_batching.backward(Memory(model, room=0), model.parameters(), *draw())
     with pytest.raises(ValueError, match="at least 1 image"):
         MicroBatching(-1, run=run, flag="--micro-batch-size")
@@ -121,8 +129,12 @@ def test_other_errors_pass(model, run):
             super().__init__("shapes differ")
 
     with pytest.raises(Other):
-        MicroBatching(0, run=run, flag="").backward(Memory(model, 3, Other), model.parameters(), *draw())
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+        MicroBatching(0, run=run, flag="").backward(
+            Memory(model, 3, Other), model.parameters(), *draw()
+        )
+    assert is_out_of_memory(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    )
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
@@ -153,7 +165,10 @@ def test_inference_in_parts_halves_too():
 
 def test_buckets_hold_everything_once_and_one_dtype_each(monkeypatch):
     monkeypatch.setattr("em_training.memory.BUCKET_BYTES", 100)
-    gradients = [torch.zeros(n, dtype=d) for n, d in ((10, torch.float32), (15, torch.float32), (99, torch.float32))]
+    gradients = [
+        torch.zeros(n, dtype=d)
+        for n, d in ((10, torch.float32), (15, torch.float32), (99, torch.float32))
+    ]
     gradients += [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]
     buckets = list(_buckets(gradients))
     assert [[len(g) for g in bucket] for bucket in buckets] == [[10, 15], [99], [3], [3]]
@@ -192,8 +207,20 @@ leave_processes()
 
 def test_a_process_that_halves_alone_does_not_hang_the_other(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "program.py"), str(tmp_path)],
         env=environment,

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from em_training import EMA, list_checkpoints, load_checkpoint, make_generator, save_checkpoint, seed_for
+from em_training import (
+    EMA,
+    list_checkpoints,
+    load_checkpoint,
+    make_generator,
+    save_checkpoint,
+    seed_for,
+)
 
 
 def test_seed_depends_on_every_part_and_its_type():

@@ -19,7 +19,9 @@ def make_vgg16():
     weights, before = {"classifier.0.weight": torch.zeros(1)}, 3
     for position, width in zip(POSITIONS, WIDTHS):
         scale = (2 / (9 * before)) ** 0.5
-        weights[f"features.{position}.weight"] = torch.randn(width, before, 3, 3, generator=generator) * scale
+        weights[f"features.{position}.weight"] = (
+            torch.randn(width, before, 3, 3, generator=generator) * scale
+        )
         weights[f"features.{position}.bias"] = torch.randn(width, generator=generator) * 0.1
         before = width
     return weights
@@ -47,7 +49,9 @@ def test_lpips_is_that_of_its_package(hub, images):
         slow = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for name, parameter in slow.net.named_parameters():
         parameter.data.copy_(make_vgg16()[f"features.{name.split('.', 1)[1]}"])
-    others = (images + 0.3 * torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(2))).clamp(-1, 1)
+    others = (
+        images + 0.3 * torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    ).clamp(-1, 1)
     expected = slow(others.repeat(1, 3, 1, 1), images.repeat(1, 3, 1, 1)).mean()
     torch.testing.assert_close(ours(others, images), expected, rtol=1e-4, atol=1e-6)
     assert expected > 0.01
@@ -74,7 +78,9 @@ def test_lpips_without_a_network_says_what_to_do(tmp_path, monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(ValueError, match=r"no route to host.*put it at .*vgg16-397923af\.pth.*efficientnet-lite0"):
+    with pytest.raises(
+        ValueError, match=r"no route to host.*put it at .*vgg16-397923af\.pth.*efficientnet-lite0"
+    ):
         LPIPSDistance()
 
 
@@ -92,7 +98,10 @@ def test_lpips_executes_no_pickle(hub):
 def test_configuration_decides_the_distance(hub):
     stage = PRESETS["test"]().autoencoder
     assert isinstance(create_perceptual_distance(stage), PerceptualDistance)
-    assert isinstance(create_perceptual_distance(dataclasses.replace(stage, perceptual_network="lpips")), LPIPSDistance)
+    assert isinstance(
+        create_perceptual_distance(dataclasses.replace(stage, perceptual_network="lpips")),
+        LPIPSDistance,
+    )
     assert create_perceptual_distance(dataclasses.replace(stage, perceptual_weight=0.0)) is None
     with pytest.raises(ValueError, match="choose efficientnet-lite0 or lpips"):
         dataclasses.replace(stage, perceptual_network="vgg")

@@ -27,7 +27,9 @@ def test_products_are_integrals():
     tau = np.linspace(0, 5, 500_001)[1:] - 5e-6
     for a, b in (((3.0, 2.0), (5.0, 7.5)), ((5.0, 16.9), (5.0, 6.9)), ((2.0, 0.0), (4.0, 1.0))):
         profiles = [np.where(tau < t, (g + 1) * (tau / t) ** g / t, 0) for t, g in (a, b)]
-        assert multiply_profiles(*a, *b) == pytest.approx((profiles[0] * profiles[1]).sum() * 1e-5, rel=1e-4)
+        assert multiply_profiles(*a, *b) == pytest.approx(
+            (profiles[0] * profiles[1]).sum() * 1e-5, rel=1e-4
+        )
 
 
 def walk(num_steps, seed=0):
@@ -35,7 +37,11 @@ def walk(num_steps, seed=0):
     rng = np.random.default_rng(seed)
     goal = rng.normal(size=40)
     time = np.arange(1, num_steps + 1)[:, None] / num_steps
-    return goal * (1 - np.exp(-4 * time)) + 0.3 * rng.normal(size=(num_steps, 40)) + np.sin(9 * time + goal)
+    return (
+        goal * (1 - np.exp(-4 * time))
+        + 0.3 * rng.normal(size=(num_steps, 40))
+        + np.sin(9 * time + goal)
+    )
 
 
 def average_directly(weights, sigma_rel):
@@ -63,14 +69,20 @@ def test_stored_averages_are_their_definition(tmp_path):
     ema = record(weights, tmp_path, 50)
     for sigma_rel in (0.05, 0.1):
         (average,) = ema.averages[sigma_rel]
-        np.testing.assert_allclose(average.flatten(), average_directly(weights, sigma_rel), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            average.flatten(), average_directly(weights, sigma_rel), rtol=1e-4, atol=1e-5
+        )
         again, error, count = reconstruct_average(tmp_path, sigma_rel)
         assert error < 1e-6
         assert count == 200 * BATCH
-        np.testing.assert_allclose(again["weight"].flatten(), average.flatten(), rtol=2e-3, atol=1e-3)  # float16
+        np.testing.assert_allclose(
+            again["weight"].flatten(), average.flatten(), rtol=2e-3, atol=1e-3
+        )  # float16
 
 
-@pytest.mark.parametrize(("sigma_rel", "tolerance"), [(0.03, 0.04), (0.07, 0.005), (0.15, 0.01), (0.2, 0.03)])
+@pytest.mark.parametrize(
+    ("sigma_rel", "tolerance"), [(0.03, 0.04), (0.07, 0.005), (0.15, 0.01), (0.2, 0.03)]
+)
 def test_other_widths_are_met_after_the_fact(tmp_path, sigma_rel, tolerance):
     """Against the average computed directly, relative to how far the weights move; sixteen snapshots."""
     weights = walk(320)
@@ -83,7 +95,10 @@ def test_other_widths_are_met_after_the_fact(tmp_path, sigma_rel, tolerance):
     half, _, count = reconstruct_average(tmp_path, sigma_rel, 160 * BATCH)
     assert count == 160 * BATCH
     expected = average_directly(weights[:160], sigma_rel)
-    assert np.sqrt(((half["weight"].flatten().numpy() - expected) ** 2).mean()) < 4 * tolerance * weights.std()
+    assert (
+        np.sqrt(((half["weight"].flatten().numpy() - expected) ** 2).mean())
+        < 4 * tolerance * weights.std()
+    )
 
 
 def test_weights_that_stand_still_are_met_exactly(tmp_path):
@@ -95,7 +110,8 @@ def test_weights_that_stand_still_are_met_exactly(tmp_path):
 
 def test_more_snapshots_meet_a_width_better():
     errors = [
-        solve_coefficients([(i, s) for i in range(1, n + 1) for s in (0.05, 0.1)], (n, 0.03))[1] for n in (4, 16, 64)
+        solve_coefficients([(i, s) for i in range(1, n + 1) for s in (0.05, 0.1)], (n, 0.03))[1]
+        for n in (4, 16, 64)
     ]
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
@@ -105,12 +121,18 @@ def test_a_resumed_recording_is_the_recording(tmp_path):
     record(weights, tmp_path / "whole", 8)
     half = record(weights[:36], tmp_path / "parts", 8)
     state = half.state_dict()
-    record(walk(64, seed=1), tmp_path / "parts", 8, start=36, state=state)  # another future, which is dropped
+    record(
+        walk(64, seed=1), tmp_path / "parts", 8, start=36, state=state
+    )  # another future, which is dropped
     half.drop_snapshots_after(36 * BATCH)
-    assert {count for count, _ in list_snapshots(tmp_path / "parts").values()} == {8 * BATCH * i for i in range(1, 5)}
+    assert {count for count, _ in list_snapshots(tmp_path / "parts").values()} == {
+        8 * BATCH * i for i in range(1, 5)
+    }
     record(weights, tmp_path / "parts", 8, start=36, state=half.state_dict())
     for path in list_snapshots(tmp_path / "whole"):
-        assert torch.equal(*(load_file(tmp_path / name / path.name)["weight"] for name in ("whole", "parts")))
+        assert torch.equal(
+            *(load_file(tmp_path / name / path.name)["weight"] for name in ("whole", "parts"))
+        )
 
 
 def test_what_the_snapshots_do_not_allow_is_refused(tmp_path):

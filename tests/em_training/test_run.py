@@ -52,7 +52,11 @@ def start(out_dir, num_images, seconds_per_step):
         str(seconds_per_step),
     ]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -69,7 +73,10 @@ def test_resumed_equals_uninterrupted_and_logs_the_same(tmp_path):
     train(tmp_path / "parts", 28)
     parts = train(tmp_path / "parts", 64)
     assert_equal(whole, parts)
-    losses = [[line["loss"] for line in read_stats(tmp_path / name / "toy")] for name in ("whole", "parts")]
+    losses = [
+        [line["loss"] for line in read_stats(tmp_path / name / "toy")]
+        for name in ("whole", "parts")
+    ]
     assert len(losses[0]) == 8
     # a run that ends at 28 logs there too; from the next line on the two agree
     assert losses[0][4:] == losses[1][5:]
@@ -85,7 +92,9 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capfd):
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"loss is not finite.*000000000032.*learning rate"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss is not finite.*000000000032.*learning rate"
+    ):
         train(tmp_path, 64, poison_at=36)
     newest = list_checkpoints(tmp_path / "toy/checkpoints")[-1]
     assert all(torch.isfinite(w).all() for w in load_checkpoint(newest)["state"]["model"].values())
@@ -117,7 +126,9 @@ def test_kill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path):
     newest = 0
     for _ in range(5):
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            [sys.executable, "-c", code, str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         before = newest
         while newest == before and process.poll() is None:
@@ -146,25 +157,44 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 
 def test_a_folder_is_locked_once_and_freed(tmp_path):
     with lock_folder(tmp_path / "run"):
-        with lock_folder(tmp_path / "run", is_main_process=False):  # other processes of one training
+        with lock_folder(
+            tmp_path / "run", is_main_process=False
+        ):  # other processes of one training
             pass
-        with pytest.raises(ValueError, match="another process is training"), lock_folder(tmp_path / "run"):
+        with (
+            pytest.raises(ValueError, match="another process is training"),
+            lock_folder(tmp_path / "run"),
+        ):
             raise AssertionError
     with lock_folder(tmp_path / "run"):
         pass
 
 
 @pytest.mark.parametrize(
-    ("is_finished", "error"), [(False, TrainingInterrupted), (True, KeyboardInterrupt)], ids=["before", "after"]
+    ("is_finished", "error"),
+    [(False, TrainingInterrupted), (True, KeyboardInterrupt)],
+    ids=["before", "after"],
 )
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"])
+@pytest.mark.parametrize(
+    "handler", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"]
+)
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error, handler):
     """Between the last step's look and the end of the stage: the stage is whole, and what comes next does not begin."""
-    before = signal.signal(signal.SIGINT, handler)  # ignored: as in what a shell has started in the background
-    sizes = {"num_images": 4, "batch_size": 4, "log_every": 4, "sample_every": 0, "checkpoint_every": 4}
+    before = signal.signal(
+        signal.SIGINT, handler
+    )  # ignored: as in what a shell has started in the background
+    sizes = {
+        "num_images": 4,
+        "batch_size": 4,
+        "log_every": 4,
+        "sample_every": 0,
+        "checkpoint_every": 4,
+    }
 
     def train_one_step():
-        with TrainingRun(tmp_path, "toy", accelerator=create_accelerator(tmp_path, "no"), **sizes) as run:
+        with TrainingRun(
+            tmp_path, "toy", accelerator=create_accelerator(tmp_path, "no"), **sizes
+        ) as run:
             run.resume({})
             run.step(4)
             if is_finished:
@@ -182,11 +212,27 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error, 
 
 
 def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     program = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
-        [*command, str(program), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+        [*command, str(program), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stopped: toy stopped and saved at 20 of 20") == 2
@@ -203,6 +249,8 @@ def test_intervals_are_crossed_once_whatever_the_batch():
 
 
 def test_stats_survive_a_line_cut_short(tmp_path):
-    (tmp_path / "stats.jsonl").write_text(json.dumps({"num_images_seen": 8, "loss": 1.0}) + '\n{"num_ima')
+    (tmp_path / "stats.jsonl").write_text(
+        json.dumps({"num_images_seen": 8, "loss": 1.0}) + '\n{"num_ima'
+    )
     assert read_stats(tmp_path) == [{"num_images_seen": 8, "loss": 1.0}]
     assert TrainingInterrupted.__doc__

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from em_training.safe_pickle import MAX_DEPTH, Record, SafeUnpickler, check_key, check_opcodes, flatten_module
+from em_training.safe_pickle import (
+    MAX_DEPTH,
+    Record,
+    SafeUnpickler,
+    check_key,
+    check_opcodes,
+    flatten_module,
+)
 from em_training.torch_checkpoint import read_stored_storage
 
 BOMB = b")" + b"2\x86" * 60  # (), then each tuple twice in the next: 2^60 leaves
@@ -46,7 +53,12 @@ BOMBS = {
     "device": call("torch", "device", BOMB),
     "layout": call("torch.serialization", "_get_layout", BOMB),
     "encoded text": call("_codecs", "encode", BOMB),
-    "name of a storage": b"(" + text("storage") + named("torch", "FloatStorage") + BOMB + text("cpu") + b"K\x04tQ",
+    "name of a storage": b"("
+    + text("storage")
+    + named("torch", "FloatStorage")
+    + BOMB
+    + text("cpu")
+    + b"K\x04tQ",
 }
 READ = """
 import io, sys
@@ -65,11 +77,17 @@ for line in sys.stdin:
 
 
 def test_nested_tuples_do_not_hang_the_reader():
-    lines = "".join((b"\x80\x04" + instructions + b".").hex() + "\n" for instructions in BOMBS.values())
+    lines = "".join(
+        (b"\x80\x04" + instructions + b".").hex() + "\n" for instructions in BOMBS.values()
+    )
     # in another process: what hashes such a tuple cannot be interrupted
-    done = subprocess.run([sys.executable, "-c", READ], input=lines, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", READ], input=lines, capture_output=True, text=True, timeout=60
+    )
     answers = dict(zip(BOMBS, done.stdout.splitlines(), strict=True))
-    assert {name: answer for name, answer in answers.items() if not answer.startswith("UnpicklingError")} == {}
+    assert {
+        name: answer for name, answer in answers.items() if not answer.startswith("UnpicklingError")
+    } == {}
     assert "a dictionary or set with a tuple as a key, or within one" in answers["key"]
 
 
@@ -80,7 +98,9 @@ def load(instructions):
 
 
 @pytest.mark.parametrize(
-    "key", ["name", b"name", 3, -(2**63), True, None, 0.5, 1j, ("a", 1), (), Record, torch.float32], ids=repr
+    "key",
+    ["name", b"name", 3, -(2**63), True, None, 0.5, 1j, ("a", 1), (), Record, torch.float32],
+    ids=repr,
 )
 def test_keys_that_are_read(key):
     assert check_key(key) is key
@@ -121,7 +141,9 @@ def test_storages_are_bytes(data):
         read_stored_storage(data)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool], ids=str
+)
 def test_storages_of_tensors_that_were_pickled_on_their_own(dtype):
     values = torch.arange(6).to(dtype)
     _, arguments = values._typed_storage().__reduce__()

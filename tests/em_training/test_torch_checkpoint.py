@@ -100,7 +100,10 @@ def test_lightning_checkpoint(tmp_path, kind):
     contents = {
         "epoch": 3,
         "state_dict": state_dict,
-        "callbacks": {Callback: {"best_model_score": torch.tensor(0.5)}, "EarlyStopping": {"wait": 1}},
+        "callbacks": {
+            Callback: {"best_model_score": torch.tensor(0.5)},
+            "EarlyStopping": {"wait": 1},
+        },
         "instances": [Callback()],
         "optimizer_states": [optimizer.state_dict()],
         "hyper_parameters": Dotted(rate=1e-4),
@@ -108,7 +111,17 @@ def test_lightning_checkpoint(tmp_path, kind):
         "score": np.float64(0.25),
         "steps": np.int32(7),
         "array": np.arange(6.0).reshape(2, 3),
-        "plain": (1, 2.5, None, True, "µm", b"bytes", {1, 2}, collections.defaultdict(list), torch.Size([2, 3])),
+        "plain": (
+            1,
+            2.5,
+            None,
+            True,
+            "µm",
+            b"bytes",
+            {1, 2},
+            collections.defaultdict(list),
+            torch.Size([2, 3]),
+        ),
         "device": torch.device("cpu"),
         "dtype": torch.float16,
         "parameter": nn.Parameter(torch.ones(2)),
@@ -118,7 +131,12 @@ def test_lightning_checkpoint(tmp_path, kind):
     assert list(tensors) == list(state_dict)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in state_dict.items())
     assert stored["plain"] == (1, 2.5, None, True, "µm", b"bytes", {1, 2}, {}, (2, 3))
-    assert (stored["score"], stored["steps"], stored["device"], stored["dtype"]) == (0.25, 7, "cpu", torch.float16)
+    assert (stored["score"], stored["steps"], stored["device"], stored["dtype"]) == (
+        0.25,
+        7,
+        "cpu",
+        torch.float16,
+    )
     assert isinstance(stored["array"], StoredArray)
     assert stored["array"].array.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert stored["parameter"].read().tolist() == [1, 1]
@@ -153,7 +171,12 @@ def test_shared_storage_is_not_read_whole(tmp_path):
 def test_unused_classes_are_never_imported(tmp_path):
     path = tmp_path / "a.ckpt"
     save({"a": Callback(), "state_dict": {}}, path)
-    data = rewrite(path, lambda pickled: pickled.replace(Callback.__module__.encode(), b"x" * len(Callback.__module__)))
+    data = rewrite(
+        path,
+        lambda pickled: pickled.replace(
+            Callback.__module__.encode(), b"x" * len(Callback.__module__)
+        ),
+    )
     assert b"x" * len(Callback.__module__) in data
     assert "x" * len(Callback.__module__) not in sys.modules
     stored = read_torch_checkpoint(path)
@@ -175,10 +198,17 @@ def rewrite(path, change, **entries):
 
 def test_other_byte_order(tmp_path):
     values = torch.tensor([1.5, -2.25, 3.0])
-    path = save({"a": values, "b": torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)}, tmp_path / "a.ckpt")
+    path = save(
+        {"a": values, "b": torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)},
+        tmp_path / "a.ckpt",
+    )
     complex_bytes = np.array([1, 2, 3, -4], ">f4").tobytes()
     rewrite(
-        path, lambda data: data, byteorder=b"big", data_0=values.numpy().astype(">f4").tobytes(), data_1=complex_bytes
+        path,
+        lambda data: data,
+        byteorder=b"big",
+        data_0=values.numpy().astype(">f4").tobytes(),
+        data_1=complex_bytes,
     )
     stored = read_torch_checkpoint(path)
     assert torch.equal(stored["a"].read(), values)
@@ -206,13 +236,17 @@ def write_tar(path, storage, size, stride, offset=0, extra=0):
     pickle.dump(1, out, 2)
     out.write(pickle.dumps((3, "cpu", torch.FloatStorage), 2))
     out.write(struct.pack("<q", len(storage) + extra) + np.array(storage, "<f4").tobytes())
-    pickle.dump([(4, 3, 1, len(storage) - 1)], out, 2)  # a view of the storage without its first element
+    pickle.dump(
+        [(4, 3, 1, len(storage) - 1)], out, 2
+    )  # a view of the storage without its first element
     parts["storages"] = out.getvalue()
     out = io.BytesIO()
     pickle.dump(1, out, 2)
     out.write(pickle.dumps((7, 4, torch.FloatTensor), 2))
     out.write(
-        struct.pack("<i4x", len(size)) + struct.pack(f"<{2 * len(size)}q", *size, *stride) + struct.pack("<q", offset)
+        struct.pack("<i4x", len(size))
+        + struct.pack(f"<{2 * len(size)}q", *size, *stride)
+        + struct.pack("<q", offset)
     )
     parts["tensors"] = out.getvalue()
     out = io.BytesIO()
@@ -282,7 +316,8 @@ def test_malicious_call_runs_nothing(tmp_path, kind, name, depth):
         contents = evil
     path = save(contents, tmp_path / "evil.ckpt", kind)
     with pytest.raises(
-        ValueError, match=r"evil\.ckpt cannot be read as a torch checkpoint: it would call .*nothing of it was run"
+        ValueError,
+        match=r"evil\.ckpt cannot be read as a torch checkpoint: it would call .*nothing of it was run",
     ):
         read_torch_checkpoint(path)
     assert not target.exists()
@@ -331,9 +366,18 @@ def named(module, name):
         (named("torch", "nn.Module") + b")R", "would call torch.nn.Module"),
         # BUILD on a maker, on a type of storage, on a class of records, on a tensor's stand-in
         (named("torch", "Size") + b"}" + text("_function") + b"Nsb", "may not alter its reader"),
-        (named("torch", "Size") + b"N}" + text("_function") + b"Ns\x86b", "may not alter its reader"),
-        (named("torch", "FloatStorage") + b"}" + text("dtype") + b"Nsb", "may not alter its reader"),
-        (named("a", "Class") + b"}" + text("__new__") + b"Nsb", "gives a state to a type, which takes none"),
+        (
+            named("torch", "Size") + b"N}" + text("_function") + b"Ns\x86b",
+            "may not alter its reader",
+        ),
+        (
+            named("torch", "FloatStorage") + b"}" + text("dtype") + b"Nsb",
+            "may not alter its reader",
+        ),
+        (
+            named("a", "Class") + b"}" + text("__new__") + b"Nsb",
+            "gives a state to a type, which takes none",
+        ),
         (
             named("collections", "OrderedDict") + b"}" + text("get") + b"Nsb",
             "gives a state to a type, which takes none",
@@ -342,8 +386,17 @@ def named(module, name):
         (named("torch", "Size") + b")\x81", "not a type object"),
         (named("a", "Class") + b")R)R", "not callable"),
         (b"(" + text("a") + text("b") + b"tQ", "refers to objects outside the file"),
-        (named("copyreg", "_reconstructor") + named("torch", "Size") + b"NN\x87R", "malformed object"),
-        (named("builtins", "bytearray") + b"\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85R", "malformed bytes"),
+        (
+            named("copyreg", "_reconstructor") + named("torch", "Size") + b"NN\x87R",
+            "malformed object",
+        ),
+        (
+            named("builtins", "bytearray")
+            + b"\x8a\x06"
+            + (10**12).to_bytes(6, "little")
+            + b"\x85R",
+            "malformed bytes",
+        ),
         # numbered beyond all objects: Python would reserve 64 GiB
         (b"Nr\xff\xff\xff\xff", "numbers its"),
         (b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", "cut short or damaged"),
@@ -381,7 +434,9 @@ def tensor_pickle(count="4", size="4", stride="1", offset="0"):
     ],
 )
 def test_absurd_sizes(tmp_path, numbers, message):
-    assert read_torch_checkpoint(pickle_into(tmp_path / "a.ckpt", tensor_pickle())).read().tolist() == [0, 1, 2, 3]
+    assert read_torch_checkpoint(
+        pickle_into(tmp_path / "a.ckpt", tensor_pickle())
+    ).read().tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=message):
         read_torch_checkpoint(pickle_into(tmp_path / "b.ckpt", tensor_pickle(**numbers)))
 
@@ -394,7 +449,9 @@ def test_repeated_storage_of_moderate_size_is_read(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_truncation_is_an_error(tmp_path, kind):
-    data = save({"state_dict": Net().state_dict(), "epoch": 1}, tmp_path / "a.ckpt", kind).read_bytes()
+    data = save(
+        {"state_dict": Net().state_dict(), "epoch": 1}, tmp_path / "a.ckpt", kind
+    ).read_bytes()
     short = tmp_path / "short.ckpt"
     for length in [*range(0, len(data) - 1, max(1, len(data) // 150)), len(data) - 1]:
         short.write_bytes(data[:length])
@@ -437,16 +494,24 @@ def write_compressed(path):
             archive.writestr(name, data)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"
+)
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "is a web page"),
-        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (
+            lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "git lfs pull",
+        ),
         (lambda path: path.write_bytes(bytes(range(64))), "not written by torch.save"),
         (lambda path: path.write_bytes(pickle.dumps({"G_ema": 1})), "not written by torch.save"),
-        (lambda path: path.write_bytes(b"ctorch_utils.persistence\n_reconstruct\n."), "is a StyleGAN pickle"),
+        (
+            lambda path: path.write_bytes(b"ctorch_utils.persistence\n_reconstruct\n."),
+            "is a StyleGAN pickle",
+        ),
         (lambda path: path.mkdir(), "is a folder"),
         (write_safetensors, "is a safetensors file"),
         (write_zip, "without torch's data.pkl"),

@@ -13,7 +13,16 @@ class Killed(Exception):
     pass
 
 
-def train(out_dir, num_images, *, seconds_per_step=0.0, precision="no", poison_at=None, log_every=8, before_step=None):
+def train(
+    out_dir,
+    num_images,
+    *,
+    seconds_per_step=0.0,
+    precision="no",
+    poison_at=None,
+    log_every=8,
+    before_step=None,
+):
     accelerator = create_accelerator(out_dir, precision)
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
@@ -21,12 +30,16 @@ def train(out_dir, num_images, *, seconds_per_step=0.0, precision="no", poison_a
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     state = {"model": model, "ema": ema, "optimizer": optimizer}
     sizes = {"log_every": log_every, "sample_every": 16, "checkpoint_every": 16}
-    with TrainingRun(out_dir, "toy", accelerator=accelerator, num_images=num_images, batch_size=4, **sizes) as run:
+    with TrainingRun(
+        out_dir, "toy", accelerator=accelerator, num_images=num_images, batch_size=4, **sizes
+    ) as run:
         num_images_seen = run.resume(state)
         while num_images_seen < num_images:
             if before_step is not None:
                 before_step(num_images_seen)
-            generator = make_generator(0, rank=accelerator.process_index, num_images_seen=num_images_seen)
+            generator = make_generator(
+                0, rank=accelerator.process_index, num_images_seen=num_images_seen
+            )
             inputs = torch.randn(4, 4, generator=generator)
             loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
             if poison_at is not None and num_images_seen >= poison_at:

@@ -18,7 +18,9 @@ TIMES = {"train_seconds", "images_per_second"}
 
 
 def read_log(name):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_stats(out / name / "toy")]
+    return [
+        {k: v for k, v in line.items() if k not in TIMES} for line in read_stats(out / name / "toy")
+    ]
 
 
 def kill(num_images_seen):

@@ -28,5 +28,9 @@ def load_recipe():
 @pytest.fixture
 def arguments(tmp_path):
     """Flags that let a recipe write below a temporary folder only."""
-    folders = {"runs": tmp_path / "runs", "results": tmp_path / "results", "cache-dir": tmp_path / "cache"}
+    folders = {
+        "runs": tmp_path / "runs",
+        "results": tmp_path / "results",
+        "cache-dir": tmp_path / "cache",
+    }
     return [text for name, path in folders.items() for text in (f"--{name}", str(path))]

@@ -13,14 +13,22 @@ def gan(load_recipe):
 
 def test_the_studys_numbers_and_its_best_training(gan):
     best = min(
-        (point for points in gan.EXPERIMENTS.values() for point in points if point.study_fid), key=lambda p: p.study_fid
+        (point for points in gan.EXPERIMENTS.values() for point in points if point.study_fid),
+        key=lambda p: p.study_fid,
     )
-    assert (best.study_fid, best.kimg, best.max_channels, best.mapping_depth) == (58.96, 1200, 1024, 4)
+    assert (best.study_fid, best.kimg, best.max_channels, best.mapping_depth) == (
+        58.96,
+        1200,
+        1024,
+        4,
+    )
     config = gan.make_config(best, gan.parse_arguments(["kimg", "--scale", "study"]))
     paper = gan.PRESETS["paper"]()
     for name in ("generator", "discriminator", "training"):
         assert getattr(config, name) == getattr(paper, name)
-    turning = gan.make_config(gan.EXPERIMENTS["mapping_depth"][6], gan.parse_arguments(["kimg", "--scale", "study"]))
+    turning = gan.make_config(
+        gan.EXPERIMENTS["mapping_depth"][6], gan.parse_arguments(["kimg", "--scale", "study"])
+    )
     assert (turning.generator.architecture, turning.generator.max_channels) == ("stylegan3-r", 1024)
     assert turning.training.blur_initial_sigma_px == 10
 
@@ -31,7 +39,11 @@ def test_an_experiment_is_one_file_and_goes_on(gan, arguments, monkeypatch, caps
     path = gan.run_experiment(arguments)
     result = json.loads(path.read_text())
     first, second = result["points"]
-    assert (first["study"], first["settings"]["kimg"], second["settings"]["kimg"]) == (141.41, 200, 400)
+    assert (first["study"], first["settings"]["kimg"], second["settings"]["kimg"]) == (
+        141.41,
+        200,
+        400,
+    )
     assert first["difference"] == pytest.approx(first["ours"] - 141.41)
     assert not first["comparable"]
     assert first["num_images_seen"] == 16
@@ -46,17 +58,25 @@ def test_an_experiment_is_one_file_and_goes_on(gan, arguments, monkeypatch, caps
         gan.run_experiment(arguments)
 
 
-def test_a_point_that_another_experiment_has_trained_is_taken_from_there(gan, arguments, monkeypatch):
+def test_a_point_that_another_experiment_has_trained_is_taken_from_there(
+    gan, arguments, monkeypatch
+):
     last = gan.EXPERIMENTS["max_feature_maps"][-1]
     monkeypatch.setitem(gan.EXPERIMENTS, "max_feature_maps", (last,))
     monkeypatch.setitem(gan.EXPERIMENTS, "kimg", gan.EXPERIMENTS["kimg"][3:4])
-    by_kimg = json.loads(gan.run_experiment(gan.parse_arguments(["kimg", "--scale", "test", *arguments])).read_text())
+    by_kimg = json.loads(
+        gan.run_experiment(gan.parse_arguments(["kimg", "--scale", "test", *arguments])).read_text()
+    )
     monkeypatch.setattr(gan, "train_gan", None)
-    path = gan.run_experiment(gan.parse_arguments(["max_feature_maps", "--scale", "test", *arguments]))
+    path = gan.run_experiment(
+        gan.parse_arguments(["max_feature_maps", "--scale", "test", *arguments])
+    )
     (point,) = json.loads(path.read_text())["points"]
     assert point == {**by_kimg["points"][0], "from": "kimg"}
     elsewhere = gan.find_elsewhere(
-        point["settings"], 17, gan.parse_arguments(["max_feature_maps", "--scale", "test", *arguments])
+        point["settings"],
+        17,
+        gan.parse_arguments(["max_feature_maps", "--scale", "test", *arguments]),
     )
     assert elsewhere is None  # of another length
 
@@ -64,7 +84,9 @@ def test_a_point_that_another_experiment_has_trained_is_taken_from_there(gan, ar
 def test_a_slow_experiment_trains_all_its_points_alike(gan):
     arguments = gan.parse_arguments(["mapping_depth", "--scale", "small"])
     configs = [gan.make_config(point, arguments) for point in gan.EXPERIMENTS["mapping_depth"]]
-    assert len({(config.training.num_images, config.training.batch_size) for config in configs}) == 1
+    assert (
+        len({(config.training.num_images, config.training.batch_size) for config in configs}) == 1
+    )
     channels = {config.generator.architecture: config.generator.max_channels for config in configs}
     assert channels["stylegan3-r"] == 2 * channels["stylegan3-t"] == 2 * channels["stylegan2"]
     assert len({config.out for config in configs}) == 9

@@ -28,26 +28,45 @@ class Pooled(Extractor):
     def _features(self, images):
         edges = images.diff(dim=-1)
         return torch.stack(
-            [images.mean((1, 2, 3)), images.std((1, 2, 3)), edges.std((1, 2, 3)), images.amin((1, 2, 3))], 1
+            [
+                images.mean((1, 2, 3)),
+                images.std((1, 2, 3)),
+                edges.std((1, 2, 3)),
+                images.amin((1, 2, 3)),
+            ],
+            1,
         )
 
 
 def test_every_combination_is_measured_and_summarised(leakage, tmp_path):
     config = DataConfig(
-        resolution=32, num_micrographs=6, micrograph_size=128, held_out_fraction=0.3, cache_dir=str(tmp_path)
+        resolution=32,
+        num_micrographs=6,
+        micrograph_size=128,
+        held_out_fraction=0.3,
+        cache_dir=str(tmp_path),
     )
-    rows = leakage.measure("synthetic", config, (10, 30), Pooled(), log=lambda text: None, use_cache=False)
-    combinations = {(row["split"], row["reference"], row["generator"], row["num_images"]) for row in rows}
+    rows = leakage.measure(
+        "synthetic", config, (10, 30), Pooled(), log=lambda text: None, use_cache=False
+    )
+    combinations = {
+        (row["split"], row["reference"], row["generator"], row["num_images"]) for row in rows
+    }
     assert len(rows) == len(combinations) == 2 * 2 * 2 * 2
     for row in rows:
         assert (
-            0 <= row["frechet_distance"]["low"] <= row["frechet_distance"]["value"] <= row["frechet_distance"]["high"]
+            0
+            <= row["frechet_distance"]["low"]
+            <= row["frechet_distance"]["value"]
+            <= row["frechet_distance"]["high"]
         )
     summary = {row["generator"]: row for row in leakage.summarise(rows)}
     by_heart = summary["learnt by heart"]
     found = {(row["split"], row["reference"]): row["frechet_distance"]["value"] for row in rows if row["num_images"] == 30
              and row["generator"] == "learnt by heart"}  # fmt: skip
-    assert by_heart["both_add"] == pytest.approx(found["leaky", "train"] - found["micrograph", "held_out"])
+    assert by_heart["both_add"] == pytest.approx(
+        found["leaky", "train"] - found["micrograph", "held_out"]
+    )
     assert by_heart["training_reference_adds"] < 0
     result = {"scale": "small", "data": "synthetic", "resolution": 32, "extractor": "pooled, 4"}
     result |= {"summary": list(summary.values()), "rows": rows}

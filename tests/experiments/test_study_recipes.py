@@ -16,15 +16,34 @@ def recipe(load_recipe):
 
 
 def make_point(name, study, ours, half=1.0):
-    return {"settings": {"name": name}, "study": study, "ours": ours, "low": ours - half, "high": ours + half}
+    return {
+        "settings": {"name": name},
+        "study": study,
+        "ours": ours,
+        "low": ours - half,
+        "high": ours + half,
+    }
 
 
 def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments, monkeypatch):
-    results = recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
-    for name, study, ours in (("a", 10.0, 5.0), ("b", 20.0, 6.0), ("c", 30.0, 4.5), ("d", None, 50.0)):
-        results.add({"name": name}, study, {key: make_point(name, study, ours)[key] for key in ("ours", "low", "high")})
+    results = recipe.Results(
+        recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any"
+    )
+    for name, study, ours in (
+        ("a", 10.0, 5.0),
+        ("b", 20.0, 6.0),
+        ("c", 30.0, 4.5),
+        ("d", None, 50.0),
+    ):
+        results.add(
+            {"name": name},
+            study,
+            {key: make_point(name, study, ours)[key] for key in ("ours", "low", "high")},
+        )
     best, apart, order = results.conclude()
-    assert best == "Least distance: c, 4.50 [3.50, 5.50]; intervals that overlap with its own: a; b."
+    assert (
+        best == "Least distance: c, 4.50 [3.50, 5.50]; intervals that overlap with its own: a; b."
+    )
     assert apart == "Our intervals hold 3 of the 6 pairs of points apart."
     assert order.startswith(
         "Of the 3 pairs that the study ranks, ours are in the same order in 1, of which our intervals hold 0 apart"
@@ -32,12 +51,16 @@ def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments, monkeypatch
     table = results.path.with_suffix(".md").read_text()
     assert "| a | 10.00 | 5.00 [4.00, 6.00] | -5.00 |" in table
     assert "| d | - | 50.00 [49.00, 51.00] | - |" in table
-    again = recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
+    again = recipe.Results(
+        recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any"
+    )
     assert again.find({"name": "b"})["study"] == 20.0
     assert again.find({"name": "e"}) is None
     monkeypatch.setitem(recipe.SCALES, "test", replace(recipe.SCALES["test"], num_images=9))
     with pytest.raises(ValueError, match="other sizes"):
-        recipe.Results(recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any")
+        recipe.Results(
+            recipe.create_parser("").parse_args(["--scale", "test", *arguments]), "any", "Any"
+        )
 
 
 def test_names_hold_what_differs_and_no_paths(recipe):
@@ -71,11 +94,17 @@ def test_table_1_and_figure_5(load_recipe, arguments, tmp_path):
     pretrained = autoencoders.parse_arguments(["--scale", "test", *arguments])
     source = autoencoders.train(autoencoders.VARIANTS["test"][0], pretrained)
     asked = ["--candidates", f"vqgan-f16-1024={source}", f"nothing={tmp_path / 'nothing'}"]
-    path = autoencoders.run_experiment(autoencoders.parse_arguments(["--scale", "test", *arguments, *asked]))
+    path = autoencoders.run_experiment(
+        autoencoders.parse_arguments(["--scale", "test", *arguments, *asked])
+    )
     result = json.loads(path.read_text())
     points = {point["settings"]["name"]: point for point in result["points"]}
     assert set(points) == {"vq-f4-64", "kl-f4", "vqgan-f16-1024"}
-    assert (points["vq-f4-64"]["study"], points["kl-f4"]["study"], points["vqgan-f16-1024"]["study"]) == (
+    assert (
+        points["vq-f4-64"]["study"],
+        points["kl-f4"]["study"],
+        points["vqgan-f16-1024"]["study"],
+    ) == (
         31.15,
         None,
         82.19,
@@ -101,7 +130,10 @@ def test_figure_6_trains_the_levels_on_one_autoencoder(load_recipe, arguments):
         assert point["study"] is None
         assert [moment for moment, _ in point["curves"]["held_out_frechet_distance"]] == [8, 16]
         assert point["held_out_loss"] == point["curves"]["held_out_loss"][-1][1]
-    configs = [ldm.make_config(point, ldm.parse_arguments(flags)) for point in ldm.EXPERIMENTS["unet_levels"]]
+    configs = [
+        ldm.make_config(point, ldm.parse_arguments(flags))
+        for point in ldm.EXPERIMENTS["unet_levels"]
+    ]
     assert len({config.autoencoder for config in configs}) == 1
     assert configs[0].denoiser.channel_multipliers == (1, 2, 2)
     with Image.open(path.with_suffix(".png")) as picture:
@@ -111,7 +143,10 @@ def test_figure_6_trains_the_levels_on_one_autoencoder(load_recipe, arguments):
 def test_the_batch_size_changes_nothing_else(load_recipe, arguments, tmp_path):
     ldm = load_recipe("2024_gan_vs_ldm/ldm.py")
     flags = ["batch_size", "--scale", "study", *arguments, "--autoencoder", str(tmp_path)]
-    configs = [ldm.make_config(point, ldm.parse_arguments(flags)) for point in ldm.EXPERIMENTS["batch_size"]]
+    configs = [
+        ldm.make_config(point, ldm.parse_arguments(flags))
+        for point in ldm.EXPERIMENTS["batch_size"]
+    ]
     assert [config.denoiser.batch_size for config in configs] == [8, 16, 32, 64]
     assert len({config.denoiser.num_images for config in configs}) == 1
     assert configs[-1].denoiser.channel_multipliers == (1, 2, 2, 4, 4)
@@ -121,7 +156,11 @@ def test_the_batch_size_changes_nothing_else(load_recipe, arguments, tmp_path):
 def test_table_3_and_figure_7(load_recipe, arguments, monkeypatch):
     comparison = load_recipe("2024_gan_vs_ldm/comparison.py")
     ddim, _, stylegan2, alias_free_t, _ = comparison.list_models("study")
-    assert (ddim.study["frechet_distance"], ddim.point.batch_size, ddim.num_inference_steps) == (36.1, 64, 200)
+    assert (ddim.study["frechet_distance"], ddim.point.batch_size, ddim.num_inference_steps) == (
+        36.1,
+        64,
+        200,
+    )
     assert (stylegan2.study["frechet_distance"], stylegan2.point.kimg) == (58.96, 1200)
     assert alias_free_t.study == {"frechet_distance": 90.54}
     models = comparison.list_models("test")
