@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 
-from em_hub import demo
+from em_generation import demo
 from em_training.cli import run_command
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

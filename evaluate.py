@@ -2,7 +2,7 @@
 
 import tyro
 
-from em_hub.evaluation import EvaluationConfig, evaluate_runs
+from em_generation.evaluate import EvaluationConfig, evaluate_runs
 from em_training.cli import run_command
 
 

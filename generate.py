@@ -2,7 +2,7 @@
 
 import tyro
 
-from em_hub.generation import GenerationConfig, generate_images
+from em_generation.generate import GenerationConfig, generate_images
 from em_training.cli import run_command
 
 

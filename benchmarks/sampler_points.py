@@ -16,7 +16,7 @@ from em_evaluation.distances import (
 )
 from em_evaluation.images import ImageSet, read_images
 from em_evaluation.statistics import compute_features
-from em_hub.evaluation import EvaluationConfig, find_data, name_models, refuse_other_splits
+from em_generation.evaluate import EvaluationConfig, find_data, name_models, refuse_other_splits
 
 
 @dataclass

@@ -29,8 +29,8 @@ from em_diffusion.samplers import (
     list_samplers,
     store_default_sampler,
 )
-from em_hub.generation import GenerationConfig, create_sampling, hash_weights
-from em_hub.loading import find_pipeline_folder, load_pipeline
+from em_generation.generate import GenerationConfig, create_sampling, hash_weights
+from em_generation.loading import find_pipeline_folder, load_pipeline
 from em_training import create_process_state, default_precision, write_text_atomically
 from em_training.cli import run_command
 

@@ -29,8 +29,8 @@ from sampler_points import choose_clock, is_as_good, load_reference
 
 from em_diffusion.presets import PRESETS
 from em_diffusion.samplers import create_sampler, is_flow
-from em_hub.generation import GenerationConfig, create_sampling
-from em_hub.loading import load_pipeline
+from em_generation.generate import GenerationConfig, create_sampling
+from em_generation.loading import load_pipeline
 from em_training import create_process_state, seed_for
 from em_training.cli import run_command
 

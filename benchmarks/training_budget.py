@@ -60,7 +60,7 @@ from em_evaluation import (
 )
 from em_evaluation.distances import Distance, difference_interval, frechet_influence
 from em_evaluation.images import read_images
-from em_hub.generation import GenerationConfig, generate_images
+from em_generation.generate import GenerationConfig, generate_images
 from em_training import (
     TrainingRun,
     create_accelerator,

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 
-from em_data.cache import build_folder
 from em_data.checks import hash_pixels, read_all, summarise_problems
+from em_data.files import build_folder
 from em_data.intensity import find_levels
 
 FORMAT = 1  # of the cached folder; a change makes every cached cut a stranger

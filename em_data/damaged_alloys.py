@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 import PIL.Image
 from tqdm import tqdm
 
-from em_data.cache import build_folder, find_cache_dir
 from em_data.damaged_alloys_labels import find_labels, read_defects
 from em_data.download import download_file
+from em_data.files import build_folder, find_cache_dir
 from em_data.reading import SUFFIXES, natural_key, read_micrograph
 
 SOURCE_ID = "pub_100_li_detection_v1.2"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from em_data.cache import find_cache_dir
 from em_data.checks import summarise_problems
 from em_data.cutting import cut, make_cut_key
+from em_data.files import find_cache_dir
 from em_data.sources import open_source
 from em_data.split import find_duplicates, name_some, split_views
 from em_data.tiles import Cut, Tiles

@@ -7,12 +7,12 @@ import numpy as np
 from huggingface_hub import HfFileSystem, constants
 
 from em_data.checks import SourceLost
-from em_data.hub import explain_hub_errors, fetch_repository, hash_as_hub, list_files
 from em_data.intensity import float_to_uint16
 from em_data.labels import make_defects
 from em_data.micrograph import DEFECT_KINDS, Micrograph
 from em_data.reading import read_micrograph
 from em_data.sources import Entry, Replayed, Source
+from em_hub.transport import explain_hub_errors, fetch_repository, hash_as_hub, list_files
 
 KNOWN = ("name", "micrograph", "pixel_size_nm", "specimen", "bits")
 BLOCK_BYTES = 2**18  # least that one request of a stream asks for

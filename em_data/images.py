@@ -11,7 +11,7 @@ import PIL.PngImagePlugin
 import tifffile
 import torch
 
-from em_data.cache import write_atomically
+from em_data.files import write_atomically
 from em_data.intensity import from_uint, to_uint8, to_uint16
 from em_data.reading import SUFFIXES, natural_key, read_micrograph
 

@@ -14,10 +14,10 @@ import tyro
 from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
-from em_data.cache import find_cache_dir
 from em_data.config import DataConfig
-from em_data.hub import check_dry_run_folder, find_account, upload_folder
+from em_data.files import find_cache_dir
 from em_data.sources import open_source
+from em_hub.transport import check_dry_run_folder, find_account, upload_folder
 
 SHARD_BYTES = 256 * 2**20
 ROW_GROUP_BYTES = 32 * 2**20  # what a stream of a set holds in memory

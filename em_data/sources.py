@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from em_data.cache import write_atomically
+from em_data.files import write_atomically
 from em_data.reading import SUFFIXES, natural_key, read_micrograph
 
 LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segmentations?)"

@@ -1,22 +1,5 @@
 """The latent diffusion model: autoencoder, latents, denoiser, pipeline."""
 
-from em_diffusion.autoencoder_loop import train_autoencoder
-from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
-from em_diffusion.denoiser_loop import train_denoiser
-from em_diffusion.latents import Latents, encode_latents
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
-from em_diffusion.presets import PRESETS
-from em_diffusion.train import train_ldm
+import lazy_loader
 
-__all__ = [
-    "PRESETS",
-    "AutoencoderConfig",
-    "DenoiserConfig",
-    "EMLatentDiffusionPipeline",
-    "LDMConfig",
-    "Latents",
-    "encode_latents",
-    "train_autoencoder",
-    "train_denoiser",
-    "train_ldm",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from torch import nn
 
 from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
-from em_training.perceptual import create_perceptual_distance
+from em_diffusion.perceptual import create_perceptual_distance
 
 MAX_DISTANCES = (
     2**24

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from em_data import DataConfig
 from em_diffusion.denoiser import create_scheduler
 from em_diffusion.patch_discriminator import smallest_side
+from em_diffusion.perceptual import NETWORKS
 from em_diffusion.samplers import create_sampler
-from em_training.perceptual import NETWORKS
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-from em_data.cache import write_atomically
+from em_data.files import write_atomically
 
 ERROR_SCALE = 0.25  # an absolute error of a quarter of the grey range is drawn white
 GAP_PX = 2

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from em_data.cache import write_atomically
 from em_data.cutting import find_tile_positions
+from em_data.files import write_atomically
 from em_data.synthetic import synthesise_micrographs
 from em_evaluation.defects import KINDS, DetectorSettings, detect_defects
 

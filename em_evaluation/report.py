@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 import PIL.Image
 
-from em_data.cache import write_atomically
+from em_data.files import write_atomically
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
 from em_evaluation.conclusion import format_number
 from em_evaluation.memorisation_report import view_memorisation

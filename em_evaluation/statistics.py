@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from em_data.cache import find_cache_dir
+from em_data.files import find_cache_dir
 
 
 class FeatureStatistics:

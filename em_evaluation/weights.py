@@ -7,8 +7,8 @@ import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
-from em_data.cache import find_cache_dir
 from em_data.download import fetch
+from em_data.files import find_cache_dir
 
 
 @dataclass(frozen=True)

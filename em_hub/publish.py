@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from em_data import save_image_grid
-from em_data.hub import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_evaluation.environment import describe_environment
+from em_generation.generate import hash_weights
+from em_generation.loading import PIPELINES, find_pipeline_folder, load_pipeline, read_class_name
 from em_hub.card import VARIANT, make_card, read_evaluation
-from em_hub.generation import hash_weights
-from em_hub.loading import PIPELINES, find_pipeline_folder, load_pipeline, read_class_name
+from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_training import write_text_atomically
 
 WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|grain|generator)/.+"

@@ -12,8 +12,8 @@ from pathlib import Path
 import tyro
 from huggingface_hub import SpaceCardData, constants
 
-from em_data.hub import HUB_ID, check_dry_run_folder, find_account, upload_folder
 from em_hub.card import CODE_LICENSE
+from em_hub.transport import HUB_ID, check_dry_run_folder, find_account, upload_folder
 from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,7 @@ PACKAGES = (
     "em_diffusion",
     "em_stylegan",
     "em_evaluation",
+    "em_generation",
     "em_hub",
     "model_cards",
 )
@@ -58,7 +59,7 @@ def publish_space(config: SpaceConfig, *, say=lambda text: print(text, file=sys.
     """Write the Space and upload it in one commit; return its page's address, or the folder of a dry run.
 
     Raises `ValueError` in one sentence: no model, a model that is no Hub id, an installation without app.py, and as
-    `em_data.hub.upload_folder` does.
+    `em_hub.transport.upload_folder` does.
     """
     check_models(config)
     if config.dry_run is not None:

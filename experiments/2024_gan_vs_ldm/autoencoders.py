@@ -21,7 +21,7 @@ from pathlib import Path
 from recipe import SCALES, Results, choose_tiles, create_parser
 
 from em_data import load_data
-from em_data.cache import write_atomically
+from em_data.files import write_atomically
 from em_diffusion import PRESETS
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.select_autoencoder import SelectionConfig, name_candidates, select_autoencoder

@@ -30,7 +30,7 @@ from em_data import read_image_folder
 from em_diffusion.selection_output import join
 from em_evaluation.conclusion import STUDY
 from em_evaluation.images import read_images
-from em_hub.generation import GenerationConfig, generate_images
+from em_generation.generate import GenerationConfig, generate_images
 from em_training.cli import run_command
 
 STUDY_MODELS = {model["family"]: model for model in STUDY["models"]}

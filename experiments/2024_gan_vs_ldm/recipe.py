@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from em_data import load_data
-from em_data.cache import write_atomically
+from em_data.files import write_atomically
 from em_evaluation import compute_features, frechet_distance_interval, get_extractor
 from em_evaluation.environment import describe_environment
 from em_evaluation.images import count_images, read_images

@@ -15,7 +15,7 @@ from sampler_points import is_as_good
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, train_ldm
 from em_diffusion.samplers import DEFAULT_SAMPLERS, SAMPLERS
 from em_evaluation.distances import Interval
-from em_hub.generation import GenerationConfig, generate_images
+from em_generation.generate import GenerationConfig, generate_images
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -18,7 +18,7 @@ from em_diffusion.autoencoder import (
     quantise,
 )
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_training.perceptual import PerceptualDistance, _load_efficientnet_lite0
+from em_diffusion.perceptual import PerceptualDistance, _load_efficientnet_lite0
 
 
 def make_latents(seed=0, shape=(3, 4, 5, 6)):

@@ -1,6 +1,5 @@
 """Extractors from transformers and timm, with tiny random networks made on the spot."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 
 from em_evaluation import get_extractor
 from em_evaluation.vision_models import CLIP, DINOV2, TransformersModel, digest_weights
+from support import hub_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,20 +123,9 @@ print(json.dumps(out))
 """
 
 
-def load_hub_server():
-    """The stand-in for the Hub, which lies with the Hub's own tests."""
-    if "hub_server" not in sys.modules:
-        path = ROOT / "tests" / "em_hub" / "hub_server.py"
-        spec = importlib.util.spec_from_file_location("hub_server", path)
-        sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hub_server"])
-    return sys.modules["hub_server"]
-
-
 @pytest.mark.slow  # a second interpreter
 def test_what_the_hub_serves_is_what_the_folder_holds(images, dinov2, clip, tmp_path):
     """Both by their published names over a real connection, in a process with an empty cache."""
-    hub_server = load_hub_server()
     torch.save(images, tmp_path / "images.pt")
     with hub_server.HubServer() as server:
         for name, folder in ((DINOV2, dinov2), (CLIP, clip)):

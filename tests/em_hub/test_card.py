@@ -7,10 +7,10 @@ from pathlib import Path
 import jinja2
 import pytest
 from huggingface_hub import ModelCard
-from models import MAKERS
 
 import model_cards
 from em_hub.card import create_environment, is_about, make_card, read_evaluation
+from support.models import MAKERS
 
 TEMPLATES = sorted(Path(model_cards.__file__).parent.glob("*.j2"))
 RECORD = {

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import HubServer, make_environment
 from PIL import Image
 
 from em_data.labels import write_labelled
 from em_data.synthetic import synthesise_micrographs
+from support.hub_server import HubServer, make_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # a dozen processes
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import hub_server
 import pytest
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -12,6 +11,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from support import hub_server
 
 
 def make_folder(path, **contents):

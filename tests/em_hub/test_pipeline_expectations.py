@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
-from models import MAKERS, draw, make_ldm
+
+from support.models import MAKERS, draw, make_ldm
 
 PROMPT = "ours take no prompt and have no text encoder"
 GUIDANCE = "ours have no guidance"

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from models import MAKERS, draw, make_ldm, make_stylegan
 from PIL import Image
 from safetensors.torch import load_file
 
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline
-from em_hub.generation import GenerationConfig, generate_images, hash_weights
-from em_hub.loading import load_pipeline, read_run_info
+from em_generation.generate import GenerationConfig, generate_images, hash_weights
+from em_generation.loading import load_pipeline, read_run_info
 from em_hub.publish import PublishConfig, hide_paths, publish_run, train_and_publish
 from em_stylegan import EMStyleGANPipeline
+from support.models import MAKERS, draw, make_ldm, make_stylegan
 
 
 def make_run(folder, family="ldm", seed=0, data="synthetic"):

@@ -6,20 +6,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import hub_server
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
-from hub_server import make_environment
 from huggingface_hub import constants
-from models import draw
 
 import em_diffusion
 import em_stylegan
 from em_diffusion import EMLatentDiffusionPipeline, train_ldm
-from em_hub.evaluation import EvaluationConfig, evaluate_runs
+from em_generation.evaluate import EvaluationConfig, evaluate_runs
 from em_hub.publish import PublishConfig, publish_run
 from em_stylegan import EMStyleGANPipeline, train_gan
+from support import hub_server
+from support.hub_server import make_environment
+from support.models import draw
 
 pytestmark = pytest.mark.slow  # two trainings, an evaluation and a second interpreter
 CLASSES = {"em-ldm": EMLatentDiffusionPipeline, "em-gan": EMStyleGANPipeline}

@@ -44,10 +44,10 @@ def test_a_space_is_pushed_whole_and_again(hub, tmp_path):
         "app.py",
         "space.py",
         "LICENSE",
-        "em_hub/demo.py",
+        "em_generation/demo.py",
     } <= first
     assert not any("__pycache__" in path or path.startswith(("tests/", "runs/")) for path in first)
-    for path in ("app.py", "em_hub/demo.py", "em_evaluation/templates/report.html.j2"):
+    for path in ("app.py", "em_generation/demo.py", "em_evaluation/templates/report.html.j2"):
         assert hub.read("you/demo", path, kind="spaces") == (ROOT / path).read_bytes()
     api = HfApi()
     for path in ("em_hub/gone.py", "notes.md"):

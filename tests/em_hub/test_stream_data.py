@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from hub_server import make_environment
 from huggingface_hub import constants
 
 from em_data import DataConfig, load_data
 from em_data.push import PushConfig, push_folder
 from em_data.sources import open_source
+from support.hub_server import make_environment
 
 NUM, SIDE, RESOLUTION = 12, 256, 64
 FOOTER_BYTES = 2**16  # of a Parquet file, which pyarrow asks for first

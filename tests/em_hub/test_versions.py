@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
-from hub_server import make_environment
 from huggingface_hub import HfApi
-from models import MAKERS, draw, make_ldm, make_stylegan
+
+from support.hub_server import make_environment
+from support.models import MAKERS, draw, make_ldm, make_stylegan
 
 CHANGES = {  # of the same length: file size and second of writing tell the versions apart no more than their names do
     "ldm": ("pipeline_em_ldm.py", '("pil", "np", "pt", "latent")', '("pil", "np", "p2", "latent")'),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from em_hub.generation import GenerationConfig, generate_images
-from em_hub.loading import find_pipeline_folder, load_pipeline
+from em_generation.generate import GenerationConfig, generate_images
+from em_generation.loading import find_pipeline_folder, load_pipeline
 from em_stylegan import interpolate, load_official
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator

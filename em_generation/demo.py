@@ -19,9 +19,9 @@ import torch
 from em_data import save_image_grid
 from em_diffusion.samplers import create_sampler, list_samplers
 from em_evaluation.report import make_scale_bar
-from em_hub.generation import DTYPES, NOISE_MODE
-from em_hub.image_store import create_store
-from em_hub.loading import load_pipeline, read_run_info
+from em_generation.generate import DTYPES, NOISE_MODE
+from em_generation.loading import load_pipeline, read_run_info
+from em_generation.store import create_store
 from em_stylegan.interpolate import mix_styles, save_video, walk
 from em_training import create_process_state, default_precision, seed_for
 
@@ -366,7 +366,7 @@ def _synthesise(model, ws, generators, noise_mode):
 
 
 def _create_generators(model, seed, num_images):
-    """Image i's generator of its own, as in `em_hub.sampling`."""
+    """Image i's generator of its own, as in `em_generation.sampling`."""
     device = "cpu" if model.family == "ldm" else model.pipeline.device
     return [torch.Generator(device).manual_seed(seed_for(int(seed), i)) for i in range(num_images)]
 

@@ -15,9 +15,14 @@ import torch
 from tqdm.auto import tqdm
 
 from em_diffusion.samplers import SAMPLERS, create_sampler
-from em_hub.image_store import create_store, holds_images, remove_remains
-from em_hub.loading import OTHER_VARIANTS, fetch_pipeline_folder, load_pipeline, read_run_info
-from em_hub.sampling import DECODED_PIXELS, Sampling
+from em_generation.loading import (
+    OTHER_VARIANTS,
+    fetch_pipeline_folder,
+    load_pipeline,
+    read_run_info,
+)
+from em_generation.sampling import DECODED_PIXELS, Sampling
+from em_generation.store import create_store, holds_images, remove_remains
 from em_training import create_process_state, default_precision, write_text_atomically
 
 RECORD = "generation.json"

@@ -3,8 +3,8 @@ import torch
 from diffusers import VQModel
 
 from em_data import DataConfig
-from em_hub import evaluation
-from em_hub.evaluation import (
+from em_generation import evaluate as evaluation
+from em_generation.evaluate import (
     EvaluationConfig,
     evaluate_runs,
     find_data,
@@ -14,8 +14,8 @@ from em_hub.evaluation import (
     reconstruct,
     refuse_other_splits,
 )
-from em_hub.extractors import create_extractors, pair_weights
-from em_hub.loading import RunInfo
+from em_generation.extractors import create_extractors, pair_weights
+from em_generation.loading import RunInfo
 
 
 def info(name="run", family="ldm", **changes):

@@ -11,9 +11,9 @@ from em_data import DataConfig, load_data, read_image_folder
 from em_diffusion.autoencoder import decode, encode
 from em_evaluation import ModelImages, evaluate_models, write_report
 from em_evaluation.compare import compare_reports
-from em_hub.extractors import create_extractors
-from em_hub.generation import GenerationConfig, generate_images
-from em_hub.loading import RunInfo, load_pipeline, read_run_info
+from em_generation.extractors import create_extractors
+from em_generation.generate import GenerationConfig, generate_images
+from em_generation.loading import RunInfo, load_pipeline, read_run_info
 from em_training import config_from_dict, create_process_state, make_generator, read_stats
 
 FAMILY_NAMES = {

@@ -8,8 +8,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from em_data.hub import HUB_ID, fetch_repository
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_hub.transport import HUB_ID, fetch_repository
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 
 PATTERNS = ["*.json", "*/*.json", "*/*.safetensors"]  # of a repository: no code

@@ -16,10 +16,10 @@ from em_data.config import DataConfig
 from em_data.sources import open_source
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
-from em_hub import generation
-from em_hub.generation import GenerationConfig, generate_images
-from em_hub.image_store import ArrowStore, FileStore, cut_into_shards
-from em_hub.loading import find_pipeline_folder, load_pipeline
+from em_generation import generate as generation
+from em_generation.generate import GenerationConfig, generate_images
+from em_generation.loading import find_pipeline_folder, load_pipeline
+from em_generation.store import ArrowStore, FileStore, cut_into_shards
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import seed_for
@@ -480,7 +480,7 @@ def test_arrow_holds_the_levels_of_the_files(model, tmp_path, bits, monkeypatch)
     import tifffile
 
     monkeypatch.setattr(
-        "em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4)
+        "em_generation.store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4)
     )
     options = {"bits": bits, "num_images": 11, "batch_size": 16}
     generate_images(config_for(model, tmp_path / "files", format="tiff", **options))
@@ -512,7 +512,7 @@ def test_arrow_goes_on_after_a_kill_and_grows(model, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(
-        "em_hub.image_store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4)
+        "em_generation.store.cut_into_shards", lambda numbers: cut_into_shards(numbers, size=4)
     )
     config = config_for(model, tmp_path, format="arrow", num_images=10, batch_size=16)
     generate_images(config)

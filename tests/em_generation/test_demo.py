@@ -8,7 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import models
 import numpy as np
 import pytest
 import tifffile
@@ -16,8 +15,9 @@ import torch
 from PIL import Image
 
 from em_data import read_micrograph, to_uint8, to_uint16
-from em_hub import demo
-from em_hub.generation import GenerationConfig, generate_images
+from em_generation import demo
+from em_generation.generate import GenerationConfig, generate_images
+from support import models
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,40 @@
+"""A training batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process computes in one step.
+
+    Args:
+        images: Float32 [B, C, H, W]: micrographs in [-1, 1], or their standardised latents.
+        ids: Int64 [B], the views that the images are.
+        class_labels: Int64 [B], or None where the data have no classes.
+        masks: Float32 [B, K, H, W] in [0, 1], one channel a kind of defect, or None.
+        noise: Float32, what the training step adds or samples with, or None.
+        timesteps: Int64 [B] or float32 [B], the noise levels of a denoiser, or None.
+    """
+
+    images: torch.Tensor
+    ids: torch.Tensor
+    class_labels: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    timesteps: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return a batch of `function` of each tensor that is there."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Yield parts of at most `size` rows, in order."""
+        for start in range(0, len(self), size):
+            yield self.map(lambda tensor: tensor[start : start + size])  # noqa: B023

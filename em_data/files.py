@@ -1,0 +1,125 @@
+"""Files and folders that are there whole or not at all, locks and the cache. Imports nothing of ours."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+DAY = 86_400  # seconds
+
+
+def find_cache_dir(cache_dir=None) -> Path:
+    """Return the cache folder: the one given, or em-synthesis in the user's cache folder (XDG)."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em-synthesis"
+
+
+def write_atomically(path, data: bytes | str) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it.
+
+    A reader, also after a power cut, sees the old file or the new one, whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path) -> None:
+    """Flush a file, or the names in a folder, to the disk; Windows cannot flush a folder."""
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def build_folder(folder) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` at the end, or is removed if the block raises.
+
+    If another process has built `folder` in the meantime, theirs stays and ours is removed. Remains
+    of killed builds that are older than a day are removed.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for remains in folder.parent.glob(".building-*"):
+        if time.time() - remains.stat().st_mtime > DAY:
+            shutil.rmtree(remains, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_UMASK)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replace_folder(folder) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` at the end.
+
+    A kill leaves the old folder, the new one or, for a moment, none: nothing half written.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for remains in folder.parent.glob(f".{folder.name}.*"):
+        if remains.is_dir():
+            shutil.rmtree(remains, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_UMASK)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                flush_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock(path, message: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path` for the block; the system releases it however the process ends.
+
+    message: raise `ValueError` with this text where another process holds the lock. By default,
+    wait for it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = filelock.FileLock(path, timeout=-1 if message is None else 0)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock)
+        except filelock.Timeout as error:
+            raise ValueError(message) from error
+        yield
+
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)

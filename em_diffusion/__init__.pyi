@@ -1,0 +1,10 @@
+from .autoencoder_loop import train_autoencoder as train_autoencoder
+from .config import AutoencoderConfig as AutoencoderConfig
+from .config import DenoiserConfig as DenoiserConfig
+from .config import LDMConfig as LDMConfig
+from .denoiser_loop import train_denoiser as train_denoiser
+from .latents import Latents as Latents
+from .latents import encode_latents as encode_latents
+from .pipeline_em_ldm import EMLatentDiffusionPipeline as EMLatentDiffusionPipeline
+from .presets import PRESETS as PRESETS
+from .train import train_ldm as train_ldm

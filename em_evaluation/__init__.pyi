@@ -1,0 +1,14 @@
+from .distances import bootstrap_interval as bootstrap_interval
+from .distances import frechet_distance as frechet_distance
+from .distances import frechet_distance_from_statistics as frechet_distance_from_statistics
+from .distances import frechet_distance_interval as frechet_distance_interval
+from .distances import kernel_distance as kernel_distance
+from .distances import kernel_distance_interval as kernel_distance_interval
+from .features import Extractor as Extractor
+from .features import get_extractor as get_extractor
+from .images import ModelImages as ModelImages
+from .protocol import evaluate_models as evaluate_models
+from .report import write_report as write_report
+from .statistics import FeatureStatistics as FeatureStatistics
+from .statistics import compute_features as compute_features
+from .surrogates import phase_randomised_surrogates as phase_randomised_surrogates
