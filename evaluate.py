@@ -1,14 +1,6 @@
-"""Compare trained models with held-out micrographs and with each other: report.html and report.json; or reports with --compare."""
+"""Compare trained models with held-out micrographs and with each other."""
 
-import tyro
-
-from em_generation.evaluate import EvaluationConfig, evaluate_runs
-from em_training.cli import run_command
-
-
-def main():
-    evaluate_runs(tyro.cli(EvaluationConfig))
-
+from em_commands.evaluate import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

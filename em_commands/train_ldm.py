@@ -1,0 +1,29 @@
+"""Train a latent diffusion model on micrographs: autoencoder, latents, denoiser, pipeline."""
+
+import sys
+
+from em_diffusion.presets import PRESETS
+from em_diffusion.train import train_ldm
+from em_hub.publish import train_and_publish
+from em_training.cli import parse_preset, run_command
+
+DESCRIPTION = """Train a latent diffusion model on electron micrographs.
+
+  python train_ldm.py demo                                  the embedded synthetic micrographs, minutes on 2 CPU cores
+  python train_ldm.py small --data FOLDER --out runs/mine   your own micrographs (TIFF, PNG, JPEG, BMP; 8 or 16 bit)
+  accelerate launch train_ldm.py paper --data FOLDER        all GPUs of the machine
+
+--push-to-hub REPO publishes the finished run on the Hub (--private: for you alone).
+A run that was stopped or killed goes on when the same command is given again.
+`python train_ldm.py PRESET --help` lists the flags of a preset with their values."""
+
+
+def run() -> None:
+    def parse(argv):
+        return parse_preset(PRESETS, default="demo", description=DESCRIPTION, argv=argv)
+
+    train_and_publish(parse, train_ldm, sys.argv[1:])
+
+
+def main() -> None:
+    run_command(run)
