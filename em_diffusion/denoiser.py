@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from em_diffusion.em_unet2d_model import EMUNet2DModel
+from em_diffusion.pipeline_em_ldm import align_weights
 
 
 def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DModel:
@@ -38,7 +39,7 @@ def load_denoiser(folder) -> UNet2DModel:
     name = UNet2DModel.load_config(folder)["_class_name"]
     if name not in classes:
         raise ValueError(f"{folder} holds a {name}; a denoiser is one of {', '.join(classes)}.")
-    return classes[name].from_pretrained(folder)
+    return align_weights(classes[name].from_pretrained(folder))
 
 
 def create_scheduler(config) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:

@@ -19,6 +19,7 @@ from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
 from em_diffusion.grey import fold_to_grey
 from em_diffusion.official_dalle import find_dalle
+from em_diffusion.pipeline_em_ldm import align_weights
 
 KINDS = {
     VQModel: "VQ",
@@ -109,7 +110,7 @@ def load_autoencoder(
             raise ValueError(
                 f"{source} has no weights that can be read: {' '.join(str(error).split())}"
             ) from error
-        model = fold_to_grey(model)
+        model = align_weights(fold_to_grey(model))
     return Autoencoder(
         model.eval().to(device), KINDS[type(model)], model.config.get("num_vq_embeddings")
     )

@@ -89,6 +89,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             default_num_inference_steps=int(default_num_inference_steps),
         )
 
+    def __setattr__(self, name, value):
+        """Set an attribute; a model's weights are brought to aligned memory first."""
+        if isinstance(value, torch.nn.Module):
+            align_weights(value)
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -468,6 +474,19 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return index
         own = [key for key, value in index.items() if _is_own_component(key, value)]
         return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+def align_weights(model):
+    """Copy weights whose address is no multiple of 64 bytes to memory that is aligned; return `model`.
+
+    safetensors loads tensors at any address. Some CPU kernels round differently there, so that a
+    loaded model and the same model in memory would give images that differ in their last digits.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu
+        if is_plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _is_own_component(name, value):

@@ -5,9 +5,8 @@ import urllib.error
 import pytest
 import torch
 
-from em_diffusion import PRESETS
+from em_diffusion import PRESETS, perceptual
 from em_diffusion.perceptual import LPIPSDistance, PerceptualDistance, create_perceptual_distance
-from em_training import perceptual
 
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)  # VGG16's convolutions
 POSITIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

@@ -16,6 +16,8 @@ from diffusers import (
 
 from em_data import to_uint8
 from em_diffusion import EMLatentDiffusionPipeline
+from em_diffusion.denoiser import load_denoiser
+from em_diffusion.load_autoencoder import load_autoencoder
 
 numpy_2_in_diffusers = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -208,6 +210,28 @@ def test_saved_folder_gives_equal_images_without_running_its_code(pipeline, tmp_
     assert str(tmp_path) not in "".join(
         path.read_text() for path in (tmp_path / "again").rglob("*.json")
     )
+
+
+def test_loaded_weights_are_aligned_in_memory(pipeline, tmp_path):
+    """safetensors loads at any address, and some kernels round differently there."""
+
+    def addresses(*models):
+        tensors = [t for model in models for t in [*model.parameters(), *model.buffers()]]
+        return {tensor.data_ptr() % 64 for tensor in tensors if tensor.numel()}
+
+    pipeline.save_pretrained(tmp_path)
+    unet = type(pipeline.unet).from_pretrained(tmp_path / "unet")
+    assert addresses(unet) != {0}, "the test needs a file with unaligned tensors"
+    loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    for pipe in (loaded, stock, loaded.to(torch.bfloat16)):
+        assert addresses(pipe.unet, pipe.vqvae) == {0}
+    loaded.unet = unet
+    assert addresses(unet) == {0}
+    assert addresses(load_denoiser(tmp_path / "unet")) == {0}
+    assert addresses(load_autoencoder(tmp_path).model) == {0}
+    expected = pipeline.unet.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in unet.state_dict().items())
 
 
 def test_latent_statistics_survive_a_stock_model(vqvae, tmp_path):
