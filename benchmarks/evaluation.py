@@ -91,7 +91,7 @@ def time_features(num_tiles, batch_size) -> dict:
         half = len(files) // 2
         images = read_image_folder(Path(folder) / "tiles")
         run_plain(plain_network, files[:2], batch_size)  # warm up both
-        compute_features(images.batch(0, 2), extractor, use_cache=False)
+        compute_features(images.batch(range(2)), extractor, use_cache=False)
         fast, fast_seconds = _time(
             lambda: compute_features(images, extractor, batch_size=batch_size, use_cache=False)
         )

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -14,6 +16,52 @@ import torch
 from em_data.files import write_atomically
 from em_data.intensity import from_uint, to_uint8, to_uint16
 from em_data.reading import SUFFIXES, natural_key, read_micrograph
+
+
+@runtime_checkable
+class Images(Protocol):
+    """A container of grey images of one size, read batch by batch.
+
+    Tiles, folders of images and sets in memory all follow it. Some have more: `names` (one per image),
+    `shape` (H, W) and `pixel_size_nm`.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def batch(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Return the images with these numbers as float32 [B, 1, H, W] in [-1, 1].
+
+        Args:
+            ids: Integers from 0 to len(self) - 1: a list, an array or a range.
+        """
+
+
+@runtime_checkable
+class Views(Images, Protocol):
+    """Images that are views of tiles: several of them may show one tile."""
+
+    def locate(self, view_ids) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tile and the symmetry of each view, two int64 arrays [B]."""
+
+
+class ImageArray:
+    """Images in memory: a tensor or an array of floats [N, 1, H, W] in [-1, 1]."""
+
+    def __init__(self, images):
+        self.images = torch.as_tensor(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, ids):
+        """Return images as float32 [B, 1, H, W] in [-1, 1]."""
+        return self.images[torch.as_tensor(ids, dtype=torch.int64)].to(torch.float32)
+
+
+def as_images(images) -> Images:
+    """Return the container itself, or an `ImageArray` of a tensor or array."""
+    return images if isinstance(images, Images) else ImageArray(images)
 
 
 def write_image(image, path, *, bits=8, pixel_size_nm=None):
@@ -99,10 +147,10 @@ class ImageFolder:
     def _read(self, i):
         return read_micrograph(self.paths[i], label_bar="keep", name=self.names[i])
 
-    def batch(self, start, stop):
-        """Return images start .. stop - 1 as float32 [B, 1, H, W] in [-1, 1]."""
+    def batch(self, ids):
+        """Return images as float32 [B, 1, H, W] in [-1, 1]."""
         images = []
-        for i in range(start, min(stop, len(self))):
+        for i in ids:
             image = self._read(i).image
             if image.shape != self.shape:
                 raise ValueError(
@@ -142,11 +190,9 @@ class ImageDataset:
     def __len__(self):
         return len(self.levels)
 
-    def batch(self, start, stop):
-        """Return images start .. stop - 1 as float32 [B, 1, H, W] in [-1, 1]."""
-        return from_uint(
-            np.asarray(self.levels[start : min(stop, len(self))][self.column])
-        ).unsqueeze(1)
+    def batch(self, ids):
+        """Return images as float32 [B, 1, H, W] in [-1, 1]."""
+        return from_uint(np.asarray(self.levels[ids][self.column])).unsqueeze(1)
 
 
 def read_image_folder(path):

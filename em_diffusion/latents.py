@@ -32,6 +32,9 @@ class Latents:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
 
+    def __len__(self):
+        return len(self.array)
+
     @property
     def num_views(self) -> int:
         return len(self.array)

@@ -29,7 +29,7 @@ from em_evaluation import bootstrap_interval, compute_features, get_extractor
 from em_evaluation.conclusion import STUDY
 from em_evaluation.distances import Distance, frechet_influence
 from em_evaluation.environment import describe_environment
-from em_evaluation.images import ImageSet, count_images, read_images
+from em_evaluation.images import ImageSet, read_images
 from em_evaluation.protocol import note_few_micrographs
 from em_training import create_process_state, write_text_atomically
 from em_training.cli import run_command
@@ -92,7 +92,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
         device=device,
     )
     tiles = data.held_out if config.side == "held_out" else data.train
-    num_images = min(config.num_images, count_images(tiles))
+    num_images = min(config.num_images, len(tiles))
     originals = read_images(tiles, num_images, config.seed)
     original_features = compute_features(originals, extractor, cache_dir=config.tiles.cache_dir)
 
@@ -185,7 +185,9 @@ def reconstruct_all(name, autoencoder, originals: ImageSet, config) -> tuple[Ima
     )
     starts = range(0, len(originals), config.batch_size)
     autoencoder.decode(
-        autoencoder.encode(originals.batch(0, config.batch_size).to(autoencoder.device))[0]
+        autoencoder.encode(
+            originals.batch(range(min(config.batch_size, len(originals)))).to(autoencoder.device)
+        )[0]
     )  # warm-up
     levels, seconds = [], {"encode": 0.0, "decode": 0.0}
     bar = {
@@ -195,7 +197,7 @@ def reconstruct_all(name, autoencoder, originals: ImageSet, config) -> tuple[Ima
         "mininterval": 0.5 if sys.stderr.isatty() else 15,
     }
     for start in tqdm(starts, desc=name, **bar):
-        images = originals.batch(start, min(start + config.batch_size, len(originals))).to(
+        images = originals.batch(range(start, min(start + config.batch_size, len(originals)))).to(
             autoencoder.device
         )
         began = read_clock(autoencoder.device)
@@ -243,7 +245,7 @@ def describe(autoencoder, latents, resolution) -> dict:
 
 def measure(originals: ImageSet, reconstructed: ImageSet) -> dict:
     """Return PSNR and SSIM (means over images) and the error of the power spectrum, of 8-bit images both."""
-    images, others = (each.batch(0, len(each)) for each in (originals, reconstructed))
+    images, others = (each.batch(range(len(each))) for each in (originals, reconstructed))
     difference = spectrum_difference_db(images, others)
     return {
         "psnr_db": float(psnr(images, others).mean()),

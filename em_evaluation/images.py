@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from em_data import Views
 from em_data.intensity import from_uint, to_uint8
 from em_evaluation.statistics import iterate_batches
 
@@ -15,7 +16,7 @@ from em_evaluation.statistics import iterate_batches
 class ModelImages:
     """A model's generated images with what its run says about itself.
 
-    images: a tensor [N, 1, H, W] in [-1, 1] or anything with `len()` and `.batch(start, stop)`, such as
+    images: a tensor [N, 1, H, W] in [-1, 1], or `em_data.Images`, such as
     `em_data.read_image_folder`'s. curves: stage -> lines of its stats.jsonl. info: anything else for the report, JSON
     values. without_grain: the same images before noise was added to them, where it was: copies are sought in these, since noise
     would hide them.
@@ -45,17 +46,12 @@ class ImageSet:
     def __len__(self):
         return len(self.levels)
 
-    def batch(self, start, stop):
-        return from_uint(self.levels[start:stop])
+    def batch(self, ids):
+        return from_uint(self.levels[np.asarray(ids, dtype=np.int64)])
 
     @property
     def resolution(self):
         return tuple(self.levels.shape[-2:])
-
-
-def count_images(images) -> int:
-    """Return how many images a set offers: the views of tiles, else `len()`."""
-    return images.num_views if hasattr(images, "num_views") else len(images)
 
 
 def read_images(images, count, seed=0, batch_size=256) -> ImageSet:
@@ -63,8 +59,8 @@ def read_images(images, count, seed=0, batch_size=256) -> ImageSet:
     generated.
     """
     groups = None
-    if hasattr(images, "num_views"):
-        tile_of_view, _ = images.locate(np.arange(images.num_views))
+    if isinstance(images, Views):
+        tile_of_view, _ = images.locate(np.arange(len(images)))
         view_ids = select_views(tile_of_view, count, seed)
         batches = (images.batch(view_ids[i : i + batch_size]) for i in range(0, count, batch_size))
         groups = find_micrographs(images, tile_of_view[view_ids])

@@ -134,7 +134,7 @@ def share_interval(count, total, level=0.95):
 
 
 class _Levels:
-    """uint8 images [N, H, W], asked for by slices, as batches for an extractor."""
+    """uint8 images [N, H, W], read by their numbers, as batches for an extractor."""
 
     def __init__(self, length, read):
         self.length, self.read = length, read
@@ -142,8 +142,8 @@ class _Levels:
     def __len__(self):
         return self.length
 
-    def batch(self, start, stop):
-        return from_uint(self.read(start, stop)).unsqueeze(1)
+    def batch(self, ids):
+        return from_uint(self.read(np.asarray(ids))).unsqueeze(1)
 
 
 def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES, **options):
@@ -155,7 +155,7 @@ def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES,
     def features_of(length, read):
         return compute_features(_Levels(length, read), extractor, **options).astype(np.float64)
 
-    known = features_of(len(tiles), lambda start, stop: tiles[np.arange(start, stop)])  # [T, D]
+    known = features_of(len(tiles), lambda ids: tiles[ids])  # [T, D]
     known_squared = (known**2).sum(1)
     distances = {}
     for key, images in sets.items():
@@ -163,7 +163,7 @@ def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES,
         nearest = np.full(len(levels), np.inf)
         for name in ELEMENTS:
             turned = np.ascontiguousarray(apply_symmetry(levels, name))
-            asked = features_of(len(turned), lambda start, stop, turned=turned: turned[start:stop])
+            asked = features_of(len(turned), lambda ids, turned=turned: turned[ids])
             squared = (asked**2).sum(1)[:, None] + known_squared[None] - 2 * asked @ known.T
             nearest = np.minimum(nearest, squared.min(1))
         distances[key] = np.sqrt(np.maximum(nearest, 0))

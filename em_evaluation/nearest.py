@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy import fft, ndimage
 from tqdm import tqdm
 
+from em_data.images import Views
 from em_data.intensity import to_uint8
 from em_data.views import ELEMENTS, apply_symmetry
 
@@ -45,10 +46,8 @@ class TileReader:
             None,
             {},
         )  # coarse: averaged tiles, made once for several sets
-        if hasattr(train, "locate"):
-            _, self.views = np.unique(
-                train.locate(np.arange(train.num_views))[0], return_index=True
-            )
+        if isinstance(train, Views):
+            _, self.views = np.unique(train.locate(np.arange(len(train)))[0], return_index=True)
 
     def __len__(self):
         return len(self.train) if self.views is None else len(self.views)

@@ -8,7 +8,7 @@ import torch
 from em_data.intensity import to_uint8
 from em_evaluation.conclusion import STUDY, compare_models, conclude, warn, weigh_autoencoders
 from em_evaluation.environment import describe_environment
-from em_evaluation.images import ImageSet, count_images, read_images, transform_images
+from em_evaluation.images import ImageSet, read_images, transform_images
 from em_evaluation.measurement import measure_with_extractor
 from em_evaluation.memorisation import measure_memorisation
 from em_evaluation.memorisation_report import make_gallery
@@ -215,9 +215,9 @@ def name_starts(untrained, transferred):
 
 def agree_on_number(num_images, models, reference, train, starts):
     """Return the number of images that every set has, at most `num_images`, and what to say where it is fewer."""
-    counts = {"held-out views": count_images(reference), "training views": count_images(train)}
-    counts |= {f"images of {model.name}": count_images(model.images) for model in models}
-    counts |= {f"images of {name}": count_images(images) for name, _, images in starts.values()}
+    counts = {"held-out views": len(reference), "training views": len(train)}
+    counts |= {f"images of {model.name}": len(model.images) for model in models}
+    counts |= {f"images of {name}": len(images) for name, _, images in starts.values()}
     scarcest = min(counts, key=counts.get)
     if counts[scarcest] < 2:
         raise ValueError(
@@ -261,7 +261,7 @@ def make_floors(train: ImageSet, floors, reconstruct, seed):
                 "what a diffusion model on its latents cannot undercut by much",
             }
     if "surrogates" in floors:
-        surrogates = phase_randomised_surrogates(train.batch(0, len(train)), seed)
+        surrogates = phase_randomised_surrogates(train.batch(range(len(train))), seed)
         clipped = fraction_outside(surrogates)
         sets["surrogates"] = ImageSet(to_uint8(surrogates), train.groups)
         info["surrogates"] = {
@@ -344,7 +344,7 @@ def describe_protocol(extractors, measurements, num_images, seed, reference, set
 def describe_model(model, num_images):
     rate = model.sample_images_per_second
     if rate is None and model.sample_seconds:
-        rate = count_images(model.images) / model.sample_seconds
+        rate = len(model.images) / model.sample_seconds
     return {
         "name": model.name,
         "family": model.family,

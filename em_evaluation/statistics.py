@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from em_data.files import find_cache_dir
+from em_data.images import as_images
 
 
 class FeatureStatistics:
@@ -66,17 +67,10 @@ class FeatureStatistics:
 
 
 def iterate_batches(images, batch_size):
-    """Yield float32 batches [B, 1, H, W] in [-1, 1] of a tensor, an array, or anything with `len()` and `.batch(start,
-    stop)`.
-    """
+    """Yield float32 batches [B, 1, H, W] in [-1, 1] of a tensor, an array or `em_data.Images`."""
+    images = as_images(images)
     for start in range(0, len(images), batch_size):
-        stop = min(start + batch_size, len(images))
-        batch = (
-            images.batch(start, stop)
-            if hasattr(images, "batch")
-            else torch.as_tensor(images[start:stop])
-        )
-        yield batch.to(torch.float32)
+        yield images.batch(range(start, min(start + batch_size, len(images))))
 
 
 def content_digest(images, batch_size=256) -> str:
@@ -100,7 +94,7 @@ def compute_features(
 ) -> np.ndarray | None:
     """Return float32 features [N, D] of images, from the cache where the same images went through the same extractor.
 
-    images: a tensor [N, 1, H, W] in [-1, 1], or anything with `len()` and `.batch(start, stop)`. The cache file's name
+    images: a tensor [N, 1, H, W] in [-1, 1], or `em_data.Images`. The cache file's name
     is the SHA-256 of the images' content and the extractor's identity, so that two sets never share one, whatever they
     are called; it is written atomically into `cache_dir`/features, by default in the user's cache. `progress` is called
     with the number of images done. state: accelerate's state where several processes call this together, each with all of the
@@ -144,17 +138,13 @@ def _compute_shares(images, extractor, batch_size, progress, state):
     num_processes, index = (
         (state.num_processes, state.process_index) if state is not None else (1, 0)
     )
+    images = as_images(images)
     share = -(-len(images) // num_processes)
     first, last = min(index * share, len(images)), min((index + 1) * share, len(images))
     features = np.zeros((share, extractor.num_features), np.float32)
     for start in range(first, last, batch_size):
         stop = min(start + batch_size, last)
-        batch = (
-            images.batch(start, stop)
-            if hasattr(images, "batch")
-            else torch.as_tensor(images[start:stop])
-        )
-        features[start - first : stop - first] = extractor(batch.to(torch.float32)).numpy()
+        features[start - first : stop - first] = extractor(images.batch(range(start, stop))).numpy()
         if progress:
             progress(stop - first)
     if num_processes == 1:

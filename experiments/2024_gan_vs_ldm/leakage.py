@@ -24,7 +24,7 @@ from em_data.synthetic import synthesise_micrographs
 from em_data.views import ELEMENTS, SYMMETRIES, apply_symmetry
 from em_evaluation import compute_features, frechet_distance_interval, get_extractor
 from em_evaluation.environment import describe_environment
-from em_evaluation.images import ImageSet, count_images, read_images
+from em_evaluation.images import ImageSet, read_images
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ("micrograph", "leaky")
@@ -96,7 +96,7 @@ def measure(
     )
     for split in SPLITS:
         data = load_data(source, DataConfig(**{**vars(config), "split": split}), log=log)
-        most = min([largest, count_images(data.held_out), count_images(data.train)])
+        most = min([largest, len(data.held_out), len(data.train)])
         sides = {
             "held_out": read_images(data.held_out, most, seed),
             "train": read_images(data.train, most, seed + 1),

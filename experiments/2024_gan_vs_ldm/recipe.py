@@ -19,7 +19,7 @@ from em_data import load_data
 from em_data.files import write_atomically
 from em_evaluation import compute_features, frechet_distance_interval, get_extractor
 from em_evaluation.environment import describe_environment
-from em_evaluation.images import count_images, read_images
+from em_evaluation.images import read_images
 from em_training import write_text_atomically
 
 
@@ -110,7 +110,7 @@ class Reference:
 
     def __init__(self, arguments, tiles, device="cpu"):
         held_out = load_data(arguments.data, tiles, log=lambda text: None).held_out
-        num_images = min(SCALES[arguments.scale].num_images, count_images(held_out))
+        num_images = min(SCALES[arguments.scale].num_images, len(held_out))
         self.images = read_images(held_out, num_images)
         self.extractor = get_extractor(
             arguments.extractor, resolution=tiles.resolution, device=device

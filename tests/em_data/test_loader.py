@@ -36,6 +36,9 @@ def test_empty_training_side_is_refused():
 class FakeTiles:
     num_views = 30
 
+    def __len__(self):
+        return self.num_views
+
     def batch(self, view_ids):
         return torch.as_tensor(view_ids, dtype=torch.float32).reshape(-1, 1, 1, 1)
 

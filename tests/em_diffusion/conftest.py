@@ -26,6 +26,9 @@ class FakeTiles:
         )
         self.seen = set()
 
+    def __len__(self):
+        return self.num_views
+
     def locate(self, view_ids):
         """Each view is a tile of its own, as it is."""
         return np.asarray(view_ids), np.zeros(len(view_ids), np.int64)

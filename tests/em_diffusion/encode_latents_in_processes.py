@@ -21,6 +21,9 @@ class CountedTiles:
         self.images = torch.rand(48, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         self.num_views, self.fingerprint, self.calls = 48, "counted", []
 
+    def __len__(self):
+        return self.num_views
+
     def batch(self, view_ids):
         self.calls.append([int(view) for view in view_ids])
         return self.images[torch.as_tensor(view_ids)]

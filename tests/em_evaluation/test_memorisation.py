@@ -63,6 +63,9 @@ class FakeTiles:
     def __init__(self, tiles):
         self.tiles, self.num_views = tiles, 2 * len(tiles)
 
+    def __len__(self):
+        return self.num_views
+
     def locate(self, view_ids):
         return np.divmod(np.asarray(view_ids), 2)
 

@@ -39,6 +39,9 @@ class FakeTiles:
         self.num_tiles, self.num_views = num_tiles, 2 * num_tiles
         self.rows = Rows([f"m{i % num_micrographs}" for i in range(num_tiles)])
 
+    def __len__(self):
+        return self.num_views
+
     def locate(self, view_ids):
         return np.divmod(view_ids, 2)
 

@@ -40,6 +40,9 @@ class FakeTiles:
             micrograph=[f"m{i // 4}" for i in range(24)]
         )
 
+    def __len__(self):
+        return self.num_views
+
     def locate(self, view_ids):
         return np.asarray(view_ids), np.zeros(len(view_ids), int)
 
