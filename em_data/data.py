@@ -24,6 +24,11 @@ class Data:
     held_out: Tiles
     summary: dict
 
+    @property
+    def identity(self) -> dict:
+        """What must not change in the middle of a run: the tiles and their split."""
+        return {key: self.summary[key] for key in ("fingerprint", "split_hash", "num_micrographs")}
+
 
 def load_data(source, config, *, log=print):
     """Read, check, cut and split micrographs; what was cut before is mapped from the cache.

@@ -1,117 +1,105 @@
-"""What decides a latent diffusion run: one frozen dataclass a stage, and the run that holds them."""
+"""Configuration of a latent diffusion run: one class a stage, and the run that holds them."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
-from em_diffusion.denoiser import create_scheduler
-from em_diffusion.patch_discriminator import smallest_side
-from em_diffusion.perceptual import NETWORKS
-from em_diffusion.samplers import create_sampler
+from em_training import MAY_CHANGE, strict
+
+Positive = Annotated[int, Gt(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NotNegative = Annotated[int, Ge(0)]
+NotNegativeFloat = Annotated[float, Ge(0)]
+Beta = Annotated[float, Ge(0), Lt(1)]
+Interval = Annotated[int, Gt(0), MAY_CHANGE]
+IntervalOrNever = Annotated[int, Ge(0), MAY_CHANGE]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=strict("autoencoder"))
 class AutoencoderConfig:
-    """The 1-channel autoencoder and its training. Every interval and length counts images."""
+    """The 1-channel autoencoder and its training. Lengths and intervals count images."""
 
     init_from: str | None = None
-    """A trained autoencoder to begin with instead of random weights, whose architecture then stands: a run's folder, a
-    pipeline's, a model's, or a Hub id. With num_images 0 it is used as it is."""
-    family: str = "vq"
-    """"vq": latents on the nearest of num_codes vectors (van den Oord et al. 2017); "kl": continuous latents, pulled
-    towards a standard normal by kl_weight (latent diffusion's other kind)."""
-    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
-    """Channels by level, finest first; each level after the first halves the side (3 levels: f4, 4 levels: f8)."""
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    num_codes: int = 8192
+    """Start from a trained autoencoder, whose architecture is then used: the folder of a run, a
+    pipeline or a model, or a Hub id. With num_images 0 it is used unchanged."""
+    family: Literal["vq", "kl"] = "vq"
+    """"vq": each latent is the nearest of num_codes vectors (van den Oord et al. 2017); "kl":
+    continuous latents, drawn towards a standard normal by kl_weight."""
+    block_out_channels: tuple[Positive, ...] = (128, 256, 256, 512)
+    """Channels of each level, finest first; each level after the first halves the side (3 levels:
+    f4, 4 levels: f8)."""
+    layers_per_block: Positive = 2
+    latent_channels: Positive = 4
+    num_codes: Positive = 8192
     """vq only: vectors in the codebook, each of latent_channels numbers."""
-    norm_num_groups: int = 32
+    norm_num_groups: Positive = 32
     mid_attention: bool = True
-    """Self-attention between encoder and decoder levels; its cost grows with the fourth power of the latent side."""
+    """Self-attention at the coarsest level. Its cost grows with the fourth power of the side of the
+    latents."""
 
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0
-    perceptual_weight: float = 0.5
-    perceptual_network: str = "efficientnet-lite0"
-    """What compares images in the perceptual loss: "efficientnet-lite0", offline, or "lpips" (package lpips, VGG16)."""
-    perceptual_layers: int = 3
-    """efficientnet-lite0 only: feature levels that are compared: 1 (half the side) to 4 (a sixteenth)."""
-    kl_weight: float = 1e-6
-    """kl only: weight of the posterior's divergence from a standard normal in nats per pixel."""
-    codebook_weight: float = 1.0
-    """vq only, as are the next three."""
-    commitment_weight: float = 0.25
+    l1_weight: NotNegativeFloat = 1.0
+    l2_weight: NotNegativeFloat = 0.0
+    perceptual_weight: NotNegativeFloat = 0.5
+    perceptual_network: Literal["efficientnet-lite0", "lpips"] = "efficientnet-lite0"
+    """Network of the perceptual loss: "efficientnet-lite0", which needs no download, or "lpips"
+    (package lpips, VGG16)."""
+    perceptual_layers: Annotated[int, Ge(1), Le(4)] = 3
+    """efficientnet-lite0 only: number of feature levels, from half the side to a sixteenth."""
+    kl_weight: NotNegativeFloat = 1e-6
+    """kl only: weight of the divergence from a standard normal, in nats per pixel."""
+    codebook_weight: NotNegativeFloat = 1.0
+    """vq only, like the next three."""
+    commitment_weight: NotNegativeFloat = 0.25
     """beta of the VQ-VAE paper: weight of ||z_e - sg(e)||^2 relative to ||sg(z_e) - e||^2."""
-    codebook_rate_scale: float = 5.0
-    """The codes' learning rate over the networks': codes must follow the encoder, which moves under them."""
-    revive_after_images: int = 4096
-    """A code that was not the nearest one of any latent for so many images is moved onto a recent encoder output; in the
-    last tenth of the run none is moved."""
+    codebook_rate_scale: PositiveFloat = 5.0
+    """Learning rate of the codes relative to that of the networks; codes must follow the encoder."""
+    revive_after_images: Positive = 4096
+    """A code that was not used for so many images is moved onto a recent output of the encoder. No
+    code is moved in the last tenth of the run."""
 
-    discriminator_weight: float = 0.0
-    """Weight of the adversarial loss beside its adaptive one, which makes it pull as hard as the reconstruction (VQGAN); 0
-    trains without a discriminator."""
-    discriminator_start_images: int = 250_000
-    """Images after which the discriminator begins to learn and to judge: before, everything that it could say is plain."""
-    discriminator_channels: int = 64
+    discriminator_weight: NotNegativeFloat = 0.0
+    """Weight of the adversarial loss, in addition to VQGAN's adaptive weight; 0 trains without a
+    discriminator."""
+    discriminator_start_images: NotNegative = 250_000
+    """Images after which the discriminator starts."""
+    discriminator_channels: Positive = 64
     """Channels of its first layer; they double from layer to layer, up to eight times."""
-    discriminator_layers: int = 3
-    """Its layers of stride 2: a patch is 16, 34, 70, 142 pixels a side for 1 to 4."""
-    discriminator_learning_rate: float = 2e-4
-    """It decays as the autoencoder's."""
-    ema_half_life_images: float = 0.0
-    """Images after which an old weight counts half in the average that is validated and saved; 0 saves the last weights."""
+    discriminator_layers: Positive = 3
+    """Its layers of stride 2: a patch has 16, 34, 70, 142 pixels a side for 1 to 4 layers."""
+    discriminator_learning_rate: PositiveFloat = 2e-4
+    """Follows the same schedule as learning_rate."""
+    ema_half_life_images: NotNegativeFloat = 0.0
+    """Half-life of the averaged weights, which are validated and saved; 0 saves the last weights."""
 
-    num_images: int = 1_000_000
-    batch_size: int = 32
-    micro_batch_size: int = 0
-    """Images of one process computed at once, with accumulated gradients; 0 for its whole batch. Halved by itself when the
-    memory runs out. The adaptive weight of the discriminator is then that of each part."""
-    learning_rate: float = 2e-4
-    warmup_images: int = 5_000
-    learning_rate_decay: str = "cosine"
+    num_images: NotNegative = 1_000_000
+    batch_size: Positive = 32
+    micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    """Images that one process computes at once, with accumulated gradients; 0 for its whole batch.
+    Halved automatically when the memory is full. The discriminator's adaptive weight is then
+    computed for each part."""
+    learning_rate: PositiveFloat = 2e-4
+    warmup_images: NotNegative = 5_000
+    learning_rate_decay: Literal["cosine", "constant"] = "cosine"
     """"cosine" (to zero at num_images) or "constant"."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = 1.0
-    num_validation_images: int = 256
-    log_every: int = 5_000
-    validate_every: int = 25_000
-    sample_every: int = 50_000
-    checkpoint_every: int = 100_000
-    seed: int = 0
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.99)
+    max_grad_norm: PositiveFloat = 1.0
+    num_validation_images: Positive = 256
+    log_every: Interval = 5_000
+    validate_every: Interval = 25_000
+    sample_every: Interval = 50_000
+    checkpoint_every: Interval = 100_000
+    seed: NotNegative = 0
 
     def __post_init__(self):
         if self.num_images == 0 and self.init_from is None:
             raise ValueError(
-                "autoencoder.num_images is 0; it must be positive, or a trained autoencoder be named by autoencoder.init_from."
+                "autoencoder.num_images is 0, but must be greater than 0 unless a trained "
+                "autoencoder is given. Use --autoencoder.num-images or --autoencoder.init-from."
             )
-        _check_lengths(self, "autoencoder", may_be_zero=("num_images",))
         _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
-        _check_choice("autoencoder.family", self.family, ("vq", "kl"))
-        _check_choice("autoencoder.perceptual_network", self.perceptual_network, NETWORKS)
-        if not 1 <= self.perceptual_layers <= 4:
-            raise ValueError(
-                f"autoencoder.perceptual_layers is {self.perceptual_layers}; choose 1 to 4."
-            )
-        for name in (
-            "kl_weight",
-            "discriminator_weight",
-            "discriminator_start_images",
-            "ema_half_life_images",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"autoencoder.{name} is {getattr(self, name)}; it must not be negative."
-                )
-        for name in (
-            "discriminator_channels",
-            "discriminator_layers",
-            "discriminator_learning_rate",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"autoencoder.{name} is {getattr(self, name)}; it must be positive."
-                )
 
     @property
     def downsampling_factor(self) -> int:
@@ -119,255 +107,219 @@ class AutoencoderConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=strict("denoiser"))
 class DenoiserConfig:
-    """The U-Net that predicts the noise in latents and its training. Every interval and length counts images."""
+    """The U-Net that denoises latents and its training. Lengths and intervals count images."""
 
-    base_channels: int = 256
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)
-    layers_per_block: int = 2
-    attention_levels: tuple[int, ...] = (1, 2, 3, 4)
-    """Levels with self-attention, 0 the finest; the block between down and up path always has it."""
-    attention_head_dim: int = 64
-    """Width of one head, the same on every level: the number of heads is channels / attention_head_dim."""
-    num_attention_heads: int = 0
-    """Heads of every level, each channels / num_attention_heads wide, instead of attention_head_dim; makes the U-Net an
-    `EMUNet2DModel`. 0: heads of attention_head_dim, in diffusers' own `UNet2DModel`."""
-    norm_num_groups: int = 32
+    base_channels: Positive = 256
+    channel_multipliers: tuple[Positive, ...] = (1, 2, 2, 4, 4)
+    layers_per_block: Positive = 2
+    attention_levels: tuple[NotNegative, ...] = (1, 2, 3, 4)
+    """Levels with self-attention, 0 is the finest; the middle block always has it."""
+    attention_head_dim: Positive = 64
+    """Channels of one attention head, the same at all levels."""
+    num_attention_heads: NotNegative = 0
+    """Number of heads at all levels, instead of attention_head_dim; makes the U-Net an
+    `EMUNet2DModel`. 0: use attention_head_dim and diffusers' `UNet2DModel`."""
+    norm_num_groups: Positive = 32
 
-    prediction_type: str = "epsilon"
-    """What the U-Net is asked for: "epsilon", the noise (the study's); "v_prediction", sqrt(abar) noise - sqrt(1 - abar)
-    latents, which learns an image's layout in fewer steps (Salimans and Ho 2022, arXiv:2202.00512, appendix D); or "flow",
-    noise - latents along the straight path between them (Lipman et al. 2023, arXiv:2210.02747), without betas."""
-    min_snr_gamma: float = 0.0
-    """Weigh the loss of timesteps by min(SNR, gamma) / SNR, or its form for velocity (Hang et al. 2023, arXiv:2303.09556,
-    who take 5); 0 weighs all alike. Validation losses are never weighted."""
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
+    """What the U-Net predicts: "epsilon", the noise (the study's choice); "v_prediction",
+    sqrt(abar) noise - sqrt(1 - abar) latents, which learns the layout in fewer steps (Salimans and
+    Ho 2022, arXiv:2202.00512, appendix D); or "flow", noise - latents (Lipman et al. 2023,
+    arXiv:2210.02747), which uses no betas."""
+    min_snr_gamma: NotNegativeFloat = 0.0
+    """Weight timesteps by min(SNR, gamma) / SNR, or its form for velocity (Hang et al. 2023,
+    arXiv:2303.09556, use 5); 0 weights all alike. Validation losses are never weighted."""
     zero_terminal_snr: bool = False
-    """Rescale the betas so that nothing of the image is left at the last timestep, where sampling begins (Lin et al. 2024,
-    arXiv:2305.08891); needs "v_prediction", since noise tells nothing about an image of which nothing is left."""
-    timestep_density: str = "uniform"
-    """How often each timestep is trained: "uniform", or "logit_normal", the middle of the noise range more often than
-    its ends (Esser et al. 2024, arXiv:2403.03206, section 3.1)."""
-    num_train_timesteps: int = 1000
-    beta_schedule: str = "scaled_linear"
-    """"scaled_linear": sqrt(beta) is linear in t (latent diffusion's own), or "linear"."""
-    beta_start: float = 0.0015
-    beta_end: float = 0.0195
+    """Rescale the betas so that the last timestep is pure noise (Lin et al. 2024,
+    arXiv:2305.08891). Needs prediction_type "v_prediction"."""
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the trained timesteps: "uniform", or "logit_normal", which prefers the middle
+    (Esser et al. 2024, arXiv:2403.03206, section 3.1)."""
+    num_train_timesteps: Positive = 1000
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    """"scaled_linear": sqrt(beta) is linear in t, as in latent diffusion; or "linear"."""
+    beta_start: Annotated[float, Gt(0), Le(1)] = 0.0015
+    beta_end: Annotated[float, Gt(0), Le(1)] = 0.0195
 
-    num_images: int = 5_000_000
-    batch_size: int = 64
-    learning_rate: float = 1e-4
-    micro_batch_size: int = 0
-    """Images of one process that are computed at once, with gradients summed over the parts of a batch; 0 for the whole. When
-    the memory runs out, the part is halved and the run goes on."""
-    gradient_checkpointing: bool = False
-    """Compute the U-Net's blocks again in the backward pass instead of keeping what they computed: less memory, a third slower."""
-    compile: str = "auto"
-    """`torch.compile` of the U-Net's training step: "on", "off", or "auto", measured at the start of a run on a GPU, off on the CPU."""
-    warmup_images: int = 50_000
-    learning_rate_decay: str = "cosine"
-    """"cosine" (to zero at num_images), "constant", or "inverse_sqrt": learning_rate / sqrt(max(1, images seen /
-    learning_rate_reference_images)) (as in Karras et al. 2024, arXiv:2312.02696). A run with one of the last two can be
-    made longer and is then the longer run."""
-    learning_rate_reference_images: int = 500_000
-    """Images after which "inverse_sqrt" begins to fall."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    ema_half_life_images: float = 100_000
-    posthoc_ema_every: int = 0
-    """Keep snapshots of two power-function averages, from which an average of any width can be made after the training (Karras et
-    al. 2024, arXiv:2312.02696, section 3; `python -m em_diffusion.posthoc_ema`): interval in images, a sixteenth of the run is
-    enough; 0 keeps none. Takes the memory of two more sets of weights."""
-    num_validation_images: int = 512
-    num_sample_images: int = 16
-    num_sample_steps: int = 20
-    evaluate_every: int = 0
-    """Interval, in images, at which the averaged weights' images are compared with held-out tiles (Frechet distance,
-    efficientnet-lite0); the nearest weights are kept as best/unet and go into the pipeline. 0: never, and the last weights do."""
-    num_evaluation_images: int = 500
-    num_evaluation_steps: int = 20
-    evaluation_metrics: tuple[str, ...] = ()
-    """Further metrics at these moments, for the curves of the report: kernel_distance, precision, recall, density, coverage,
-    frechet_distance_infinite. The weights are chosen by the Frechet distance."""
-    log_every: int = 5_000
-    validate_every: int = 100_000
-    sample_every: int = 100_000
-    checkpoint_every: int = 200_000
-    seed: int = 0
+    num_images: Positive = 5_000_000
+    batch_size: Positive = 64
+    learning_rate: PositiveFloat = 1e-4
+    micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    """Images that one process computes at once, with accumulated gradients; 0 for its whole batch.
+    Halved automatically when the memory is full."""
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    """Recompute activations in the backward pass: less memory, a third slower."""
+    compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = "auto"
+    """`torch.compile` of the U-Net's training step: "on", "off", or "auto", measured at the start
+    of a run on a GPU and off on the CPU."""
+    warmup_images: NotNegative = 50_000
+    learning_rate_decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """"cosine" (to zero at num_images), "constant", or "inverse_sqrt": learning_rate / sqrt(max(1,
+    images seen / learning_rate_reference_images)) (Karras et al. 2024, arXiv:2312.02696). A run
+    with one of the last two can be lengthened later."""
+    learning_rate_reference_images: Positive = 500_000
+    """Images after which "inverse_sqrt" starts to decrease."""
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    max_grad_norm: PositiveFloat = 1.0
+    ema_half_life_images: NotNegativeFloat = 100_000
+    posthoc_ema_every: NotNegative = 0
+    """Interval in images for snapshots of two power-function averages, from which an average of any
+    width can be made after the training by `python -m em_diffusion.posthoc_ema` (Karras et al.
+    2024, arXiv:2312.02696, section 3). A sixteenth of the run is enough; 0 keeps none. Needs the
+    memory of two more sets of weights."""
+    num_validation_images: Positive = 512
+    num_sample_images: Positive = 16
+    num_sample_steps: Positive = 20
+    evaluate_every: IntervalOrNever = 0
+    """Interval in images for comparing the averaged weights' images with held-out tiles (Frechet
+    distance, efficientnet-lite0). The best weights are kept in best/unet and go into the pipeline.
+    0: never, and the last weights go into the pipeline."""
+    num_evaluation_images: Positive = 500
+    num_evaluation_steps: Positive = 20
+    evaluation_metrics: Annotated[tuple[str, ...], MAY_CHANGE] = ()
+    """More metrics at these moments, for the curves of the report: kernel_distance, precision,
+    recall, density, coverage, frechet_distance_infinite. The Frechet distance chooses the weights."""
+    log_every: Interval = 5_000
+    validate_every: Interval = 100_000
+    sample_every: Interval = 100_000
+    checkpoint_every: Interval = 200_000
+    seed: NotNegative = 0
 
     def __post_init__(self):
-        _check_lengths(
-            self,
-            "denoiser",
-            ("cosine", "constant", "inverse_sqrt"),
-            may_be_zero=("posthoc_ema_every", "evaluate_every"),
-        )
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
-        _check_choice(
-            "denoiser.prediction_type", self.prediction_type, ("epsilon", "v_prediction", "flow")
-        )
-        _check_choice(
-            "denoiser.timestep_density", self.timestep_density, ("uniform", "logit_normal")
-        )
-        _check_choice("denoiser.beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
-        _check_choice("denoiser.compile", self.compile, ("auto", "on", "off"))
         _check_objective(self)
-        if any(not 0 <= level < len(self.channel_multipliers) for level in self.attention_levels):
-            raise ValueError(
-                f"denoiser.attention_levels is {self.attention_levels}, but there are {len(self.channel_multipliers)} "
-                "levels; count them from 0, the finest."
-            )
-        attending = [self.block_out_channels[level] for level in self.attention_levels] + [
-            self.block_out_channels[-1]
-        ]
-        if self.num_attention_heads < 0:
-            raise ValueError(
-                f"denoiser.num_attention_heads is {self.num_attention_heads}; it must be at least 1, or 0 for attention_head_dim."
-            )
-        name = "num_attention_heads" if self.num_attention_heads else "attention_head_dim"
-        if any(channels % getattr(self, name) for channels in attending):
-            raise ValueError(
-                f"denoiser.{name} is {getattr(self, name)}; it must divide the channels of every level with attention, "
-                f"{attending}."
-            )
+        _check_attention(self)
 
     @property
     def block_out_channels(self) -> tuple[int, ...]:
-        """Channels by level, finest first."""
+        """Channels of each level, finest first."""
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=strict())
 class LDMConfig:
-    """A latent diffusion run: data, where it goes, and its two trained stages."""
+    """A latent diffusion run: data, output folder, and the two stages that are trained."""
 
     data: str = "synthetic"
-    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push), "hub-stream:owner/name[@revision]"
-    (the same, read over the network without keeping it: the tiles alone lie on this disk), "damaged-alloys:FOLDER" or
-    "datasets:NAME_OR_PATH"."""
-    out: str = "runs/ldm"
-    """The run's folder; the same command on it resumes."""
-    seed: int = 0
-    """Weights, data order and noise of both stages; the split has its own seed in tiles."""
-    precision: str = "auto"
-    """"bf16", "fp16" (GPUs without bf16; the loss is scaled), "no" (float32), or "auto": bf16 where the hardware computes in
-    it, else float32."""
-    sampler: str | None = None
-    """Sampler that the pipeline is saved with, by its name in em_diffusion.samplers: ddim, dpm-solver++, dpm-solver++-sde, ...;
-    left out, the fastest one that costs no quality. Another one may be chosen at any time, and in generate.py."""
-    num_inference_steps: int | None = None
-    """Denoising steps that the pipeline is saved with; left out, those of the sampler that is chosen when `sampler` is left
-    out, else 50."""
-    grain_images: int = 1000
-    """Training views by whose reconstructions the grain is measured that the autoencoder leaves out, and that sampling adds again; 0
-    for none; fewer where they would have more than 67 million pixels together. May be changed at any time."""
-    last_stage: str = "denoiser"
-    """"autoencoder" ends the run after that stage, to look at its reconstructions first: the same command with "denoiser" goes on."""
+    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push),
+    "hub-stream:owner/name[@revision]" (the same, read over the network; only the tiles are kept on
+    disk), "damaged-alloys:FOLDER" or "datasets:NAME_OR_PATH"."""
+    out: Annotated[str, MAY_CHANGE] = "runs/ldm"
+    """Folder of the run. The same command on it resumes the run."""
+    seed: NotNegative = 0
+    """Seed of the weights, the order of the data and the noise; the split has tiles.seed."""
+    precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """"bf16", "fp16" (for GPUs without bf16; with loss scaling), "no" (float32), or "auto": bf16
+    where the hardware computes in it, else float32."""
+    sampler: Annotated[str | None, MAY_CHANGE] = None
+    """Sampler that the pipeline is saved with: ddim, dpm-solver++, dpm-solver++-sde, ... (see
+    em_diffusion.samplers). Default: the fastest one without loss of quality. generate.py can use
+    another one."""
+    num_inference_steps: Annotated[Positive | None, MAY_CHANGE] = None
+    """Denoising steps that the pipeline is saved with. Default: those of the default sampler, or 50
+    for another sampler."""
+    grain_images: IntervalOrNever = 1000
+    """Training views used to measure the grain: the fine noise that the autoencoder removes and
+    that sampling adds again. Fewer are used if they have more than 67 million pixels; 0 for no
+    grain. May change at any time."""
+    last_stage: Annotated[Literal["autoencoder", "denoiser"], MAY_CHANGE] = "denoiser"
+    """"autoencoder" ends the run after that stage, to look at its reconstructions first; the same
+    command with "denoiser" continues it."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self):
-        _check_choice("precision", self.precision, ("auto", "bf16", "fp16", "no"))
-        _check_choice("last_stage", self.last_stage, ("autoencoder", "denoiser"))
         if self.sampler is not None:
-            create_sampler(
-                self.sampler, create_scheduler(self.denoiser)
-            )  # refuses what does not suit the prediction
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            self._check_sampler()
+        first = self.autoencoder.downsampling_factor
+        factor = first * 2 ** (len(self.denoiser.channel_multipliers) - 1)
+        resolution = self.tiles.resolution
+        if self.autoencoder.init_from is None and resolution % factor:
             raise ValueError(
-                f"num_inference_steps is {self.num_inference_steps}; it must be at least 1."
+                f"tiles.resolution is {resolution}, but must be a multiple of {factor}: the "
+                f"autoencoder divides the side by {first}, the denoiser by {factor // first}. "
+                "Use --tiles.resolution, or fewer levels."
             )
-        if self.grain_images < 0:
+        num_layers = self.autoencoder.discriminator_layers
+        smallest = 3 * 2**num_layers  # em_diffusion.patch_discriminator.smallest_side
+        if self.autoencoder.discriminator_weight > 0 and resolution < smallest:
             raise ValueError(
-                f"grain_images is {self.grain_images}; it must be at least 1, or 0 for no grain."
+                f"autoencoder.discriminator_layers is {num_layers}, which needs tiles of at least "
+                f"{smallest} pixels, but tiles.resolution is {resolution}. Use fewer with "
+                "--autoencoder.discriminator-layers."
             )
-        factor = self.autoencoder.downsampling_factor * 2 ** (
-            len(self.denoiser.channel_multipliers) - 1
-        )
-        if self.autoencoder.init_from is None and self.tiles.resolution % factor:
-            raise ValueError(
-                f"tiles.resolution is {self.tiles.resolution}, but the autoencoder divides the side by "
-                f"{self.autoencoder.downsampling_factor} and the denoiser's levels by "
-                f"{factor // self.autoencoder.downsampling_factor} more: choose a multiple of {factor}, or fewer levels."
-            )
-        smallest = smallest_side(self.autoencoder.discriminator_layers)
-        if self.autoencoder.discriminator_weight > 0 and self.tiles.resolution < smallest:
-            raise ValueError(
-                f"autoencoder.discriminator_layers is {self.autoencoder.discriminator_layers}, which needs tiles of "
-                f"{smallest} pixels, and tiles.resolution is {self.tiles.resolution}: choose fewer layers."
-            )
+
+    def _check_sampler(self):
+        """Refuse an unknown sampler, or one that does not suit the prediction."""
+        from em_diffusion.denoiser import create_scheduler  # imports torch: only when needed
+        from em_diffusion.samplers import create_sampler
+
+        create_sampler(self.sampler, create_scheduler(self.denoiser))
 
     @property
     def makes_pipeline(self) -> bool:
-        """Whether the run ends in a pipeline, which is what can be published."""
+        """Whether the run ends in a pipeline, which can be published."""
         return self.last_stage == "denoiser"
 
     @property
     def latent_size(self) -> int:
-        """Side of the latents of an autoencoder of our own architecture; one of `init_from` has its own."""
+        """Side of the latents of our own autoencoder; that of `init_from` has its own."""
         return self.tiles.resolution // self.autoencoder.downsampling_factor
 
 
-def _check_lengths(config, name, decays=("cosine", "constant"), may_be_zero=()):
-    positive = [
-        "num_images",
-        "batch_size",
-        "num_validation_images",
-        "layers_per_block",
-        "learning_rate",
-    ]
-    positive += [
-        name
-        for name in vars(config)
-        if name.endswith(("_every", "_reference_images", "_steps", "_evaluation_images"))
-    ]
-    for field_name in positive:
-        value = getattr(config, field_name)
-        if value < 0 or (value == 0 and field_name not in may_be_zero):
-            raise ValueError(f"{name}.{field_name} is {value}; it must be positive.")
-    if getattr(config, "micro_batch_size", 0) < 0:
-        raise ValueError(
-            f"{name}.micro_batch_size is {config.micro_batch_size}; it must be at least 1 image, or 0 for the whole batch."
-        )
-    _check_choice(f"{name}.learning_rate_decay", config.learning_rate_decay, decays)
-
-
 def _check_objective(config):
-    """Refuse what cannot be trained: weights or schedules that the prediction does not know."""
-    if config.min_snr_gamma < 0:
+    """Refuse loss weights and noise schedules that do not suit the prediction."""
+    if config.beta_end < config.beta_start:
         raise ValueError(
-            f"denoiser.min_snr_gamma is {config.min_snr_gamma}; it must be positive, or 0 for no weights."
+            f"denoiser.beta_end is {config.beta_end}, but must be at least denoiser.beta_start "
+            f"({config.beta_start}). Use --denoiser.beta-end."
         )
     if config.zero_terminal_snr and config.prediction_type != "v_prediction":
         reason = (
-            "the path of flow ends in pure noise as it is"
+            "with flow, the last timestep is pure noise already"
             if config.prediction_type == "flow"
-            else "noise tells nothing there"
+            else "predicting the noise says nothing about an image that is pure noise"
         )
         raise ValueError(
-            f'denoiser.zero_terminal_snr needs prediction_type "v_prediction", and it is "{config.prediction_type}": {reason}. '
-            "Choose it, or turn zero_terminal_snr off."
+            'denoiser.zero_terminal_snr needs prediction_type "v_prediction", but it is '
+            f'"{config.prediction_type}": {reason}. Use --denoiser.prediction-type v_prediction, '
+            "or turn zero_terminal_snr off."
         )
     if config.min_snr_gamma and config.prediction_type == "flow":
         raise ValueError(
-            'denoiser.min_snr_gamma weighs "epsilon" and "v_prediction"; with "flow" set it to 0 and choose the timestep_density.'
+            f"denoiser.min_snr_gamma is {config.min_snr_gamma}, but must be 0 with prediction_type "
+            '"flow". Use --denoiser.timestep-density to weight timesteps.'
         )
     if config.min_snr_gamma and config.zero_terminal_snr:
         raise ValueError(
-            "denoiser.min_snr_gamma gives the last timestep, whose SNR zero_terminal_snr makes 0, the weight 0, and sampling begins "
-            "there: turn one of the two off."
+            f"denoiser.min_snr_gamma is {config.min_snr_gamma}, which gives the last timestep of "
+            "zero_terminal_snr the weight 0, but sampling starts there. Turn one of the two off."
         )
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f'{name} is "{value}"; choose {" or ".join(choices)}.')
+def _check_attention(config):
+    num_levels = len(config.channel_multipliers)
+    if any(level >= num_levels for level in config.attention_levels):
+        raise ValueError(
+            f"denoiser.attention_levels is {config.attention_levels}, but there are {num_levels} "
+            "levels, counted from 0, the finest. Use --denoiser.attention-levels."
+        )
+    channels = config.block_out_channels
+    attending = [channels[level] for level in config.attention_levels] + [channels[-1]]
+    name = "num_attention_heads" if config.num_attention_heads else "attention_head_dim"
+    if any(count % getattr(config, name) for count in attending):
+        raise ValueError(
+            f"denoiser.{name} is {getattr(config, name)}, but must divide the channels of all "
+            f"levels with attention, {attending}. Use --denoiser.{name.replace('_', '-')}."
+        )
 
 
 def _check_groups(block_out_channels, norm_num_groups, name):
     if any(channels % norm_num_groups for channels in block_out_channels):
         raise ValueError(
-            f"{name}.norm_num_groups is {norm_num_groups}; it must divide the channels of every level, "
-            f"{tuple(block_out_channels)}."
+            f"{name}.norm_num_groups is {norm_num_groups}, but must divide the channels of all "
+            f"levels, {tuple(block_out_channels)}. Use --{name}.norm-num-groups."
         )

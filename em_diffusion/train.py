@@ -68,7 +68,7 @@ def train_stages(config, accelerator, out):
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        refuse_other_data(out, data.summary)
+        refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")
 
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
@@ -267,32 +267,17 @@ def check_batch_sizes(config, num_processes: int):
 def check_same_run(config, out):
     """Refuse to mix two configurations in one folder.
 
-    What decides no weight beyond rounding may change: the folder's own name, the cache, the sampler, intervals, and how a step is
-    computed. A stage may be made longer as long as no later stage has begun and its learning rate does not aim at its end.
+    A stage may be made longer as long as no later stage has begun and its learning rate does not
+    aim at its end. The interval of snapshots may change, but they must be kept from the start.
     """
+
+    def is_allowed(name, old, new):
+        if name == "denoiser.posthoc_ema_every":
+            return old > 0 and new > 0
+        return _is_longer(name, old, new, out)
+
     refuse_raised_rate(config, out)
-    refuse_other_run(
-        out,
-        config,
-        lambda name, old, new: (
-            name
-            in (
-                "out",
-                "tiles.cache_dir",
-                "sampler",
-                "num_inference_steps",
-                "grain_images",
-                "last_stage",
-            )
-            or name == "denoiser.evaluation_metrics"
-            or (
-                name == "denoiser.posthoc_ema_every" and old > 0 and new > 0
-            )  # none from the start are none at all
-            or (name.endswith("_every") and name != "denoiser.posthoc_ema_every")
-            or name.endswith((".micro_batch_size", ".gradient_checkpointing", ".compile"))
-            or _is_longer(name, old, new, out)
-        ),
-    )
+    refuse_other_run(out, config, is_allowed)
 
 
 def refuse_raised_rate(config, out):

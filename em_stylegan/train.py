@@ -48,7 +48,7 @@ def train_and_save(config, accelerator, out):
     accelerator.wait_for_everyone()
     pixel_size_nm = data.summary.get("pixel_size_nm")
     if accelerator.is_main_process:
-        refuse_other_data(out, data.summary)
+        refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")
         if config.save_untrained:
             generator, discriminator = create_networks(config)
@@ -86,18 +86,7 @@ def train_and_save(config, accelerator, out):
 
 
 def check_same_run(config, out):
-    """Refuse to mix two configurations in one folder; the folder's own name, the cache, intervals and a longer run may differ."""
-    free = (
-        "out",
-        "save_untrained",
-        "tiles.cache_dir",
-        "training.evaluate_every",
-        "training.log_every",
-        "training.sample_every",
-        "training.checkpoint_every",
-    )
+    """Refuse to mix two configurations in one folder; a run may be made longer."""
     refuse_other_run(
-        out,
-        config,
-        lambda name, old, new: name in free or (name == "training.num_images" and new > old),
+        out, config, lambda name, old, new: name == "training.num_images" and new > old
     )

@@ -6,14 +6,17 @@ from .checkpoint import list_checkpoints as list_checkpoints
 from .checkpoint import load_checkpoint as load_checkpoint
 from .checkpoint import save_checkpoint as save_checkpoint
 from .compilation import Compilation as Compilation
+from .config import MAY_CHANGE as MAY_CHANGE
 from .config import changed_fields as changed_fields
 from .config import config_from_dict as config_from_dict
 from .config import config_from_json as config_from_json
 from .config import config_to_json as config_to_json
+from .config import describe_error as describe_error
 from .config import load_config as load_config
 from .config import refuse_other_data as refuse_other_data
 from .config import refuse_other_run as refuse_other_run
 from .config import save_config as save_config
+from .config import strict as strict
 from .config import write_text_atomically as write_text_atomically
 from .ema import EMA as EMA
 from .memory import MicroBatching as MicroBatching

@@ -1,12 +1,16 @@
 """What the root scripts share: a preset and flags from the command line, and errors as one clear line."""
 
+import contextlib
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
 
 import tyro
+from pydantic import ValidationError
 
+from em_training.config import describe_error
 from em_training.precision import leave_processes
 from em_training.run import NonFiniteLossError, TrainingInterrupted
 
@@ -29,7 +33,25 @@ def parse_preset(
     configs = {
         name: (inspect.cleandoc(preset.__doc__ or ""), preset()) for name, preset in presets.items()
     }
-    return tyro.extras.overridable_config_cli(configs, description=description, args=argv)
+    with _plain_errors():
+        return tyro.extras.overridable_config_cli(configs, description=description, args=argv)
+
+
+@contextlib.contextmanager
+def _plain_errors():
+    """Let a configuration's own error through, which tyro would print in a box of its own."""
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            yield
+    except SystemExit as stop:
+        error = stop
+        while error is not None and not isinstance(error, ValidationError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        sys.stderr.write(written.getvalue())
+        raise
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -49,5 +71,7 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if "EM_TRACEBACK" in os.environ:
             raise
+        if isinstance(error, ValidationError):
+            error = describe_error(error)
         print(f"error: {error}\n(EM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)

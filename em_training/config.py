@@ -1,47 +1,84 @@
-"""Strict configuration: frozen dataclasses to JSON and back, where an unknown key is an error."""
+"""Configurations: frozen pydantic dataclasses, checked strictly, to JSON and back.
+
+A configuration class is a `pydantic.dataclasses.dataclass(frozen=True, config=strict("section"))`.
+Choices are `Literal`s, bounds are `annotated_types` such as `Annotated[int, Gt(0)]`, and a field
+that may change in the middle of a run has the word `MAY_CHANGE` in its `Annotated`.
+"""
 
 import dataclasses
 import difflib
 import json
-import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from em_data.files import write_atomically
+from em_data.files import write_atomically as write_text_atomically  # noqa: F401
+
+MAY_CHANGE = "may change"
+
+
+def strict(section: str | None = None) -> ConfigDict:
+    """Return the rules of a configuration class: no conversion, no unknown key, no nan or inf.
+
+    section: the lower-case name under which the class is a field of the whole configuration, for
+    error messages; None for the whole configuration.
+    """
+    return ConfigDict(title=section, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def config_to_json(config) -> str:
-    """Return a dataclass, nested ones included, as indented JSON; tuples become lists."""
+    """Return a configuration as indented JSON; tuples become lists."""
     return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
 def config_from_json(cls, text: str):
-    """Build the dataclass `cls` from JSON text.
+    """Build the configuration class `cls` from JSON text.
 
-    Raises `ValueError` that names the key for an unknown key (with the nearest known one), a missing key without a default, or a value
-    of another type than the field's.
+    Raises:
+        ValueError: One sentence a mistake, with the key, its value and what it must be.
     """
-    return config_from_dict(cls, json.loads(text))
+    try:
+        return TypeAdapter(cls).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(describe_error(error, cls)) from error
 
 
 def config_from_dict(cls, values: dict):
-    """Build the dataclass `cls` from plain values as JSON has them; errors as in `config_from_json`."""
-    return _build(cls, values, path="")
+    """Build `cls` from plain values as JSON has them; errors as in `config_from_json`."""
+    return config_from_json(cls, json.dumps(values))
 
 
 def save_config(config, path) -> None:
-    """Write `config` as JSON to `path`, whole or not at all."""
-    write_text_atomically(path, config_to_json(config))
+    """Write `config` as JSON to `path`, atomically."""
+    write_atomically(path, config_to_json(config))
 
 
 def load_config(cls, path):
-    """Read the dataclass `cls` from the JSON file `path`; errors name the file."""
+    """Read the configuration class `cls` from the JSON file `path`; errors name the file."""
     try:
         return config_from_json(cls, Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(
+            f"{path}: {error} If another version wrote this file, correct it there, "
+            "or start a new run in another folder."
+        ) from error
+
+
+def describe_error(error: ValidationError, cls=None) -> str:
+    """Return pydantic's error as plain sentences: name, value, requirement and flag.
+
+    cls: the configuration class that was being read, for the nearest key to an unknown one.
+    """
+    prefix = error.title + "." if error.title.islower() else ""
+    problems = error.errors(include_url=False)
+    return " ".join(_describe_problem(problem, prefix, cls) for problem in problems)
 
 
 def changed_fields(old, new, prefix: str = "") -> dict[str, tuple]:
-    """Return {dotted name: (old, new)} of all fields in which two configurations of one class differ."""
+    """Return {dotted name: (old, new)} of the fields in which two configurations differ."""
     changes = {}
     for field in dataclasses.fields(old):
         a, b = getattr(old, field.name), getattr(new, field.name)
@@ -52,110 +89,101 @@ def changed_fields(old, new, prefix: str = "") -> dict[str, tuple]:
     return changes
 
 
-def refuse_other_run(out, config, is_allowed) -> None:
-    """Refuse to go on in the folder `out` when its config.json differs from `config` in a field that decides the result.
+def find_marked(cls, marker: str, prefix: str = "") -> set[str]:
+    """Return the dotted names of the fields of `cls` whose `Annotated` holds `marker`."""
+    found = set()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            found |= find_marked(hint, marker, f"{prefix}{name}.")
+        elif marker in getattr(hint, "__metadata__", ()):
+            found.add(prefix + name)
+    return found
 
-    is_allowed: (dotted name, old value, new value) -> whether that change may be made in the middle of a run. Raises `ValueError` with
-    the changed fields and the way out.
+
+def refuse_other_run(
+    out, config, is_allowed: Callable[[str, object, object], bool] = lambda *change: False
+) -> None:
+    """Refuse to resume the run in `out` with a configuration that would change its result.
+
+    Fields marked `MAY_CHANGE` may differ from those in `out`/config.json.
+
+    Args:
+        is_allowed: (dotted name, old value, new value) -> whether this change is allowed, too.
+
+    Raises:
+        ValueError: With the changed fields and what to do.
     """
     path = Path(out) / "config.json"
     if not path.exists():
         return
-    changes = changed_fields(load_config(type(config), path), config)
+    may_change = find_marked(type(config), MAY_CHANGE)
     refused = [
         f"{name} was {old!r}, is now {new!r}"
-        for name, (old, new) in changes.items()
-        if not is_allowed(name, old, new)
+        for name, (old, new) in changed_fields(load_config(type(config), path), config).items()
+        if name not in may_change and not is_allowed(name, old, new)
     ]
     if refused:
         raise ValueError(
-            f"{out} holds a run of another configuration: {'; '.join(refused)}. Choose another folder with --out, remove this one, "
-            "or start again with the old values to go on."
+            f"{out} holds a run with another configuration: {'; '.join(refused)}. Train in "
+            "another folder with --out, remove this one, or resume with the old values."
         )
 
 
-def refuse_other_data(out, summary: dict) -> None:
-    """Refuse to go on in the folder `out` when its micrographs or their split are no longer those that it began with.
+def refuse_other_data(out, identity: dict) -> None:
+    """Refuse to resume the run in `out` with other data than it began with.
 
-    summary: of the data as loaded now; its fingerprint and split_hash are written to `out`/data.json at the first start and compared at
-    every later one. Without this, a file added in between would move micrographs across the split. Raises `ValueError`.
+    Args:
+        identity: What must stay the same, such as the data's fingerprint and their split. The
+            first call writes it to `out`/data.json; later calls compare.
+
+    Raises:
+        ValueError: With what has changed and what to do.
     """
     path = Path(out) / "data.json"
-    now = {key: summary[key] for key in ("fingerprint", "split_hash", "num_micrographs")}
     if not path.exists():
-        write_text_atomically(path, json.dumps(now, indent=2) + "\n")
+        write_atomically(path, json.dumps(identity, indent=2) + "\n")
         return
-    before = json.loads(path.read_text())
-    if before != now:
-        raise ValueError(
-            f"the micrographs are not those that the run in {out} began with ({before['num_micrographs']} then, "
-            f"{now['num_micrographs']} now, or other pixels): held-out ones may have been trained on. "
-            "Bring the old ones back, or choose another folder with --out."
-        )
-
-
-def write_text_atomically(path, text: str) -> None:
-    """Write `text` beside `path` and rename it there, so that a reader sees the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _build(cls, values, path: str):
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"'{path or cls.__name__}' must be an object of {cls.__name__}, not {values!r}"
-        )
-    types_by_name = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1)
-            hint = (
-                f"; did you mean '{nearest[0]}'?" if nearest else f"; known are {', '.join(fields)}"
-            )
-            raise ValueError(f"unknown key '{path}{name}'{hint}")
-    arguments = {
-        name: _convert(types_by_name[name], value, path + name) for name, value in values.items()
-    }
     try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{path or cls.__name__}: {error}") from error
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Train in another folder.") from error
+    changes = [
+        f"{key} was {before.get(key)}, is now {value}"
+        for key, value in identity.items()
+        if before.get(key) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"The data are not those that the run in {out} began with ({'; '.join(changes)}), so "
+            "it may have been trained on what is now held out. Restore the old data, or train in "
+            "another folder."
+        )
 
 
-def _convert(kind, value, path: str):
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        for choice in typing.get_args(kind):
-            try:
-                return _convert(choice, value, path)
-            except ValueError:
-                continue
-        raise ValueError(f"'{path}' must be {kind}, not {value!r}")
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path + ".")
-    if origin is typing.Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"'{path}' must be one of {typing.get_args(kind)}, not {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"'{path}' must be a list, not {value!r}")
-        inner = typing.get_args(kind)
-        if len(inner) == 2 and inner[1] is Ellipsis:
-            inner = (inner[0],) * len(value)
-        if len(inner) != len(value):
-            raise ValueError(f"'{path}' must hold {len(inner)} values, not {len(value)}")
-        return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value)))
-    if kind is type(None):
-        if value is not None:
-            raise ValueError(f"'{path}' must be null, not {value!r}")
-        return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, float, str, bool) and type(value) is not kind:
-        raise ValueError(f"'{path}' must be {kind.__name__}, not {value!r}")
-    return value
+def _describe_problem(problem: dict, prefix: str, cls) -> str:
+    kind, location = problem["type"], problem["loc"]
+    if kind == "value_error":  # from a __post_init__, in its own words
+        return str(problem["ctx"]["error"])
+    if kind == "json_invalid":
+        return f"This is not JSON: {problem['ctx']['error']}."
+    name = prefix + ".".join(part for part in location if isinstance(part, str))
+    if kind.startswith("unexpected") or kind == "extra_forbidden":
+        return f"Unknown key '{name}'.{_suggest_key(cls, location)}"
+    if kind.startswith("missing"):
+        return f"'{name}' is missing or too short."
+    expected = problem["msg"].removeprefix("Input should be ")
+    expected = expected.replace("greater than or equal to", "at least")
+    expected = expected.replace("less than or equal to", "at most")
+    flag = name.replace("_", "-")
+    return f"{name} is {problem['input']!r}, but must be {expected}. Use --{flag}."
+
+
+def _suggest_key(cls, location) -> str:
+    *parents, unknown = location
+    for parent in parents:
+        cls = typing.get_type_hints(cls).get(parent) if cls is not None else None
+    if not dataclasses.is_dataclass(cls):
+        return ""
+    known = [field.name for field in dataclasses.fields(cls)]
+    nearest = difflib.get_close_matches(unknown, known, n=1)
+    return f" Did you mean '{'.'.join([*parents, *nearest])}'?" if nearest else ""

@@ -16,6 +16,7 @@ from em_diffusion.denoiser import (
     draw_timesteps,
 )
 from em_diffusion.optimization import learning_rate_at
+from support.config import refuses_config
 
 
 def draw(count=3):
@@ -219,21 +220,24 @@ def test_inverse_square_root_falls_from_the_reference_on():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prediction_type": "sample"}, "v_prediction or flow"),
-        ({"beta_schedule": "cosine"}, "scaled_linear or linear"),
-        ({"min_snr_gamma": -1.0}, "must be positive, or 0"),
+        ({"prediction_type": "sample"}, "'v_prediction' or 'flow'"),
+        ({"beta_schedule": "cosine"}, "'scaled_linear' or 'linear'"),
+        ({"min_snr_gamma": -1.0}, "must be at least 0"),
         ({"zero_terminal_snr": True}, 'needs prediction_type "v_prediction"'),
-        ({"zero_terminal_snr": True, "prediction_type": "flow"}, "path of flow ends in pure noise"),
-        ({"min_snr_gamma": 5.0, "prediction_type": "flow"}, "timestep_density"),
+        (
+            {"zero_terminal_snr": True, "prediction_type": "flow"},
+            "with flow, the last timestep is pure noise already",
+        ),
+        ({"min_snr_gamma": 5.0, "prediction_type": "flow"}, "timestep-density"),
         (
             {"min_snr_gamma": 5.0, "zero_terminal_snr": True, "prediction_type": "v_prediction"},
-            "turn one of the two off",
+            "Turn one of the two off",
         ),
-        ({"learning_rate_reference_images": 0}, "must be positive"),
-        ({"learning_rate_decay": "linear"}, "cosine or constant or inverse_sqrt"),
-        ({"micro_batch_size": -1}, "at least 1 image, or 0"),
+        ({"learning_rate_reference_images": 0}, "must be greater than 0"),
+        ({"learning_rate_decay": "linear"}, "'cosine', 'constant' or 'inverse_sqrt'"),
+        ({"micro_batch_size": -1}, "must be at least 0"),
     ],
 )
 def test_objectives_that_cannot_be_trained_name_the_way_out(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses_config(message):
         DenoiserConfig(**changes)

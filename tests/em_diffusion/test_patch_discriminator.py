@@ -16,6 +16,7 @@ from em_diffusion.patch_discriminator import (
     hinge_loss,
     smallest_side,
 )
+from support.config import refuses_config
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_the_smallest_image_has_one_logit(num_layers):
     discriminator = PatchDiscriminator(4, num_layers)
     side = smallest_side(num_layers)
     assert discriminator(torch.zeros(2, 1, side, side)).shape == (2, 1, 1, 1)
-    with pytest.raises(ValueError, match="fewer layers"):
+    with refuses_config("Use fewer with --autoencoder.discriminator-layers"):
         LDMConfig(
             tiles=dataclasses.replace(LDMConfig().tiles, resolution=64),
             autoencoder=AutoencoderConfig(

@@ -31,6 +31,7 @@ from em_training import (
     read_best,
     read_stats,
 )
+from support.config import refuses_config
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_relativistic_training(config, tmp_path):
     assert line["r1"] > 0
     assert line["r2"] > 0
     assert abs(line["loss_D"] - math.log(2)) < 0.3  # a pair begins undecided
-    with pytest.raises(ValueError, match=r"training\.loss"):
+    with refuses_config(r"training\.loss"):
         replace(training, loss="hinge")
 
 
@@ -431,7 +432,7 @@ class TestFloat16:
         own = replace(config.generator, clamp=64.0, num_reduced_resolutions=2)
         generator, _ = loop.create_networks(replace(config, precision="fp16", generator=own))
         assert (generator.config.clamp, generator.config.num_reduced_resolutions) == (64.0, 2)
-        with pytest.raises(ValueError, match="stylegan1 has no bound"):
+        with refuses_config("stylegan1 has no bound"):
             replace(
                 config,
                 precision="fp16",
@@ -488,7 +489,7 @@ def test_paper_preset_is_the_studys_best_gan():
     ],
 )
 def test_impossible_training_is_refused(change):
-    with pytest.raises(ValueError, match=f"training.{next(iter(change))}"):
+    with refuses_config(f"training.{next(iter(change))} is"):
         replace(PRESETS["test"]().training, **change)
 
 
@@ -505,10 +506,10 @@ def test_impossible_training_is_refused(change):
     ],
 )
 def test_impossible_networks_are_refused(config, part, change):
-    with pytest.raises(ValueError, match=f"{part}.{next(iter(change))} is"):
+    with refuses_config(f"{part}.{next(iter(change))} is"):
         replace(config, **{part: replace(getattr(config, part), **change)})
 
 
 def test_impossible_target_of_augmentation_is_refused():
-    with pytest.raises(ValueError, match="mean sign"):
+    with refuses_config("training.augmentation.target is 5, but must be less than 1"):
         AugmentationConfig(target=5)

@@ -1,28 +1,41 @@
-from dataclasses import dataclass, field
+from dataclasses import field, replace
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Gt
+from pydantic.dataclasses import dataclass
 
 from em_training import (
+    MAY_CHANGE,
     changed_fields,
     config_from_json,
     config_to_json,
     load_config,
     refuse_other_data,
+    refuse_other_run,
     save_config,
+    strict,
 )
+from support.config import refuses_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=strict("inner"))
 class Inner:
-    width: int = 3
+    width: Annotated[int, Gt(0)] = 3
     betas: tuple[float, float] = (0.9, 0.99)
+    kind: Literal["a", "b"] = "a"
+    log_every: Annotated[int, MAY_CHANGE] = 1
+
+    def __post_init__(self):
+        if self.width == 7:
+            raise ValueError("inner.width is 7, but 7 is taken. Use --inner.width 8.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=strict())
 class Outer:
     name: str
     rate: float = 1.0
-    limit: int | None = None
+    limit: Annotated[int, Gt(0)] | None = None
     inner: Inner = field(default_factory=Inner)
 
 
@@ -38,18 +51,38 @@ def test_json_and_back_is_the_identity(tmp_path):
     [
         (
             '{"name": "a", "inner": {"widht": 3}}',
-            r"unknown key 'inner\.widht'; did you mean 'width'",
+            r"Unknown key 'inner\.widht'. Did you mean 'inner\.width'?",
         ),
-        ('{"name": 3}', "'name' must be str"),
-        ('{"name": "a", "inner": {"betas": [1]}}', "must hold 2 values"),
-        ('{"name": "a", "limit": "x"}', "'limit' must be"),
-        ("{}", "missing"),
-        ('{"name": "a", "rate": true}', "'rate' must be float"),
+        ('{"name": "a", "xyz": 3}', "Unknown key 'xyz'.$"),
+        ('{"name": 3}', "name is 3, but must be a valid string. Use --name."),
+        ('{"name": "a", "inner": {"betas": [1]}}', "'inner.betas' is missing or too short"),
+        ('{"name": "a", "limit": "x"}', "limit is 'x', but must be a valid integer"),
+        ("{}", "'name' is missing"),
+        ('{"name": "a", "rate": true}', "rate is True, but must be a valid number"),
+        (
+            '{"name": "a", "inner": {"log_every": true, "width": 0}}',
+            r"inner\.width is 0, but must be greater than 0\. Use --inner\.width\. "
+            r"inner\.log_every is True, .* Use --inner\.log-every\.",
+        ),
+        ('{"name": "a", "inner": {"kind": "c"}}', r"inner.kind is 'c', but must be 'a' or 'b'"),
+        ('{"name": "a", "inner": {"width": 7}}', "^inner.width is 7, but 7 is taken"),
+        ('{"name": ', "not JSON"),
     ],
 )
-def test_mistakes_are_named(text, message):
+def test_mistakes_are_named(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config_from_json(Outer, text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        load_config(Outer, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_with_the_flag(value):
+    with refuses_config("rate is (nan|inf), but must be a finite number. Use --rate."):
+        Outer("a", rate=value)
+    with refuses_config("inner.betas is nan, but must be"):
+        replace(Inner(), betas=(0.0, float("nan")))
 
 
 def test_changed_fields_are_dotted():
@@ -59,9 +92,25 @@ def test_changed_fields_are_dotted():
     }
 
 
+def test_only_marked_fields_may_change_in_a_run(tmp_path):
+    old = Outer("a")
+    refuse_other_run(tmp_path, old)  # nothing there yet
+    save_config(old, tmp_path / "config.json")
+    refuse_other_run(tmp_path, replace(old, inner=Inner(log_every=5)))
+    wider = replace(old, inner=Inner(width=4))
+    with pytest.raises(ValueError, match=r"inner\.width was 3, is now 4"):
+        refuse_other_run(tmp_path, wider)
+    refuse_other_run(
+        tmp_path, wider, lambda name, old, new: (name, old, new) == ("inner.width", 3, 4)
+    )
+
+
 def test_other_data_is_refused_and_the_same_is_not(tmp_path):
-    summary = {"fingerprint": "a", "split_hash": "b", "num_micrographs": 3, "name": "x"}
-    refuse_other_data(tmp_path, summary)
-    refuse_other_data(tmp_path, summary | {"name": "moved"})
-    with pytest.raises(ValueError, match="3 then, 4 now"):
-        refuse_other_data(tmp_path, summary | {"num_micrographs": 4, "split_hash": "c"})
+    identity = {"fingerprint": "a", "split_hash": "b", "num_micrographs": 3}
+    refuse_other_data(tmp_path, identity)
+    refuse_other_data(tmp_path, identity)
+    with pytest.raises(ValueError, match="num_micrographs was 3, is now 4"):
+        refuse_other_data(tmp_path, identity | {"num_micrographs": 4, "split_hash": "c"})
+    (tmp_path / "data.json").write_text("")  # as a power cut may leave it
+    with pytest.raises(ValueError, match=r"data\.json is damaged"):
+        refuse_other_data(tmp_path, identity)
