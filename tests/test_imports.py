@@ -137,7 +137,8 @@ def test_every_package_is_covered_and_in_the_wheel():
     packages = {path.parent.name for path in ROOT.glob("em_*/__init__.py")}
     assert packages == set(PACKAGES)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert {*packages, "model_cards"} == set(project["tool"]["setuptools"]["packages"])
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["em_*", "model_cards"]
+    assert {*packages} == set(project["tool"]["mypy"]["packages"])
     assert all((ROOT / package / "py.typed").is_file() for package in packages)
     scripts = {name.replace("_", "-"): f"{COMMANDS}.{name}:main" for name in SCRIPTS}
     assert project["project"]["scripts"] == {f"em-{key}": value for key, value in scripts.items()}
