@@ -22,6 +22,7 @@ from em_data import save_image_grid, to_uint8
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import make_generator
 from em_training.cli import run_command
+from em_training.walk import walk
 
 VIDEO_FORMATS = (".gif", ".png", ".mp4")
 
@@ -55,20 +56,6 @@ def render(generator, ws, batch_size=16, description="images"):
         for part in tqdm(ws.split(batch_size), desc=description, unit="batch")
     ]
     return torch.cat(images)
-
-
-def walk(keys, frames_per_key):
-    """A closed, smooth path [K frames_per_key, ...] through keys [K, ...]: the cubic of Catmull and Rom (1974), which passes each of them
-    at its frame K i and whose velocity there is half the difference of its neighbours."""
-    t = torch.arange(frames_per_key, dtype=keys.dtype) / frames_per_key
-    t = t.reshape(1, -1, *[1] * (keys.ndim - 1))
-    before, start, end, after = (keys.roll(shift, dims=0).unsqueeze(1) for shift in (1, 0, -1, -2))
-    path = start + t / 2 * (
-        end
-        - before
-        + t * (2 * before - 5 * start + 4 * end - after + t * (3 * (start - end) + after - before))
-    )
-    return path.flatten(0, 1)
 
 
 def mix_styles(ws_rows, ws_columns, layers):

@@ -204,3 +204,20 @@ def _advise(what: str, error) -> str:
         f"out of memory: {what} ({_first_line(error)}). End other programs on the device, turn on gradient checkpointing where the stage "
         "has it, or choose a smaller model or resolution."
     )
+
+
+def halve_batch(count: int, error: BaseException) -> int:
+    """Return half of the `count` images that did not fit; re-raise what is not a lack of memory.
+
+    Raises `ValueError` if not even one image fits.
+    """
+    if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+        raise error
+    if count == 1:
+        raise ValueError(
+            f"out of memory: not even one image fits ({_first_line(error)}). End other programs on "
+            "the device, or lower --precision."
+        ) from error
+    error.__traceback__ = None  # it holds the tensors that did not fit
+    free_memory()
+    return count // 2

@@ -1,0 +1,168 @@
+"""Draw images of a latent diffusion model by their numbers: denoise a batch, decode it in parts."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+
+from em_diffusion.autoencoder import decode, encode
+from em_diffusion.samplers import create_sampler
+from em_training import seed_for
+from em_training.family import EXACT_BATCH, WALK_KEYS
+from em_training.memory import halve_batch
+from em_training.walk import walk_noise
+
+# Decoded at a time: 16 images of 256 x 256. Larger parts are not faster and take much memory.
+DECODED_PIXELS = 2**20
+
+
+class LDMDrawer:
+    """Draws images of an `EMLatentDiffusionPipeline`; arguments as in `Family.start`.
+
+    options: an `em_diffusion.family.LDMOptions`.
+    Image i draws its noise, and then its grain, from a generator seeded by (seed, i). The pipeline
+    is copied (not its weights), so that the caller's keeps its sampler.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        options,
+        *,
+        seed: int = 0,
+        batch_size: int = 50,
+        say: Callable[[str], None] = print,
+        on_progress: Callable[[float], None] | None = None,
+    ):
+        self.options, self.seed, self.say, self.on_progress = options, seed, say, on_progress
+        self.fixed_batch = options.compile
+        self.num_steps = options.num_inference_steps or pipeline.config.default_num_inference_steps
+        self.pipeline = copy.copy(pipeline)
+        self.pipeline.set_progress_bar_config(disable=True)
+        if options.scheduler is None:
+            scheduler = copy.deepcopy(pipeline.scheduler)
+        else:
+            scheduler = create_sampler(options.scheduler, pipeline.scheduler)
+        self.pipeline.register_modules(scheduler=scheduler)
+        for model in (pipeline.unet, pipeline.vqvae):
+            model.to(memory_format=torch.channels_last)
+        self.decode_batch_size = options.decode_batch_size or choose_decode_batch_size(
+            pipeline, batch_size
+        )
+        if options.compile:
+            # freezing packs the weights as a CPU reads them
+            frozen = {"freezing": True} if pipeline.device.type == "cpu" else None
+            self.pipeline.unet = torch.compile(pipeline.unet, options=frozen)
+
+    def describe(self) -> dict:
+        """Return the settings that decide the images."""
+        scheduler = self.pipeline.scheduler
+        defaults = dict(type(scheduler)().config)
+        changed = {
+            key: value
+            for key, value in scheduler.config.items()
+            if not key.startswith("_") and value != defaults.get(key)
+        }
+        grain = {} if self.pipeline.grain is None else {"grain": self.options.grain}
+        return grain | {
+            "scheduler": type(scheduler).__name__,
+            "scheduler_options": json.dumps(changed, sort_keys=True),
+            "num_inference_steps": self.num_steps,
+            "eta": self.options.eta,
+        }
+
+    def draw(self, numbers: list[int]) -> torch.Tensor:
+        """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
+        rngs = [self._seed_rng(number) for number in numbers]
+        return self._decode(self._denoise(rngs), rngs, self.options.grain)
+
+    def walk(self, frames_per_key: int) -> Iterator[torch.Tensor]:
+        """Yield batches of frames of a closed walk through the noise of the first images.
+
+        Noise that the sampler adds on the way is the same in all frames. Frames have no grain: it
+        would flicker, or stand still in front of what moves.
+        """
+        size = self.pipeline.unet.config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (1, self.pipeline.unet.config.in_channels, *size)
+        keys = [torch.randn(shape, generator=self._seed_rng(i)) for i in range(WALK_KEYS)]
+        for noise in walk_noise(torch.cat(keys), frames_per_key).split(EXACT_BATCH):
+            rngs = [self._seed_rng(0) for _ in noise]
+            yield self._decode(self._denoise(rngs, noise), rngs, add_grain=False)
+
+    def _seed_rng(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_for(self.seed, number))
+
+    def _denoise(self, rngs, noise=None):
+        """Return latents [B, C, h, w] in the autoencoder's scale."""
+
+        def report(pipeline, step, timestep, tensors):
+            if self.on_progress is not None:
+                # Heun's methods call twice a step
+                self.on_progress(min(1.0, (step + 1) / self.num_steps))
+            return tensors
+
+        latents = self.pipeline.denoise(
+            len(rngs),
+            rngs,
+            self.num_steps,
+            self.options.eta,
+            noise,
+            callback_on_step_end=report,
+        )
+        # a VQ decoder would turn NaN into some code, and so into an image
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                "the latents are not finite: the model diverged in training, or the sampler does "
+                "not suit it"
+            )
+        return latents
+
+    def _decode(self, latents, rngs, add_grain: bool):
+        """Decode in parts, and in smaller ones after an out-of-memory error.
+
+        A part may be decoded twice, so its grain is drawn by copies of the generators.
+        """
+        images, start = [], 0
+        while start < len(latents):
+            rows = latents[start : start + self.decode_batch_size]
+            count = len(rows)
+            try:
+                images.append(self._decode_part(rows, rngs[start : start + count], add_grain))
+            except (RuntimeError, MemoryError) as error:
+                self.decode_batch_size = halve_batch(count, error)
+                self.say(f"out of memory: going on with --decode-batch-size {count // 2}")
+                continue
+            start += count
+        return torch.cat(images)
+
+    def _decode_part(self, rows, rngs, add_grain):
+        count = len(rows)
+        least = self.decode_batch_size if self.fixed_batch else EXACT_BATCH
+        padding = max(0, min(self.decode_batch_size, least) - count)
+        rngs = [rng.clone_state() for rng in [*rngs, *rngs[-1:] * padding]]
+        if padding:
+            rows = torch.cat([rows, rows[-1:].expand(padding, -1, -1, -1)])
+        return self.pipeline.decode(rows, rngs, add_grain)[:count]
+
+
+def choose_decode_batch_size(pipeline, batch_size: int) -> int:
+    """Return how many images make `DECODED_PIXELS`, at most `batch_size`.
+
+    An unknown autoencoder is taken for one of factor 8.
+    """
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = 2 ** (len(pipeline.vqvae.config.get("block_out_channels", range(4))) - 1)
+    return max(1, min(batch_size, DECODED_PIXELS // (height * width * factor**2)))
+
+
+@torch.no_grad()
+def reconstruct(vqvae, images, grain=None, generator=None):
+    """Send images [B, 1, H, W] in [-1, 1] through the autoencoder; float32 on the CPU.
+
+    grain: added if given, drawn by `generator`.
+    """
+    decoded = decode(vqvae, encode(vqvae, images.to(vqvae.device))).float().clamp(-1, 1)
+    return (decoded if grain is None else grain(decoded, generator).clamp(-1, 1)).cpu()

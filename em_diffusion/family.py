@@ -1,0 +1,166 @@
+"""The latent diffusion model as a `Family`: what the commands need to know about it."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
+
+from em_training.family import Card, Control, Family, ReferenceLevel, check_options
+
+SamplerName = Literal[
+    "ddim",
+    "ddpm",
+    "dpm-solver++",
+    "dpm-solver++-karras",
+    "dpm-solver++-sde",
+    "unipc",
+    "unipc-karras",
+    "euler",
+    "heun",
+    "flow-euler",
+    "flow-heun",
+]
+# usual numbers of steps, which the demo proposes when another sampler is chosen
+DEMO_STEPS = {
+    "ddim": 50,
+    "ddpm": 250,
+    "dpm-solver++": 20,
+    "dpm-solver++-karras": 20,
+    "dpm-solver++-sde": 20,
+    "unipc": 20,
+    "unipc-karras": 20,
+    "euler": 30,
+    "heun": 20,
+    "flow-euler": 20,
+    "flow-heun": 10,
+}
+
+
+@dataclass(frozen=True)
+class LDMOptions:
+    """Sampling options of latent diffusion models (LDMs)."""
+
+    num_inference_steps: int | None = None
+    """Denoising steps. Default: the number saved with the model."""
+    scheduler: SamplerName | None = None
+    """Sampler to use instead of the one saved with the model. It needs --num-inference-steps. Models
+    trained by flow matching take dpm-solver++, unipc, flow-euler and flow-heun; others take all
+    but the last two."""
+    eta: float = 0.0
+    """Noise added back in each step of ddim: 0 (deterministic) to 1 (as noisy as ddpm)."""
+    grain: bool = True
+    """Add the noise of micrographs that the autoencoder does not reproduce, if the model has it."""
+    decode_batch_size: int | None = None
+    """Images decoded at a time. Default: as many as make a million pixels."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile. It pays from some thousands of images on: compiling
+    takes about a minute."""
+
+    def __post_init__(self):
+        check_options(
+            self,
+            num_inference_steps=(1, float("inf")),
+            eta=(0, 1),
+            decode_batch_size=(1, float("inf")),
+        )
+        if self.scheduler is not None and self.scheduler not in get_args(SamplerName):
+            raise ValueError(
+                f"--scheduler is {self.scheduler}; choose {', '.join(get_args(SamplerName))}"
+            )
+        if self.scheduler is not None and self.num_inference_steps is None:
+            raise ValueError(
+                f"--scheduler {self.scheduler} needs --num-inference-steps: the default number "
+                "belongs to the sampler saved with the model"
+            )
+
+
+def start(pipeline, options: LDMOptions, **settings):
+    """Return the `Drawer` of a pipeline; see `em_diffusion.drawing.LDMDrawer`."""
+    from em_diffusion.drawing import LDMDrawer
+
+    return LDMDrawer(pipeline, options, **settings)
+
+
+def find_reference_levels(pipeline, options: LDMOptions, seed: int) -> tuple[ReferenceLevel, ...]:
+    """Return the reconstruction by the autoencoder, with the grain if images are drawn with it."""
+    from em_diffusion.drawing import reconstruct
+    from em_training import make_generator
+
+    grain = pipeline.grain if options.grain else None
+    rng = make_generator(seed, stream="grain")
+    part = "autoencoder" if grain is None else "autoencoder and grain"
+    apply = partial(reconstruct, pipeline.vqvae, grain=grain, generator=rng)
+    return (ReferenceLevel(part, apply),)
+
+
+def describe_for_card(pipeline) -> dict:
+    """Return what only this family's template needs."""
+    import diffusers
+    import torch
+
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = pipeline.unet.config.in_channels
+    parts = [type(part) for part in pipeline.components.values()]
+    stock = [cls.__name__ for cls in parts if cls.__module__.startswith("diffusers.")]
+    blank = torch.zeros(1, channels, height, width, device=pipeline.device)
+    return {
+        "resolution": pipeline.decode(blank, add_grain=False).shape[-1],
+        "latents": {"channels": channels, "height": height, "width": width},
+        "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
+        "default_num_inference_steps": pipeline.config.default_num_inference_steps,
+        "stock": [name for name in stock if hasattr(diffusers, name)],
+    }
+
+
+def list_controls(pipeline) -> tuple[Control, ...]:
+    """Return the demo's inputs: the sampler and its number of steps."""
+    from em_diffusion.samplers import list_samplers
+
+    saved = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
+    saved_steps = pipeline.config.default_num_inference_steps
+    names = list_samplers(pipeline.scheduler)
+    steps = {None: saved_steps} | {name: DEMO_STEPS[name] for name in names}
+    return (
+        Control(
+            "scheduler",
+            "Sampler",
+            "choice",
+            None,
+            help="Solves the denoising equation. The number of steps follows the choice.",
+            choices=((f"{saved} (saved with the model)", None), *((name, name) for name in names)),
+            sets={name: {"num_inference_steps": number} for name, number in steps.items()},
+        ),
+        Control(
+            "num_inference_steps",
+            "Steps",
+            "slider",
+            saved_steps,
+            help="More steps take more time and follow the equation more closely.",
+            minimum=1,
+            maximum=max(250, saved_steps),
+        ),
+    )
+
+
+def walk(drawer, frames_per_key: int):
+    """Yield batches of frames of a closed walk through the noise of the first images."""
+    return drawer.walk(frames_per_key)
+
+
+FAMILY = Family(
+    name="ldm",
+    titles={"ldm": "LDM"},
+    pipeline="em_diffusion.pipeline_em_ldm:EMLatentDiffusionPipeline",
+    options=LDMOptions,
+    stages=("autoencoder", "denoiser"),
+    card=Card(
+        "ldm.md.j2", "em_diffusion", "latent-diffusion", "latent diffusion model", describe_for_card
+    ),
+    start=start,
+    read_kind=lambda folder: "ldm",
+    reference_levels=find_reference_levels,
+    without_grain=lambda options: replace(options, grain=False),
+    controls=list_controls,
+    walk=walk,
+    walk_help="The noise that images start from changes smoothly; frames have no grain.",
+)

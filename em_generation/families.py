@@ -1,0 +1,71 @@
+"""The registry of model families. A new family is a package with a `FAMILY`, and one entry here."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import em_diffusion.family
+import em_stylegan.family
+from em_training.family import Family
+
+FAMILIES: tuple[Family, ...] = (em_diffusion.family.FAMILY, em_stylegan.family.FAMILY)
+
+
+def find_family(name: str, where: str = "the model") -> Family:
+    """Return the family with this name, kind or pipeline class name.
+
+    where: what the error calls the model. Raises `ValueError` if no family has that name.
+    """
+    for family in FAMILIES:
+        if name in (family.name, family.class_name, *family.titles):
+            return family
+    known = ", ".join(family.class_name for family in FAMILIES)
+    raise ValueError(f"{where} is of the unknown kind {name}; known are {known}")
+
+
+def find_title(kind: str) -> str:
+    """Return the title of a kind of model, such as "StyleGAN3-T" for "stylegan3-t"."""
+    return find_family(kind).titles[kind]
+
+
+def read_family(folder: Path) -> tuple[Family, str]:
+    """Return (family, kind) of the pipeline saved in `folder`, from its model_index.json."""
+    path = Path(folder) / "model_index.json"
+    try:
+        name = json.loads(path.read_text())["_class_name"]
+        name = name[-1] if isinstance(name, list) else name
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: it names no pipeline class") from error
+    family = find_family(str(name), str(folder))
+    return family, family.read_kind(Path(folder))
+
+
+def make_options(families: Iterable[Family], pairs: Sequence[str]) -> dict[str, object]:
+    """Return {family name: its sampling options} from KEY=VALUE texts, such as "eta=0.5".
+
+    Each family takes the keys that it has. Raises `ValueError` for a key that none of `families`
+    has, and for a value of a wrong type or outside its range.
+    """
+    from em_training import config_from_dict
+
+    families = {family.name: family for family in families}
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"sampling options are KEY=VALUE, such as eta=0.5, not {pair!r}")
+        try:
+            values[key.replace("-", "_")] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key.replace("-", "_")] = text
+    known = {name: set(family.options.__dataclass_fields__) for name, family in families.items()}
+    for key in values:
+        if not any(key in names for names in known.values()):
+            choices = ", ".join(sorted(set().union(*known.values()))) or "none"
+            raise ValueError(f"no model here has the sampling option {key}; there are: {choices}")
+    return {
+        name: config_from_dict(
+            family.options, {key: value for key, value in values.items() if key in known[name]}
+        )
+        for name, family in families.items()
+    }

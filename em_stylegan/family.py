@@ -1,0 +1,113 @@
+"""The StyleGANs as a `Family`: what the commands need to know about them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from em_training.family import Card, Control, Family, check_options
+
+LayerGroup = Literal["coarse", "middle", "fine"]
+
+
+@dataclass(frozen=True)
+class StyleGANOptions:
+    """Sampling options of StyleGANs."""
+
+    truncation_psi: float = 1.0
+    """Truncation: 1 draws from the whole distribution, smaller values give more typical and less
+    varied images. Report distances at 1."""
+    class_label: int | None = None
+    """Class of all images, for a model that was trained with classes."""
+    mix_seed: int | None = None
+    """Seed of a second style: a third of the layers takes the style of that seed's image 0."""
+    mix_layers: LayerGroup = "coarse"
+    """The third of the layers that takes the second style. Coarse layers decide the large shapes,
+    fine ones the texture."""
+
+    def __post_init__(self):
+        check_options(self, truncation_psi=(-10, 10), class_label=(0, float("inf")))
+        if self.mix_layers not in get_args(LayerGroup):
+            raise ValueError(
+                f"--mix-layers is {self.mix_layers}; choose {', '.join(get_args(LayerGroup))}"
+            )
+
+
+def start(pipeline, options: StyleGANOptions, **settings):
+    """Return the `Drawer` of a pipeline; see `em_stylegan.drawing.StyleGANDrawer`."""
+    from em_stylegan.drawing import StyleGANDrawer
+
+    return StyleGANDrawer(pipeline, options, **settings)
+
+
+def read_kind(folder: Path) -> str:
+    """Return stylegan1, stylegan2, stylegan3-t or stylegan3-r: what the saved generator is."""
+    module = json.loads((folder / "model_index.json").read_text())["generator"][0]
+    kind = str(module).removeprefix("em_").removesuffix("_generator")
+    if kind != "stylegan3":
+        return kind
+    config = json.loads((folder / "generator" / "config.json").read_text())
+    return "stylegan3-r" if config.get("radial_filters") else "stylegan3-t"
+
+
+def list_controls(pipeline) -> tuple[Control, ...]:
+    """Return the demo's inputs: truncation and style mixing."""
+    return (
+        Control(
+            "truncation_psi",
+            "Truncation",
+            "slider",
+            1.0,
+            help="1: the whole distribution. Smaller: more typical images, less variety.",
+            minimum=0,
+            maximum=1.5,
+            step=0.05,
+        ),
+        Control(
+            "mix_seed",
+            "Seed of a second style",
+            "integer",
+            None,
+            help="Some layers take the style of this seed's first image. Empty: no mixing. "
+            "The walk does not mix.",
+        ),
+        Control(
+            "mix_layers",
+            "Layers that take the second style",
+            "choice",
+            "coarse",
+            help="Coarse layers decide the large shapes, fine ones the texture.",
+            choices=tuple((name, name) for name in get_args(LayerGroup)),
+        ),
+    )
+
+
+def walk(drawer, frames_per_key: int):
+    """Yield batches of frames of a closed walk through w of the first images."""
+    return drawer.walk(frames_per_key)
+
+
+FAMILY = Family(
+    name="stylegan",
+    titles={
+        "stylegan2": "StyleGAN2",
+        "stylegan1": "StyleGAN",
+        "stylegan3-t": "StyleGAN3-T",
+        "stylegan3-r": "StyleGAN3-R",
+    },
+    pipeline="em_stylegan.pipeline_em_stylegan:EMStyleGANPipeline",
+    options=StyleGANOptions,
+    stages=("stylegan",),
+    card=Card(
+        "stylegan.md.j2",
+        "em_stylegan",
+        "stylegan",
+        "StyleGAN",
+        lambda pipeline: {"resolution": pipeline.generator.config.resolution},
+    ),
+    start=start,
+    read_kind=read_kind,
+    controls=list_controls,
+    walk=walk,
+    walk_help="The style w changes smoothly, and the fine noise stands still.",
+)

@@ -1,0 +1,150 @@
+"""A family of models as a value: all that the commands know about a kind of model.
+
+Each family package defines one `Family` (`em_diffusion.family`, `em_stylegan.family`), and
+`em_generation.families` lists them. Commands, reports, cards and the demo ask the value; none of
+them asks which family it is. This module imports nothing heavy.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+# From this size on, the libraries compute every row of a batch in the same way, bit for bit (seen
+# with oneDNN and MKL on AVX-512). Smaller batches are padded to it.
+EXACT_BATCH = 16
+
+
+class Drawer(Protocol):
+    """Draws the images of one model by their numbers; see `Family.start`."""
+
+    fixed_batch: bool
+    """Whether every batch must have the full size, as compiled models need it."""
+
+    def draw(self, numbers: list[int]) -> Any:
+        """Return images float32 [B, 1, H, W] in [-1, 1]; image i depends on (seed, i) alone.
+
+        Raises an out-of-memory error if the batch is too large: the caller tries a smaller one.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that decide the images, as JSON values for the record."""
+
+
+@dataclass(frozen=True)
+class ReferenceLevel:
+    """A limit that a part of a model sets: real images sent through that part.
+
+    part: what the images pass, such as "autoencoder". apply: images float [B, 1, H, W] in [-1, 1]
+    -> float32 [B, 1, H, W] in [-1, 1] on the CPU.
+    """
+
+    part: str
+    apply: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """How a family's model card is written.
+
+    template: its file in model_cards. package: the package to install. tag: the Hub's tag. noun:
+    the kind of model in a sentence. describe: pipeline -> values that only this template needs.
+    """
+
+    template: str
+    package: str
+    tag: str
+    noun: str
+    describe: Callable[[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Control:
+    """An input of the demo page, which sets one field of the family's options.
+
+    name: the field. choices: (label, value) pairs of a "choice". minimum, maximum, step: of a
+    "slider". sets: {chosen value: {name of another control: its new value}}.
+    """
+
+    name: str
+    label: str
+    kind: Literal["slider", "choice", "integer"]
+    value: Any
+    help: str = ""
+    choices: tuple[tuple[str, Any], ...] = ()
+    minimum: float = 0
+    maximum: float = 1
+    step: float = 1
+    sets: Mapping[Any, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    name: the family's name, such as "ldm".
+    titles: {kind: title}. A kind is what `run.json` calls its "family", such as "stylegan3-t".
+        The first one is the title of the family itself.
+    pipeline: "module:class" of its pipeline, imported when it is used.
+    options: frozen dataclass of its sampling options; the fields are the flags of generate.py.
+    stages: folders of a run that hold training curves.
+    card: how its model card is written.
+    start: (pipeline, options, *, seed, batch_size, say, on_progress) -> `Drawer`. `say` gets
+        messages, `on_progress` the fraction of a batch that is done. The pipeline given is not
+        changed but for the memory layout of its weights.
+    read_kind: folder with model_index.json -> kind; reads no weights.
+    reference_levels: (pipeline, options, seed) -> the levels that the model brings.
+    without_grain: options -> options without noise that is added after the model. Copies of
+        training images are sought in such images, since grain would hide them. None if the
+        family has no grain.
+    controls: pipeline -> what the demo page shows.
+    walk: (drawer, frames_per_key) -> batches of frames [B, 1, H, W] in [-1, 1] on a closed path
+        through images 0 to `WALK_KEYS` - 1. None if there is none.
+    walk_help: one sentence about the walk, for the demo page.
+    """
+
+    name: str
+    titles: Mapping[str, str]
+    pipeline: str
+    options: type
+    stages: tuple[str, ...]
+    card: Card
+    start: Callable[..., Drawer]
+    read_kind: Callable[[Path], str]
+    reference_levels: Callable[[Any, Any, int], tuple[ReferenceLevel, ...]] = lambda *_: ()
+    without_grain: Callable[[Any], Any] | None = None
+    controls: Callable[[Any], tuple[Control, ...]] = lambda pipeline: ()
+    walk: Callable[[Drawer, int], Iterator[Any]] | None = None
+    walk_help: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name of the family in what people read."""
+        return next(iter(self.titles.values()))
+
+    @property
+    def class_name(self) -> str:
+        """The name of the pipeline's class, as model_index.json has it."""
+        return self.pipeline.partition(":")[2]
+
+    def import_pipeline(self) -> type:
+        """Import the pipeline's class."""
+        module, _, name = self.pipeline.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+WALK_KEYS = 4
+
+
+def check_options(options, **ranges: tuple[float, float]) -> None:
+    """Raise `ValueError` for a field outside its (smallest, largest) value; None passes."""
+    for name, (smallest, largest) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not smallest <= value <= largest:
+            flag = "--" + name.replace("_", "-")
+            bound = (
+                f"at least {smallest}" if largest == float("inf") else f"{smallest} to {largest}"
+            )
+            raise ValueError(f"{flag} is {value}, but must be {bound}")
