@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from torch import nn
 
 from em_diffusion.patch_discriminator import adaptive_weight, hinge_loss
-from em_diffusion.perceptual import create_perceptual_distance
+from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 
 MAX_DISTANCES = (
     2**24
@@ -129,6 +129,15 @@ class Objective(NamedTuple):
     latents: torch.Tensor  # the encoder's outputs [B, C, h, w], without gradient
     indices: torch.Tensor | None  # of the codes [B, h, w]; None without a codebook
     discriminator_loss: torch.Tensor | None  # its gradients reach the discriminator alone
+
+
+def create_perceptual_distance(config) -> nn.Module | None:
+    """Create the distance that an `AutoencoderConfig` asks for; None with a weight of 0."""
+    if config.perceptual_weight == 0:
+        return None
+    if config.perceptual_network == "lpips":
+        return LPIPSDistance()
+    return PerceptualDistance(config.perceptual_layers)
 
 
 class AutoencoderObjective(nn.Module):

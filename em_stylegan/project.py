@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from em_data import from_uint, read_micrograph
 from em_data.cutting import average_area
 from em_data.intensity import find_levels
-from em_diffusion.perceptual import PerceptualDistance
+from em_evaluation.perceptual import PerceptualDistance
 from em_stylegan.interpolate import load_generator, save_grid
 from em_training import make_generator, write_text_atomically
 from em_training.cli import run_command

@@ -10,6 +10,7 @@ from em_diffusion.autoencoder import (
     AutoencoderObjective,
     CodebookMonitor,
     create_autoencoder,
+    create_perceptual_distance,
     decode,
     encode,
     hash_weights,
@@ -18,7 +19,7 @@ from em_diffusion.autoencoder import (
     quantise,
 )
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.perceptual import PerceptualDistance, _load_efficientnet_lite0
+from em_evaluation.perceptual import PerceptualDistance
 
 
 def make_latents(seed=0, shape=(3, 4, 5, 6)):
@@ -192,32 +193,15 @@ def test_weight_hash_sees_every_bit():
     assert hash_weights(layer) != before
 
 
-def test_perceptual_distance_is_that_of_the_whole_network():
-    """Folded norms and the summed stem against the network as shipped, fed three equal channels."""
-    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    distance = PerceptualDistance(num_layers=2)
-    network = _load_efficientnet_lite0()
-    expected = []
-    with torch.no_grad():
-        x = (images.expand(-1, 3, -1, -1) * 127.5 + 127.5 - 127) / 128
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for i, block in enumerate(network._blocks[:3]):
-            x = block(x)
-            if i in (0, 2):
-                expected.append(x / x.norm(dim=1, keepdim=True))
-        for ours, slow in zip(distance.features(images), expected, strict=True):
-            torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-4)
-
-
-def test_perceptual_distance_is_zero_on_itself_and_grows_with_blur():
-    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    distance = PerceptualDistance()
-    blurred = [torch.nn.functional.avg_pool2d(images, k, 1, k // 2) for k in (1, 3, 5)]
-    values = [distance(x, images).item() for x in blurred]
-    assert values[0] == 0
-    assert values[0] < values[1] < values[2] < 4
-    assert not any(p.requires_grad for p in distance.train().parameters())
-    assert not distance.training
+def test_the_configuration_decides_the_perceptual_distance(config, monkeypatch):
+    monkeypatch.setattr("em_diffusion.autoencoder.LPIPSDistance", lambda: "lpips")
+    stage = config.autoencoder
+    assert isinstance(create_perceptual_distance(stage), PerceptualDistance)
+    lpips = dataclasses.replace(stage, perceptual_network="lpips")
+    assert create_perceptual_distance(lpips) == "lpips"
+    assert create_perceptual_distance(dataclasses.replace(stage, perceptual_weight=0.0)) is None
+    with pytest.raises(ValueError, match="choose efficientnet-lite0 or lpips"):
+        dataclasses.replace(stage, perceptual_network="vgg")
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
-import dataclasses
 import os
 import urllib.error
 
 import pytest
 import torch
 
-from em_diffusion import PRESETS, perceptual
-from em_diffusion.perceptual import LPIPSDistance, PerceptualDistance, create_perceptual_distance
+from em_evaluation.efficientnet import load_efficientnet
+from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)  # VGG16's convolutions
 POSITIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -94,14 +93,29 @@ def test_lpips_executes_no_pickle(hub):
     assert not (hub / "ran").exists()
 
 
-def test_configuration_decides_the_distance(hub):
-    stage = PRESETS["test"]().autoencoder
-    assert isinstance(create_perceptual_distance(stage), PerceptualDistance)
-    assert isinstance(
-        create_perceptual_distance(dataclasses.replace(stage, perceptual_network="lpips")),
-        LPIPSDistance,
-    )
-    assert create_perceptual_distance(dataclasses.replace(stage, perceptual_weight=0.0)) is None
-    with pytest.raises(ValueError, match="choose efficientnet-lite0 or lpips"):
-        dataclasses.replace(stage, perceptual_network="vgg")
-    assert set(perceptual.NETWORKS) == {"efficientnet-lite0", "lpips"}
+def test_perceptual_distance_is_that_of_the_whole_network():
+    """Folded norms and the summed stem against the network as shipped, fed three equal channels."""
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = PerceptualDistance(num_layers=2)
+    network = load_efficientnet(fused=False)
+    expected = []
+    with torch.no_grad():
+        x = (images.expand(-1, 3, -1, -1) * 127.5 + 127.5 - 127) / 128
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for i, block in enumerate(network._blocks[:3]):
+            x = block(x)
+            if i in (0, 2):
+                expected.append(x / x.norm(dim=1, keepdim=True))
+        for ours, slow in zip(distance.features(images), expected, strict=True):
+            torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_perceptual_distance_is_zero_on_itself_and_grows_with_blur():
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = PerceptualDistance()
+    blurred = [torch.nn.functional.avg_pool2d(images, k, 1, k // 2) for k in (1, 3, 5)]
+    values = [distance(x, images).item() for x in blurred]
+    assert values[0] == 0
+    assert values[0] < values[1] < values[2] < 4
+    assert not any(p.requires_grad for p in distance.train().parameters())
+    assert not distance.training
