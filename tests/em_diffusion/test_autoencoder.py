@@ -20,6 +20,7 @@ from em_diffusion.autoencoder import (
 )
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_evaluation.perceptual import PerceptualDistance
+from support.config import refuses_config
 
 
 def make_latents(seed=0, shape=(3, 4, 5, 6)):
@@ -200,7 +201,7 @@ def test_the_configuration_decides_the_perceptual_distance(config, monkeypatch):
     lpips = dataclasses.replace(stage, perceptual_network="lpips")
     assert create_perceptual_distance(lpips) == "lpips"
     assert create_perceptual_distance(dataclasses.replace(stage, perceptual_weight=0.0)) is None
-    with pytest.raises(ValueError, match="choose efficientnet-lite0 or lpips"):
+    with refuses_config("perceptual_network.*efficientnet-lite0.*lpips"):
         dataclasses.replace(stage, perceptual_network="vgg")
 
 
