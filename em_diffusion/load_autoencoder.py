@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
 from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
 from em_diffusion.grey import fold_to_grey
-from em_diffusion.official_dalle import find_dalle
+from em_diffusion.original.dalle import find_dalle
+from em_diffusion.original.load import load_official_autoencoder
 from em_diffusion.pipeline_em_ldm import align_weights
 
 KINDS = {
@@ -97,9 +98,6 @@ def load_autoencoder(
     """
     path = Path(source)
     if path.is_file() or find_dalle(path) is not None:
-        # not at the top: the package would import what `python -m em_diffusion.load_official` then runs a second time
-        from em_diffusion.load_official import load_official_autoencoder
-
         model = load_official_autoencoder(path, config, use_ema=use_ema)
     else:
         folder = _find_folder(path) if path.is_dir() else _download(str(source), revision)

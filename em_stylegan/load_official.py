@@ -1,91 +1,35 @@
-"""Convert the pickles that the trainings of stylegan2-ada-pytorch and stylegan3 write, and execute nothing that is in them.
+"""Convert a network pickle of stylegan2-ada-pytorch or stylegan3.
 
-    python -m em_stylegan.load_official IN.pkl OUT_DIR
+    python -m em_stylegan.load_official network-snapshot-000800.pkl OUT_DIR
 
-OUT_DIR/G_ema, G and D hold the networks, for `train_gan.py --init-from OUT_DIR`, OUT_DIR/pipeline the averaged generator as a pipeline, for
-whatever takes a run: `generate.py --model OUT_DIR`, `em_stylegan.interpolate`, `em_stylegan.project`.
+OUT_DIR/G_ema, G and D hold the networks, for `train_gan.py --init-from OUT_DIR`. OUT_DIR/pipeline holds
+the averaged generator as a pipeline, so OUT_DIR also works wherever a run does, for example in
+`generate.py --model OUT_DIR`. From Python, use `em_stylegan.original.convert.convert`.
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
-from em_stylegan.official_networks import discriminator_from_official, generator_from_official
-from em_stylegan.official_pickle import read_pickle
-from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
-from em_training.safe_pickle import Record
-
-CONVERTERS = {
-    "G_ema": generator_from_official,
-    "G": generator_from_official,
-    "D": discriminator_from_official,
-}
-
-
-def convert(source, out_dir):
-    """Write the networks of the pickle `source` into the folder `out_dir`, which must be new or empty, and a pipeline of G_ema, or of G
-    where there is no G_ema; return the names of what was written.
-
-    Nothing appears in the folder before all is written. Raises `ValueError` when the folder holds something, and with the way out when
-    `source` is no official pickle or its networks are others than ours.
-    """
-    out_dir = Path(out_dir)
-    _check_folder(out_dir)
-    contents = read_pickle(source)
-    models = {}
-    for key, make in CONVERTERS.items():
-        if isinstance(contents.get(key), Record):
-            try:
-                models[key] = make(contents[key])
-            except ValueError as error:
-                raise ValueError(f"{key} of {source}: {error}") from error
-    if not models:
-        raise ValueError(
-            f"{source} holds no network: expected 'G_ema', 'G' or 'D', found {', '.join(map(str, contents))}."
-        )
-    if "G_ema" in models or "G" in models:
-        models["pipeline"] = EMStyleGANPipeline(models.get("G_ema") or models["G"])
-    temporary = out_dir / f".converting-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
-        for name, model in models.items():
-            model.save_pretrained(temporary / name)
-        for name in models:
-            os.replace(temporary / name, out_dir / name)
-    finally:
-        shutil.rmtree(temporary)
-    return list(models)
-
-
-def _check_folder(out_dir):
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is a file; give a folder for the networks.")
-    if out_dir.is_dir() and (found := sorted(path.name for path in out_dir.iterdir())):
-        raise ValueError(
-            f"{out_dir} is not empty ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''}): networks of two checkpoints must not "
-            "mix in it; give a new folder."
-        )
+from em_stylegan.original.convert import convert
+from em_training.cli import run_command
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Convert a pickle of stylegan2-ada-pytorch or stylegan3 to safetensors, and to a pipeline."
+        description="Convert a network pickle of stylegan2-ada-pytorch or stylegan3 to safetensors "
+        "and to a pipeline."
     )
-    parser.add_argument("pickle", type=Path)
-    parser.add_argument("out_dir", type=Path, help="a new folder")
+    parser.add_argument("pickle", type=Path, help="network-snapshot-*.pkl")
+    parser.add_argument("out_dir", type=Path, help="new or empty folder")
     args = parser.parse_args()
-    try:
-        names = convert(args.pickle, args.out_dir)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    names = convert(args.pickle, args.out_dir)
     for name in names:
         print(f"{name} -> {args.out_dir / name}")
     if "pipeline" in names:
         print(f"draw images with: python generate.py --model {args.out_dir} --out FOLDER")
     else:
-        print("it holds no generator, and so makes no images (no pipeline)")
+        print(f"{args.pickle} holds no generator, so there is no pipeline to draw images with")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

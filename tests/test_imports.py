@@ -190,7 +190,6 @@ def test_no_import_circle():
 
 OPEN_CIRCLES = [
     ["em_data.damaged_alloys", "em_data.dataset_rows", "em_data.sources"],
-    ["em_diffusion.load_autoencoder", "em_diffusion.load_official"],
 ]
 
 

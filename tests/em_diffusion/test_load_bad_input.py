@@ -1,7 +1,6 @@
 """Wrong, damaged and malicious checkpoints: one clear sentence with the way out, and nothing of them is run."""
 
 import contextlib
-import importlib.util
 import os
 import pickle
 import random
@@ -14,13 +13,8 @@ import torch
 import yaml
 
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.load_official import load_official
-
-spec = importlib.util.spec_from_file_location(
-    "official_twins", Path(__file__).with_name("official_twins.py")
-)
-twins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(twins)
+from em_diffusion.original.load import load_official
+from support import official_twins as twins
 
 PARAMS = {
     "embed_dim": 4,

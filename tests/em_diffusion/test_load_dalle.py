@@ -1,9 +1,7 @@
 """DALL-E's dVAE from its two pickled networks: the numbers of a slow twin, and none of the classes that the pickles name."""
 
-import importlib.util
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +9,9 @@ from torch import nn
 
 from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.load_official import load_official, main
-
-spec = importlib.util.spec_from_file_location(
-    "official_twins", Path(__file__).with_name("official_twins.py")
-)
-twins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(twins)
+from em_diffusion.load_official import main
+from em_diffusion.original.load import load_official
+from support import official_twins as twins
 
 CONFIG = {"n_hid": 8, "n_init": 6, "n_blk": 2, "vocab_size": 50, "channels": 3}
 

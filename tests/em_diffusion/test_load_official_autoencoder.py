@@ -1,6 +1,5 @@
 """Original autoencoders loaded into diffusers models: the stored reference numbers, and a slow twin over many configurations."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,13 +12,9 @@ from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.load_official import load_official, main
-
-spec = importlib.util.spec_from_file_location(
-    "official_twins", Path(__file__).with_name("official_twins.py")
-)
-twins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(twins)
+from em_diffusion.load_official import main
+from em_diffusion.original.load import load_official
+from support import official_twins as twins
 
 FOLDER = (
     Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))

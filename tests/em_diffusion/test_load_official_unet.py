@@ -1,8 +1,6 @@
 """Original latent diffusion models: U-Nets that answer as a slow twin, their noise schedule, and whole pipelines."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +11,11 @@ from diffusers import DDIMScheduler, UNet2DModel
 from em_diffusion import EMLatentDiffusionPipeline
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.load_official import load_official, load_official_unet, main
-from em_diffusion.official_config import NoiseSchedule
-from em_diffusion.official_unet import compute_betas, create_scheduler
-
-spec = importlib.util.spec_from_file_location(
-    "official_twins", Path(__file__).with_name("official_twins.py")
-)
-twins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(twins)
+from em_diffusion.load_official import main
+from em_diffusion.original.config import NoiseSchedule
+from em_diffusion.original.load import load_official, load_official_unet
+from em_diffusion.original.unet import compute_betas, create_scheduler
+from support import official_twins as twins
 
 UNET = {
     "image_size": 8,

@@ -17,8 +17,8 @@ from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.interpolate import load_generator
 from em_stylegan.load_official import main
 from em_stylegan.losses import path_lengths, r1_penalty
-from em_stylegan.official_networks import discriminator_from_official, generator_from_official
-from em_stylegan.official_pickle import OfficialUnpickler, read_pickle
+from em_stylegan.original.networks import discriminator_from_official, generator_from_official
+from em_stylegan.original.reader import OfficialUnpickler, read_pickle
 
 FOLDER = (
     Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
@@ -185,7 +185,10 @@ def test_alias_free_path_lengths_and_its_discriminator(generator_3, stored_3, nu
     ws = numbers_3["ws"].clone().requires_grad_()
     images = generator_3.synthesis(ws)
     gradient = torch.autograd.grad((images * numbers_3["pl_noise"]).sum(), ws, retain_graph=True)[0]
-    assert_agrees(gradient, numbers_3["pl_grads"])
+    # a float32 gradient depends on the order in which a processor sums: single entries of the stored
+    # one are 9e-5 from float64, the root mean square is 7e-6
+    deviation = (gradient - numbers_3["pl_grads"]).square().mean().sqrt()
+    assert deviation / numbers_3["pl_grads"].std() < 1e-5
     assert_agrees(
         path_lengths(images, ws, numbers_3["pl_noise"] * images.shape[2]), numbers_3["pl_lengths"]
     )
@@ -402,8 +405,8 @@ HANGS = {
 }
 READ = """
 import sys
-from em_stylegan.official_networks import generator_from_official
-from em_stylegan.official_pickle import read_pickle
+from em_stylegan.original.networks import generator_from_official
+from em_stylegan.original.reader import read_pickle
 for path in sys.argv[1:]:
     try:
         generator_from_official(read_pickle(path)["G"])

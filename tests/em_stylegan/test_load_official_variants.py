@@ -1,9 +1,7 @@
 """Every configuration that the official trainings write is read back equal, from files in their format."""
 
-import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,15 +14,12 @@ from em_stylegan import interpolate, load_official
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.official_networks import discriminator_from_official, generator_from_official
-from em_stylegan.official_pickle import read_pickle
+from em_stylegan.original.convert import convert
+from em_stylegan.original.networks import discriminator_from_official, generator_from_official
+from em_stylegan.original.reader import read_pickle
 from em_stylegan.transfer import load_initial_weights
-
-_spec = importlib.util.spec_from_file_location(
-    "official_format", Path(__file__).with_name("official_format.py")
-)
-official_format = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(official_format)
+from em_training.cli import run_command
+from support import official_format
 
 SMALL = {"z_dim": 8, "w_dim": 12, "channel_base": 256, "max_channels": 16}
 
@@ -401,7 +396,7 @@ def test_module_source_in_the_file_is_not_run(tmp_path):
 
 def run(monkeypatch, module, *arguments):
     monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
-    module.main()
+    run_command(module.main)
 
 
 def test_converted_folder_stands_for_a_run(tmp_path, monkeypatch, capsys):
@@ -444,7 +439,7 @@ def test_pipeline_of_the_only_generator(tmp_path):
     torch.manual_seed(0)
     model = shake(make_generator())
     path = official_format.write_pickle(tmp_path / "a.pkl", {"G": official_format.generator(model)})
-    assert load_official.convert(path, tmp_path / "out") == ["G", "pipeline"]
+    assert convert(path, tmp_path / "out") == ["G", "pipeline"]
     assert_same(model, interpolate.load_generator(tmp_path / "out"))
 
 
@@ -475,7 +470,7 @@ def test_network_that_does_not_fit_leaves_nothing_behind(tmp_path):
     with pytest.raises(
         ValueError, match=r"^G_ema of .*a\.pkl: mapping\.fc0 has activation 'linear'"
     ):
-        load_official.convert(path, tmp_path / "out")
+        convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -484,9 +479,8 @@ def test_command_explains_itself(tmp_path, monkeypatch, capsys):
         tmp_path / "a.pkl",
         {"augment_pipe": official_format.Persistent("AugmentPipe"), "training_set_kwargs": {}},
     )
-    monkeypatch.setattr("sys.argv", ["load_official", str(path), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
-        load_official.main()
+        run(monkeypatch, load_official, path, tmp_path / "out")
     assert stop.value.code == 2
     assert (
         "holds no network: expected 'G_ema', 'G' or 'D', found augment_pipe"

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import yaml
 
-from em_diffusion.yaml_values import count, counts, flag, number, optional_count, resolve, section
+from em_diffusion.original.yaml_values import (
+    count,
+    counts,
+    flag,
+    number,
+    optional_count,
+    resolve,
+    section,
+)
 
 FIRST_STAGES = {
     "VQModel": "VQ",

@@ -1,0 +1,1 @@
+"""Read checkpoints of taming-transformers, latent-diffusion and DALL-E's dVAE."""

@@ -1,0 +1,1 @@
+"""Read the network pickles of stylegan2-ada-pytorch and stylegan3."""
