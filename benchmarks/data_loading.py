@@ -56,7 +56,7 @@ def measure(data, paths, num_rounds=7):
     def read_pngs(i):
         return read_png_batch(tiles, paths, sampler.indices(i * BATCH_SIZE, BATCH_SIZE))
 
-    difference = (next(loader) - read_pngs(0)).abs().max().item()
+    difference = (next(loader).images - read_pngs(0)).abs().max().item()
     assert difference < 1e-6, f"the two sides differ by {difference}"
     rates = [
         (time_batches(lambda i: next(loader), 20), time_batches(read_pngs, 4))

@@ -125,7 +125,8 @@ class BarePass:
     def step(self, lap):
         """One pass; `lap(part)` after each part: first the bare ones, then what else our step has."""
         with self.accelerator.autocast():
-            loss = compute_denoising_loss(self.model, self.scheduler, *self.batch).mean()
+            batch = (self.batch.images, self.batch.noise, self.batch.timesteps)
+            loss = compute_denoising_loss(self.model, self.scheduler, *batch).mean()
         self.accelerator.backward(loss)
         lap("forward and backward")
         self.optimizer.step()

@@ -1,34 +1,45 @@
 """Batches for training."""
 
+from collections.abc import Iterator
+
+import torch
+
+from em_data.batch import Batch
+
 
 class BatchLoader:
-    """Iterates forever over float32 batches [batch_size // world_size, 1, R, R] in [-1, 1].
+    """Iterates forever over the batches of one process.
 
-    batch_size is the global batch: each rank takes its own part, and together they take positions start, start + 1, ... of
-    the sampler, so that the images do not depend on the number of processes. There is no worker process: a batch is a
-    gather from a memory map, far below the time of a training step.
+    Together, the processes take positions start, start + 1, ... of the sampler, so that the images
+    do not depend on the number of processes. A batch is gathered from a memory map, which takes far
+    less time than a training step; worker processes are not needed.
+
+    Args:
+        tiles: Has num_views and batch(view ids) -> images, float32 [B, C, H, W].
+        sampler: `ImageSampler` over the same views.
+        batch_size: Global batch size; a process's batch is batch_size // world_size.
+        start: Images seen before the first batch.
     """
 
     def __init__(self, tiles, sampler, *, batch_size, start=0, rank=0, world_size=1):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
-                f"a batch of {batch_size} cannot be cut over {world_size} processes; use a multiple of it"
+                f"batch_size is {batch_size}, but must be a multiple of the {world_size} processes"
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} processes")
+            raise ValueError(f"rank is {rank}, but there are {world_size} processes")
         if sampler.num_views != tiles.num_views:
             raise ValueError(
-                f"the sampler counts {sampler.num_views} views, the tiles {tiles.num_views}"
+                f"the sampler has {sampler.num_views} views, but the tiles {tiles.num_views}"
             )
         self.tiles, self.sampler = tiles, sampler
         self.batch_size, self.start = batch_size, start
         self.rank, self.world_size = rank, world_size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         local_size = self.batch_size // self.world_size
-        position = self.start
+        position = self.start + self.rank * local_size
         while True:
-            yield self.tiles.batch(
-                self.sampler.indices(position + self.rank * local_size, local_size)
-            )
+            ids = self.sampler.indices(position, local_size)
+            yield Batch(images=self.tiles.batch(ids), ids=torch.from_numpy(ids))
             position += self.batch_size

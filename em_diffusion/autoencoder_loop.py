@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import (
     create_optimizer,
     learning_rate_at,
-    match_memory_format,
     set_learning_rate,
 )
 from em_diffusion.patch_discriminator import PatchDiscriminator
@@ -34,9 +34,9 @@ from em_training import (
     MicroBatching,
     Prefetcher,
     TrainingRun,
+    average_gradients,
     make_generator,
     run_in_parts,
-    scaler_state,
     seed_for,
     step_optimizer,
     write_text_atomically,
@@ -78,40 +78,31 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         )
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
 
-    with TrainingRun(
-        out_dir,
-        "autoencoder",
-        accelerator=accelerator,
-        num_images=config.num_images,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        sample_every=config.sample_every,
-        checkpoint_every=config.checkpoint_every,
-    ) as run:
+    with TrainingRun(out_dir, "autoencoder", config, accelerator) as run:
         micro_batching = MicroBatching(
             config.micro_batch_size, run=run, flag="--autoencoder.micro-batch-size"
         )
-        state = {"model": model, "optimizer": optimizer, "micro_batching": micro_batching}
-        state |= {"codebook": monitor} if monitor else {}
-        state |= {"ema": ema} if ema else {}
-        state |= (
-            {"discriminator": discriminator, "optimizer_D": optimizer_D} if discriminator else {}
+        num_images_seen = run.resume(
+            {
+                "model": model,
+                "ema": ema,
+                "optimizer": optimizer,
+                "codebook": monitor,
+                "discriminator": discriminator,
+                "optimizer_D": optimizer_D,
+                "micro_batching": micro_batching,
+                "scaler": accelerator.scaler,
+            }
         )
-        num_images_seen = run.resume(state | scaler_state(accelerator))
-        match_memory_format(optimizer)
-        if discriminator:
-            match_memory_format(optimizer_D)
         batches = draw_batches(tiles, sampler, model, config, accelerator, num_images_seen)
         with Prefetcher(batches, accelerator.device) as batches:
             while num_images_seen < config.num_images:
                 generator = make_generator(
                     config.seed, num_images_seen=num_images_seen, stream="codebook"
                 )
-                batch = next(
-                    batches
-                )  # images [B, 1, R, R], and noise [B, C, h, w] for a KL autoencoder
+                batch = next(batches)
                 if num_images_seen == 0 and monitor and config.init_from is None:
-                    place_codebook(model, batch[0], generator, accelerator)
+                    place_codebook(model, batch.images, generator, accelerator)
                     if ema:
                         ema.load_state_dict(model.state_dict())
                 plays = (
@@ -120,8 +111,8 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
                 )
                 players = [*parameters, *discriminator.parameters()] if plays else parameters
                 objective.train()
-                compute = make_step(objective, discriminator if plays else None, accelerator)
-                _, outputs = micro_batching.backward(compute, players, *batch)
+                backward = make_step(objective, discriminator if plays else None, accelerator)
+                outputs = micro_batching.accumulate(backward, batch, players)
                 learning_rate = learning_rate_at(config, num_images_seen)
                 if plays:
                     set_learning_rate(optimizer_D, learning_rate)
@@ -222,7 +213,7 @@ def find_changes(config, model) -> dict:
 
 
 def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
-    """Images [B, 1, R, R], and for a KL autoencoder noise of its posterior [B, C, h, w], of this process's part of each step."""
+    """Yield this process's batches from `num_images_seen` on; noise for a KL autoencoder alone."""
     rank = accelerator.process_index
     loader = BatchLoader(
         tiles,
@@ -232,30 +223,25 @@ def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
         rank=rank,
         world_size=accelerator.num_processes,
     )
-    for images in loader:
+    for batch in loader:
         if isinstance(model, AutoencoderKL):
             generator = make_generator(
                 config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior"
             )
             factor = 2 ** (len(model.config.block_out_channels) - 1)
-            height, width = images.shape[2] // factor, images.shape[3] // factor
-            yield (
-                images,
-                torch.randn(
-                    (len(images), model.config.latent_channels, height, width), generator=generator
-                ),
-            )
-        else:
-            yield (images,)
+            side = batch.images.shape[-1] // factor
+            shape = (len(batch), model.config.latent_channels, side, side)
+            batch = replace(batch, noise=torch.randn(shape, generator=generator))
+        yield batch
         num_images_seen += config.batch_size
 
 
 def make_step(objective, discriminator, accelerator):
-    """The function of a part of a batch whose gradients `MicroBatching` accumulates, for both players at once."""
+    """Return the backward pass of a part of a batch, for both networks at once."""
 
-    def compute(images, noise=None):
+    def backward(part, share):
         with accelerator.autocast():
-            result = objective(images, noise, discriminator)
+            result = objective(part.images, part.noise, discriminator)
         outputs = {"loss": result.loss, **result.terms, "latents": result.latents}
         if result.indices is not None:
             outputs["indices"] = result.indices
@@ -264,13 +250,16 @@ def make_step(objective, discriminator, accelerator):
             if result.discriminator_loss is None
             else result.loss + result.discriminator_loss
         )
-        return total, outputs
+        accelerator.backward(total * share)
+        return outputs
 
-    return compute
+    return backward
 
 
 def step_discriminator(accelerator, optimizer):
-    """Step on the gradients that `accelerator.backward` left, and drop them; before `step_optimizer`, which adapts the scale."""
+    """Step on the gradients and drop them; before `step_optimizer`, which adapts the scale."""
+    if accelerator.num_processes > 1:
+        average_gradients(p for group in optimizer.param_groups for p in group["params"])
     if accelerator.scaler is None:
         optimizer.step()
     else:

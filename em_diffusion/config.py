@@ -4,6 +4,7 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
@@ -16,6 +17,11 @@ NotNegativeFloat = Annotated[float, Ge(0)]
 Beta = Annotated[float, Ge(0), Lt(1)]
 Interval = Annotated[int, Gt(0), MAY_CHANGE]
 IntervalOrNever = Annotated[int, Ge(0), MAY_CHANGE]
+
+
+def _read_old_compile(value):
+    """Read the choices of version 0.1: "on", "off" or "auto"."""
+    return {"on": True, "off": False, "auto": False}.get(value, value)
 
 
 @dataclass(frozen=True, config=strict("autoencoder"))
@@ -151,9 +157,8 @@ class DenoiserConfig:
     Halved automatically when the memory is full."""
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Recompute activations in the backward pass: less memory, a third slower."""
-    compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = "auto"
-    """`torch.compile` of the U-Net's training step: "on", "off", or "auto", measured at the start
-    of a run on a GPU and off on the CPU."""
+    compile: Annotated[bool, BeforeValidator(_read_old_compile), MAY_CHANGE] = False
+    """Use `torch.compile` for the U-Net: faster steps on a GPU after minutes of compiling."""
     warmup_images: NotNegative = 50_000
     learning_rate_decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
     """"cosine" (to zero at num_images), "constant", or "inverse_sqrt": learning_rate / sqrt(max(1,

@@ -1,5 +1,6 @@
 """Training of the denoiser."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from em_diffusion.denoiser import (
 from em_diffusion.optimization import (
     create_optimizer,
     learning_rate_at,
-    match_memory_format,
     set_learning_rate,
 )
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -26,14 +26,12 @@ from em_evaluation.held_out import HeldOutDistance
 from em_training import (
     EMA,
     BestWeights,
-    Compilation,
     MicroBatching,
     PosthocEMA,
     Prefetcher,
     TrainingRun,
     make_generator,
     run_in_parts,
-    scaler_state,
     seed_for,
     step_optimizer,
 )
@@ -63,57 +61,48 @@ def train_denoiser(
     sampler = ImageSampler(latents.num_views, seed_for(config.seed, "denoiser data"))
     validation_batch = draw_validation_batch(held_out_latents, config)
 
-    with TrainingRun(
-        out_dir,
-        "denoiser",
-        accelerator=accelerator,
-        num_images=config.num_images,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        sample_every=config.sample_every,
-        checkpoint_every=config.checkpoint_every,
-    ) as run:
+    with TrainingRun(out_dir, "denoiser", config, accelerator) as run:
         micro_batching = MicroBatching(
             config.micro_batch_size, run=run, flag="--denoiser.micro-batch-size"
         )
-        compilation = Compilation(config.compile, model, run=run)
-        state = {"model": model, "ema": ema, "optimizer": optimizer}
-        state |= {"micro_batching": micro_batching, "compilation": compilation}
         posthoc_ema = (
             PosthocEMA(model, run.dir / "posthoc_ema") if config.posthoc_ema_every else None
         )
-        if posthoc_ema:
-            state["posthoc_ema"] = posthoc_ema
-        num_images_seen = run.resume(state | scaler_state(accelerator))
+        num_images_seen = run.resume(
+            {
+                "model": model,
+                "ema": ema,
+                "optimizer": optimizer,
+                "posthoc_ema": posthoc_ema,
+                "micro_batching": micro_batching,
+                "scaler": accelerator.scaler,
+            }
+        )
         if posthoc_ema and accelerator.is_main_process:
             posthoc_ema.drop_snapshots_after(num_images_seen)
-        match_memory_format(optimizer)
         best = create_best_weights(held_out, config, run, grain) if config.evaluate_every else None
         generate = partial(
             generate_images, vqvae, ema.model, scheduler, accelerator, config.seed, grain=grain
         )
 
-        def compute_loss(images, noise, timesteps):
+        def backward(part, share):
             with accelerator.autocast():
                 losses = compute_denoising_loss(
-                    compilation.network, scheduler, images, noise, timesteps
+                    network, scheduler, part.images, part.noise, part.timesteps
                 )  # [B]
             if config.min_snr_gamma:
                 losses = losses * compute_min_snr_weights(
-                    scheduler, timesteps, config.min_snr_gamma
+                    scheduler, part.timesteps, config.min_snr_gamma
                 )
-            return losses.mean()
+            loss = losses.mean()
+            accelerator.backward(loss * share)
+            return {"loss": loss}
 
-        def try_step():
-            batch = next(Prefetcher(draw_next(), accelerator.device, threaded=False))
-            micro_batching.backward(compute_loss, parameters, *batch, average=False)
-            optimizer.zero_grad()
-
-        draw_next = partial(draw_batches, latents, sampler, config, accelerator, num_images_seen)
-        compilation.decide(try_step, (config.num_images - num_images_seen) // config.batch_size)
-        with Prefetcher(draw_next(), accelerator.device) as batches:
+        network = torch.compile(model) if config.compile else model
+        batches = draw_batches(latents, sampler, config, accelerator, num_images_seen)
+        with Prefetcher(batches, accelerator.device) as batches:
             while num_images_seen < config.num_images:
-                loss, _ = micro_batching.backward(compute_loss, parameters, *next(batches))
+                outputs = micro_batching.accumulate(backward, next(batches), parameters)
                 learning_rate = learning_rate_at(config, num_images_seen)
                 set_learning_rate(optimizer, learning_rate)
                 step = step_optimizer(accelerator, optimizer, parameters, config.max_grad_norm)
@@ -127,7 +116,7 @@ def train_denoiser(
                     ):
                         posthoc_ema.save_snapshot(num_images_seen)
 
-                run.log(loss=loss, learning_rate=learning_rate, **step)
+                run.log(**outputs, learning_rate=learning_rate, **step)
                 if run.is_due(config.validate_every, num_images_seen):
                     run.log(
                         **evaluate_denoising(
@@ -186,7 +175,7 @@ def create_best_weights(held_out, config, run, grain):
 
 
 def draw_batches(latents, sampler, config, accelerator, num_images_seen):
-    """Latents [B, C, h, w], noise like them and timesteps [B] of this process's part of each step from `num_images_seen` on."""
+    """Yield this process's batches of latents from `num_images_seen` on, with noise and timesteps."""
     rank = accelerator.process_index
     loader = BatchLoader(
         latents,
@@ -196,9 +185,10 @@ def draw_batches(latents, sampler, config, accelerator, num_images_seen):
         rank=rank,
         world_size=accelerator.num_processes,
     )
-    for images in loader:
+    for batch in loader:
         generator = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen)
-        yield images, *draw_noise(images.shape, config, generator)
+        noise, timesteps = draw_noise(batch.images.shape, config, generator)
+        yield replace(batch, noise=noise, timesteps=timesteps)
         num_images_seen += config.batch_size
 
 

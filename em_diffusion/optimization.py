@@ -27,23 +27,6 @@ def set_learning_rate(optimizer, rate: float):
         group["lr"] = rate * group.get("rate_scale", 1.0)
 
 
-def match_memory_format(optimizer):
-    """Lay out each moment as its parameter is: a checkpoint holds contiguous tensors, channels-last parameters do not.
-
-    The fused optimizer walks the memory of parameter and moments side by side, so this must follow every resume.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            for name, moment in state.items():
-                if (
-                    torch.is_tensor(moment)
-                    and moment.shape == parameter.shape
-                    and moment.dim() == 4
-                ):
-                    state[name] = torch.empty_like(parameter).copy_(moment)
-
-
 def create_optimizer(parameters, config):
     """Adam without weight decay, one fused kernel for all parameters; `parameters` as torch.optim takes them."""
     return torch.optim.Adam(

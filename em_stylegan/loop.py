@@ -28,10 +28,8 @@ from em_training import (
     EMA,
     BestWeights,
     TrainingRun,
-    keep_freed_memory,
     list_checkpoints,
     make_generator,
-    scaler_state,
     seed_for,
     step_optimizer,
 )
@@ -120,8 +118,6 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     images seen, training seconds).
     """
     training, device = config.training, accelerator.device
-    if device.type == "cpu":
-        keep_freed_memory()
     r1_every = training.r1_every_steps
     path_length_every = training.path_length_every_steps if training.path_length_weight > 0 else 0
     is_relativistic = training.loss == "relativistic"
@@ -146,16 +142,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "stylegan data"))
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
-    with TrainingRun(
-        out_dir,
-        "stylegan",
-        accelerator=accelerator,
-        num_images=training.num_images,
-        batch_size=training.batch_size,
-        log_every=training.log_every,
-        sample_every=training.sample_every,
-        checkpoint_every=training.checkpoint_every,
-    ) as run:
+    with TrainingRun(out_dir, "stylegan", training, accelerator) as run:
         num_images_seen = run.resume(
             {
                 "model": model,
@@ -164,8 +151,8 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
                 "optimizer": optimizer,
                 "optimizer_D": optimizer_D,
                 "path_length_mean": path_length_mean,
-                **({} if augmentation is None else {"augmentation": augmentation}),
-                **scaler_state(accelerator),
+                "augmentation": augmentation,
+                "scaler": accelerator.scaler,
             }
         )
         best = create_best_weights(held_out, config, run) if training.evaluate_every else None
@@ -190,7 +177,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None):
             sigma = blur_sigma(
                 num_images_seen, training.blur_initial_sigma_px, training.blur_fade_images
             )
-            images = next(loader).to(device)  # [B, 1, R, R]
+            images = next(loader).images.to(device)  # [B, 1, R, R]
             w, ws = draw_ws(model, local_batch_size, training.style_mixing_probability, generator)
             images_fake = model.synthesis(
                 ws, "random", generator, compute_dtype, **update_magnitudes
@@ -318,21 +305,11 @@ def compute_path_lengths(model, batch_size, mixing_probability, generator):
 
 
 def update(model, optimizer, loss, accelerator) -> dict:
-    """One optimiser step on `loss`, gradients averaged over processes; returns what to log of it.
-
-    The reduction is explicit, on one flat tensor: the wrappers that reduce in hooks do not survive double backward.
-    """
+    """Take one optimiser step on `loss`; return what to log of it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
     # not autograd.grad: backward brings each gradient to the layout of its parameter, and the fused Adam walks the memory of both
     loss.backward(inputs=parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if accelerator.num_processes > 1:
-        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        for gradient, part in zip(
-            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
     return step_optimizer(accelerator, optimizer, parameters)
 
 

@@ -1,39 +1,56 @@
 """Training state on disk: safetensors and JSON, written whole or not at all, never pickled.
 
-A checkpoint is a folder named by its number of images seen. It is written under a temporary name, flushed to the disk, and renamed, so a
-kill at any moment leaves the folders that were there before or those and one more whole one.
+A checkpoint is a folder named by its number of images seen. It is written under a temporary name,
+flushed to the disk and renamed, so that a kill or a power cut leaves only whole checkpoints. A
+checksum of each file finds later damage.
 """
 
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from em_data.files import flush_to_disk
+
+TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json"
+
 
 def save_checkpoint(folder, num_images_seen: int, state: dict, *, keep: int = 2) -> Path:
-    """Write `state` (nested dicts and lists of tensors, numbers, strings, None) as `folder`/NUM_IMAGES_SEEN and keep the newest `keep`."""
+    """Write `state` as `folder`/NUM_IMAGES_SEEN and keep the newest `keep` checkpoints.
+
+    state: Nested dicts and lists of tensors, numbers, strings and None.
+
+    Raises:
+        OSError: In one sentence, when it cannot be written; earlier checkpoints stay.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder / f".tmp-{num_images_seen:012d}-{os.getpid()}"
-    temporary.mkdir()
-    tensors: dict[str, torch.Tensor] = {}
-    tree = _flatten(state, "", tensors)
-    save_file(tensors, temporary / "tensors.safetensors")
-    size = (temporary / "tensors.safetensors").stat().st_size
-    (temporary / "state.json").write_text(json.dumps({"tensors_bytes": size, "state": tree}))
-    for name in ("tensors.safetensors", "state.json"):
-        _flush_to_disk(temporary / name)
     target = folder / f"{num_images_seen:012d}"
-    if target.exists():
-        _remove(target)
-    temporary.rename(target)
-    _flush_to_disk(folder)
+    temporary = folder / f".tmp-{num_images_seen:012d}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        _write(temporary, state)
+        if target.exists():
+            _remove(target)
+        temporary.rename(target)
+        flush_to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = list_checkpoints(folder)
+        where = (
+            f"The last good checkpoint is {last[-1]}." if last else "There is no checkpoint yet."
+        )
+        raise OSError(
+            f"The checkpoint {target} cannot be written: {error}. {where} Free space or repair the "
+            "disk and run the same command again."
+        ) from error
     for old in list_checkpoints(folder)[:-keep]:
         _remove(old)
     return target
@@ -45,36 +62,61 @@ def list_checkpoints(folder) -> list[Path]:
 
 
 def load_checkpoint(path) -> dict:
-    """Read one checkpoint back; raises `ValueError` that names it when it is damaged."""
+    """Read a checkpoint; its tensors lie in aligned memory, as kernels may round otherwise.
+
+    Raises:
+        ValueError: With its name, when it is damaged.
+    """
     path = Path(path)
     try:
-        content = json.loads((path / "state.json").read_text())
-        if (path / "tensors.safetensors").stat().st_size != content["tensors_bytes"]:
-            raise ValueError("its tensors are not of the size written")
-        tensors = load_file(path / "tensors.safetensors")
-        return _unflatten(content["state"], tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        checksums = json.loads((path / CHECKSUMS).read_text())
+        for name in (TENSORS, STATE):
+            if _checksum(path / name) != checksums[name]:
+                raise ValueError(f"{name} has changed since it was written")
+        tensors = load_file(path / TENSORS)
+        tensors = {name: tensors.pop(name).clone() for name in list(tensors)}
+        return _unflatten(json.loads((path / STATE).read_text()), tensors)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"checkpoint {path} is damaged ({error}); remove that folder to go on from the one before it"
+            f"checkpoint {path} is damaged ({error}); remove that folder to resume from the one "
+            "before it"
         ) from error
 
 
+def _write(folder: Path, state: dict) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _flatten(state, "", tensors)
+    save_file(tensors, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(tree))
+    checksums = {name: _checksum(folder / name) for name in (TENSORS, STATE)}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums))
+    for name in (TENSORS, STATE, CHECKSUMS):
+        flush_to_disk(folder / name)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a kill halfway leaves no half of one under it."""
+    """Delete a checkpoint, after renaming it: a kill must not leave half of it under its name."""
     doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _flatten(value, name: str, tensors: dict):
-    """Return `value` as JSON data, its tensors moved to `tensors` and replaced by {"tensor": name}."""
+    """Return `value` as JSON data; its tensors move to `tensors`, replaced by {"tensor": name}."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
-        return {
-            "dict": [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]
-        }
+        items = [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}
     if isinstance(value, list | tuple):
         items = [_flatten(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
@@ -93,11 +135,3 @@ def _unflatten(tree, tensors: dict):
         return {key: _unflatten(item, tensors) for key, item in content}
     items = [_unflatten(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-
-
-def _flush_to_disk(path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

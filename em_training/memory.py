@@ -1,60 +1,62 @@
-"""Steps larger than the memory: computed in parts with accumulated gradients, and halved when the memory runs out."""
+"""Steps larger than the memory: computed in parts, and in smaller ones when the memory is full."""
 
 import gc
 
 import torch
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that travel between processes in one piece
-
 
 class MicroBatching:
-    """Computes the gradients of a step in parts of `size` images, and in parts half as large when the memory runs out.
+    """Accumulates the gradients of a batch in parts, which are halved when the memory is full.
 
-    micro_batch_size: images of one process in one part; 0 for its whole batch. run: the stage's `TrainingRun`, which says what happened.
-    flag: the command-line flag of `micro_batch_size`, named to the user.
+    The size of the parts belongs into the checkpoint, so that a resumed run sums in the same order;
+    a changed `micro_batch_size` overrules it. Each process halves for itself, and the main
+    process's size is saved.
 
-    The size is part of the checkpoint (of the main process; each process halves by itself), so that a resumed run sums in the same
-    order; a `micro_batch_size` changed by hand overrules it.
+    Args:
+        micro_batch_size: Images of one process in a part; 0 for its whole batch.
+        run: The stage's `TrainingRun`, which prints messages.
+        flag: Command-line flag of `micro_batch_size`, for messages.
     """
 
     def __init__(self, micro_batch_size: int, *, run, flag: str):
-        if micro_batch_size < 0:
-            raise ValueError(
-                f"{flag} is {micro_batch_size}; it must be at least 1 image, or 0 for the whole batch"
-            )
         self.configured = self.size = micro_batch_size
         self.run, self.flag = run, flag
 
-    def backward(self, compute, parameters, *tensors, average: bool = True):
-        """Leave the gradients of a step in `parameters`: of all images, averaged over processes; return (loss, outputs).
+    def accumulate(self, backward, batch, parameters) -> dict:
+        """Leave the gradients of `batch` in `parameters`, which have none before.
 
-        compute: (part of each tensor) -> the part's mean loss, or (loss, {name: tensor}). tensors: images, noise, labels: whatever has
-        an image a row, [B, ...], random numbers included: drawn for the whole batch, they do not depend on its parts. `parameters` have
-        no gradient before. A loss that is a mean over images gets the gradients of the whole batch but for rounding; one that mixes
-        images (batch statistics) is another in parts.
+        When the memory is full, the step starts again with smaller parts and the same random state;
+        other changes that `backward` makes must bear that. Random numbers drawn for the whole batch
+        do not depend on its parts. Losses that mix images (batch statistics) do.
 
-        The loss and scalar outputs come as means over the images of this process, other outputs joined along their first dimension; all
-        without a graph. When the memory runs out, the step is done again from its start, random state included; what `compute` changes
-        beside gradients must bear that. Raises `ValueError` when not even one image fits.
+        Args:
+            backward: (part of the batch, its share of the batch) -> {name: tensor}. Computes a mean
+                loss over the part and calls `accelerator.backward(loss * share)`. It must be a
+                function of its own, whose graph is freed when it fails, and call modules that are
+                not wrapped in DistributedDataParallel.
+            batch: `em_data.Batch` on the device.
 
-        average: over processes; without it, none waits for another. `compute` calls modules that are not wrapped in
-        DistributedDataParallel: its hooks would wait for a process that began again. Gradients are reduced here, once, after the parts.
+        Returns:
+            The outputs, detached: scalars as means over the batch, others joined by images.
+
+        Raises:
+            ValueError: If not even one image fits.
         """
         parameters = list(parameters)
-        batch_size = len(tensors[0])
-        state = _random_state()
-        size = min(self.size or batch_size, batch_size)
+        state, largest = _random_state(), min(self.size or len(batch), len(batch))
+        size = largest
         while True:
             try:
-                results = self._accumulate(compute, tensors, size)
+                results = [
+                    (len(part), self._detach(backward(part, len(part) / len(batch))))
+                    for part in batch.split(size)
+                ]
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise ValueError(
-                        _advise(f"{self.run.stage}: one image by itself does not fit", error)
-                    ) from error
+                    raise ValueError(_advise(f"{self.run.stage}: one image", error)) from error
                 text = _first_line(error)
             # outside of `except`, whose error holds the graph
             for parameter in parameters:
@@ -62,31 +64,15 @@ class MicroBatching:
             free_memory()
             _set_random_state(state)
             size = max(1, size // 2)
-        if size < min(self.size or batch_size, batch_size):
+        if size < largest:
             self.size = size
             self.run.say(
-                f"{self.run.stage}: out of memory ({text}). The step was done again in parts of {size} images with accumulated "
-                f"gradients, and the run goes on so; {self.flag} {size} makes it permanent.",
+                f"{self.run.stage}: out of memory ({text}). From now on, batches are computed in "
+                f"parts of {size} images with accumulated gradients. {self.flag} {size} makes it "
+                "permanent.",
                 from_any_process=True,
             )
-        if average and self.run.accelerator.num_processes > 1:
-            average_gradients(parameters)
-        return _join(results, batch_size)
-
-    def _accumulate(self, compute, tensors, size: int) -> list:
-        batch_size = len(tensors[0])
-        results = []
-        for part in zip(*(tensor.split(size) for tensor in tensors)):
-            result = compute(*part)
-            loss, outputs = result if isinstance(result, tuple) else (result, {})
-            count = len(part[0])
-            self.run.accelerator.backward(
-                loss if count == batch_size else loss * (count / batch_size)
-            )
-            outputs = {name: value.detach() for name, value in outputs.items()}
-            results.append((count, loss.detach(), outputs))
-            del result, loss
-        return results
+        return _join(results)
 
     def state_dict(self) -> dict:
         return {"configured": self.configured, "size": self.size}
@@ -95,11 +81,15 @@ class MicroBatching:
         if state["configured"] == self.configured:
             self.size = state["size"]
 
+    @staticmethod
+    def _detach(outputs: dict | None) -> dict:
+        return {name: value.detach() for name, value in (outputs or {}).items()}
+
 
 def run_in_parts(function, *tensors, size: int):
-    """`function` of parts of `tensors` of `size` rows, joined along the first dimension; no gradient is taken.
+    """Return `function` of `tensors`, computed in parts of `size` rows without gradients.
 
-    When the memory runs out, the part is done again in halves, and so are those after it. Raises `ValueError` at one row.
+    When the memory is full, the parts are halved. Raises `ValueError` if one row does not fit.
     """
     size = min(size, len(tensors[0]))
     results, start = [], 0
@@ -113,73 +103,43 @@ def run_in_parts(function, *tensors, size: int):
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise ValueError(_advise("one image by itself does not fit", error)) from error
+                    raise ValueError(_advise("one image", error)) from error
             free_memory()
             size = max(1, size // 2)
     return torch.cat(results)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether `error` is a lack of memory, of the accelerator or the host: some libraries know no error of their own for it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
+    """Say whether `error` means that the memory of the accelerator or the host is full."""
     texts = (
         "out of memory",
         "can't allocate memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
     )
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def free_memory() -> None:
-    """Give back what no tensor holds any more."""
+    """Free what no tensor holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-@torch.no_grad()
-def average_gradients(parameters) -> None:
-    """Replace each gradient by its mean over processes; all processes have gradients of the same parameters.
-
-    They travel in flat buckets of one dtype, at most `BUCKET_BYTES` or one gradient large.
-    """
-    scale = 1 / torch.distributed.get_world_size()
-    for bucket in _buckets(
-        [parameter.grad for parameter in parameters if parameter.grad is not None]
-    ):
-        flat = torch.cat([gradient.flatten() for gradient in bucket]).mul_(scale)
-        torch.distributed.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(
-            bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket)]
-        )
-
-
-def _buckets(gradients):
-    bucket, size = [], 0
-    for gradient in gradients:
-        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    if bucket:
-        yield bucket
-
-
-def _join(results, batch_size: int):
+def _join(results) -> dict:
     if len(results) == 1:
-        return results[0][1], results[0][2]
-    losses = sum(loss * (count / batch_size) for count, loss, _ in results)
+        return results[0][1]
+    total = sum(count for count, _ in results)
     outputs = {}
-    for name, first in results[0][2].items():
+    for name, first in results[0][1].items():
         if first.dim():
-            outputs[name] = torch.cat([part[name] for _, _, part in results])
+            outputs[name] = torch.cat([part[name] for _, part in results])
         else:
-            outputs[name] = sum(part[name] * (count / batch_size) for count, _, part in results)
-    return losses, outputs
+            outputs[name] = sum(part[name] * (count / total) for count, part in results)
+    return outputs
 
 
 def _random_state():
@@ -201,8 +161,9 @@ def _first_line(error) -> str:
 
 def _advise(what: str, error) -> str:
     return (
-        f"out of memory: {what} ({_first_line(error)}). End other programs on the device, turn on gradient checkpointing where the stage "
-        "has it, or choose a smaller model or resolution."
+        f"Out of memory: {what} by itself does not fit ({_first_line(error)}). End other programs "
+        "on the device, turn on gradient checkpointing if the stage has it, or choose a smaller "
+        "model or resolution."
     )
 
 

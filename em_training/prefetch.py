@@ -1,4 +1,4 @@
-"""Batches made ready while the step before them computes."""
+"""Batches that are made ready while the step before them computes."""
 
 import queue
 import threading
@@ -7,11 +7,15 @@ import torch
 
 
 class Prefetcher:
-    """Iterates over tuples of tensors of `batches` on `device`, images [B, C, H, W] channels-last; a context manager.
+    """Iterates over `batches` on `device`, their images channels-last; a context manager.
 
-    threaded: draw them ahead, up to `depth`, in a thread that lays them out in pinned memory, from which copies do not wait; by default
-    where the device is not the CPU, whose cores the step itself needs. What comes, and in what order, is the same. An error in
-    `batches` is raised by the `next` that would have had its batch.
+    The order is that of `batches`. An error in `batches` is raised in place of its batch.
+
+    Args:
+        batches: Iterable of `em_data.Batch`.
+        depth: Batches drawn ahead at most.
+        threaded: Draw them in a thread, into pinned memory that is copied without waiting. Default:
+            unless the device is the CPU, whose cores the step needs.
     """
 
     def __init__(self, batches, device, *, depth: int = 2, threaded: bool | None = None):
@@ -36,41 +40,34 @@ class Prefetcher:
 
     def __next__(self):
         if not self.threaded:
-            return self._to_device(next(self.batches))
+            return next(self.batches).map(self._to_device)
         batch, error = self._queue.get()
         if error is not None:
             raise error
-        return self._to_device(batch)
+        return batch.map(self._to_device)
 
-    def _to_device(self, batch):
-        return tuple(
-            tensor.to(
-                self.device,
-                non_blocking=True,
-                memory_format=torch.channels_last if tensor.dim() == 4 else torch.preserve_format,
-            )
-            for tensor in batch
-        )
+    def _to_device(self, tensor):
+        return tensor.to(self.device, non_blocking=True, memory_format=_layout(tensor))
+
+    def _pin(self, tensor):
+        tensor = tensor.contiguous(memory_format=_layout(tensor))
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _draw(self) -> None:
-        while not self._stop.is_set():
+        error = None
+        while error is None and not self._stop.is_set():
+            batch = None
             try:
-                item = tuple(self._prepare(tensor) for tensor in next(self.batches)), None
-            except (
-                BaseException
-            ) as error:  # StopIteration too: to the reader, not to the thread's end
-                item = None, error
+                batch = next(self.batches).map(self._pin)
+            except BaseException as raised:  # StopIteration, too: it belongs to the reader
+                error = raised
             while not self._stop.is_set():
                 try:
-                    self._queue.put(item, timeout=0.1)
+                    self._queue.put((batch, error), timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if item[1] is not None:
-                return
 
-    def _prepare(self, tensor):
-        tensor = (
-            tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-        )
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+def _layout(tensor):
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format

@@ -45,7 +45,9 @@ class FakeTiles:
 
 def take(num, **options):
     loader = BatchLoader(FakeTiles(), ImageSampler(30, seed=5), **options)
-    return [batch.flatten().tolist() for batch in itertools.islice(loader, num)]
+    batches = list(itertools.islice(loader, num))
+    assert all(batch.ids.tolist() == batch.images.flatten().tolist() for batch in batches)
+    return [batch.ids.tolist() for batch in batches]
 
 
 def test_ranks_share_the_batch_of_one_process():

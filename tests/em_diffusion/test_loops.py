@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from em_data.batch import Batch
 from em_diffusion import autoencoder, autoencoder_loop
 from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder
 from em_diffusion.autoencoder_loop import (
@@ -24,9 +25,16 @@ from em_diffusion.denoiser import (
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.latents import Latents
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.optimization import create_optimizer, learning_rate_at, match_memory_format
+from em_diffusion.optimization import create_optimizer, learning_rate_at
 from em_diffusion.reconstruction import spectrum_error_db, ssim
-from em_training import EMA, MicroBatching, list_checkpoints, load_checkpoint, read_stats
+from em_training import (
+    EMA,
+    MicroBatching,
+    list_checkpoints,
+    load_checkpoint,
+    match_memory_format,
+    read_stats,
+)
 from support.config import refuses_config
 
 
@@ -403,7 +411,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
         )
     assert sizes == [8, 4] + [2] * 12
     said = capfd.readouterr().err
-    assert said.count("The step was done again in parts of 2 images") == 1
+    assert said.count("From now on, batches are computed in parts of 2 images") == 1
     assert "--autoencoder.micro-batch-size 2" in said
     a, b = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (whole, parts))
     start = build_autoencoder(stage, 16, accelerator).state_dict()
@@ -425,19 +433,20 @@ def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, family)
     stage = dataclasses.replace(config.autoencoder, family=family, kl_weight=0.01)
     objective = AutoencoderObjective(build_autoencoder(stage, 16, accelerator), stage)
     parameters = list(objective.model.parameters())
-    batch = [tiles.batch(range(8))]
+    batch = Batch(tiles.batch(range(8)), ids=torch.arange(8))
     if family == "kl":
-        batch.append(torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+        noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        batch = dataclasses.replace(batch, noise=noise)
     run = SimpleNamespace(accelerator=accelerator, stage="autoencoder")
     results = []
     for size in (0, 3):
-        loss, outputs = MicroBatching(size, run=run, flag="").backward(
-            make_step(objective, None, accelerator), parameters, *batch
+        outputs = MicroBatching(size, run=run, flag="").accumulate(
+            make_step(objective, None, accelerator), batch, parameters
         )
-        results.append((loss, outputs, [p.grad.clone() for p in parameters]))
+        results.append((outputs, [p.grad.clone() for p in parameters]))
         objective.zero_grad()
-    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-4, atol=1e-5)
-    for a, b in zip(results[0][2], results[1][2]):
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1e-6, a.abs().max().item()))
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from em_data.batch import Batch
 from em_training import MicroBatching, create_accelerator, is_out_of_memory, run_in_parts
-from em_training.memory import _buckets
+from em_training.optimizer import _buckets
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,14 +20,15 @@ class Memory:
     def __init__(self, model, room=10**9, error=torch.OutOfMemoryError):
         self.model, self.room, self.error, self.sizes = model, room, error, []
 
-    def __call__(self, images, noise):
-        self.sizes.append(len(images))
-        if len(images) > self.room:
+    def __call__(self, part, share):
+        self.sizes.append(len(part))
+        if len(part) > self.room:
             raise self.error(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
             )
-        losses = (self.model(images) - noise).square().mean(dim=1)
-        return losses.mean(), {"mean": losses.detach().mean(), "losses": losses}
+        losses = (self.model(part.images) - part.noise).square().mean(dim=1)
+        (losses.mean() * share).backward()
+        return {"mean": losses.mean(), "losses": losses}
 
 
 @pytest.fixture
@@ -48,7 +50,8 @@ def model():
 
 def draw(count=8):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(count, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
+    images, noise = torch.randn(2, count, 5, generator=generator, dtype=torch.float64)
+    return Batch(images, ids=torch.arange(count), noise=noise)
 
 
 def take_gradients(model):
@@ -58,8 +61,8 @@ def take_gradients(model):
 
 
 def take_whole(model):
-    images, noise = draw()
-    losses = (model(images) - noise).square().mean(dim=1)
+    batch = draw()
+    losses = (model(batch.images) - batch.noise).square().mean(dim=1)
     losses.mean().backward()
     return losses.detach(), take_gradients(model)
 
@@ -70,12 +73,11 @@ def test_parts_have_the_gradients_of_the_whole(model, run, size):
     losses, gradients = take_whole(model)
     micro_batching = MicroBatching(size, run=run, flag="--micro-batch-size")
     compute = Memory(model)
-    loss, outputs = micro_batching.backward(compute, model.parameters(), *draw())
+    outputs = micro_batching.accumulate(compute, draw(), model.parameters())
     torch.testing.assert_close(take_gradients(model), gradients, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(loss, losses.mean(), rtol=1e-12, atol=0)
     torch.testing.assert_close(outputs["mean"], losses.mean(), rtol=1e-12, atol=0)
     torch.testing.assert_close(outputs["losses"], losses, rtol=1e-12, atol=0)
-    assert not loss.requires_grad
+    assert not outputs["losses"].requires_grad
     assert compute.sizes == {0: [8], 1: [1] * 8, 3: [3, 3, 2], 4: [4, 4], 8: [8], 100: [8]}[size]
     assert not run.lines
 
@@ -85,7 +87,7 @@ def test_out_of_memory_halves_goes_on_and_is_said_once(model, run):
     micro_batching = MicroBatching(0, run=run, flag="--denoiser.micro-batch-size")
     compute = Memory(model, room=3)
     for _ in range(2):
-        micro_batching.backward(compute, model.parameters(), *draw())
+        micro_batching.accumulate(compute, draw(), model.parameters())
         torch.testing.assert_close(take_gradients(model), gradients, rtol=1e-12, atol=1e-15)
     assert compute.sizes == [8, 4] + [2] * 8  # the second step begins with what fitted
     assert len(run.lines) == 1
@@ -95,21 +97,22 @@ def test_out_of_memory_halves_goes_on_and_is_said_once(model, run):
 
 def test_a_part_that_fails_late_leaves_nothing_behind(model, run):
     """The gradients of the parts before it are dropped, and random numbers are drawn again as they were."""
-    images, noise = draw()
+    batch = draw()
     calls = []
 
-    def compute(images, noise):
-        calls.append(torch.rand(len(images), dtype=torch.float64))
+    def backward(part, share):
+        calls.append(torch.rand(len(part), dtype=torch.float64))
         if len(calls) == 2:
             raise torch.OutOfMemoryError("out")
-        return (model(images) - noise).square().mean(dim=1).mul(1 + calls[-1]).mean()
+        losses = (model(part.images) - part.noise).square().mean(dim=1).mul(1 + calls[-1])
+        (losses.mean() * share).backward()
 
     torch.manual_seed(3)
-    MicroBatching(4, run=run, flag="").backward(compute, model.parameters(), images, noise)
+    MicroBatching(4, run=run, flag="").accumulate(backward, batch, model.parameters())
     gradients = take_gradients(model)
     torch.manual_seed(3)
     factors = 1 + torch.cat([torch.rand(2, dtype=torch.float64) for _ in range(4)])
-    (model(images) - noise).square().mean(dim=1).mul(factors).mean().backward()
+    (model(batch.images) - batch.noise).square().mean(dim=1).mul(factors).mean().backward()
     torch.testing.assert_close(gradients, take_gradients(model), rtol=1e-12, atol=1e-15)
 
 
@@ -118,9 +121,7 @@ def test_one_image_too_large_is_an_error_with_a_way_out(model, run):
     with pytest.raises(
         ValueError, match=r"one image by itself does not fit.*gradient checkpointing"
     ):
-        micro_batching.backward(Memory(model, room=0), model.parameters(), *draw())
-    with pytest.raises(ValueError, match="at least 1 image"):
-        MicroBatching(-1, run=run, flag="--micro-batch-size")
+        micro_batching.accumulate(Memory(model, room=0), draw(), model.parameters())
 
 
 def test_other_errors_pass(model, run):
@@ -129,8 +130,8 @@ def test_other_errors_pass(model, run):
             super().__init__("shapes differ")
 
     with pytest.raises(Other):
-        MicroBatching(0, run=run, flag="").backward(
-            Memory(model, 3, Other), model.parameters(), *draw()
+        MicroBatching(0, run=run, flag="").accumulate(
+            Memory(model, 3, Other), draw(), model.parameters()
         )
     assert is_out_of_memory(
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
@@ -140,7 +141,7 @@ def test_other_errors_pass(model, run):
 
 def test_a_resumed_run_keeps_the_size_unless_told_otherwise(model, run):
     micro_batching = MicroBatching(0, run=run, flag="")
-    micro_batching.backward(Memory(model, room=3), model.parameters(), *draw())
+    micro_batching.accumulate(Memory(model, room=3), draw(), model.parameters())
     for configured, size in ((0, 2), (8, 8)):
         resumed = MicroBatching(configured, run=run, flag="")
         resumed.load_state_dict(micro_batching.state_dict())
@@ -156,7 +157,7 @@ def test_inference_in_parts_halves_too():
             raise torch.OutOfMemoryError("out")
         return images + labels
 
-    images, noise = draw(9)
+    images, noise = draw(9).images, draw(9).noise
     assert torch.equal(run_in_parts(function, images, noise, size=8), images + noise)
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     with pytest.raises(ValueError, match="one image by itself"):
@@ -164,7 +165,7 @@ def test_inference_in_parts_halves_too():
 
 
 def test_buckets_hold_everything_once_and_one_dtype_each(monkeypatch):
-    monkeypatch.setattr("em_training.memory.BUCKET_BYTES", 100)
+    monkeypatch.setattr("em_training.optimizer.BUCKET_BYTES", 100)
     gradients = [
         torch.zeros(n, dtype=d)
         for n, d in ((10, torch.float32), (15, torch.float32), (99, torch.float32))
@@ -178,7 +179,8 @@ def test_buckets_hold_everything_once_and_one_dtype_each(monkeypatch):
 PROGRAM = """
 import sys, torch
 from types import SimpleNamespace
-from em_training import MicroBatching, create_accelerator, leave_processes
+from em_data.batch import Batch
+from em_training import MicroBatching, average_gradients, create_accelerator, leave_processes
 accelerator = create_accelerator(sys.argv[1], "no")
 rank = accelerator.process_index
 torch.manual_seed(0)
@@ -190,13 +192,14 @@ whole = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 say = lambda text, from_any_process=False: print(f"rank {rank}: {text}")
 micro_batching = MicroBatching(0, run=SimpleNamespace(stage="toy", say=say, accelerator=accelerator), flag="--flag")
-def compute(images, noise):
-    if rank == 1 and len(images) > 1:
+def backward(part, share):
+    if rank == 1 and len(part) > 1:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return (model(images) - noise).square().mean()
+    ((model(part.images) - part.noise).square().mean() * share).backward()
+batch = list(Batch(images, torch.arange(8), noise=noise).split(4))[rank]
 for _ in range(3):
-    part = slice(4 * rank, 4 * rank + 4)
-    micro_batching.backward(compute, model.parameters(), images[part], noise[part])
+    micro_batching.accumulate(backward, batch, model.parameters())
+    average_gradients(model.parameters())
     torch.testing.assert_close([p.grad for p in model.parameters()], whole, rtol=1e-12, atol=1e-15)
     model.zero_grad()
 assert micro_batching.size == (1 if rank else 0)

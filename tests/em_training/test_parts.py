@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from em_training import (
     EMA,
@@ -74,6 +75,26 @@ def test_checkpoint_round_trip_is_exact(tmp_path):
     assert (saved["n"], saved["s"], saved["none"]) == (3, "x", None)
 
 
+def test_loaded_tensors_are_aligned_in_memory(tmp_path):
+    """safetensors loads at any address, and some kernels round differently there."""
+    state = {f"x{i}": torch.randn(i) for i in range(1, 8)}
+    saved = load_checkpoint(save_checkpoint(tmp_path, 8, state))
+    assert {tensor.data_ptr() % 64 for tensor in saved.values()} == {0}
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    path = save_checkpoint(tmp_path, 8, {"x": torch.zeros(100)})
+
+    def fail(*args):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("em_training.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match=r"000000000016 cannot be written: No space.*good.*0008") as e:
+        save_checkpoint(tmp_path, 16, {"x": torch.zeros(100)})
+    assert "\n" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_only_the_newest_checkpoints_stay_and_leftovers_go(tmp_path):
     (tmp_path / ".tmp-000000000001-9").mkdir()
     for count in (8, 16, 24):
@@ -84,9 +105,15 @@ def test_only_the_newest_checkpoints_stay_and_leftovers_go(tmp_path):
 
 def test_damage_is_named_and_objects_are_refused(tmp_path):
     path = save_checkpoint(tmp_path, 8, {"x": torch.zeros(100)})
-    tensors = path / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="000000000008 is damaged"):
-        load_checkpoint(path)
+    for name in ("tensors.safetensors", "state.json", "checksums.json"):
+        whole = (path / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 4  # one bit
+        for damaged in (whole[:-7], b"", bytes(flipped)):
+            (path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match="000000000008 is damaged"):
+                load_checkpoint(path)
+        (path / name).write_bytes(whole)
+    assert torch.equal(load_checkpoint(path)["x"], torch.zeros(100))
     with pytest.raises(TypeError, match="'/x' holds a set"):
         save_checkpoint(tmp_path, 9, {"x": {1, 2}})

@@ -5,12 +5,13 @@ import time
 import pytest
 import torch
 
+from em_data.batch import Batch
 from em_training import Prefetcher
 
 
 def draw(count, error=None):
     for i in range(count):
-        yield torch.full((2, 3, 4, 4), float(i)), torch.tensor([i, i])
+        yield Batch(torch.full((2, 3, 4, 4), float(i)), torch.tensor([i, i]))
     if error:
         raise error
 
@@ -18,10 +19,11 @@ def draw(count, error=None):
 @pytest.mark.parametrize("threaded", [False, True])
 def test_every_batch_comes_once_in_order_then_the_end(threaded):
     with Prefetcher(draw(7), "cpu", threaded=threaded) as batches:
-        for i, (images, numbers) in enumerate(batches):
-            assert (images == i).all()
-            assert images.is_contiguous(memory_format=torch.channels_last)
-            assert numbers.tolist() == [i, i]
+        for i, batch in enumerate(batches):
+            assert (batch.images == i).all()
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.ids.tolist() == [i, i]
+            assert batch.noise is None
     assert i == 6
 
 
@@ -36,7 +38,8 @@ def test_an_error_comes_in_the_place_of_its_batch(threaded):
 
 def test_batches_are_drawn_ahead_but_not_without_end():
     drawn = []
-    endless = (drawn.append(i) or (torch.zeros(1),) for i in itertools.count())
+    batch = Batch(torch.zeros(1), torch.zeros(1))
+    endless = (drawn.append(i) or batch for i in itertools.count())
     with Prefetcher(endless, "cpu", threaded=True, depth=2) as batches:
         next(batches)
         for _ in range(100):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,10 @@ from em_training import (
     read_stats,
     save_checkpoint,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy_loop import train
+from support.toy_loop import train
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 def assert_equal(a, b):
@@ -46,7 +46,7 @@ def assert_equal(a, b):
 def start(out_dir, num_images, seconds_per_step):
     command = [
         sys.executable,
-        str(Path(__file__).with_name("toy_loop.py")),
+        str(ROOT / "tests/support/toy_loop.py"),
         str(out_dir),
         str(num_images),
         str(seconds_per_step),
@@ -54,7 +54,7 @@ def start(out_dir, num_images, seconds_per_step):
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PATHS},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -107,7 +107,7 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "TrainingInterrupted" in errors
-    assert "run the same command to go on" in errors
+    assert "run the same command to resume" in errors
     newest = list_checkpoints(tmp_path / "toy/checkpoints")[-1]
     assert f"saved at {int(newest.name):,} of" in errors
 
@@ -128,7 +128,7 @@ def test_kill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(folder)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": PATHS},
         )
         before = newest
         while newest == before and process.poll() is None:
@@ -192,9 +192,8 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error, 
     }
 
     def train_one_step():
-        with TrainingRun(
-            tmp_path, "toy", accelerator=create_accelerator(tmp_path, "no"), **sizes
-        ) as run:
+        accelerator = create_accelerator(tmp_path, "no")
+        with TrainingRun(tmp_path, "toy", SimpleNamespace(**sizes), accelerator) as run:
             run.resume({})
             run.step(4)
             if is_finished:
@@ -216,7 +215,7 @@ def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path):
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PATHS,
     }
     command = [
         sys.executable,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import accelerate
 import torch
-from toy_loop import Killed, train
 
 from em_training import TrainingInterrupted, leave_processes, list_checkpoints, read_stats
+from support.toy_loop import Killed, train
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

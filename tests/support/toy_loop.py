@@ -2,11 +2,17 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 
-from em_training import EMA, TrainingRun, create_accelerator, make_generator
-from em_training.memory import average_gradients
+from em_training import (
+    EMA,
+    TrainingRun,
+    average_gradients,
+    create_accelerator,
+    make_generator,
+)
 
 
 class Killed(Exception):
@@ -30,10 +36,9 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     state = {"model": model, "ema": ema, "optimizer": optimizer}
     sizes = {"log_every": log_every, "sample_every": 16, "checkpoint_every": 16}
-    with TrainingRun(
-        out_dir, "toy", accelerator=accelerator, num_images=num_images, batch_size=4, **sizes
-    ) as run:
-        num_images_seen = run.resume(state)
+    config = SimpleNamespace(num_images=num_images, batch_size=4, **sizes)
+    with TrainingRun(out_dir, "toy", config, accelerator) as run:
+        num_images_seen = run.resume(state | {"absent": None})
         while num_images_seen < num_images:
             if before_step is not None:
                 before_step(num_images_seen)
