@@ -227,7 +227,6 @@ def test_no_module_needs_posix():
 OPEN_POSIX = [
     "em_evaluation.weights: fcntl",
     "em_generation.generate: fcntl",
-    "em_training.run: fcntl",
 ]
 
 
