@@ -1,13 +1,12 @@
 from .config import DataConfig as DataConfig
 from .data import Data as Data
 from .data import load_data as load_data
+from .image_folders import ImageFolder as ImageFolder
+from .image_folders import read_image_folder as read_image_folder
 from .images import ImageArray as ImageArray
-from .images import ImageDataset as ImageDataset
-from .images import ImageFolder as ImageFolder
 from .images import Images as Images
 from .images import Views as Views
 from .images import as_images as as_images
-from .images import read_image_folder as read_image_folder
 from .images import save_image_grid as save_image_grid
 from .images import write_image as write_image
 from .intensity import from_uint as from_uint

@@ -1,18 +1,15 @@
-"""Images that cannot be used, found before training and not in the middle of it."""
+"""Find micrographs that cannot be used, before training starts."""
 
 import hashlib
 
 import numpy as np
 
+from em_data.sources.base import SourceLost
 from em_data.views import ELEMENTS, apply_symmetry
 
 
-class SourceLost(ValueError):
-    """The source cannot be read on: no fault of one image, which would be named and left out."""
-
-
-def find_problem(micrograph, min_side_px):
-    """Return a sentence on why a micrograph that was read cannot be used, or None: too small, or constant."""
+def find_problem(micrograph, min_side_px) -> str | None:
+    """Return why a micrograph cannot be used (it is too small or constant), or None."""
     image = micrograph.image
     height, width = image.shape
     if min(height, width) < min_side_px:
@@ -24,11 +21,11 @@ def find_problem(micrograph, min_side_px):
     return None
 
 
-def hash_pixels(image):
-    """Return a hash of an image [H, W] that its turned and flipped copies share, and no other image.
+def hash_pixels(image) -> str:
+    """Return a hash of an image [H, W] that its rotated and flipped copies share.
 
-    It is the hash of the view whose sums over rows and columns come first in order; of several, the least hash. The sums of
-    every view are those of the image, reversed or exchanged, so that mostly one view is hashed and not eight.
+    It is the hash of one view in a normal position: the view whose sums over rows and columns come
+    first in order or, of several such views, the one with the least hash.
     """
     rows, columns = image.sum(axis=1, dtype=np.int64), image.sum(axis=0, dtype=np.int64)
     profiles = {}
@@ -47,7 +44,7 @@ def hash_pixels(image):
 
 
 def read_all(entries, min_side_px, problems):
-    """Yield (entry, micrograph) of each usable entry; append a sentence to `problems` for each other one."""
+    """Yield (entry, micrograph) of the usable entries; append a sentence per other one to `problems`."""
     for entry in entries:
         try:
             micrograph = entry.read()
@@ -63,19 +60,24 @@ def read_all(entries, min_side_px, problems):
             yield entry, micrograph
 
 
-def summarise_problems(problems, num_images, on_bad_image, ignored=()):
-    """Return the one summary of all images that cannot be used; ValueError with it if that is fatal.
+def summarise_problems(problems, num_images, on_bad_image, ignored=()) -> str | None:
+    """Return a summary of the images that cannot be used, or None if there are none.
 
-    It is fatal if on_bad_image is "fail", or if nothing is left; `ignored` says what was not even looked at, perhaps the better part.
+    Args:
+        problems: One sentence per image.
+        num_images: Number of images in the source.
+        on_bad_image: "skip" or "fail".
+        ignored: Sentences on what was not looked at.
+
+    Raises:
+        ValueError: No image is left, or `on_bad_image` is "fail". The message is the summary.
     """
     if not problems:
         return None
-    text = f"{len(problems)} of {num_images} images cannot be used:\n" + "\n".join(
-        f"  {each}" for each in problems
-    )
+    text = "\n  ".join([f"{len(problems)} of {num_images} images cannot be used:", *problems])
     if len(problems) == num_images:
         others = "".join(f"\n  not looked at: {each}" for each in ignored)
-        raise ValueError(f"{text}{others}\nNothing is left; see each reason above")
+        raise ValueError(f"{text}{others}\nNothing is left. The reasons are listed above.")
     if on_bad_image == "fail":
-        raise ValueError(f"{text}\nMend or remove them, or use --tiles.on-bad-image skip")
+        raise ValueError(f"{text}\nRepair or remove them, or use --tiles.on-bad-image skip.")
     return text

@@ -1,4 +1,4 @@
-"""Files over HTTPS into a folder: resumed where they stopped, checked, and there whole or not at all."""
+"""Download files: resumed where they stopped, checked, and complete or absent."""
 
 import contextlib
 import hashlib
@@ -9,59 +9,77 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from em_data.files import lock
+
 NUM_TRIES = 3
+IS_FINAL = (401, 403, 404)  # status codes that another try does not change
 
 
-def download_file(url, path, *, num_bytes=None, sha512=None, timeout=30.0) -> None:
-    """Download `url` to `path`; an interrupted download goes on by Range where it stopped, `path` only appears whole.
+def download_file(
+    url, path, *, num_bytes=None, sha256=None, sha512=None, num_tries=NUM_TRIES, timeout=30.0
+) -> None:
+    """Download a file; `path` appears when it is complete and checked.
 
-    The bytes gather in `path` + ".part", which is resumed only where the server still serves the same entity (`If-Range`
-    on its ETag). num_bytes, sha512 (hexadecimal): checked before the file gets its name. A file that is there with
-    the right length and SHA-512, as far as they are given, is kept. `ConnectionError` after three broken
-    connections, `ValueError` for content that does not match.
+    The bytes are collected in `path`.part, under a lock on the folder.
+    An interrupted download goes on where it stopped if the server still has the same file
+    (`If-Range` with its ETag). A file that exists and matches is not downloaded again.
+
+    Args:
+        url: Address, http or https.
+        path: File to write. Its folder is made if needed.
+        num_bytes: Expected length.
+        sha256, sha512: Expected digests, hexadecimal. The first digits are enough.
+        num_tries: Number of connections before giving up.
+        timeout: Seconds without an answer before a connection counts as broken.
+
+    Raises:
+        ConnectionError: The file cannot be downloaded.
+        ValueError: The content does not match.
     """
     path = Path(path)
-    is_whole = path.is_file() and (num_bytes is None or path.stat().st_size == num_bytes)
-    if is_whole and (sha512 is None or _sha512_of(path) == sha512.lower()):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part, etag_file = (path.with_name(path.name + suffix) for suffix in (".part", ".etag"))
-    for left in reversed(range(NUM_TRIES)):
-        try:
-            fetch(url, part, etag_file, timeout)
-            break
-        except (urllib.error.URLError, OSError) as error:
-            given_up = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
-            if given_up or not left:
-                raise ConnectionError(
-                    f"cannot download {url} ({error}); run the same command again to go on where it stopped"
-                ) from error
-    size = part.stat().st_size
-    digest = None if sha512 is None else _sha512_of(part)
-    if (num_bytes is not None and size != num_bytes) or (
-        digest is not None and digest != sha512.lower()
-    ):
-        part.unlink()
+    expected = {"num_bytes": num_bytes, "sha256": sha256, "sha512": sha512}
+    with lock(path.parent / ".download.lock"):
+        if path.is_file() and find_mismatch(path, **expected) is None:
+            return
+        _fetch_part(url, part, etag_file, num_tries, timeout)
+        mismatch = find_mismatch(part, **expected)
         etag_file.unlink(missing_ok=True)
-        what = (
-            f"{size} bytes, not {num_bytes}"
-            if num_bytes not in (None, size)
-            else f"SHA-512 {digest}, not {sha512}"
-        )
-        raise ValueError(
-            f"{url} has {what}: damaged or replaced on the way; run the same command again"
-        )
-    os.replace(part, path)
-    etag_file.unlink(missing_ok=True)
+        if mismatch is not None:
+            part.unlink()
+            raise ValueError(f"{url} has {mismatch}: it was damaged or replaced. Try again.")
+        os.replace(part, path)
 
 
-def _sha512_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha512").hexdigest()
+def find_mismatch(path, *, num_bytes=None, sha256=None, sha512=None) -> str | None:
+    """Return in which way a file is not the expected one, or None if it is."""
+    size = Path(path).stat().st_size
+    if num_bytes is not None and size != num_bytes:
+        return f"{size} bytes, not {num_bytes}"
+    for algorithm, expected in (("sha256", sha256), ("sha512", sha512)):
+        if expected is not None:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, algorithm).hexdigest()
+            if not digest.startswith(expected.lower()):
+                return f"{algorithm.upper().replace('A', 'A-')} {digest}, not {expected}"
+    return None
 
 
-def fetch(url, part, etag_file, timeout) -> None:
-    """Append what `part` lacks of `url`, or begin again where the server does not serve the entity of `etag_file` any more."""
+def _fetch_part(url, part, etag_file, num_tries, timeout):
+    for left in reversed(range(num_tries)):
+        try:
+            return _fetch(url, part, etag_file, timeout)
+        except OSError as error:  # urllib's errors are OSErrors
+            if not left or getattr(error, "code", None) in IS_FINAL:
+                raise ConnectionError(
+                    f"cannot download {url} ({error}). Run the same command again to go on where "
+                    "it stopped."
+                ) from error
+    return None
+
+
+def _fetch(url, part, etag_file, timeout):
+    """Append to `part` what it lacks, or start again if the server's file is another one."""
     request = urllib.request.Request(url)
     offset = part.stat().st_size if part.is_file() and etag_file.is_file() else 0
     if offset:
@@ -70,7 +88,7 @@ def fetch(url, part, etag_file, timeout) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not offset:  # a range beyond the end: begin again
+        if error.code != 416 or not offset:  # 416: the range starts beyond the end
             raise
         part.unlink()
         offset, response = 0, urllib.request.urlopen(url, timeout=timeout)
@@ -80,14 +98,13 @@ def fetch(url, part, etag_file, timeout) -> None:
             etag_file.unlink(missing_ok=True)
             if (etag := response.headers.get("ETag")) and not etag.startswith("W/"):
                 etag_file.write_text(etag)
-        expected = response.headers.get("Content-Length")
-        total = offset + int(expected) if expected is not None else None
-        bar = tqdm(
-            total=total, initial=offset, unit="B", unit_scale=True, desc=part.stem, leave=False
-        )
-        with open(part, "ab" if offset else "wb") as file, bar:
+        length = response.headers.get("Content-Length")
+        total = None if length is None else offset + int(length)
+        bar = {"unit": "B", "unit_scale": True, "desc": part.stem, "leave": False}
+        with open(part, "ab" if offset else "wb") as file, tqdm(
+            total=total, initial=offset, **bar
+        ) as progress:
             while block := response.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
+                progress.update(file.write(block))
     if total is not None and part.stat().st_size != total:
         raise ConnectionError(f"connection closed after {part.stat().st_size} of {total} bytes")

@@ -1,7 +1,6 @@
-"""Generated images to files and back, and grids of them."""
+"""Containers of images, and images written to files."""
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,7 @@ import tifffile
 import torch
 
 from em_data.files import write_atomically
-from em_data.intensity import from_uint, to_uint8, to_uint16
-from em_data.reading import SUFFIXES, natural_key, read_micrograph
+from em_data.intensity import to_uint8, to_uint16
 
 
 @runtime_checkable
@@ -65,49 +63,69 @@ def as_images(images) -> Images:
 
 
 def write_image(image, path, *, bits=8, pixel_size_nm=None):
-    """Write one grey image as PNG or TIFF, by the suffix of `path`.
+    """Write one grey image as PNG or TIFF.
 
-    image: float [H, W] or [1, H, W] in [-1, 1], which becomes the full range of 8 or 16 bits. The pixel size is stored both
-    where other programs look (pHYs, resolution tag) and exactly, as text.
+    -1 becomes grey level 0, and 1 becomes 255 or 65535. A TIFF has ImageJ's header: Fiji shows the
+    pixel size in nm, and its `Info` says what the grey levels mean. A PNG has the pixel size in its
+    pHYs chunk. Both also hold the exact size as text.
+
+    Args:
+        image: Float [H, W] or [1, H, W] in [-1, 1].
+        path: The suffix, .png or .tif, decides the format.
+        bits: 8 or 16.
+        pixel_size_nm: Side of a pixel in nm, or None if unknown.
     """
     path = Path(path)
     if bits not in (8, 16):
-        raise ValueError(f"images have 8 or 16 bits, not {bits}")
+        raise ValueError(f"bits is {bits}, but images have 8 or 16 bits.")
     pixels = (to_uint8 if bits == 8 else to_uint16)(image)
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
     if pixels.ndim != 2:
-        raise ValueError(f"one grey image is [H, W] or [1, H, W], not {list(pixels.shape)}")
+        raise ValueError(f"one grey image is [H, W] or [1, H, W], not {list(pixels.shape)}.")
     buffer = io.BytesIO()
     if path.suffix.lower() == ".png":
         PIL.Image.fromarray(pixels).save(buffer, "PNG", **_make_png_options(pixel_size_nm))
     elif path.suffix.lower() in (".tif", ".tiff"):
-        tags = {"metadata": {}} if pixel_size_nm is None else {
-            "metadata": {"pixel_size_nm": float(pixel_size_nm)},
-            "resolution": (1e7 / pixel_size_nm, 1e7 / pixel_size_nm),
-            "resolutionunit": "CENTIMETER",
-        }  # fmt: skip
-        tifffile.imwrite(buffer, pixels, photometric="minisblack", **tags)
+        options = _make_tiff_options(2**bits - 1, pixel_size_nm)
+        tifffile.imwrite(buffer, pixels, imagej=True, **options)
     else:
-        raise ValueError(f"{path.name}: images are written as .png or .tif")
+        raise ValueError(f"{path.name}: images are written as .png or .tif.")
     write_atomically(path, buffer.getvalue())
+
+
+def _make_tiff_options(full, pixel_size_nm):
+    metadata = {
+        "min": 0.0,
+        "max": float(full),
+        "Info": f"Grey levels 0 to {full} are the range [-1, 1] of the model. They are not counts: "
+        "the training data were scaled to this range, 16-bit micrographs each by its own least and "
+        "largest count, or by percentiles if the run says so.",
+    }
+    if pixel_size_nm is None:
+        return {"metadata": metadata}
+    size = float(pixel_size_nm)
+    return {
+        "resolution": (1 / size, 1 / size),  # pixels per nm
+        "metadata": metadata | {"unit": "nm", "pixel_size_nm": size},
+    }
 
 
 def _make_png_options(pixel_size_nm):
     if pixel_size_nm is None:
         return {}
     info = PIL.PngImagePlugin.PngInfo()
-    info.add_text("pixel_size_nm", json.dumps(float(pixel_size_nm)))
+    info.add_text("pixel_size_nm", str(float(pixel_size_nm)))
     pixels_per_metre = 1e9 / pixel_size_nm
-    if pixels_per_metre >= 2**31:  # more than the pHYs chunk holds; the text holds any
+    if pixels_per_metre >= 2**31:  # more than the pHYs chunk holds
         return {"pnginfo": info}
     return {"pnginfo": info, "dpi": (pixels_per_metre * 0.0254,) * 2}
 
 
 def save_image_grid(images, path, num_columns=None):
-    """Write images [N, 1, H, W] in [-1, 1] side by side as one 8-bit PNG, two white pixels between them."""
+    """Write images [N, 1, H, W] in [-1, 1] as one 8-bit PNG, with two white pixels between them."""
     pixels = to_uint8(images)
     if pixels.ndim != 4 or pixels.shape[1] != 1 or not len(pixels):
-        raise ValueError(f"a grid is made of images [N, 1, H, W], not {list(pixels.shape)}")
+        raise ValueError(f"a grid is made of images [N, 1, H, W], not {list(pixels.shape)}.")
     num, _, height, width = pixels.shape
     num_columns = min(num, num_columns or math.ceil(math.sqrt(num)))
     num_rows = math.ceil(num / num_columns)
@@ -118,83 +136,3 @@ def save_image_grid(images, path, num_columns=None):
     buffer = io.BytesIO()
     PIL.Image.fromarray(grid).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
-
-
-class ImageFolder:
-    """The images of a folder in the natural order of their names, all of one size, on their type's full range."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder} is no folder; generate images into it first")
-        paths = [
-            p
-            for p in self.folder.iterdir()
-            if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-        ]
-        self.paths = sorted(paths, key=lambda path: natural_key(path.name))
-        self.names = [path.name for path in self.paths]
-        if not self.paths:
-            raise ValueError(
-                f"{folder} holds no TIFF, PNG, JPEG or BMP image; generate images into it first"
-            )
-        first = self._read(0)
-        self.shape, self.pixel_size_nm = first.image.shape, first.pixel_size_nm
-
-    def __len__(self):
-        return len(self.paths)
-
-    def _read(self, i):
-        return read_micrograph(self.paths[i], label_bar="keep", name=self.names[i])
-
-    def batch(self, ids):
-        """Return images as float32 [B, 1, H, W] in [-1, 1]."""
-        images = []
-        for i in ids:
-            image = self._read(i).image
-            if image.shape != self.shape:
-                raise ValueError(
-                    f"{self.folder / self.names[i]} has {image.shape[0]} x {image.shape[1]} pixels, {self.names[0]} "
-                    f"{self.shape[0]} x {self.shape[1]}; images that are judged together have one size"
-                )
-            images.append(from_uint(image))
-        return torch.stack(images).unsqueeze(1) if images else torch.empty(0, 1, *self.shape)
-
-
-class ImageDataset:
-    """The images of a folder that `datasets` has written, of its first column of 2-D arrays, on their type's full range."""
-
-    def __init__(self, folder):
-        import datasets
-
-        self.folder = Path(folder)
-        dataset = datasets.load_from_disk(str(folder))
-        columns = [
-            key
-            for key, feature in dataset.features.items()
-            if isinstance(feature, datasets.Array2D)
-        ]
-        if not columns or not len(dataset):
-            raise ValueError(
-                f"{folder} is a data set without images (a column of the type Array2D)"
-            )
-        feature = dataset.features[columns[0]]
-        if feature.dtype not in ("uint8", "uint16"):
-            raise ValueError(f"{folder} holds {feature.dtype}; grey levels are uint8 or uint16")
-        self.shape, self.column = tuple(feature.shape), columns[0]
-        self.levels = dataset.select_columns(columns[:1]).with_format(
-            "numpy", dtype=np.dtype(feature.dtype)
-        )
-        self.pixel_size_nm = dataset[0].get("pixel_size_nm")
-
-    def __len__(self):
-        return len(self.levels)
-
-    def batch(self, ids):
-        """Return images as float32 [B, 1, H, W] in [-1, 1]."""
-        return from_uint(np.asarray(self.levels[ids][self.column])).unsqueeze(1)
-
-
-def read_image_folder(path):
-    """Open a folder of images, files or a data set on disk; returns what reads them batch by batch."""
-    return ImageDataset(path) if (Path(path) / "state.json").is_file() else ImageFolder(path)

@@ -1,4 +1,4 @@
-"""Labelled micrographs -> files: images, instance masks, COCO labels, and a picture of all with boxes drawn."""
+"""Labels of defects: written beside images, read back, and drawn."""
 
 import json
 from pathlib import Path
@@ -21,53 +21,53 @@ KIND_COLOURS = {
 
 
 def write_labelled(micrographs, folder):
-    """Write labelled micrographs below a folder that load_data can read back.
+    """Write labelled micrographs into a folder that `load_data` can read.
 
-    images/SPECIMEN/NAME.png: the pixels, with the pixel size. masks/SPECIMEN/NAME.png: uint16, 0 the matrix, k the k-th
-    defect of the micrograph, later ones above earlier ones. labels/coco.json: every defect whole, as `make_coco` says.
-    labels/contact_sheet.png: the micrographs with the boxes drawn. ValueError for a micrograph without labels.
+    - images/SPECIMEN/NAME.png: the pixels, with the pixel size.
+    - masks/SPECIMEN/NAME.png: the instance mask, see `draw_instance_mask`.
+    - labels/coco.json: all defects, see `make_coco`.
+    - labels/contact_sheet.png: the micrographs with boxes.
+
+    Raises:
+        ValueError: A micrograph has no labels.
     """
     folder = Path(folder)
     coco = make_coco(micrographs)
     (folder / "labels").mkdir(parents=True, exist_ok=True)
     for micrograph, entry in zip(micrographs, coco["images"]):
-        for part in ("images", "masks"):
-            (folder / part / entry["file_name"]).parent.mkdir(parents=True, exist_ok=True)
-        image = from_uint(micrograph.image).numpy()
-        bits = 8 * micrograph.image.itemsize
         write_image(
-            image,
+            from_uint(micrograph.image),
             folder / "images" / entry["file_name"],
-            bits=bits,
+            bits=8 * micrograph.image.itemsize,
             pixel_size_nm=micrograph.pixel_size_nm,
         )
-        PIL.Image.fromarray(draw_instance_mask(micrograph)).save(
-            folder / "masks" / entry["file_name"]
-        )
+        mask = folder / "masks" / entry["file_name"]
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(draw_instance_mask(micrograph)).save(mask)
     (folder / "labels" / "coco.json").write_text(json.dumps(coco) + "\n")
     draw_contact_sheet(micrographs).save(folder / "labels" / "contact_sheet.png")
 
 
-def make_coco(micrographs):
-    """COCO dictionary of labelled micrographs: images, annotations and categories.
+def make_coco(micrographs) -> dict:
+    """Return labelled micrographs as a COCO dictionary: images, annotations and categories.
 
-    A segmentation is COCO's uncompressed run lengths, column by column, so that defects that overlap stay whole. Images
-    also have pixel_size_nm and specimen; annotations diameter_nm or length_nm, and the defect's metadata as attributes.
+    A segmentation is COCO's uncompressed run lengths, so that overlapping defects stay whole. Beyond
+    COCO, images have pixel_size_nm and specimen; annotations have diameter_nm, length_nm and, as
+    attributes, the defect's metadata.
     """
     coco = {"images": [], "annotations": [], "categories": []}
     coco["categories"] = [{"id": i + 1, "name": kind} for i, kind in enumerate(DEFECT_KINDS)]
     for image_id, micrograph in enumerate(micrographs, start=1):
         if micrograph.defects is None:
             raise ValueError(
-                f"{micrograph.name} has no labels; write its pixels alone with em_data.write_image"
+                f"{micrograph.name} has no labels. Write only its pixels, with em_data.write_image."
             )
         height, width = micrograph.image.shape
+        file_name = Path(micrograph.specimen or "") / f"{Path(micrograph.name).stem}.png"
         coco["images"].append(
             {
                 "id": image_id,
-                "file_name": "/".join(
-                    filter(None, (micrograph.specimen, Path(micrograph.name).stem + ".png"))
-                ),
+                "file_name": file_name.as_posix(),
                 "width": width,
                 "height": height,
                 "pixel_size_nm": micrograph.pixel_size_nm,
@@ -76,7 +76,7 @@ def make_coco(micrographs):
         )
         for defect in micrograph.defects:
             x0, y0, x1, y1 = defect.box_px
-            mask = _whole_mask(defect, micrograph.image.shape)
+            mask = _whole_mask(defect, (height, width))
             coco["annotations"].append(
                 {
                     "id": len(coco["annotations"]) + 1,
@@ -94,31 +94,47 @@ def make_coco(micrographs):
     return coco
 
 
-def encode_runs(mask):
-    """Lengths of the runs of a bool mask [H, W], column by column, the first run being of False (it may be 0)."""
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], edges, [flat.size]]))
-    return ([0] if flat[0] else []) + counts.tolist()
+def read_labels(folder) -> dict[str, list[dict]] | None:
+    """Read labels/coco.json of a folder; return None if there is none.
 
-
-def decode_runs(counts, shape):
-    """The bool mask [H, W] of run lengths as `encode_runs` makes them; `ValueError` if they do not cover it."""
-    if sum(counts) != shape[0] * shape[1]:
-        raise ValueError(
-            f"run lengths of {sum(counts)} pixels, but an image of {shape[0]} x {shape[1]}"
+    Returns:
+        {name of the image below images/: its objects}. An object has kind, box_px (x0, y0, x1, y1;
+        the last two exclusive), diameter_nm, length_nm, runs (see `encode_runs`; None if the
+        segmentation has another form) and attributes (JSON). `make_defects` takes them.
+    """
+    path = Path(folder) / "labels" / "coco.json"
+    if not path.is_file():
+        return None
+    coco = json.loads(path.read_text())
+    kinds = {each["id"]: each["name"] for each in coco["categories"]}
+    names = {each["id"]: each["file_name"] for each in coco["images"]}
+    objects = {name: [] for name in names.values()}
+    for each in coco["annotations"]:
+        x, y, width, height = (round(number) for number in each["bbox"])
+        segmentation = each.get("segmentation")
+        runs = segmentation.get("counts") if isinstance(segmentation, dict) else None
+        objects[names[each["image_id"]]].append(
+            {
+                "kind": kinds[each["category_id"]],
+                "box_px": [x, y, x + width, y + height],
+                "diameter_nm": each.get("diameter_nm"),
+                "length_nm": each.get("length_nm"),
+                "runs": runs if isinstance(runs, list) else None,
+                "attributes": json.dumps(each.get("attributes") or {}),
+            }
         )
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(shape, order="F")
+    return objects
 
 
-def make_defects(objects, instances, shape):
-    """Return the Defects of a data set's row for its image of `shape` (H, W).
+def make_defects(objects, instances, shape) -> list[Defect]:
+    """Return the defects of objects as `read_labels` gives them.
 
-    objects: dicts with kind, box_px (x0, y0, x1, y1; the last two exclusive) and, where known, diameter_nm, length_nm, runs (as
-    `encode_runs`, of the whole image) and attributes (JSON). instances: uint [H, W], k where the k-th object is uppermost, or None.
-    A mask is that of the runs; without them, what `instances` shows of the object. What lies below the image, where a label
-    bar was cropped, is cut off.
+    What lies outside the image, for example where a label bar was cropped, is cut off.
+
+    Args:
+        objects: List of dictionaries.
+        instances: Instance mask, uint [H, W], or None. It is used for objects without runs.
+        shape: (H, W) of the image.
     """
     height, width = shape
     defects = []
@@ -127,26 +143,43 @@ def make_defects(objects, instances, shape):
         box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
         if box[0] >= box[2] or box[1] >= box[3]:
             continue
-        whole = None
+        mask = None
         if each.get("runs"):
-            whole = decode_runs(each["runs"], (sum(each["runs"]) // width, width))
+            mask = decode_runs(each["runs"], (sum(each["runs"]) // width, width))
         elif instances is not None:
-            whole = instances == k
-        mask = None if whole is None else whole[box[1] : box[3], box[0] : box[2]]
+            mask = instances == k
+        if mask is not None:
+            mask = mask[box[1] : box[3], box[0] : box[2]]
+        sizes = each.get("diameter_nm"), each.get("length_nm")
         metadata = json.loads(each.get("attributes") or "{}")
-        defects.append(
-            Defect(
-                each["kind"], box, mask, each.get("diameter_nm"), each.get("length_nm"), metadata
-            )
-        )
+        defects.append(Defect(each["kind"], box, mask, *sizes, metadata))
     return defects
 
 
-def draw_instance_mask(micrograph):
-    """uint16 [H, W]: 0 the matrix, k the k-th defect; later defects lie above earlier ones."""
+def encode_runs(mask) -> list[int]:
+    """Return the run lengths of a bool mask [H, W], column by column, starting with False."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]]))
+    return ([0] if flat[0] else []) + counts.tolist()
+
+
+def decode_runs(counts, shape) -> np.ndarray:
+    """Return the bool mask [H, W] of run lengths; the inverse of `encode_runs`."""
+    if sum(counts) != shape[0] * shape[1]:
+        raise ValueError(
+            f"run lengths of {sum(counts)} pixels, but the image has {shape[0]} x {shape[1]}"
+        )
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(shape, order="F")
+
+
+def draw_instance_mask(micrograph) -> np.ndarray:
+    """Return uint16 [H, W]: 0 for the matrix, k for the k-th defect. Later defects lie on top."""
     if len(micrograph.defects) >= 2**16:
         raise ValueError(
-            f"{micrograph.name} has {len(micrograph.defects)} defects; an instance mask holds 65,535"
+            f"{micrograph.name} has {len(micrograph.defects)} defects, but an instance mask holds "
+            "at most 65,535."
         )
     instances = np.zeros(micrograph.image.shape, dtype=np.uint16)
     for k, defect in enumerate(micrograph.defects, start=1):
@@ -154,8 +187,11 @@ def draw_instance_mask(micrograph):
     return instances
 
 
-def draw_contact_sheet(micrographs, max_side=2400):
-    """RGB picture of the micrographs side by side, each defect in a box of its kind's colour; no side above `max_side`."""
+def draw_contact_sheet(micrographs, max_side=2400) -> PIL.Image.Image:
+    """Draw micrographs side by side with boxes in the colour of each defect's kind.
+
+    The picture is scaled so that no side is longer than `max_side` pixels.
+    """
     num_columns = int(np.ceil(np.sqrt(len(micrographs))))
     num_rows = -(-len(micrographs) // num_columns)
     height, width = np.max([micrograph.image.shape for micrograph in micrographs], axis=0).tolist()
@@ -163,25 +199,22 @@ def draw_contact_sheet(micrographs, max_side=2400):
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
     sheet = PIL.Image.new("RGB", (num_columns * width, num_rows * height), "white")
     for i, micrograph in enumerate(micrographs):
-        pixels = (
-            micrograph.image
-            if micrograph.image.dtype == np.uint8
-            else (micrograph.image >> 8).astype(np.uint8)
-        )
+        pixels = micrograph.image
+        if pixels.dtype == np.uint16:
+            pixels = (pixels >> 8).astype(np.uint8)
         size = [max(1, int(side * scale)) for side in pixels.shape[::-1]]
         picture = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BOX).convert("RGB")
         draw = PIL.ImageDraw.Draw(picture)
         for defect in micrograph.defects:
             x0, y0, x1, y1 = (edge * scale for edge in defect.box_px)
-            draw.rectangle(
-                (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=KIND_COLOURS[defect.kind]
-            )
+            box = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
+            draw.rectangle(box, outline=KIND_COLOURS[defect.kind])
         sheet.paste(picture, (i % num_columns * width, i // num_columns * height))
     return sheet
 
 
 def _whole_mask(defect, shape):
-    """The defect's mask as bool [H, W] of the micrograph; its box where it has no mask."""
+    """Return the mask of a defect as bool [H, W] of the micrograph; its box if it has no mask."""
     x0, y0, x1, y1 = defect.box_px
     if defect.mask is not None and defect.mask.shape == shape and (y1 - y0, x1 - x0) != shape:
         return defect.mask

@@ -1,9 +1,9 @@
-"""What a file says of its image: the pixel size first."""
+"""What an image file says about itself, above all the pixel size."""
 
 import struct
 import xml.etree.ElementTree as ElementTree
 
-# Coarser than this is the resolution of a printer or a screen (72 dpi is 352,778 nm), not of an electron microscope.
+# a coarser resolution comes from a printer or a screen: 72 dpi is 352,778 nm
 MAX_PIXEL_SIZE_NM = 10_000.0
 UNITS_NM = {
     "m": 1e9, "cm": 1e7, "mm": 1e6, "um": 1e3, "µm": 1e3, "μm": 1e3, "\\u00b5m": 1e3, "micron": 1e3, "microns": 1e3,
@@ -12,24 +12,27 @@ UNITS_NM = {
 }  # fmt: skip
 
 
-def unit_to_nm(unit):
-    """Return the nanometres of one unit of length ("um", "µm", "nm", "m", ...), or None for one that is unknown."""
+def unit_to_nm(unit) -> float | None:
+    """Return one unit of length ("um", "nm", "m", ...) in nanometres, or None if it is unknown."""
     return UNITS_NM.get(str(unit).strip().lower())
 
 
-def square_pixel_size(sizes, notices):
-    """Return the one pixel size in nm of (x, y) sizes from a file, or None; say in `notices` why one is not used.
+def square_pixel_size(sizes, notices) -> float | None:
+    """Return the pixel size in nm of sizes from a file, or None if they cannot be used.
 
-    sizes: None, or (x_nm, y_nm, where) with `where` naming the field that holds them.
+    Args:
+        sizes: None, or (x_nm, y_nm, field), where `field` names where the sizes were found.
+        notices: List to which the reason is appended if the sizes are not used.
     """
     if sizes is None:
         return None
-    x, y, where = sizes
+    x, y, field = sizes
     if not (0 < x < float("inf") and 0 < y < float("inf")):
         return None
     if max(x, y) > MAX_PIXEL_SIZE_NM:
         notices.append(
-            f"{where} of {2.54e7 / x:.4g} dpi is a printer's, not a microscope's: pixel size unknown"
+            f"{field} of {2.54e7 / x:.4g} dpi is a printer's, not a microscope's: "
+            "pixel size unknown"
         )
         return None
     if abs(x - y) > 0.01 * max(x, y):
@@ -39,7 +42,7 @@ def square_pixel_size(sizes, notices):
 
 
 def read_png_metadata(data):
-    """Return (bit depth, metadata, sizes) of a PNG file's bytes; sizes as in `square_pixel_size`."""
+    """Return (bit depth, metadata, sizes as in `square_pixel_size`) of the bytes of a PNG file."""
     depth, metadata, sizes, position = data[24], {"format": "PNG"}, None, 8
     while position + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[position : position + 8])
@@ -54,36 +57,20 @@ def read_png_metadata(data):
         elif kind == b"IEND":
             break
         position += 12 + length
-    if "pixel_size_nm" in metadata:  # exact, where pHYs holds whole pixels per metre only
-        size = _to_float(metadata["pixel_size_nm"])
-        sizes = (size, size, "pixel_size_nm") if size else sizes
-    return depth, metadata, sizes
+    # our own text is exact; pHYs holds whole pixels per metre
+    return depth, metadata, _exact_size(metadata) or sizes
 
 
 def read_tiff_metadata(tif, page):
-    """Return (metadata, sizes) of an open tifffile.TiffFile; the microscope's own header is asked first."""
+    """Return (metadata, sizes as in `square_pixel_size`) of an open `tifffile.TiffFile`.
+
+    A microscope's own header comes before the general resolution tag.
+    """
     metadata = {"format": "TIFF"}
-    readers = (
-        _read_shaped,
-        _read_fei,
-        _read_zeiss,
-        _read_sis,
-        _read_gatan,
-        _read_ome,
-        _read_imagej,
-        _read_resolution,
-    )
-    for read in readers:
+    for read in READERS:
         try:
             sizes = read(tif, page, metadata)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            IndexError,
-            AttributeError,
-            ElementTree.ParseError,
-        ) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             metadata[f"unreadable{read.__name__}"] = str(error)[:80]
             continue
         if sizes is not None:
@@ -91,43 +78,38 @@ def read_tiff_metadata(tif, page):
     return metadata, None
 
 
-def _to_float(value):
+def _exact_size(header):
+    """Return the sizes that `em_data.write_image` wrote as text, or None."""
     try:
-        return float(value)
+        size = float((header or {}).get("pixel_size_nm"))
     except (TypeError, ValueError):
         return None
+    return (size, size, "pixel_size_nm") if size else None
 
 
-def _read_shaped(tif, page, metadata):
-    """Our own files: JSON in the description, written by `em_data.write_image`."""
-    for description in tif.shaped_metadata or ():
-        size = _to_float(description.get("pixel_size_nm"))
-        if size:
-            return size, size, "pixel_size_nm"
-    return None
+def _read_ours(tif, page, metadata):
+    """Files of `em_data.write_image`: ImageJ's header; older files have JSON."""
+    headers = [tif.imagej_metadata, *(tif.shaped_metadata or ())]
+    return next((size for size in map(_exact_size, headers) if size), None)
 
 
 def _read_fei(tif, page, metadata):
-    """FEI and Thermo Fisher: metres, and the rows that were scanned (below them lies the label bar)."""
+    """FEI and Thermo Fisher: metres, and the number of scanned rows above the label bar."""
     header = tif.fei_metadata
     if not header:
         return None
     metadata["instrument"] = "FEI"
-    for section, keys in {"Beam": ("HV",), "System": ("Type",), "Detectors": ("Name",)}.items():
-        for key in keys:
-            if key in header.get(section, {}):
-                metadata[key] = header[section][key]
+    for section, key in (("Beam", "HV"), ("System", "Type"), ("Detectors", "Name")):
+        if key in header.get(section, {}):
+            metadata[key] = header[section][key]
     rows = header.get("Image", {}).get("ResolutionY")
     if isinstance(rows, int):
         metadata["scanned_rows"] = rows
     for section in ("Scan", "EScan", "IScan"):
-        if "PixelWidth" in header.get(section, {}):
-            scan = header[section]
-            return (
-                scan["PixelWidth"] * 1e9,
-                scan.get("PixelHeight", scan["PixelWidth"]) * 1e9,
-                "FEI header",
-            )
+        scan = header.get(section, {})
+        if "PixelWidth" in scan:
+            width, height = scan["PixelWidth"], scan.get("PixelHeight", scan["PixelWidth"])
+            return width * 1e9, height * 1e9, "FEI header"
     return None
 
 
@@ -153,14 +135,14 @@ def _read_sis(tif, page, metadata):
 
 
 def _read_gatan(tif, page, metadata):
-    """DigitalMicrograph's export: unit in tags 65003 and 65004, scale in 65009 and 65010."""
+    """DigitalMicrograph's export: the unit in tag 65003, the scale in tags 65009 and 65010."""
     if 65009 not in page.tags or 65003 not in page.tags:
         return None
     metadata["instrument"] = "Gatan"
     unit = page.tags[65003].value
-    factor = unit_to_nm(
-        bytes(unit).decode("latin-1").strip("\0") if isinstance(unit, bytes | tuple) else unit
-    )
+    if isinstance(unit, bytes | tuple):
+        unit = bytes(unit).decode("latin-1").strip("\0")
+    factor = unit_to_nm(unit)
     x = float(page.tags[65009].value)
     y = float(page.tags[65010].value) if 65010 in page.tags else x
     return (x * factor, y * factor, "Gatan tags") if factor else None
@@ -171,13 +153,13 @@ def _read_ome(tif, page, metadata):
         return None
     metadata["instrument"] = "OME"
     for element in ElementTree.fromstring(tif.ome_metadata).iter():
-        if element.tag.endswith("}Pixels") and "PhysicalSizeX" in element.attrib:
-            attributes = element.attrib
-            x = float(attributes["PhysicalSizeX"]) * unit_to_nm(
-                attributes.get("PhysicalSizeXUnit", "µm")
+        header = element.attrib
+        if element.tag.endswith("}Pixels") and "PhysicalSizeX" in header:
+            x, y = (
+                float(header.get(f"PhysicalSize{axis}", header["PhysicalSizeX"]))
+                * unit_to_nm(header.get(f"PhysicalSize{axis}Unit", "µm"))
+                for axis in ("X", "Y" if "PhysicalSizeY" in header else "X")
             )
-            y = attributes.get("PhysicalSizeY")
-            y = x if y is None else float(y) * unit_to_nm(attributes.get("PhysicalSizeYUnit", "µm"))
             return x, y, "OME header"
     return None
 
@@ -187,19 +169,31 @@ def _read_imagej(tif, page, metadata):
     if not header:
         return None
     metadata["instrument"] = "ImageJ"
-    factor = unit_to_nm(header.get("unit", ""))
-    return _from_resolution(page, factor, "ImageJ header") if factor else None
+    return _from_resolution(page, unit_to_nm(header.get("unit", "")), "ImageJ header")
 
 
 def _read_resolution(tif, page, metadata):
     if tif.imagej_metadata or "ResolutionUnit" not in page.tags:
         return None
     factor = {2: 2.54e7, 3: 1e7}.get(int(page.tags["ResolutionUnit"].value))
-    return _from_resolution(page, factor, "resolution tag") if factor else None
+    return _from_resolution(page, factor, "resolution tag")
 
 
-def _from_resolution(page, factor, where):
+def _from_resolution(page, factor, field):
+    """Return sizes from the resolution tags; `factor`: nm of their unit of length."""
     (x, x_over), (y, y_over) = page.tags["XResolution"].value, page.tags["YResolution"].value
-    if not (x and y):
+    if not (factor and x and y):
         return None
-    return factor * x_over / x, factor * y_over / y, where
+    return factor * x_over / x, factor * y_over / y, field
+
+
+READERS = (
+    _read_ours,
+    _read_fei,
+    _read_zeiss,
+    _read_sis,
+    _read_gatan,
+    _read_ome,
+    _read_imagej,
+    _read_resolution,
+)

@@ -1,8 +1,10 @@
-"""A folder of micrographs -> a data set on the Hub, without a loss: `python -m em_data.push FOLDER REPO`."""
+"""Command: publish a folder of micrographs as a data set on the Hub, without loss.
+
+python -m em_data.push FOLDER REPO
+"""
 
 import dataclasses
 import io
-import json
 import re
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 
 from em_data.config import DataConfig
 from em_data.files import find_cache_dir
+from em_data.labels import read_labels
 from em_data.sources import open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
 
@@ -25,38 +28,45 @@ ROW_GROUP_BYTES = 32 * 2**20  # what a stream of a set holds in memory
 
 @dataclasses.dataclass(frozen=True)
 class PushConfig:
-    """Publish a folder of micrographs as a data set on the Hub: Parquet, every grey level of 8 or 16 bits as it is.
+    """Publish a folder of micrographs as a data set on the Hub: Parquet, with 8 or 16 bits as recorded.
 
-    A folder that also holds labels/coco.json and masks/, as em_data.labels writes them, is published with boxes and masks.
-    `--data hub:owner/name` of the trainings reads it, labels included; `--data hub-stream:owner/name` keeps none of it on the disk.
+    A folder that also holds labels/coco.json and masks/, as em_data.labels writes them, is published
+    with boxes and masks. `--data hub:owner/name` trains on it, labels included;
+    `--data hub-stream:owner/name` keeps nothing on the disk.
     """
 
     folder: str
     """Folder of micrographs (TIFF, PNG, JPEG, BMP)."""
     repo: str
-    """The data set's name: owner/name, or name for one's own. Made where there is none."""
+    """Name of the data set: owner/name, or name for your own account. It is made if needed."""
     private: bool = False
-    """Show a new data set to its owner alone."""
+    """Make a new data set visible only to its owner."""
     revision: str | None = None
-    """A branch to publish to, made where there is none; left out, main."""
+    """Branch to publish to; it is made if needed. Default: main."""
     token: str | None = None
-    """A token with write rights; left out, that of HF_TOKEN or of `hf auth login`."""
+    """Token with write rights. Default: HF_TOKEN, or that of `hf auth login`."""
     license: str | None = None
-    """Licence by its name on the Hub, such as cc-by-4.0; left out, the card says that none is stated."""
+    """Name of the licence on the Hub, such as cc-by-4.0. Default: the card says that none is stated."""
     specimen_pattern: str | None = None
-    """Regular expression whose first group (or whole match) in a file's path names its specimen; otherwise its folder does."""
+    """Regular expression whose first group (or whole match) in a file's path names its specimen.
+    Default: its folder."""
     dry_run: str | None = None
-    """Write the data set into this new folder, and upload nothing."""
+    """Write the data set into this new folder and upload nothing."""
 
 
 def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.stderr)) -> str:
-    """Write the data set of a folder and upload it in one commit; return its page's address, or the folder of a dry run.
+    """Write the data set of a folder and upload it in one commit.
 
-    Raises `ValueError` that names an image which cannot be read: a data set is whole or not published.
+    Returns:
+        The address of the data set's page, or the folder of a dry run.
+
+    Raises:
+        ValueError: An image cannot be read; the message names it. Nothing is published then.
     """
     if config.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", config.license):
         raise ValueError(
-            f"--license {config.license} is no licence's name on the Hub; write it as cc-by-4.0 or other"
+            f"--license {config.license} is no licence's name on the Hub. Write it as cc-by-4.0 or "
+            "other."
         )
     if config.dry_run is not None:
         out = check_dry_run_folder(config.dry_run)
@@ -76,91 +86,81 @@ def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.std
             check=refuse_other_content,
             is_replaced=lambda path: path.startswith("data/train-"),
         )
-    say(
-        f"{upload.url} (commit {upload.commit[:8]}), verified; read it with --data hub:{upload.repo_id}"
-    )
+    say(f"{upload.url} (commit {upload.commit[:8]}), verified")
+    say(f"read it with --data hub:{upload.repo_id}")
     return upload.url
 
 
 def refuse_other_content(api, repo_id, paths, revision):
-    """Refuse a data set that was not written by this."""
+    """Refuse to overwrite a data set that this command did not write."""
     if not any(path.startswith("data/train-") for path in paths):
         raise ValueError(
-            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name"
+            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}). "
+            "Choose another name."
         )
 
 
 def write_dataset(config: PushConfig, out: Path, say) -> None:
     """Write data/train-*.parquet and README.md into `out`."""
-    import datasets
-
     settings = DataConfig(
         on_bad_image="fail", label_bar="keep", specimen_pattern=config.specimen_pattern
     )
     source = open_source(config.folder, settings, find_cache_dir())
     for sentence in source.ignored:
         say(sentence)
-    labels = read_labels(Path(config.folder))
-    features = {
-        "image": datasets.Image(),
-        "name": datasets.Value("string"),
-        "specimen": datasets.Value("string"),
-    }
-    features |= {"pixel_size_nm": datasets.Value("float64"), "bits": datasets.Value("int8")}
-    if labels is not None:
-        objects = {
-            "kind": datasets.Value("string"),
-            "box_px": datasets.List(datasets.Value("int32")),
-        }
-        objects |= {
-            "diameter_nm": datasets.Value("float64"),
-            "length_nm": datasets.Value("float64"),
-        }
-        objects |= {
-            "runs": datasets.List(datasets.Value("int32")),
-            "attributes": datasets.Value("string"),
-        }
-        features |= {"objects": datasets.List(objects), "mask": datasets.Image()}
+    labels = read_labels(config.folder)
     (out / "data").mkdir(parents=True, exist_ok=True)
-    rows, size, shards, facts = (
-        [],
-        0,
-        [],
-        {"num": 0, "bits": set(), "sizes": set(), "specimens": set(), "objects": 0},
-    )
-
-    def close_shard():
-        path = out / "data" / f"train-{len(shards):05d}.parquet"
-        columns = {key: [row[key] for row in rows] for key in features}
-        dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        dataset.to_parquet(str(path), batch_size=max(1, len(rows) * ROW_GROUP_BYTES // size))
-        shards.append(path)
-        rows.clear()
-
-    for entry in tqdm(
-        source.entries, desc="micrographs", unit="img", disable=not sys.stderr.isatty()
-    ):
-        micrograph = entry.read()
-        row = make_row(entry, micrograph, labels, Path(config.folder))
-        size += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
-        rows.append(row)
-        facts["num"] += 1
-        facts["bits"].add(row["bits"])
-        facts["sizes"].add(micrograph.pixel_size_nm)
-        facts["specimens"].add(micrograph.specimen)
-        facts["objects"] += len(row.get("objects", ()))
-        if size > SHARD_BYTES:
-            close_shard()
-            size = 0
-    if rows:
-        close_shard()
-    (out / "README.md").write_text(make_card(config, source.name, facts, labels is not None))
+    facts, rows, num_bytes, num_shards = [], [], 0, 0
+    is_quiet = not sys.stderr.isatty()
+    for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=is_quiet):
+        rows.append(make_row(entry, labels, Path(config.folder)))
+        num_bytes += sum(len(each["bytes"]) for each in rows[-1].values() if is_encoded(each))
+        num_objects = len(rows[-1].get("objects", ()))
+        facts.append({key: rows[-1][key] for key in ("bits", "pixel_size_nm", "specimen")})
+        facts[-1]["num_objects"] = num_objects
+        if num_bytes > SHARD_BYTES or entry is source.entries[-1]:
+            path = out / "data" / f"train-{num_shards:05d}.parquet"
+            write_shard(rows, num_bytes, make_features(labels is not None), path)
+            rows, num_bytes, num_shards = [], 0, num_shards + 1
+    card = make_card(config, source.name, facts, labels is not None)
+    (out / "README.md").write_text(card)
 
 
-def make_row(entry, micrograph, labels, folder) -> dict:
-    """One micrograph as a row: its pixels as PNG, which loses nothing of 8 or 16 bits."""
-    row = {"image": {"bytes": encode_png(micrograph.image), "path": None}, "name": entry.name}
-    row |= {
+def is_encoded(value) -> bool:
+    """Return True if a value of a row is an encoded image."""
+    return isinstance(value, dict) and value.get("bytes") is not None
+
+
+def make_features(has_labels):
+    """Return the columns of the data set."""
+    from datasets import Features, Image, List, Value
+
+    text, number = Value("string"), Value("float64")
+    columns = {"image": Image(), "name": text, "specimen": text, "pixel_size_nm": number}
+    columns["bits"] = Value("int8")
+    if has_labels:
+        integers = List(Value("int32"))
+        objects = {"kind": text, "box_px": integers, "diameter_nm": number, "length_nm": number}
+        columns["objects"] = List(objects | {"runs": integers, "attributes": text})
+        columns["mask"] = Image()
+    return Features(columns)
+
+
+def write_shard(rows, num_bytes, features, path) -> None:
+    """Write rows to a Parquet file, in row groups of about `ROW_GROUP_BYTES`."""
+    import datasets
+
+    columns = {key: [row[key] for row in rows] for key in features}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    dataset.to_parquet(str(path), batch_size=max(1, len(rows) * ROW_GROUP_BYTES // num_bytes))
+
+
+def make_row(entry, labels, folder) -> dict:
+    """Return one micrograph as a row, with its pixels and its mask as PNG."""
+    micrograph = entry.read()
+    row = {
+        "image": {"bytes": encode_png(micrograph.image), "path": None},
+        "name": entry.name,
         "specimen": micrograph.specimen,
         "pixel_size_nm": micrograph.pixel_size_nm,
         "bits": 8 * micrograph.image.itemsize,
@@ -170,88 +170,42 @@ def make_row(entry, micrograph, labels, folder) -> dict:
     name = entry.name.removeprefix("images/")
     if name not in labels:
         raise ValueError(
-            f"{entry.name} is not among the images of labels/coco.json; label it or take it away"
+            f"{entry.name} is not among the images of labels/coco.json. Label it or remove it."
         )
     mask = folder / "masks" / name
-    return row | {
-        "objects": labels[name],
-        "mask": {"bytes": mask.read_bytes(), "path": None} if mask.is_file() else None,
-    }
+    row["mask"] = {"bytes": mask.read_bytes(), "path": None} if mask.is_file() else None
+    return row | {"objects": labels[name]}
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """uint8 or uint16 [H, W] as a PNG of as many bits."""
+    """Return uint8 or uint16 [H, W] as a PNG of as many bits."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def read_labels(folder: Path) -> dict | None:
-    """Return {image's name below images/: its objects} of labels/coco.json; None where there is none.
-
-    An object: kind, box_px (x0, y0, x1, y1; the last two exclusive), diameter_nm, length_nm, runs (COCO's uncompressed run
-    lengths of its mask, column by column; None where the labels have another form), attributes (JSON).
-    """
-    path = folder / "labels" / "coco.json"
-    if not path.is_file():
-        return None
-    coco = json.loads(path.read_text())
-    kinds = {each["id"]: each["name"] for each in coco["categories"]}
-    names = {each["id"]: each["file_name"] for each in coco["images"]}
-    objects = {name: [] for name in names.values()}
-    for each in coco["annotations"]:
-        x, y, width, height = (round(number) for number in each["bbox"])
-        runs = (
-            each["segmentation"].get("counts")
-            if isinstance(each.get("segmentation"), dict)
-            else None
-        )
-        objects[names[each["image_id"]]].append(
-            {
-                "kind": kinds[each["category_id"]],
-                "box_px": [x, y, x + width, y + height],
-                "diameter_nm": each.get("diameter_nm"),
-                "length_nm": each.get("length_nm"),
-                "runs": runs if isinstance(runs, list) else None,
-                "attributes": json.dumps(each.get("attributes") or {}),
-            }
-        )
-    return objects
-
-
-def make_card(config: PushConfig, name: str, facts: dict, has_labels: bool) -> str:
-    """Return the text of the data set's README.md."""
+def make_card(config: PushConfig, name: str, facts: list[dict], has_labels: bool) -> str:
+    """Return the text of the data set's README.md. facts: one dictionary per micrograph."""
+    files = [{"split": "train", "path": "data/train-*.parquet"}]
     metadata = DatasetCardData(
         license=config.license or "unknown",
         pretty_name=name,
         tags=["electron-microscopy", "materials-science"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": "train", "path": "data/train-*.parquet"}],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
-    sizes = sorted(size for size in facts["sizes"] if size)
-    size = (
-        "unknown"
-        if not sizes
-        else f"{sizes[0]:.4g} nm"
-        if len(sizes) == 1
-        else f"{sizes[0]:.4g} to {sizes[-1]:.4g} nm"
-    )
-    if None in facts["sizes"] and sizes:
-        size += ", of some unknown"
-    labels = (
-        f"`objects` has the {facts['objects']:,} labelled defects with their boxes in pixels (x0, y0, x1, y1; the last two exclusive), "
-        "each with its whole mask as COCO's uncompressed run lengths (`runs`) where the labels have them; `mask` is an instance mask of "
-        "16 bits: the matrix is zero, then come the objects in their order, later ones above earlier ones.\n"
-    )
-    bits = " and ".join(str(each) for each in sorted(facts["bits"]))
+    bits = " and ".join(str(each) for each in sorted({each["bits"] for each in facts}))
+    num_specimens = len({each["specimen"] for each in facts} - {None})
+    num_objects = sum(each["num_objects"] for each in facts)
+    labels = f"""
+`objects` has the {num_objects:,} labelled defects with their boxes in pixels (x0, y0, x1, y1; the
+last two exclusive), and the whole mask of each as COCO's uncompressed run lengths (`runs`) if the
+labels have it. `mask` is an instance mask of 16 bits: 0 for the matrix, k for the k-th object; later
+objects lie on top.
+"""
     licence = (
         f"{config.license}."
         if config.license
-        else "The publisher has not stated one: ask before you use the images."
+        else "The publisher has not stated one. Ask before you use the images."
     )
     return f"""---
 {metadata.to_yaml()}
@@ -259,13 +213,13 @@ def make_card(config: PushConfig, name: str, facts: dict, has_labels: bool) -> s
 
 # {name}
 
-{facts["num"]:,} electron micrographs of {bits} bits, grey levels as recorded (PNG inside Parquet).
+{len(facts):,} electron micrographs of {bits} bits, grey levels as recorded (PNG inside Parquet).
 
-- pixel size: {size} (column `pixel_size_nm`)
-- specimens: {len(facts["specimens"] - {None})} named (column `specimen`); split by specimen where frames of one are alike
-
+- pixel size: {describe_sizes(facts)} (column `pixel_size_nm`)
+- specimens: {num_specimens} named (column `specimen`). Split by specimen if its frames are alike.
 {labels if has_labels else ""}
-`datasets` cuts images of 16 bits to 8 where it decodes them: cast the column with `datasets.Image(decode=False)` and decode its bytes.
+`datasets` cuts images of 16 bits to 8 when it decodes them. To keep 16 bits, cast the column with
+`datasets.Image(decode=False)` and decode its bytes.
 
 ## Licence
 
@@ -273,8 +227,23 @@ def make_card(config: PushConfig, name: str, facts: dict, has_labels: bool) -> s
 """
 
 
-if __name__ == "__main__":
+def describe_sizes(facts) -> str:
+    """Return the pixel sizes of the micrographs as text."""
+    sizes = {each["pixel_size_nm"] for each in facts}
+    known = sorted(size for size in sizes if size)
+    if not known:
+        return "unknown"
+    least, largest = known[0], known[-1]
+    text = f"{least:.4g} nm" if len(known) == 1 else f"{least:.4g} to {largest:.4g} nm"
+    return text + (", some unknown" if None in sizes else "")
+
+
+def main():
     try:
         push_folder(tyro.cli(PushConfig, config=(tyro.conf.PositionalRequiredArgs,)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Files -> micrographs: TIFF, PNG, JPEG and BMP, 8 and 16 bits, grey."""
+"""Read TIFF, PNG, JPEG and BMP files as micrographs: grey, 8 or 16 bits."""
 
 import io
 import logging
@@ -20,20 +20,24 @@ from em_data.metadata import read_png_metadata, read_tiff_metadata, square_pixel
 from em_data.micrograph import Micrograph
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
-BAR_REFUSED = "a label bar of {} rows at the bottom; use --tiles.label-bar crop"
-GREY_TOLERANCE = (
-    2  # levels of 255 by which the channels of a grey image may differ after JPEG compression
-)
+JPEG_TOLERANCE = 2  # grey levels by which JPEG compression makes the channels of grey differ
 
 
-def read_micrograph(path, *, label_bar="crop", name=None, specimen=None):
+def read_micrograph(path, *, label_bar="crop", name=None, specimen=None) -> Micrograph:
     """Read one micrograph.
 
-    path: a TIFF, PNG, JPEG or BMP file, told by its content and not by its suffix; or the bytes of one, with a `name`.
-    Grey, or three equal channels; 8 or 16 bits are kept as they are, floats and wider integers are scaled to 16 bits by
-    their least and largest value. label_bar: "crop" a label bar at the bottom, "keep" it, or "refuse" the file.
-    What was done to the image is listed in metadata["notices"].
-    Raises ValueError with the file's name, what is wrong and the way out.
+    The format is found by the content of the file, not by its suffix. The image is grey or has
+    three equal channels. 8 and 16 bits are kept as they are; floats and wider integers are scaled
+    to 16 bits by their least and largest value. What was done is listed in metadata["notices"].
+
+    Args:
+        path: A TIFF, PNG, JPEG or BMP file, or its bytes.
+        label_bar: What to do with a label bar at the bottom: "crop", "keep" or "refuse".
+        name: Name in messages. Default: the path.
+        specimen: Name of the specimen.
+
+    Raises:
+        ValueError: The file cannot be used. The message names the file, the reason and a remedy.
     """
     if isinstance(path, bytes):
         data, name = path, name or "image"
@@ -43,70 +47,60 @@ def read_micrograph(path, *, label_bar="crop", name=None, specimen=None):
             data = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
-    notices = []
-    array, metadata, pixel_size_nm = _decode(data, name, notices)
-    image = _to_grey(array, name, notices, lossy=metadata.get("format") == "JPEG")
-    image = _crop_by_header(image, metadata, label_bar, name, notices)
-    image = _treat_label_bar(_to_uint(image, name, notices, metadata), label_bar, name, notices)
-    metadata["notices"] = notices
+    try:
+        array, metadata, pixel_size_nm = _decode(data)
+        image = _to_grey(array, metadata)
+        image = _crop_by_header(image, metadata, label_bar)
+        image = to_uint(image, metadata)
+        image = _crop_label_bar(image, metadata, label_bar)
+    except _Refusal as refusal:
+        raise ValueError(f"{name}: {refusal}") from refusal.__cause__
     return Micrograph(image, name, pixel_size_nm, specimen, metadata)
 
 
-def _decode(data, name, notices):
-    """Return (array as stored, metadata, pixel size in nm or None)."""
+class _Refusal(ValueError):
+    """A file that is not used, without its name."""
+
+
+def _decode(data):
+    """Return (array as stored, metadata, pixel size in nm or None) of the bytes of a file."""
     if not data:
-        raise ValueError(f"{name}: empty file (0 bytes); copy it again from the microscope")
-    head = data[:8]
+        raise _Refusal("empty file (0 bytes). Copy it again from the microscope.")
     try:
-        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return _decode_tiff(data, name, notices)
-        if head == b"\x89PNG\r\n\x1a\n":
-            return _decode_png(data, notices)
-        if head[:2] in (b"\xff\xd8", b"BM"):
-            return (
-                _decode_with_pil(data),
-                {"format": "JPEG" if head[:2] == b"\xff\xd8" else "BMP"},
-                None,
-            )
-    except _Refusal as refusal:
-        raise ValueError(f"{name}: {refusal}") from None
-    except Exception as error:  # a decoder may raise anything at all on a broken file
-        raise ValueError(
-            f"{name}: unreadable or truncated ({_first_line(error)}); copy it again"
-        ) from error
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _decode_tiff(data)
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return _decode_png(data)
+        if data[:2] == b"\xff\xd8":
+            return _decode_with_pil(data), {"format": "JPEG", "notices": []}, None
+        if data[:2] == b"BM":
+            return _decode_with_pil(data), {"format": "BMP", "notices": []}, None
+    except _Refusal:
+        raise
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        first = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        raise _Refusal(f"unreadable or truncated ({first}). Copy it again.") from error
     if not data.strip(b"\0"):
-        raise ValueError(f"{name}: unreadable: nothing but zero bytes; copy it again")
-    raise ValueError(f"{name}: not a TIFF, PNG, JPEG or BMP file by its content; export it as TIFF")
+        raise _Refusal("unreadable: nothing but zero bytes. Copy it again.")
+    raise _Refusal("not a TIFF, PNG, JPEG or BMP file by its content. Export it as TIFF.")
 
 
-class _Refusal(Exception):
-    """A file that can be decoded and that we do not take."""
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
-
-
-def _decode_tiff(data, name, notices):
-    with (
-        _collect_warnings(notices),
-        tifffile.TiffFile(io.BytesIO(data), name=Path(name).name) as tif,
-    ):
+def _decode_tiff(data):
+    notices = []
+    with _collect_warnings(notices), tifffile.TiffFile(io.BytesIO(data)) as tif:
         if not tif.pages:
-            raise _Refusal("a TIFF without an image; copy it again")
+            raise _Refusal("a TIFF without an image. Copy it again.")
         series, page = tif.series[0], tif.series[0].keyframe
-        for each in series.pages:
-            if each is not None and any(
-                o + n > len(data) for o, n in zip(each.dataoffsets, each.databytecounts)
-            ):
-                raise _Refusal("truncated: its pixels end before the image does; copy it again")
+        for each in filter(None, series.pages):
+            if any(o + n > len(data) for o, n in zip(each.dataoffsets, each.databytecounts)):
+                raise _Refusal("truncated: the pixel data is cut short. Copy it again.")
         array = np.squeeze(series.asarray())
         axes = series.get_axes(squeeze=True)
         if len(tif.series) > 1:
             notices.append(f"{len(tif.series)} images in one file: the first is used")
         if array.ndim == 3 and page.samplesperpixel == 1:
             raise _Refusal(
-                f"a stack of {array.shape[0]} frames (axes {axes}); save each frame to a file of its own"
+                f"a stack of {array.shape[0]} frames (axes {axes}). Save each frame to its own file."
             )
         if array.ndim == 3 and "S" in axes:
             array = np.moveaxis(array, axes.index("S"), -1)
@@ -116,12 +110,13 @@ def _decode_tiff(data, name, notices):
             array = ~array if array.dtype.kind in "bu" else -array
             notices.append("white was stored as 0: inverted")
         metadata, sizes = read_tiff_metadata(tif, page)
+    metadata["notices"] = notices
     return array, metadata, square_pixel_size(sizes, notices)
 
 
 @contextmanager
 def _collect_warnings(notices):
-    """Put what tifffile logs of a doubtful file into its notices, rather than on the screen without its name."""
+    """Append what tifffile logs to `notices` instead of printing it."""
     logger, handler = logging.getLogger("tifffile"), logging.Handler()
     handler.emit = lambda record: notices.append(f"tifffile: {record.getMessage()}")
     propagate, logger.propagate = logger.propagate, False
@@ -133,27 +128,26 @@ def _collect_warnings(notices):
         logger.propagate = propagate
 
 
-def _decode_png(data, notices):
+def _decode_png(data):
     depth, metadata, sizes = read_png_metadata(data)
     _verify_png(data)
-    if depth == 16:  # PIL cuts 16-bit colour and grey-with-alpha to 8 bits
-        array = imagecodecs.png_decode(data)
-    else:
-        array = _decode_with_pil(data)
-    return array, metadata, square_pixel_size(sizes, notices)
+    # PIL cuts 16-bit colour and 16-bit grey with alpha to 8 bits
+    array = imagecodecs.png_decode(data) if depth == 16 else _decode_with_pil(data)
+    metadata["notices"] = []
+    return array, metadata, square_pixel_size(sizes, metadata["notices"])
 
 
 def _verify_png(data):
-    """Raise on a PNG that is cut short or has a damaged chunk: decoders fill what is missing with zeros."""
+    """Refuse a PNG that is cut short or damaged: decoders fill what is missing with zeros."""
     position = 8
     while position + 12 <= len(data):
         (length,) = struct.unpack(">I", data[position : position + 4])
-        end = position + 8 + length
+        kind, end = data[position + 4 : position + 8], position + 8 + length
         if end + 4 > len(data):
             break
         if zlib.crc32(data[position + 4 : end]) != struct.unpack(">I", data[end : end + 4])[0]:
-            raise ValueError(f"damaged PNG chunk {data[position + 4 : position + 8]!r}")
-        if data[position + 4 : position + 8] == b"IEND":
+            raise ValueError(f"damaged PNG chunk {kind!r}")
+        if kind == b"IEND":
             return
         position = end + 4
     raise ValueError("image file is truncated")
@@ -166,106 +160,99 @@ def _decode_with_pil(data):
             image = PIL.Image.open(io.BytesIO(data))
         except PIL.Image.DecompressionBombError:
             most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
-            raise _Refusal(
-                f"more than {most} million pixels; save it as TIFF or in parts"
-            ) from None
+            raise _Refusal(f"more than {most} million pixels; save it as TIFF or in parts.") from None
     with image:
+        if image.mode == "CMYK":
+            raise _Refusal("a CMYK image, made for printing. Export the micrograph in grey.")
         if image.mode == "1":
             image = image.convert("L")
         elif image.mode == "P":
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        elif image.mode == "CMYK":
-            raise _Refusal("a CMYK image, made for printing; export the micrograph in grey")
         return np.array(image)
 
 
-def _to_grey(array, name, notices, *, lossy):
-    """Return the grey image [H, W] of an array [H, W] or [H, W, 1..4]; refuse what is truly coloured."""
+def _to_grey(array, metadata):
+    """Return the grey image [H, W] of an array [H, W] or [H, W, 1..4]."""
     if array.ndim == 3 and array.shape[-1] in (2, 4):
         alpha = array[..., -1]
         if alpha.min() != alpha.max():
-            raise ValueError(
-                f"{name}: partly transparent; a micrograph is not: export it without an alpha channel"
-            )
+            raise _Refusal("partly transparent. Export it without an alpha channel.")
         array = array[..., :-1]
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim == 2:
         return array
     if array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(
-            f"{name}: an image of shape {list(array.shape)}; a micrograph is [height, width], grey"
-        )
-    if np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(
-        array[..., 0], array[..., 2]
-    ):
+        raise _Refusal(f"shape {list(array.shape)}, but a micrograph is grey [height, width].")
+    if (array == array[..., :1]).all():
         return np.ascontiguousarray(array[..., 0])
     difference = array.max(axis=-1).astype(np.float64) - array.min(axis=-1)
     largest = difference.max()
-    if array.dtype == np.uint8 and lossy and largest <= GREY_TOLERANCE:
-        notices.append(
+    if array.dtype == np.uint8 and metadata["format"] == "JPEG" and largest <= JPEG_TOLERANCE:
+        metadata["notices"].append(
             f"channels differ by up to {largest:.0f} grey levels (JPEG): their median is used"
         )
         return np.median(array, axis=-1).astype(array.dtype)
     share = 100 * float((difference > 0).mean())
-    raise ValueError(
-        f"{name}: a coloured image (its channels differ on {share:.3g} % of the pixels, by up to {largest:.5g}); "
-        "a micrograph is grey: export it in grey, without overlays"
+    raise _Refusal(
+        f"a coloured image: its channels differ on {share:.3g} % of the pixels, by up to "
+        f"{largest:.5g}. Export it in grey, without overlays."
     )
 
 
-def _to_uint(image, name, notices, metadata):
+def to_uint(image, metadata):
+    """Return a real image [H, W] as uint8 or uint16, and note in `metadata` how it was scaled.
+
+    Raises:
+        ValueError: The image is empty or complex, or holds NaN or infinite values.
+    """
     if 0 in image.shape:
-        raise ValueError(
-            f"{name}: an image without pixels ({image.shape[0]} x {image.shape[1]}); copy it again"
-        )
-    metadata["stored_as"] = str(image.dtype)
+        raise _Refusal(f"no pixels ({image.shape[0]} x {image.shape[1]}). Copy it again.")
+    stored = metadata["stored_as"] = image.dtype.name
     if image.dtype in (np.uint8, np.uint16):
         return image.astype(image.dtype.newbyteorder("="), copy=False)
     if image.dtype == np.bool_:
-        notices.append("one bit per pixel: written as 0 and 255")
+        metadata["notices"].append("one bit per pixel: written as 0 and 255")
         return image.astype(np.uint8) * np.uint8(255)
     if image.dtype.kind not in "iuf":
-        raise ValueError(
-            f"{name}: pixels of type {image.dtype}; export real, not complex, values as TIFF"
-        )
+        raise _Refusal(f"pixels of type {stored}. Export real, not complex, values as TIFF.")
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        num_bad = int((~np.isfinite(image)).sum())
-        raise ValueError(f"{name}: {num_bad} pixels are NaN or infinite; mend them before use")
+        num_bad = np.count_nonzero(~np.isfinite(image))
+        raise _Refusal(f"{num_bad} pixels are NaN or infinite. Replace them before use.")
     image, low, high = float_to_uint16(image)
     if (low, high) != (0.0, 65535.0):
-        notices.append(
-            f"{metadata['stored_as']} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535"
-        )
         metadata["scaled_from"] = [low, high]
+        metadata["notices"].append(
+            f"{stored} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535"
+        )
     return image
 
 
-def _crop_by_header(image, metadata, label_bar, name, notices):
-    """Cut rows below the scanned image where the microscope's own header says how many were scanned."""
+def _crop_by_header(image, metadata, label_bar):
+    """Remove the rows below the scanned image if the microscope's header counts the scanned rows."""
     rows = metadata.pop("scanned_rows", None)
-    if rows is None or label_bar == "keep" or not 0 < rows < image.shape[0]:
+    if rows is None or not 0 < rows < image.shape[0]:
         return image
-    if label_bar == "refuse":
-        raise ValueError(f"{name}: {BAR_REFUSED.format(image.shape[0] - rows)}")
-    notices.append(f"label bar of {image.shape[0] - rows} rows cropped, as the file's header says")
-    return image[:rows]
+    return _crop(image, image.shape[0] - rows, metadata, label_bar, ", as the file's header says")
 
 
-def _treat_label_bar(image, label_bar, name, notices):
+def _crop_label_bar(image, metadata, label_bar):
+    num_rows = 0 if label_bar == "keep" else find_label_bar(image)
+    return _crop(image, num_rows, metadata, label_bar) if num_rows else image
+
+
+def _crop(image, num_rows, metadata, label_bar, reason=""):
     if label_bar == "keep":
         return image
-    num_rows = find_label_bar(image)
-    if num_rows and label_bar == "refuse":
-        raise ValueError(f"{name}: {BAR_REFUSED.format(num_rows)}")
-    if num_rows:
-        notices.append(f"label bar of {num_rows} rows at the bottom cropped")
-        image = image[: image.shape[0] - num_rows]
-    return image
+    if label_bar == "refuse":
+        raise _Refusal(
+            f"a label bar of {num_rows} rows at the bottom. Use --tiles.label-bar crop."
+        )
+    metadata["notices"].append(f"label bar of {num_rows} rows cropped{reason}")
+    return image[: image.shape[0] - num_rows]
 
 
 def natural_key(name):
-    """Sort key that puts frame 2 before frame 10."""
-    return [
-        int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(name))
-    ], str(name)
+    """Return a sort key that puts frame 2 before frame 10."""
+    parts = re.split(r"(\d+)", str(name))
+    return [int(part) if part.isdigit() else part.lower() for part in parts], str(name)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,15 @@ from em_data.views import SYMMETRIES, apply_symmetry
 
 
 class Cut:
-    """The tiles of all micrographs of a source, memory-mapped: what `em_data.cutting.cut` left in a folder."""
+    """All tiles of a source, memory-mapped from the folder that `em_data.cutting.cut` wrote.
+
+    Attributes:
+        key: Hash of content and recipe, the folder's name.
+        micrographs: Facts of each micrograph, a list of dictionaries.
+        problems: Sentences on images that cannot be used.
+        dataset: `datasets.Dataset` of the tiles.
+        low, high, micrograph_of_tile: Columns of the data set as arrays.
+    """
 
     def __init__(self, folder):
         import datasets
@@ -24,38 +34,33 @@ class Cut:
         if path.stat().st_size != facts["num_bytes"]:
             raise OSError(f"{path} has {path.stat().st_size} bytes, not {facts['num_bytes']}")
         self.dataset = datasets.Dataset.from_file(str(path))
-        table = self.dataset.data.table
-        self.chunks = [
-            _view_pixels(chunk) for chunk in table.column("tile").chunks
-        ]  # each [n, R, R]
-        sizes = [len(chunk) for chunk in self.chunks]
-        self.chunk_of_tile = np.repeat(np.arange(len(sizes)), sizes)
-        self.row_in_chunk = np.arange(sum(sizes)) - np.repeat(np.cumsum([0] + sizes[:-1]), sizes)
-        self.low, self.high = (table.column(name).to_numpy() for name in ("low", "high"))
-        self.micrograph_of_tile = table.column("micrograph_index").to_numpy()
-        self.resolution, self.dtype = self.chunks[0].shape[-1], self.chunks[0].dtype
-        self.num_tiles = len(self.chunk_of_tile)
+        table, tile = self.dataset.data.table, self.dataset.features["tile"]
+        self.num_tiles, self.resolution, self.dtype = len(table), tile.shape[0], np.dtype(tile.dtype)
+        self.chunks = [chunk.to_numpy() for chunk in table.column("tile").chunks]  # each [n, R, R]
+        self.starts = list(accumulate(map(len, self.chunks), initial=0))
+        self.low, self.high, self.micrograph_of_tile = (
+            table.column(name).to_numpy() for name in ("low", "high", "micrograph_index")
+        )
 
     def tile(self, index):
         """Return one tile [R, R], a read-only view of the memory map."""
-        return self.chunks[self.chunk_of_tile[index]][self.row_in_chunk[index]]
-
-
-def _view_pixels(chunk):
-    """View an Arrow array of tiles as numpy [n, R, R] without a copy."""
-    num, (height, width) = len(chunk), chunk.type.shape
-    return (
-        chunk.storage.flatten().flatten().to_numpy(zero_copy_only=True).reshape(num, height, width)
-    )
+        chunk = bisect_right(self.starts, index) - 1
+        return self.chunks[chunk][index - self.starts[chunk]]
 
 
 class Tiles:
-    """One side of the split: views of raw tiles, each tile under each symmetry.
+    """One side of the split: views of tiles.
 
-    num_tiles, num_views, num_symmetries, resolution; rows: the `datasets.Dataset` of the tiles (tile, micrograph, row_px,
-    col_px, pixel_size_nm, specimen, low, high); fingerprint: hash of content and recipe.
-    view_id = tile_id * num_symmetries + symmetry; only a leaky split, which draws views and not tiles, numbers the views that
-    it drew in rising order instead: `locate` tells the tile and the symmetry of any view.
+    A view is a tile under a symmetry: view_id = tile_id * num_symmetries + symmetry. Only in a leaky
+    split, which draws views instead of tiles, views are numbered in rising order without gaps;
+    `locate` returns the tile and the symmetry of any view.
+
+    Attributes:
+        num_tiles, num_views, num_symmetries, resolution: Numbers.
+        rows: `datasets.Dataset` with one row per tile: tile, micrograph, micrograph_index, row_px,
+            col_px, pixel_size_nm, specimen, low, high.
+        micrographs: Sorted numbers of the micrographs that the tiles come from.
+        fingerprint: Hash of content and recipe.
     """
 
     def __init__(self, cut, views, symmetries="paper"):
@@ -64,11 +69,11 @@ class Tiles:
         self.num_symmetries = len(self.symmetries)
         self.resolution = cut.resolution
         views = np.asarray(views, dtype=np.int64)
-        self._tiles, local = np.unique(
-            views // self.num_symmetries, return_inverse=True
-        )  # global ids of our tiles
+        # self._tiles: number in the cut of each of our tiles
+        self._tiles, local = np.unique(views // self.num_symmetries, return_inverse=True)
         self._views = local * self.num_symmetries + views % self.num_symmetries
         self.num_tiles, self.num_views = len(self._tiles), len(self._views)
+        self.micrographs = np.unique(cut.micrograph_of_tile[self._tiles])
         digest = hashlib.sha256(f"{cut.key}:{symmetries}:".encode())
         digest.update(views)
         self.fingerprint = digest.hexdigest()[:32]
@@ -80,8 +85,8 @@ class Tiles:
     @property
     def rows(self):
         if self._rows is None:
-            everything = self.num_tiles == self.cut.num_tiles
-            self._rows = self.cut.dataset if everything else self.cut.dataset.select(self._tiles)
+            is_whole = self.num_tiles == self.cut.num_tiles
+            self._rows = self.cut.dataset if is_whole else self.cut.dataset.select(self._tiles)
         return self._rows
 
     def locate(self, view_ids):
@@ -97,7 +102,7 @@ class Tiles:
         return self._gather(*self.locate(view_ids))
 
     def batch(self, view_ids):
-        """Return views as float32 [B, 1, R, R] in [-1, 1], scaled by the levels of their micrographs."""
+        """Return views as float32 [B, 1, R, R] in [-1, 1], scaled by their micrographs' levels."""
         tile_ids, symmetry = self.locate(view_ids)
         rows = self._tiles[tile_ids]
         pixels = self._gather(tile_ids, symmetry)

@@ -1,13 +1,10 @@
 """Weights of feature networks: a file that the user names, or one download into the user's own cache."""
 
-import fcntl
 import hashlib
-import os
-import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
-from em_data.download import fetch
+from em_data.download import download_file
 from em_data.files import find_cache_dir
 
 
@@ -57,33 +54,15 @@ def find_weights(source: WeightsFile, given=None, cache_dir=None, log=print) -> 
     return path
 
 
-def download(source: WeightsFile, path, timeout: float = 30.0) -> None:
-    """Download `source.url` to `path`: an interrupted download goes on where it stopped, and `path` only appears whole.
-
-    The bytes gather in `path` + `.part` under a lock, so that two processes do not write one file; they are resumed
-    only where the server still serves the same entity (`If-Range` on its ETag), checked against the length that the
-    server states and against `source.sha256` (all or its first digits), and renamed at the end.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, etag_file = (path.with_name(path.name + suffix) for suffix in (".part", ".etag"))
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.is_file():  # another process was faster
-            return
-        try:
-            fetch(source.url, part, etag_file, timeout)
-        except (urllib.error.URLError, OSError) as error:
-            raise ConnectionError(
-                f"cannot download {source.url} ({error}). Without a network: fetch it elsewhere and pass the file with --weights, "
-                f"put it at {path}, or use the extractor efficientnet-lite0, whose weights come with the package."
-            ) from error
-        digest = sha256_of(part)
-        if source.sha256 is not None and not digest.startswith(source.sha256):
-            part.unlink()
-            raise ValueError(
-                f"{source.url} has SHA-256 {digest}, expected {source.sha256}: the download was damaged or replaced; "
-                "try again, or pass the right file with --weights"
-            )
-        os.replace(part, path)
-        etag_file.unlink(missing_ok=True)
+def download(source: WeightsFile, path) -> None:
+    """Download `source.url` to `path` as `em_data.download.download_file` does, in one try."""
+    try:
+        download_file(source.url, path, sha256=source.sha256, num_tries=1)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error} Without a network: fetch it elsewhere and pass the file with --weights, put "
+            f"it at {path}, or use the extractor efficientnet-lite0, whose weights come with the "
+            "package."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{error} Or pass the right file with --weights.") from error

@@ -1,0 +1,88 @@
+"""Any folder or data set of images, read batch by batch for evaluation."""
+
+from pathlib import Path
+
+import torch
+
+from em_data.config import DataConfig
+from em_data.images import Images
+from em_data.intensity import from_uint
+from em_data.reading import read_micrograph
+from em_data.sources.base import Entry
+from em_data.sources.folder import list_images
+from em_data.sources.rows import is_dataset, open_dataset
+
+
+class ImageFolder:
+    """Images of one size, each on the full range of its type: 0 becomes -1, 255 or 65535 becomes 1.
+
+    Attributes:
+        names: One per image.
+        shape: (H, W).
+        pixel_size_nm: That of the first image, or None if unknown.
+        ignored: Sentences on what the folder also holds and what is not used.
+    """
+
+    def __init__(self, source, entries, ignored):
+        self.source, self.entries, self.ignored = source, entries, ignored
+        self.names = [entry.name for entry in entries]
+        first = self._read(0)
+        self.shape, self.pixel_size_nm = first.image.shape, first.pixel_size_nm
+
+    def __len__(self):
+        return len(self.entries)
+
+    def batch(self, ids):
+        """Return images as float32 [B, 1, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: An image has another size than the first one, or no fixed range of grey
+                levels. The message names it.
+        """
+        images = torch.empty(len(ids), 1, *self.shape)
+        for out, i in zip(images, ids):
+            image = self._read(int(i)).image
+            if image.shape != self.shape:
+                raise ValueError(
+                    f"{self.source}/{self.names[i]} has {image.shape[0]} x {image.shape[1]} pixels, "
+                    f"but {self.names[0]} has {self.shape[0]} x {self.shape[1]}. Images that are "
+                    "judged together must have one size."
+                )
+            out[0] = from_uint(image)
+        return images
+
+    def _read(self, i):
+        micrograph = self.entries[i].read()
+        stored_as = micrograph.metadata["stored_as"]
+        if stored_as not in ("uint8", "uint16", "bool"):
+            raise ValueError(
+                f"{self.source}/{micrograph.name} holds {stored_as}, which has no fixed range of "
+                "grey levels. Save the images with 8 or 16 bits."
+            )
+        return micrograph
+
+
+def read_image_folder(path) -> Images:
+    """Open images that are judged as they are: nothing is cropped, stretched or cut into tiles.
+
+    Args:
+        path: A folder of TIFF, PNG, JPEG or BMP files (8 or 16 bits, subfolders included), a folder
+            written by `Dataset.save_to_disk`, or "hub:owner/name[@revision]",
+            "hub-stream:owner/name[@revision]", "datasets:NAME_OR_PATH".
+
+    Raises:
+        ValueError: There is no such folder, or it holds no image.
+    """
+    if is_dataset(path):
+        source = open_dataset(path, DataConfig(label_bar="keep"))
+        return ImageFolder(str(path), source.entries, source.ignored)
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {path}.")
+    paths, ignored = list_images(folder)
+
+    def make_entry(path):
+        name = path.as_posix()
+        return Entry(name, name, lambda: read_micrograph(folder / path, label_bar="keep", name=name))
+
+    return ImageFolder(str(path), [make_entry(each) for each in paths], ignored)

@@ -1,0 +1,50 @@
+"""Where micrographs come from. One module per kind of source; `open_source` chooses by name."""
+
+import os
+from pathlib import Path
+
+from em_data.sources.base import Source
+from em_data.sources.damaged_alloys import open_damaged_alloys
+from em_data.sources.folder import open_folder
+from em_data.sources.rows import is_dataset, open_dataset
+from em_data.sources.synthetic import open_synthetic
+
+
+def open_source(source, config, cache_dir) -> Source:
+    """List the micrographs of a source.
+
+    Args:
+        source: A folder of images; "synthetic"; "hub:owner/name[@revision]" (downloaded once) or
+            "hub-stream:owner/name[@revision]" (read over the network at every start);
+            "damaged-alloys:FOLDER"; "datasets:NAME_OR_PATH" or a folder written by
+            `Dataset.save_to_disk`.
+        config: `DataConfig`.
+        cache_dir: Folder where hashes of files are remembered.
+
+    Raises:
+        ValueError: There is no such source, or it holds no image.
+    """
+    source = os.path.expanduser(str(source))
+    kind, _, rest = source.partition(":")
+    if source == "synthetic":
+        opened = open_synthetic(config)
+    elif kind == "damaged-alloys" and rest:
+        opened = open_damaged_alloys(Path(rest).expanduser(), config, cache_dir)
+    elif is_dataset(source):
+        opened = open_dataset(source, config)
+    elif Path(source).is_dir():
+        opened = open_folder(source, config, cache_dir)
+    elif Path(source).exists():
+        raise ValueError(f"{source} is a file. Give the folder that holds the micrographs.")
+    else:
+        raise ValueError(
+            f"There is no folder {source!r}. Give a folder, 'synthetic', 'hub:owner/name', "
+            "'hub-stream:owner/name', 'damaged-alloys:FOLDER' or 'datasets:NAME_OR_PATH'."
+        )
+    num, most = len(opened.entries), config.num_micrographs
+    if most is not None and num > most:
+        opened.ignored.append(
+            f"{num - most} images beyond the first {most} (--tiles.num-micrographs)"
+        )
+        opened.entries = opened.entries[:most]
+    return opened

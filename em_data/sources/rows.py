@@ -1,0 +1,305 @@
+"""A Hugging Face data set as a source: from the disk, downloaded from the Hub, or streamed."""
+
+import hashlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import HfFileSystem, constants
+
+from em_data.labels import make_defects
+from em_data.micrograph import DEFECT_KINDS, Micrograph
+from em_data.reading import read_micrograph, to_uint
+from em_data.sources.base import Entry, Replayed, Source, SourceLost
+from em_hub.transport import explain_hub_errors, fetch_repository, hash_as_hub, list_files
+
+KNOWN_COLUMNS = ("name", "micrograph", "pixel_size_nm", "specimen")
+BLOCK_BYTES = 2**18  # a stream asks for at least so much at a time
+FETCHED, STREAMED, NAMED = "hub:", "hub-stream:", "datasets:"
+
+
+def is_dataset(source) -> bool:
+    """Return True if a source names a data set: by its prefix, or a folder that `datasets` wrote."""
+    return str(source).startswith((FETCHED, STREAMED, NAMED)) or _is_saved(source)
+
+
+def open_dataset(source, config) -> Source:
+    """List the rows of a data set that hold an image.
+
+    The image is the first column of the type Image or Array2D, read by our own reader because
+    `datasets` cuts 16-bit images to 8 bits. The columns `name`, `micrograph` (rows that share it are
+    pieces of one image), `pixel_size_nm` and `specimen`, and the labels `objects` and `mask` as
+    `em_data.push` writes them, are used if they exist.
+
+    Args:
+        source: "hub:NAME[@REVISION]", "hub-stream:NAME[@REVISION]", "datasets:NAME_OR_PATH", or a
+            folder written by `Dataset.save_to_disk`.
+        config: `DataConfig`.
+    """
+    import datasets
+
+    ignored, source = [], str(source)
+    rows = open_rows(source, ignored)
+    if not len(rows):
+        raise ValueError(f"{source} has no rows.")
+    features = rows.features
+    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    images += [key for key, feature in features.items() if isinstance(feature, datasets.Array2D)]
+    if not images:
+        raise ValueError(
+            f"{source} has no column of images (Image or Array2D), only {', '.join(features)}."
+        )
+    column, labels = images[0], _find_labels(features, images[0])
+    unused = [key for key in images[1:] if key not in labels]
+    if unused:
+        ignored.append(f"columns {', '.join(unused)}: the images are in column {column}")
+    known = rows.read_columns([key for key in KNOWN_COLUMNS if key in features])
+    content = rows.read_rows([column, *labels])
+    entries = []
+    for i in range(len(rows)):
+        facts = {key: values[i] for key, values in known.items()}
+        name = f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}"
+
+        def read(i=i, name=name, facts=facts):
+            return _read_row(content[i], column, name, facts, config.label_bar)
+
+        group = facts.get("micrograph") and str(facts["micrograph"])
+        entries.append(Entry(name, f"{rows.content}-{i}", read, facts.get("specimen"), group))
+    name = source.split("@")[0] if source.startswith((FETCHED, STREAMED)) else source
+    return Source(Path(name.removeprefix(NAMED).rstrip("/")).name, entries, ignored)
+
+
+def open_rows(source: str, ignored: list):
+    """Return the rows of a source: `StoredRows` or `StreamedRows`."""
+    if source.startswith(STREAMED):
+        return StreamedRows(source.removeprefix(STREAMED))
+    if source.startswith(FETCHED):
+        return StoredRows(*_load_from_hub(source.removeprefix(FETCHED)))
+    dataset = _load_dataset(source.removeprefix(NAMED), ignored)
+    return StoredRows(dataset, dataset._fingerprint)
+
+
+class StoredRows:
+    """Rows of a `datasets.Dataset` on this disk. `content` identifies them on any machine."""
+
+    def __init__(self, dataset, content):
+        self.dataset, self.content, self.features = dataset, content, dataset.features
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def read_columns(self, names):
+        """Return {name: values}."""
+        return {name: self.dataset[name][:] for name in names}
+
+    def read_rows(self, names):
+        """Return an object whose item i is row i as a dict, with images as encoded bytes."""
+        dataset = _leave_images_encoded(self.dataset.select_columns(names))
+        for name, dtype in _find_arrays(self.features, names).items():
+            # without the type, `datasets` returns every integer as 64 bits
+            dataset = dataset.with_format(
+                "numpy", columns=[name], output_all_columns=True, dtype=dtype
+            )
+        return dataset
+
+
+class StreamedRows:
+    """Rows of the Parquet files of one commit on the Hub; nothing is kept on this disk.
+
+    Known columns are read at once. The rest is read row by row: asking for an earlier row starts the
+    stream again. Memory holds one row group of one file. The files' checksums are not compared,
+    because no file arrives whole. PNG images carry checksums of their own, which the reader compares.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"{STREAMED}{name} is read over the network at every start, and HF_HUB_OFFLINE "
+                f"forbids it; unset it, or use {FETCHED}{name}, which is kept on this disk."
+            )
+        repo, commit, files = list_files(name, ".parquet", kind="dataset")
+        if not files:
+            raise ValueError(_say_no_parquet(name))
+        self.paths = [f"datasets/{repo}@{commit}/{path}" for path in files]
+        self.content = _hash_content(files.values())
+        with _explain_lost_stream(name):
+            self._read_footers()
+
+    def _read_footers(self):
+        import datasets
+        import pyarrow.parquet as pq
+
+        files = HfFileSystem(endpoint=constants.ENDPOINT)
+        self.features, self._num_rows, self._columns = None, 0, {}
+        for path in self.paths:
+            with files.open(path, block_size=BLOCK_BYTES) as file:
+                parquet = pq.ParquetFile(file, pre_buffer=False)
+                if self.features is None:
+                    self.features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
+                    self._columns = {name: [] for name in KNOWN_COLUMNS if name in self.features}
+                self._num_rows += parquet.metadata.num_rows
+                if self._columns:
+                    table = parquet.read(columns=list(self._columns))
+                    for name, values in self._columns.items():
+                        values += table.column(name).to_pylist()
+
+    def __len__(self):
+        return self._num_rows
+
+    def read_columns(self, names):
+        """Return {name: values} of known columns."""
+        return {name: self._columns[name] for name in names}
+
+    def read_rows(self, names):
+        """Return an object whose item i is row i as a dict, with images as encoded bytes."""
+        return Replayed(lambda: self._stream(names))
+
+    def _stream(self, names):
+        import datasets
+
+        with _explain_lost_stream(self.name):
+            dataset = datasets.load_dataset(
+                "parquet",
+                data_files={"train": [f"hf://{path}" for path in self.paths]},
+                split="train",
+                streaming=True,
+                columns=names,
+                batch_size=1,
+                storage_options={
+                    "hf": {"endpoint": constants.ENDPOINT, "block_size": BLOCK_BYTES}
+                },
+            )
+            arrays = _find_arrays(self.features, names)
+            for row in _leave_images_encoded(dataset):
+                yield row | {name: np.asarray(row[name], dtype) for name, dtype in arrays.items()}
+
+
+@contextmanager
+def _explain_lost_stream(name):
+    """Raise every error of the network or of a file as a `SourceLost` of one sentence."""
+    try:
+        with explain_hub_errors(name, "streaming"):
+            yield
+    except SourceLost:
+        raise
+    except ValueError as explained:
+        raise SourceLost(str(explained)) from explained
+    except Exception as error:
+        raise SourceLost(f"{STREAMED}{name} cannot be read: {_first_line(error)}") from error
+
+
+def _is_saved(path) -> bool:
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_dataset(name_or_path, ignored):
+    import datasets
+
+    try:
+        if _is_saved(name_or_path):
+            dataset = datasets.load_from_disk(str(name_or_path))
+        else:
+            dataset = datasets.load_dataset(str(name_or_path))
+    except Exception as error:  # of the Hub, the network or the disk
+        raise ValueError(
+            f"datasets:{name_or_path} cannot be loaded: {_first_line(error)}"
+        ) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        split = "train" if "train" in dataset else next(iter(dataset))
+        others = [key for key in dataset if key != split]
+        if others:
+            ignored.append(f"splits {', '.join(others)}: split {split} is used")
+        dataset = dataset[split]
+    return dataset
+
+
+def _load_from_hub(name):
+    """Download the Parquet files of a data set once; return the data set and a hash of the files."""
+    import datasets
+
+    folder = fetch_repository(name, ["*.parquet"], kind="dataset")
+    paths = sorted(folder.rglob("*.parquet"))
+    if not paths:
+        raise ValueError(_say_no_parquet(name))
+    content = _hash_content(hash_as_hub(path)[0] for path in paths)
+    files = [str(path) for path in paths]
+    try:
+        return datasets.load_dataset("parquet", data_files=files, split="train"), content
+    except Exception as error:  # of the files or the disk
+        raise ValueError(f"{FETCHED}{name} cannot be read: {_first_line(error)}") from error
+
+
+def _say_no_parquet(name):
+    return (
+        f"The data set {name} on the Hub holds no Parquet file. "
+        "Write one with python -m em_data.push."
+    )
+
+
+def _hash_content(checksums):
+    """Return a hash of files by their checksums, the same for downloaded and streamed files."""
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()[:32]
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _find_labels(features, column):
+    """Return the names of the columns of labels, as `em_data.push` writes them."""
+    items = getattr(features.get("objects"), "feature", None)
+    if not isinstance(items, dict) or not {"kind", "box_px"} <= set(items):
+        return []
+    return [key for key in ("objects", "mask") if key in features and key != column]
+
+
+def _find_arrays(features, names):
+    """Return {name: dtype} of those columns that are two-dimensional arrays."""
+    import datasets
+
+    return {
+        name: np.dtype(features[name].dtype)
+        for name in names
+        if isinstance(features[name], datasets.Array2D)
+    }
+
+
+def _leave_images_encoded(dataset):
+    """Cast image columns so that rows hold encoded bytes: `datasets` decodes 16 bits to 8."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def _read_row(row, column, name, facts, label_bar) -> Micrograph:
+    """Return the micrograph of a row. facts: values of the known columns."""
+    value, specimen = row[column], facts.get("specimen")
+    if isinstance(value, dict):  # an encoded image: {"bytes", "path"}
+        data = value["bytes"] if value["bytes"] is not None else value["path"]
+        micrograph = read_micrograph(data, label_bar=label_bar, name=name, specimen=specimen)
+        micrograph.pixel_size_nm = facts.get("pixel_size_nm") or micrograph.pixel_size_nm
+    else:
+        metadata = {"notices": []}
+        try:
+            image = to_uint(np.asarray(value), metadata)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        micrograph = Micrograph(image, name, facts.get("pixel_size_nm"), specimen, metadata)
+    objects = row.get("objects")
+    if objects is None:
+        return micrograph
+    unknown = {each["kind"] for each in objects} - set(DEFECT_KINDS)
+    if unknown:
+        micrograph.metadata["notices"].append(
+            f"labels not used: kinds {', '.join(sorted(map(str, unknown)))}"
+        )
+        return micrograph
+    mask = (row.get("mask") or {}).get("bytes")
+    if mask is not None:
+        mask = read_micrograph(mask, label_bar="keep", name=f"mask of {name}").image
+    micrograph.defects = make_defects(objects, mask, micrograph.image.shape)
+    return micrograph
