@@ -101,9 +101,10 @@ def _fetch(url, part, etag_file, timeout):
         length = response.headers.get("Content-Length")
         total = None if length is None else offset + int(length)
         bar = {"unit": "B", "unit_scale": True, "desc": part.stem, "leave": False}
-        with open(part, "ab" if offset else "wb") as file, tqdm(
-            total=total, initial=offset, **bar
-        ) as progress:
+        with (
+            open(part, "ab" if offset else "wb") as file,
+            tqdm(total=total, initial=offset, **bar) as progress,
+        ):
             while block := response.read(1 << 20):
                 progress.update(file.write(block))
     if total is not None and part.stat().st_size != total:

@@ -83,6 +83,8 @@ def read_image_folder(path) -> Images:
 
     def make_entry(path):
         name = path.as_posix()
-        return Entry(name, name, lambda: read_micrograph(folder / path, label_bar="keep", name=name))
+        return Entry(
+            name, name, lambda: read_micrograph(folder / path, label_bar="keep", name=name)
+        )
 
     return ImageFolder(str(path), [make_entry(each) for each in paths], ignored)

@@ -95,8 +95,7 @@ def refuse_other_content(api, repo_id, paths, revision):
     """Refuse to overwrite a data set that this command did not write."""
     if not any(path.startswith("data/train-") for path in paths):
         raise ValueError(
-            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}). "
-            "Choose another name."
+            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}). Choose another name."
         )
 
 

@@ -160,7 +160,9 @@ def _decode_with_pil(data):
             image = PIL.Image.open(io.BytesIO(data))
         except PIL.Image.DecompressionBombError:
             most = 2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6
-            raise _Refusal(f"more than {most} million pixels; save it as TIFF or in parts.") from None
+            raise _Refusal(
+                f"more than {most} million pixels; save it as TIFF or in parts."
+            ) from None
     with image:
         if image.mode == "CMYK":
             raise _Refusal("a CMYK image, made for printing. Export the micrograph in grey.")
@@ -245,9 +247,7 @@ def _crop(image, num_rows, metadata, label_bar, reason=""):
     if label_bar == "keep":
         return image
     if label_bar == "refuse":
-        raise _Refusal(
-            f"a label bar of {num_rows} rows at the bottom. Use --tiles.label-bar crop."
-        )
+        raise _Refusal(f"a label bar of {num_rows} rows at the bottom. Use --tiles.label-bar crop.")
     metadata["notices"].append(f"label bar of {num_rows} rows cropped{reason}")
     return image[: image.shape[0] - num_rows]
 

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from em_data.cutting import find_tile_positions
 from em_data.files import write_atomically
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 from em_evaluation.defects import KINDS, DetectorSettings, detect_defects
 
 SEED = 31  # of the micrographs: others than those that training data usually are (0) and the settings were tuned on (77)

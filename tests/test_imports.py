@@ -22,7 +22,7 @@ LIBRARY = {
 LIBRARY["em_hub"] = {*LIBRARY}
 COMMANDS = "em_commands"
 PACKAGES = [*LIBRARY, COMMANDS]
-# modules that import nothing of ours and that every package may import
+# modules that import nothing of ours but each other and that every package may import
 GROUND_FLOOR = {"em_data.files", "em_data.download", "em_hub.transport"}
 # modules of a family that may call em_evaluation: they judge images while a model is made
 JUDGES = re.compile(r"em_\w+\.(\w*loop|train|family|select_autoencoder)")
@@ -147,7 +147,8 @@ def test_every_package_is_covered_and_in_the_wheel():
 
 @pytest.mark.parametrize("module", sorted(GROUND_FLOOR))
 def test_the_ground_floor_imports_nothing_of_ours(module):
-    assert not {name for name, _ in find_imports(modules()[module]) if top(name) in PACKAGES}
+    imports = {name for name, _ in find_imports(modules()[module]) if top(name) in PACKAGES}
+    assert not imports - GROUND_FLOOR
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -185,12 +186,7 @@ def test_no_import_circle():
         for module, path in modules().items()
     }
     circles = sorted(sorted(circle) for circle in find_circles(below))
-    assert circles == OPEN_CIRCLES
-
-
-OPEN_CIRCLES = [
-    ["em_data.damaged_alloys", "em_data.dataset_rows", "em_data.sources"],
-]
+    assert not circles
 
 
 def test_find_circles_finds_one():
@@ -225,7 +221,6 @@ def test_no_module_needs_posix():
 
 
 OPEN_POSIX = [
-    "em_evaluation.weights: fcntl",
     "em_generation.generate: fcntl",
 ]
 

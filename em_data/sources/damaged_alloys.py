@@ -17,7 +17,12 @@ from em_data.sources.damaged_alloys_labels import find_labels, read_defects
 from em_data.sources.folder import hash_files
 
 STUDY_SIZES = {(1024, 1024): 442, (2048, 2048): 52}  # micrographs of the study by (H, W)
-PIXEL_SIZES_NM = {"70": 0.8805, "100": 0.8691, "300": 0.4785, "500": 0.2832}  # by magnification/1000
+PIXEL_SIZES_NM = {
+    "70": 0.8805,
+    "100": 0.8691,
+    "300": 0.4785,
+    "500": 0.2832,
+}  # by magnification/1000
 ON_ZONE_NM = 0.1416
 MAX_DEPTH = 4  # folders below the given one in which a layout is looked for
 

@@ -17,7 +17,22 @@ LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segm
 LABEL_FOLDER = re.compile(rf"^{LABEL_WORDS}(\d*|[-_ ].*)$", re.IGNORECASE)
 LABEL_FILE = re.compile(rf"[-_ .]{LABEL_WORDS}\d*$", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
-OTHER_MICROSCOPY = set(".dm3 .dm4 .emd .ser .mrc .mrcs .hdf5 .h5 .npy .npz .gif .webp".split())
+OTHER_MICROSCOPY = set(
+    [
+        ".dm3",
+        ".dm4",
+        ".emd",
+        ".ser",
+        ".mrc",
+        ".mrcs",
+        ".hdf5",
+        ".h5",
+        ".npy",
+        ".npz",
+        ".gif",
+        ".webp",
+    ]
+)
 FRESH_NS = 2_000_000_000  # a file changed so recently may change again within its time stamp
 
 

@@ -166,9 +166,7 @@ class StreamedRows:
                 streaming=True,
                 columns=names,
                 batch_size=1,
-                storage_options={
-                    "hf": {"endpoint": constants.ENDPOINT, "block_size": BLOCK_BYTES}
-                },
+                storage_options={"hf": {"endpoint": constants.ENDPOINT, "block_size": BLOCK_BYTES}},
             )
             arrays = _find_arrays(self.features, names)
             for row in _leave_images_encoded(dataset):

@@ -20,7 +20,7 @@ from scipy import ndimage
 from em_data import DataConfig, load_data, read_image_folder
 from em_data.cutting import find_tile_positions
 from em_data.files import write_atomically
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 from em_data.views import ELEMENTS, SYMMETRIES, apply_symmetry
 from em_evaluation import compute_features, frechet_distance_interval, get_extractor
 from em_evaluation.environment import describe_environment

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from em_data import DataConfig
-from em_data.sources import Entry, Source
+from em_data.sources.base import Entry, Source
 
 
 @pytest.fixture

@@ -13,16 +13,12 @@ import PIL.Image
 import pytest
 
 from em_data import DataConfig, load_data
-from em_data import damaged_alloys as module
-from em_data.damaged_alloys import (
-    download_damaged_alloys,
-    main,
-    open_damaged_alloys,
-    pixel_size_from_name,
-    query_index,
-)
-from em_data.damaged_alloys_labels import UNIT_TO_PX
+from em_data.damaged_alloys import main
 from em_data.download import download_file
+from em_data.sources import damaged_alloys_download as module
+from em_data.sources.damaged_alloys import open_damaged_alloys, pixel_size_from_name
+from em_data.sources.damaged_alloys_download import download_damaged_alloys, query_index
+from em_data.sources.damaged_alloys_labels import UNIT_TO_PX
 
 
 def write_image(path, seed, side=64):

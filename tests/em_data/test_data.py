@@ -9,9 +9,9 @@ import PIL.Image
 import pytest
 import tifffile
 
-import em_data.sources
+import em_data.sources.folder
 from em_data import DataConfig, load_data, to_uint8
-from em_data.sources import LABEL_FOLDER, hash_files
+from em_data.sources.folder import LABEL_FOLDER, hash_files
 from support.config import refuses_config
 
 
@@ -56,7 +56,7 @@ def test_folder_to_batches(folder, config):
     assert set(data.held_out.rows["micrograph"]) == set(summary["held_out"])
     batch = data.train.batch(range(data.train.num_views))
     assert batch.abs().max() <= 1
-    assert any("of 16 bits: scaled by their own" in line for line in said)
+    assert any("of 16 bits: each scaled by its" in line for line in said)
     assert any("partly unknown" in line for line in said)
     json.dumps(summary)
 
@@ -75,7 +75,7 @@ def test_8_bit_pixels_come_back_exactly(tmp_path, noise, config):
 
 def test_second_start_reads_no_image_and_gives_the_same(folder, config, monkeypatch):
     first, _ = load(folder, config)
-    monkeypatch.setattr(em_data.sources, "read_micrograph", None)  # would raise when called
+    monkeypatch.setattr(em_data.sources.folder, "read_micrograph", None)  # would raise when called
     second, _ = load(folder, config)
     assert second.summary == first.summary
     assert second.train.fingerprint == first.train.fingerprint
@@ -105,7 +105,7 @@ def test_changed_pixel_is_a_new_cut(folder, config, noise):
 def test_moved_folder_is_the_same_cut(folder, config, monkeypatch):
     first, _ = load(folder, config)
     moved = folder.rename(folder.parent / "moved")
-    monkeypatch.setattr(em_data.sources, "read_micrograph", None)
+    monkeypatch.setattr(em_data.sources.folder, "read_micrograph", None)
     assert load(moved, config)[0].train.fingerprint == first.train.fingerprint
 
 
@@ -189,7 +189,7 @@ def test_nothing_usable_is_an_error_that_names_all(tmp_path, config):
         load(tmp_path, config, cache_dir=str(tmp_path / ".cache"))
     with pytest.raises(
         ValueError,
-        match=r"1 of 1 images(.|\n)*not looked at: 1 images beyond the first 1, as num_micro",
+        match=r"1 of 1 images(.|\n)*not looked at: 1 images beyond the first 1 \(--tiles.num-micro",
     ):
         load(tmp_path, config, cache_dir=str(tmp_path / ".cache"), num_micrographs=1)
 

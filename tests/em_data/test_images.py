@@ -43,8 +43,11 @@ def test_pixel_size_stands_where_other_programs_look(tmp_path):
         assert png.info["dpi"][0] * 100 / 2.54 == pytest.approx(2e9, rel=1e-6)  # pixels per metre
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:
         over, under = tif.pages[0].tags["XResolution"].value
-        assert over / under == pytest.approx(2e7)  # pixels per centimetre
-        assert tif.pages[0].tags["ResolutionUnit"].value == 3
+        assert tif.imagej_metadata["unit"] == "nm"
+        assert over / under == pytest.approx(2)  # pixels per unit
+        assert tif.pages[0].tags["ResolutionUnit"].value == 1  # ImageJ's: the unit is in the text
+        assert (tif.imagej_metadata["min"], tif.imagej_metadata["max"]) == (0, 255)
+        assert "not counts" in tif.imagej_metadata["Info"]
 
 
 def test_pixel_size_too_fine_for_a_png_header_is_kept_as_text(tmp_path):

@@ -13,7 +13,8 @@ from em_data.labels import (
 )
 from em_data.micrograph import DEFECT_KINDS, Defect, Micrograph
 from em_data.reading import read_micrograph
-from em_data.synthetic import main, synthesise_micrograph
+from em_data.synthetic import main
+from em_data.synthetic_micrographs import synthesise_micrograph
 
 
 def decode_runs(counts, shape):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 from em_evaluation import calibrate_detector as calibration_module
 from em_evaluation.calibrate_detector import box_overlap, calibrate_detector, describe_calibration
 from em_evaluation.defects import KINDS, Defects, count_weights, detect_defects, sum_by_image

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 from em_data.views import ELEMENTS, apply_symmetry
 from em_evaluation import ModelImages, evaluate_models
 from em_evaluation.features import Extractor

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 from em_evaluation import ModelImages, evaluate_models, write_report
 from em_evaluation import calibrate_detector as calibration
 from em_evaluation.features import Extractor

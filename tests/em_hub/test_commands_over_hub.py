@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from em_data.labels import write_labelled
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 from support.hub_server import HubServer, make_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # a dozen processes

@@ -10,10 +10,17 @@ import tifffile
 from huggingface_hub import DatasetCard, constants
 
 from em_data import DataConfig, load_data
-from em_data.labels import decode_runs, draw_instance_mask, make_coco, make_defects, write_labelled
-from em_data.push import PushConfig, push_folder, read_labels
+from em_data.labels import (
+    decode_runs,
+    draw_instance_mask,
+    make_coco,
+    make_defects,
+    read_labels,
+    write_labelled,
+)
+from em_data.push import PushConfig, push_folder
 from em_data.sources import open_source
-from em_data.synthetic import synthesise_micrographs
+from em_data.synthetic_micrographs import synthesise_micrographs
 
 
 @pytest.fixture(autouse=True)

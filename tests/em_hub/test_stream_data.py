@@ -30,7 +30,7 @@ def _own_caches(tmp_path, monkeypatch):
     )  # several files, each of several row groups
     monkeypatch.setattr("em_data.push.ROW_GROUP_BYTES", SIDE**2)
     monkeypatch.setattr(
-        "em_data.dataset_rows.BLOCK_BYTES", 2**12
+        "em_data.sources.rows.BLOCK_BYTES", 2**12
     )  # as small beside the files as it is beside real ones
 
 
