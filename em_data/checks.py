@@ -44,7 +44,7 @@ def hash_pixels(image) -> str:
 
 
 def read_all(entries, min_side_px, problems):
-    """Yield (entry, micrograph) of the usable entries; append a sentence per other one to `problems`."""
+    """Yield (entry, micrograph) of usable entries; append a sentence per other one to problems."""
     for entry in entries:
         try:
             micrograph = entry.read()

@@ -126,8 +126,8 @@ def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
 class TileWriter:
     """Writes tiles to an Arrow file, in the order in which they come.
 
-    All tiles of a file have one type: uint8, until the first tile of 16 bits comes. What was written
-    before is then rewritten as uint16.
+    All tiles of a file have one type: uint8, until the first tile of 16 bits comes. What was
+    written before is then rewritten as uint16.
     """
 
     def __init__(self, path: Path, resolution: int):

@@ -11,11 +11,7 @@ from pathlib import Path
 from em_data.config import DataConfig
 from em_data.files import find_cache_dir
 from em_data.sources.damaged_alloys import open_damaged_alloys
-from em_data.sources.damaged_alloys_download import (
-    INDEX_URL,
-    SERVER_URL,
-    download_damaged_alloys,
-)
+from em_data.sources.damaged_alloys_download import INDEX_URL, SERVER_URL, download_damaged_alloys
 
 
 def main(arguments=None):

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, locks and the cache. Imports nothing of ours."""
+"""Files and folders that are complete or absent, locks, and the cache. Imports nothing of ours."""
 
 import contextlib
 import os

@@ -44,8 +44,8 @@ class ImageFolder:
             image = self._read(int(i)).image
             if image.shape != self.shape:
                 raise ValueError(
-                    f"{self.source}/{self.names[i]} has {image.shape[0]} x {image.shape[1]} pixels, "
-                    f"but {self.names[0]} has {self.shape[0]} x {self.shape[1]}. Images that are "
+                    f"{self.source}/{self.names[i]} has {image.shape[0]} x {image.shape[1]} pixels,"
+                    f" but {self.names[0]} has {self.shape[0]} x {self.shape[1]}. Images that are "
                     "judged together must have one size."
                 )
             out[0] = from_uint(image)

@@ -20,8 +20,8 @@ from em_data.intensity import to_uint8, to_uint16
 class Images(Protocol):
     """A container of grey images of one size, read batch by batch.
 
-    Tiles, folders of images and sets in memory all follow it. Some have more: `names` (one per image),
-    `shape` (H, W) and `pixel_size_nm`.
+    Tiles, folders of images and sets in memory all follow it. Some have more: `names` (one per
+    image), `shape` (H, W) and `pixel_size_nm`.
     """
 
     def __len__(self) -> int:

@@ -1,31 +1,28 @@
-"""The bar with scale and text that scanning microscopes burn into the bottom of an image."""
+"""Find the bar with scale and text that scanning microscopes burn into the bottom of an image."""
 
 import numpy as np
 
 MIN_SHARE, MAX_SHARE = 0.015, 0.25  # of the image's height
 
 
-def find_label_bar(image):
-    """Return the number of rows of a label bar at the bottom of a micrograph, 0 where there is none.
+def find_label_bar(image) -> int:
+    """Return the number of rows of a label bar at the bottom of an image, or 0 if there is none.
 
-    image: uint8 or uint16 [H, W]. A bar is a band of rows across the whole width on a flat ground: the rows above it hold
-    hardly any pixel of the ground's exact grey level, its first rows hardly any other, and it is blank or its text has a
-    high contrast. A dark or saturated region of the specimen has no such straight upper edge.
+    A bar is a band of rows across the whole width on a flat ground. The rows above it hold hardly
+    any pixel of the ground's exact grey level, and its first rows hardly any other. A dark or
+    saturated region of the specimen has no such straight upper edge.
+
+    Args:
+        image: uint8 or uint16 [H, W].
     """
     height, width = image.shape
     if height < 32 or width < 32:
         return 0
-    band = image[int(height * (1 - MAX_SHARE) - 16) :]
-    tolerance = (
-        0 if image.dtype == np.uint16 else 3
-    )  # JPEG compression blurs a flat ground a little
+    band = image[int(height * (1 - MAX_SHARE)) - 16 :].astype(np.int32)
+    tolerance = 0 if image.dtype == np.uint16 else 3  # JPEG compression blurs a flat ground
     ground = int(np.bincount(band[-max(4, int(height * MIN_SHARE)) :].ravel()).argmax())
-    share = (np.abs(band.astype(np.int32) - ground) <= tolerance).mean(
-        axis=1
-    )  # [rows] of the ground's level
-    is_line = (np.abs(band.astype(np.int32) - band[:, :1].astype(np.int32)) <= tolerance).mean(
-        axis=1
-    ) > 0.98
+    share = (np.abs(band - ground) <= tolerance).mean(axis=1)  # [rows] of the ground's level
+    is_line = (np.abs(band - band[:, :1]) <= tolerance).mean(axis=1) > 0.98
     top, gap = len(band), 0
     for row in range(len(band) - 1, -1, -1):
         if share[row] >= 0.3 or is_line[row]:

@@ -51,9 +51,9 @@ def write_labelled(micrographs, folder):
 def make_coco(micrographs) -> dict:
     """Return labelled micrographs as a COCO dictionary: images, annotations and categories.
 
-    A segmentation is COCO's uncompressed run lengths, so that overlapping defects stay whole. Beyond
-    COCO, images have pixel_size_nm and specimen; annotations have diameter_nm, length_nm and, as
-    attributes, the defect's metadata.
+    A segmentation is COCO's uncompressed run lengths, so that overlapping defects stay whole.
+    Beyond COCO, images have pixel_size_nm and specimen; annotations have diameter_nm, length_nm
+    and, as attributes, the defect's metadata.
     """
     coco = {"images": [], "annotations": [], "categories": []}
     coco["categories"] = [{"id": i + 1, "name": kind} for i, kind in enumerate(DEFECT_KINDS)]

@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ElementTree
 # a coarser resolution comes from a printer or a screen: 72 dpi is 352,778 nm
 MAX_PIXEL_SIZE_NM = 10_000.0
 UNITS_NM = {
-    "m": 1e9, "cm": 1e7, "mm": 1e6, "um": 1e3, "µm": 1e3, "μm": 1e3, "\\u00b5m": 1e3, "micron": 1e3, "microns": 1e3,
-    "micrometer": 1e3, "nm": 1.0, "nanometer": 1.0, "a": 0.1, "å": 0.1, "angstrom": 0.1, "pm": 1e-3,
-    "inch": 2.54e7, "in": 2.54e7,
+    "m": 1e9, "cm": 1e7, "mm": 1e6, "um": 1e3, "µm": 1e3, "μm": 1e3, "\\u00b5m": 1e3,
+    "micron": 1e3, "microns": 1e3, "micrometer": 1e3, "nm": 1.0, "nanometer": 1.0,
+    "a": 0.1, "å": 0.1, "angstrom": 0.1, "pm": 1e-3, "inch": 2.54e7, "in": 2.54e7,
 }  # fmt: skip
 
 

@@ -11,13 +11,14 @@ DEFECT_KINDS = ("loop_111", "loop_100", "dot", "line", "loop")
 class Defect:
     """One labelled defect of a micrograph.
 
-    kind: one of DEFECT_KINDS: a loop with Burgers vector 1/2<111> or <100>, a black dot, a dislocation line, or a loop
-        of which nobody has said the Burgers vector.
-    box_px: (x0, y0, x1, y1) in pixels of the micrograph, x1 and y1 exclusive: image[y0:y1, x0:x1] holds the defect.
-    mask: bool [y1 - y0, x1 - x0] inside the box, or [H, W] of the whole micrograph.
-    diameter_nm: the long axis of a loop or the diameter of a dot, in nanometres; None for a line.
-    length_nm: the projected length of a line, in nanometres; None otherwise.
-    metadata: anything else that is known (orientation, axis ratio, contrast, depth).
+    Args:
+        kind: One of DEFECT_KINDS: a loop with Burgers vector 1/2<111> or <100>, a black dot, a
+            dislocation line, or a loop of unknown Burgers vector.
+        box_px: (x0, y0, x1, y1) in pixels of the micrograph; x1 and y1 are exclusive.
+        mask: Bool [y1 - y0, x1 - x0] inside the box, or [H, W] of the whole micrograph.
+        diameter_nm: Long axis of a loop or diameter of a dot in nm; None for a line.
+        length_nm: Projected length of a line in nm; None otherwise.
+        metadata: Anything else, such as orientation or contrast.
     """
 
     kind: str
@@ -29,19 +30,20 @@ class Defect:
 
     def __post_init__(self):
         if self.kind not in DEFECT_KINDS:
-            raise ValueError(f"a defect is one of {', '.join(DEFECT_KINDS)}, not {self.kind!r}")
+            raise ValueError(f"kind is {self.kind!r}, but must be one of {', '.join(DEFECT_KINDS)}")
 
 
 @dataclass(eq=False)
 class Micrograph:
     """One grey electron micrograph.
 
-    image: uint8 or uint16 [H, W], as recorded: never stretched, never clipped.
-    name: the file's path inside its source (or the number of a synthetic one); unique in a source.
-    pixel_size_nm: the side of one pixel, in nanometres; None where the file does not say.
-    specimen: what the micrograph was taken of; None where unknown.
-    metadata: what the file says of itself, and under "notices" what the reader did to it (cropped, rescaled).
-    defects: the labelled defects; None where nobody has labelled them.
+    Args:
+        image: uint8 or uint16 [H, W], as recorded: neither stretched nor clipped.
+        name: Unique in its source, such as the path of the file.
+        pixel_size_nm: Side of a pixel in nm; None if unknown.
+        specimen: What the micrograph shows; None if unknown.
+        metadata: What the file says about itself. "notices" lists what the reader did to the image.
+        defects: Labelled defects; None if nobody has labelled them.
     """
 
     image: np.ndarray
@@ -54,6 +56,6 @@ class Micrograph:
     def __post_init__(self):
         if self.image.ndim != 2 or self.image.dtype not in (np.uint8, np.uint16):
             raise ValueError(
-                f"{self.name}: a micrograph is uint8 or uint16 [H, W], not {self.image.dtype} "
-                f"{list(self.image.shape)}; read files with em_data.read_micrograph"
+                f"{self.name}: the image is {self.image.dtype} {list(self.image.shape)}, but must "
+                "be uint8 or uint16 [H, W]; read files with em_data.read_micrograph."
             )

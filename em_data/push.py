@@ -28,11 +28,11 @@ ROW_GROUP_BYTES = 32 * 2**20  # what a stream of a set holds in memory
 
 @dataclasses.dataclass(frozen=True)
 class PushConfig:
-    """Publish a folder of micrographs as a data set on the Hub: Parquet, with 8 or 16 bits as recorded.
+    """Publish a folder of micrographs as a data set on the Hub, with 8 or 16 bits as recorded.
 
-    A folder that also holds labels/coco.json and masks/, as em_data.labels writes them, is published
-    with boxes and masks. `--data hub:owner/name` trains on it, labels included;
-    `--data hub-stream:owner/name` keeps nothing on the disk.
+    A folder that also holds labels/coco.json and masks/, as em_data.labels writes them, is
+    published with boxes and masks. `--data hub:owner/name` trains on it, labels included; `--data
+    hub-stream:owner/name` keeps nothing on the disk.
     """
 
     folder: str
@@ -46,7 +46,7 @@ class PushConfig:
     token: str | None = None
     """Token with write rights. Default: HF_TOKEN, or that of `hf auth login`."""
     license: str | None = None
-    """Name of the licence on the Hub, such as cc-by-4.0. Default: the card says that none is stated."""
+    """Name of the licence on the Hub, such as cc-by-4.0. Default: none is stated."""
     specimen_pattern: str | None = None
     """Regular expression whose first group (or whole match) in a file's path names its specimen.
     Default: its folder."""
@@ -198,8 +198,8 @@ def make_card(config: PushConfig, name: str, facts: list[dict], has_labels: bool
     labels = f"""
 `objects` has the {num_objects:,} labelled defects with their boxes in pixels (x0, y0, x1, y1; the
 last two exclusive), and the whole mask of each as COCO's uncompressed run lengths (`runs`) if the
-labels have it. `mask` is an instance mask of 16 bits: 0 for the matrix, k for the k-th object; later
-objects lie on top.
+labels have it. `mask` is an instance mask of 16 bits: 0 for the matrix, k for the k-th object.
+Later objects lie on top.
 """
     licence = (
         f"{config.license}."

@@ -100,7 +100,7 @@ def _decode_tiff(data):
             notices.append(f"{len(tif.series)} images in one file: the first is used")
         if array.ndim == 3 and page.samplesperpixel == 1:
             raise _Refusal(
-                f"a stack of {array.shape[0]} frames (axes {axes}). Save each frame to its own file."
+                f"a stack of {array.shape[0]} frames (axes {axes}). Save each frame to a file."
             )
         if array.ndim == 3 and "S" in axes:
             array = np.moveaxis(array, axes.index("S"), -1)
@@ -231,7 +231,7 @@ def to_uint(image, metadata):
 
 
 def _crop_by_header(image, metadata, label_bar):
-    """Remove the rows below the scanned image if the microscope's header counts the scanned rows."""
+    """Remove the rows below the scanned ones, if the microscope's header counts those."""
     rows = metadata.pop("scanned_rows", None)
     if rows is None or not 0 < rows < image.shape[0]:
         return image

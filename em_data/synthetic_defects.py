@@ -1,7 +1,6 @@
-"""Radiation defects as a bright-field detector sees them: projected loops, black dots, dislocation lines.
+"""Radiation defects as a bright-field detector sees them: loops, black dots, dislocation lines.
 
-Every function draws one defect in a window of its own and returns a `Drawing`: what the defect takes away from the
-logarithm of the transmitted intensity (positive is dark), and the pixels that belong to it. Lengths are nanometres until
+Each function draws one defect in a window of its own and returns a `Drawing`. Lengths are nm until
 the last moment, so that a defect has the same shape at every pixel size.
 """
 
@@ -11,21 +10,20 @@ from math import cos, hypot, pi, sin
 import numpy as np
 from scipy import ndimage
 
-NORMALS_100 = np.eye(
-    3
-)  # habit planes {100} of a0<100> loops: a pure edge loop lies normal to its Burgers vector
-NORMALS_111 = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]]) / np.sqrt(
-    3
-)  # and {111} of a0/2<111> loops
+# habit planes of a0<100> and a0/2<111> loops: a pure edge loop is normal to its Burgers vector
+NORMALS_100 = np.eye(3)
+NORMALS_111 = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]]) / np.sqrt(3)
 
 
 @dataclass(eq=False)
 class Drawing:
     """A defect in its own window.
 
-    origin: (x, y) of the window's first pixel in the micrograph; may lie outside it.
-    contrast: float32 [h, w], subtracted from the logarithm of the intensity.
-    mask: bool [h, w], the defect's pixels.
+    Args:
+        origin: (x, y) of the window's first pixel in the micrograph; it may be outside.
+        contrast: Float32 [h, w], subtracted from the log of the intensity: positive is dark.
+        mask: Bool [h, w], the pixels of the defect.
+        metadata: What else is known.
     """
 
     origin: tuple[int, int]
@@ -35,12 +33,14 @@ class Drawing:
 
 
 def project_loop(normal, beam, rotation):
-    """Shape of a circular loop seen along the beam.
+    """Return (axis_ratio, angle) of a circular loop seen along the beam.
 
-    normal, beam: vectors [3] in crystal axes, of any length. rotation: angle in radians of the projected [010] axis
-    ([001] where the beam is along [010]) from the image's x axis towards y. Returns (axis_ratio, angle): minor over
-    major axis, |n . z|, in [0, 1]; and the angle in radians, in [0, pi), of the MAJOR axis from x towards y. The minor
-    axis lies along the projected normal; a face-on loop has no major axis and gets `rotation`.
+    The axis ratio is minor over major axis, |n . z|. The angle is that of the major axis from x
+    towards y, in [0, pi); a face-on loop gets `rotation`.
+
+    Args:
+        normal, beam: Vectors [3] in crystal axes, of any length.
+        rotation: Angle in radians of the projected [010] axis ([001] if the beam is along [010]).
     """
     normal = np.asarray(normal, dtype=float) / np.linalg.norm(normal)
     beam = np.asarray(beam, dtype=float) / np.linalg.norm(beam)
@@ -57,7 +57,7 @@ def project_loop(normal, beam, rotation):
 
 
 def _window(center_px, reach_px):
-    """Window of pixels within reach of a centre: its origin and float32 offsets dx [1, w], dy [h, 1] from the centre."""
+    """Return the origin of a window around a centre, and offsets dx [1, w], dy [h, 1] from it."""
     (x, y), (reach_x, reach_y) = center_px, reach_px
     x0, y0 = int(np.floor(x - reach_x)), int(np.floor(y - reach_y))
     x1, y1 = int(np.ceil(x + reach_x)) + 1, int(np.ceil(y + reach_y)) + 1
@@ -67,22 +67,23 @@ def _window(center_px, reach_px):
 
 
 def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, strength, pixel_size_nm):
-    """Open elliptical dislocation loop.
+    """Draw an open elliptical dislocation loop.
 
-    The core is a dark line along the ellipse; its contrast follows cos^2 of the angle to the diffraction vector, so that
-    two stretches of the ring are faint (g.b of the local displacement vanishes). A weaker second line inside is the
-    double image of a dislocation near its Bragg condition. The enclosed area is a little brighter than the matrix.
-    angle, g_angle: radians from x towards y. strength: peak of the contrast. Returns a Drawing.
+    The core is a dark line along the ellipse. Its contrast follows cos^2 of the angle to the
+    diffraction vector, so that two stretches of the ring are faint (g.b vanishes). A weaker second
+    line inside is the double image of a dislocation near its Bragg condition. The enclosed area is
+    a little brighter than the matrix.
+
+    Args:
+        angle, g_angle: Radians from x towards y.
+        strength: Peak of the contrast.
     """
-    core = (
-        min(2.4, rng.lognormal(0.2, 0.22)) * (diameter_nm / 22) ** 0.25
-    )  # half width of the dark line, nm
+    # half width of the dark line, nm
+    core = min(2.4, rng.lognormal(0.2, 0.22)) * (diameter_nm / 22) ** 0.25
     a = diameter_nm / 2
     b = hypot(a * axis_ratio, 0.8 * core)  # an edge-on loop keeps the width of its strain field
-    c, s = (
-        cos(angle),
-        sin(angle),
-    )  # Python numbers: numpy's float64 scalars would double the arrays' width
+    # Python numbers: numpy's float64 scalars would double the width of the arrays
+    c, s = cos(angle), sin(angle)
     w = rng.normal(0, 0.028, size=4).tolist()  # unevenness of the outline
     swell = 1 + hypot(w[0], w[1]) + hypot(w[2], w[3])
     reach = [
@@ -91,7 +92,7 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     ]
     origin, dx, dy = _window(center_px, reach)
 
-    # Coordinates in which the ellipse is the unit circle, the angle there, and a radius that is 1 on the uneven outline.
+    # coordinates in which the ellipse is the unit circle, and a radius of 1 on its uneven outline
     unit_a, unit_b = pixel_size_nm / a, pixel_size_nm / b
     along = dx * (c * unit_a) + dy * (s * unit_a)  # [h, w]
     across = dy * (c * unit_b) - dx * (s * unit_b)  # [h, w]
@@ -101,14 +102,11 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     cos3, sin3 = cos2 * cos1 - sin2 * sin1, sin2 * cos1 + cos2 * sin1
     radius /= 1 + w[0] * cos3 + w[1] * sin3 + w[2] * cos2 + w[3] * sin2
 
-    # Distance to the ring, first order outside; inside never more than the half chord of a thin ellipse.
-    slope = np.sqrt(
-        (along / a) ** 2 + (across / b) ** 2 + 1e-6 / b**2
-    )  # radius / slope is b in the middle
+    # distance to the ring in half widths of the dark line: to first order outside; inside at most
+    # the half chord of a thin ellipse
+    slope = np.sqrt((along / a) ** 2 + (across / b) ** 2 + 1e-6 / b**2)
     chord = b * np.sqrt(np.maximum(1 - radius**2, 0))
-    distance = (
-        np.maximum((radius - 1) * radius / slope, -chord) / core
-    )  # in half widths of the dark line
+    distance = np.maximum((radius - 1) * radius / slope, -chord) / core
 
     floor = rng.uniform(0.22, 0.6)
     phase = 2 * (g_angle - angle) + rng.normal(0, 0.25)
@@ -131,7 +129,7 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
 
 
 def draw_dot(rng, center_px, *, diameter_nm, g_angle, strength, pixel_size_nm):
-    """Black dot: a cluster too small to resolve, dark, with a faint bright lobe along the diffraction vector g."""
+    """Draw a black dot: a small dark cluster with a faint bright lobe along the vector g."""
     sigma = diameter_nm / 2.6  # the dark spot falls to about 0.4 of its depth at its edge
     stretch = rng.uniform(0.8, 1.25)
     tilt = rng.uniform(0, pi)
@@ -150,10 +148,10 @@ def draw_dot(rng, center_px, *, diameter_nm, g_angle, strength, pixel_size_nm):
 
 
 def draw_line(rng, start_px, *, length_nm, direction, strength, pixel_size_nm):
-    """Dislocation line: a wavy dark line whose contrast oscillates with its depth in the foil and fades at its ends.
+    """Draw a dislocation line: wavy, its contrast oscillates with depth and fades at its ends.
 
-    Points are laid along the path a third of a pixel (or of the line's half width) apart, added to the pixels around
-    them with bilinear weights, and blurred to the line's width. Returns a Drawing.
+    Points along the path, a third of a pixel (or of the line's half width) apart, are added to the
+    pixels around them with bilinear weights and blurred to the line's width.
     """
     sigma = rng.uniform(1.3, 2.0)  # nm
     step = min(pixel_size_nm, sigma) / 3
@@ -168,12 +166,9 @@ def draw_line(rng, start_px, *, length_nm, direction, strength, pixel_size_nm):
 
     depth = s / s[-1]
     beats = 0.5 + 0.5 * np.cos(2 * np.pi * s / rng.uniform(14, 32) + rng.uniform(0, 6.28))
-    near_surface = np.exp(-depth / 0.22) + np.exp(
-        -(1 - depth) / 0.22
-    )  # the oscillation dies out in mid foil
-    weight = (1 - 0.75 * np.minimum(near_surface, 1) * beats) * np.minimum(
-        1, 12 * np.minimum(depth, 1 - depth) + 0.3
-    )
+    near_surface = np.exp(-depth / 0.22) + np.exp(-(1 - depth) / 0.22)  # no beats in mid foil
+    fade = np.minimum(1, 12 * np.minimum(depth, 1 - depth) + 0.3)
+    weight = (1 - 0.75 * np.minimum(near_surface, 1) * beats) * fade
 
     pad = int(np.ceil(4 * sigma / pixel_size_nm)) + 1
     x0, y0 = int(np.floor(x.min())) - pad, int(np.floor(y.min())) - pad
@@ -192,9 +187,7 @@ def draw_line(rng, start_px, *, length_nm, direction, strength, pixel_size_nm):
     blurred = ndimage.gaussian_filter(
         np.stack(planes).astype(np.float32), (0, sigma_px, sigma_px), truncate=3.5
     )
-    blurred *= np.float32(
-        np.sqrt(2 * np.pi) * sigma * step / pixel_size_nm**2
-    )  # a straight line of weight 1 has peak 1
-    return Drawing(
-        (x0, y0), strength * blurred[0], blurred[1] > 0.35, {"length_nm": round(float(s[-1]), 3)}
-    )
+    # a straight line of weight 1 gets peak 1
+    blurred *= np.float32(np.sqrt(2 * np.pi) * sigma * step / pixel_size_nm**2)
+    metadata = {"length_nm": round(float(s[-1]), 3)}
+    return Drawing((x0, y0), strength * blurred[0], blurred[1] > 0.35, metadata)

@@ -8,12 +8,16 @@ from scipy import fft, ndimage, signal
 
 
 def make_background(rng, specimen, size, pixel_size_nm):
-    """The foil without defects: its log-transmission and how well it shows defects, both float32 [size, size].
+    """Draw the foil without defects.
 
-    A bent wedge in two beams: 1 - A sin^2(pi t sqrt(1 + w^2)) / (1 + w^2), with the deviation w a smooth function of
-    position (a bend contour where it vanishes) and the thickness t, in extinction lengths, a wedge; the fringes are damped
-    with t. On top, a mottled surface: Gaussian noise with a power-law spectrum between 8 and 120 nm. Defects show best
-    near the contour, and their contrast is uneven from place to place.
+    It is a bent wedge in two beams: 1 - A sin^2(pi t sqrt(1 + w^2)) / (1 + w^2). The deviation w is
+    a smooth function of position, with a bend contour where it vanishes. The thickness t, in
+    extinction lengths, is a wedge, and the fringes are damped with t. The surface is mottled:
+    Gaussian noise with a power-law spectrum between 8 and 120 nm. Defects show best near the
+    contour.
+
+    Returns:
+        The log-transmission, and how well defects show, both float32 [size, size].
     """
     field_nm = size * pixel_size_nm
     axis = ((np.arange(size) + 0.5) * pixel_size_nm).astype(np.float32) - np.float32(field_nm / 2)
@@ -41,7 +45,7 @@ def make_background(rng, specimen, size, pixel_size_nm):
 
 @lru_cache(maxsize=4)
 def _mottle_amplitude(side, pixel_size_nm):
-    """Fourier amplitude f^-0.9 between 1/120 and 1/8 per nm, float32 [side, side], scaled for fields of unit variance."""
+    """Return f^-0.9 from 1/120 to 1/8 per nm, float32 [side, side], for fields of variance 1."""
     f_squared = (fft.fftfreq(side, pixel_size_nm) ** 2).astype(np.float32)
     f_squared = f_squared[:, None] + f_squared[None, :]
     amplitude = (f_squared + 1 / 120**2) ** -0.45 * np.exp(-0.5 * 8**2 * f_squared)
@@ -50,36 +54,33 @@ def _mottle_amplitude(side, pixel_size_nm):
 
 
 def _mottle(rng, size, pixel_size_nm):
-    """Two independent stationary Gaussian fields of unit variance, float32 [2, size, size]; see _mottle_amplitude."""
-    side = fft.next_fast_len(
-        size + int(30 / pixel_size_nm)
-    )  # the transform is periodic, the picture is not
+    """Draw two independent stationary Gaussian fields of variance 1, float32 [2, size, size]."""
+    # the transform is periodic, the picture is not
+    side = fft.next_fast_len(size + int(30 / pixel_size_nm))
     white = rng.standard_normal((side, side, 2), dtype=np.float32).view(np.complex64)[..., 0]
     fields = fft.ifft2(white * _mottle_amplitude(side, pixel_size_nm))[:size, :size]
     return np.stack([fields.real, fields.imag])
 
 
 def expose(rng, transmission, dose):
-    """Electron counts: Poisson with mean dose * transmission / mean(transmission); float32, same shape."""
+    """Draw electron counts: Poisson with mean dose * transmission / mean(transmission), float32."""
     return rng.poisson(transmission * (dose / transmission.mean())).astype(np.float32)
 
 
 def record(rng, transmission, dose, pixel_size_nm):
-    """What the microscope writes of a transmission map [size, size]: uint8 [size, size], and its electrons per pixel.
+    """Record a transmission map [size, size]; return uint8 [size, size] and electrons per pixel.
 
-    In the order of the instrument: finite probe, line-to-line jitter and emission noise of the scan, Poisson counts, the
-    detector's afterglow along the fast axis, and the operator's brightness and contrast, which keep all but two in ten
-    thousand pixels clear of both ends of the scale.
+    In the order of the instrument: finite probe, line-to-line jitter and emission noise of the
+    scan, Poisson counts, the detector's afterglow along the fast axis, and the operator's
+    brightness and contrast, which keep all but 4 in 10,000 pixels clear of both ends of the scale.
     """
     size = transmission.shape[0]
     probe_px = rng.uniform(0.5, 0.8) / pixel_size_nm
     image = ndimage.gaussian_filter(transmission, probe_px, mode="nearest", truncate=3.0)
 
-    # Each line starts a little off, by less than a pixel; the offset wanders.
-    offset = signal.lfilter(
-        [1], [1, -0.6], rng.normal(0, rng.uniform(0.08, 0.25), size=size)
-    )  # [size] pixels
-    offset = offset.clip(-1, 1).astype(np.float32)[:, None]
+    # each line starts off by less than a pixel, and the offset wanders
+    offset = signal.lfilter([1], [1, -0.6], rng.normal(0, rng.uniform(0.08, 0.25), size=size))
+    offset = offset.clip(-1, 1).astype(np.float32)[:, None]  # [size, 1] pixels
     padded = np.pad(image, ((0, 0), (1, 1)), mode="edge")
     image = (
         (1 - abs(offset)) * image
@@ -88,9 +89,8 @@ def record(rng, transmission, dose, pixel_size_nm):
     )
 
     line_gain = rng.normal(0, rng.uniform(0.002, 0.007), size=(size, 1))
-    emission = signal.lfilter(
-        [0.14], [1, -0.99], rng.standard_normal(size * size, dtype=np.float32)
-    )  # unit variance
+    white = rng.standard_normal(size * size, dtype=np.float32)
+    emission = signal.lfilter([0.14], [1, -0.99], white)  # variance 1
     emission = emission.astype(np.float32).reshape(size, size) * rng.uniform(0.003, 0.009)
     image *= emission + (1 + line_gain).astype(np.float32)
 

@@ -1,10 +1,10 @@
 """Synthetic STEM bright-field micrographs of irradiated FeCrAl with every defect labelled.
 
 They need no download. Open dislocation loops of the two families of a body-centred cubic crystal
-(a0<100> and a0/2<111>), seen close to [100], black dots and dislocation lines lie over bend contours,
-a thickness wedge and a mottled surface. Then the micrograph is recorded: probe, scan jitter, Poisson
-counts, detector. Four micrographs in a row share a specimen (rotation, tilt, statistics of loops). A
-micrograph depends only on its arguments.
+(a0<100> and a0/2<111>), seen close to [100], black dots and dislocation lines lie over bend
+contours, a thickness wedge and a mottled surface. Then the micrograph is recorded: probe, scan
+jitter, Poisson counts, detector. Four micrographs in a row share a specimen (rotation, tilt,
+statistics of loops). A micrograph depends only on its arguments.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class Specimen:
 
 
 def synthesise_micrographs(num, seed=0, size=512, pixel_size_nm=PIXEL_SIZE_NM):
-    """Return an iterator over `num` labelled micrographs; micrograph i has seed 1,000,000 seed + i."""
+    """Iterate over `num` labelled micrographs; micrograph i has seed 1,000,000 seed + i."""
     if not 0 < num <= SEEDS_PER_SEED:
         raise ValueError(
             f"the number of synthetic micrographs is {num}, but must be 1 to {SEEDS_PER_SEED}."
@@ -110,8 +110,8 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
 
     Returns:
         A `Micrograph`, uint8 [size, size], with a `Defect` for everything drawn: masks inside their
-        boxes; centres, angles and axis ratios as metadata. Of defects cut by the border, the visible
-        part is labelled.
+        boxes; centres, angles and axis ratios as metadata. Of defects cut by the border, the
+        visible part is labelled.
     """
     if seed < 0 or size < 16 or not pixel_size_nm > 0:
         raise ValueError(

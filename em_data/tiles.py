@@ -55,9 +55,9 @@ class Cut:
 class Tiles:
     """One side of the split: views of tiles.
 
-    A view is a tile under a symmetry: view_id = tile_id * num_symmetries + symmetry. Only in a leaky
-    split, which draws views instead of tiles, views are numbered in rising order without gaps;
-    `locate` returns the tile and the symmetry of any view.
+    A view is a tile under a symmetry: view_id = tile_id * num_symmetries + symmetry. Only in a
+    leaky split, which draws views instead of tiles, views are numbered in rising order without
+    gaps; `locate` returns the tile and the symmetry of any view.
 
     Attributes:
         num_tiles, num_views, num_symmetries, resolution: Numbers.

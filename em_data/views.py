@@ -20,7 +20,7 @@ SYMMETRIES = {
 
 
 def apply_symmetry(image, name):
-    """Return the image array [..., H, W] turned or flipped by the named element of D4, as a view where numpy can."""
+    """Return an array [..., H, W] under the named symmetry, as a view without a copy."""
     transpose, flip_rows, flip_columns = ELEMENTS[name]
     if transpose:
         image = image.swapaxes(-1, -2)

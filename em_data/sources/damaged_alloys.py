@@ -1,8 +1,8 @@
 """The Damaged Alloys set as a source: STEM micrographs of irradiated FeCrAl with dislocation loops.
 
 The set is that of Li, Field & Morgan, npj Computational Materials 4, 36 (2018). Two layouts of its
-folders are known, those of the authors' two programs. What else lies in a folder is counted and left
-out.
+folders are known, those of the authors' two programs. What else lies in a folder is counted and
+left out.
 """
 
 import re
@@ -82,8 +82,8 @@ def find_layout(folder):
             return _find_positive(parent)
     inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{folder} has no known layout of the Damaged Alloys set: neither images.txt beside images/ "
-        f"nor a folder positive/ with images, but {inside}. If it holds micrographs and nothing "
+        f"{folder} has no known layout of the Damaged Alloys set: neither images.txt beside images/"
+        f" nor a folder positive/ with images, but {inside}. If it holds micrographs and nothing "
         f"else, give the folder itself: --data {folder}"
     )
 

@@ -22,7 +22,7 @@ ARCHIVES = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar", ".tgz", ".zip")
 
 
 def download_damaged_alloys(folder, *, index_url=INDEX_URL, server_url=SERVER_URL, log=print):
-    """Download every file that the search index lists, checked by length and SHA-512, and unpack it.
+    """Download the files that the search index lists, check length and SHA-512, and unpack them.
 
     A download that was interrupted goes on where it stopped.
 

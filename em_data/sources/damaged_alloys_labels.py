@@ -57,8 +57,8 @@ def read_defects(label, shape, pixel_size_nm, notices) -> list[Defect]:
             a, b, c, d = (float(word) for word in words)
         except (ValueError, KeyError):
             raise ValueError(
-                f"{label}, line {number}: not a box of four numbers with or without a type 0, 1, 2: "
-                f"{line[:60]!r}"
+                f"{label}, line {number}: not a box of four numbers with or without a type 0, 1, "
+                f"2: {line[:60]!r}"
             ) from None
         is_corners = label.parent.name == "bounding_boxes"
         corners = (b, a, d, c) if is_corners else (a - 1, b - 1, a - 1 + c, b - 1 + d)
@@ -83,7 +83,7 @@ def _make(kind, corners, shape, pixel_size_nm, label, number, diameter_px=None, 
 
 
 def _read_imagej(text, label, shape, pixel_size_nm, notices):
-    """Read ellipses of ImageJ: major and minor are full axes, angles are counter-clockwise degrees."""
+    """Read ImageJ's ellipses: full axes, angles in degrees counter-clockwise."""
     lines = list(csv.reader(text.replace("\t", ",").splitlines()))
     rows = [row for row in lines if any(cell.strip() for cell in row)][1:]
     values = []

@@ -19,7 +19,7 @@ FETCHED, STREAMED, NAMED = "hub:", "hub-stream:", "datasets:"
 
 
 def is_dataset(source) -> bool:
-    """Return True if a source names a data set: by its prefix, or a folder that `datasets` wrote."""
+    """Return True if a source is a data set: by its prefix, or a folder that `datasets` wrote."""
     return str(source).startswith((FETCHED, STREAMED, NAMED)) or _is_saved(source)
 
 
@@ -27,8 +27,8 @@ def open_dataset(source, config) -> Source:
     """List the rows of a data set that hold an image.
 
     The image is the first column of the type Image or Array2D, read by our own reader because
-    `datasets` cuts 16-bit images to 8 bits. The columns `name`, `micrograph` (rows that share it are
-    pieces of one image), `pixel_size_nm` and `specimen`, and the labels `objects` and `mask` as
+    `datasets` cuts 16-bit images to 8 bits. The columns `name`, `micrograph` (rows that share it
+    are pieces of one image), `pixel_size_nm` and `specimen`, and the labels `objects` and `mask` as
     `em_data.push` writes them, are used if they exist.
 
     Args:
@@ -106,9 +106,10 @@ class StoredRows:
 class StreamedRows:
     """Rows of the Parquet files of one commit on the Hub; nothing is kept on this disk.
 
-    Known columns are read at once. The rest is read row by row: asking for an earlier row starts the
-    stream again. Memory holds one row group of one file. The files' checksums are not compared,
-    because no file arrives whole. PNG images carry checksums of their own, which the reader compares.
+    Known columns are read at once. The rest is read row by row: asking for an earlier row starts
+    the stream again. Memory holds one row group of one file. The files' checksums are not compared,
+    because no file arrives whole. PNG images carry checksums of their own, which the reader
+    compares.
     """
 
     def __init__(self, name):
@@ -213,7 +214,7 @@ def _load_dataset(name_or_path, ignored):
 
 
 def _load_from_hub(name):
-    """Download the Parquet files of a data set once; return the data set and a hash of the files."""
+    """Download the Parquet files of a data set; return the data set and a hash of the files."""
     import datasets
 
     folder = fetch_repository(name, ["*.parquet"], kind="dataset")

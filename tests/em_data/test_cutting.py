@@ -1,4 +1,5 @@
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -94,11 +95,12 @@ def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(
 
 def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source_of, tmp_path):
     eight, sixteen = noise(0), noise(1, dtype=np.uint16)
-    cut(
-        source_of([Micrograph(eight, "eight"), Micrograph(sixteen, "sixteen")]),
-        config(),
-        tmp_path / "cut",
-    )
+    source = source_of([Micrograph(eight, "eight"), Micrograph(sixteen, "sixteen")])
+    for entry in source.entries:
+        entry.read = mock.Mock(wraps=entry.read)
+    cut(source, config(), tmp_path / "cut")
+    assert [entry.read.call_count for entry in source.entries] == [1, 1]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["cut.json", "tiles.arrow"]
     made = Cut(tmp_path / "cut")
     tiles = Tiles(made, np.arange(made.num_tiles), "none")
     assert np.array_equal(tiles.raw([0])[0], eight[:16, :16])

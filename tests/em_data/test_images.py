@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -5,6 +6,8 @@ import tifffile
 import torch
 
 from em_data import (
+    Images,
+    as_images,
     from_uint,
     read_image_folder,
     read_micrograph,
@@ -63,6 +66,53 @@ def test_folder_reads_parts_in_natural_order(tmp_path):
     assert len(folder) == 12
     assert np.array_equal(to_uint8(folder.batch(range(3, 12))), to_uint8(images[3:]))
     assert folder.batch([]).shape == (0, 1, 6, 6)
+
+
+def test_folder_of_any_kind_gives_the_same_images(noise, tmp_path):
+    """Files in subfolders, JPEGs, and both forms of a `datasets` folder; labels are left out."""
+    levels = np.stack([noise(i, (12, 10), np.uint16) for i in range(3)])
+    (tmp_path / "files" / "b" / "masks").mkdir(parents=True)
+    for name, image in zip(("a.png", "b/frame 2.png", "b/frame 10.png"), levels):
+        PIL.Image.fromarray(image).save(tmp_path / "files" / name)
+    PIL.Image.fromarray(levels[0]).save(tmp_path / "files" / "b" / "masks" / "1.png")
+    names = [
+        str(tmp_path / "files" / name) for name in ("a.png", "b/frame 2.png", "b/frame 10.png")
+    ]
+    columns = {"image": names, "pixel_size_nm": [0.5] * 3}
+    images = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    images.save_to_disk(tmp_path / "images")
+    array = datasets.Features({"levels": datasets.Array2D((12, 10), "uint16")})
+    datasets.Dataset.from_dict({"levels": levels}, features=array).save_to_disk(tmp_path / "arrays")
+    for name in ("files", "images", "arrays"):
+        folder = read_image_folder(tmp_path / name)
+        assert isinstance(folder, Images)
+        assert torch.equal(folder.batch(range(3)), from_uint(levels).unsqueeze(1))
+        assert torch.equal(folder.batch(np.array([2, 0]))[:, 0], from_uint(levels[[2, 0]]))
+        assert folder.shape == (12, 10)
+        assert folder.pixel_size_nm == (0.5 if name == "images" else None)
+    files = read_image_folder(tmp_path / "files")
+    assert files.names == ["a.png", "b/frame 2.png", "b/frame 10.png"]
+    assert files.ignored == ["1 images in folder masks/: labels by their name"]
+    (tmp_path / "photos").mkdir()
+    PIL.Image.fromarray(np.full((8, 8), 51, np.uint8)).save(tmp_path / "photos" / "a.jpeg")
+    photo = read_image_folder(tmp_path / "photos").batch([0])
+    assert torch.equal(photo, from_uint(np.full((1, 1, 8, 8), 51, np.uint8)))
+
+
+def test_images_without_a_range_of_grey_levels_are_refused_by_name(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.linspace(0, 255, 30, dtype=np.float32).reshape(5, 6))
+    with pytest.raises(ValueError, match=r"a\.tif holds float32.*8 or 16 bits"):
+        read_image_folder(tmp_path)
+
+
+def test_tensors_and_arrays_are_containers_of_images_too():
+    images = torch.rand(5, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    for given in (images, images.numpy()):
+        container = as_images(given)
+        assert isinstance(container, Images)
+        assert len(container) == 5
+        assert torch.equal(container.batch([4, 1]), images[[4, 1]].float())
+        assert as_images(container) is container
 
 
 def test_images_of_different_sizes_are_refused_by_name(tmp_path):

@@ -7,9 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import tifffile
+import torch
 from huggingface_hub import DatasetCard, constants
 
-from em_data import DataConfig, load_data
+from em_data import DataConfig, from_uint, load_data, read_image_folder
 from em_data.labels import (
     decode_runs,
     draw_instance_mask,
@@ -71,6 +72,11 @@ def test_every_grey_level_comes_back(folder, hub, tmp_path, monkeypatch):
     card = DatasetCard(hub.read("you/set", "README.md", kind="datasets").decode())
     assert card.data.license == "cc-by-4.0"
     assert "4 electron micrographs of 8 and 16 bits" in card.text
+    for road in ("hub", "hub-stream"):
+        folder = read_image_folder(f"{road}:you/set")
+        expected = torch.stack([from_uint(entry.read().image) for entry in got.entries])
+        assert torch.equal(folder.batch(range(4)), expected.unsqueeze(1))
+        assert folder.pixel_size_nm == 0.25
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = open_source("hub:you/set@main", config, tmp_path)
     assert [entry.key for entry in again.entries] == [entry.key for entry in got.entries]
