@@ -59,7 +59,7 @@ lint: $(INSTALLED)
 	$(RUN) -m mypy
 
 docs: $(INSTALLED)
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 install: $(INSTALLED)
 
