@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 
 from em_diffusion.em_dalle_vae import EMDalleVAE
-from em_training.safe_pickle import Record, flatten_module
-from em_training.torch_checkpoint import read_torch_checkpoint
-from em_training.torch_unpickler import StoredTensor
+from em_training.torch_checkpoint import (
+    Record,
+    copy_tensor,
+    flatten_module,
+    read_torch_checkpoint,
+)
 
 NAMES = ("encoder.pkl", "decoder.pkl")
 
@@ -69,11 +72,11 @@ def _read_half(path):
     contents = read_torch_checkpoint(path)
     tensors = flatten_module(contents) if isinstance(contents, Record) else contents
     is_half = isinstance(tensors, dict) and all(
-        isinstance(tensor, StoredTensor) for tensor in tensors.values()
+        isinstance(tensor, torch.Tensor) for tensor in tensors.values()
     )
     if not is_half or "blocks.input.w" not in tensors:
         raise ValueError(f"{path} is not a half of DALL-E's dVAE: it has no blocks.input.w.")
-    return {name: tensor.read().float() for name, tensor in tensors.items()}
+    return {name: copy_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def _our_name(name):

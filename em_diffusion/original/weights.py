@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from em_training.torch_checkpoint import read_torch_checkpoint
-from em_training.torch_unpickler import StoredTensor
+from em_training.torch_checkpoint import copy_tensor, read_torch_checkpoint
 
 NOT_NEEDED = {
     "loss and discriminator": r"(first_stage_model\.)?(loss|discriminator)\.",
@@ -31,7 +30,7 @@ class OriginalWeights:
         if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
             contents = contents["state_dict"]
         if not isinstance(contents, dict) or not any(
-            isinstance(value, StoredTensor) for value in contents.values()
+            isinstance(value, torch.Tensor) for value in contents.values()
         ):
             raise ValueError(
                 f"{self.path} holds no `state_dict` of tensors by name: it is not a checkpoint of taming-transformers or "
@@ -49,11 +48,10 @@ class OriginalWeights:
     def read(self, name):
         """The tensor of this name, float32 where it is a floating one."""
         value = self.tensors[name]
-        if not isinstance(value, StoredTensor):
+        if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} in {self.path} is no tensor, but {value!r}.")
         self._used.add(name)
-        tensor = value.read()
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return copy_tensor(value)
 
     def load(self, model, find_source, *, what, ema_name=None, use_ema=None):
         """Give `model`, which may be on the meta device, the tensors that it needs, all of them; return it in evaluation mode.

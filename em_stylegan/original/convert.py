@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 from em_stylegan.original.networks import discriminator_from_official, generator_from_official
-from em_stylegan.original.reader import read_pickle
+from em_stylegan.original.reader import Network, read_pickle
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
-from em_training.safe_pickle import Record
 
 CONVERTERS = {
     "G_ema": generator_from_official,
@@ -31,7 +30,7 @@ def convert(source, out_dir):
     contents = read_pickle(source)
     models = {}
     for key, make in CONVERTERS.items():
-        if isinstance(contents.get(key), Record):
+        if isinstance(contents.get(key), Network):
             try:
                 models[key] = make(contents[key])
             except ValueError as error:

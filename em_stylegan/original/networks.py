@@ -9,8 +9,8 @@ import torch
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_training.safe_pickle import StoredArray, flatten_module
-from em_training.torch_unpickler import StoredTensor
+from em_stylegan.original.reader import StoredArray
+from em_training.torch_checkpoint import copy_tensor, flatten_module
 
 
 def _submodule(network, path):
@@ -31,10 +31,10 @@ def _channel_config(num_channels):
 
 
 def _flatten(network):
-    """The parameters and buffers of a network, {dotted name: `StoredTensor`}."""
+    """The parameters and buffers of a network, {dotted name: tensor}."""
     tensors = flatten_module(network)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, StoredTensor):
+        if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} is no tensor.")
     return tensors
 
@@ -97,9 +97,9 @@ def _num_reduced(network, blocks):
 
 
 def _holds(tensor, expected):
-    """Whether a `StoredTensor` has these numbers, to 1e-6; one of another shape is not read."""
+    """Whether a tensor has these numbers, to 1e-6; one of another shape is not read."""
     return tensor.shape == tuple(expected.shape) and torch.allclose(
-        tensor.read().float(), expected, atol=1e-6
+        copy_tensor(tensor), expected, atol=1e-6
     )
 
 
@@ -134,7 +134,7 @@ def _load(model, tensors, names, zeros=()):
             f"the network does not fit: unknown {unknown}, missing {missing}, of another shape {other}."
         )
     state = {
-        name: torch.zeros_like(tensor) if name in zeros else stored[name].read().float()
+        name: torch.zeros_like(tensor) if name in zeros else copy_tensor(stored[name])
         for name, tensor in expected.items()
     }
     model.load_state_dict(state)
@@ -184,7 +184,7 @@ def _common(network, tensors, depth):
 
 
 def generator_from_official(network):
-    """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Record` official generator (`G` or `G_ema`); ValueError when it
+    """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Network` official generator (`G` or `G_ema`); ValueError when it
     is another network."""
     try:
         _check(network, "Generator")
@@ -354,7 +354,7 @@ def _generator3(network):
 
 
 def discriminator_from_official(network):
-    """`StyleGANDiscriminator` with the weights of a `Record` official discriminator (`D`); ValueError when it is another network."""
+    """`StyleGANDiscriminator` with the weights of a `Network` official discriminator (`D`); ValueError when it is another network."""
     try:
         _check(network, "Discriminator")
         return _discriminator(network)

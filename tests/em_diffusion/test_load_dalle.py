@@ -92,7 +92,9 @@ def twin_images(decoder, config, codes):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")
 @pytest.mark.parametrize(
-    "options", [{}, {"_use_new_zipfile_serialization": False}, {"whole": False}], ids=str
+    "options",
+    [{}, {"whole": False}, {"whole": False, "_use_new_zipfile_serialization": False}],
+    ids=str,
 )
 @pytest.mark.parametrize("changes", [{}, {"n_blk": 1, "channels": 1}])
 def test_answers_as_the_twin(create, images, options, changes):
