@@ -135,8 +135,8 @@ def prepare(arguments) -> Shared:
     else:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(load_autoencoder(arguments.autoencoder).model, path)
-        vqvae = load_autoencoder(path, device=accelerator.device).model
+            save_model(load_autoencoder(arguments.autoencoder), path)
+        vqvae = load_autoencoder(path, device=accelerator.device)
     clock, record = choose_clock(accelerator.device), folder / "encoding.json"
     started = clock()
     latents, held_out_latents, _ = run_latents_stage(config, data, vqvae, accelerator, folder)

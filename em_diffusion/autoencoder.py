@@ -78,6 +78,14 @@ def decode(model, latents):
     return model.decode(quantised.to(model.dtype), force_not_quantize=True).sample
 
 
+def find_codes(model, latents):
+    """Return the codes int64 [B, h, w] of latents [B, C, h, w]; None for a model without a codebook."""
+    if not hasattr(model, "quantize"):
+        return None
+    indices = model.quantize(latents.to(model.dtype))[2][2]
+    return indices.reshape(len(latents), *latents.shape[2:])
+
+
 @dataclass
 class Quantised:
     """Latents moved onto their nearest codes, and the two losses of that move."""

@@ -171,7 +171,7 @@ def build_autoencoder(config, resolution: int, accelerator):
             model = create_autoencoder(config, resolution)
     else:
         with accelerator.main_process_first():  # the first to come may download it
-            model = load_autoencoder(config.init_from).model
+            model = load_autoencoder(config.init_from)
         if config.num_images > 0 and not is_trainable(model):
             raise ValueError(
                 f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which is not trained on here; only VQ "

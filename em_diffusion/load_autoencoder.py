@@ -1,11 +1,9 @@
-"""Any autoencoder, from wherever it lies, as one that takes and gives grey images."""
+"""Load an autoencoder for grey images from a run, a pipeline, a folder, the Hub or an original checkpoint."""
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, VQModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -30,71 +28,34 @@ KINDS = {
     EMTamingAutoencoderKL: "KL",
     EMDalleVAE: "dVAE",
 }
-"""Classes that are read, and what they are called."""
+"""Class of an autoencoder -> what it is called."""
 CLASSES = {cls.__name__: cls for cls in KINDS}
 FOLDERS = ("", "autoencoder/vqvae", "pipeline/vqvae", "vqvae", "vae")
-"""Where a run, a pipeline or a model has its autoencoder."""
+"""Where the autoencoder of a run, a pipeline or a model lies."""
 HUB_FOLDERS = ("", "vqvae", "vae")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@dataclass
-class Autoencoder:
-    """An autoencoder for images [B, 1, H, W] in [-1, 1]; what it is made of does not matter to the caller.
+def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revision=None):
+    """Load the autoencoder of `source` for grey images.
 
-    model: the network, one channel at both ends, in evaluation mode; `model.config` is its configuration.
-    kind: "VQ", "Gumbel VQ", "dVAE" or "KL".
-    num_codes: vectors in its codebook; None without one.
-    """
+    A model with three channels is folded to one: it then answers exactly as if the grey image were
+    repeated three times and the answer averaged. No code of a checkpoint or repository is executed.
 
-    model: torch.nn.Module
-    kind: str
-    num_codes: int | None
+    Args:
+        source: Folder of a run, of a pipeline or of a diffusers `VQModel` or `AutoencoderKL`; Hub id
+            (owner/name) of a pipeline or model; a .ckpt file of taming-transformers or
+            latent-diffusion; or a folder with DALL-E's encoder.pkl and decoder.pkl.
+        config: The yaml of a .ckpt file. Default: the yaml beside it.
+        use_ema: Which weights of a .ckpt file, as in `em_diffusion.original.load.load_official`.
+        revision: Branch, tag or commit of a Hub repository.
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    Returns:
+        The model (a key of `KINDS`), float32, in evaluation mode, for images [B, 1, H, W] in [-1, 1].
+        Use it with `encode`, `decode` and `find_codes` of `em_diffusion.autoencoder`.
 
-    @torch.no_grad()
-    def encode(self, images):
-        """Latents of images [B, 1, H, W] in [-1, 1] and the codes they fall on: (float32 [B, C, h, w], int64 [B, h, w] or None).
-
-        The latents are the encoder's, before quantisation, in the autoencoder's own scale: what a diffusion model learns. A
-        KL autoencoder gives the mean of its posterior, a dVAE the codes themselves.
-        """
-        images = images.to(self.device, self.model.dtype)
-        if self.num_codes is None:
-            return self.model.encode(images).latent_dist.mode().float(), None
-        latents = self.model.encode(images).latents.float()
-        return latents, self.find_codes(latents)
-
-    @torch.no_grad()
-    def find_codes(self, latents):
-        """The codes that latents [B, C, h, w] fall on: int64 [B, h, w]."""
-        indices = self.model.quantize(latents.to(self.device, self.model.dtype))[2][2]
-        return indices.reshape(len(latents), *latents.shape[2:])
-
-    @torch.no_grad()
-    def decode(self, latents):
-        """Images of latents as `encode` gives them, quantised on the way where there are codes: float32 [B, 1, H, W] in [-1, 1]."""
-        return (
-            self.model.decode(latents.to(self.device, self.model.dtype)).sample.float().clamp(-1, 1)
-        )
-
-
-def load_autoencoder(
-    source, *, device="cpu", config=None, use_ema=None, revision=None
-) -> Autoencoder:
-    """Load the autoencoder of `source`, float32, for grey images.
-
-    source: a run's folder, a pipeline's, or one with a diffusers `VQModel` or `AutoencoderKL`; the Hub id (owner/name) of one of
-        the last two; a .ckpt of taming-transformers or latent-diffusion; or a folder with DALL-E's encoder.pkl and decoder.pkl.
-    config: the yaml of a .ckpt, if it does not lie beside it.
-    use_ema: which weights of a .ckpt, as in `load_official`.
-    revision: branch, tag or commit of a Hub repository.
-
-    One with three channels is folded to one: exactly what repeating the grey image and averaging the answer gives. No code
-    of a checkpoint or a repository is run. Raises `ValueError` that names the source and the way out when it is none of these.
+    Raises:
+        ValueError: If `source` is none of these or cannot be read.
     """
     path = Path(source)
     if path.is_file() or find_dalle(path) is not None:
@@ -109,9 +70,7 @@ def load_autoencoder(
                 f"{source} has no weights that can be read: {' '.join(str(error).split())}"
             ) from error
         model = align_weights(fold_to_grey(model))
-    return Autoencoder(
-        model.eval().to(device), KINDS[type(model)], model.config.get("num_vq_embeddings")
-    )
+    return model.eval().to(device)
 
 
 def _find_folder(path: Path) -> Path:
@@ -119,11 +78,12 @@ def _find_folder(path: Path) -> Path:
         if _read_class_name(path / name / "config.json") in CLASSES:
             return path / name
     checkpoints = sorted(path.glob("*.ckpt"))
+    if checkpoints:
+        names = ", ".join(str(checkpoint) for checkpoint in checkpoints[:3])
+        raise ValueError(f"{path} holds original checkpoints; name one: {names}")
     raise ValueError(
-        f"{path} holds original checkpoints; name one: {', '.join(str(checkpoint) for checkpoint in checkpoints[:3])}"
-        if checkpoints
-        else f"there is no autoencoder in {path}: expected a run's folder, a pipeline's, or one with the config.json of a "
-        f"{' or '.join(CLASSES)}"
+        f"there is no autoencoder in {path}: expected the folder of a run, of a pipeline, or one with "
+        f"the config.json of a {' or '.join(CLASSES)}"
     )
 
 
@@ -136,32 +96,29 @@ def _read_class_name(path: Path) -> str | None:
 
 
 def _download(repository: str, revision) -> Path:
-    """The folder of the local cache with the autoencoder of a Hub repository: its configuration and its weights alone."""
+    """Return the cached folder with the configuration and weights of a Hub repository's autoencoder."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(
             f"there is no file or folder {repository}, and it is not a Hub id (owner/name)"
         )
     try:
         for folder in HUB_FOLDERS:
+            options = {"subfolder": folder or None, "revision": revision}
             try:
-                config = Path(
-                    hf_hub_download(
-                        repository, "config.json", subfolder=folder or None, revision=revision
-                    )
-                )
+                config = Path(hf_hub_download(repository, "config.json", **options))
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
                 continue
             if _read_class_name(config) in CLASSES:
-                hf_hub_download(repository, WEIGHTS, subfolder=folder or None, revision=revision)
+                hf_hub_download(repository, WEIGHTS, **options)
                 return config.parent
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{repository} is no file or folder, and cannot be fetched from the Hub: {reason}"
+            f"{repository} is no file or folder, and cannot be downloaded from the Hub: {reason}"
         ) from error
     raise ValueError(
-        f"the Hub repository {repository} has no autoencoder: expected the config.json of a {' or '.join(CLASSES)} in it, or in "
-        "its folder vqvae or vae."
+        f"the Hub repository {repository} has no autoencoder: expected the config.json of a "
+        f"{' or '.join(CLASSES)} in it, or in its folder vqvae or vae."
     )

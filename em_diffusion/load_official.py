@@ -38,7 +38,7 @@ def main():
         "--colour", action="store_true", help="keep three channels instead of folding them into one"
     )
     args = parser.parse_args()
-    autoencoder = None if args.autoencoder is None else load_autoencoder(args.autoencoder).model
+    autoencoder = None if args.autoencoder is None else load_autoencoder(args.autoencoder)
     model = load_official(
         args.checkpoint,
         args.config,

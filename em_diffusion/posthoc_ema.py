@@ -42,7 +42,7 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
         run / "denoiser" / "posthoc_ema", sigma_rel, num_images_seen
     )
     config = load_config(LDMConfig, run / "config.json")
-    vqvae = load_autoencoder(run / "autoencoder" / "vqvae").model.eval()
+    vqvae = load_autoencoder(run / "autoencoder" / "vqvae").eval()
     resolution = config.tiles.resolution
     with torch.no_grad():
         num_channels, side = encode(vqvae, torch.zeros(1, 1, resolution, resolution)).shape[1:3]

@@ -21,8 +21,8 @@ import tyro
 from tqdm.auto import tqdm
 
 from em_data import DataConfig, load_data, to_uint8
-from em_diffusion.autoencoder import CodebookMonitor, hash_weights
-from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.autoencoder import CodebookMonitor, decode, encode, find_codes, hash_weights
+from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 from em_diffusion.reconstruction import psnr, spectrum_difference_db, ssim
 from em_diffusion.selection_output import draw_selection, format_table
 from em_evaluation import bootstrap_interval, compute_features, get_extractor
@@ -99,8 +99,8 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     judged, failed = [], []
     for name, source in sources.items():
         try:
-            autoencoder = load_autoencoder(source, device=device)
-            judged.append(judge(name, autoencoder, originals, original_features, extractor, config))
+            model = load_autoencoder(source, device=device)
+            judged.append(judge(name, model, originals, original_features, extractor, config))
         except Exception as error:  # whatever is wrong with one candidate must not stop the others
             if "EM_TRACEBACK" in os.environ:
                 traceback.print_exc()
@@ -144,9 +144,9 @@ class Judged:
     reconstructions: ImageSet
 
 
-def judge(name, autoencoder, originals, original_features, extractor, config) -> Judged:
+def judge(name, model, originals, original_features, extractor, config) -> Judged:
     """Reconstruct all originals with one autoencoder and measure what came back."""
-    reconstructed, facts = reconstruct_all(name, autoencoder, originals, config)
+    reconstructed, facts = reconstruct_all(name, model, originals, config)
     features = compute_features(reconstructed, extractor, use_cache=False)
     distance = pair(frechet_influence(features, original_features))
     interval = bootstrap_interval(distance, groups_a=originals.groups, seed=config.seed)
@@ -175,20 +175,15 @@ def name_candidates(texts) -> dict[str, str]:
 
 
 @torch.no_grad()
-def reconstruct_all(name, autoencoder, originals: ImageSet, config) -> tuple[ImageSet, dict]:
-    """Send all originals through an autoencoder and back; return the reconstructions and what is known of the network.
+def reconstruct_all(name, model, originals: ImageSet, config) -> tuple[ImageSet, dict]:
+    """Send all originals through an autoencoder; return the reconstructions and facts about the network.
 
     Encoding and decoding are timed apart, after one batch to warm up. A KL autoencoder decodes the mean of its posterior.
     """
-    count_codes = (
-        None if autoencoder.num_codes is None else CodebookMonitor(autoencoder.num_codes, 0)
-    )
-    starts = range(0, len(originals), config.batch_size)
-    autoencoder.decode(
-        autoencoder.encode(
-            originals.batch(range(min(config.batch_size, len(originals)))).to(autoencoder.device)
-        )[0]
-    )  # warm-up
+    num_codes, device = model.config.get("num_vq_embeddings"), model.device
+    monitor = None if num_codes is None else CodebookMonitor(num_codes, 0)
+    batches = torch.arange(len(originals)).split(config.batch_size)
+    decode(model, encode(model, originals.batch(batches[0].tolist()).to(device)))  # warm-up
     levels, seconds = [], {"encode": 0.0, "decode": 0.0}
     bar = {
         "unit": "batch",
@@ -196,26 +191,24 @@ def reconstruct_all(name, autoencoder, originals: ImageSet, config) -> tuple[Ima
         "dynamic_ncols": True,
         "mininterval": 0.5 if sys.stderr.isatty() else 15,
     }
-    for start in tqdm(starts, desc=name, **bar):
-        images = originals.batch(range(start, min(start + config.batch_size, len(originals)))).to(
-            autoencoder.device
-        )
-        began = read_clock(autoencoder.device)
-        latents, indices = autoencoder.encode(images)
-        encoded = read_clock(autoencoder.device)
-        decoded = autoencoder.decode(latents)  # [B, 1, R, R]
-        seconds["decode"] += read_clock(autoencoder.device) - encoded
+    for ids in tqdm(batches, desc=name, **bar):
+        images = originals.batch(ids.tolist()).to(device)
+        began = read_clock(device)
+        latents = encode(model, images)
+        encoded = read_clock(device)
+        decoded = decode(model, latents)  # [B, 1, R, R]
+        seconds["decode"] += read_clock(device) - encoded
         seconds["encode"] += encoded - began
         if decoded.shape != images.shape:
             raise ValueError(
                 f"it gives {list(decoded.shape)} for images {list(images.shape)}: choose another resolution"
             )
-        levels.append(to_uint8(decoded))
-        if count_codes is not None:
-            count_codes.count(indices.cpu())
-    facts = describe(autoencoder, latents, originals.resolution) | {
-        "codes_used": None if count_codes is None else int((count_codes.counts > 0).sum()),
-        "perplexity": None if count_codes is None else float(count_codes.perplexity()),
+        levels.append(to_uint8(decoded.clamp(-1, 1)))
+        if monitor is not None:
+            monitor.count(find_codes(model, latents).cpu())
+    facts = describe(model, latents, originals.resolution) | {
+        "codes_used": None if monitor is None else int((monitor.counts > 0).sum()),
+        "perplexity": None if monitor is None else float(monitor.perplexity()),
         "encode_images_per_second": len(originals) / seconds["encode"],
         "decode_images_per_second": len(originals) / seconds["decode"],
     }
@@ -229,14 +222,14 @@ def read_clock(device) -> float:
     return time.perf_counter()
 
 
-def describe(autoencoder, latents, resolution) -> dict:
+def describe(model, latents, resolution) -> dict:
     """Return kind, size and compression of an autoencoder that gave latents [B, C, h, w] for images of `resolution`."""
     channels, height, width = latents.shape[1:]
     return {
-        "kind": autoencoder.kind,
-        "num_parameters": sum(parameter.numel() for parameter in autoencoder.model.parameters()),
-        "weights_sha256": hash_weights(autoencoder.model),
-        "num_codes": autoencoder.num_codes,
+        "kind": KINDS[type(model)],
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weights_sha256": hash_weights(model),
+        "num_codes": model.config.get("num_vq_embeddings"),
         "downsampling_factor": resolution[0] / height,
         "latent_shape": [channels, height, width],
         "pixels_per_latent_value": resolution[0] * resolution[1] / (channels * height * width),

@@ -122,13 +122,13 @@ def run_autoencoder_stage(config, data, accelerator, out):
             stage, data.train, data.held_out, accelerator=accelerator, out_dir=out
         )
         result = write_result(out / "autoencoder", stage, seconds, accelerator)
-    return load_autoencoder(out / "autoencoder" / "vqvae", device=accelerator.device).model, result
+    return load_autoencoder(out / "autoencoder" / "vqvae", device=accelerator.device), result
 
 
 def check_latent_size(config, accelerator):
     """Refuse tiles that the autoencoder of `init_from` and the denoiser's levels cannot halve, before anything is trained."""
     with accelerator.main_process_first():  # the first to come may download it
-        model = load_autoencoder(config.autoencoder.init_from).model
+        model = load_autoencoder(config.autoencoder.init_from)
     resolution, num_halvings = config.tiles.resolution, len(config.denoiser.channel_multipliers) - 1
     with torch.no_grad():
         try:

@@ -269,7 +269,7 @@ def test_saved_autoencoders_come_back_as_what_they_are(config, kl_stage, tmp_pat
     for stage, cls in ((config.autoencoder, VQModel), (kl_stage, AutoencoderKL)):
         model = create_autoencoder(stage, 16)
         model.save_pretrained(tmp_path / stage.family)
-        read = load_autoencoder(tmp_path / stage.family).model
+        read = load_autoencoder(tmp_path / stage.family)
         assert type(read) is cls
         assert hash_weights(read) == hash_weights(model)
         assert not read.training

@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
+from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.grey import fold_to_grey
-from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 
 SHAPE = {
     "block_out_channels": (8, 16),
@@ -52,31 +53,27 @@ def assert_agrees(value, expected):
 def test_vq_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
     model = create_vq()
     model.save_pretrained(tmp_path)
-    autoencoder = load_autoencoder(tmp_path)
-    latents, indices = autoencoder.encode(images)
+    loaded = load_autoencoder(tmp_path)
+    latents, indices = encode(loaded, images), find_codes(loaded, encode(loaded, images))
     expected = model.encode(images.repeat(1, 3, 1, 1)).latents
     assert_agrees(latents, expected)
     assert torch.equal(indices, model.quantize(expected)[2][2].reshape(3, 8, 12))
     assert indices.unique().numel() > 1
-    assert_agrees(
-        autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1)
-    )
-    assert (autoencoder.kind, autoencoder.num_codes) == ("VQ", 32)
+    assert_agrees(decode(loaded, latents), model.decode(expected).sample.mean(1, True))
+    assert (KINDS[type(loaded)], loaded.config.num_vq_embeddings) == ("VQ", 32)
 
 
 @torch.no_grad()
 def test_kl_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
     model = create_kl()
     model.save_pretrained(tmp_path)
-    autoencoder = load_autoencoder(tmp_path)
-    latents, indices = autoencoder.encode(images)
+    loaded = load_autoencoder(tmp_path)
+    latents = encode(loaded, images)
     expected = model.encode(images.repeat(1, 3, 1, 1)).latent_dist.mean
-    assert indices is None
+    assert find_codes(loaded, latents) is None
     assert_agrees(latents, expected)
-    assert_agrees(
-        autoencoder.decode(latents), model.decode(expected).sample.mean(1, True).clamp(-1, 1)
-    )
-    assert (autoencoder.kind, autoencoder.num_codes) == ("KL", None)
+    assert_agrees(decode(loaded, latents), model.decode(expected).sample.mean(1, True))
+    assert KINDS[type(loaded)] == "KL"
 
 
 @pytest.mark.parametrize("create", [create_vq, create_kl])
@@ -109,7 +106,7 @@ def test_found_in_runs_pipelines_and_models(tmp_path, folder, images):
     create_vq(channels=1).save_pretrained(tmp_path / folder)
     if folder:
         (tmp_path / "config.json").write_text('{"data": "synthetic"}')  # a run's own
-    assert load_autoencoder(str(tmp_path)).num_codes == 32
+    assert load_autoencoder(str(tmp_path)).config.num_vq_embeddings == 32
 
 
 def test_folder_without_an_autoencoder(tmp_path):
@@ -197,10 +194,11 @@ def test_from_the_hub(hub, tmp_path, images):
     torch.save(images, tmp_path / "images.pt")
     code = """
 import torch
+from em_diffusion.autoencoder import encode
 from em_diffusion.load_autoencoder import load_autoencoder
 images = torch.load("images.pt")
 for name in ("model", "pipeline"):
-    torch.save(load_autoencoder(f"lab/{name}").encode(images)[0], f"{name}.pt")
+    torch.save(encode(load_autoencoder(f"lab/{name}"), images), f"{name}.pt")
 for name in ("other", "nothing"):
     try:
         load_autoencoder(f"lab/{name}")
@@ -209,9 +207,9 @@ for name in ("other", "nothing"):
 """
     other, nothing = hub(code).splitlines()
     assert "the Hub repository lab/other has no autoencoder" in other
-    assert "lab/nothing is no file or folder, and cannot be fetched from the Hub" in nothing
+    assert "lab/nothing is no file or folder, and cannot be downloaded from the Hub" in nothing
     for name, repository in (("model", "lab/model"), ("pipeline", "lab/pipeline/vqvae")):
-        assert_agrees(torch.load(tmp_path / f"{name}.pt"), expected[repository].encode(images)[0])
+        assert_agrees(torch.load(tmp_path / f"{name}.pt"), encode(expected[repository], images))
     fetched = {
         line.split("/")[-1] for line in hub.asked if line.startswith("GET") and "/resolve/" in line
     }

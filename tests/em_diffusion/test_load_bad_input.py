@@ -62,7 +62,7 @@ def assert_refused(path, message, load=load_autoencoder, **options):
 
 
 def test_the_right_one_loads(checkpoint):
-    assert load_autoencoder(checkpoint).num_codes == 16
+    assert load_autoencoder(checkpoint).config.num_vq_embeddings == 16
 
 
 def test_missing_yaml(checkpoint):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.em_dalle_vae import EMDalleVAE
-from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 from em_diffusion.load_official import main
 from em_diffusion.original.load import load_official
 from support import official_twins as twins
@@ -131,14 +132,14 @@ def test_grey_is_repeat_and_average(create, images, tmp_path):
     grey = images[:, :1]
     _, codes = twin_codes(encoder, CONFIG, grey.repeat(1, 3, 1, 1))
     expected = twin_images(decoder, CONFIG, codes).mean(1, keepdim=True)
-    autoencoder = load_autoencoder(folder)
-    assert (autoencoder.kind, autoencoder.num_codes) == ("dVAE", 50)
-    latents, indices = autoencoder.encode(grey)
-    assert torch.equal(indices, codes)
-    assert error(autoencoder.decode(latents), expected) < 1e-5
-    autoencoder.model.save_pretrained(tmp_path / "saved")
+    model = load_autoencoder(folder)
+    assert (KINDS[type(model)], model.config.num_vq_embeddings) == ("dVAE", 50)
+    latents = encode(model, grey)
+    assert torch.equal(find_codes(model, latents), codes)
+    assert error(decode(model, latents), expected) < 1e-5
+    model.save_pretrained(tmp_path / "saved")
     again = load_autoencoder(tmp_path / "saved")
-    assert torch.equal(again.decode(again.encode(grey)[0]), autoencoder.decode(latents))
+    assert torch.equal(decode(again, encode(again, grey)), decode(model, latents))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import yaml
 from diffusers import DDIMScheduler, UNet2DModel
 
 from em_diffusion import EMLatentDiffusionPipeline
+from em_diffusion.autoencoder import encode
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.load_official import main
@@ -408,8 +409,8 @@ def test_autoencoder_of_a_whole_model(tmp_path):
     autoencoder = load_autoencoder(path)
     x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = twins.taming_encode(weights, FIRST_STAGE, x.repeat(1, 3, 1, 1))
-    assert deviation(autoencoder.encode(x)[0], expected) < 1e-5
-    assert list(autoencoder.model.config.latents_std) == [1.0] * 4
+    assert deviation(encode(autoencoder, x), expected) < 1e-5
+    assert list(autoencoder.config.latents_std) == [1.0] * 4
 
 
 @torch.no_grad()
@@ -437,7 +438,7 @@ def test_unet_alone_wants_an_autoencoder(tmp_path):
         load_official(path)
     whole, _, _ = whole_model(tmp_path, name="whole")
     autoencoder = load_autoencoder(whole)
-    pipeline = load_official(path, autoencoder=autoencoder.model)
+    pipeline = load_official(path, autoencoder=autoencoder)
     assert list(pipeline.vqvae.config.latents_std) == [2.0] * 4
 
 

@@ -472,7 +472,7 @@ def test_training_goes_on_from_a_loaded_autoencoder(
     path, _ = train_autoencoder(
         stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole"
     )
-    trained = load_autoencoder(path).model
+    trained = load_autoencoder(path)
     assert trained.config.latent_channels == 3
     assert trained.config.latents_mean is None
     for name, value in trained.state_dict().items():
@@ -506,7 +506,7 @@ def test_a_loaded_codebook_is_not_placed_anew(config, tiles, held_out, accelerat
         revive_after_images=10_000,
     )
     path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
-    codes = load_autoencoder(path).model.quantize.embedding.weight
+    codes = load_autoencoder(path).quantize.embedding.weight
     torch.testing.assert_close(codes, source.quantize.embedding.weight, rtol=0, atol=1e-5)
 
 
@@ -523,9 +523,7 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused_but_used(
     config, vqvae, tiles, held_out, accelerator, tmp_path, monkeypatch
 ):
     vqvae.quantize = ArgMaxQuantizer()
-    monkeypatch.setattr(
-        autoencoder_loop, "load_autoencoder", lambda source: SimpleNamespace(model=vqvae)
-    )
+    monkeypatch.setattr(autoencoder_loop, "load_autoencoder", lambda source: vqvae)
     stage = dataclasses.replace(config.autoencoder, init_from="somewhere")
     with pytest.raises(
         ValueError,
@@ -566,7 +564,7 @@ def test_validated_and_saved_are_the_averaged_weights(
     stage = with_discriminator(config.autoencoder)
     path, _ = train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
     images = held_out.batch(range(6))
-    metrics = evaluate_reconstruction(load_autoencoder(path).model, images, accelerator)
+    metrics = evaluate_reconstruction(load_autoencoder(path), images, accelerator)
     last = read_stats(tmp_path / "autoencoder")[-1]
     assert {name: last[name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
 

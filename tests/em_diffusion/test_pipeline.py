@@ -229,7 +229,7 @@ def test_loaded_weights_are_aligned_in_memory(pipeline, tmp_path):
     loaded.unet = unet
     assert addresses(unet) == {0}
     assert addresses(load_denoiser(tmp_path / "unet")) == {0}
-    assert addresses(load_autoencoder(tmp_path).model) == {0}
+    assert addresses(load_autoencoder(tmp_path)) == {0}
     expected = pipeline.unet.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in unet.state_dict().items())
 
