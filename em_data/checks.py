@@ -38,7 +38,7 @@ def hash_pixels(image) -> str:
     for name in (name for name, profile in profiles.items() if profile == first):
         view = np.ascontiguousarray(apply_symmetry(image, name))
         digest = hashlib.blake2b(repr((view.shape, view.dtype.str)).encode(), digest_size=16)
-        digest.update(view)
+        digest.update(view.data)
         digests.append(digest.hexdigest())
     return min(digests)
 
