@@ -35,7 +35,8 @@ from plain_loop import PlainLoop
 from em_data import DataConfig, ImageSampler, load_data
 from em_diffusion import denoiser_loop
 from em_diffusion.autoencoder import create_autoencoder
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
+from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.denoiser_loop import compute_denoising_loss
 from em_diffusion.latents import Latents, encode_latents, measure_latents
 from em_diffusion.optimization import create_optimizer
 from em_diffusion.presets import PRESETS

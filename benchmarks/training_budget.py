@@ -46,11 +46,11 @@ from train_step import LoopInSteps
 from em_data import load_data, read_image_folder
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, denoiser_loop
 from em_diffusion.autoencoder import decode, encode
-from em_diffusion.autoencoder_loop import save_model
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.samplers import DEFAULT_SAMPLERS, SAMPLERS
 from em_diffusion.train import run_autoencoder_stage, run_grain_stage, run_latents_stage
+from em_diffusion.weights import save_model
 from em_evaluation import (
     ModelImages,
     compute_features,

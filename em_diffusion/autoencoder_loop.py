@@ -1,34 +1,23 @@
-"""Training of the autoencoder."""
+"""Training of the autoencoder: its losses, then the loop."""
 
 import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
-from em_diffusion.autoencoder import (
-    AutoencoderObjective,
-    CodebookMonitor,
-    create_autoencoder,
-    decode,
-    encode,
-    has_codebook,
-    is_trainable,
-    move_codes,
-)
+from em_data.files import write_atomically
+from em_diffusion.autoencoder import create_autoencoder, encode, has_codebook, is_trainable
+from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.optimization import (
-    create_optimizer,
-    learning_rate_at,
-    set_learning_rate,
-)
-from em_diffusion.patch_discriminator import PatchDiscriminator
-from em_diffusion.reconstruction import SSIM_WINDOW_PX, psnr, spectrum_error_db, ssim
+from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
+from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
+from em_diffusion.validation import draw_validation_images, evaluate_reconstruction, reconstruct
+from em_diffusion.weights import save_model
+from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 from em_training import (
     EMA,
     MicroBatching,
@@ -39,44 +28,145 @@ from em_training import (
     run_in_parts,
     seed_for,
     step_optimizer,
-    write_text_atomically,
 )
 
 NUM_GRID_COLUMNS = 8
 
 
-def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple[Path, float]:
-    """Train the autoencoder on `tiles`, or go on from its last checkpoint; `held_out` is only looked at.
+def compute_losses(model, perceptual, images, noise, config):
+    """Reconstruct images [B, 1, R, R] in [-1, 1] and compute all losses but the adversarial one.
 
-    Returns the folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in seconds. Logs the terms of
-    the loss, the codebook's usage and perplexity over each window, and `evaluate_reconstruction` of held-out views. Sample
-    grids are held-out originals over their reconstructions. With a half-life of the EMA, the averaged weights are the ones
-    validated, drawn and saved. With `num_images` 0, the autoencoder of `init_from` is saved as it is, whatever its kind.
+    Args:
+        model: A `VQModel` or an `AutoencoderKL`.
+        perceptual: Distance f(images, targets), or None.
+        noise: Standard normal noise of the posterior [B, C, h, w]; None for a `VQModel`.
+        config: An `AutoencoderConfig`.
+
+    Returns:
+        (reconstructions [B, 1, R, R], weighted loss of the reconstruction, weighted loss of the
+        latents, outputs by name: terms of the losses, encoder outputs "latents" [B, C, h, w] and,
+        with a codebook, "indices" [B, h, w]).
+    """
+    if isinstance(model, AutoencoderKL):
+        latents, latent_loss, outputs = encode_kl(model, images, noise, config)
+        decoded = model.decode(latents).sample  # [B, 1, R, R]
+    else:
+        latents, latent_loss, outputs = encode_vq(model, images, config)
+        decoded = model.decode(latents, force_not_quantize=True).sample  # [B, 1, R, R]
+    outputs["l1"] = F.l1_loss(decoded.float(), images)
+    outputs["l2"] = F.mse_loss(decoded.float(), images)
+    loss = config.l1_weight * outputs["l1"] + config.l2_weight * outputs["l2"]
+    if perceptual is not None:
+        outputs["perceptual"] = perceptual(decoded, images)
+        loss = loss + config.perceptual_weight * outputs["perceptual"]
+    return decoded, loss, latent_loss, outputs
+
+
+def encode_vq(model, images, config):
+    """Return (nearest codes [B, C, h, w], loss of the codebook, outputs) of a `VQModel`."""
+    latents = model.encode(images).latents  # [B, C, h, w]
+    quantised = quantise(latents, model.quantize.embedding.weight)
+    terms = {"codebook": quantised.codebook_loss, "commitment": quantised.commitment_loss}
+    loss = config.codebook_weight * (
+        terms["codebook"] + config.commitment_weight * terms["commitment"]
+    )
+    return quantised.latents, loss, terms | {"latents": latents, "indices": quantised.indices}
+
+
+def encode_kl(model, images, noise, config):
+    """Return (sample of the posterior [B, C, h, w], loss, outputs) of an `AutoencoderKL`.
+
+    The loss is the divergence of the posterior from a standard normal in nats per pixel (Kingma and
+    Welling 2014, arXiv:1312.6114, appendix B), the unit of the reconstruction's loss: `kl_weight`
+    means the same at every resolution and for every number of channels.
+    """
+    posterior = model.encode(images).latent_dist
+    with torch.autocast(images.device.type, enabled=False):
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # [B, C, h, w]
+        latents = mean + (0.5 * log_variance).exp() * noise
+        terms = mean.square() + log_variance.exp() - 1 - log_variance
+        divergence = terms.sum() / 2 / images.numel()
+    return latents, config.kl_weight * divergence, {"kl": divergence, "latents": mean}
+
+
+def backward_losses(part, share, model, perceptual, discriminator, config, accelerator) -> dict:
+    """Add the gradients of a part of a batch to both networks, each of its own loss.
+
+    The adversarial loss has VQGAN's adaptive weight (Esser et al. 2021, arXiv:2012.09841, equation
+    7). Each process, and each part of a batch, computes the weight from its own images. The
+    discriminator's loss shares the pass over the reconstructions.
+
+    Args:
+        part: `Batch` of micrographs.
+        share: The part's share of the batch.
+        discriminator: None leaves the adversarial losses out.
+
+    Returns:
+        What to log, "latents" and "indices", see `compute_losses`.
+    """
+    adversarial = discriminator is not None
+    with accelerator.autocast():
+        decoded, loss, latent_loss, outputs = compute_losses(
+            model, perceptual, part.images, part.noise, config
+        )
+        total = loss + latent_loss
+        if adversarial:
+            logits_fake = discriminator(decoded)  # [B, 1, h, w]
+            loss_G = -logits_fake.float().mean()
+            last_layer, scale = model.decoder.conv_out.weight, decoded.numel() ** 0.5
+            weight = adaptive_weight(loss, loss_G, last_layer, scale)
+            total = total + config.discriminator_weight * weight * loss_G
+    # only the autoencoder's: the discriminator has a loss of its own
+    inputs = list(model.parameters())
+    accelerator.backward(total * share, inputs=inputs, retain_graph=adversarial)
+    outputs = {"loss": total} | outputs
+    if adversarial:
+        with accelerator.autocast():
+            logits_real = discriminator(part.images)  # [B, 1, h, w]
+            loss_D = hinge_loss(logits_real, logits_fake)
+        accelerator.backward(loss_D * share, inputs=list(discriminator.parameters()))
+        outputs |= {"generator": loss_G, "adaptive_weight": weight, "discriminator": loss_D}
+        outputs |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+    return outputs
+
+
+def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple[Path, float]:
+    """Train the autoencoder on `tiles`, or resume from its last checkpoint.
+
+    Logs the terms of the loss, the codebook's usage and perplexity over each window, and
+    `evaluate_reconstruction` of held-out views. Sample grids show held-out views above their
+    reconstructions. With a half-life of the EMA, the averaged weights are validated, drawn and saved.
+    With `num_images` 0, the autoencoder of `init_from` is saved unchanged, whatever its kind.
+
+    Returns:
+        The folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in seconds.
     """
     model = build_autoencoder(config, tiles.resolution, accelerator)
     validation_images = draw_validation_images(held_out, config.num_validation_images)
-    path = Path(out_dir) / "autoencoder" / "vqvae"
     if config.num_images == 0:
-        write_only_line(
-            path.parent,
-            evaluate_reconstruction(model, validation_images, accelerator, config.batch_size),
-        )
-        return save_autoencoder(model, path, accelerator), 0.0
-
+        metrics = evaluate_reconstruction(model, validation_images, accelerator, config.batch_size)
+        write_only_line(Path(out_dir) / "autoencoder", metrics)
+        return save_autoencoder(model, out_dir, accelerator), 0.0
     ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
+    perceptual = create_perceptual_distance(config, accelerator.device)
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
-    objective = AutoencoderObjective(model, config).to(
-        accelerator.device, memory_format=torch.channels_last
-    )
     parameters = list(model.parameters())
+    parameters_D = list(discriminator.parameters()) if discriminator else []
     optimizer = create_optimizer(group_parameters(model, config), config)
-    monitor = None
-    if has_codebook(model):
-        monitor = CodebookMonitor(
-            model.quantize.n_e, config.revive_after_images, device=accelerator.device
-        )
+    monitor = create_monitor(model, config, accelerator.device)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
+
+    def backward(part, share):
+        return backward_losses(
+            part,
+            share,
+            model,
+            perceptual,
+            discriminator if adversarial else None,
+            config,
+            accelerator,
+        )
 
     with TrainingRun(out_dir, "autoencoder", config, accelerator) as run:
         micro_batching = MicroBatching(
@@ -97,26 +187,22 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         batches = draw_batches(tiles, sampler, model, config, accelerator, num_images_seen)
         with Prefetcher(batches, accelerator.device) as batches:
             while num_images_seen < config.num_images:
-                generator = make_generator(
+                batch = next(batches)
+                rng = make_generator(
                     config.seed, num_images_seen=num_images_seen, stream="codebook"
                 )
-                batch = next(batches)
                 if num_images_seen == 0 and monitor and config.init_from is None:
-                    place_codebook(model, batch.images, generator, accelerator)
-                    if ema:
-                        ema.load_state_dict(model.state_dict())
-                plays = (
+                    place_codebook(model, ema, batch.images, rng, accelerator)
+                adversarial = (
                     discriminator is not None
                     and num_images_seen >= config.discriminator_start_images
                 )
-                players = [*parameters, *discriminator.parameters()] if plays else parameters
-                objective.train()
-                backward = make_step(objective, discriminator if plays else None, accelerator)
-                outputs = micro_batching.accumulate(backward, batch, players)
                 learning_rate = learning_rate_at(config, num_images_seen)
-                if plays:
+                model.train()
+                outputs = micro_batching.accumulate(backward, batch, parameters + parameters_D)
+                if adversarial:
                     set_learning_rate(optimizer_D, learning_rate)
-                    step_discriminator(accelerator, optimizer_D)
+                    step_discriminator(accelerator, optimizer_D, parameters_D)
                 set_learning_rate(optimizer, learning_rate)
                 step = step_optimizer(accelerator, optimizer, parameters, config.max_grad_norm)
                 num_images_seen += config.batch_size
@@ -127,21 +213,7 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
                 run.log(**outputs, learning_rate=learning_rate, **step)
                 if monitor:
                     monitor.count(indices, accelerator)
-                if monitor and monitor.is_due(num_images_seen):
-                    run.log(
-                        codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity()
-                    )
-                    recent = (
-                        accelerator.gather(latents)
-                        if num_images_seen <= 0.9 * config.num_images
-                        else None
-                    )
-                    average = ema.model.quantize.embedding if ema else None
-                    codes = model.quantize.embedding
-                    revived = monitor.end_window(
-                        codes, recent, generator, optimizer, num_images_seen, average
-                    )
-                    run.log(codes_revived=revived)
+                    end_window(run, monitor, model, ema, optimizer, latents, rng, num_images_seen)
                 if run.is_due(config.validate_every, num_images_seen):
                     run.log(
                         **evaluate_reconstruction(
@@ -149,33 +221,32 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
                         )
                     )
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                    originals = validation_images[:NUM_GRID_COLUMNS]
-                    rows = torch.cat([originals, reconstruct(averaged, originals, accelerator)])
-                    save_image_grid(
-                        rows, run.samples_path(num_images_seen), num_columns=len(originals)
-                    )
+                    save_samples(averaged, validation_images, run, num_images_seen)
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
-    return save_autoencoder(averaged, path, accelerator), train_seconds
+    return save_autoencoder(averaged, out_dir, accelerator), train_seconds
 
 
 def build_autoencoder(config, resolution: int, accelerator):
-    """The autoencoder that training begins with, on the accelerator's device: a new one, or that of `config.init_from`.
+    """Create the autoencoder, or load that of `config.init_from`, on the accelerator's device.
 
-    The architecture of a loaded one stands, whatever the configuration says; what differs is printed once. Raises
-    `ValueError` for one that cannot be trained on, unless it is to be used as it is, and for tiles that it cannot halve.
+    A loaded one keeps its architecture whatever the configuration says; differences are printed.
+
+    Raises:
+        ValueError: If a loaded one is to be trained but its kind has no loss here.
     """
     if config.init_from is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(config.seed, "autoencoder"))
             model = create_autoencoder(config, resolution)
     else:
-        with accelerator.main_process_first():  # the first to come may download it
+        with accelerator.main_process_first():  # the first may download it
             model = load_autoencoder(config.init_from)
         if config.num_images > 0 and not is_trainable(model):
             raise ValueError(
-                f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which is not trained on here; only VQ "
-                "models with nearest codes and KL models are. Use it as it is with --autoencoder.num-images 0."
+                f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which "
+                "cannot be trained here: only VQ models with nearest codes and KL models can. Use it "
+                "unchanged with --autoencoder.num-images 0."
             )
         changes = [
             f"{name} {own} (not {asked})"
@@ -185,18 +256,17 @@ def build_autoencoder(config, resolution: int, accelerator):
             accelerator.print(
                 f"{config.init_from} keeps its own architecture: {', '.join(changes)}"
             )
-        unknown_yet = {
-            name: None for name in ("latents_mean", "latents_std") if name in model.config
-        }
-        model.register_to_config(**unknown_yet)  # those of other micrographs; measured anew
+        # statistics of other micrographs; measured anew
+        stale = [name for name in ("latents_mean", "latents_std") if name in model.config]
+        model.register_to_config(**dict.fromkeys(stale))
         model.requires_grad_(True)
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
 def find_changes(config, model) -> dict:
-    """{name: (in the configuration, in the model)} of the fields of the architecture in which the two differ."""
+    """Return {name: (in the configuration, in the model)} of differences in the architecture."""
     own = {
-        "family": "kl" if isinstance(model, AutoencoderKL) else "vq",
+        "kind": "kl" if isinstance(model, AutoencoderKL) else "vq",
         "block_out_channels": tuple(model.config.get("block_out_channels", ())),
         "layers_per_block": model.config.get("layers_per_block"),
         "latent_channels": model.config.get("latent_channels"),
@@ -204,62 +274,52 @@ def find_changes(config, model) -> dict:
         "norm_num_groups": model.config.get("norm_num_groups"),
         "mid_attention": model.config.get("mid_block_add_attention"),
     }
-    known = {name: value for name, value in own.items() if value not in (None, ())}
     return {
         name: (getattr(config, name), value)
-        for name, value in known.items()
-        if getattr(config, name) != value
+        for name, value in own.items()
+        if value not in (None, ()) and getattr(config, name) != value
     }
 
 
 def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
-    """Yield this process's batches from `num_images_seen` on; noise for a KL autoencoder alone."""
-    rank = accelerator.process_index
+    """Yield this process's batches from `num_images_seen` on, with noise for a KL autoencoder."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     loader = BatchLoader(
         tiles,
         sampler,
         batch_size=config.batch_size,
         start=num_images_seen,
         rank=rank,
-        world_size=accelerator.num_processes,
+        world_size=world_size,
     )
     for batch in loader:
         if isinstance(model, AutoencoderKL):
-            generator = make_generator(
+            rng = make_generator(
                 config.seed, rank=rank, num_images_seen=num_images_seen, stream="posterior"
             )
             factor = 2 ** (len(model.config.block_out_channels) - 1)
-            side = batch.images.shape[-1] // factor
-            shape = (len(batch), model.config.latent_channels, side, side)
-            batch = replace(batch, noise=torch.randn(shape, generator=generator))
+            height, width = (side // factor for side in batch.images.shape[2:])
+            shape = (len(batch), model.config.latent_channels, height, width)
+            batch = replace(batch, noise=torch.randn(shape, generator=rng))
         yield batch
         num_images_seen += config.batch_size
 
 
-def make_step(objective, discriminator, accelerator):
-    """Return the backward pass of a part of a batch, for both networks at once."""
-
-    def backward(part, share):
-        with accelerator.autocast():
-            result = objective(part.images, part.noise, discriminator)
-        outputs = {"loss": result.loss, **result.terms, "latents": result.latents}
-        if result.indices is not None:
-            outputs["indices"] = result.indices
-        total = (
-            result.loss
-            if result.discriminator_loss is None
-            else result.loss + result.discriminator_loss
-        )
-        accelerator.backward(total * share)
-        return outputs
-
-    return backward
+def create_perceptual_distance(config, device="cpu"):
+    """Create the distance that an `AutoencoderConfig` asks for; None with a weight of 0."""
+    if config.perceptual_weight == 0:
+        return None
+    if config.perceptual_network == "lpips":
+        distance = LPIPSDistance()
+    else:
+        distance = PerceptualDistance(config.perceptual_layers)
+    return distance.to(device, memory_format=torch.channels_last)
 
 
-def step_discriminator(accelerator, optimizer):
-    """Step on the gradients and drop them; before `step_optimizer`, which adapts the scale."""
+def step_discriminator(accelerator, optimizer, parameters):
+    """Step and drop the gradients; before `step_optimizer`, which adapts the scale of fp16."""
     if accelerator.num_processes > 1:
-        average_gradients(p for group in optimizer.param_groups for p in group["params"])
+        average_gradients(parameters)
     if accelerator.scaler is None:
         optimizer.step()
     else:
@@ -268,50 +328,27 @@ def step_discriminator(accelerator, optimizer):
 
 
 def group_parameters(model, config):
-    """The autoencoder's parameters as the optimizer takes them: the codes of a `VQModel` have a rate of their own."""
-    codebook = model.quantize.embedding.weight if has_codebook(model) else None
-    groups = [
-        {"params": [parameter for parameter in model.parameters() if parameter is not codebook]}
+    """Return the optimizer's groups: the codes of a `VQModel` have a learning rate of their own."""
+    if not has_codebook(model):
+        return [{"params": list(model.parameters())}]
+    codebook = model.quantize.embedding.weight
+    networks = [parameter for parameter in model.parameters() if parameter is not codebook]
+    return [
+        {"params": networks},
+        {"params": [codebook], "rate_scale": config.codebook_rate_scale},
     ]
-    if codebook is not None:
-        groups.append({"params": [codebook], "rate_scale": config.codebook_rate_scale})
-    return groups
 
 
-def create_discriminator(config, device):
-    """The patch discriminator and its Adam, or two Nones without a `discriminator_weight`; weights depend on the seed alone.
-
-    Its rate is the autoencoder's at each moment, times the ratio of the two. Betas are those of the VQGAN, little momentum
-    in a game whose other player moves.
-    """
-    if config.discriminator_weight == 0:
-        return None, None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(config.seed, "autoencoder discriminator"))
-        discriminator = PatchDiscriminator(
-            config.discriminator_channels, config.discriminator_layers
-        )
-    discriminator = discriminator.to(device, memory_format=torch.channels_last)
-    scale = config.discriminator_learning_rate / config.learning_rate
-    groups = [{"params": list(discriminator.parameters()), "rate_scale": scale}]
-    return discriminator, torch.optim.Adam(groups, betas=(0.5, 0.9), fused=True)
-
-
-def choose_validation_views(tiles, count: int):
-    """Ids of up to `count` views, evenly spaced over all: int64 [N]."""
-    return np.unique(
-        np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views)).astype(np.int64)
-    )
-
-
-def draw_validation_images(tiles, count: int):
-    """Up to `count` views, evenly spaced over all: float32 [N, 1, R, R]."""
-    return tiles.batch(choose_validation_views(tiles, count))
+def create_monitor(model, config, device):
+    """Create the `CodebookMonitor` of a model with a codebook, else None."""
+    if not has_codebook(model):
+        return None
+    return CodebookMonitor(model.quantize.n_e, config.revive_after_images, device)
 
 
 @torch.no_grad()
-def place_codebook(model, images, generator, accelerator):
-    """Put all codes onto encoder outputs of the first batch, of all processes: no code begins far from every latent."""
+def place_codebook(model, ema, images, rng, accelerator):
+    """Put all codes onto encoder outputs of the first batch, so that none begins far from all."""
     model.eval()
 
     def find_latents(images):
@@ -320,61 +357,45 @@ def place_codebook(model, images, generator, accelerator):
 
     latents = run_in_parts(find_latents, images, size=len(images))
     codes = torch.arange(model.quantize.n_e, device=latents.device)
-    move_codes(model.quantize.embedding, codes, accelerator.gather(latents), generator)
+    move_codes(model.quantize.embedding, codes, accelerator.gather(latents), rng)
+    if ema:
+        ema.load_state_dict(model.state_dict())
 
 
-def reconstruct(model, images, accelerator, batch_size: int = 32):
-    """Images [N, 1, R, R] in [-1, 1] through the autoencoder and back; float32 on the CPU, clamped to [-1, 1]."""
-    model.eval()
+def end_window(run, monitor, model, ema, optimizer, latents, rng, num_images_seen):
+    """Log the codebook's use and move unused codes, if the monitor's window is over."""
+    if not monitor.is_due(num_images_seen):
+        return
+    run.log(codebook_usage=monitor.usage(), codebook_perplexity=monitor.perplexity())
+    is_late = num_images_seen > 0.9 * run.num_images
+    moved = monitor.end_window(
+        model.quantize.embedding,
+        None if is_late else run.accelerator.gather(latents),
+        rng,
+        optimizer,
+        num_images_seen,
+        ema.model.quantize.embedding if ema else None,
+    )
+    run.log(codes_revived=moved)
 
-    def reconstruct_part(images):
-        with accelerator.autocast():
-            decoded = decode(
-                model,
-                encode(model, images.to(accelerator.device, memory_format=torch.channels_last)),
-            )
-        return decoded.float().clamp(-1, 1).cpu()
 
-    return run_in_parts(reconstruct_part, images, size=batch_size)
-
-
-def evaluate_reconstruction(model, images, accelerator, batch_size: int = 32) -> dict[str, float]:
-    """How well images [N, 1, R, R] are reconstructed: mean absolute error, PSNR in dB, SSIM, error of the spectrum in dB.
-
-    SSIM is left out for images smaller than its window of 11 pixels.
-    """
-    images = images.float()
-    reconstructions = reconstruct(model, images, accelerator, batch_size)
-    metrics = {
-        "held_out_l1": float((reconstructions - images).abs().mean()),
-        "held_out_psnr": float(psnr(images, reconstructions).mean()),
-        "held_out_spectrum_error_db": spectrum_error_db(images, reconstructions),
-    }
-    if images.shape[-1] >= SSIM_WINDOW_PX:
-        metrics["held_out_ssim"] = float(ssim(images, reconstructions).mean())
-    return metrics
+def save_samples(model, images, run, num_images_seen):
+    """Save a grid of images above their reconstructions."""
+    originals = images[:NUM_GRID_COLUMNS]
+    rows = torch.cat([originals, reconstruct(model, originals, run.accelerator)])
+    save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
 
 
 def write_only_line(folder, metrics: dict):
     """Write the log of a stage that does not train."""
-    write_text_atomically(
-        folder / "stats.jsonl",
-        json.dumps({"num_images_seen": 0, "train_seconds": 0.0, **metrics}) + "\n",
-    )
+    line = {"num_images_seen": 0, "train_seconds": 0.0, **metrics}
+    write_atomically(folder / "stats.jsonl", json.dumps(line) + "\n")
 
 
-def save_autoencoder(model, path, accelerator) -> Path:
-    """Save the model from the main process, when all are there; return `path`."""
+def save_autoencoder(model, out_dir, accelerator) -> Path:
+    """Save the model from the main process, when all are there; return its folder."""
+    path = Path(out_dir) / "autoencoder" / "vqvae"
     if accelerator.is_main_process:
         save_model(model.eval(), path)
     accelerator.wait_for_everyone()
     return path
-
-
-def save_model(model, path):
-    """`model.save_pretrained(path)`, put in place whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)

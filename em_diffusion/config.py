@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator
+from pydantic import AliasChoices, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
@@ -17,6 +17,8 @@ NotNegativeFloat = Annotated[float, Ge(0)]
 Beta = Annotated[float, Ge(0), Lt(1)]
 Interval = Annotated[int, Gt(0), MAY_CHANGE]
 IntervalOrNever = Annotated[int, Ge(0), MAY_CHANGE]
+# configurations of version 0.1 have `family` in place of `kind`
+NAMED_FAMILY_IN_0_1 = Field(validation_alias=AliasChoices("kind", "family"))
 
 
 def _read_old_compile(value):
@@ -31,7 +33,7 @@ class AutoencoderConfig:
     init_from: str | None = None
     """Start from a trained autoencoder, whose architecture is then used: the folder of a run, a
     pipeline or a model, or a Hub id. With num_images 0 it is used unchanged."""
-    family: Literal["vq", "kl"] = "vq"
+    kind: Annotated[Literal["vq", "kl"], NAMED_FAMILY_IN_0_1] = "vq"
     """"vq": each latent is the nearest of num_codes vectors (van den Oord et al. 2017); "kl":
     continuous latents, drawn towards a standard normal by kl_weight."""
     block_out_channels: tuple[Positive, ...] = (128, 256, 256, 512)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from em_diffusion.autoencoder import encode, hash_weights
+from em_diffusion.autoencoder import encode
+from em_diffusion.weights import hash_weights
 from em_training import run_in_parts, write_text_atomically
 
 BATCHES_PER_CHUNK = 4  # what a kill may cost each process

@@ -1,9 +1,12 @@
-"""The VQGAN's discriminator: real or reconstructed, judged patch by patch, with its losses."""
+"""The discriminator of VQGAN, which judges images patch by patch, and its losses."""
 
 import itertools
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+from em_training import seed_for
 
 MAX_WIDENING = 8  # channels grow up to so many times those of the first layer
 MAX_NORM_GROUPS = 8
@@ -12,12 +15,16 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004, section 3.2 and appendix 6.1.2): one logit for each patch of an image.
+    """PatchGAN: one logit for each patch of an image.
 
-    `num_layers` convolutions of 4 x 4 with stride 2, one of stride 1, and one to the logits; channels double from
-    `base_channels` to eight times as many. A logit sees a patch of 16, 34, 70, 142 pixels a side for 1 to 4 layers. Norms
-    are group norms, not the paper's batch norms: they keep no statistics that a resumed run would have to restore, and see
-    each image by itself, so that neither the number of processes nor the other images of a batch change an answer.
+    From Isola et al. 2017, arXiv:1611.07004, section 3.2 and appendix 6.1.2: `num_layers`
+    convolutions of 4 x 4 with stride 2, one of stride 1, and one to the logits. Channels double from
+    `base_channels` to eight times as many. A logit sees a patch of 16, 34, 70, 142 pixels a side for
+    1 to 4 layers.
+
+    Norms are group norms instead of the paper's batch norms. They have no statistics to restore when
+    a run resumes, and treat each image by itself: neither the number of processes nor the other
+    images of a batch change an answer.
     """
 
     def __init__(self, base_channels: int = 64, num_layers: int = 3):
@@ -38,26 +45,57 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images):
-        """Logits [B, 1, h, w], positive for real, of images [B, 1, H, W] in [-1, 1]; h = H / 2^num_layers - 2."""
+        """Return logits [B, 1, h, w], positive for real, of images [B, 1, H, W] in [-1, 1].
+
+        h = H / 2^num_layers - 2.
+        """
         return self.layers(images)
 
 
+def create_discriminator(config, device):
+    """Create the patch discriminator and its Adam, or two Nones with a `discriminator_weight` of 0.
+
+    Its learning rate is the autoencoder's times the ratio of the two. The betas are VQGAN's.
+    """
+    if config.discriminator_weight == 0:
+        return None, None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "autoencoder discriminator"))
+        discriminator = PatchDiscriminator(
+            config.discriminator_channels, config.discriminator_layers
+        )
+    discriminator = discriminator.to(device, memory_format=torch.channels_last)
+    scale = config.discriminator_learning_rate / config.learning_rate
+    groups = [{"params": list(discriminator.parameters()), "rate_scale": scale}]
+    return discriminator, torch.optim.Adam(groups, betas=(0.5, 0.9), fused=True)
+
+
 def smallest_side(num_layers: int) -> int:
-    """Pixels a side of the smallest image for which a discriminator of so many layers has a logit."""
+    """Return the side in pixels of the smallest image that gives a logit."""
     return 3 * 2**num_layers
 
 
 def hinge_loss(logits_real, logits_fake):
-    """The discriminator's loss, (E[max(0, 1 - D(x))] + E[max(0, 1 + D(x^))]) / 2 (Lim and Ye 2017, arXiv:1705.02894)."""
+    """Return the discriminator's loss (E[max(0, 1 - D(x))] + E[max(0, 1 + D(x^))]) / 2.
+
+    From Lim and Ye 2017, arXiv:1705.02894.
+    """
     return (F.relu(1 - logits_real.float()).mean() + F.relu(1 + logits_fake.float()).mean()) / 2
 
 
-def adaptive_weight(reconstruction_gradient, adversarial_gradient):
-    """lambda = |grad L_rec| / (|grad L_GAN| + delta) at the decoder's last layer, clamped: a scalar without gradient.
+def adaptive_weight(reconstruction_loss, generator_loss, last_layer, scale: float = 1.0):
+    """Return |grad L_rec| / (|grad L_G| + delta) at the decoder's last layer, without gradient.
 
-    Esser et al. 2021, arXiv:2012.09841, equation 7: both losses pull the decoder equally hard, whatever their scales.
+    With it, both losses change the decoder equally strongly, whatever their scales (Esser et al.
+    2021, arXiv:2012.09841, equation 7).
+
+    Args:
+        last_layer: Weight of the decoder's last convolution.
+        scale: Factor on both losses while their gradients are computed. In float16, gradients of
+            means over many pixels would vanish.
     """
-    ratio = reconstruction_gradient.float().norm() / (
-        adversarial_gradient.float().norm() + ADAPTIVE_EPSILON
+    norm, norm_G = (
+        torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0].float().norm() / scale
+        for loss in (reconstruction_loss, generator_loss)
     )
-    return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
+    return (norm / (norm_G + ADAPTIVE_EPSILON)).clamp(max=MAX_ADAPTIVE_WEIGHT)

@@ -28,9 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PACKAGE = "em_diffusion"  # where this file and the components that it may load are installed
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-MAX_DISTANCES = (
-    2**24
-)  # entries of the matrix of distances to the codes held at a time: 64 MiB in float32
+MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB in float32
 
 
 def _is_about_other_things(record: logging.LogRecord) -> bool:
@@ -244,17 +242,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """The nearest of `codes` [K, C] at each position of latents [B, C, h, w], in float32 whatever the autocast."""
         with torch.autocast(latents.device.type, enabled=False):
             vectors = latents.float().movedim(1, -1)  # [B, h, w, C]
-            flat, half_squares = (
-                vectors.reshape(-1, vectors.shape[-1]),
-                codes.square().sum(dim=1) / 2,
-            )
-            parts = flat.split(max(1, MAX_DISTANCES // len(codes)))
-            indices = [
-                torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(dim=1) for part in parts
-            ]
-            return (
-                codes[torch.cat(indices)].reshape(vectors.shape).movedim(-1, 1).contiguous()
-            )  # [B, C, h, w]
+            indices = nearest_codes(vectors.reshape(-1, vectors.shape[-1]), codes)
+            return codes[indices].reshape(vectors.shape).movedim(-1, 1).contiguous()
 
     def to(self, *args, **kwargs):
         """Move or convert the models as `DiffusionPipeline.to` does, and keep the float32 codes of a VQ autoencoder."""
@@ -474,6 +463,18 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return index
         own = [key for key, value in index.items() if _is_own_component(key, value)]
         return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+@torch.no_grad()
+def nearest_codes(vectors, codebook):
+    """Return the index of the code nearest to each of vectors [N, C] in codebook [K, C]: int64 [N].
+
+    At most `MAX_DISTANCES` distances are in memory at a time.
+    """
+    half_squares = codebook.square().sum(dim=1) / 2  # [K]
+    parts = vectors.split(max(1, MAX_DISTANCES // len(codebook)))
+    found = [torch.addmm(half_squares, x, codebook.T, alpha=-1).argmin(dim=1) for x in parts]
+    return torch.cat(found)
 
 
 def align_weights(model):

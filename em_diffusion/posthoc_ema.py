@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from em_diffusion.autoencoder import encode
-from em_diffusion.autoencoder_loop import save_model
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_denoiser
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.train import choose_sampler
+from em_diffusion.weights import save_model
 from em_training import load_config, write_text_atomically
 from em_training.cli import run_command
 from em_training.posthoc_ema import reconstruct_average

@@ -21,10 +21,12 @@ import tyro
 from tqdm.auto import tqdm
 
 from em_data import DataConfig, load_data, to_uint8
-from em_diffusion.autoencoder import CodebookMonitor, decode, encode, find_codes, hash_weights
+from em_diffusion.autoencoder import decode, encode, find_codes
+from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 from em_diffusion.reconstruction import psnr, spectrum_difference_db, ssim
 from em_diffusion.selection_output import draw_selection, format_table
+from em_diffusion.weights import hash_weights
 from em_evaluation import bootstrap_interval, compute_features, get_extractor
 from em_evaluation.conclusion import STUDY
 from em_evaluation.distances import Distance, frechet_influence

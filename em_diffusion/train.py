@@ -7,14 +7,8 @@ from pathlib import Path
 import torch
 
 from em_data import load_data
-from em_diffusion.autoencoder import encode, hash_weights
-from em_diffusion.autoencoder_loop import (
-    choose_validation_views,
-    draw_validation_images,
-    reconstruct,
-    save_model,
-    train_autoencoder,
-)
+from em_diffusion.autoencoder import encode
+from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
@@ -24,6 +18,8 @@ from em_diffusion.latents import Latents, encode_latents, measure_latents, store
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
+from em_diffusion.validation import choose_validation_views, draw_validation_images, reconstruct
+from em_diffusion.weights import hash_weights, save_model
 from em_evaluation.held_out import check_metrics
 from em_training import (
     create_accelerator,

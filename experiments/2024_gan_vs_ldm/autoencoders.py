@@ -44,7 +44,7 @@ class Variant:
     name: str
     factor: int = 8
     num_codes: int = 2048
-    family: str = "vq"
+    kind: str = "vq"
     like: str | None = None
 
 
@@ -56,9 +56,9 @@ VARIANTS = {
         LDM_VARIANT,
         Variant("vq-f16-256", 16, 256, like="vqgan-f16-1024"),
         Variant("vq-f16-2048", 16, 2048, like="vqgan-f16-16384"),
-        Variant("kl-f8", family="kl"),
+        Variant("kl-f8", kind="kl"),
     ),
-    "test": (Variant("vq-f4-64", 4, 64, like="vqgan-f8-8192"), Variant("kl-f4", 4, family="kl")),
+    "test": (Variant("vq-f4-64", 4, 64, like="vqgan-f8-8192"), Variant("kl-f4", 4, kind="kl")),
 }
 COLUMNS = {
     "like": ("like the study's", ""),
@@ -78,7 +78,7 @@ def make_config(variant: Variant, arguments):
     channels = (channels + channels[-1:] * num_levels)[:num_levels]
     num_images = SCALES[arguments.scale].ldm.autoencoder_images
     autoencoder = replace(
-        config.autoencoder, family=variant.family, num_codes=variant.num_codes, block_out_channels=channels,
+        config.autoencoder, kind=variant.kind, num_codes=variant.num_codes, block_out_channels=channels,
         **({} if num_images is None else {"num_images": num_images}),
     )  # fmt: skip
     return replace(

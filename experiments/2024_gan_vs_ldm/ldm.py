@@ -19,7 +19,6 @@ The distance is of the last averaged weights, by the sampler that runs are saved
 
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,13 +146,17 @@ def share_latents(config, arguments):
 def generate(pipeline, config, num_images, accelerator) -> ImageSet:
     """A pipeline's images by its own sampler, on the 8-bit road."""
     pipeline.to(accelerator.device)
-    draw = partial(
-        generate_images, pipeline.vqvae, pipeline.unet, pipeline.scheduler, accelerator, config.seed
-    )
     starts = range(0, num_images, 512)
     parts = (range(start, min(start + 512, num_images)) for start in starts)
     num_steps = pipeline.config.default_num_inference_steps
-    return ImageSet(np.concatenate([to_uint8(draw(part, num_steps)) for part in parts]))
+    return ImageSet(
+        np.concatenate(
+            [
+                to_uint8(generate_images(pipeline, config.seed, part, num_steps, accelerator))
+                for part in parts
+            ]
+        )
+    )
 
 
 def read_curves(run) -> dict:

@@ -8,7 +8,8 @@ from plain_loop import PlainLoop
 from train_step import BarePass, Laps, LoopInSteps, parse_arguments, summarise
 
 from em_diffusion import PRESETS, denoiser_loop
-from em_diffusion.denoiser import compute_denoising_loss, create_denoiser, create_scheduler
+from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.denoiser_loop import compute_denoising_loss
 from em_training import make_generator, read_stats
 
 

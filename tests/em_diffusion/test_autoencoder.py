@@ -6,19 +6,12 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import VectorQuantizer
 
-from em_diffusion.autoencoder import (
-    AutoencoderObjective,
-    CodebookMonitor,
-    create_autoencoder,
-    create_perceptual_distance,
-    decode,
-    encode,
-    hash_weights,
-    move_codes,
-    nearest_codes,
-    quantise,
-)
+from em_diffusion.autoencoder import create_autoencoder, decode, encode
+from em_diffusion.autoencoder_loop import compute_losses, create_perceptual_distance
+from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
 from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.pipeline_em_ldm import nearest_codes
+from em_diffusion.weights import hash_weights
 from em_evaluation.perceptual import PerceptualDistance
 from support.config import refuses_config
 
@@ -76,7 +69,7 @@ def test_codebook_loss_moves_codes_only_and_commitment_the_encoder_only():
 
 
 def test_nearest_codes_equal_brute_force_in_small_pieces(monkeypatch):
-    monkeypatch.setattr("em_diffusion.autoencoder.MAX_DISTANCES", 100)
+    monkeypatch.setattr("em_diffusion.pipeline_em_ldm.MAX_DISTANCES", 100)
     vectors, codebook = make_latents(4, (57, 4)), make_latents(5, (16, 4))
     brute = (vectors[:, None] - codebook[None]).square().sum(-1).argmin(1)
     assert torch.equal(nearest_codes(vectors, codebook), brute)
@@ -113,16 +106,18 @@ def test_autoencoder_is_grey_and_in_its_own_scale(config):
 
 def test_every_parameter_of_the_autoencoder_receives_a_gradient(config, tiles):
     model = create_autoencoder(config.autoencoder, 16)
-    objective = AutoencoderObjective(model, config.autoencoder)
-    loss, terms, latents, *_ = objective(tiles.batch(range(8)))
+    perceptual = create_perceptual_distance(config.autoencoder)
+    arguments = (model, perceptual, tiles.batch(range(8)), None, config.autoencoder)
+    latents = compute_losses(*arguments)[3]["latents"]
     # all codes near latents, but not on them, where the gradient vanishes
     move_codes(
         model.quantize.embedding, torch.arange(64), latents, torch.Generator().manual_seed(0)
     )
     model.quantize.embedding.weight.data.add_(0.01)
-    loss, terms, latents, indices, _ = objective(tiles.batch(range(8)))
-    loss.backward()
-    assert set(terms) == {"l1", "l2", "codebook", "commitment", "perceptual"}
+    _, loss, latent_loss, outputs = compute_losses(*arguments)
+    (loss + latent_loss).backward()
+    indices = outputs.pop("indices")
+    assert set(outputs) == {"l1", "l2", "codebook", "commitment", "perceptual", "latents"}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -132,12 +127,13 @@ def test_every_parameter_of_the_autoencoder_receives_a_gradient(config, tiles):
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(config, tiles):
-    objective = AutoencoderObjective(create_autoencoder(config.autoencoder, 16), config.autoencoder)
-    loss, t, *_ = objective(tiles.batch(range(4)))
     c = config.autoencoder
+    model, perceptual = create_autoencoder(c, 16), create_perceptual_distance(c)
+    _, loss, latent_loss, t = compute_losses(model, perceptual, tiles.batch(range(4)), None, c)
     expected = c.l1_weight * t["l1"] + c.l2_weight * t["l2"] + c.perceptual_weight * t["perceptual"]
-    expected += c.codebook_weight * (t["codebook"] + c.commitment_weight * t["commitment"])
-    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(loss, expected)
+    expected = c.codebook_weight * (t["codebook"] + c.commitment_weight * t["commitment"])
+    torch.testing.assert_close(latent_loss, expected)
 
 
 def test_monitor_counts_usage_and_perplexity():
@@ -195,11 +191,11 @@ def test_weight_hash_sees_every_bit():
 
 
 def test_the_configuration_decides_the_perceptual_distance(config, monkeypatch):
-    monkeypatch.setattr("em_diffusion.autoencoder.LPIPSDistance", lambda: "lpips")
+    monkeypatch.setattr("em_diffusion.autoencoder_loop.LPIPSDistance", torch.nn.Identity)
     stage = config.autoencoder
     assert isinstance(create_perceptual_distance(stage), PerceptualDistance)
     lpips = dataclasses.replace(stage, perceptual_network="lpips")
-    assert create_perceptual_distance(lpips) == "lpips"
+    assert isinstance(create_perceptual_distance(lpips), torch.nn.Identity)
     assert create_perceptual_distance(dataclasses.replace(stage, perceptual_weight=0.0)) is None
     with refuses_config("perceptual_network.*efficientnet-lite0.*lpips"):
         dataclasses.replace(stage, perceptual_network="vgg")
@@ -207,14 +203,14 @@ def test_the_configuration_decides_the_perceptual_distance(config, monkeypatch):
 
 @pytest.fixture
 def kl_stage(config):
-    return dataclasses.replace(config.autoencoder, family="kl", kl_weight=0.1)
+    return dataclasses.replace(config.autoencoder, kind="kl", kl_weight=0.1)
 
 
-@pytest.mark.parametrize("family", ["vq", "kl"])
+@pytest.mark.parametrize("kind", ["vq", "kl"])
 @pytest.mark.parametrize(("channels", "factor"), [((8, 16, 16), 4), ((8, 8, 16, 16), 8)])
-def test_f4_and_f8_of_both_families(config, family, channels, factor):
+def test_f4_and_f8_of_both_families(config, kind, channels, factor):
     stage = dataclasses.replace(
-        config.autoencoder, family=family, block_out_channels=channels, latent_channels=3
+        config.autoencoder, kind=kind, block_out_channels=channels, latent_channels=3
     )
     model = create_autoencoder(stage, 32)
     images = torch.rand(2, 1, 32, 32) * 2 - 1
@@ -237,10 +233,12 @@ def test_kl_latents_are_the_mean_of_the_posterior(kl_stage, tiles):
 def test_kl_is_its_integral_and_the_latents_are_of_the_posterior(kl_stage, tiles):
     """The divergence against a numerical integral of q log(q / p), and the decoded sample of each noise."""
     model = create_autoencoder(kl_stage, 16)
-    objective = AutoencoderObjective(model, kl_stage)
+    perceptual = create_perceptual_distance(kl_stage)
     images = tiles.batch(range(2))
     noise = make_latents(0, (2, 4, 8, 8))
-    ours = objective(images, noise)
+    reconstruction, loss, latent_loss, terms = compute_losses(
+        model, perceptual, images, noise, kl_stage
+    )
     with torch.no_grad():
         posterior = model.encode(images).latent_dist
         mean, deviation = posterior.mean.double(), posterior.std.double()
@@ -251,16 +249,16 @@ def test_kl_is_its_integral_and_the_latents_are_of_the_posterior(kl_stage, tiles
         )
         integral = torch.trapezoid(density, z, dim=0).sum() / images.numel()
         decoded = model.decode((mean + deviation * noise).float()).sample
-    assert ours.terms["kl"].item() == pytest.approx(integral.item(), rel=1e-5)
-    assert ours.terms["l1"].item() == pytest.approx(
-        (decoded - images).abs().mean().item(), rel=1e-4
-    )
-    c, t = kl_stage, ours.terms
-    expected = c.l1_weight * t["l1"] + c.perceptual_weight * t["perceptual"] + c.kl_weight * t["kl"]
-    torch.testing.assert_close(ours.loss.detach(), expected)
-    assert ours.indices is None
-    torch.testing.assert_close(ours.latents, mean.float())
-    ours.loss.backward()
+    assert terms["kl"].item() == pytest.approx(integral.item(), rel=1e-5)
+    assert terms["l1"].item() == pytest.approx((decoded - images).abs().mean().item(), rel=1e-4)
+    torch.testing.assert_close(reconstruction.detach(), decoded)
+    c = kl_stage
+    expected = c.l1_weight * terms["l1"] + c.perceptual_weight * terms["perceptual"]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(latent_loss, c.kl_weight * terms["kl"])
+    assert "indices" not in terms
+    torch.testing.assert_close(terms["latents"], mean.float())
+    (loss + latent_loss).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
 
@@ -268,8 +266,8 @@ def test_kl_is_its_integral_and_the_latents_are_of_the_posterior(kl_stage, tiles
 def test_saved_autoencoders_come_back_as_what_they_are(config, kl_stage, tmp_path):
     for stage, cls in ((config.autoencoder, VQModel), (kl_stage, AutoencoderKL)):
         model = create_autoencoder(stage, 16)
-        model.save_pretrained(tmp_path / stage.family)
-        read = load_autoencoder(tmp_path / stage.family)
+        model.save_pretrained(tmp_path / stage.kind)
+        read = load_autoencoder(tmp_path / stage.kind)
         assert type(read) is cls
         assert hash_weights(read) == hash_weights(model)
         assert not read.training

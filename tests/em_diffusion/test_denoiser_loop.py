@@ -10,15 +10,12 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 
+from em_data.batch import Batch
 from em_diffusion import denoiser_loop
-from em_diffusion.denoiser import (
-    compute_denoising_loss,
-    create_denoiser,
-    create_scheduler,
-    load_denoiser,
-)
+from em_diffusion.denoiser import create_denoiser, create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import (
-    draw_noise,
+    add_noise,
+    compute_denoising_loss,
     draw_validation_batch,
     evaluate_denoising,
     train_denoiser,
@@ -250,18 +247,22 @@ def test_validation_is_the_loss_by_quarters_of_the_timesteps(config, accelerator
     unet, scheduler = create_denoiser(stage, 8, 4).eval(), create_scheduler(stage)
     batch = draw_validation_batch(make_latents(32), stage)
     with torch.no_grad():
-        losses = compute_denoising_loss(unet, scheduler, *batch)
+        noised = (batch.images, batch.noise, batch.timesteps)
+        losses = compute_denoising_loss(unet, scheduler, *noised)
     values = evaluate_denoising(unet, scheduler, batch, accelerator, stage)
     torch.testing.assert_close(values.pop("held_out_loss"), losses.mean())
-    quarters = {f"held_out_loss_q{q + 1}": losses[batch[2] // 250 == q].mean() for q in range(4)}
+    quarters = {
+        f"held_out_loss_q{q + 1}": losses[batch.timesteps // 250 == q].mean() for q in range(4)
+    }
     torch.testing.assert_close(values, quarters)
-    few = evaluate_denoising(unet, scheduler, [tensor[:1] for tensor in batch], accelerator, stage)
+    few = evaluate_denoising(unet, scheduler, next(batch.split(1)), accelerator, stage)
     assert len(few) == 2  # no quarter without timesteps
 
 
 def test_flow_draws_timesteps_between_the_integers(config):
     stage = dataclasses.replace(config.denoiser, prediction_type="flow")
-    _, timesteps = draw_noise((64, 4, 8, 8), stage, make_generator(0))
+    batch = Batch(torch.zeros(64, 4, 8, 8), torch.arange(64))
+    timesteps = add_noise(batch, stage, make_generator(0)).timesteps
     assert timesteps.dtype == torch.float32
     assert (timesteps != timesteps.round()).any()
 
@@ -279,9 +280,8 @@ def test_the_studys_variants_are_built_and_stepped(config, num_levels, batch_siz
     )
     unet, scheduler = create_denoiser(stage, 32, 4), create_scheduler(stage)
     latents = torch.randn(batch_size, 4, 32, 32, generator=make_generator(0))
-    losses = compute_denoising_loss(
-        unet, scheduler, latents, *draw_noise(latents.shape, stage, make_generator(1))
-    )
+    batch = add_noise(Batch(latents, torch.arange(batch_size)), stage, make_generator(1))
+    losses = compute_denoising_loss(unet, scheduler, latents, batch.noise, batch.timesteps)
     assert losses.shape == (batch_size,)
     losses.mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in unet.parameters())

@@ -61,7 +61,7 @@ def test_latents_that_cannot_be_stored_are_refused(vqvae, tiles, accelerator, tm
 
 def test_kl_latents_are_cached_as_means(config, tiles, accelerator, tmp_path):
     torch.manual_seed(0)
-    model = create_autoencoder(dataclasses.replace(config.autoencoder, family="kl"), 16).eval()
+    model = create_autoencoder(dataclasses.replace(config.autoencoder, kind="kl"), 16).eval()
     array, _ = encode_latents(model, tiles, tmp_path, accelerator=accelerator, batch_size=5)
     with torch.no_grad():
         expected = model.encode(tiles.batch(range(24))).latent_dist.mean

@@ -7,26 +7,23 @@ import torch
 from safetensors.torch import load_file
 
 from em_data.batch import Batch
-from em_diffusion import autoencoder, autoencoder_loop
-from em_diffusion.autoencoder import AutoencoderObjective, CodebookMonitor, create_autoencoder
+from em_diffusion import autoencoder_loop
+from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.autoencoder_loop import (
+    backward_losses,
     build_autoencoder,
-    evaluate_reconstruction,
-    make_step,
+    create_perceptual_distance,
     train_autoencoder,
 )
+from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
-from em_diffusion.denoiser import (
-    compute_denoising_loss,
-    create_denoiser,
-    create_scheduler,
-    draw_timesteps,
-)
-from em_diffusion.denoiser_loop import train_denoiser
+from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.denoiser_loop import compute_denoising_loss, draw_timesteps, train_denoiser
 from em_diffusion.latents import Latents
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at
 from em_diffusion.reconstruction import spectrum_error_db, ssim
+from em_diffusion.validation import evaluate_reconstruction
 from em_training import (
     EMA,
     MicroBatching,
@@ -146,12 +143,12 @@ def test_denoiser_resumes_to_the_bit(config, vqvae, accelerator, tmp_path):
         assert same[0] == same[1]
 
 
-@pytest.mark.parametrize("family", ["vq", "kl"])
-def test_autoencoder_learns(config, tiles, accelerator, tmp_path, family):
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_autoencoder_learns(config, tiles, accelerator, tmp_path, kind):
     """On what it trains on, the error falls far below that of the mean image, and no code is left to die."""
     stage = dataclasses.replace(
         config.autoencoder,
-        family=family,
+        kind=kind,
         num_images=800,
         perceptual_weight=0.0,
         learning_rate=3e-3,
@@ -163,7 +160,7 @@ def test_autoencoder_learns(config, tiles, accelerator, tmp_path, family):
     images = tiles.batch(range(24))
     deviation = images.std(dim=(1, 2, 3)).mean().item()
     assert last["held_out_l1"] < 0.25 * deviation
-    if family == "vq":
+    if kind == "vq":
         assert last["codebook_usage"] > 0.9
         assert last["codebook_perplexity"] > 20
 
@@ -315,8 +312,8 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
             "perceptual_layers is 9, but must be at most 4",
         ),
         (
-            lambda: AutoencoderConfig(family="gumbel"),
-            "family is 'gumbel', but must be 'vq' or 'kl'",
+            lambda: AutoencoderConfig(kind="gumbel"),
+            "kind is 'gumbel', but must be 'vq' or 'kl'",
         ),
         (lambda: AutoencoderConfig(num_images=0), "init-from"),
         (
@@ -351,13 +348,13 @@ def with_discriminator(stage, **changes):
     return dataclasses.replace(stage, **small, **changes)
 
 
-@pytest.mark.parametrize(("family", "killed_after"), [("vq", 2), ("vq", 6), ("kl", 6)])
+@pytest.mark.parametrize(("kind", "killed_after"), [("vq", 2), ("vq", 6), ("kl", 6)])
 def test_full_recipe_resumes_to_the_bit(
-    config, tiles, held_out, accelerator, tmp_path, family, killed_after
+    config, tiles, held_out, accelerator, tmp_path, kind, killed_after
 ):
     """Both players, both optimizers, average and codebook; killed before the discriminator's first step and after."""
     stage = with_discriminator(
-        config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32, family=family
+        config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32, kind=kind
     )
     train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
     restore = kill_at(tiles, killed_after)
@@ -374,7 +371,7 @@ def test_full_recipe_resumes_to_the_bit(
         "state"
     ]
     expected = {"model", "optimizer", "ema", "discriminator", "optimizer_D", "micro_batching"}
-    assert set(state) == (expected | {"codebook"} if family == "vq" else expected)
+    assert set(state) == (expected | {"codebook"} if kind == "vq" else expected)
     assert state["optimizer_D"]["state"][0]["step"] == 5  # of eight steps, those from the third on
     saved = load_file(path / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name], state["ema"][name]) for name in saved)
@@ -385,27 +382,27 @@ def test_full_recipe_resumes_to_the_bit(
     assert all(game <= set(line) for line in lines[1:])
 
 
-@pytest.mark.parametrize("family", ["vq", "kl"])
+@pytest.mark.parametrize("kind", ["vq", "kl"])
 def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
-    config, tiles, held_out, accelerator, tmp_path, monkeypatch, capfd, family
+    config, tiles, held_out, accelerator, tmp_path, monkeypatch, capfd, kind
 ):
     """Parts of 2 of a batch of 8, found by two halvings, give the weights of the whole batch but for rounding."""
     stage = dataclasses.replace(
-        config.autoencoder, family=family, num_images=24, checkpoint_every=24, validate_every=24
+        config.autoencoder, kind=kind, num_images=24, checkpoint_every=24, validate_every=24
     )
     whole, _ = train_autoencoder(
         stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole"
     )
-    forward, sizes = autoencoder.AutoencoderObjective.forward, []
+    compute, sizes = autoencoder_loop.compute_losses, []
 
-    def forward_within_memory(self, images, *rest):
+    def compute_within_memory(model, perceptual, images, *rest):
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return forward(self, images, *rest)
+        return compute(model, perceptual, images, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(autoencoder.AutoencoderObjective, "forward", forward_within_memory)
+        patch.setattr(autoencoder_loop, "compute_losses", compute_within_memory)
         parts, _ = train_autoencoder(
             stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "parts"
         )
@@ -427,39 +424,42 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("family", ["vq", "kl"])
-def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, family):
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, kind):
     """Without a discriminator the loss is a mean over images: gradients and outputs of parts are those of the batch."""
-    stage = dataclasses.replace(config.autoencoder, family=family, kl_weight=0.01)
-    objective = AutoencoderObjective(build_autoencoder(stage, 16, accelerator), stage)
-    parameters = list(objective.model.parameters())
+    stage = dataclasses.replace(config.autoencoder, kind=kind, kl_weight=0.01)
+    model, perceptual = build_autoencoder(stage, 16, accelerator), create_perceptual_distance(stage)
+    parameters = list(model.parameters())
+
+    def backward(part, share):
+        return backward_losses(part, share, model, perceptual, None, stage, accelerator)
+
     batch = Batch(tiles.batch(range(8)), ids=torch.arange(8))
-    if family == "kl":
+    if kind == "kl":
         noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         batch = dataclasses.replace(batch, noise=noise)
     run = SimpleNamespace(accelerator=accelerator, stage="autoencoder")
     results = []
     for size in (0, 3):
-        outputs = MicroBatching(size, run=run, flag="").accumulate(
-            make_step(objective, None, accelerator), batch, parameters
-        )
+        micro_batching = MicroBatching(size, run=run, flag="")
+        outputs = micro_batching.accumulate(backward, batch, parameters)
         results.append((outputs, [p.grad.clone() for p in parameters]))
-        objective.zero_grad()
+        model.zero_grad()
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
     for a, b in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1e-6, a.abs().max().item()))
 
 
-@pytest.mark.parametrize("family", ["vq", "kl"])
+@pytest.mark.parametrize("kind", ["vq", "kl"])
 def test_training_goes_on_from_a_loaded_autoencoder(
-    config, tiles, held_out, accelerator, tmp_path, capfd, family
+    config, tiles, held_out, accelerator, tmp_path, capfd, kind
 ):
     """Its weights and architecture, not the configuration's; the codebook stays where it is; resumable to the bit."""
     torch.manual_seed(5)
     source = create_autoencoder(
-        dataclasses.replace(config.autoencoder, family=family, latent_channels=3, num_codes=32), 16
+        dataclasses.replace(config.autoencoder, kind=kind, latent_channels=3, num_codes=32), 16
     )
-    if family == "vq":
+    if kind == "vq":
         torch.nn.init.normal_(source.quantize.embedding.weight)
     source.register_to_config(latents_mean=[9.0] * 3, latents_std=[9.0] * 3)  # of other micrographs
     source.save_pretrained(tmp_path / "source")
@@ -481,8 +481,8 @@ def test_training_goes_on_from_a_loaded_autoencoder(
     said = capfd.readouterr().out
     assert said.count("keeps its own architecture") == 1
     assert "latent_channels 3 (not 4)" in said
-    assert ("family kl (not vq)" in said) == (family == "kl")
-    assert ("num_codes 32 (not 64)" in said) == (family == "vq")
+    assert ("kind kl (not vq)" in said) == (kind == "kl")
+    assert ("num_codes 32 (not 64)" in said) == (kind == "vq")
 
     restore = kill_at(tiles, 6)
     with pytest.raises(Killed):
@@ -527,7 +527,7 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused_but_used(
     stage = dataclasses.replace(config.autoencoder, init_from="somewhere")
     with pytest.raises(
         ValueError,
-        match=r"somewhere is a VQModel, which is not trained on.*--autoencoder.num-images 0",
+        match=r"somewhere is a VQModel, which cannot be trained here.*--autoencoder.num-images 0",
     ):
         train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path)
     stage = dataclasses.replace(stage, num_images=0)

@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from em_diffusion.config import DenoiserConfig
-from em_diffusion.denoiser import (
+from em_diffusion.denoiser import create_scheduler
+from em_diffusion.denoiser_loop import (
     compute_denoising_loss,
     compute_min_snr_weights,
-    create_scheduler,
     draw_timesteps,
 )
 from em_diffusion.optimization import learning_rate_at

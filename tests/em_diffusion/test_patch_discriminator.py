@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from em_diffusion.autoencoder import AutoencoderObjective, create_autoencoder
-from em_diffusion.autoencoder_loop import create_discriminator
+from em_data.batch import Batch
+from em_diffusion.autoencoder import create_autoencoder
+from em_diffusion.autoencoder_loop import backward_losses, create_perceptual_distance
+from em_diffusion.codebook import quantise
 from em_diffusion.config import AutoencoderConfig, LDMConfig
 from em_diffusion.optimization import set_learning_rate
 from em_diffusion.patch_discriminator import (
@@ -13,6 +15,7 @@ from em_diffusion.patch_discriminator import (
     MAX_ADAPTIVE_WEIGHT,
     PatchDiscriminator,
     adaptive_weight,
+    create_discriminator,
     hinge_loss,
     smallest_side,
 )
@@ -90,16 +93,19 @@ def test_hinge_loss_is_its_closed_form():
     assert hinge_loss(torch.zeros(3), torch.zeros(3)).item() == 1
 
 
-def test_adaptive_weight_is_the_ratio_of_the_norms_and_clamped():
-    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.5])
-    assert adaptive_weight(a, b).item() == pytest.approx(5 / (0.5 + ADAPTIVE_EPSILON))
-    assert adaptive_weight(a, torch.zeros(2)).item() == MAX_ADAPTIVE_WEIGHT
-    assert not adaptive_weight(a.requires_grad_(), b).requires_grad
+@pytest.mark.parametrize("scale", [1.0, 512.0])
+def test_adaptive_weight_is_the_ratio_of_the_norms_and_clamped(scale):
+    last = torch.ones(2, requires_grad=True)
+    a, b = ((last * torch.tensor(gradient)).sum() for gradient in ([3.0, 4.0], [0.0, 0.5]))
+    weight = adaptive_weight(a, b, last, scale)
+    assert weight.item() == pytest.approx(5 / (0.5 + ADAPTIVE_EPSILON))
+    assert not weight.requires_grad
+    assert adaptive_weight(a, (0 * last).sum(), last, scale).item() == MAX_ADAPTIVE_WEIGHT
 
 
 @pytest.fixture
 def game(config, tiles):
-    """An objective with all terms, its slow twin's parts, and a discriminator that sees differences."""
+    """A configuration with all terms, the networks, and a discriminator that sees differences."""
     stage = dataclasses.replace(config.autoencoder, discriminator_weight=0.7, l2_weight=0.3)
     torch.manual_seed(0)
     model = create_autoencoder(stage, 16)
@@ -107,80 +113,59 @@ def game(config, tiles):
     discriminator = PatchDiscriminator(8, 1)
     for parameter in discriminator.parameters():  # logits on both sides of the hinge's corners
         parameter.data.mul_(4).add_(0.02 * torch.randn_like(parameter))
-    return stage, AutoencoderObjective(model, stage), discriminator, tiles.batch(range(8))
+    batch = Batch(tiles.batch(range(8)), torch.arange(8))
+    return stage, model, create_perceptual_distance(stage), discriminator, batch
 
 
-def test_one_pass_equals_the_slow_twin(game):
-    """Gradients of autoencoder and discriminator against the plain way: the paper's loss, a pass for each player."""
-    stage, objective, discriminator, images = game
-    model = objective.model
-    parameters, last = list(model.parameters()), model.decoder.conv_out.weight
+def test_gradients_are_those_of_the_papers_losses(game, accelerator):
+    """Each network has the gradients of its own loss, here computed by a pass for each."""
+    stage, model, perceptual, discriminator, batch = game
+    parameters = [*model.parameters(), *discriminator.parameters()]
+    ours = backward_losses(batch, 1.0, model, perceptual, discriminator, stage, accelerator)
+    gradients = [parameter.grad for parameter in parameters]
 
-    ours = objective(images, None, discriminator)
-    gradients = torch.autograd.grad(ours.loss, parameters, retain_graph=True)
-    gradients_D = torch.autograd.grad(ours.discriminator_loss, list(discriminator.parameters()))
-
-    plain = objective(
-        images
-    )  # without the game: its graph gives L_rec + L_VQ and, apart, the decoded images
-    codes = model.quantize.embedding.weight
-    from em_diffusion.autoencoder import quantise
-
-    decoded = model.decode(
-        quantise(model.encode(images).latents, codes).latents, force_not_quantize=True
-    ).sample
-    reconstruction, _ = objective.compare(decoded, images)
+    images, codes = batch.images, model.quantize.embedding.weight
+    quantised = quantise(model.encode(images).latents, codes)
+    decoded = model.decode(quantised.latents, force_not_quantize=True).sample
+    loss_rec = (decoded - images).abs().mean() + 0.3 * (decoded - images).square().mean()
+    loss_rec = loss_rec + stage.perceptual_weight * perceptual(decoded, images)
+    loss_vq = quantised.codebook_loss + stage.commitment_weight * quantised.commitment_loss
     adversarial = -discriminator(decoded).mean()
+    last = model.decoder.conv_out.weight
     norms = [
-        torch.autograd.grad(t, last, retain_graph=True)[0].norm()
-        for t in (reconstruction, adversarial)
+        torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
+        for loss in (loss_rec, adversarial)
     ]
-    weight = norms[0] / (norms[1] + ADAPTIVE_EPSILON)
-    loss = plain.loss + stage.discriminator_weight * weight.detach() * adversarial
-    expected = torch.autograd.grad(loss, parameters)
+    weight = (norms[0] / (norms[1] + ADAPTIVE_EPSILON)).detach()
+    loss = loss_rec + loss_vq + 0.7 * weight * adversarial
+    expected = torch.autograd.grad(loss, list(model.parameters()))
     logits_real, logits_fake = discriminator(images), discriminator(decoded.detach())
     loss_D = (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
-    expected_D = torch.autograd.grad(loss_D, list(discriminator.parameters()))
+    expected += torch.autograd.grad(loss_D, list(discriminator.parameters()))
 
-    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-4)
-    assert ours.terms["adaptive_weight"].item() == pytest.approx(weight.item(), rel=1e-4)
-    assert ours.terms["generator"].item() == pytest.approx(adversarial.item(), rel=1e-4)
-    assert ours.terms["discriminator"].item() == pytest.approx(loss_D.item(), rel=1e-5)
-    assert ours.terms["logits_real"].item() == pytest.approx(logits_real.mean().item(), rel=1e-4)
-    assert ours.terms["logits_fake"].item() == pytest.approx(logits_fake.mean().item(), rel=1e-4)
-    assert {"l1", "l2", "perceptual", "codebook", "commitment"} <= set(ours.terms)
-    assert not any(term.requires_grad for term in ours.terms.values())
-    for a, b in zip([*gradients, *gradients_D], [*expected, *expected_D], strict=True):
+    assert ours["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert ours["adaptive_weight"].item() == pytest.approx(weight.item(), rel=1e-4)
+    assert ours["generator"].item() == pytest.approx(adversarial.item(), rel=1e-4)
+    assert ours["discriminator"].item() == pytest.approx(loss_D.item(), rel=1e-5)
+    assert ours["logits_real"].item() == pytest.approx(logits_real.mean().item(), rel=1e-4)
+    assert ours["logits_fake"].item() == pytest.approx(logits_fake.mean().item(), rel=1e-4)
+    assert {"l1", "l2", "perceptual", "codebook", "commitment"} <= set(ours)
+    for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-3 * max(1e-6, b.abs().max().item()))
-
-
-def test_each_player_moves_alone(game):
-    """The autoencoder's loss gives the discriminator no gradient, nor the discriminator's loss the autoencoder."""
-    _, objective, discriminator, images = game
-    ours = objective(images, None, discriminator)
-    ours.loss.backward(retain_graph=True)
-    assert all(parameter.grad is None for parameter in discriminator.parameters())
-    assert all(parameter.grad is not None for parameter in objective.model.parameters())
-    objective.zero_grad()
-    ours.discriminator_loss.backward()
-    assert all(parameter.grad is None for parameter in objective.model.parameters())
-    for name, parameter in discriminator.named_parameters():
+    for name, parameter in [*model.named_parameters(), *discriminator.named_parameters()]:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_step_makes_one_pass_of_each_network(game):
-    """One pass of the autoencoder; of the discriminator one over the real and one over the decoded images."""
-    _, objective, discriminator, images = game
+def test_a_step_makes_one_pass_of_each_network(game, accelerator):
+    """One of the autoencoder; the discriminator sees the real and the decoded images once."""
+    stage, model, perceptual, discriminator, batch = game
     passes = {"decoder": 0, "encoder": 0, "discriminator": 0}
-    for name, module in (
-        ("decoder", objective.model.decoder),
-        ("encoder", objective.model.encoder),
-        ("discriminator", discriminator),
-    ):
+    networks = zip(passes, (model.decoder, model.encoder, discriminator))
+    for name, module in networks:
         module.register_forward_pre_hook(
             lambda *_, name=name: passes.update({name: passes[name] + 1})
         )
-    objective(images, None, discriminator)
+    backward_losses(batch, 1.0, model, perceptual, discriminator, stage, accelerator)
     assert passes == {"decoder": 1, "encoder": 1, "discriminator": 2}
 
 

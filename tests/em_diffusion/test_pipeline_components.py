@@ -19,9 +19,9 @@ from diffusers import (
 )
 
 from em_diffusion import EMLatentDiffusionPipeline
-from em_diffusion.autoencoder import nearest_codes
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.em_unet2d_model import EMUNet2DModel
+from em_diffusion.pipeline_em_ldm import nearest_codes
 from em_diffusion.samplers import (
     SAMPLERS,
     create_sampler,

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from em_data import load_data
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, posthoc_ema, train_ldm
-from em_diffusion.autoencoder import create_autoencoder, hash_weights
-from em_diffusion.autoencoder_loop import choose_validation_views
+from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.grain import fit_grain
+from em_diffusion.validation import choose_validation_views
+from em_diffusion.weights import hash_weights
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
 from support.config import refuses_config
 
@@ -254,12 +255,13 @@ def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):
     seen = []
     from em_diffusion import autoencoder_loop
 
-    original = autoencoder_loop.AutoencoderObjective.forward
-    monkeypatch.setattr(
-        autoencoder_loop.AutoencoderObjective,
-        "forward",
-        lambda self, images, *rest: (seen.append(images.clone()), original(self, images, *rest))[1],
-    )
+    compute = autoencoder_loop.compute_losses
+
+    def compute_and_record(model, perceptual, images, *rest):
+        seen.append(images.clone())
+        return compute(model, perceptual, images, *rest)
+
+    monkeypatch.setattr(autoencoder_loop, "compute_losses", compute_and_record)
     train_ldm(config)
     data = load_data(config.data, config.tiles, log=lambda text: None)
     train = {image.numpy().tobytes() for image in data.train.batch(range(data.train.num_views))}
@@ -278,6 +280,15 @@ def test_presets_are_whole_and_round_trip(name):
     assert config_from_json(LDMConfig, config_to_json(config)) == config
     for word in ("Hardware:", "Score to expect:"):
         assert word in PRESETS[name].__doc__
+
+
+def test_configurations_of_the_version_before_are_read():
+    """`kind` was `family`, and `compile` had three values."""
+    config = PRESETS["test"]()
+    values = json.loads(config_to_json(config))
+    values["autoencoder"]["family"] = values["autoencoder"].pop("kind")
+    values["denoiser"]["compile"] = "auto"
+    assert config_from_json(LDMConfig, json.dumps(values)) == config
 
 
 def test_paper_preset_has_the_studys_sizes():
@@ -369,7 +380,7 @@ def test_kl_run_from_micrographs_to_reconstructions(tmp_path):
 
     config = make_config(tmp_path)
     recipe = {
-        "family": "kl",
+        "kind": "kl",
         "discriminator_weight": 1.0,
         "discriminator_start_images": 32,
         "discriminator_channels": 8,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import generate_images, train_denoiser
 from em_diffusion.latents import Latents
+from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_evaluation.held_out import HeldOutDistance
 from em_training import create_accelerator, leave_processes, read_best
 
@@ -45,10 +45,8 @@ assert (accelerator.gather(weights[None]) == weights).all(), "the processes have
 torch.manual_seed(1)
 unet = create_denoiser(config, 8, 4).eval()  # the same weights whatever the number of processes
 distance = HeldOutDistance(held_out, 5, 0, accelerator=accelerator)
-generate = partial(
-    generate_images, vqvae, unet, create_scheduler(config), accelerator, 0, num_steps=2
-)
-value = distance.measure(generate)
+pipeline = EMLatentDiffusionPipeline(vqvae, unet, create_scheduler(config))
+value = distance.measure(lambda numbers: generate_images(pipeline, 0, numbers, 2, accelerator))
 assert (accelerator.gather(torch.tensor([value], dtype=torch.float64)) == value).all()
 if accelerator.is_main_process:
     (out / "measured.json").write_text(
