@@ -17,6 +17,7 @@ from em_evaluation.distances import (
 from em_evaluation.images import ImageSet, read_images
 from em_evaluation.statistics import compute_features
 from em_generation.evaluate import EvaluationConfig, find_data, name_models, refuse_other_splits
+from em_generation.sampling import draw_images
 
 
 @dataclass
@@ -61,9 +62,9 @@ def load_reference(
     return Reference(features, images.groups, extractor, num_images, loaded.summary["name"])
 
 
-def sample_levels(sampling, num_images: int, clock=None) -> tuple[np.ndarray, float]:
+def sample_levels(drawer, num_images: int, batch_size: int, clock=None) -> tuple[np.ndarray, float]:
     """Make images 0 .. num_images - 1 by the road of generate.py, without the disk: (uint8 [N, 1, H, W], seconds by `clock`)."""
-    clock = clock or choose_clock(sampling.pipeline.device)
+    clock = clock or choose_clock(drawer.pipeline.device)
     levels: dict[int, np.ndarray] = {}
 
     def write(numbers, images):
@@ -71,7 +72,7 @@ def sample_levels(sampling, num_images: int, clock=None) -> tuple[np.ndarray, fl
         return len(images)
 
     started = clock()
-    sampling.generate(list(range(num_images)), write, num_writers=1, progress=lambda count: None)
+    draw_images(drawer, range(num_images), write, batch_size=batch_size)
     return np.stack([levels[i] for i in range(num_images)]), clock() - started
 
 

@@ -22,15 +22,15 @@ import torch
 import tyro
 from sampler_points import is_as_good, load_reference, sample_levels
 
+from em_diffusion.drawing import LDMDrawer
+from em_diffusion.family import LDMOptions
 from em_diffusion.samplers import (
     SAMPLERS,
-    create_sampler,
     is_flow,
     list_samplers,
     store_default_sampler,
 )
-from em_generation.generate import GenerationConfig, create_sampling, hash_weights
-from em_generation.loading import find_pipeline_folder, load_pipeline
+from em_generation.loading import find_pipeline_folder, read_model
 from em_training import create_process_state, default_precision, write_text_atomically
 from em_training.cli import run_command
 
@@ -91,20 +91,19 @@ def sweep(config: SweepConfig) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     precision = default_precision() if config.precision == "auto" else config.precision
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    pipeline = load_pipeline(config.model, device=state.device, dtype=dtype)
+    model = read_model(config.model)
+    pipeline = model.load(device=state.device, dtype=dtype)
     reference = load_reference(
         config.model, config.num_images, data=config.data, seed=config.seed, device=state.device
     )
     saved = pipeline.scheduler
     first = ("flow-euler" if is_flow(saved) else "ddim", NUM_REFERENCE_STEPS)
-    key = [hash_weights(config.model), config.seed, reference.num_images, precision]
+    key = [model.weights_sha256, config.seed, reference.num_images, precision]
     key += [str(state.device), config.threads, config.batch_size]
 
     points, baseline = [], None
     for name, num_steps in [first, *list_points(config, saved, first)]:
-        images, seconds = measure(
-            pipeline, saved, name, num_steps, config, reference.num_images, out, key
-        )
+        images, seconds = measure(pipeline, name, num_steps, config, reference.num_images, out, key)
         distance = reference.measure(images)
         interval = reference.interval(distance)
         if baseline is None:
@@ -176,28 +175,20 @@ def count_evaluations(name: str, num_steps: int) -> int:
     return num_steps if SAMPLERS[name].evaluations_per_step == 1 else 2 * num_steps - 1
 
 
-def measure(pipeline, saved, name, num_steps, config: SweepConfig, num_images: int, out: Path, key):
+def measure(pipeline, name, num_steps, config: SweepConfig, num_images: int, out: Path, key):
     """(images uint8 [N, 1, H, W], seconds) of one point, read where an earlier sweep has left them."""
-    pipeline.scheduler = create_sampler(name, saved)
     key = json.dumps([*key, name, num_steps])
     path = out / "points" / f"{name}-{num_steps}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["key"]) == key:
                 return stored["images"], float(stored["seconds"])
-    settings = GenerationConfig(
-        model=config.model,
-        out="",
-        seed=config.seed,
-        batch_size=config.batch_size,
-        num_inference_steps=num_steps,
-    )
-    sampling = create_sampling(pipeline, "ldm", settings)
+    options = LDMOptions(num_inference_steps=num_steps, scheduler=name)
+    drawer = LDMDrawer(pipeline, options, seed=config.seed, batch_size=config.batch_size)
     if not (out / "points").exists():
-        sample_levels(
-            sampling, min(num_images, config.batch_size)
-        )  # the first batch pays for what comes once
-    images, seconds = sample_levels(sampling, num_images)
+        # the first batch pays for what comes once
+        sample_levels(drawer, min(num_images, config.batch_size), config.batch_size)
+    images, seconds = sample_levels(drawer, num_images, config.batch_size)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     with temporary.open("wb") as file:

@@ -27,10 +27,12 @@ import torch
 import tyro
 from sampler_points import choose_clock, is_as_good, load_reference
 
+from em_diffusion.drawing import LDMDrawer
+from em_diffusion.family import LDMOptions
 from em_diffusion.presets import PRESETS
 from em_diffusion.samplers import create_sampler, is_flow
-from em_generation.generate import GenerationConfig, create_sampling
 from em_generation.loading import load_pipeline
+from em_generation.sampling import draw_images
 from em_training import create_process_state, seed_for
 from em_training.cli import run_command
 
@@ -64,10 +66,10 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
     state = create_process_state()
     torch.set_num_threads(1)
     model = config.model or train_small_model()
-    sampling, baseline = prepare(model, config, state.device)
-    steps = sampling.pipeline.config.default_num_inference_steps
+    drawer, baseline = prepare(model, config, state.device)
+    steps = drawer.num_steps
     facts = {
-        "sampler": type(sampling.pipeline.scheduler).__name__,
+        "sampler": type(drawer.pipeline.scheduler).__name__,
         "num_inference_steps": steps,
         "batch_size": config.batch_size,
         "device": str(state.device),
@@ -88,7 +90,7 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
         print(json.dumps(lines[-1]), flush=True)
 
     reference = load_reference(model, config.num_images, device=state.device, log=lambda line: None)
-    ours, theirs, seconds = run_by_turns(sampling, baseline, config, reference.num_images)
+    ours, theirs, seconds = run_by_turns(drawer, baseline, config, reference.num_images)
     clock = "CPU time, one thread" if state.device.type == "cpu" else "wall time"
     rate = reference.num_images / seconds.sum(axis=0)
     report(
@@ -142,15 +144,9 @@ def prepare(model: str, config: BenchmarkConfig, device):
             ScaledAutoencoder(stock), stock.unet, create_sampler("ddim", stock.scheduler)
         )
     baseline.set_progress_bar_config(disable=True)
-    settings = GenerationConfig(
-        model=model,
-        out="",
-        seed=config.seed,
-        batch_size=config.batch_size,
-        precision="no",
-        grain=False,
-    )  # the stock pipeline adds no grain
-    return create_sampling(load_pipeline(model, device=device), "ldm", settings), baseline
+    ours = load_pipeline(model, device=device)
+    options = LDMOptions(grain=False)  # the stock pipeline adds no grain
+    return LDMDrawer(ours, options, seed=config.seed, batch_size=config.batch_size), baseline
 
 
 class ScaledAutoencoder(torch.nn.Module):
@@ -166,9 +162,9 @@ class ScaledAutoencoder(torch.nn.Module):
         return self.vqvae.decode(self.denormalise(latents))
 
 
-def run_by_turns(sampling, baseline, config: BenchmarkConfig, num_images: int):
+def run_by_turns(drawer, baseline, config: BenchmarkConfig, num_images: int):
     """(our images, the baseline's, uint8 [N, 1, H, W]; seconds [batches, 2]) of the same noise, batch after batch."""
-    clock = choose_clock(sampling.pipeline.device)
+    clock = choose_clock(drawer.pipeline.device)
     ours, theirs, seconds = {}, [], []
 
     def write(numbers, images):
@@ -176,7 +172,7 @@ def run_by_turns(sampling, baseline, config: BenchmarkConfig, num_images: int):
         return len(images)
 
     def make_ours(numbers):
-        sampling.generate(numbers, write, num_writers=1, progress=lambda count: None)
+        draw_images(drawer, numbers, write, batch_size=config.batch_size)
 
     make_ours(
         list(range(min(num_images, config.batch_size)))

@@ -47,6 +47,7 @@ from em_data import load_data, read_image_folder
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, denoiser_loop
 from em_diffusion.autoencoder import decode, encode
 from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.family import LDMOptions
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.samplers import DEFAULT_SAMPLERS, SAMPLERS
 from em_diffusion.train import run_autoencoder_stage, run_grain_stage, run_latents_stage
@@ -321,9 +322,11 @@ def evaluate(shared, results, arguments, out):
                 out=str(images),
                 num_images=arguments.num_images,
                 seed=arguments.seed,
-                scheduler=arguments.sampler,
-                num_inference_steps=arguments.num_inference_steps,
-                grain=with_grain,
+                options=LDMOptions(
+                    scheduler=arguments.sampler,
+                    num_inference_steps=arguments.num_inference_steps,
+                    grain=with_grain,
+                ),
             )
         )
         result = results[OURS if key == "ours" else PLAIN]

@@ -1,13 +1,77 @@
 """Generate images from a trained model: a run, a saved pipeline or a Hub repository."""
 
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
 import tyro
 
-from em_generation.generate import GenerationConfig, generate_images
+from em_generation.families import FAMILIES
+from em_generation.generate import GenerationConfig, generate_images, write_preview
+from em_generation.loading import Model, read_model
 from em_training.cli import run_command
+from em_training.family import Family
+
+HELP = """Generate images from a trained model into a folder.
+
+  python generate.py --model runs/demo/ldm --out images --num-images 5000
+  python generate.py --model MODEL --help          also shows the sampling options of MODEL's family
+
+Beside the folder, OUT-preview.png shows the first images. The same command resumes where it
+stopped."""
+
+
+def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
+    """Read the command line: --model first, then the flags that a model of its family takes."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model")
+    source = finder.parse_known_args(argv)[0].model
+    if source is None:
+        tyro.cli(make_class(None), args=argv, description=HELP)  # ends with help or an error
+        raise ValueError("Name a model with --model.")
+    model = read_model(source)
+    refuse_options_of_others(argv, model)
+    config = tyro.cli(make_class(model.family), args=argv, description=HELP)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return GenerationConfig(**values), model
+
+
+def make_class(family: Family | None) -> type:
+    """Return `GenerationConfig` with the family's options as flags of their own."""
+    kind = Annotated[None, tyro.conf.Suppress]
+    default = dataclasses.field(default=None)
+    if family is not None:
+        kind = Annotated[family.options, tyro.conf.arg(name="")]
+        default = dataclasses.field(default_factory=family.options)
+    return dataclasses.make_dataclass(
+        "GenerationConfig", [("options", kind, default)], bases=(GenerationConfig,), frozen=True
+    )
+
+
+def refuse_options_of_others(argv: Sequence[str], model: Model) -> None:
+    """Refuse a flag that only models of another family have, with a sentence that says so."""
+    own = {field.name for field in dataclasses.fields(model.family.options)}
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv
+             if word.startswith("--")}  # fmt: skip
+    for family in FAMILIES:
+        names = {field.name for field in dataclasses.fields(family.options)} - own
+        wrong = [name for name in given if name in names or name.removeprefix("no_") in names]
+        if wrong:
+            flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+            raise ValueError(
+                f"{flags}: only models of the family {family.title} have this option, and "
+                f"{model.source} is a {model.title}. Leave it out."
+            )
 
 
 def run() -> None:
-    generate_images(tyro.cli(GenerationConfig), refuse_unused=True)
+    config, model = parse(sys.argv[1:])
+    record = generate_images(config, model)
+    preview = write_preview(config.out)
+    print(f"{record['num_images']:,} images in {config.out}, the first ones in {preview}")
+    print(f"Next: python evaluate.py --models {config.model} judges the model by such images.")
 
 
 def main() -> None:

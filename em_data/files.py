@@ -1,7 +1,9 @@
 """Files and folders that are complete or absent, locks, and the cache. Imports nothing of ours."""
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -19,6 +21,18 @@ def find_cache_dir(cache_dir=None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em-synthesis"
+
+
+def make_folder_name(name: str) -> str:
+    """Return a name that is safe as one folder: lower case, no separators, no dots at the start.
+
+    A name that loses more than spaces and capitals gets a checksum, so that two stay two.
+    """
+    plain = str(name).lower().replace(" ", "-")
+    safe = re.sub(r"[^\w.-]", "-", plain).lstrip(".-")[:80].rstrip(".")
+    if safe and safe == plain:
+        return safe
+    return f"{safe or 'model'}-{hashlib.sha256(str(name).encode()).hexdigest()[:8]}"
 
 
 def write_atomically(path, data: bytes | str) -> None:

@@ -124,16 +124,18 @@ class LDMDrawer:
 
         A part may be decoded twice, so its grain is drawn by copies of the generators.
         """
-        images, start = [], 0
+        images, start, is_smaller = [], 0, False
         while start < len(latents):
             rows = latents[start : start + self.decode_batch_size]
             count = len(rows)
             try:
                 images.append(self._decode_part(rows, rngs[start : start + count], add_grain))
             except (RuntimeError, MemoryError) as error:
-                self.decode_batch_size = halve_batch(count, error)
-                self.say(f"out of memory: going on with --decode-batch-size {count // 2}")
+                self.decode_batch_size, is_smaller = halve_batch(count, error), True
                 continue
+            if is_smaller:
+                is_smaller = False
+                self.say(f"out of memory: going on with --decode-batch-size {count}")
             start += count
         return torch.cat(images)
 

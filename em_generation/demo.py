@@ -19,11 +19,13 @@ import torch
 from em_data import save_image_grid
 from em_diffusion.samplers import create_sampler, list_samplers
 from em_evaluation.report import make_scale_bar
-from em_generation.generate import DTYPES, NOISE_MODE
-from em_generation.loading import load_pipeline, read_run_info
+from em_generation.generate import DTYPES
+from em_generation.loading import load_pipeline, read_model
 from em_generation.store import create_store
-from em_stylegan.interpolate import mix_styles, save_video, walk
+from em_stylegan.drawing import NOISE_MODE
+from em_stylegan.interpolate import mix_styles, save_video
 from em_training import create_process_state, default_precision, seed_for
+from em_training.walk import walk, walk_noise
 
 MAX_IMAGES, MAX_STEPS, MAX_FRAMES = 16, 250, 240
 NUM_KEYS = 4  # images that a walk passes
@@ -99,7 +101,7 @@ def load_demo_model(source: str, family: str, *, dtype: torch.dtype | None = Non
             f"{source} is of the family {found}: give it as --{found}, not as --{family}"
         )
     pipeline.set_progress_bar_config(disable=True)
-    name = read_run_info(source).name
+    name = read_model(source).name
     return DemoModel(source, name, family, pipeline, getattr(pipeline, "scheduler", None))
 
 
@@ -222,17 +224,6 @@ def walk_stylegan(
                 progress(sum(map(len, images)) / len(frames))
     settings = {"seed": seed, "truncation": truncation_psi}
     return Drawing(torch.cat(images), model.name, model.pixel_size_nm, settings)
-
-
-def walk_noise(keys: torch.Tensor, frames_per_key: int) -> torch.Tensor:
-    """A closed path [K frames_per_key, ...] through noise keys [K, ...], on which every frame is normal noise of unit variance.
-
-    A frame of `em_stylegan.interpolate.walk` is a sum of keys with weights a; of independent normal keys it has the variance sum a²,
-    and is divided by its root.
-    """
-    weights = walk(torch.eye(len(keys)), frames_per_key)  # [K frames_per_key, K]
-    weights = weights / weights.norm(dim=1, keepdim=True)
-    return torch.einsum("fk,k...->f...", weights, keys)
 
 
 def find_layers(num_ws: int, which: str) -> tuple[int, int]:

@@ -2,28 +2,17 @@
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from em_data import DataConfig, load_data, read_image_folder
-from em_diffusion.autoencoder import decode, encode
+from em_data.files import make_folder_name
 from em_evaluation import ModelImages, evaluate_models, write_report
 from em_evaluation.compare import compare_reports
 from em_generation.extractors import create_extractors
+from em_generation.families import make_options
 from em_generation.generate import GenerationConfig, generate_images
-from em_generation.loading import RunInfo, load_pipeline, read_run_info
-from em_training import config_from_dict, create_process_state, make_generator, read_stats
-
-FAMILY_NAMES = {
-    "ldm": "LDM",
-    "stylegan1": "StyleGAN",
-    "stylegan2": "StyleGAN2",
-    "stylegan3-t": "StyleGAN3-T",
-    "stylegan3-r": "StyleGAN3-R",
-}
-STAGES = ("autoencoder", "denoiser", "stylegan")
+from em_generation.loading import Model, read_model
+from em_training import config_from_dict, create_process_state, read_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +54,9 @@ class EvaluationConfig:
     """Seed of generated images, of drawn tiles and of intervals."""
     batch_size: int = 50
     """Images at once."""
-    num_inference_steps: int | None = None
-    """LDM only: denoising steps; the pipeline's own default where it is left out."""
-    scheduler: str | None = None
-    """LDM only: a sampler instead of the one saved with the model, as generate.py takes it; wants --num-inference-steps."""
-    grain: bool = True
-    """LDM only: with the noise that the autoencoder leaves out, where the model knows it; of its autoencoder's own images too."""
+    sampling: tuple[str, ...] = ()
+    """KEY=VALUE of sampling options as generate.py has them, such as num-inference-steps=20
+    scheduler=ddim grain=false; each model takes those of its family."""
     precision: str = "auto"
     """auto (bf16 where the hardware has it), bf16 or no (float32): of sampling."""
     compare: tuple[str, ...] = ()
@@ -99,19 +85,19 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
 
     with state.main_process_first():
         extractors = create_extractors(config, data.summary, state)
-    generated = {name: generate(config, name, model) for name, (model, _) in models.items()}
+    generated = {name: generate(config, name, model) for name, model in models.items()}
     without_grain = {
-        name: generate(config, name, model, grain=False)[0]
+        name: generate(config, name, model, with_grain=False)[0]
         if config.memorisation and generated[name][1]["settings"].get("grain")
         else None
-        for name, (model, _) in models.items()
+        for name, model in models.items()
     }
     starts = {start: generate_starts(config, models, start) for start in ("untrained", "start")}
 
     evaluated = evaluate_models(
         [
             describe(name, info, *generated[name], without_grain[name])
-            for name, (_, info) in models.items()
+            for name, info in models.items()
         ],
         data.summary,
         data.held_out,
@@ -141,32 +127,31 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     return page
 
 
-def name_models(models: tuple[str, ...]) -> dict[str, tuple[str, RunInfo]]:
-    """Return {name in the report: (model, what its run says)}; a family's name where it is the only one, else the folder's."""
+def name_models(models: tuple[str, ...]) -> dict[str, Model]:
+    """Return {name in the report: model}; a family's name where it is the only one, else the folder's."""
     if not models:
         raise ValueError(
             "no model was named; give at least one run, pipeline or Hub id with --models"
         )
-    infos = []
+    found = []
     for text in models:
-        name, _, model = ("", "", text) if Path(text).exists() else text.rpartition("=")
-        infos.append((name, model, read_run_info(model)))
-    families = [info.family for _, _, info in infos]
+        name, _, source = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        found.append((name, read_model(source)))
+    titles = [model.title for _, model in found]
     named = {}
-    for name, model, info in infos:
-        alone = families.count(info.family) == 1 and info.family in FAMILY_NAMES
-        name = name or (FAMILY_NAMES[info.family] if alone else info.name)
+    for name, model in found:
+        name = name or (model.title if titles.count(model.title) == 1 else model.name)
         if name in named:
             raise ValueError(
-                f"two models are called {name}; tell them apart with --models NAME={model}"
+                f"two models are called {name}; tell them apart with --models NAME={model.source}"
             )
-        named[name] = (model, info)
+        named[name] = model
     return named
 
 
 def find_data(config: EvaluationConfig, models: dict) -> tuple[str, DataConfig]:
     """Return source and tiling: what the flags say, else what the first model with a run was trained on."""
-    runs = [info for _, info in models.values() if info.config]
+    runs = [info for info in models.values() if info.config]
     told = [
         info.config["data"] for info in runs if info.config.get("data")
     ]  # not of a private folder's on the Hub
@@ -195,7 +180,7 @@ def parse_pairs(pairs: tuple[str, ...]) -> dict:
 
 def refuse_other_splits(models: dict, summary: dict) -> None:
     """Refuse to judge a model by micrographs that it may have been trained on, or by tiles cut or scaled in another way."""
-    for name, (_, info) in models.items():
+    for name, info in models.items():
         trained = info.data.get("split_hash")
         if trained is not None and trained != summary["split_hash"]:
             raise ValueError(
@@ -211,42 +196,39 @@ def refuse_other_splits(models: dict, summary: dict) -> None:
             )
 
 
-def generate(config: EvaluationConfig, name: str, model: str, grain: bool | None = None):
-    """Return (images, record) of a model, generated where they are not there yet; `grain` as the configuration has it if None.
-
-    Images of other grain than the configuration's lie in a folder beside the others, where no model's name leads.
-    """
-    images = "images" if grain is None else "images-without-grain"
-    folder = Path(config.out) / images / name.lower().replace(" ", "-")
-    record = generate_images(
-        GenerationConfig(
-            model=model,
-            out=str(folder),
-            num_images=config.num_images,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            precision=config.precision,
-            num_inference_steps=config.num_inference_steps,
-            scheduler=config.scheduler,
-            grain=config.grain if grain is None else grain,
-        )
+def generate(config: EvaluationConfig, name: str, model: Model, with_grain: bool = True):
+    """Return (images, record) of a model; generate those that are missing."""
+    options = make_options([model.family], config.sampling)[model.family.name]
+    images = "images"
+    if not with_grain:
+        options, images = model.family.without_grain(options), "images-without-grain"
+    folder = Path(config.out) / images / make_folder_name(name)
+    generation = GenerationConfig(
+        model=model.source,
+        out=str(folder),
+        num_images=config.num_images,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        options=options,
     )
+    record = generate_images(generation, model)
     return read_image_folder(folder), record
 
 
 def generate_starts(config: EvaluationConfig, models: dict, start: str) -> dict:
-    """Return {name: images} of the first weights of each run that saved them: "untrained" ones, or those of a "start" elsewhere."""
+    """Return {name: images} of the first weights ("untrained" or "start") of runs that have them."""
     folders = {
-        name: info.folder / start for name, (_, info) in models.items() if info.folder is not None
+        name: model.folder / start for name, model in models.items() if model.folder is not None
     }
     return {
-        name: generate(config, f"{name} {start}", str(folder))[0]
+        name: generate(config, f"{name} {start}", read_model(str(folder)))[0]
         for name, folder in folders.items()
         if (folder / "model_index.json").exists()
     }
 
 
-def describe(name: str, info: RunInfo, images, record: dict, without_grain=None) -> ModelImages:
+def describe(name: str, info: Model, images, record: dict, without_grain=None) -> ModelImages:
     """Return what the report says of one model."""
     return ModelImages(
         name=name,
@@ -258,7 +240,7 @@ def describe(name: str, info: RunInfo, images, record: dict, without_grain=None)
         sample_images_per_second=record.get("sample_images_per_second"),
         curves={
             stage: read_stats(info.folder / stage)
-            for stage in STAGES
+            for stage in info.family.stages
             if info.folder and (info.folder / stage).exists()
         },
         info={
@@ -271,42 +253,22 @@ def describe(name: str, info: RunInfo, images, record: dict, without_grain=None)
 
 
 def make_reconstructions(config: EvaluationConfig, models: dict, device) -> dict:
-    """Return {name: function} that sends images [B, 1, H, W] in [-1, 1] through the autoencoder of each LDM and back."""
+    """Return {part of a model: function that sends images through it} for all models."""
     functions = {}
-    for name, (model, info) in models.items():
-        if info.family in ("ldm", "unknown"):
-            pipeline = load_pipeline(model, device=device)
-            if hasattr(pipeline, "vqvae"):
-                grain = pipeline.grain if config.grain else None
-                key = (
-                    f"autoencoder of {name}"
-                    if grain is None
-                    else f"autoencoder and grain of {name}"
-                )
-                functions[key] = partial(
-                    reconstruct,
-                    pipeline.vqvae,
-                    grain=grain,
-                    generator=make_generator(config.seed, stream="grain"),
-                )
+    for name, model in models.items():
+        options = make_options([model.family], config.sampling)[model.family.name]
+        pipeline = model.load(device=device)
+        for level in model.family.reference_levels(pipeline, options, config.seed):
+            functions[f"{level.part} of {name}"] = level.apply
     return functions
-
-
-@torch.no_grad()
-def reconstruct(vqvae, images, grain=None, generator=None):
-    """Images [B, 1, H, W] in [-1, 1] through the autoencoder and back, with the grain where there is one; float32 on the CPU."""
-    decoded = decode(vqvae, encode(vqvae, images.to(vqvae.device))).float().clamp(-1, 1)
-    return (decoded if grain is None else grain(decoded, generator).clamp(-1, 1)).cpu()
 
 
 def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
     """Return the command that makes this report again, with the models' names in place of paths; local data and weights left out."""
     defaults = {field.name: field.default for field in dataclasses.fields(EvaluationConfig)}
-    words = ["python evaluate.py --models", *(info.name for _, info in models.values())]
+    words = ["python evaluate.py --models", *(info.name for info in models.values())]
     for name in (
         "num_images",
-        "num_inference_steps",
-        "scheduler",
         "resize_mode",
         "input_px",
         "feature_precision",
@@ -317,11 +279,9 @@ def list_commands(config: EvaluationConfig, models: dict) -> list[str]:
         if name == "num_images" or value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
     words += [
-        f"--no-{name}"
-        for name in ("microscopy", "memorisation", "grain")
-        if not getattr(config, name)
+        f"--no-{name}" for name in ("microscopy", "memorisation") if not getattr(config, name)
     ]
-    for name in ("extractors", "metrics", "tiles", "floors"):
+    for name in ("extractors", "metrics", "tiles", "floors", "sampling"):
         if getattr(config, name) != defaults[name]:
             words.append(f"--{name} {' '.join(getattr(config, name))}")
     return [" ".join(words)]

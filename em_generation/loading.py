@@ -1,104 +1,165 @@
-"""A training run, a saved pipeline or a Hub repository -> a pipeline ready to sample."""
+"""A training run, a saved pipeline or a Hub repository -> what is known of it, and its pipeline."""
 
-import dataclasses
+import hashlib
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import diffusers
-import torch
-from diffusers import DiffusionPipeline
-
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_generation.families import read_family
 from em_hub.transport import HUB_ID, fetch_repository
-from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_training.family import Family
 
 PATTERNS = ["*.json", "*/*.json", "*/*.safetensors"]  # of a repository: no code
 OTHER_VARIANTS = ["*.bf16.*", "*.bf16-*", "*.fp16.*", "*.fp16-*"]  # of the same weights
-PIPELINES = {cls.__name__: cls for cls in (EMLatentDiffusionPipeline, EMStyleGANPipeline)}
 
 
-@dataclasses.dataclass(frozen=True)
-class RunInfo:
-    """What a finished run says of itself in run.json: name, family, seconds, images seen, data; empty fields for a bare pipeline."""
+@dataclass(frozen=True)
+class Model:
+    """A trained model, found once; `load` makes its pipeline.
 
-    name: str
-    family: str
-    train_seconds: float | None
-    num_images_seen: int | None
-    data: dict
-    config: dict
-    folder: Path | None
-
-
-def load_pipeline(
-    model: str, *, device="cpu", dtype: torch.dtype = torch.float32
-) -> DiffusionPipeline:
-    """Load the pipeline of `model`: a run's folder, a folder written by `save_pretrained`, or a Hub id (owner/name, owner/name@revision).
-
-    Only our own installed classes are used; no code is downloaded. Raises `ValueError` when `model` is none of the three, when the
-    run is not finished, when the pipeline is of another kind, and when the Hub cannot be reached or sends damaged files.
+    Attributes:
+        source: As the user named it.
+        name: That of its run, or of its folder. It may come from others' files: use
+            `em_data.files.make_folder_name` before a path is made of it.
+        family, kind: What it is, such as "stylegan3-t" of the StyleGANs.
+        pipeline_folder: Where model_index.json lies.
+        folder: The local folder of the run; None for a Hub repository.
+        train_seconds, num_images_seen, data, config: From run.json; None or empty if unknown.
     """
-    source = fetch_pipeline_folder(model)
-    class_name = read_class_name(source)
-    if class_name not in PIPELINES:
-        raise ValueError(
-            f"{model} holds a {class_name}; this package samples from {', '.join(PIPELINES)}"
-        )
-    # the bar over two or three components says nothing; sampling has one of its own
-    diffusers.utils.logging.disable_progress_bar()
-    pipeline = PIPELINES[class_name].from_pretrained(str(source), dtype=dtype)
-    return pipeline.to(device)
+
+    source: str
+    name: str
+    family: Family
+    kind: str
+    pipeline_folder: Path
+    folder: Path | None
+    train_seconds: float | None = None
+    num_images_seen: int | None = None
+    data: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        """The kind of model in what people read, such as "StyleGAN3-T"."""
+        return self.family.titles[self.kind]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weight files that the pipeline loads."""
+        return hash_weight_files(self.pipeline_folder)
+
+    def load(self, *, device="cpu", dtype=None):
+        """Load the pipeline with the installed class; no code of a repository is run.
+
+        dtype: torch.float32 by default. Raises `ValueError` if a file is damaged or missing.
+        """
+        import diffusers
+        import torch
+
+        # two or three components do not need a progress bar
+        diffusers.utils.logging.disable_progress_bar()
+        cls = self.family.import_pipeline()
+        pipeline = cls.from_pretrained(str(self.pipeline_folder), dtype=dtype or torch.float32)
+        return pipeline.to(device)
 
 
-def read_class_name(folder: Path) -> str:
-    """Return the name of the class that a saved pipeline's model_index.json names."""
-    name = DiffusionPipeline.load_config(str(folder))["_class_name"]
-    return name[-1] if isinstance(name, list | tuple) else name
+def read_model(source: str) -> Model:
+    """Find a model and read what is known of it; a Hub repository is downloaded once.
+
+    Args:
+        source: A run's folder, a folder written by `save_pretrained`, or a Hub id (owner/name,
+            owner/name@revision).
+
+    Raises:
+        ValueError: `source` is none of the three, its training is not finished, its pipeline is of
+            an unknown class, or the Hub cannot be reached or sends damaged files.
+    """
+    folder = find_pipeline_folder(source)
+    run = None if folder is None else Path(source)
+    folder = fetch_pipeline_folder(source) if folder is None else folder
+    family, kind = read_family(folder)
+    path = (run or folder) / "run.json"
+    content = read_run_file(path) if path.is_file() else {}
+    name = content.get("name") or Path(source).name
+    return Model(
+        source,
+        str(name),
+        family,
+        kind,
+        folder,
+        run,
+        content.get("train_seconds"),
+        content.get("num_images_seen"),
+        content.get("data") or {},
+        content.get("config") or {},
+    )
 
 
-def fetch_pipeline_folder(model: str) -> Path:
-    """Return the local folder with `model`'s model_index.json; a Hub id's is downloaded once, and found without a network then."""
-    folder = find_pipeline_folder(model)
-    if folder is not None:
-        return folder
-    folder = fetch_repository(model, PATTERNS, ignore=OTHER_VARIANTS)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"the Hub repository {model} holds no pipeline (no model_index.json)")
-    return folder
+def read_run_file(path: Path) -> dict:
+    """Read a run.json; `ValueError` with its path if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
-def find_pipeline_folder(model: str) -> Path | None:
-    """Return the local folder with `model`'s model_index.json, or None where `model` reads as a Hub id (owner/name[@revision])."""
-    path = Path(model)
+def load_pipeline(source: str, *, device="cpu", dtype=None):
+    """Load the pipeline of a model; see `read_model` and `Model.load`."""
+    return read_model(source).load(device=device, dtype=dtype)
+
+
+def find_pipeline_folder(source: str) -> Path | None:
+    """Return the local folder with model_index.json; None if `source` reads as a Hub id."""
+    path = Path(source)
     for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():
             return folder
     if path.exists():
         raise ValueError(
-            f"{model} holds no finished model (no model_index.json); run its training to the end first, with the same command"
+            f"{source} holds no finished model (no model_index.json). Finish its training first, "
+            "with the same command."
         )
-    if not HUB_ID.fullmatch(model) or model.startswith((".", "runs/")):
+    if not HUB_ID.fullmatch(source) or source.startswith((".", "runs/")):
         raise ValueError(
-            f"there is no folder {model}, and it is not a Hub id (owner/name or owner/name@revision)"
+            f"There is no folder {source}, and it is not a Hub id (owner/name or "
+            "owner/name@revision)."
         )
     return None
 
 
-def read_run_info(model: str) -> RunInfo:
-    """Return what is known of `model` beside its weights; a bare pipeline is known by its name and class only.
+def fetch_pipeline_folder(source: str) -> Path:
+    """Return the local folder with model_index.json; download a Hub repository if needed."""
+    folder = find_pipeline_folder(source)
+    if folder is not None:
+        return folder
+    folder = fetch_repository(source, PATTERNS, ignore=OTHER_VARIANTS)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"The Hub repository {source} holds no pipeline (no model_index.json).")
+    return folder
 
-    A repository that was published from a run tells of it in its run.json.
+
+def hash_weight_files(folder: Path) -> str:
+    """Return the SHA-256 of the weight files of a pipeline's folder.
+
+    A retrained model and another revision are other models. Other variants of the same weights,
+    and components that the index does not name, do not count.
     """
-    path = Path(model)
-    is_on_hub = not (path / "run.json").is_file() and find_pipeline_folder(model) is None
-    file = (fetch_pipeline_folder(model) if is_on_hub else path) / "run.json"
-    if file.is_file():
-        content = json.loads(file.read_text())
-        known = {
-            key: content.get(key) for key in ("name", "family", "train_seconds", "num_images_seen")
-        }
-        folder = None if is_on_hub else path
-        return RunInfo(
-            **known, data=content.get("data", {}), config=content.get("config", {}), folder=folder
-        )
-    return RunInfo(path.name, "unknown", None, None, {}, {}, path if path.exists() else None)
+    index = json.loads((folder / "model_index.json").read_text())
+    unused = {
+        name for name, value in index.items() if isinstance(value, list) and value[-1] is None
+    }
+    digest, has_weights = hashlib.sha256(), False
+    for path in sorted(folder.rglob("*.safetensors")):
+        if path.relative_to(folder).parts[0] in unused or any(map(path.match, OTHER_VARIANTS)):
+            continue
+        has_weights = True
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if not has_weights:
+        raise ValueError(f"{folder} holds no weights as safetensors files.")
+    return digest.hexdigest()

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 
 from em_data import save_image_grid
 from em_evaluation.environment import describe_environment
-from em_generation.generate import hash_weights
-from em_generation.loading import PIPELINES, find_pipeline_folder, load_pipeline, read_class_name
+from em_generation.loading import find_pipeline_folder, hash_weight_files, read_model
 from em_hub.card import VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_training import write_text_atomically
@@ -78,7 +77,7 @@ def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.
     )  # before anything long begins
     with tempfile.TemporaryDirectory(prefix="em-publish-") as temporary:
         build_repository(config, Path(temporary))
-        class_name = read_class_name(Path(temporary))
+        class_name = read_model(temporary).family.class_name
         upload = upload_folder(
             temporary,
             config.repo,
@@ -159,13 +158,9 @@ def build_repository(config: PublishConfig, out: Path) -> None:
         raise ValueError(f"--num-samples {config.num_samples}: a number of images, or 0 for none")
     source = find_pipeline_folder(config.run)
     evaluation = (
-        read_evaluation(config.evaluation, hash_weights(str(source))) if config.evaluation else None
+        read_evaluation(config.evaluation, hash_weight_files(source)) if config.evaluation else None
     )
-    pipeline = load_pipeline(str(source))
-    if type(pipeline).__name__ not in PIPELINES:
-        raise ValueError(
-            f"{config.run} holds a {type(pipeline).__name__}; only {', '.join(PIPELINES)} are published"
-        )
+    pipeline = read_model(str(source)).load()
     record = make_record(Path(config.run))
     if config.num_samples:
         save_image_grid(draw_samples(pipeline, config.num_samples), out / "samples.png")

@@ -19,6 +19,7 @@ in images seen and in feature maps (see those recipes), as the table says: it sh
 """
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from em_diffusion.selection_output import join
 from em_evaluation.conclusion import STUDY
 from em_evaluation.images import read_images
 from em_generation.generate import GenerationConfig, generate_images
+from em_generation.loading import read_model
 from em_training.cli import run_command
 
 STUDY_MODELS = {model["family"]: model for model in STUDY["models"]}
@@ -105,11 +107,15 @@ def generate(model: Model, folder, arguments, num_images) -> tuple:
         / f"comparison_{arguments.scale}"
         / model.name.replace(" ", "_").replace(",", "")
     )
+    found = read_model(str(folder))
     sampling = {"scheduler": model.scheduler, "num_inference_steps": model.num_inference_steps}
-    record = generate_images(
-        GenerationConfig(model=str(folder), out=str(out), num_images=num_images, precision="no" if arguments.scale != "study" else "auto",
-                         **(sampling if model.family == "ldm" else {}))
-    )  # fmt: skip
+    known = {field.name for field in dataclasses.fields(found.family.options)}
+    options = found.family.options(**{key: sampling[key] for key in sampling if key in known})
+    precision = "auto" if arguments.scale == "study" else "no"
+    config = GenerationConfig(
+        str(folder), str(out), num_images, precision=precision, options=options
+    )
+    record = generate_images(config, found)
     return read_image_folder(out), record
 
 

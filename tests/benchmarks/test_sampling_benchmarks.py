@@ -136,7 +136,7 @@ def test_the_benchmark_compares_the_same_images(run, capsys):
     )
     sampling, baseline = benchmark.prepare(run, config, torch.device("cpu"))
     sampling.pipeline.scheduler = baseline.scheduler
-    sampling.call["num_inference_steps"] = 3
+    sampling.num_steps = 3
     ours, theirs, seconds = benchmark.run_by_turns(sampling, baseline, config, 20)
     assert np.median(np.abs(ours.astype(int) - theirs)) <= 1
     assert len(np.unique(ours.reshape(20, -1), axis=0)) == 20

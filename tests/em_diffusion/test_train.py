@@ -376,7 +376,7 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
 
 def test_kl_run_from_micrographs_to_reconstructions(tmp_path):
     """Autoencoder by the full recipe, latents, denoiser, pipeline, and the floor of the report."""
-    from em_generation.evaluate import reconstruct
+    from em_diffusion.drawing import reconstruct
 
     config = make_config(tmp_path)
     recipe = {
@@ -416,7 +416,7 @@ def test_kl_run_from_micrographs_to_reconstructions(tmp_path):
 
 
 def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_path, capsys):
-    from em_generation.evaluate import reconstruct
+    from em_diffusion.drawing import reconstruct
 
     config, out = run
     pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")

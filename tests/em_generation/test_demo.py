@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from em_data import read_micrograph, to_uint8, to_uint16
+from em_diffusion.family import LDMOptions
 from em_generation import demo
 from em_generation.generate import GenerationConfig, generate_images
+from em_stylegan.family import StyleGANOptions
 from support import models
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +52,13 @@ def load_app():
 @pytest.mark.parametrize("family", ["ldm", "stylegan"])
 def test_images_are_those_of_generate(family, folders, ldm, stylegan, tmp_path):
     options = (
-        {"num_inference_steps": 2, "scheduler": "ddim"}
+        LDMOptions(num_inference_steps=2, scheduler="ddim")
         if family == "ldm"
-        else {"truncation_psi": 0.7}
+        else StyleGANOptions(truncation_psi=0.7)
     )
     generate_images(
         GenerationConfig(
-            folders[family], str(tmp_path), 3, seed=5, precision="no", bits=16, **options
+            folders[family], str(tmp_path), 3, seed=5, precision="no", bits=16, options=options
         )
     )
     expected = np.stack(

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from diffusers import VQModel
 
 from em_data import DataConfig
 from em_generation import evaluate as evaluation
@@ -11,16 +10,16 @@ from em_generation.evaluate import (
     generate_starts,
     name_models,
     parse_pairs,
-    reconstruct,
     refuse_other_splits,
 )
 from em_generation.extractors import create_extractors, pair_weights
-from em_generation.loading import RunInfo
+from em_generation.families import find_family
+from em_generation.loading import Model
 
 
-def info(name="run", family="ldm", **changes):
-    values = {"train_seconds": 1.0, "num_images_seen": 8, "data": {}, "config": {}, "folder": None}
-    return RunInfo(name, family, **(values | changes))
+def info(name="run", kind="ldm", **changes):
+    values = {"pipeline_folder": None, "folder": None, "data": {}, "config": {}} | changes
+    return Model("source", name, find_family(kind), kind, **values)
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def runs(monkeypatch):
         "b/ldm": info("other", data={"name": "set", "split_hash": "1"}),
         "c/gan": info("gan", "stylegan2"),
     }
-    monkeypatch.setattr(evaluation, "read_run_info", infos.__getitem__)
+    monkeypatch.setattr(evaluation, "read_model", infos.__getitem__)
     return infos
 
 
@@ -59,7 +58,7 @@ def test_data_is_that_of_the_run_unless_flags_say_else(runs):
     )
     with pytest.raises(ValueError, match="--data FOLDER"):
         find_data(EvaluationConfig(models=()), name_models(("c/gan",)))
-    with pytest.raises(ValueError, match="did you mean 'resolution'"):
+    with pytest.raises(ValueError, match="Did you mean 'resolution'"):
         find_data(EvaluationConfig(models=(), tiles=("resolutoin=32",)), models)
 
 
@@ -83,15 +82,16 @@ def test_a_model_of_another_split_is_refused(runs):
 
 
 def test_the_start_of_a_transferred_run_is_not_called_untrained(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "read_model", lambda source: source)
     monkeypatch.setattr(evaluation, "generate", lambda config, name, model: ((name, model), {}))
     models = {}
     for name, start in (("A", "untrained"), ("B", "start"), ("C", None)):
         (tmp_path / name).mkdir()
-        models[name] = ("", info(folder=tmp_path / name))
+        models[name] = info(folder=tmp_path / name)
         if start:
             (tmp_path / name / start).mkdir()
             (tmp_path / name / start / "model_index.json").write_text("{}")
-    models["D"] = ("", info(folder=None))
+    models["D"] = info(folder=None)
     config = EvaluationConfig()
     assert generate_starts(config, models, "untrained") == {
         "A": ("A untrained", str(tmp_path / "A" / "untrained"))
@@ -99,23 +99,6 @@ def test_the_start_of_a_transferred_run_is_not_called_untrained(monkeypatch, tmp
     assert generate_starts(config, models, "start") == {
         "B": ("B start", str(tmp_path / "B" / "start"))
     }
-
-
-def test_reconstruction_quantises():
-    torch.manual_seed(0)
-    vqvae = VQModel(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=2,
-        num_vq_embeddings=4,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-    )
-    images = torch.rand(2, 1, 16, 16) * 2 - 1
-    with torch.no_grad():
-        codes = vqvae.quantize(vqvae.encode(images).latents)[0]
-        expected = vqvae.decode(codes, force_not_quantize=True).sample.clamp(-1, 1)
-    torch.testing.assert_close(reconstruct(vqvae, images), expected)
 
 
 def test_weights_go_to_the_extractor_that_they_name():

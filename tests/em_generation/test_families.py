@@ -6,7 +6,9 @@ from typing import get_args
 
 import pytest
 import torch
+from diffusers import VQModel
 
+from em_diffusion.drawing import reconstruct
 from em_diffusion.family import DEMO_STEPS, LDMOptions, SamplerName
 from em_diffusion.samplers import SAMPLERS
 from em_generation.families import FAMILIES, find_family, find_title, make_options, read_family
@@ -120,3 +122,20 @@ def test_latents_that_are_not_finite_are_refused():
     drawer = family.start(pipeline, family.options(num_inference_steps=1))
     with pytest.raises(ValueError, match="model diverged"):
         drawer.draw([0])
+
+
+def test_reconstruction_quantises():
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        num_vq_embeddings=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+    )
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    with torch.no_grad():
+        codes = vqvae.quantize(vqvae.encode(images).latents)[0]
+        expected = vqvae.decode(codes, force_not_quantize=True).sample.clamp(-1, 1)
+    torch.testing.assert_close(reconstruct(vqvae, images), expected)

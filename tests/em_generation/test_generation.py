@@ -2,65 +2,33 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel, VQModel
 from PIL import Image
 
+from em_commands import generate as command
 from em_data import load_data, read_image_folder
 from em_data.config import DataConfig
+from em_data.files import lock, make_folder_name
 from em_data.sources import open_source
-from em_diffusion.em_grain import EMGrain
+from em_diffusion.drawing import LDMDrawer
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
-from em_generation import generate as generation
-from em_generation.generate import GenerationConfig, generate_images
-from em_generation.loading import find_pipeline_folder, load_pipeline
+from em_generation.families import find_family
+from em_generation.generate import GenerationConfig, generate_images, write_preview
+from em_generation.loading import find_pipeline_folder, load_pipeline, read_model
+from em_generation.sampling import draw_images
 from em_generation.store import ArrowStore, FileStore, cut_into_shards
+from em_stylegan.drawing import NOISE_MODE, StyleGANDrawer
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import seed_for
+from support.models import make_ldm, make_stylegan
 
 ROOT = Path(__file__).parents[2]
-
-
-def make_ldm(seed=0):
-    torch.manual_seed(seed)
-    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
-    vqvae = VQModel(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=2,
-        num_vq_embeddings=16,
-        scaling_factor=1.0,
-        **kinds,
-        **blocks,
-    )
-    vqvae.register_to_config(latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0])
-    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    unet = UNet2DModel(sample_size=8, in_channels=2, out_channels=2, **kinds, **blocks)
-    grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=3)
-    grain.load_state_dict(
-        grain.state_dict()
-        | {"deviations": torch.tensor([0.1, 0.2]), "strengths": torch.tensor([0.5, 1.0, 2.0])}
-    )
-    return EMLatentDiffusionPipeline(vqvae, unet, DDIMScheduler(clip_sample=False), grain=grain)
-
-
-def make_stylegan(seed=0):
-    torch.manual_seed(seed)
-    return EMStyleGANPipeline(
-        generator=StyleGAN2Generator(
-            resolution=16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8
-        )
-    )
 
 
 @pytest.fixture(scope="module", params=["ldm", "stylegan2"])
@@ -70,14 +38,19 @@ def model(request, tmp_path_factory):
     return str(folder)
 
 
+def family_of(model):
+    return find_family("ldm" if "ldm" in Path(model).name else "stylegan")
+
+
 def config_for(model, out, **changes):
-    steps = {"num_inference_steps": 2} if "ldm" in Path(model).name else {}
-    return replace(
-        GenerationConfig(
-            model=model, out=str(out), num_images=7, batch_size=3, precision="no", **steps
-        ),
-        **changes,
-    )
+    """A configuration; changes that are no fields of it are options of the model's family."""
+    family, own = family_of(model), {field.name for field in fields(GenerationConfig)}
+    options = {key: value for key, value in changes.items() if key not in own}
+    if family.name == "ldm":
+        options = {"num_inference_steps": 2} | options
+    values = {"num_images": 7, "batch_size": 3, "precision": "no"}
+    values |= {key: value for key, value in changes.items() if key in own}
+    return GenerationConfig(str(model), str(out), options=family.options(**options), **values)
 
 
 def read(folder):
@@ -102,16 +75,14 @@ def test_a_colour_generator_gives_the_mean_of_its_channels_and_says_so_once(tmp_
         16, 3, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8
     )
     EMStyleGANPipeline(colour).save_pretrained(tmp_path / "colour")
-    images, _, said = sample(str(tmp_path / "colour"), range(5))
+    images, _, said, _ = sample(str(tmp_path / "colour"), range(5))
     generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(5)]
     pipeline = load_pipeline(str(tmp_path / "colour"))
-    expected = pipeline(
-        5, generator=generators, noise_mode=generation.NOISE_MODE, output_type="pt"
-    ).images
+    expected = pipeline(5, generator=generators, noise_mode=NOISE_MODE, output_type="pt").images
     assert expected.shape == (5, 3, 16, 16)
     written = torch.stack([images[i] for i in range(5)])
     assert torch.allclose(written, expected.mean(dim=1, keepdim=True) * 2 - 1, atol=1e-4)
-    assert said == ["the generator makes images of 3 channels: their mean is written, as grey"]
+    assert said == ["the model makes 3-channel images; their mean is used"]
     generate_images(config_for(str(tmp_path / "colour"), tmp_path / "out", format="tiff", bits=16))
     assert len(list((tmp_path / "out").glob("*.tif*"))) == 7
 
@@ -130,7 +101,7 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
         images = pipeline(16, generators, 2, output_type="np", add_grain=grain).images
         assert np.abs(read(tmp_path / str(grain)) - (images[..., 0] * 255).round()).max() <= 1
     with pytest.raises(ValueError, match="grain differ"):
-        generate_images(replace(config, grain=True))
+        generate_images(config_for(tmp_path / "ldm", config.out, num_images=16, batch_size=16))
     difference = read(tmp_path / "True") - read(tmp_path / "False")
     assert (
         5 < difference.std() < 50
@@ -138,19 +109,35 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
 
 
 def test_options_of_the_other_family_are_refused(model, tmp_path):
-    """By the command; who generates from models of both families gives each what it has."""
+    """By the command with a sentence, and by the function, which takes its own family's alone."""
     is_ldm = "ldm" in Path(model).name
-    given = {"truncation_psi": 0.7, "class_label": 1} if is_ldm else {"eta": 0.5, "grain": False}
-    with pytest.raises(
-        ValueError,
-        match="--truncation-psi, --class-label: only a StyleGAN"
+    given = ["--truncation-psi", "0.7", "--class-label=1"] if is_ldm else ["--eta=1", "--no-grain"]
+    message = (
+        "--class-label, --truncation-psi: only models of the family StyleGAN2 have this option"
         if is_ldm
-        else "--eta, --grain: only an LDM",
-    ):
-        generate_images(config_for(model, tmp_path / "out", **given), refuse_unused=True)
-    assert (
-        generate_images(config_for(model, tmp_path / "out"), refuse_unused=True)["num_images"] == 7
+        else "--eta, --no-grain: only models of the family LDM have this option"
     )
+    flags = ["--model", model, "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        command.parse([*flags, *given])
+    config, found = command.parse([*flags, "--num-images", "3"])
+    assert (config.num_images, config.options) == (3, found.family.options())
+    others = find_family("stylegan" if is_ldm else "ldm").options()
+    with pytest.raises(ValueError, match="and takes"):
+        generate_images(replace(config, options=others))
+
+
+def test_help_shows_the_options_of_the_models_family(model, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--model", model, "--help"])
+    text = capsys.readouterr().out
+    is_ldm = "ldm" in Path(model).name
+    assert ("--num-inference-steps" in text, "--truncation-psi" in text) == (is_ldm, not is_ldm)
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "--num-images" in text
+    assert "--truncation-psi" not in text
 
 
 def test_images_of_a_class(tmp_path):
@@ -169,9 +156,9 @@ def test_images_of_a_class(tmp_path):
     assert np.abs(read(tmp_path / "2") - (images[..., 0] * 255).round()).max() <= 1
     assert not np.array_equal(read(tmp_path / "0"), read(tmp_path / "2"))
     with pytest.raises(ValueError, match="class_label differ"):
-        generate_images(replace(config, class_label=0))
+        generate_images(config_for(config.model, config.out, class_label=0))
     with pytest.raises(ValueError, match="knows 3 classes"):
-        generate_images(replace(config, out=str(tmp_path / "none"), class_label=None))
+        generate_images(config_for(config.model, tmp_path / "none"))
 
 
 def test_a_second_start_fills_the_gaps_and_only_those(model, tmp_path):
@@ -205,7 +192,7 @@ def test_two_processes_make_the_same_folder(model, tmp_path):
         "--precision",
         "no",
     ]
-    if config.num_inference_steps:
+    if "ldm" in Path(model).name:
         flags += ["--num-inference-steps", "2"]
     command = [
         sys.executable,
@@ -230,7 +217,7 @@ def test_a_folder_never_mixes_settings_or_models(model, tmp_path):
         generate_images(replace(config, seed=3))
     if "ldm" in Path(model).name:
         with pytest.raises(ValueError, match=r"other settings \(grain differ\)"):
-            generate_images(replace(config, grain=False))
+            generate_images(config_for(model, config.out, grain=False))
     other = tmp_path / "other"
     (make_ldm(1) if "ldm" in Path(model).name else make_stylegan(1)).save_pretrained(other)
     with pytest.raises(ValueError, match="weights_sha256"):
@@ -246,13 +233,13 @@ def test_a_model_without_its_grain_is_another_model(tmp_path):
     """Also where the folder still holds what the index does not name."""
     pipeline = make_ldm()
     pipeline.save_pretrained(tmp_path / "ldm")
-    with_grain = generation.hash_weights(str(tmp_path / "ldm"))
+    with_grain = read_model(str(tmp_path / "ldm")).weights_sha256
     config = config_for(str(tmp_path / "ldm"), tmp_path / "images", num_images=2)
     generate_images(config)
     pipeline.grain = None
     pipeline.save_pretrained(tmp_path / "ldm")
     assert (tmp_path / "ldm" / "grain").exists()
-    assert generation.hash_weights(str(tmp_path / "ldm")) != with_grain
+    assert read_model(str(tmp_path / "ldm")).weights_sha256 != with_grain
     with pytest.raises(ValueError, match=r"weights_sha256, grain differ"):
         generate_images(config)
 
@@ -269,14 +256,14 @@ def test_sixteen_bit_tiff(model, tmp_path):
 def test_another_scheduler_is_used(tmp_path):
     make_ldm().save_pretrained(tmp_path / "ldm")
     for scheduler in ("ddim", "dpm-solver++-karras", "unipc", "euler", "heun", "ddpm"):
-        config = GenerationConfig(
-            model=str(tmp_path / "ldm"),
-            out=str(tmp_path / scheduler),
+        config = config_for(
+            tmp_path / "ldm",
+            tmp_path / scheduler,
             num_images=1,
-            precision="no",
             num_inference_steps=3,
+            scheduler=scheduler,
         )
-        record = generate_images(replace(config, scheduler=scheduler))
+        record = generate_images(config)
         assert record["settings"]["scheduler"].lower().startswith(scheduler[:3])
 
 
@@ -284,13 +271,9 @@ def test_another_scheduler_is_used(tmp_path):
     ("changes", "message"),
     [
         ({"num_images": 0}, "at least 1"),
-        ({"format": "gif"}, "png, tiff or arrow"),
-        ({"bits": 12}, "8 or 16"),
+        ({"format": "gif"}, "png, tiff, arrow"),
+        ({"bits": 12}, "8, 16"),
         ({"precision": "fp8"}, "precision"),
-        ({"scheduler": "magic"}, "dpm-solver"),
-        ({"scheduler": "ddim"}, "wants --num-inference-steps"),
-        ({"num_inference_steps": 0}, "at least 1"),
-        ({"decode_batch_size": 0}, "at least 1"),
         ({"model": "runs/none"}, "no folder runs/none"),
     ],
 )
@@ -329,34 +312,57 @@ class RecordingStore:
         return len(images)
 
 
-def sample(model, numbers, **changes):
-    """The images `numbers` as float32, by the same road as generate_images."""
-    config = config_for(model, "unused", **changes)
-    pipeline = load_pipeline(model)
-    maker = generation.create_sampling(
-        pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config
+def start(model, **changes):
+    """(drawer, configuration, what is said) as generate_images has them."""
+    config, said = config_for(model, "unused", **changes), []
+    drawer = family_of(model).start(
+        load_pipeline(str(model)),
+        config.options,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        say=said.append,
     )
-    store, counts, said = RecordingStore(), [], []
-    maker.say = said.append
-    maker.generate(list(numbers), store.write, num_writers=2, progress=counts.append)
+    return drawer, config, said
+
+
+def sample(model, numbers, **changes):
+    """(images float32 by number, drawer, what is said, the batch size at the end)."""
+    drawer, config, said = start(model, **changes)
+    store, counts = RecordingStore(), []
+    fits = draw_images(
+        drawer,
+        numbers,
+        store.write,
+        batch_size=config.batch_size,
+        num_writers=2,
+        progress=counts.append,
+        say=said.append,
+    )
     assert sum(counts) == len(numbers) == len(store.images)
-    return store.images, maker, said
+    return store.images, drawer, said, fits
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_on_one_thread_the_batch_changes_no_bit_from_16_on(model, eta):
-    if eta and "ldm" not in model:
-        pytest.skip("the StyleGAN takes no eta")
-    whole, _, _ = sample(model, range(40), batch_size=40, eta=eta)
+    if "ldm" not in Path(model).name:
+        if eta:
+            pytest.skip("a StyleGAN has no eta")
+        check_batches(model)
+    else:
+        check_batches(model, eta=eta)
+
+
+def check_batches(model, **options):
+    whole, *_ = sample(model, range(40), batch_size=40, **options)
     for numbers, batch_size in (
         (range(40), 16),
         (range(40), 23),
         ([3, 17, 39], 32),
         (range(39, 20, -1), 20),
     ):
-        part, _, _ = sample(model, numbers, batch_size=batch_size, eta=eta)
+        part, *_ = sample(model, numbers, batch_size=batch_size, **options)
         assert all(torch.equal(part[i], whole[i]) for i in numbers)
-    small, _, _ = sample(model, range(6), batch_size=5, eta=eta)
+    small, *_ = sample(model, range(6), batch_size=5, **options)
     for i, image in small.items():  # below 16 up to rounding; a code may be another, rarely
         assert (image - whole[i]).abs().median() < 1e-4
 
@@ -366,8 +372,8 @@ def test_decoding_apart_is_the_plain_call(tmp_path):
     pipeline.save_pretrained(tmp_path / "ldm")
     pipeline.set_progress_bar_config(disable=True)
     for sizes in ({"batch_size": 20}, {"batch_size": 20, "decode_batch_size": 16}):
-        images, maker, _ = sample(str(tmp_path / "ldm"), range(20), **sizes)
-        assert maker.decode_batch_size == sizes.get("decode_batch_size", 20)
+        images, drawer, *_ = sample(str(tmp_path / "ldm"), range(20), **sizes)
+        assert drawer.decode_batch_size == sizes.get("decode_batch_size", 20)
         generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(20)]
         for model in (pipeline.unet, pipeline.vqvae):
             model.to(memory_format=torch.channels_last)
@@ -385,8 +391,8 @@ def test_compiled_models_see_one_shape(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(torch, "compile", compile)
-    plain, _, _ = sample(str(tmp_path / "ldm"), range(21), batch_size=8)
-    padded, _, _ = sample(str(tmp_path / "ldm"), range(21), batch_size=8, compile=True)
+    plain, *_ = sample(str(tmp_path / "ldm"), range(21), batch_size=8)
+    padded, *_ = sample(str(tmp_path / "ldm"), range(21), batch_size=8, compile=True)
     assert compiled == [{"freezing": True}]
     assert shapes == {(8, 2, 8, 8)}
     assert all(torch.equal(plain[i], padded[i]) for i in range(21))
@@ -398,29 +404,28 @@ def test_compiled_models_see_one_shape(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError("none left"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
 def test_out_of_memory_halves_the_batch_and_is_said_once(model, error, monkeypatch):
-    whole, _, _ = sample(model, range(40), batch_size=40)
+    whole, *_ = sample(model, range(40), batch_size=40)
     sizes = []
-    name = "denoise" if "ldm" in Path(model).name else "__call__"
-    cls = EMLatentDiffusionPipeline if name == "denoise" else EMStyleGANPipeline
-    original = getattr(cls, name)
+    cls = LDMDrawer if "ldm" in Path(model).name else StyleGANDrawer
+    draw = cls.draw
 
-    def limited(self, batch_size=1, *arguments, **options):
-        sizes.append(batch_size)
-        if batch_size > 17:
+    def limited(self, numbers):
+        sizes.append(len(numbers))
+        if len(numbers) > 17:
             raise error
-        return original(self, batch_size, *arguments, **options)
+        return draw(self, numbers)
 
-    monkeypatch.setattr(cls, name, limited)
-    images, maker, said = sample(model, range(40), batch_size=64)
-    assert sizes == [40, 20, 10, 10, 10, 10]
-    assert maker.batch_size == 10
+    monkeypatch.setattr(cls, "draw", limited)
+    images, _, said, fits = sample(model, range(40), batch_size=64)
+    assert sizes == [40, 20, 10, 10, 10, 10]  # a batch of 10 is full: nothing is padded
+    assert fits == 10
     assert said == ["out of memory: going on with --batch-size 10"]
     assert all(torch.allclose(images[i], whole[i], atol=1e-5) for i in range(40))
 
 
 def test_out_of_memory_in_decoding_halves_the_decoders_batch(tmp_path, monkeypatch):
     make_ldm().save_pretrained(tmp_path / "ldm")
-    whole, _, _ = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
+    whole, *_ = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
     decode, sizes = EMLatentDiffusionPipeline.decode, []
 
     def limited(self, latents, *arguments):
@@ -433,9 +438,9 @@ def test_out_of_memory_in_decoding_halves_the_decoders_batch(tmp_path, monkeypat
         return images
 
     monkeypatch.setattr(EMLatentDiffusionPipeline, "decode", limited)
-    images, maker, said = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
+    images, drawer, said, fits = sample(str(tmp_path / "ldm"), range(20), batch_size=20)
     assert sizes == [20, 10, 5, 5, 5, 5]
-    assert (maker.batch_size, maker.decode_batch_size) == (20, 5)
+    assert (fits, drawer.decode_batch_size) == (20, 5)
     assert said == ["out of memory: going on with --decode-batch-size 5"]
     assert all(torch.allclose(images[i], whole[i], atol=1e-5) for i in range(20))
 
@@ -458,17 +463,13 @@ def test_one_image_that_does_not_fit_is_an_error_and_others_stay_themselves(tmp_
 
 
 def test_a_failing_disk_ends_the_run(model):
-    config = config_for(model, "unused")
-    pipeline = load_pipeline(model)
-    maker = generation.create_sampling(
-        pipeline, "ldm" if hasattr(pipeline, "scheduler") else "stylegan2", config
-    )
+    drawer, *_ = start(model)
 
     def full(numbers, images):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        maker.generate(list(range(20)), full, num_writers=1, progress=lambda count: None)
+        draw_images(drawer, range(20), full, batch_size=3)
 
 
 # ---------------------------------------------------------------- where images go
@@ -488,7 +489,9 @@ def test_arrow_holds_the_levels_of_the_files(model, tmp_path, bits, monkeypatch)
     assert record["timed_images"] == 11
     expected = np.stack([tifffile.imread(tmp_path / "files" / f"{i:06d}.tif") for i in range(11)])
     dataset = datasets.load_from_disk(str(tmp_path / "arrow"))
-    assert dataset.features["image"].dtype == f"uint{bits}"
+    assert isinstance(dataset.features["image"], datasets.Image)
+    assert dataset[0]["image"].mode == {8: "L", 16: "I;16"}[bits]
+    assert dataset.with_format("numpy")[0]["image"].dtype == f"uint{bits}"
     np.testing.assert_array_equal(dataset.with_format("numpy")[:]["image"], expected)
     assert dataset["number"][:] == list(range(11))
     assert len(list((tmp_path / "arrow").glob("*.arrow"))) == 3
@@ -534,7 +537,7 @@ def test_arrow_goes_on_after_a_kill_and_grows(model, tmp_path, monkeypatch):
     assert len(levels()) == 17
     np.testing.assert_array_equal(levels()[:10], whole)
     assert datasets.load_from_disk(str(tmp_path))._fingerprint != fingerprint
-    with pytest.raises(ValueError, match="format differ"):
+    with pytest.raises(ValueError, match="format, stored_as differ"):
         generate_images(replace(config, format="png"))
 
 
@@ -574,8 +577,8 @@ def test_a_scan_of_50000_files_takes_moments(tmp_path):
 
 def test_two_generations_in_one_folder_are_refused(model, tmp_path):
     with (
-        generation._lock(tmp_path),
-        pytest.raises(ValueError, match="another process generates into"),
+        lock(tmp_path / ".lock"),
+        pytest.raises(ValueError, match="Another process generates into"),
     ):
         generate_images(config_for(model, tmp_path))
     generate_images(config_for(model, tmp_path, num_images=1))
@@ -647,3 +650,69 @@ def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
         np.testing.assert_array_equal(read(tmp_path / "killed"), read(tmp_path / "whole"))
         assert not list((tmp_path / "killed").glob(".0*"))
     assert json.loads((tmp_path / "killed" / "generation.json").read_text())["num_images"] == 1200
+
+
+def test_the_preview_lies_beside_the_images_and_is_none_of_them(tmp_path):
+    make_stylegan().save_pretrained(tmp_path / "stylegan2")
+    for form in ("png", "arrow"):
+        out = tmp_path / form / "images"
+        generate_images(config_for(tmp_path / "stylegan2", out, num_images=5, format=form))
+        path = write_preview(out)
+        assert path == tmp_path / form / "images-preview.png"
+        with Image.open(path) as picture:
+            assert picture.size == (52, 34)  # 3 by 2 of 16 pixels, with gaps of 2
+        assert len(read_image_folder(out)) == 5
+
+
+def test_images_of_a_diverged_model_are_refused(tmp_path):
+    pipeline = make_stylegan()
+    with torch.no_grad():
+        next(pipeline.generator.synthesis_network.parameters()).fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "stylegan2")
+    with pytest.raises(ValueError, match="not finite: the model diverged"):
+        generate_images(config_for(tmp_path / "stylegan2", tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_full_disk_is_a_sentence_and_a_closed_output_changes_nothing(tmp_path, monkeypatch):
+    import errno
+
+    make_stylegan().save_pretrained(tmp_path / "stylegan2")
+    config = config_for(tmp_path / "stylegan2", tmp_path / "out")
+
+    def full(self, numbers, images):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileStore, "write", full)
+        with pytest.raises(ValueError, match="images written so far are safe"):
+            generate_images(config)
+
+    class Closed:
+        def write(self, text=""):
+            raise BrokenPipeError
+
+        flush = write
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert generate_images(config)["timed_images"] == 7
+
+
+def test_a_model_of_a_damaged_run_file_is_named(tmp_path):
+    make_stylegan().save_pretrained(tmp_path / "run" / "pipeline")
+    (tmp_path / "run" / "run.json").write_text("")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        read_model(str(tmp_path / "run"))
+
+
+def test_names_from_outside_become_safe_folders():
+    assert make_folder_name("StyleGAN3-T") == "stylegan3-t"
+    assert make_folder_name("my run") == "my-run"
+    names = [
+        make_folder_name(name) for name in ("../../etc", "/etc", "a/b", "a-b", "", "..", "a\nb")
+    ]
+    assert len(set(names)) == len(names)
+    assert not any("/" in name or name.startswith(".") or not name for name in names)

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline
-from em_generation.generate import GenerationConfig, generate_images, hash_weights
-from em_generation.loading import load_pipeline, read_run_info
+from em_generation.generate import GenerationConfig, generate_images
+from em_generation.loading import load_pipeline, read_model
 from em_hub.publish import PublishConfig, hide_paths, publish_run, train_and_publish
 from em_stylegan import EMStyleGANPipeline
 from support.models import MAKERS, draw, make_ldm, make_stylegan
@@ -142,14 +142,14 @@ def test_a_published_run_is_loaded_generated_from_and_published_again(
     np.testing.assert_array_equal(draw(pipeline, 0, 1), draw(MAKERS[family](), 0, 1))
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.py"))  # no code was even downloaded
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*bf16*"))
-    info = read_run_info("you/em-model")
-    assert (info.name, info.family, info.num_images_seen, info.config["data"]) == (
+    info = read_model("you/em-model")
+    assert (info.name, info.family.name, info.num_images_seen, info.config["data"]) == (
         "my-run",
         family,
         1234,
         "synthetic",
     )
-    assert hash_weights("you/em-model") == hash_weights(str(run))
+    assert read_model("you/em-model").weights_sha256 == read_model(str(run)).weights_sha256
 
     cls = EMLatentDiffusionPipeline if family == "ldm" else EMStyleGANPipeline
     owned = cls.from_pretrained("you/em-model")
@@ -171,7 +171,7 @@ def test_a_published_run_is_loaded_generated_from_and_published_again(
     num_requests = len(hub.requests)
     config = GenerationConfig("you/em-model", str(tmp_path / "images"), 3, precision="no")
     record = generate_images(config)
-    assert record["settings"]["weights_sha256"] == hash_weights(str(run))
+    assert record["settings"]["weights_sha256"] == read_model(str(run)).weights_sha256
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
     assert len(hub.requests) == num_requests
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids the network"):
@@ -507,4 +507,4 @@ def test_evaluate_and_generate_name_revisions_too(run, hub):
     with pytest.raises(ValueError, match="it is not a Hub id"):
         load_pipeline("no-such-thing")
     config = replace(GenerationConfig("you/em-ldm@main", "out"), model="you/em-ldm@main")
-    assert hash_weights(config.model) == hash_weights(str(run))
+    assert read_model(config.model).weights_sha256 == read_model(str(run)).weights_sha256
