@@ -1,10 +1,11 @@
-"""Tiles per second of the loader, against decoding PNG tiles one by one; both in one run, on one thread.
+"""Compare the loader's tiles per second with decoding PNG tiles one by one, on one thread.
 
     python benchmarks/data_loading.py [--resolution 256] [--data FOLDER]
 
-Both sides make float32 batches [64, 1, R, R] in [-1, 1] of the same views in the same order, and a check holds them equal.
-The baseline is what a data set of PNG tiles costs: read the file, decode it with PIL, turn or flip, to a float tensor, stack.
-Times of the two alternate, and the best of each counts, so that a busy machine slows both. One JSON line a figure.
+Both sides make float32 batches [64, 1, R, R] in [-1, 1] of the same views in the same order; a
+check holds them equal. The baseline reads a PNG file, decodes it with PIL, turns or flips it,
+makes a float tensor and stacks. Rounds alternate and the best of each side counts, so that a busy
+machine slows both. Prints one JSON line per figure.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def time_batches(next_batch, num_batches):
 
 
 def measure(data, paths, num_rounds=7):
-    """Return tiles per second of the loader and of the baseline: the best of rounds that alternate."""
+    """Return the best tiles per second of the loader and of the baseline."""
     tiles, sampler = data.train, ImageSampler(data.train.num_views, seed=0)
     loader = iter(BatchLoader(tiles, sampler, batch_size=BATCH_SIZE))
 

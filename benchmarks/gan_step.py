@@ -1,19 +1,21 @@
-"""Seconds of a training iteration of StyleGAN2: ours against the textbook's, at 64 and 256 pixels, by turns in one run.
+"""Compare the seconds of a StyleGAN2 training step, ours and the textbook's, in one run.
 
-    python benchmarks/gan_step.py [--resolutions 64 256] [--threads 2 --clock wall] [--precision auto] [--max-channels 64]
+    python benchmarks/gan_step.py [--resolutions 64 256] [--threads 2 --clock wall]
 
-Ours is `train_stylegan` itself, held between two steps: data, both updates, lazy R1 and path length, average of the weights, log.
-The textbook (textbook_stylegan2.py) computes the same networks as the papers' equations stand: grouped convolution with weights of
-each sample, explicit zeros and padding, filters as passes of their own, in float32 and eager mode; its images lie ready in memory. Each
-side has a process of its own, and one waits while the other works. Our feature maps are bfloat16 where the hardware multiplies it, as
-in training.
-Both have the same weights, and their images, logits and the gradients of all four losses are compared first, in float32.
+Ours is `train_stylegan` itself, stopped between two steps: data, both updates, lazy R1 and path
+length, average of the weights, log. The textbook (textbook_stylegan2.py) computes the same networks
+straight from the equations, with its images in memory. Each side has its own process and waits
+while the other one works. Our feature maps are bfloat16 if the hardware multiplies it, as in
+training. Both have the same weights. Images, logits and the gradients of all four losses are
+compared first, in float32.
 
-A round has every kind of step: ours has R1 in every 4th step and path length in every 2nd, the textbook one of each. Means are weighed
-as in training: R1 in every 16th step, path length in every 8th. Medians over rounds count. One JSON line a resolution.
+A round has every kind of step: ours has R1 in every 4th step and path length in every 2nd, the
+textbook one of each. Means are weighted as in training: R1 in every 16th step, path length in every
+8th. Prints one JSON line per resolution, with medians over rounds.
 
-Where there are many feature maps the ratio falls: both then spend their time in the same convolutions of 3 x 3. The default has those of
-the preset `demo`, from 64 at the lowest resolutions to 16 at the highest.
+With many feature maps the ratio falls, because both sides then spend their time in the same 3 x 3
+convolutions. The default is that of the preset `demo`: 64 maps at the lowest resolutions, 16 at the
+highest.
 """
 
 import argparse
@@ -36,17 +38,13 @@ from em_stylegan.em_stylegan2_generator import second_derivatives
 from em_stylegan.presets import demo
 from em_training import create_accelerator, make_generator
 
-KINDS = (
-    "r1 and path length",
-    "plain",
-    "path length",
-    "plain",
-)  # of our steps, with R1 in every 4th, path length in every 2nd
+# our steps, with R1 in every 4th and path length in every 2nd
+KINDS = ("r1 and path length", "plain", "path length", "plain")
 R1_EVERY, PATH_LENGTH_EVERY = 16, 8
 
 
 def prepare(arguments, resolution, folder):
-    """The configuration and its tiles."""
+    """Return the configuration and its tiles."""
     channel_base = arguments.channel_base or 16 * resolution
     tiles = DataConfig(
         resolution=resolution, num_micrographs=4, micrograph_size=2 * resolution, cache_dir=folder
@@ -80,7 +78,7 @@ def prepare(arguments, resolution, folder):
 
 
 def compare(model, discriminator, plain, images, config) -> dict:
-    """Relative differences between ours and the textbook's: images, logits, and the gradients of each loss."""
+    """Return relative differences of images, logits, and the gradients of each loss."""
     generator = make_generator(0)
     batch_size = min(config.training.batch_size, 4)
     _, ws = loop.draw_ws(model, batch_size, 0.9, generator)
@@ -132,13 +130,13 @@ def compare(model, discriminator, plain, images, config) -> dict:
 
 
 def weights_of(network, order=None):
-    """The parameters in the order of those of `order`, the same network in other code."""
+    """Return the parameters in the order of `order`, the same network in other code."""
     named = dict(network.named_parameters())
     return [named[name] for name, _ in (order or network).named_parameters()]
 
 
 def measure(config, tiles, accelerator, arguments, folder):
-    """Relative differences, and the seconds of each kind of our steps and each part of the textbook's, a dictionary a round."""
+    """Return relative differences, and for each round the seconds of each kind of step."""
     model, discriminator = loop.create_networks(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -173,7 +171,7 @@ def measure(config, tiles, accelerator, arguments, folder):
 
 
 class TextbookProcess:
-    """The textbook's iteration in a process of its own, which waits while ours works: ours tells the C library to keep freed memory."""
+    """The textbook's training in its own process, which waits while ours works."""
 
     def __init__(self, *arguments):
         context = multiprocessing.get_context("spawn")
@@ -183,7 +181,7 @@ class TextbookProcess:
         other.close()
 
     def time(self, part) -> float:
-        """Seconds of one `part` of `TextbookTraining`."""
+        """Return the seconds of one `part` of `TextbookTraining`."""
         self.connection.send(part)
         return self.connection.recv()
 
@@ -193,7 +191,7 @@ class TextbookProcess:
 
 
 def serve_textbook(connection, model, discriminator, images, config, arguments):
-    """Answer each name of a part with the seconds that it takes."""
+    """Answer each name of a part with its seconds."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     training = textbook.TextbookTraining(model, discriminator, images, config)
@@ -209,7 +207,7 @@ def time_call(clock, function):
 
 
 def summarise(differences, rounds, facts):
-    """The line of a resolution."""
+    """Return the line of a resolution."""
     ours = [
         (r["r1 and path length"] + (R1_EVERY // PATH_LENGTH_EVERY - 1) * r["path length"]
          + (R1_EVERY - R1_EVERY // PATH_LENGTH_EVERY) * r["plain"]) / R1_EVERY
@@ -228,7 +226,8 @@ def summarise(differences, rounds, facts):
         "baseline": round(statistics.median(plain), 4),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "baseline_is": "grouped convolution a sample, explicit zeros and padding, filters apart, float32, eager",
+        "baseline_is": "grouped convolution a sample, explicit zeros and padding, filters apart, "
+        "float32, eager",
         "seconds": {
             name: round(statistics.median(r[name] for r in rounds), 4) for name in rounds[0]
         },

@@ -1,8 +1,8 @@
-"""The plain way to train a latent diffusion model, as a user writes it from diffusers' unconditional training example.
+"""The plain way to train a latent diffusion model, after diffusers' unconditional training example.
 
-Every step decodes its PNG tiles with PIL, encodes them with the autoencoder, draws independent uniform timesteps, and asks a
-float32 U-Net in the default memory format for the noise; Adam as torch constructs it, gradients clipped at 1, no average of
-the weights. The other benchmarks time it and train it against ours; nothing else imports it.
+Every step decodes PNG tiles with PIL, encodes them, draws independent uniform timesteps, and
+predicts the noise with a float32 U-Net in the default memory format. Adam has torch's defaults,
+gradients are clipped at 1, and the weights are not averaged. Other benchmarks compare ours with it.
 """
 
 import torch
@@ -11,11 +11,16 @@ from data_loading import read_png_batch
 
 
 class PlainLoop:
-    """One U-Net under training the plain way.
+    """A U-Net trained the plain way.
 
-    unet: a `UNet2DModel`; vqvae: a frozen `VQModel`; scheduler: the noise schedule, for the noise as target. tiles: gives the
-    views' tile and symmetry, `paths` the PNG file of each tile. latents_mean, latents_std: what latents are normalised by,
-    numbers or one a channel. generator: decides the order of views, the noise and the timesteps.
+    Args:
+        unet: A `UNet2DModel`.
+        vqvae: A frozen `VQModel`.
+        scheduler: The noise schedule.
+        tiles: Locates the tile and the symmetry of each view.
+        paths: The PNG file of each tile.
+        latents_mean, latents_std: Numbers, or one per channel, that normalise the latents.
+        generator: Random numbers for the order of views, the noise and the timesteps.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class PlainLoop:
         self.order = torch.empty(0, dtype=torch.int64)
 
     def step(self, lap=lambda part: None):
-        """Train on one batch and return its loss; `lap(part)` is called at the end of each part, for a clock."""
+        """Train on one batch and return its loss; call `lap(part)` at the end of each part."""
         view_ids = self.draw_views()
         images = read_png_batch(self.tiles, self.paths, view_ids).to(self.device)  # [B, 1, R, R]
         lap("decode PNG")
@@ -64,7 +69,7 @@ class PlainLoop:
         return loss.detach()
 
     def draw_views(self):
-        """The next views of a shuffled epoch, as a shuffling data loader gives them."""
+        """Return the next views of a shuffled epoch."""
         while len(self.order) < self.batch_size:
             epoch = torch.randperm(self.tiles.num_views, generator=self.generator)
             self.order = torch.cat([self.order, epoch])
@@ -73,11 +78,11 @@ class PlainLoop:
 
     @torch.no_grad()
     def encode(self, images):
-        """Normalised latents [B, C, h, w] of images [B, 1, R, R]."""
+        """Return the normalised latents [B, C, h, w] of images [B, 1, R, R]."""
         return (self.vqvae.encode(images).latents - self.mean) / self.std
 
     def compute_loss(self, latents, noise, timesteps):
-        """Mean squared error of the predicted noise: a scalar."""
+        """Return the mean squared error of the predicted noise, a scalar."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         return F.mse_loss(self.unet(noisy, timesteps).sample, noise)
 

@@ -1,8 +1,8 @@
-"""StyleGAN2 as a reader of its papers writes it first: every operation as its equation stands, in float32 and eager mode.
+"""StyleGAN2 written straight from the equations of its papers, in float32 and eager mode.
 
-Each sample's convolution has weights of its own (grouped convolution over the batch), a doubled side is zeros put between the pixels,
-padded and convolved, and every filter is a pass of its own. The networks take the weights of ours by name; gan_step.py holds them equal
-and times them; nothing else imports this.
+Each sample has its own weights (grouped convolution over the batch), upsampling inserts zeros, pads
+and convolves, and every filter is a separate pass. The networks take our weights by name.
+gan_step.py compares results and times.
 """
 
 import math
@@ -23,7 +23,7 @@ def insert_zeros(x):
 
 
 def filter_maps(x, padding, gain=1.0):
-    """Pad x [B, C, H, W] by (left, right, top, bottom) and convolve every map with the 4 x 4 kernel of [1, 3, 3, 1]."""
+    """Pad x [B, C, H, W] by (left, right, top, bottom) and filter every map with [1, 3, 3, 1]."""
     num_channels = x.shape[1]
     kernel = torch.outer(TAPS, TAPS).to(x) / 64 * gain
     return F.conv2d(F.pad(x, padding), kernel.expand(num_channels, 1, 4, 4), groups=num_channels)
@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution with equalised learning rate; with `down` the filter comes first and every second pixel is kept."""
+    """Convolution with equalised learning rate; `down` filters first and keeps every 2nd pixel."""
 
     def __init__(self, in_channels, out_channels, size, down=False, bias=True):
         super().__init__()
@@ -70,7 +70,7 @@ class Conv(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """Equations 1 and 3 of the paper of 2020: the weights of each sample, scaled and normed, then one group a sample."""
+    """Weights of each sample, modulated and normalised (Karras et al. 2020, equations 1, 3)."""
 
     def __init__(self, in_channels, out_channels, size, w_dim, up=False, demodulate=True):
         super().__init__()
@@ -230,18 +230,19 @@ class Discriminator(nn.Module):
         B, C, H, W = x.shape
         groups = x.reshape(min(self.group_size, B), -1, C, H, W)  # [G, B / G, C, H, W]
         deviation = ((groups - groups.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt()
-        deviation = deviation.mean(dim=(1, 2, 3), keepdim=True).repeat(
-            len(groups), 1, H, W
-        )  # [B, 1, H, W]
+        deviation = deviation.mean(dim=(1, 2, 3), keepdim=True)
+        deviation = deviation.repeat(len(groups), 1, H, W)  # [B, 1, H, W]
         x = self.conv(torch.cat([x, deviation], dim=1))
         return self.out(leaky_relu(self.linear(x.flatten(1))))
 
 
 class TextbookTraining:
-    """The training iteration of StyleGAN2, in its parts: `main`, `r1` (every 16th step) and `path_length` (every 8th).
+    """The parts of a training step: `main`, `r1` (every 16th step), `path_length` (every 8th).
 
-    model, discriminator: our networks, whose weights are copied. images: real ones [N, 1, R, R] to draw batches from; they lie ready.
-    config: a `StyleGANConfig`. Half a batch makes the path length, as in ours.
+    Args:
+        model, discriminator: Our networks; their weights are copied.
+        images: Real images [N, 1, R, R] in memory, to draw batches from.
+        config: A `StyleGANConfig`. Half a batch makes the path length, as in ours.
     """
 
     def __init__(self, model, discriminator, images, config):
@@ -276,7 +277,7 @@ class TextbookTraining:
         return self.images[torch.randint(len(self.images), (self.batch_size,))]
 
     def main(self):
-        """One step of the generator, one of the discriminator, each on images of its own (Goodfellow et al. 2014, algorithm 1)."""
+        """Train the generator, then the discriminator, on different images (Goodfellow 2014)."""
         self.discriminator.requires_grad_(False)
         images = self.model.synthesis(self.draw_ws(self.batch_size))
         self.update(self.model, generator_loss(self.discriminator(images)))
@@ -311,14 +312,14 @@ def discriminator_loss(scores_real, scores_fake):
 
 
 def r1_penalty(discriminator, images):
-    """|dD/dx|^2 of each image [B]."""
+    """Return |dD/dx|^2 of each image [B]."""
     images = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3))
 
 
 def path_lengths(model, ws, noise, random_noise=True):
-    """Length of the image's gradient in w of each image [B]."""
+    """Return the length of each image's gradient in w [B]."""
     images = model.synthesis(ws, random_noise)
     noise = noise / math.sqrt(images.shape[2] * images.shape[3])
     (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)

@@ -43,9 +43,10 @@ def module_of(path):
 
 @functools.cache
 def find_imports(path):
-    """Return [(name, line)] of every import at any depth: statements, stubs, and `import_module("...")`.
+    """Return [(name, line)] of every import at any depth, `import_module("...")` included.
 
-    `from a.b import c` yields a.b.c where that is a module of ours or a lazily imported name of one, else a.b.
+    `from a.b import c` gives a.b.c if that is a module of ours, the module that a lazy package
+    imports c from, or a.b.
     """
     return list(walk_imports(path))
 
@@ -208,7 +209,7 @@ def find_circles(below):
 
 
 def test_no_module_needs_posix():
-    """Windows has none of these; inside a function, after a check of the system, they are allowed."""
+    """Windows has none of these. Inside a function, after a check of the system, they are fine."""
     wrong = [
         f"{module}: {name}"
         for module, path in modules().items()

@@ -51,14 +51,14 @@ def find_configurations():
     for path in sorted(ROOT.glob("em_*/**/*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef) and re.search("(Config|Options)$", node.name):
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Options")):
                 names.add((module, node.name))
     classes = [getattr(importlib.import_module(module), name) for module, name in sorted(names)]
     return [each for each in classes if dataclasses.is_dataclass(each)]
 
 
 def list_sections(cls, prefix=""):
-    """Return [(prefix, rows)]: the fields of `cls` itself, then those of each field that is a dataclass."""
+    """Return [(prefix, rows)]: the fields of `cls`, then those of its dataclass fields."""
     texts, types_ = read_field_texts(cls), typing.get_type_hints(cls, include_extras=True)
     rows, nested = [], []
     for field in dataclasses.fields(cls):

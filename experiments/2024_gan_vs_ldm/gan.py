@@ -1,20 +1,24 @@
-"""The study's StyleGAN experiments (its Table 2, Figures 3 and 4): mapping depth, maximum feature maps, length of the training.
+"""The study's StyleGAN experiments (Table 2, Figures 3 and 4): mapping depth, feature maps, length.
 
     python experiments/2024_gan_vs_ldm/gan.py mapping_depth --scale small
     python experiments/2024_gan_vs_ldm/gan.py max_feature_maps --scale small
-    python experiments/2024_gan_vs_ldm/gan.py kimg --scale study --data damaged-alloys:FOLDER --extractor inception
+    python experiments/2024_gan_vs_ldm/gan.py kimg --scale study --data damaged-alloys:FOLDER
 
-One command an experiment, one result file: results/EXPERIMENT_SCALE.json, a list of points with the study's FID, our distance and the
-difference, a table and a picture of it. It is written after every point; the same command goes on where it was stopped. A point that
-another experiment of the same scale has trained alike is taken from there.
+Each experiment writes one result file, results/EXPERIMENT_SCALE.json: a list of points with the
+study's FID, our distance and the difference; a table and a picture of it. It is written after every
+point, and the same command resumes. A point that another experiment of the same scale has trained
+with the same settings is taken from there.
 
-`--scale study` is the study's: 256 x 256, up to 1200 kimg and 1024 feature maps, 50,000 images compared; each point takes hours on a GPU.
-`--scale small` trains the same comparisons at 64 x 64 on the embedded micrographs with 10 images a kimg and a 16th of the maps, on a CPU;
-mapping_depth, whose StyleGAN3 takes ten times as long, with 3 images a kimg and a 64th of the maps. Its distances are of other images by
-another network than the study's: they tell our points from each other, and the difference to the study means nothing (`comparable` says
-so). Ours are to held-out micrographs; the study's FID was to images that it had trained on.
+`--scale study` has the study's sizes: 256 x 256, up to 1200 kimg and 1024 feature maps, 50,000
+images compared; each point takes hours on a GPU. `--scale small` trains the same comparisons at
+64 x 64 on the embedded micrographs, on a CPU, with 10 images per kimg and a 16th of the maps
+(mapping_depth, whose StyleGAN3 takes ten times as long: 3 images and a 64th). These distances are
+of other images by another network: they compare our points with each other, and the difference to
+the study means nothing (`comparable` says so). Ours are to held-out micrographs; the study's FID was to
+images that it had trained on.
 
-Where the study does not say a setting (the feature maps of its depth experiment), StyleGAN2's usual 512 stands.
+If the study does not state a setting (the feature maps of its depth experiment), it is StyleGAN2's
+usual 512.
 """
 
 import json
@@ -34,7 +38,7 @@ from em_training.cli import run_command
 
 @dataclass(frozen=True)
 class Point:
-    """A training of an experiment and the FID that the study reports for it (None where it reports none)."""
+    """A training of an experiment and the study's FID for it (None if there is none)."""
 
     study_fid: float | None
     architecture: str = "stylegan2"
@@ -80,7 +84,7 @@ CHANNEL_BASE_PER_MAP = 32  # at 256 px: 1024 maps up to 32 x 32, halving from th
 
 
 def make_config(point: Point, arguments) -> StyleGANConfig:
-    """The training of a point; points of an experiment that differ in kimg alone share a folder, where each goes on from the one before."""
+    """Return the training of a point; points that differ in kimg only continue each other."""
     scale = SCALES[arguments.scale].gan
     is_slow = arguments.experiment in SLOW
     images_per_kimg = scale.slow_images_per_kimg if is_slow else scale.images_per_kimg
@@ -93,9 +97,8 @@ def make_config(point: Point, arguments) -> StyleGANConfig:
         channels *= 2  # the architecture's own share (Karras et al. 2021, section 3.2)
     base = max(32768, CHANNEL_BASE_PER_MAP * channels) if scale.preset == "paper" else 16 * channels
     name = f"{point.architecture}-depth{point.mapping_depth}-maps{point.max_channels}"
-    batch_size = config.training.batch_size // (
-        2 if is_slow and scale.preset == "demo" else 1
-    )  # more steps
+    halve = is_slow and scale.preset == "demo"  # more steps
+    batch_size = config.training.batch_size // (2 if halve else 1)
     num_images = max(2 * batch_size, round(point.kimg * images_per_kimg))
     training = replace(config.training, num_images=num_images, batch_size=batch_size)
     if point.architecture != "stylegan2":
@@ -116,14 +119,14 @@ def make_config(point: Point, arguments) -> StyleGANConfig:
 
 
 def train(point: Point, arguments) -> tuple:
-    """Train a point, or find it trained: (its configuration, what its run.json holds)."""
+    """Train a point unless it is trained; return its configuration and its run.json."""
     config = make_config(point, arguments)
     run = train_gan(config)
     return config, json.loads((run / "run.json").read_text())
 
 
 def generate(run, config, num_images, device) -> ImageSet:
-    """A run's images on the 8-bit road."""
+    """Return images of a run with 8 bits."""
     generator = EMStyleGANPipeline.from_pretrained(Path(run) / "pipeline").generator.to(device)
     numbers = range(num_images)
     parts = (
@@ -136,18 +139,18 @@ def generate(run, config, num_images, device) -> ImageSet:
 
 
 def count_images_seen(config) -> int:
-    """Images that a whole training of `config` has seen: its last batch is a whole one."""
+    """Return the images that a training sees: its last batch is a whole one."""
     batch_size = config.training.batch_size
     return -(-config.training.num_images // batch_size) * batch_size
 
 
 def open_results(arguments, experiment) -> Results:
-    """The result file of an experiment of this module."""
+    """Return the result file of an experiment of this module."""
     return Results(arguments, experiment, TITLES[experiment], COLUMNS, ("gan",))
 
 
 def find_elsewhere(settings, num_images, arguments) -> dict | None:
-    """The point of the same settings and images seen in another experiment's result file, or None."""
+    """Return the point with these settings from another experiment's results, or None."""
     for experiment in EXPERIMENTS:
         results = open_results(arguments, experiment)
         point = results.find(settings)
@@ -161,7 +164,7 @@ def find_elsewhere(settings, num_images, arguments) -> dict | None:
 
 
 def run_experiment(arguments) -> Path:
-    """Train and measure every point that the result file lacks; returns its path."""
+    """Train and measure every point that the result file lacks; return its path."""
     results = open_results(arguments, arguments.experiment)
     results.notes = [say_steps(arguments)]
     reference = None
@@ -192,7 +195,7 @@ def run_experiment(arguments) -> Path:
 
 
 def say_steps(arguments) -> str:
-    """How long the trainings of an experiment are."""
+    """Say how long the trainings of an experiment are."""
     configs = [
         make_config(point, arguments).training for point in EXPERIMENTS[arguments.experiment]
     ]
@@ -202,7 +205,7 @@ def say_steps(arguments) -> str:
 
 
 def label(settings, arguments) -> str:
-    """What tells a point of an experiment from the others, for its picture."""
+    """Return a point's label for the picture."""
     if arguments.experiment == "mapping_depth":
         return f"{settings['architecture'].removeprefix('stylegan')} d{settings['mapping_depth']}"
     if arguments.experiment == "max_feature_maps":

@@ -1,14 +1,16 @@
-"""What adaptive augmentation is worth on few micrographs: the distance to held-out ones while a StyleGAN2 trains, with and without.
+"""Measure what adaptive augmentation gains on few micrographs.
 
-    python experiments/ada/run.py [--preset demo] [--num-train 2] [--num-held-out 30] [--num-images 40000] [--data FOLDER]
+    python experiments/ada/run.py [--num-train 2] [--num-held-out 30] [--data FOLDER]
 
-Two trainings that differ in `training.augmentation.mode` alone, on the tiles of `--num-train` micrographs, each tile in one view; every
-`--evaluate-every` images the averaged generator's distance to tiles of `--num-held-out` other micrographs. By default the embedded
-micrographs have 256 pixels a side and are averaged over 2 x 2, which makes 32 tiles of 32 x 32 to train on.
+Trains StyleGAN2 twice on the tiles of `--num-train` micrographs, each tile in one view. The two
+trainings differ only in `training.augmentation.mode`. Every `--evaluate-every` images the averaged
+generator's distance to tiles of `--num-held-out` other micrographs is measured. By default the
+embedded micrographs have 256 pixels a side and are averaged over 2 x 2, which makes 32 training
+tiles of 32 x 32.
 
-Writes results/ada.json (both curves) and results/ada.png, and goes on where it was stopped. Without augmentation the distance falls and
-then rises again, once the discriminator knows the few images by heart (Karras et al. 2020, ADA, figure 1); whether it does within a
-training so short, the curve says.
+Writes results/ada.json (both curves) and results/ada.png, and resumes where it stopped. Without
+augmentation the distance falls and then rises again, once the discriminator has learned the few
+images by heart (Karras et al. 2020, ADA, figure 1).
 """
 
 import argparse
@@ -39,9 +41,14 @@ def make_config(mode, arguments):
         config.training.augmentation, mode=mode, images_to_one=arguments.images_to_one
     )
     training = replace(
-        config.training, num_images=arguments.num_images, augmentation=augmentation, r1_gamma=arguments.r1_gamma,
-        evaluate_every=arguments.evaluate_every, log_every=arguments.evaluate_every, num_evaluation_images=arguments.num_evaluation_images,
-    )  # fmt: skip
+        config.training,
+        num_images=arguments.num_images,
+        augmentation=augmentation,
+        r1_gamma=arguments.r1_gamma,
+        evaluate_every=arguments.evaluate_every,
+        log_every=arguments.evaluate_every,
+        num_evaluation_images=arguments.num_evaluation_images,
+    )
     return replace(
         config,
         data=arguments.data,
@@ -55,7 +62,7 @@ def make_config(mode, arguments):
 
 
 def limit_channels(network, max_channels):
-    """A network's configuration with at most so many feature maps, and as many at each resolution in proportion."""
+    """Scale the feature maps at every resolution so that none exceeds `max_channels`."""
     share = min(1, max_channels / network.max_channels)
     return replace(
         network,
@@ -65,7 +72,7 @@ def limit_channels(network, max_channels):
 
 
 def read_curve(run):
-    """[[images seen, distance, probability of augmentation], ...] of a run."""
+    """Return [[images seen, distance, probability of augmentation], ...] of a run."""
     return [
         [
             line["num_images_seen"],
@@ -78,7 +85,7 @@ def read_curve(run):
 
 
 def run_experiment(arguments) -> dict:
-    """Both trainings and the files of the comparison; returns what ada.json holds."""
+    """Train twice, write the files of the comparison, and return the content of ada.json."""
     curves, data = {}, None
     for mode in MODES:
         run = train_gan(make_config(mode, arguments))
@@ -133,7 +140,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--num-train", type=int, default=2, help="micrographs to train on")
     parser.add_argument(
-        "--num-held-out", type=int, default=30, help="other micrographs, which the distance is to"
+        "--num-held-out", type=int, default=30, help="other micrographs, to compare with"
     )
     parser.add_argument(
         "--micrograph-px", type=int, default=256, help="side of the embedded micrographs"
@@ -142,9 +149,7 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--downsample", type=int, default=2, help="pixels of the micrograph averaged along a side"
     )
-    parser.add_argument(
-        "--r1-gamma", type=float, help="weight of R1; the paper's rule of thumb if not given"
-    )
+    parser.add_argument("--r1-gamma", type=float, help="weight of R1; default: the paper's rule")
     parser.add_argument("--max-channels", type=int, default=64, help="feature maps at most")
     parser.add_argument("--num-images", type=int, default=40_000)
     # the paper's 500,000 are a fiftieth of its training
