@@ -1,28 +1,54 @@
 """Train a StyleGAN on micrographs."""
 
-import sys
-
-from em_hub.publish import train_and_publish
+from em_commands.training import run_training
 from em_stylegan.presets import PRESETS
-from em_stylegan.train import train_gan
-from em_training.cli import parse_preset, run_command
+from em_training.cli import run_command
 
 DESCRIPTION = """Train a StyleGAN on electron micrographs.
 
-  python train_gan.py demo                                  the embedded synthetic micrographs, minutes on 2 CPU cores
-  python train_gan.py small --data FOLDER --out runs/mine   your own micrographs (TIFF, PNG, JPEG, BMP; 8 or 16 bit)
-  accelerate launch train_gan.py paper --data FOLDER        all GPUs of the machine
+  python train_gan.py demo
+      the embedded synthetic micrographs, minutes on 2 CPU cores
+  python train_gan.py small --data FOLDER --out runs/mine
+      your own micrographs (TIFF, PNG, JPEG, BMP; 8 or 16 bits)
+  accelerate launch train_gan.py paper --data FOLDER
+      all GPUs of the machine
 
+The same command resumes a run that was stopped or killed.
 --push-to-hub REPO publishes the finished run on the Hub (--private: for you alone).
-A run that was stopped or killed goes on when the same command is given again.
-`python train_gan.py PRESET --help` lists the flags of a preset with their values."""
+`python train_gan.py PRESET --help` shows the main flags of a preset and their values."""
+MAIN_FLAGS = (
+    "data",
+    "out",
+    "tiles.resolution",
+    "tiles.downsample",
+    "tiles.pixel_size_nm",
+    "tiles.split",
+    "tiles.label_bar",
+    "generator.architecture",
+    "training.num_images",
+    "training.batch_size",
+    "training.r1_gamma",
+    "training.augmentation.mode",
+    "precision",
+    "seed",
+)
+
+
+def find_train():
+    """Import the training, and torch with it, after the flags were read."""
+    from em_stylegan.train import train_gan
+
+    return train_gan
 
 
 def run() -> None:
-    def parse(argv):
-        return parse_preset(PRESETS, default="demo", description=DESCRIPTION, argv=argv)
-
-    train_and_publish(parse, train_gan, sys.argv[1:])
+    run_training(
+        PRESETS,
+        find_train,
+        command="train_gan.py",
+        description=DESCRIPTION,
+        main_flags=MAIN_FLAGS,
+    )
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from .intensity import from_uint as from_uint
 from .intensity import to_uint8 as to_uint8
 from .intensity import to_uint16 as to_uint16
 from .loader import BatchLoader as BatchLoader
+from .loader import warn_if_few as warn_if_few
 from .micrograph import Defect as Defect
 from .micrograph import Micrograph as Micrograph
 from .reading import read_micrograph as read_micrograph

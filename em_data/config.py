@@ -22,8 +22,8 @@ class DataConfig:
     """Views of each tile: "paper" (identity, three quarter turns, two flips), "d4" (all eight
     symmetries of the square) or "none"."""
     split: Literal["micrograph", "specimen", "leaky"] = "micrograph"
-    """What is held out: whole micrographs, whole specimens, or random views as in the study
-    ("leaky": both sides then see the same micrographs, and the scores look too good)."""
+    """What is held out: whole micrographs, whole specimens, or random views (leaky). With "leaky",
+    as in the study, both sides see the same micrographs, and the scores look too good."""
     held_out_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the micrographs (specimens, views) that training never sees; at least one."""
     intensity: Literal["auto", "full", "percentile"] = "auto"
@@ -34,8 +34,7 @@ class DataConfig:
     on_bad_image: Literal["skip", "fail"] = "skip"
     """What to do with an image that cannot be used: skip it with a message, or fail."""
     label_bar: Literal["crop", "keep", "refuse"] = "crop"
-    """What to do with a microscope's label bar at the bottom of an image: crop it, keep it, or
-    refuse the image."""
+    """The label bar below an image: crop it, keep it, or refuse the image."""
     num_micrographs: Annotated[int, Gt(0)] | None = None
     """Number of synthetic micrographs, or use only the first so many of other data."""
     micrograph_size: Annotated[int, Gt(0)] = 512

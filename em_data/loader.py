@@ -1,10 +1,29 @@
 """Batches for training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from em_data.batch import Batch
+
+FEW_MICROGRAPHS, MANY_REPEATS = 20, 200
+
+
+def warn_if_few(summary: dict, num_views: int, num_images: int, log: Callable[[str], None]) -> None:
+    """Say through `log` when a training repeats few micrographs very often.
+
+    Args:
+        summary: `Data.summary`.
+        num_views: Views to train on.
+        num_images: Images of the training, repetitions counted.
+    """
+    num_micrographs, repeats = summary["num_micrographs"], num_images / num_views
+    if num_micrographs < FEW_MICROGRAPHS and repeats > MANY_REPEATS:
+        log(
+            f"Only {num_micrographs} micrographs for {num_images:,} training images: each view is "
+            f"shown about {repeats:,.0f} times, and the model may copy it. Add micrographs, or "
+            "train on fewer images (num-images)."
+        )
 
 
 class BatchLoader:

@@ -83,7 +83,9 @@ class AutoencoderConfig:
     """Half-life of the averaged weights, which are validated and saved; 0 saves the last weights."""
 
     num_images: NotNegative = 1_000_000
+    """Images that the autoencoder is trained on, repetitions counted."""
     batch_size: Positive = 32
+    """Images of one step, over all processes."""
     micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
     """Images that one process computes at once, with accumulated gradients; 0 for its whole batch.
     Halved automatically when the memory is full. The discriminator's adaptive weight is then
@@ -152,7 +154,9 @@ class DenoiserConfig:
     beta_end: Annotated[float, Gt(0), Le(1)] = 0.0195
 
     num_images: Positive = 5_000_000
+    """Latents that the denoiser is trained on, repetitions counted."""
     batch_size: Positive = 64
+    """Latents of one step, over all processes."""
     learning_rate: PositiveFloat = 1e-4
     micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
     """Images that one process computes at once, with accumulated gradients; 0 for its whole batch.
@@ -210,16 +214,16 @@ class LDMConfig:
     """A latent diffusion run: data, output folder, and the two stages that are trained."""
 
     data: str = "synthetic"
-    """A folder of micrographs, "synthetic", "hub:owner/name[@revision]" (written by em_data.push),
-    "hub-stream:owner/name[@revision]" (the same, read over the network; only the tiles are kept on
-    disk), "damaged-alloys:FOLDER" or "datasets:NAME_OR_PATH"."""
+    """A folder of micrographs, or "synthetic" for the embedded ones. Also "hub:owner/name[@revision]"
+    (written by em_data.push), "hub-stream:owner/name[@revision]" (the same, read over the network;
+    only the tiles are kept on disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/ldm"
     """Folder of the run. The same command on it resumes the run."""
     seed: NotNegative = 0
     """Seed of the weights, the order of the data and the noise; the split has tiles.seed."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """"bf16", "fp16" (for GPUs without bf16; with loss scaling), "no" (float32), or "auto": bf16
-    where the hardware computes in it, else float32."""
+    """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32). fp16
+    is for GPUs without bf16, with loss scaling."""
     sampler: Annotated[str | None, MAY_CHANGE] = None
     """Sampler that the pipeline is saved with: ddim, dpm-solver++, dpm-solver++-sde, ... (see
     em_diffusion.samplers). Default: the fastest one without loss of quality. generate.py can use
@@ -232,8 +236,8 @@ class LDMConfig:
     that sampling adds again. Fewer are used if they have more than 67 million pixels; 0 for no
     grain. May change at any time."""
     last_stage: Annotated[Literal["autoencoder", "denoiser"], MAY_CHANGE] = "denoiser"
-    """"autoencoder" ends the run after that stage, to look at its reconstructions first; the same
-    command with "denoiser" continues it."""
+    """"autoencoder" ends the run after that stage, to look at its reconstructions. The same command
+    with "denoiser" continues it."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from em_data import load_data
+from em_data import load_data, warn_if_few
 from em_diffusion.autoencoder import encode
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.config import LDMConfig
@@ -63,6 +63,7 @@ def train_stages(config, accelerator, out):
     with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
+    warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
     if accelerator.is_main_process:
         refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")

@@ -1,14 +1,11 @@
 """A run -> a repository on the Hub that loads where this project is absent: weights, code, card, samples, evaluation."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -94,38 +91,6 @@ def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.
         )
     say(f"{upload.url} (commit {upload.commit[:8]}), verified")
     return upload.url
-
-
-def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None:
-    """Train as the command line asks and, with --push-to-hub REPO (and --private), publish the run when it is finished.
-
-    parse: the other words of the command line -> configuration with a field `out`. train: configuration -> run. The token is
-    tried before the training begins.
-    """
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--push-to-hub")
-    flags.add_argument("--private", action="store_true")
-    push, argv = flags.parse_known_args(argv)
-    config = parse(argv)
-    if push.push_to_hub is None:
-        if push.private:
-            raise ValueError("--private goes with --push-to-hub REPO")
-        train(config)
-        return
-    if not getattr(config, "makes_pipeline", True):
-        raise ValueError(
-            "--push-to-hub publishes a finished run, and --last-stage leaves this one unfinished: leave one of them out"
-        )
-    repo = find_account(push.push_to_hub)
-    train(config)
-    if int(os.environ.get("RANK", "0")):
-        return  # of several processes, the first publishes
-    try:
-        publish_run(PublishConfig(run=config.out, repo=repo, private=push.private))
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{error}. The training is finished and saved: `python publish.py {config.out} {repo}` publishes it"
-        ) from error
 
 
 def refuse_other_content(

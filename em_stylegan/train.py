@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from em_data import load_data
+from em_data import load_data, warn_if_few
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
@@ -46,6 +46,7 @@ def train_and_save(config, accelerator, out):
     with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
+    warn_if_few(data.summary, len(data.train), config.training.num_images, accelerator.print)
     pixel_size_nm = data.summary.get("pixel_size_nm")
     if accelerator.is_main_process:
         refuse_other_data(out, data.identity)

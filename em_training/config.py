@@ -129,6 +129,22 @@ def refuse_other_run(
         )
 
 
+def is_complete(out, config) -> bool:
+    """Say whether `out` holds the finished run of `config`, with its pipeline.
+
+    The run's own folder and cache may have moved, and "auto" precision was resolved.
+    """
+    out = Path(out)
+    try:
+        record = json.loads((out / "run.json").read_text())["config"]
+        before = config_from_dict(type(config), record)
+    except (OSError, ValueError, KeyError):
+        return False
+    changes = changed_fields(before, config)
+    free = {"out", "tiles.cache_dir"} | ({"precision"} if config.precision == "auto" else set())
+    return changes.keys() <= free and (out / "pipeline" / "model_index.json").exists()
+
+
 def refuse_other_data(out, identity: dict) -> None:
     """Refuse to resume the run in `out` with other data than it began with.
 

@@ -30,6 +30,16 @@ def use_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def describe_device() -> str:
+    """Return the device that a run will use, such as "NVIDIA H200" or "CPU, 2 threads"."""
+    if use_cpu():
+        return f"CPU, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        return torch.accelerator.current_accelerator().type
+    count = torch.cuda.device_count()
+    return torch.cuda.get_device_name() + (f" ({count} devices)" if count > 1 else "")
+
+
 def create_process_state() -> accelerate.PartialState:
     """Return this process's place among those that torchrun or `accelerate launch` started."""
     return accelerate.PartialState(cpu=use_cpu(), timeout=PROCESS_TIMEOUT)

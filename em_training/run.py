@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from em_training.optimizer import match_memory_format
 
 # how often several processes tell each other that one of them was asked to stop
 AGREE_EVERY_STEPS = 8
+SECONDS_TO_ESTIMATE, LONG_HOURS = 10, 3
 
 
 class TrainingInterrupted(Exception):
@@ -58,6 +60,7 @@ class TrainingRun:
         self._seconds_before = 0.0
         self._last_saved: int | None = None
         self._bar = None
+        self._has_estimate = False
         self._old_handlers: dict = {}
         self._lock = lock_folder(self.dir, is_main_process=accelerator.is_main_process)
 
@@ -156,6 +159,7 @@ class TrainingRun:
             NonFiniteLossError: Without saving.
         """
         self._bar.update(num_images_seen - self._bar.n)
+        self._say_estimate(num_images_seen)
         if self.is_due(self.log_every, num_images_seen):
             self._write_log(num_images_seen)
         if self.is_due(self.checkpoint_every, num_images_seen):
@@ -204,6 +208,18 @@ class TrainingRun:
             tqdm.write(text, file=sys.stderr)
         elif from_any_process:
             tqdm.write(f"process {self.accelerator.process_index}: {text}", file=sys.stderr)
+
+    def _say_estimate(self, num_images_seen: int) -> None:
+        """Say once, after the first steps, that the stage will take long."""
+        seconds = time.monotonic() - self._started
+        if self._has_estimate or seconds < SECONDS_TO_ESTIMATE:
+            return
+        self._has_estimate = True
+        seconds_per_image = seconds / (num_images_seen - self._start_count)
+        hours = seconds_per_image * (self.num_images - num_images_seen) / 3600
+        if hours > LONG_HOURS:
+            device = self.accelerator.device.type.replace("cpu", "CPU")
+            self.say(f"{self.stage}: about {hours:,.0f} hours to go at this speed ({device})")
 
     def _load_newest(self) -> int:
         folder = self.dir / "checkpoints"
@@ -323,8 +339,12 @@ class TrainingRun:
         )
 
     def _on_signal(self, number, frame) -> None:
-        if self._stop_signal is not None and number == signal.SIGINT:
+        # torchrun sends a signal of its own after the terminal's
+        is_relayed = "TORCHELASTIC_RUN_ID" in os.environ
+        if self._stop_signal is not None and number == signal.SIGINT and not is_relayed:
             raise KeyboardInterrupt
+        if self._stop_signal is not None:
+            return
         self._stop_signal = number
         self.say(
             f"\n{signal.Signals(number).name}: saving after this step, then stopping (press Ctrl-C "

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -20,10 +21,16 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 
-def run(*arguments, check=True):
+def run(*arguments, check=True, environment=None):
     command = [sys.executable, *map(str, arguments)]
     result = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=550, check=False
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
     )
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
@@ -49,6 +56,52 @@ def test_help_explains_the_flags(script):
     text = run(script, "--help").stdout
     assert len(text.splitlines()) > 15
     assert "micrograph" in text or "images" in text
+
+
+@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
+def test_help_of_a_preset_fits_on_two_screens(script):
+    presets = "demo", "small", "paper"
+    for preset in presets:
+        lines = run(script, preset, "--help", environment={"COLUMNS": "80"}).stdout.splitlines()
+        assert len(lines) <= 2 * 23
+        assert max(map(len, lines)) <= 80
+        text = "\n".join(lines)
+        for flag in ("data", "out", "tiles.resolution", "tiles.downsample", "precision", "seed"):
+            assert f"--{flag} " in text
+        assert "--push-to-hub REPO" in text
+    assert "--tiles.percentiles" in run(script, "small", "--help-all").stdout
+
+
+@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["test", "--tiles.sise", "64"],
+            r"no flag --tiles.sise. Did you mean:\n  --tiles.resoluti",
+        ),
+        (["test", "--resolution=64"], r"no flag --resolution. Did you mean:\n  --tiles.resolution"),
+        (["--preset", "small"], r"the preset is the first word, as in `python train_\w+.py demo"),
+        (["smal"], r"no preset 'smal'. Did you mean small\?"),
+        (["test", "--tiles.split", "foo"], r"invalid choice 'foo' for argument '--tiles.split'"),
+        (["test", "--tiles.seed", "-1"], r"tiles.seed is -1, but must be at least 0. Use --tiles."),
+        (["test", "--tiles.resolution", "0"], r"tiles.resolution is 0, but must be greater than 0"),
+        (["test", "--seed", "x"], r"--seed"),
+    ],
+)
+def test_a_typo_is_told_at_once_with_the_nearest_flag(script, words, message):
+    """In a few lines, and without importing torch."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{script}', *{words!r}]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert 'torch' not in sys.modules\n"
+    )
+    result = run("-c", code, check=False)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) <= 8
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
@@ -93,17 +146,16 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
     ]
     ldm = run("train_ldm.py", "test", "--data", data, "--out", tmp_path / "ldm", *tiles)
     assert "broken.tif" in ldm.stdout
-    run(
-        "train_gan.py",
-        "test",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "gan",
-        "--generator.channel-base",
-        "256",
-        *tiles,
-    )
+    assert "Device: CPU" in ldm.stderr
+    flags = ["--data", data, "--out", tmp_path / "gan", "--generator.channel-base", "256", *tiles]
+    last_line = run("train_gan.py", "test", *flags).stderr.splitlines()[-1]
+    assert str(tmp_path / "gan" / "pipeline") in last_line
+    assert f"Next: python generate.py --model {tmp_path / 'gan'}" in last_line
+    index = tmp_path / "gan" / "pipeline" / "model_index.json"
+    written = index.stat().st_mtime_ns
+    again = run("train_gan.py", "test", *flags)
+    assert "already complete" in again.stderr
+    assert index.stat().st_mtime_ns == written
     result = run(
         "evaluate.py",
         "--models",

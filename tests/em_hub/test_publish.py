@@ -14,10 +14,11 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
+from em_commands.training import train_and_publish
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import load_pipeline, read_model
-from em_hub.publish import PublishConfig, hide_paths, publish_run, train_and_publish
+from em_hub.publish import PublishConfig, hide_paths, publish_run
 from em_stylegan import EMStyleGANPipeline
 from support.models import MAKERS, draw, make_ldm, make_stylegan
 

@@ -1,6 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from em_training import TrainingInterrupted
 from em_training.cli import run_command
 from em_training.precision import leave_processes
 
@@ -21,3 +26,49 @@ def test_a_command_leaves_its_group_of_processes_unless_it_failed(capsys):
     run_command(lambda: None)
     assert not torch.distributed.is_initialized()
     leave_processes()  # alone there is nothing to leave
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_work_goes_on_when_nobody_reads_its_output(tmp_path, stream):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom em_training.cli import run_command\n"
+        "def main():\n"
+        f"    for i in range(20_000):\n        print('line', i, file=sys.{stream})\n"
+        "    Path(sys.argv[1]).write_text('done')\n"
+        "run_command(main)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "result")]
+    process = subprocess.Popen(command, **{stream: subprocess.PIPE})
+    reader = getattr(process, stream)
+    assert reader.readline().strip() == b"line 0"
+    reader.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_errors_end_as_a_sentence_and_a_code(capsys, tmp_path):
+    class NonFiniteLossError(RuntimeError):
+        pass
+
+    for error, code, text in (
+        (
+            FileNotFoundError(2, "No such file", "x.tif"),
+            2,
+            "error: [Errno 2] No such file: 'x.tif'",
+        ),
+        (SafetensorError("No space left on device"), 2, "error: No space left on device"),
+        (NonFiniteLossError("loss is not finite"), 1, "error: loss is not finite"),
+        (TrainingInterrupted("saved"), 130, "saved"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            run_command(main)
+        assert stop.value.code == code
+        assert capsys.readouterr().err.startswith(text)
+
+    with pytest.raises(KeyError):
+        run_command(lambda: {}["a bug"])

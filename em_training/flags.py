@@ -1,0 +1,245 @@
+"""Presets and flags of a command, with short help and the nearest flag to a wrong one.
+
+Imports neither torch nor our other modules, so that a typo is told at once.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tyro
+from pydantic import ValidationError
+
+# how other programs call what we call otherwise
+ALIASES = {
+    "tiles.size": "tiles.resolution",
+    "image-size": "tiles.resolution",
+    "lr": "learning-rate",
+    "output": "out",
+    "data-dir": "data",
+    "mixed-precision": "precision",
+    "epochs": "num-images",
+}
+
+
+class UsageError(ValueError):
+    """A mistake on the command line, in plain sentences."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of a configuration: dotted name with hyphens, value in the preset, help text."""
+
+    name: str
+    value: Any
+    help: str
+
+
+def parse_preset(
+    presets: Mapping[str, Callable[[], Any]],
+    argv: Sequence[str],
+    *,
+    command: str,
+    default: str,
+    description: str,
+    main_flags: Sequence[str],
+    epilog: str = "",
+) -> tuple[Any, str]:
+    """Return (configuration, name of the preset) of the command line `PRESET --flags`.
+
+    `--help` prints the description or, after a preset, its main flags; `--help-all` all flags.
+
+    Args:
+        presets: Name -> function that returns a frozen dataclass, with a docstring as help text.
+        command: The command's name in messages, such as "train_ldm.py".
+        default: Preset to use when the first word is a flag.
+        main_flags: Dotted names of the flags that people set first.
+        epilog: Last line of a preset's help.
+
+    Raises:
+        UsageError: For unknown presets, unknown flags and impossible values.
+    """
+    name, argv = _choose_preset(presets, list(argv), command, default)
+    if name is None:
+        print(_describe_presets(presets, description))
+        raise SystemExit(0)
+    config = presets[name]()
+    prog = f"{command} {name}"
+    if "--help" in argv or "-h" in argv:
+        print(_describe_main_flags(config, presets[name], prog, main_flags))
+        print(epilog)
+        raise SystemExit(0)
+    if "--help-all" in argv:
+        argv = ["--help"]
+    _refuse_unknown(config, argv, prog)
+    with _plain_errors(prog):
+        return tyro.cli(type(config), default=config, args=argv, prog=prog), name
+
+
+def list_flags(config: Any, prefix: str = "") -> Iterator[Flag]:
+    """Yield the flags of a configuration, nested ones included."""
+    helps = _read_help_texts(type(config))
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from list_flags(value, name + ".")
+        else:
+            yield Flag(name, value, helps.get(field.name, ""))
+
+
+def find_nearest_flags(word: str, flags: Sequence[Flag], count: int = 2) -> list[Flag]:
+    """Return the flags whose names are most like `word`, nearest first."""
+    by_name = {flag.name: flag for flag in flags}
+    names = {name: name for name in by_name}
+    for alias, name in ALIASES.items():
+        for found in by_name:
+            if found == name or found.split(".")[-1] == name:
+                names.setdefault(alias, found)
+                names.setdefault(found.removesuffix(name) + alias, found)
+
+    def likeness(name: str) -> float:
+        last = difflib.SequenceMatcher(None, word.split(".")[-1], name.split(".")[-1]).ratio()
+        return max(difflib.SequenceMatcher(None, word, name).ratio(), 0.95 * last)
+
+    ranked = sorted(names, key=likeness, reverse=True)
+    least = max(0.6, likeness(ranked[0]) - 0.1)
+    best = [names[name] for name in ranked if likeness(name) >= least]
+    return [by_name[name] for name in list(dict.fromkeys(best))[:count]]
+
+
+def _choose_preset(presets, argv, command, default) -> tuple[str | None, list[str]]:
+    if argv and argv[0] in presets:
+        return argv[0], argv[1:]
+    if argv and argv[0] in ("-h", "--help"):
+        return None, argv
+    names = ", ".join(presets)
+    for word in argv:
+        if word.split("=")[0] == "--preset":
+            raise UsageError(
+                f"--preset is not a flag: the preset is the first word, as in `python {command} "
+                f"{default} --out FOLDER`. Presets: {names}."
+            )
+    if argv and not argv[0].startswith("-"):
+        nearest = difflib.get_close_matches(argv[0], presets, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise UsageError(f"There is no preset {argv[0]!r}.{hint} Presets: {names}.")
+    return default, argv
+
+
+def _refuse_unknown(config, argv, prog) -> None:
+    flags = list(list_flags(config))
+    known = {flag.name for flag in flags} | {"help"}
+    for flag in flags:
+        if isinstance(flag.value, bool):
+            *section, last = flag.name.split(".")
+            known.add(".".join([*section, f"no-{last}"]))
+    for word in argv:
+        name = word[2:].split("=")[0].replace("_", "-")
+        if not word.startswith("--") or name in known:
+            continue
+        nearest = find_nearest_flags(name, flags)
+        hint = "".join(
+            "\n" + _wrap_row(f"--{flag.name} {_format(flag.value)}", _first_sentence(flag.help), 36)
+            for flag in nearest
+        )
+        raise UsageError(
+            f"There is no flag --{name}.{' Did you mean:' + hint if hint else ''}\n"
+            f"`python {prog} --help` lists the main flags, --help-all all of them."
+        )
+
+
+@contextlib.contextmanager
+def _plain_errors(prog: str) -> Iterator[None]:
+    """Turn tyro's boxes into plain errors, and let a configuration's own error through."""
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            yield
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error is not None and not isinstance(error, ValidationError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        if stop.code in (0, None):
+            raise
+        raise UsageError(f"{_read_box(written.getvalue())} See `python {prog} --help`.") from None
+
+
+def _read_box(text: str) -> str:
+    """Return the first paragraph in a box of tyro's as one line."""
+    words = []
+    for line in text.splitlines()[1:]:
+        inner = line.strip().strip("│").strip()
+        if not inner or set(inner) <= set("─╰╯"):
+            break
+        words.append(inner)
+    return " ".join(words).rstrip(".") + "."
+
+
+def _describe_presets(presets, description) -> str:
+    rows = []
+    for name, preset in presets.items():
+        summary = _first_sentence(inspect.cleandoc(preset.__doc__ or ""))
+        rows.append(_wrap_row(name, summary, indent=15))
+    return "\n".join([description, "", "presets:", *rows])
+
+
+def _describe_main_flags(config, preset, prog, main_flags) -> str:
+    flags = {flag.name: flag for flag in list_flags(config)}
+    names = [name.replace("_", "-") for name in main_flags]
+    rows = [
+        _wrap_row(f"--{name} {_format(flags[name].value)}", _first_sentence(flags[name].help), 36)
+        for name in names
+        if name in flags
+    ]
+    paragraphs = [
+        textwrap.fill(paragraph, _width()) if not paragraph.startswith(" ") else paragraph
+        for paragraph in inspect.cleandoc(preset.__doc__ or "").split("\n\n")
+    ]
+    return "\n".join(
+        [f"usage: python {prog} [--flags]", "", *paragraphs]
+        + ["", "main flags and their values in this preset:", *rows]
+        + ["", f"`python {prog} --help-all` shows all {len(flags)} flags."]
+    )
+
+
+def _wrap_row(left: str, text: str, indent: int) -> str:
+    lines = textwrap.wrap(text, _width() - indent) or [""]
+    if len(left) + 4 > indent:
+        return "\n".join([f"  {left}", *(" " * indent + line for line in lines)]).rstrip()
+    first = f"  {left}".ljust(indent) + lines[0]
+    return "\n".join([first, *(" " * indent + line for line in lines[1:])]).rstrip()
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[^.]\.)\s+(?=[A-Z0-9])", " ".join(text.split()), maxsplit=1)[0]
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "(none)"
+    return str(value)
+
+
+def _width() -> int:
+    return max(60, min(100, shutil.get_terminal_size((80, 24)).columns))
+
+
+def _read_help_texts(cls: type) -> dict[str, str]:
+    """Return the strings under the fields of a class, by field."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    texts = {}
+    for statement, following in zip(body.body, body.body[1:]):
+        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and is_text:
+            texts[statement.target.id] = str(following.value.value)
+    return texts
