@@ -14,8 +14,8 @@ DESCRIPTION = """Train a StyleGAN on electron micrographs.
       all GPUs of the machine
 
 The same command resumes a run that was stopped or killed.
---push-to-hub REPO publishes the finished run on the Hub (--private: for you alone).
-`python train_gan.py PRESET --help` shows the main flags of a preset and their values."""
+--push-to-hub REPO publishes the finished run (--private: for you alone).
+`python train_gan.py PRESET --help` shows the main flags of a preset."""
 MAIN_FLAGS = (
     "data",
     "out",

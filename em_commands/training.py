@@ -12,7 +12,7 @@ from typing import Any
 from em_training.config import is_complete
 from em_training.flags import parse_preset
 
-EPILOG = "--push-to-hub REPO publishes the finished run on the Hub (--private: for you alone)."
+EPILOG = "--push-to-hub REPO publishes the finished run (--private: for you alone)."
 
 
 def run_training(
