@@ -1,1 +1,5 @@
-"""Generating from trained models: runs, repositories and folders to images, and the evaluation of runs."""
+"""Trained models to images in a folder, and the evaluation of models and folders."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

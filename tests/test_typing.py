@@ -7,7 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # not finished: signatures of these packages are not complete yet
-OPEN = {"em_data", "em_diffusion", "em_evaluation", "em_stylegan", "em_training"}
+OPEN = {
+    "em_data",
+    "em_diffusion",
+    "em_evaluation",
+    "em_generation",
+    "em_hub",
+    "em_stylegan",
+    "em_training",
+}
 STUBS = sorted(ROOT.glob("em_*/__init__.pyi"))
 SPECIAL = {"__init__", "__call__", "__len__", "__getitem__", "__iter__", "__enter__", "__exit__"}
 

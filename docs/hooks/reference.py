@@ -64,6 +64,8 @@ def list_sections(cls, prefix=""):
     for field in dataclasses.fields(cls):
         kind = strip(types_[field.name])
         flag = f"{prefix}{field.name}".replace("_", "-")
+        if kind is typing.Any:  # set by the program
+            continue
         if dataclasses.is_dataclass(kind):
             nested += list_sections(kind, f"{flag}.")
             continue

@@ -1,0 +1,9 @@
+from .evaluate import EvaluationConfig as EvaluationConfig
+from .evaluate import evaluate_runs as evaluate_runs
+from .families import FAMILIES as FAMILIES
+from .families import find_family as find_family
+from .generate import GenerationConfig as GenerationConfig
+from .generate import generate_images as generate_images
+from .loading import Model as Model
+from .loading import load_pipeline as load_pipeline
+from .loading import read_model as read_model
