@@ -2,6 +2,7 @@
 
 import struct
 import xml.etree.ElementTree as ElementTree
+import zlib
 
 # a coarser resolution comes from a printer or a screen: 72 dpi is 352,778 nm
 MAX_PIXEL_SIZE_NM = 10_000.0
@@ -42,11 +43,22 @@ def square_pixel_size(sizes, notices) -> float | None:
 
 
 def read_png_metadata(data):
-    """Return (bit depth, metadata, sizes as in `square_pixel_size`) of the bytes of a PNG file."""
-    depth, metadata, sizes, position = data[24], {"format": "PNG"}, None, 8
-    while position + 8 <= len(data):
+    """Return (bit depth, metadata, sizes as in `square_pixel_size`) of the bytes of a PNG file.
+
+    Raises:
+        ValueError: The file is cut short or damaged. Decoders fill what is missing with zeros.
+    """
+    metadata, sizes, position, kind = {"format": "PNG"}, None, 8, b""
+    while kind != b"IEND":
+        if position + 12 > len(data):
+            raise ValueError("image file is truncated")
         length, kind = struct.unpack(">I4s", data[position : position + 8])
-        body = data[position + 8 : position + 8 + length]
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise ValueError("image file is truncated")
+        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError(f"damaged PNG chunk {kind!r}")
+        body, position = data[position + 8 : end], end + 4
         if kind == b"pHYs" and len(body) == 9:
             x, y, unit = struct.unpack(">IIB", body)
             if unit == 1 and x and y and sizes is None:
@@ -54,11 +66,8 @@ def read_png_metadata(data):
         elif kind == b"tEXt" and b"\0" in body:
             key, _, text = body.partition(b"\0")
             metadata[key.decode("latin-1")] = text.decode("latin-1")
-        elif kind == b"IEND":
-            break
-        position += 12 + length
     # our own text is exact; pHYs holds whole pixels per metre
-    return depth, metadata, _exact_size(metadata) or sizes
+    return data[24], metadata, _exact_size(metadata) or sizes
 
 
 def read_tiff_metadata(tif, page):

@@ -1,7 +1,9 @@
 """A Hugging Face data set as a source: from the disk, downloaded from the Hub, or streamed."""
 
 import hashlib
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ def open_dataset(source, config) -> Source:
 
     ignored, source = [], str(source)
     rows = open_rows(source, ignored)
-    if not len(rows):
+    if not rows.num:
         raise ValueError(f"{source} has no rows.")
     features = rows.features
     images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -53,11 +55,10 @@ def open_dataset(source, config) -> Source:
     unused = [key for key in images[1:] if key not in labels]
     if unused:
         ignored.append(f"columns {', '.join(unused)}: the images are in column {column}")
-    known = rows.read_columns([key for key in KNOWN_COLUMNS if key in features])
-    content = rows.read_rows([column, *labels])
+    content = rows.read([column, *labels])
     entries = []
-    for i in range(len(rows)):
-        facts = {key: values[i] for key, values in known.items()}
+    for i in range(rows.num):
+        facts = {key: values[i] for key, values in rows.known.items()}
         name = f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}"
 
         def read(i=i, name=name, facts=facts):
@@ -69,109 +70,108 @@ def open_dataset(source, config) -> Source:
     return Source(Path(name.removeprefix(NAMED).rstrip("/")).name, entries, ignored)
 
 
-def open_rows(source: str, ignored: list):
-    """Return the rows of a source: `StoredRows` or `StreamedRows`."""
+@dataclass
+class Rows:
+    """The rows of a data set, before images are read.
+
+    Args:
+        features: Types of the columns.
+        num: Number of rows.
+        known: {name: values} of the known columns.
+        content: Hash of the data set, the same on any machine.
+        read: Takes names of columns; returns an object whose item i is row i as a dict, with images
+            as encoded bytes.
+    """
+
+    features: dict
+    num: int
+    known: dict
+    content: str
+    read: Callable
+
+
+def open_rows(source: str, ignored: list) -> Rows:
+    """Open the data set of a source; append to `ignored` what is not used."""
     if source.startswith(STREAMED):
-        return StreamedRows(source.removeprefix(STREAMED))
+        return _open_stream(source.removeprefix(STREAMED))
     if source.startswith(FETCHED):
-        return StoredRows(*_load_from_hub(source.removeprefix(FETCHED)))
-    dataset = _load_dataset(source.removeprefix(NAMED), ignored)
-    return StoredRows(dataset, dataset._fingerprint)
+        dataset, content = _load_from_hub(source.removeprefix(FETCHED))
+    else:
+        dataset = _load_dataset(source.removeprefix(NAMED), ignored)
+        content = dataset._fingerprint
+    features = dataset.features
+    known = {name: dataset[name][:] for name in KNOWN_COLUMNS if name in features}
 
-
-class StoredRows:
-    """Rows of a `datasets.Dataset` on this disk. `content` identifies them on any machine."""
-
-    def __init__(self, dataset, content):
-        self.dataset, self.content, self.features = dataset, content, dataset.features
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def read_columns(self, names):
-        """Return {name: values}."""
-        return {name: self.dataset[name][:] for name in names}
-
-    def read_rows(self, names):
-        """Return an object whose item i is row i as a dict, with images as encoded bytes."""
-        dataset = _leave_images_encoded(self.dataset.select_columns(names))
-        for name, dtype in _find_arrays(self.features, names).items():
+    def read(names):
+        columns = _leave_images_encoded(dataset.select_columns(names))
+        for name, dtype in _find_arrays(features, names).items():
             # without the type, `datasets` returns every integer as 64 bits
-            dataset = dataset.with_format(
+            columns = columns.with_format(
                 "numpy", columns=[name], output_all_columns=True, dtype=dtype
             )
-        return dataset
+        return columns
+
+    return Rows(features, len(dataset), known, content, read)
 
 
-class StreamedRows:
-    """Rows of the Parquet files of one commit on the Hub; nothing is kept on this disk.
+def _open_stream(name) -> Rows:
+    """Open the Parquet files of one commit on the Hub; nothing is kept on this disk.
 
     Known columns are read at once. The rest is read row by row: asking for an earlier row starts
     the stream again. Memory holds one row group of one file. The files' checksums are not compared,
     because no file arrives whole. PNG images carry checksums of their own, which the reader
     compares.
     """
+    import datasets
+    import pyarrow.parquet as pq
 
-    def __init__(self, name):
-        self.name = name
-        if constants.HF_HUB_OFFLINE:
-            raise ValueError(
-                f"{STREAMED}{name} is read over the network at every start, and HF_HUB_OFFLINE "
-                f"forbids it; unset it, or use {FETCHED}{name}, which is kept on this disk."
-            )
-        repo, commit, files = list_files(name, ".parquet", kind="dataset")
-        if not files:
-            raise ValueError(_say_no_parquet(name))
-        self.paths = [f"datasets/{repo}@{commit}/{path}" for path in files]
-        self.content = _hash_content(files.values())
-        with _explain_lost_stream(name):
-            self._read_footers()
-
-    def _read_footers(self):
-        import datasets
-        import pyarrow.parquet as pq
-
-        files = HfFileSystem(endpoint=constants.ENDPOINT)
-        self.features, self._num_rows, self._columns = None, 0, {}
-        for path in self.paths:
-            with files.open(path, block_size=BLOCK_BYTES) as file:
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"{STREAMED}{name} is read over the network at every start, and HF_HUB_OFFLINE "
+            f"forbids it; unset it, or use {FETCHED}{name}, which is kept on this disk."
+        )
+    repo, commit, files = list_files(name, ".parquet", kind="dataset")
+    if not files:
+        raise ValueError(_say_no_parquet(name))
+    paths = [f"datasets/{repo}@{commit}/{path}" for path in files]
+    schemas, num, known = [], 0, {}
+    with _explain_lost_stream(name):
+        file_system = HfFileSystem(endpoint=constants.ENDPOINT)
+        for path in paths:
+            with file_system.open(path, block_size=BLOCK_BYTES) as file:
                 parquet = pq.ParquetFile(file, pre_buffer=False)
-                if self.features is None:
-                    self.features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
-                    self._columns = {name: [] for name in KNOWN_COLUMNS if name in self.features}
-                self._num_rows += parquet.metadata.num_rows
-                if self._columns:
-                    table = parquet.read(columns=list(self._columns))
-                    for name, values in self._columns.items():
-                        values += table.column(name).to_pylist()
+                schemas.append(parquet.schema_arrow)
+                num += parquet.metadata.num_rows
+                names = [each for each in KNOWN_COLUMNS if each in schemas[0].names]
+                if names:
+                    for column, values in parquet.read(columns=names).to_pydict().items():
+                        known.setdefault(column, []).extend(values)
+    features = datasets.Features.from_arrow_schema(schemas[0])
+    content = _hash_content(files.values())
 
-    def __len__(self):
-        return self._num_rows
+    def read(names):
+        return Replayed(lambda: _stream(name, paths, features, names))
 
-    def read_columns(self, names):
-        """Return {name: values} of known columns."""
-        return {name: self._columns[name] for name in names}
+    return Rows(features, num, known, content, read)
 
-    def read_rows(self, names):
-        """Return an object whose item i is row i as a dict, with images as encoded bytes."""
-        return Replayed(lambda: self._stream(names))
 
-    def _stream(self, names):
-        import datasets
+def _stream(name, paths, features, names):
+    """Yield rows of Parquet files on the Hub as dictionaries."""
+    import datasets
 
-        with _explain_lost_stream(self.name):
-            dataset = datasets.load_dataset(
-                "parquet",
-                data_files={"train": [f"hf://{path}" for path in self.paths]},
-                split="train",
-                streaming=True,
-                columns=names,
-                batch_size=1,
-                storage_options={"hf": {"endpoint": constants.ENDPOINT, "block_size": BLOCK_BYTES}},
-            )
-            arrays = _find_arrays(self.features, names)
-            for row in _leave_images_encoded(dataset):
-                yield row | {name: np.asarray(row[name], dtype) for name, dtype in arrays.items()}
+    with _explain_lost_stream(name):
+        dataset = datasets.load_dataset(
+            "parquet",
+            data_files={"train": [f"hf://{path}" for path in paths]},
+            split="train",
+            streaming=True,
+            columns=names,
+            batch_size=1,
+            storage_options={"hf": {"endpoint": constants.ENDPOINT, "block_size": BLOCK_BYTES}},
+        )
+        arrays = _find_arrays(features, names)
+        for row in _leave_images_encoded(dataset):
+            yield row | {key: np.asarray(row[key], dtype) for key, dtype in arrays.items()}
 
 
 @contextmanager
