@@ -81,6 +81,9 @@ def cut(source, config, folder):
 def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
     """Return the rows of the tiles of a micrograph, and the facts of the whole.
 
+    Labels (`micrograph.defects`) are not cut yet. Their masks would be another column of
+    `make_features`, and `Batch.masks` has room for them.
+
     Args:
         entry: The micrograph's `Entry`.
         micrograph: The `Micrograph`.

@@ -3,11 +3,14 @@
 import hashlib
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from em_data.checks import summarise_problems
+from em_data.config import DataConfig
 from em_data.cutting import cut, make_cut_key
 from em_data.files import find_cache_dir
 from em_data.sources import open_source
@@ -30,7 +33,9 @@ class Data:
         return {key: self.summary[key] for key in ("fingerprint", "split_hash", "num_micrographs")}
 
 
-def load_data(source, config, *, log=print) -> Data:
+def load_data(
+    source: str | Path, config: DataConfig, *, log: Callable[[str], object] = print
+) -> Data:
     """Read, check, cut and split micrographs. Tiles that were cut before come from the cache.
 
     What is left out, cropped, rescaled or clipped is logged once and listed in the summary.

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from em_data.config import DataConfig
-from em_data.images import Images
+from em_data.images import Ids
 from em_data.intensity import from_uint
 from em_data.reading import read_micrograph
 from em_data.sources.base import Entry
@@ -23,16 +23,16 @@ class ImageFolder:
         ignored: Sentences on what the folder also holds and what is not used.
     """
 
-    def __init__(self, source, entries, ignored):
+    def __init__(self, source: str, entries: list[Entry], ignored: list[str]):
         self.source, self.entries, self.ignored = source, entries, ignored
         self.names = [entry.name for entry in entries]
         first = self._read(0)
         self.shape, self.pixel_size_nm = first.image.shape, first.pixel_size_nm
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.entries)
 
-    def batch(self, ids):
+    def batch(self, ids: Ids) -> torch.Tensor:
         """Return images as float32 [B, 1, H, W] in [-1, 1].
 
         Raises:
@@ -62,7 +62,7 @@ class ImageFolder:
         return micrograph
 
 
-def read_image_folder(path) -> Images:
+def read_image_folder(path: str | Path) -> ImageFolder:
     """Open images that are judged as they are: nothing is cropped, stretched or cut into tiles.
 
     Args:

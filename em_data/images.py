@@ -15,6 +15,9 @@ import torch
 from em_data.files import write_atomically
 from em_data.intensity import to_uint8, to_uint16
 
+Ids = Sequence[int] | np.ndarray  # a list, an array or a range of integers
+Array = torch.Tensor | np.ndarray
+
 
 @runtime_checkable
 class Images(Protocol):
@@ -27,11 +30,11 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def batch(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def batch(self, ids: Ids) -> torch.Tensor:
         """Return the images with these numbers as float32 [B, 1, H, W] in [-1, 1].
 
         Args:
-            ids: Integers from 0 to len(self) - 1: a list, an array or a range.
+            ids: Integers from 0 to len(self) - 1.
         """
 
 
@@ -39,30 +42,32 @@ class Images(Protocol):
 class Views(Images, Protocol):
     """Images that are views of tiles: several of them may show one tile."""
 
-    def locate(self, view_ids) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, view_ids: Ids) -> tuple[np.ndarray, np.ndarray]:
         """Return the tile and the symmetry of each view, two int64 arrays [B]."""
 
 
 class ImageArray:
     """Images in memory: a tensor or an array of floats [N, 1, H, W] in [-1, 1]."""
 
-    def __init__(self, images):
+    def __init__(self, images: Array):
         self.images = torch.as_tensor(images)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, ids):
+    def batch(self, ids: Ids) -> torch.Tensor:
         """Return images as float32 [B, 1, H, W] in [-1, 1]."""
         return self.images[torch.as_tensor(ids, dtype=torch.int64)].to(torch.float32)
 
 
-def as_images(images) -> Images:
+def as_images(images: Images | Array) -> Images:
     """Return the container itself, or an `ImageArray` of a tensor or array."""
     return images if isinstance(images, Images) else ImageArray(images)
 
 
-def write_image(image, path, *, bits=8, pixel_size_nm=None):
+def write_image(
+    image: Array, path: str | Path, *, bits: int = 8, pixel_size_nm: float | None = None
+) -> None:
     """Write one grey image as PNG or TIFF.
 
     -1 becomes grey level 0, and 1 becomes 255 or 65535. A TIFF has ImageJ's header: Fiji shows the
@@ -121,7 +126,7 @@ def _make_png_options(pixel_size_nm):
     return {"pnginfo": info, "dpi": (pixels_per_metre * 0.0254,) * 2}
 
 
-def save_image_grid(images, path, num_columns=None):
+def save_image_grid(images: Array, path: str | Path, num_columns: int | None = None) -> None:
     """Write images [N, 1, H, W] in [-1, 1] as one 8-bit PNG, with two white pixels between them."""
     pixels = to_uint8(images)
     if pixels.ndim != 4 or pixels.shape[1] != 1 or not len(pixels):

@@ -7,7 +7,10 @@ FULL_RANGE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 SLAB_PIXELS = 65_536  # converted at a time, so that all passes stay in the processor's cache
 
 
-def from_uint(array, low=None, high=None) -> torch.Tensor:
+Levels = float | np.ndarray | None
+
+
+def from_uint(array: np.ndarray, low: Levels = None, high: Levels = None) -> torch.Tensor:
     """Map grey levels to floats: y = 2 (x - low) / (high - low) - 1, clamped to [-1, 1].
 
     Args:
@@ -52,12 +55,12 @@ def _scale(array, low, high, full, out):
         np.clip(out, -1, 1, out=out)
 
 
-def to_uint8(images) -> np.ndarray:
+def to_uint8(images: torch.Tensor | np.ndarray) -> np.ndarray:
     """Map float images [...] in [-1, 1] to uint8. Clamp values outside; refuse NaN."""
     return _to_uint(images, np.uint8)
 
 
-def to_uint16(images) -> np.ndarray:
+def to_uint16(images: torch.Tensor | np.ndarray) -> np.ndarray:
     """Map float images [...] in [-1, 1] to uint16. Clamp values outside; refuse NaN."""
     return _to_uint(images, np.uint16)
 

@@ -1,10 +1,12 @@
 """Batches for training."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from em_data.batch import Batch
+from em_data.sampler import ImageSampler
 
 FEW_MICROGRAPHS, MANY_REPEATS = 20, 200
 
@@ -40,7 +42,16 @@ class BatchLoader:
         start: Images seen before the first batch.
     """
 
-    def __init__(self, tiles, sampler, *, batch_size, start=0, rank=0, world_size=1):
+    def __init__(
+        self,
+        tiles: Any,
+        sampler: ImageSampler,
+        *,
+        batch_size: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
                 f"batch_size is {batch_size}, but must be a multiple of the {world_size} processes"

@@ -113,21 +113,16 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
     is_quiet = not sys.stderr.isatty()
     for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=is_quiet):
         rows.append(make_row(entry, labels, Path(config.folder)))
-        num_bytes += sum(len(each["bytes"]) for each in rows[-1].values() if is_encoded(each))
-        num_objects = len(rows[-1].get("objects", ()))
-        facts.append({key: rows[-1][key] for key in ("bits", "pixel_size_nm", "specimen")})
-        facts[-1]["num_objects"] = num_objects
+        row = rows[-1]
+        num_bytes += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
+        facts.append({key: row[key] for key in ("bits", "pixel_size_nm", "specimen")})
+        facts[-1]["num_objects"] = len(row.get("objects", ()))
         if num_bytes > SHARD_BYTES or entry is source.entries[-1]:
             path = out / "data" / f"train-{num_shards:05d}.parquet"
             write_shard(rows, num_bytes, make_features(labels is not None), path)
             rows, num_bytes, num_shards = [], 0, num_shards + 1
     card = make_card(config, source.name, facts, labels is not None)
     (out / "README.md").write_text(card)
-
-
-def is_encoded(value) -> bool:
-    """Return True if a value of a row is an encoded image."""
-    return isinstance(value, dict) and value.get("bytes") is not None
 
 
 def make_features(has_labels):

@@ -21,7 +21,13 @@ SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 JPEG_TOLERANCE = 2  # grey levels by which JPEG compression makes the channels of grey differ
 
 
-def read_micrograph(path, *, label_bar="crop", name=None, specimen=None) -> Micrograph:
+def read_micrograph(
+    path: str | Path | bytes,
+    *,
+    label_bar: str = "crop",
+    name: str | None = None,
+    specimen: str | None = None,
+) -> Micrograph:
     """Read one micrograph.
 
     The format is found by the content of the file, not by its suffix. The image is grey or has

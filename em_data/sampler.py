@@ -19,16 +19,16 @@ class ImageSampler:
     anywhere.
     """
 
-    def __init__(self, num_views, seed=0):
+    def __init__(self, num_views: int, seed: int = 0):
         if num_views < 1:
             raise ValueError("There is no view to sample: the training side of the split is empty.")
         if seed < 0:
             raise ValueError(f"seed is {seed}, but must be at least 0.")
         self.num_views = int(num_views)
         self.seed = int(seed)
-        self._epoch, self._order = None, None
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def indices(self, start, count):
+    def indices(self, start: int, count: int) -> np.ndarray:
         """Return the view ids at positions start to start + count - 1, int64 [count]."""
         parts, position, end = [], int(start), int(start) + int(count)
         while position < end:

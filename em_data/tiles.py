@@ -5,9 +5,12 @@ import json
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from em_data.images import Ids
 from em_data.intensity import from_uint
 from em_data.views import SYMMETRIES, apply_symmetry
 
@@ -67,7 +70,7 @@ class Tiles:
         fingerprint: Hash of content and recipe.
     """
 
-    def __init__(self, cut, views, symmetries="paper"):
+    def __init__(self, cut: Cut, views: Ids, symmetries: str = "paper"):
         self.cut = cut
         self.symmetries = SYMMETRIES[symmetries]
         self.num_symmetries = len(self.symmetries)
@@ -79,33 +82,33 @@ class Tiles:
         self.num_tiles, self.num_views = len(self._tiles), len(self._views)
         self.micrographs = np.unique(cut.micrograph_of_tile[self._tiles])
         digest = hashlib.sha256(f"{cut.key}:{symmetries}:".encode())
-        digest.update(views)
+        digest.update(views.tobytes())
         self.fingerprint = digest.hexdigest()[:32]
         self._rows = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_views
 
     @property
-    def rows(self):
+    def rows(self) -> Any:
         if self._rows is None:
             is_whole = self.num_tiles == self.cut.num_tiles
             self._rows = self.cut.dataset if is_whole else self.cut.dataset.select(self._tiles)
         return self._rows
 
-    def locate(self, view_ids):
+    def locate(self, view_ids: Ids) -> tuple[np.ndarray, np.ndarray]:
         """Return (tile ids, symmetries) of views, two int64 arrays [B]."""
         return np.divmod(self._views[np.asarray(view_ids, dtype=np.int64)], self.num_symmetries)
 
-    def raw(self, tile_ids):
+    def raw(self, tile_ids: Ids) -> np.ndarray:
         """Return tiles as recorded, uint8 or uint16 [B, R, R]."""
         return self._gather(np.asarray(tile_ids, dtype=np.int64), np.zeros(len(tile_ids), np.int64))
 
-    def raw_views(self, view_ids):
+    def raw_views(self, view_ids: Ids) -> np.ndarray:
         """Return views as recorded, uint8 or uint16 [B, R, R]."""
         return self._gather(*self.locate(view_ids))
 
-    def batch(self, view_ids):
+    def batch(self, view_ids: Ids) -> torch.Tensor:
         """Return views as float32 [B, 1, R, R] in [-1, 1], scaled by their micrographs' levels."""
         tile_ids, symmetry = self.locate(view_ids)
         rows = self._tiles[tile_ids]
