@@ -1,8 +1,8 @@
 """Micrographs -> tiles -> batches; knows no model.
 
-The road of a TIFF file: `sources` lists the files, `reading` decodes one, `cutting` writes its tiles
-to a memory-mapped data set, `split` decides the sides, `tiles` returns views as floats, `sampler`
-and `loader` make batches. `data.load_data` goes this road up to the tiles.
+The road of a TIFF file: `sources` lists the files, `reading` decodes one, `cutting` writes its
+tiles to a memory-mapped data set, `split` decides the sides, `tiles` returns views as floats,
+`sampler` and `loader` make batches. `data.load_data` goes this road up to the tiles.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
-"""Command: say what a folder holds of the Damaged Alloys set, or download it first.
+"""Say what a folder holds of the Damaged Alloys set, or download it first.
 
-python -m em_data.damaged_alloys FOLDER [--download]
+The command: python -m em_data.damaged_alloys FOLDER [--download]
 
 `--data damaged-alloys:FOLDER` trains on it.
 """

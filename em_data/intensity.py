@@ -5,8 +5,6 @@ import torch
 
 FULL_RANGE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 SLAB_PIXELS = 65_536  # converted at a time, so that all passes stay in the processor's cache
-
-
 Levels = float | np.ndarray | None
 
 

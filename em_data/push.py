@@ -1,6 +1,6 @@
-"""Command: publish a folder of micrographs as a data set on the Hub, without loss.
+"""Publish a folder of micrographs as a data set on the Hub, without loss.
 
-python -m em_data.push FOLDER REPO
+The command: python -m em_data.push FOLDER REPO
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import PIL.Image
@@ -35,9 +36,9 @@ class PushConfig:
     hub-stream:owner/name` keeps nothing on the disk.
     """
 
-    folder: str
+    folder: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     """Folder of micrographs (TIFF, PNG, JPEG, BMP)."""
-    repo: str
+    repo: Annotated[str, tyro.conf.arg(metavar="REPO")]
     """Name of the data set: owner/name, or name for your own account. It is made if needed."""
     private: bool = False
     """Make a new data set visible only to its owner."""
@@ -234,7 +235,8 @@ def describe_sizes(facts) -> str:
 
 def main():
     try:
-        push_folder(tyro.cli(PushConfig, config=(tyro.conf.PositionalRequiredArgs,)))
+        options = {"prog": "python -m em_data.push", "config": (tyro.conf.PositionalRequiredArgs,)}
+        push_folder(tyro.cli(PushConfig, **options))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

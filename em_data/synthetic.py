@@ -1,6 +1,6 @@
-"""Command: write synthetic micrographs with masks, COCO labels and a contact sheet.
+"""Write synthetic micrographs with masks, COCO labels and a contact sheet.
 
-python -m em_data.synthetic --num 16 --out DIR
+The command: python -m em_data.synthetic --num 16 --out DIR
 """
 
 import argparse
