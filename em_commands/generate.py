@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -40,8 +40,8 @@ def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
 
 def make_class(family: Family | None) -> type:
     """Return `GenerationConfig` with the family's options as flags of their own."""
-    kind = Annotated[None, tyro.conf.Suppress]
-    default = dataclasses.field(default=None)
+    kind: Any = Annotated[None, tyro.conf.Suppress]
+    default: Any = dataclasses.field(default=None)
     if family is not None:
         kind = Annotated[family.options, tyro.conf.arg(name="")]
         default = dataclasses.field(default_factory=family.options)
