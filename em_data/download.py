@@ -39,8 +39,14 @@ def download_file(
     path = Path(path)
     part, etag_file = (path.with_name(path.name + suffix) for suffix in (".part", ".etag"))
     expected = {"num_bytes": num_bytes, "sha256": sha256, "sha512": sha512}
+
+    def is_done():
+        return path.is_file() and find_mismatch(path, **expected) is None
+
+    if is_done():
+        return
     with lock(path.parent / ".download.lock"):
-        if path.is_file() and find_mismatch(path, **expected) is None:
+        if is_done():  # by another process
             return
         _fetch_part(url, part, etag_file, num_tries, timeout)
         mismatch = find_mismatch(part, **expected)
