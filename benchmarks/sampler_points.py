@@ -14,9 +14,10 @@ from em_evaluation.distances import (
     difference_interval,
     frechet_influence,
 )
+from em_evaluation.feature_cache import compute_features
 from em_evaluation.images import ImageSet, read_images
-from em_evaluation.statistics import compute_features
-from em_generation.evaluate import EvaluationConfig, find_data, name_models, refuse_other_splits
+from em_generation.candidates import name_candidates
+from em_generation.evaluate import EvaluationConfig, find_data, refuse_other_splits
 from em_generation.sampling import draw_images
 
 
@@ -49,7 +50,7 @@ def load_reference(
     model: str, num_images: int, *, data=None, tiles=(), seed=0, device="cpu", log=print
 ) -> Reference:
     """Read the held-out tiles that `model` is judged by, at most `num_images`; errors as in evaluate.py."""
-    models = name_models((model,))
+    models = name_candidates((model,))
     source, tiling = find_data(
         EvaluationConfig(models=(model,), data=data, tiles=tuple(tiles)), models
     )

@@ -54,13 +54,16 @@ from em_diffusion.train import run_autoencoder_stage, run_grain_stage, run_laten
 from em_diffusion.weights import save_model
 from em_evaluation import (
     ModelImages,
+    Protocol,
     compute_features,
     evaluate_models,
     get_extractor,
     write_report,
 )
 from em_evaluation.distances import Distance, difference_interval, frechet_influence
+from em_evaluation.evaluator import RealImages
 from em_evaluation.images import read_images
+from em_evaluation.wording import find_metric
 from em_generation.generate import GenerationConfig, generate_images
 from em_training import (
     TrainingRun,
@@ -333,8 +336,8 @@ def evaluate(shared, results, arguments, out):
         models.append(
             ModelImages(
                 name,
-                "ldm",
                 read_image_folder(images),
+                "ldm",
                 train_seconds=result["train_seconds"] + result.get("encode_seconds", 0.0),
                 num_images_seen=result["num_images_seen"],
                 sample_seconds=record["sample_seconds"],
@@ -354,18 +357,18 @@ def evaluate(shared, results, arguments, out):
 
     noise = make_generator(arguments.seed, stream="grain")
 
+    models[0].reconstructions = {"autoencoder and grain": reconstruct}  # the same for both
     report, pictures = evaluate_models(
         models,
-        data.summary,
-        data.held_out,
-        data.train,
-        extractor=extractor,
-        floors=("real", "reconstruction"),
-        num_images=arguments.num_images,
-        seed=arguments.seed,
-        reconstruct={"autoencoder and grain of both": reconstruct},
-        microscopy=False,
-        memorisation=False,
+        RealImages(data.held_out, data.train, data.summary),
+        [extractor],
+        Protocol(
+            levels=("real", "reconstruction"),
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+            microscopy=False,
+            memorisation=False,
+        ),
         log=say,
     )
     write_report(report, pictures, out)
@@ -405,10 +408,9 @@ def take_logarithm(distance: Distance) -> Distance:
 
 def make_figure(report, ratios):
     """The line of the benchmark."""
-    distances = {model["name"]: model["metrics"]["frechet_distance"] for model in report["models"]}
-    floors = {
-        key: floor["metrics"]["frechet_distance"]["value"]
-        for key, floor in report["floors"].items()
+    distances = {model["name"]: find_metric(report, model["name"]) for model in report["models"]}
+    levels = {
+        level["kind"]: find_metric(report, level["key"])["value"] for level in report["levels"]
     }
 
     def shorten(metric):
@@ -421,8 +423,8 @@ def make_figure(report, ratios):
         **ratios,
         "ours_interval": shorten(distances[OURS]),
         "baseline_interval": shorten(distances[PLAIN]),
-        "real_against_real": round(floors["real"], 1),
-        "autoencoder_and_grain_alone": round(floors["reconstruction"], 1),
+        "real_against_real": round(levels["real"], 1),
+        "autoencoder_and_grain_alone": round(levels["reconstruction"], 1),
         "num_images": report["protocol"]["num_images"],
         "extractor": report["protocol"]["extractor"].split(",")[0],
         "baseline_is": "noise prediction, uniform timesteps, PNG decoded and encoded in every step, float32, Adam 1e-4, no average",

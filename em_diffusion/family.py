@@ -163,4 +163,6 @@ FAMILY = Family(
     controls=list_controls,
     walk=walk,
     walk_help="The noise that images start from changes smoothly; frames have no grain.",
+    script="train_ldm.py",
+    presets="em_diffusion.presets:PRESETS",
 )

@@ -28,11 +28,10 @@ from em_diffusion.reconstruction import psnr, spectrum_difference_db, ssim
 from em_diffusion.selection_output import draw_selection, format_table
 from em_diffusion.weights import hash_weights
 from em_evaluation import bootstrap_interval, compute_features, get_extractor
-from em_evaluation.conclusion import STUDY
+from em_evaluation.baselines import read_baselines
 from em_evaluation.distances import Distance, frechet_influence
 from em_evaluation.environment import describe_environment
-from em_evaluation.images import ImageSet, read_images
-from em_evaluation.protocol import note_few_micrographs
+from em_evaluation.images import ImageSet, note_few_micrographs, read_images
 from em_training import create_process_state, write_text_atomically
 from em_training.cli import run_command
 
@@ -64,6 +63,8 @@ class SelectionConfig:
     """efficientnet-lite0 only: side that tiles are resized to; left out, 128 for tiles of up to 128 px, else 224."""
     weights: str | None = None
     """A local file with the extractor's weights instead of the published ones."""
+    baselines: str | None = None
+    """JSON file with published distances of autoencoders to print below the table. Default: none."""
     seed: int = 0
     """Seed of the tiles and of the intervals."""
     batch_size: int = 16
@@ -83,6 +84,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     is left.
     """
     sources = name_candidates(config.candidates)
+    baselines = read_baselines(config.baselines)
     device = create_process_state().device
     data = load_data(config.data, config.tiles, log=log)
     extractor = get_extractor(
@@ -124,7 +126,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
         "candidates": [each.facts for each in judged],
         "comparisons": compare_with_best(judged, originals.groups, config.seed),
         "failed": failed,
-        "study": STUDY["autoencoders"] if config.extractor == "inception" else None,
+        "study": None if baselines is None else baselines["autoencoders"],
         "environment": describe_environment(),
     }
     selection["conclusion"] = conclude(selection)

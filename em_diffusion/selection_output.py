@@ -33,7 +33,7 @@ def say_interval(metric) -> str:
 
 
 def format_table(selection) -> str:
-    """Return the candidates as aligned lines, best first, with the study's values under them where they belong there."""
+    """Return the candidates as aligned lines, best first, with published values below them."""
     protocol = selection["protocol"]
     rows = [
         ["autoencoder", *(title for title, _, _ in COLUMNS)],
@@ -43,7 +43,11 @@ def format_table(selection) -> str:
     num_head = 2
     for each in selection["study"] or []:
         rows.append(
-            [f"study: {each['name']}", f"{each['frechet_distance']}", *[""] * (len(COLUMNS) - 1)]
+            [
+                f"published: {each['name']}",
+                f"{each['frechet_distance']}",
+                *[""] * (len(COLUMNS) - 1),
+            ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -59,7 +63,9 @@ def format_table(selection) -> str:
     extractor = protocol["extractor"].split(",")[0]
     head = f"\nReconstructions of {protocol['tiles']}, {protocol['resolution']} px, {extractor} features"
     if selection["study"]:
-        lines.append("The study's values are of other micrographs at 256 px, for orientation only.")
+        lines.append(
+            "The published values were measured on other micrographs: for orientation only."
+        )
     return "\n".join([head, "", *lines, "", *selection["conclusion"]])
 
 

@@ -20,7 +20,7 @@ from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
 from em_diffusion.validation import choose_validation_views, draw_validation_images, reconstruct
 from em_diffusion.weights import hash_weights, save_model
-from em_evaluation.held_out import check_metrics
+from em_evaluation.feature_metrics import check_metrics
 from em_training import (
     create_accelerator,
     list_checkpoints,
@@ -57,7 +57,7 @@ def train_ldm(config: LDMConfig) -> Path:
 def train_stages(config, accelerator, out):
     """What `train_ldm` does, in a folder that nothing else trains in."""
     check_batch_sizes(config, accelerator.num_processes)
-    check_metrics(config.denoiser.evaluation_metrics)
+    check_metrics(config.denoiser.evaluation_metrics, in_training=True)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
     with accelerator.main_process_first():  # the first to come cuts the tiles, others find them

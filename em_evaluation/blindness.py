@@ -1,84 +1,81 @@
-"""Which metrics see what they must: real < autoencoder < trained < surrogate < noise, each nearer to the real ones than the next."""
+"""What a metric does not see: pairs of sets with a known order that it does not put in this order.
 
-from em_evaluation.metrics import METRICS
+Real images are nearer to real images than an autoencoder's images of them; these are nearer than
+what a model on its latents draws; then comes texture without structure, then noise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from em_evaluation.feature_metrics import METRICS
+from em_evaluation.interval import Interval
+from em_evaluation.levels import ReferenceLevel
 
 
-def find_blindness(measurement, model_families, floor_info) -> list[dict]:
-    """Return, for each metric of a measurement, the pairs of sets that it puts in the wrong order or on a par, and a sentence.
+@dataclass(frozen=True)
+class Misordered:
+    """Two sets in the wrong order, or level: `nearer` should be nearer to the held-out images."""
 
-    model_families: name -> family; an autoencoder is expected to be nearer than the latent diffusion model that it belongs
-    to (its name ends in "of NAME", or it is the only one), not than other models. Pairs with a model say less: the model
-    may truly be no better.
+    nearer: str
+    farther: str
+    nearer_value: float
+    farther_value: float
+
+
+@dataclass(frozen=True)
+class BlindSpot:
+    """The pairs that one metric does not put in their order, of `num_pairs` pairs."""
+
+    metric: str
+    num_pairs: int
+    misordered: tuple[Misordered, ...]
+
+
+def find_blind_spots(
+    rows: Mapping[str, Mapping[str, Interval]],
+    metrics: Sequence[str],
+    models: Sequence[str],
+    levels: Sequence[ReferenceLevel],
+) -> tuple[BlindSpot, ...]:
+    """Find what each metric does not tell apart.
+
+    Args:
+        rows: Set -> metric -> interval, against the held-out images.
+        metrics: Names of metrics.
+        models: Keys of the models. A pair with a model says less: the model may truly be no
+            better.
+        levels: The reference levels.
     """
-    rows, found = measurement["rows"], []
-    names = {key: floor_info[key]["name"] if key in floor_info else key for key in rows}
-    pairs = [
-        pair
-        for pair in expect_order(model_families, floor_info)
-        if pair[0] in rows and pair[1] in rows
-    ]
-    for metric in measurement["metrics"]:
+    pairs = [pair for pair in expect_order(models, levels) if set(pair) <= set(rows)]
+    found = []
+    for metric in metrics:
         sign = -1 if METRICS[metric].higher_is_better else 1
-        values = {key: row["held_out"][metric]["value"] for key, row in rows.items()}
-        wrong = [(near, far) for near, far in pairs if sign * values[near] >= sign * values[far]]
-        found.append(
-            {
-                "extractor": measurement["extractor"],
-                "metric": metric,
-                "num_pairs": len(pairs),
-                "misordered": [
-                    {"nearer": near, "farther": far, "values": [values[near], values[far]]}
-                    for near, far in wrong
-                ],
-                "sentence": _say(
-                    measurement["extractor"],
-                    metric,
-                    wrong,
-                    names,
-                    values,
-                    model_families,
-                    len(pairs),
-                ),
-            }
+        values = {key: row[metric].value for key, row in rows.items()}
+        wrong = tuple(
+            Misordered(near, far, values[near], values[far])
+            for near, far in pairs
+            if sign * values[near] >= sign * values[far]
         )
-    return found
+        found.append(BlindSpot(metric, len(pairs), wrong))
+    return tuple(found)
 
 
-def expect_order(model_families, floor_info) -> list[tuple[str, str]]:
-    """Return the pairs (nearer, farther) that any metric should put in this order."""
-    autoencoders = [key for key in floor_info if key.startswith("reconstruction")]
-    chain = [["real"], autoencoders, list(model_families), ["surrogates"], ["noise"]]
-    pairs = [
+def expect_order(models: Sequence[str], levels: Sequence[ReferenceLevel]) -> list[tuple[str, str]]:
+    """Return the pairs (nearer, farther) that any metric should put in this order.
+
+    An autoencoder is compared only with the model it belongs to.
+    """
+
+    def of_kind(kind):
+        return [level.key for level in levels if level.kind == kind]
+
+    owner = {level.key: level.model for level in levels if level.kind == "reconstruction"}
+    chain = [of_kind("real"), list(owner), list(models), of_kind("surrogates"), of_kind("noise")]
+    return [
         (near, far)
-        for i, level in enumerate(chain)
+        for i, step in enumerate(chain)
         for later in chain[i + 1 :]
-        for near in level
+        for near in step
         for far in later
-        if near not in autoencoders
-        or far not in model_families
-        or _belongs(near, far, model_families, floor_info)
+        if near not in owner or far not in models or owner[near] == far
     ]
-    return pairs
-
-
-def _belongs(key, model, model_families, floor_info):
-    named = [name for name in model_families if floor_info[key]["name"].endswith(f" of {name}")]
-    return model_families[model] == "ldm" and named in ([model], [])
-
-
-def _say(extractor, metric, wrong, names, values, models, num_pairs):
-    from em_evaluation.conclusion import format_number
-
-    label = f"{METRICS[metric].label} ({extractor})"
-    if not num_pairs:
-        return f"{label}: there are no floors to try it on."
-    if not wrong:
-        return f"{label} puts every set in the order that it must."
-    told = "; ".join(
-        f"{names[near]} ({format_number(values[near])}) from {names[far]} ({format_number(values[far])})"
-        for near, far in wrong
-    )
-    sentence = f"{label} is blind to part of the order: it does not tell {told}."
-    if any(key in models for pair in wrong for key in pair):
-        sentence += " Where one of a pair is a model, that model may truly be no better."
-    return sentence

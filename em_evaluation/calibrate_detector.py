@@ -1,4 +1,4 @@
-"""How far the detector of defects can be believed: its precision and recall on embedded micrographs, whose truth is known.
+"""How reliable the detector of defects is: precision and recall on synthetic micrographs.
 
 python -m em_evaluation.calibrate_detector --resolution 256 --out calibration.json
 """
@@ -14,24 +14,29 @@ from em_data.cutting import find_tile_positions
 from em_data.files import write_atomically
 from em_data.synthetic_micrographs import synthesise_micrographs
 from em_evaluation.defects import KINDS, DetectorSettings, detect_defects
+from em_evaluation.interval import Interval
+from em_evaluation.numbers import format_interval
 
-SEED = 31  # of the micrographs: others than those that training data usually are (0) and the settings were tuned on (77)
+SEED = 31  # not that of training data (0) or of the micrographs for tuning (77)
 LEAST_OVERLAP = 0.3  # intersection over union of the boxes of a loop or a line and of its match
 LEAST_SEEN = 0.5  # share of a defect that a tile must show before it counts as missed
-PIXEL_SIZES_NM = (0.25, 4.0)  # finer, a micrograph holds too few defects; coarser, none can be seen
+PIXEL_SIZES_NM = (0.25, 4.0)  # finer: too few defects; coarser: none visible
 
 
 def calibrate_detector(
     resolution=256, pixel_size_nm=1.0, *, num_micrographs=12, seed=SEED, settings=None
 ) -> dict:
-    """Return precision, recall and bias of `detect_defects` on tiles of embedded micrographs, JSON values; deterministic.
+    """Measure `detect_defects` on tiles of synthetic micrographs with known defects.
 
-    The micrographs are made at `pixel_size_nm` (within 0.25 to 4 nm; 1 nm where None) and cut into tiles of `resolution`
-    pixels, as the evaluation sees them. A detection matches a defect of its type where the boxes overlap by 0.3 of their
-    union, a dot where the centres lie within 4 nm or 2 pixels; pairs are one to one, of the largest total overlap. Parts
-    of defects of which the tile shows less than half, and lines shorter than the settings' least, are neither missed nor
-    false. Intervals are bootstrap over micrographs, 95 %. size_bias: median of detected less true diameter of matched
-    pairs wholly inside, nm. angle_error_deg: median between the long axes of elongated matched loops.
+    The micrographs are made at `pixel_size_nm` (0.25 to 4 nm; 1 nm if None) and cut into tiles of
+    `resolution` pixels. A detection matches a defect of its kind if the boxes overlap by 0.3 of
+    their union, a dot if the centres lie within 4 nm or 2 pixels; pairs are one to one. Defects of
+    which a tile shows less than half, and lines below the least length, are neither missed nor
+    false.
+
+    Returns:
+        JSON values: for each kind precision and recall (95 %, bootstrap over micrographs),
+        size_bias_nm (median of detected less true diameter) and angle_error_deg (median).
     """
     settings = settings or DetectorSettings()
     pixel_nm = float(np.clip(pixel_size_nm or 1.0, *PIXEL_SIZES_NM))
@@ -63,7 +68,7 @@ def calibrate_detector(
 
 
 def _cut_truth(defects, corner, resolution, least_line_px):
-    """Return the defects of one tile: (kind, box in it, share seen, Defect)."""
+    """Return the defects of one tile: (kind, box in it, visible share, Defect)."""
     top, left = corner
     inside = []
     for defect in defects:
@@ -90,7 +95,7 @@ def _cut_truth(defects, corner, resolution, least_line_px):
 
 
 def _match(kind, truth, detections, pixel_nm, pairs):
-    """Return (true, found, matched) of one kind on one tile and append (Defect, detection's values) of pairs that are whole."""
+    """Return (true, found, matched) of one kind on one tile; append the pairs that are whole."""
     truth = [each for each in truth if each[0] == kind]
     counted = np.array([seen >= LEAST_SEEN for _, _, seen, _ in truth], bool)
     num_found = len(detections)
@@ -135,11 +140,8 @@ def _summarise(counts, pairs, seed):
             return None
         with np.errstate(invalid="ignore", divide="ignore"):
             low, high = np.nanquantile(totals[:, above] / totals[:, below], [0.025, 0.975])
-        return {
-            "value": float(counts[:, above].sum() / counts[:, below].sum()),
-            "low": float(low),
-            "high": float(high),
-        }
+        value = float(counts[:, above].sum() / counts[:, below].sum())
+        return Interval(value, float(low), float(high)).to_json()
 
     sized = [(d.diameter_nm, major) for d, major, _ in pairs if d.diameter_nm is not None]
     turned = [
@@ -161,24 +163,18 @@ def _summarise(counts, pairs, seed):
 
 
 def describe_calibration(calibration) -> list[str]:
-    """Return a line of text for each kind of defect."""
-
-    def say(metric):
-        return (
-            "   –"
-            if metric is None
-            else f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
-        )
+    """Return one line of text per kind of defect."""
 
     return [
-        f"{kind:5} precision {say(row['precision'])}  recall {say(row['recall'])}  "
+        f"{kind:5} precision {format_interval(row['precision'])}  "
+        f"recall {format_interval(row['recall'])}  "
         f"({row['num_true']} true, {row['num_found']} found, {row['num_matched']} matched)"
         for kind, row in calibration["kinds"].items()
     ]
 
 
 def main(arguments=None):
-    """Print the detector's precision and recall on embedded micrographs and write them as JSON: the command of this module."""
+    """Print the detector's precision and recall, and write them as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m em_evaluation.calibrate_detector", description=__doc__.splitlines()[0]
     )
@@ -187,15 +183,15 @@ def main(arguments=None):
     )
     parser.add_argument("--pixel-size-nm", type=float, default=1.0, help="nm per pixel (1)")
     parser.add_argument(
-        "--num-micrographs", type=int, default=12, help="embedded micrographs to search (12)"
+        "--num-micrographs", type=int, default=12, help="synthetic micrographs to search (12)"
     )
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the micrographs ({SEED})")
     parser.add_argument(
-        "--out", type=Path, help="JSON file to write; left out, the numbers are only printed"
+        "--out", type=Path, help="JSON file to write; by default, the numbers are only printed"
     )
     args = parser.parse_args(arguments)
     if args.num_micrographs < 2 or args.resolution < 32 or not args.pixel_size_nm > 0:
-        parser.error("two micrographs, tiles of 32 pixels and a pixel size above 0 are the least")
+        parser.error("use at least 2 micrographs, tiles of 32 pixels and a pixel size above 0")
     calibration = calibrate_detector(
         args.resolution, args.pixel_size_nm, num_micrographs=args.num_micrographs, seed=args.seed
     )

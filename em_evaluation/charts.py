@@ -1,134 +1,190 @@
 """Charts as inline SVG that take the page's colours, in light, dark and on paper."""
 
 import hashlib
+import html
 import io
 import re
 
 import numpy as np
 
-from em_evaluation.conclusion import format_number
+from em_evaluation.curve_names import HIDDEN, name_curve
+from em_evaluation.numbers import format_interval
+from em_evaluation.wording import find_level, find_metric
 
-INK, ACCENTS = (
-    "#010203",
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
-)  # the ink becomes the page's text colour
-RATES = (
-    "num_images_seen",
-    "train_seconds",
-    "images_per_second",
-)  # of a log line, not worth a curve
+INK = "#010203"  # becomes the colour of the page's text
+ACCENTS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+PANEL_INCHES = (3.9, 2.6)
 
 
-def draw_distances(report) -> str:
-    """Draw the Frechet distances of models and floors with their intervals, sorted, on a logarithmic axis."""
+def colour_of(number: int) -> str:
+    """Return the colour of a set in a chart; number 0 is the real images."""
+    return INK if number == 0 else ACCENTS[(number - 1) % len(ACCENTS)]
+
+
+def draw_distances(report: dict) -> str:
+    """Draw the Frechet distances of models and levels with intervals, on a logarithmic axis."""
     from matplotlib import ticker
 
-    rows = [
-        (model["name"], model["metrics"]["frechet_distance"], True) for model in report["models"]
-    ]
-    rows += [
-        (floor["name"], floor["metrics"]["frechet_distance"], False)
-        for floor in report["floors"].values()
-    ]
+    names = [(model["name"], model["name"], True) for model in report["models"]]
+    names += [(level["key"], level["title"], False) for level in report["levels"]]
+    rows = [(title, find_metric(report, key), is_model) for key, title, is_model in names]
     rows.sort(key=lambda row: -row[1]["value"])
     least = min([row[1]["value"] for row in rows if row[1]["value"] > 0], default=1.0)
     with _style():
-        figure, axes = _new_figure(7.2, 0.5 + 0.36 * len(rows))
-        for y, (_, metric, is_model) in enumerate(rows):
+        figure, axes = _new_figure(4.6, 0.9 + 0.5 * len(rows))
+        for y, (title, metric, is_model) in enumerate(rows):
             value, low, high = (max(metric[key], least / 3) for key in ("value", "low", "high"))
             colour = ACCENTS[0] if is_model else ACCENTS[1]
             axes.plot(
                 [low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt"
             )
             axes.plot([value], [y], "o" if is_model else "D", color=colour, markersize=7)
-        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+            axes.annotate(
+                title, (0, y), (0, 9), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontweight="bold" if is_model else "normal",
+            )  # fmt: skip
+        axes.set_yticks([])
+        axes.set_ylim(-0.5, len(rows) - 0.2)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel("Frechet distance to held-out micrographs (lower is closer)")
-        axes.grid(axis="x", which="both", alpha=0.2)
-        return _to_svg(figure, "Frechet distance of every model and floor, with intervals")
+        axes.set_xlabel("Frechet distance (lower is closer to real)")
+        axes.grid(axis="x", which="major", alpha=0.2)
+        axes.spines["left"].set_visible(False)
+        return _to_svg(figure, "Frechet distance of each model and reference level, with intervals")
 
 
-def draw_curves(lines) -> str:
-    """Draw every quantity of a stage's log against the number of images seen, one small panel each."""
+def draw_curves(lines: list[dict]) -> list[str]:
+    """Draw each quantity of a training log against the images seen, one SVG each."""
     names = [
         name
-        for name in dict.fromkeys(
-            key for line in lines for key in line
-        )  # some are logged now and then only
-        if name not in RATES and any(isinstance(line.get(name), int | float) for line in lines)
+        for name in dict.fromkeys(key for line in lines for key in line)
+        if name not in HIDDEN and any(isinstance(line.get(name), int | float) for line in lines)
     ]
-    if not names:
-        return ""
-    num_columns = min(3, len(names))
-    num_rows = -(-len(names) // num_columns)
+    charts = []
+    for name in names:
+        points = [(line.get("num_images_seen", i), line.get(name)) for i, line in enumerate(lines)]
+        points = [(x, y) for x, y in points if isinstance(y, int | float)]
+        title, unit = name_curve(name)
+        x, y = np.array(points, float).T
+        charts.append(
+            draw_panel(
+                [("", x, y, {"color": ACCENTS[0]})], title=title, y_label=unit,
+                x_label="training images seen", from_zero=_is_flat(y), label=title,
+            )
+        )  # fmt: skip
+    return charts
+
+
+def _is_flat(y) -> bool:
+    """Return whether a curve changes so little that an axis from zero shows it truly."""
+    return bool(y.min() >= 0 and y.max() > 0 and y.min() > 0.5 * y.max())
+
+
+def draw_panel(
+    lines, *, title, x_label, y_label="", label="", log_x=False, from_zero=False, mark_x=None
+) -> str:
+    """Draw lines (name, x, y, style) into one small chart, with a legend if they have names."""
+    from matplotlib import ticker
+
     with _style():
-        figure, panels = _new_figure(
-            2.5 * num_columns + 0.4, 1.75 * num_rows + 0.2, num_rows, num_columns
-        )
-        for axes, name in zip(panels.flat, names):
-            points = [
-                (line.get("num_images_seen", i), line.get(name)) for i, line in enumerate(lines)
-            ]
-            points = [(x, y) for x, y in points if isinstance(y, int | float)]
-            axes.plot(*zip(*points), color=ACCENTS[0], linewidth=1.4)
-            axes.set_title(name.replace("_", " "), loc="left")
-            axes.grid(alpha=0.2)
-            axes.xaxis.set_major_locator(_locator())
+        figure, axes = _new_figure(*PANEL_INCHES)
+        for name, x, y, style in lines:
+            axes.plot(x, y, label=name or None, linewidth=1.4, **style)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.2)
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
-        for axes in panels.flat[len(names) :]:
-            axes.remove()
-        return _to_svg(figure, "training curves against images seen")
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if mark_x is not None:
+            axes.set_xlim(left=0)
+            axes.axvline(mark_x, color=INK, linewidth=0.8, linestyle=":")
+        if any(name for name, *_ in lines):
+            axes.legend(frameon=False, fontsize=8)
+        return _to_svg(figure, label)
 
 
-def _locator():
-    from matplotlib.ticker import MaxNLocator
+def draw_overview(report: dict, pictures: list[dict], num_columns=4) -> bytes:
+    """Draw real tiles and each model's images side by side, with their distances, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    return MaxNLocator(4)
+    distances = {model["name"]: find_metric(report, model["name"]) for model in report["models"]}
+    real = find_level(report, "real")
+    distances["held_out"] = find_metric(report, real["key"]) if real else None
+    shown = [picture for picture in pictures if picture["role"] in ("real", "model")]
+    with _style():
+        size = (3.3 * len(shown), 3.9)
+        figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        for axes, picture in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+            grid = _join_tiles(picture["levels"][: num_columns**2], num_columns)
+            axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(picture["title"], fontsize=12, fontweight="bold")
+            metric = distances[picture["key"]]
+            if metric is not None:
+                who = "real tiles: " if picture["role"] == "real" else ""
+                text = f"{who}{format_interval(metric)}"
+                axes.text(
+                    0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=9
+                )
+        figure.supxlabel(
+            "Frechet distance to held-out micrographs with 95 % interval (lower is closer)",
+            fontsize=9,
+        )
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _join_tiles(tiles, num_columns):
+    """Return tiles [N, H, W] as one picture with white gaps."""
+    gaps = ((0, -len(tiles) % num_columns), (1, 1), (1, 1))
+    tiles = np.pad(tiles, gaps, constant_values=255)
+    rows = tiles.reshape(-1, num_columns, *tiles.shape[1:]).transpose(0, 2, 1, 3)
+    return rows.reshape(rows.shape[0] * rows.shape[1], -1)
 
 
 def _style():
     import matplotlib
 
-    ink = {
-        key: INK
-        for key in (
-            "text.color",
-            "axes.labelcolor",
-            "axes.edgecolor",
-            "xtick.color",
-            "ytick.color",
-            "grid.color",
-        )
-    }
+    inked = ("text.", "axes.label", "axes.edge", "xtick.", "ytick.", "grid.")
+    ink = {f"{name}color": INK for name in inked}
     return matplotlib.rc_context(
         {
             **ink,
             "svg.fonttype": "none",
             "svg.hashsalt": "em",
+            "text.parse_math": False,  # names may hold dollar signs
             "font.family": "sans-serif",
             "font.size": 10,
             "axes.titlesize": 10,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.unicode_minus": True,
         }
     )
 
 
-def _new_figure(width, height, num_rows=None, num_columns=None):
+def _new_figure(width, height):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    if num_rows is None:
-        return figure, figure.subplots()
-    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
+    return figure, figure.subplots()
 
 
 def _to_svg(figure, label) -> str:
-    """Return the figure as an SVG element: no declaration, no metadata, ids of its own, the ink as `currentColor`."""
+    """Return the figure as an SVG element with ids of its own and the ink as `currentColor`."""
     buffer = io.StringIO()
     figure.savefig(
         buffer,
@@ -144,42 +200,5 @@ def _to_svg(figure, label) -> str:
     prefix = "c" + hashlib.sha256(svg.encode()).hexdigest()[:8]
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     width = float(re.search(r'width="([\d.]+)pt"', svg).group(1)) * 4 / 3  # points to CSS pixels
-    size = f'role="img" aria-label="{label}" style="max-width:{width:.0f}px"'
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, svg, count=1)
-
-
-def draw_overview(report, pictures, num_columns=4) -> bytes:
-    """Draw held-out tiles and each model's images side by side, with their distances, as a PNG: the report at a glance."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    distances = {model["name"]: model["metrics"]["frechet_distance"] for model in report["models"]}
-    distances["held_out"] = (
-        report["floors"].get("real", {}).get("metrics", {}).get("frechet_distance")
-    )
-    shown = [picture for picture in pictures if picture["key"] in distances]
-    figure = Figure(
-        figsize=(3.3 * len(shown), 3.9), dpi=120, layout="constrained", facecolor="white"
-    )
-    FigureCanvasAgg(figure)
-    for axes, picture in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
-        tiles = picture["levels"][: num_columns**2]
-        tiles = np.pad(
-            tiles, ((0, -len(tiles) % num_columns), (1, 1), (1, 1)), constant_values=255
-        )  # [N, H, W]
-        rows = tiles.reshape(-1, num_columns, *tiles.shape[1:]).transpose(0, 2, 1, 3)
-        grid = rows.reshape(rows.shape[0] * rows.shape[1], -1)
-        axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_axis_off()
-        axes.set_title(picture["title"], fontsize=12, fontweight="bold")
-        metric = distances[picture["key"]]
-        if metric is not None:
-            who = "training tiles against them: " if picture["key"] == "held_out" else ""
-            text = f"{who}{format_number(metric['value'])} [{format_number(metric['low'])}, {format_number(metric['high'])}]"
-            axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
-    figure.supxlabel(
-        "Frechet distance to held-out micrographs, 95 % interval (lower is closer)", fontsize=9
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    size = f'role="img" aria-label="{html.escape(label)}" style="max-width:{width:.0f}px"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: size, svg, count=1)

@@ -1,4 +1,4 @@
-"""CMMD, the maximum mean discrepancy of CLIP embeddings: no Gaussian is assumed, and it is unbiased at any number of images."""
+"""CMMD: the maximum mean discrepancy of CLIP embeddings, which assumes no Gaussian."""
 
 import numpy as np
 
@@ -9,20 +9,22 @@ SCALE = 1000.0  # what the paper multiplies by, for legible numbers
 
 
 def cmmd_influence(a, b, block=2048) -> Distance:
-    """Return CMMD of embeddings a [N, D] and b [M, D] of length 1, with the influence of each row (Jayasumana et al. 2024).
+    """Return CMMD of embeddings a [N, D] and b [M, D] of length 1 with its influences.
 
-    1000 times the unbiased squared maximum mean discrepancy of the kernel exp(-|x - y|^2 / (2 * 10^2)). The paper's code
-    has the biased estimator, which is above this one by 1000 (1 - mean k) / N for each side: by at most 0.02 each at 1,000
-    images. This one may be slightly negative. `ValueError` for embeddings whose length is not 1: the kernel's width means
-    nothing for others.
+    1000 times the unbiased squared MMD of the kernel exp(-|x - y|^2 / (2 * 10^2)) (Jayasumana et
+    al. 2024). It may be slightly negative. The paper's code has the biased estimator, which is
+    above this one by 1000 (1 - mean k) / N for each side: at most 0.02 each at 1,000 images.
+
+    Raises:
+        ValueError: The embeddings are not of length 1.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     for rows in (a, b):
         lengths = np.sqrt((rows**2).sum(-1))
         if rows.ndim == 2 and not np.allclose(lengths, 1, atol=1e-2):
             raise ValueError(
-                f"CMMD is defined on embeddings of length 1, and these have {lengths.min():.3g} to {lengths.max():.3g}: "
-                "use the extractor clip"
+                f"CMMD needs embeddings of length 1; these have {lengths.min():.3g} to "
+                f"{lengths.max():.3g}. Use the extractor clip."
             )
     distance = mmd_influence(a, b, _kernel, lambda x: np.ones(len(x)), block)
     return Distance(
@@ -31,7 +33,7 @@ def cmmd_influence(a, b, block=2048) -> Distance:
 
 
 def cmmd(a, b) -> float:
-    """Return CMMD of embeddings a [N, D] and b [M, D] of length 1; see `cmmd_influence`."""
+    """Return CMMD of embeddings a [N, D] and b [M, D] of length 1."""
     return cmmd_influence(a, b).value
 
 

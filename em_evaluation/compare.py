@@ -1,10 +1,11 @@
-"""Reports of several runs beside each other, if they were measured by one protocol; else which part of it differs."""
+"""Compare the reports of several evaluations, if they were measured by one protocol."""
 
 import json
 from pathlib import Path
 
-from em_evaluation.conclusion import format_number
-from em_evaluation.metrics import METRICS
+from em_evaluation.evaluator import FORMAT
+from em_evaluation.feature_metrics import METRICS
+from em_evaluation.numbers import format_interval
 
 # (where in the report, what it means to the reader)
 PROTOCOL = (
@@ -20,14 +21,18 @@ PROTOCOL = (
 
 
 def compare_reports(paths) -> str:
-    """Return a table of the models of several `report.json`, with the order of the Frechet distances and what it is worth.
+    """Return a table of the models of several reports, with the order of the Frechet distances.
 
-    `ValueError` with every difference between the protocols where there is one (number of images, reference, extractors and their
-    weights, resolution, split), for fewer than two reports, and for files that are not such reports.
+    Args:
+        paths: Two or more report.json, or folders that hold one.
+
+    Raises:
+        ValueError: Fewer than two reports, files that are no reports of this version, or reports
+            of unequal protocols; the message has every difference.
     """
     if len(paths) < 2:
         raise ValueError(
-            "a comparison takes at least two reports: --compare A/report.json B/report.json"
+            "--compare needs at least two reports: --compare A/report.json B/report.json"
         )
     reports = {str(path): read_report(path) for path in paths}
     (first_path, first), *others = reports.items()
@@ -37,31 +42,34 @@ def compare_reports(paths) -> str:
             raise ValueError(
                 f"{first_path} and {path} cannot be compared, they were measured differently:\n  "
                 + "\n  ".join(reasons)
-                + "\nEvaluate both again with the same flags and data, best in one call of evaluate.py."
+                + "\nEvaluate both again with the same flags and data, best in one call."
             )
     return "\n".join(_tabulate(reports, i) for i in range(len(first["measurements"])))
 
 
 def read_report(path) -> dict:
-    """Return a report's JSON; `ValueError` where it is none, or one from before the protocol was written down."""
+    """Read a report.json, or that of a folder.
+
+    Raises:
+        ValueError: It is no report of evaluate.py, or one of another version.
+    """
     path = Path(path)
     path = path / "report.json" if path.is_dir() else path
     try:
         report = json.loads(path.read_text())
-        complete = {"measurements", "protocol", "models"} <= set(
-            report
-        ) and "reference_digest" in report["protocol"]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a report.json of evaluate.py ({error})") from error
-    if not complete:
+        number, _ = report.get("format"), report["models"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a report.json of evaluate.py ({error}).") from error
+    if number != FORMAT:
         raise ValueError(
-            f"{path} does not say all of its protocol, it is of an older version; evaluate again"
+            f"{path} has format {number}, but this version reads format {FORMAT}. "
+            "Run evaluate.py again with the same flags."
         )
     return report
 
 
 def find_differences(first, second) -> list[str]:
-    """Return what the protocols of two reports differ in, one sentence each; empty where they are equal."""
+    """Return in what the protocols of two reports differ, one phrase each."""
     reasons = []
     for (part, key), meaning in PROTOCOL:
         a, b = first[part].get(key), second[part].get(key)
@@ -89,28 +97,26 @@ def _tabulate(reports, index):
     ]
     rows.sort(key=lambda row: row[1]["frechet_distance"]["value"])
     lines = [
-        f"\n{measurements[0]['extractor']} features, {next(iter(reports.values()))['protocol']['num_images']:,} images of each set"
+        f"\n{measurements[0]['extractor']} features, "
+        f"{next(iter(reports.values()))['protocol']['num_images']:,} images of each set, "
+        "95 % intervals"
     ]
     width = max(len(name) for name, _ in rows)
     for metric in metrics:
-        lines.append(
-            f"{METRICS[metric].label} ({'higher' if METRICS[metric].higher_is_better else 'lower'} is better)"
-        )
-        for name, row in rows:
-            low, high = (format_number(row[metric][key]) for key in ("low", "high"))
-            lines.append(
-                f"  {name:{width}}  {format_number(row[metric]['value']):>9}  [{low}, {high}]"
-            )
+        better = "higher" if METRICS[metric].higher_is_better else "lower"
+        lines.append(f"{METRICS[metric].label} ({better} is better)")
+        lines += [f"  {name:{width}}  {format_interval(row[metric])}" for name, row in rows]
     if len(rows) < 2:
         return "\n".join(lines)
-    (best, a), (second, b) = rows[:2]
-    if a["frechet_distance"]["high"] < b["frechet_distance"]["low"]:
+    (best, a), (second, b) = ((name, row["frechet_distance"]) for name, row in rows[:2])
+    if a["high"] < b["low"]:
         lines.append(
-            f"{best} is closer to the held-out micrographs than {second}: the intervals do not overlap."
+            f"{best} is closer to the held-out micrographs than {second}: the intervals do not "
+            "overlap."
         )
     else:
         lines.append(
-            f"{best} and {second} cannot be told apart by these intervals, which overlap; evaluated in one call of evaluate.py, "
-            "their common reference would cancel."
+            f"{best} and {second} cannot be told apart: the intervals overlap. Evaluate them in "
+            "one call of evaluate.py for a sharper comparison: their common reference cancels."
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""A classical detector of dislocation loops, black dots and dislocation lines, and what their numbers say.
+"""A classical detector of dislocation loops, black dots and dislocation lines.
 
-Background flattening, hysteresis threshold, components, hole filling, ellipses by moments: numpy and scipy, no training.
-How far it can be believed is measured where the truth is known: `em_evaluation.calibrate_detector`.
+Background flattening, hysteresis threshold, components, hole filling, ellipses by moments; no
+training. `em_evaluation.calibrate_detector` measures how reliable it is.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,17 @@ IN_PLANE_8 = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]).ast
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """Lengths in nanometres where the pixel size is known, else in pixels; thresholds in robust deviations of the image.
+    """The detector's settings, tuned on other micrographs than `calibrate_detector` draws.
 
-    background: deviation of the bell that flattens. smoothing: of the Gaussian before thresholding. low, high: a defect
-    is what lies above `low` and reaches `high` somewhere (hysteresis, Canny 1986). closing: gaps in a ring of up to about
-    twice this are closed. ring: so far from a hole the dark belongs to its loop. smallest: least diameter of a disc of
-    the same area. dot: least long side of a loop, and more than a dot has; dots are sought with `dot_smoothing`, less a
-    Gaussian of half of `dot`, above `dot_low` and `dot_high`. line: least length of a line, and `slender` its least
-    length over width. The numbers were tuned on embedded micrographs other than those that `calibrate_detector` draws.
+    Lengths are in nanometres, or in pixels if the pixel size is unknown; thresholds are in robust
+    deviations of the image.
+
+    background: deviation of the bell that flattens. smoothing: of the Gaussian before thresholding.
+    low, high: a defect lies above `low` and reaches `high` somewhere (hysteresis, Canny 1986).
+    closing: gaps in a ring of up to about twice this are closed. ring: how far around a hole dark
+    pixels belong to its loop. smallest: diameter of a disc of the least area. dot: least long side
+    of a loop; a dot has less. dot_smoothing, dot_low, dot_high: of the search for dots. line: least
+    length of a line; slender: its least length over width.
     """
 
     background: float = 10.0
@@ -47,11 +50,12 @@ class DetectorSettings:
 
 @dataclass(frozen=True)
 class Defects:
-    """Detected defects of a set of images, one entry of each array [D] a defect.
+    """Detected defects of a set of images, one entry of each array [D] per defect.
 
-    image: index of its image. kind: index into KINDS. box_px: (y0, x0, y1, x1), the last two exclusive. centre_px: (y, x).
-    major, minor: full axes of the ellipse with its second moments, filled, in the settings' unit. length: of a line, else
-    the major axis. angle: of the major axis in radians [0, pi), from x towards y. is_cut: touches its image's border.
+    image: index of its image. kind: index into KINDS. box_px: (y0, x0, y1, x1), the last two
+    exclusive. centre_px: (y, x). major, minor: full axes of the ellipse with its second moments,
+    filled, in the settings' unit. length: of a line, else the major axis. angle: of the major axis
+    in radians [0, pi), from x towards y. is_cut: touches its image's border.
     """
 
     image: np.ndarray
@@ -72,11 +76,11 @@ class Defects:
 
 
 def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
-    """Detect loops, dots and lines on grey images [N, H, W] (any number type, grey levels).
+    """Detect loops, dots and lines on grey images [N, H, W] of any number type.
 
-    pixel_size_nm turns the settings' nanometres into pixels; where it is None the settings' numbers are pixels. Images
-    are searched each for itself, averaged over squares first where pixels are finer than half of the unit; a defect that
-    the border cuts is found as far as it is seen, and marked.
+    Each image is searched by itself, averaged over squares first if pixels are finer than half of
+    the unit. A defect that the border cuts is found as far as it is visible, and marked.
+    pixel_size_nm None: the settings' lengths are pixels.
     """
     settings = settings or DetectorSettings()
     unit_px = 1.0 if pixel_size_nm is None else 1.0 / pixel_size_nm
@@ -101,7 +105,7 @@ def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
 
 
 def choose_factor(shape, pixel_size_nm=None) -> int:
-    """Return the side in pixels of the squares over which images of `shape` (H, W) are averaged before the search."""
+    """Return the side of the squares over which images (H, W) are averaged before the search."""
     unit_px = 1.0 if pixel_size_nm is None else 1.0 / pixel_size_nm
     return max(1, min(int(unit_px), min(shape) // 16))
 
@@ -119,7 +123,7 @@ def _average(images, factor):
 
 
 def _segment(images, unit_px, settings):
-    """Return labels int [N, H, W] of separate objects, filled, 0 the matrix; and how many of them, the first, hold a hole."""
+    """Return labels int [N, H, W] of separate filled objects; the first `num` ones have a hole."""
     flat = flatten_background(images, settings.background * unit_px)
     dark = _threshold(_smooth(flat, settings.smoothing * unit_px), settings.low, settings.high)
     dark = _close(dark, settings.closing * unit_px)
@@ -130,7 +134,7 @@ def _segment(images, unit_px, settings):
     large[: holes.max() + 1] = True
     large[0] = False
     objects = np.where(large, np.cumsum(large), 0)[objects]
-    # dots are sought beside the others, where the surroundings are taken away more narrowly
+    # dots are searched separately, with a narrower background
     spot = _smooth(flat, settings.dot_smoothing * unit_px) - _smooth(
         flat, settings.dot / 2 * unit_px
     )
@@ -150,7 +154,7 @@ def _smooth(images, sigma):
 
 
 def _threshold(images, low, high, mask=True):
-    """Return what of each image lies above `low` deviations (of the scaled median magnitude) and reaches `high`."""
+    """Return what lies above `low` robust deviations of its image and reaches `high`."""
     images = images / np.maximum(robust_deviation(images), 1e-3)
     labels, num = ndimage.label((images > low) & mask, IN_PLANE_8)
     strong = np.zeros(num + 1, bool)
@@ -160,7 +164,7 @@ def _threshold(images, low, high, mask=True):
 
 
 def _longest_axis(labels):
-    """Return the longest side of the box of each label, in pixels, by label from 0."""
+    """Return the longest side of the box of each label in pixels, from label 0."""
     sides = [0] + [
         0 if box is None else max(s.stop - s.start for s in box[1:])
         for box in ndimage.find_objects(labels)
@@ -169,7 +173,7 @@ def _longest_axis(labels):
 
 
 def _close(dark, radius):
-    """Close gaps of up to about twice `radius` pixels, by a disc, in each image for itself."""
+    """Close gaps of up to about twice `radius` pixels by a disc, image by image."""
     reach = int(radius)
     if reach < 1:
         return dark
@@ -180,7 +184,7 @@ def _close(dark, radius):
 
 
 def _find_holes(dark, least_area):
-    """Return labels of the islands of matrix that dark pixels enclose, if large enough, and a mask of the smaller ones."""
+    """Return labels of large islands that dark pixels enclose, and a mask of the small ones."""
     labels, num = ndimage.label(~dark, IN_PLANE_4)
     is_island = np.ones(num + 1, bool)
     for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
@@ -193,9 +197,9 @@ def _find_holes(dark, least_area):
 
 
 def _separate(dark, holes, num_steps):
-    """Return labels in which every hole with the ring around it is an object, and what is left of the dark are others.
+    """Return labels: each hole with the ring around it, and what is left of the dark.
 
-    Holes grow into the dark around them, `num_steps` pixels far, in turns by the four and the eight neighbours.
+    Holes grow `num_steps` pixels into the dark, by the four and the eight neighbours in turn.
     """
     objects = holes.copy()
     for step in range(num_steps):
@@ -242,7 +246,7 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
     np.maximum.at(box[:, 2], label, y + 1)
     np.maximum.at(box[:, 3], label, x + 1)
     is_cut = (box[:, :2] == 0).any(1) | (box[:, 2] == height) | (box[:, 3] == width)
-    # a filled ellipse has the area pi / 4 major minor; a wavy line has less, and its width follows from its area
+    # unlike that of an ellipse, the width of a wavy line follows from its area
     diagonal = np.hypot(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]) / unit_px
     length = np.maximum(diagonal, major * 0.866)
     mean_width = area / unit_px**2 / length
@@ -276,12 +280,11 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
 
 
 def count_weights(defects, shape, pixel_size_nm=None) -> np.ndarray:
-    """Return how much each defect counts for numbers and distributions [D]: 0 where the border cuts it.
+    """Return how much each defect counts [D]: 0 if the border cuts it.
 
-    One that lies wholly inside an image of `shape` (H, W) in pixels counts H W / ((H - h - f) (W - w - f)), with h, w the
-    sides of its box and f that of the squares over which the search averages (`choose_factor`; H and W in the denominator are
-    whole squares): the larger it is, the fewer places it has inside. Numbers and sizes are then unbiased, however small the
-    image (Miles 1974; Lantuéjoul 1980). pixel_size_nm: what `detect_defects` was given.
+    A defect wholly inside an image of `shape` (H, W) counts H W / ((H - h - f) (W - w - f)), with
+    h, w the sides of its box and f that of the averaged squares: the larger it is, the fewer places
+    it has. Numbers and sizes are then unbiased for any size of image (Miles 1974; Lantuéjoul 1980).
     """
     factor, box = choose_factor(shape, pixel_size_nm), defects.box_px
     height, width = (side // factor * factor for side in shape)  # that were searched
@@ -293,13 +296,13 @@ def count_weights(defects, shape, pixel_size_nm=None) -> np.ndarray:
 
 
 def sum_by_image(defects, kind, values, num_images) -> np.ndarray:
-    """Return the sum of `values` [D] over the defects of one kind in each image [num_images]."""
+    """Return the sum of `values` [D] of one kind of defect in each image [num_images]."""
     mine = defects.kind == KINDS.index(kind)
     return np.bincount(defects.image[mine], values[mine], minlength=num_images)
 
 
 def histogram_by_image(defects, mine, values, weights, edges, num_images) -> np.ndarray:
-    """Return the weighted histogram of `values` [D] of the defects `mine` in each image [num_images, len(edges) - 1]."""
+    """Return the weighted histogram of `values` [D] in each image [num_images, bins]."""
     bins = np.clip(np.searchsorted(edges, values[mine], "right") - 1, 0, len(edges) - 2)
     flat = defects.image[mine] * (len(edges) - 1) + bins
     return np.bincount(flat, weights[mine], minlength=num_images * (len(edges) - 1)).reshape(

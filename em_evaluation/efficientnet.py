@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le 2019) with the ImageNet weights of its package, for grey images."""
+"""EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package, for grey images."""
 
 import warnings
 from pathlib import Path
@@ -44,9 +44,9 @@ def scale_grey(images):
     """Scale images in [-1, 1] to (grey level - 127) / 128, the input of the TensorFlow original.
 
     The package's example normalises by ImageNet's mean and deviation, but its weights expect the
-    original's scale. On eight photographs the variance after the first convolution is 1.0 times what
-    its batch norm has stored on this scale, and 4.9 times on the example's (medians). Over all norms
-    the means differ by 0.32 instead of 0.43 deviations.
+    original's scale. On eight photographs the variance after the first convolution is 1.0 times
+    what its batch norm has stored on this scale, and 4.9 times on the example's (medians). Over all
+    norms the means differ by 0.32 instead of 0.43 deviations.
     """
     return images * (127.5 / 128) + 0.5 / 128
 

@@ -1,4 +1,4 @@
-"""What a report says of the machine: versions and hardware, nothing that names it."""
+"""The versions and the hardware in a report, without anything that names the machine."""
 
 import importlib.metadata
 import os

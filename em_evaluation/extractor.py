@@ -1,4 +1,4 @@
-"""What every feature extractor answers."""
+"""The interface of feature extractors."""
 
 import torch
 
@@ -6,26 +6,24 @@ import torch
 class Extractor:
     """A feature network with its preprocessing.
 
-    `identity` is a sentence of everything that decides the features: network, weights' digest, resizing, input side,
-    grey to colour, dtype; it is a part of the key of the feature cache. Subclasses set `name`, `identity`,
-    `num_features` and define `_features`.
+    Subclasses set `name`, `num_features`, `identity` (everything that decides the features:
+    network, digest of the weights, resizing, dtype; a part of the cache's key) and define
+    `_features`.
     """
 
     name: str
     identity: str
     num_features: int
-    unit_norm = False  # whether every row has length 1, as CMMD needs it
+    unit_norm = False  # every row has length 1, as CMMD needs it
 
     def __init__(self, device="cpu", dtype=torch.float32):
         self.device, self.dtype = torch.device(device), dtype
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images float [B, 1, H, W] in [-1, 1] to float32 features [B, num_features] on the CPU."""
+        """Map images float [B, 1, H, W] in [-1, 1] to float32 features [B, num_features]."""
         if images.ndim != 4 or images.shape[1] != 1:
-            raise ValueError(
-                f"images must be [B, 1, H, W], grey in [-1, 1], and are {list(images.shape)}"
-            )
+            raise ValueError(f"The images must be [B, 1, H, W], not {list(images.shape)}.")
         return self._features(images.to(self.device, torch.float32)).float().cpu()
 
     def _features(self, images):

@@ -1,6 +1,4 @@
-"""Feature extractors: grey images in [-1, 1] -> one row of features each, with an identity that says everything that
-decides the numbers.
-"""
+"""Feature extractors: grey images in [-1, 1] -> one row of features each."""
 
 import contextlib
 import importlib.metadata
@@ -22,13 +20,11 @@ NAMES = "efficientnet-lite0, inception, dinov2, clip, timm:NAME or transformers:
 
 
 class EfficientNetLite0(Extractor):
-    """EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package: 1280 features, globally averaged
-    after the last convolution.
+    """EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package: 1280 features.
 
-    Grey becomes three equal channels after resizing, on the scale of `efficientnet.scale_grey`.
-
-    The image is resized to `input_px` (a multiple of 32) by bicubic interpolation with anti-aliasing. `fused` folds batch
-    norm and padding into the convolutions; the slow twin (`fused=False`) is the
+    Features are averages over positions after the last convolution. Grey is resized to `input_px`
+    (a multiple of 32; bicubic, anti-aliased) and becomes three equal channels (`scale_grey`).
+    fused: batch norm and padding are folded into the convolutions; a test holds it equal to the
     package's own network.
     """
 
@@ -39,15 +35,17 @@ class EfficientNetLite0(Extractor):
         super().__init__(device, dtype)
         if input_px % 32 or input_px < 64:
             raise ValueError(
-                f"input_px must be a multiple of 32 from 64 on (224 is the network's own), not {input_px}"
+                f"input_px is {input_px}, but must be a multiple of 32 of at least 64 "
+                "(224 is the network's own)."
             )
         path = Path(weights or find_efficientnet_weights())
         network = load_efficientnet(path, fused)
         self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
         self.input_px = input_px
         self.identity = (
-            f"efficientnet-lite0, weights sha256 {sha256_of(path)[:16]}, pooled 1280, bicubic anti-aliased to {input_px} x {input_px} px, "
-            f"grey to three equal channels, (grey level - 127) / 128, {str(dtype).removeprefix('torch.')}"
+            f"efficientnet-lite0, weights sha256 {sha256_of(path)[:16]}, pooled 1280, bicubic "
+            f"anti-aliased to {input_px} x {input_px} px, grey to three equal channels, "
+            f"(grey level - 127) / 128, {str(dtype).removeprefix('torch.')}"
         )
 
     def _features(self, images):
@@ -60,10 +58,10 @@ class EfficientNetLite0(Extractor):
 class Inception(Extractor):
     """Inception-v3 of the FID paper through clean-fid (Parmar et al. 2022): 2048 features.
 
-    `resize_mode` "clean" is clean-fid's own (PIL bicubic with anti-aliasing, not quantised, TorchScript network),
-    "legacy_pytorch" that of pytorch-fid (bilinear without anti-aliasing). Grey becomes three equal channels after
-    resizing to 299 x 299 on the scale 0..255. `fused` folds legacy_pytorch's batch norms, and its three equal channels into one
-    (`em_evaluation.fused_inception`); the slow twin (`fused=False`) is the package's own network.
+    resize_mode: "clean" is clean-fid's own (PIL bicubic, anti-aliased, TorchScript network),
+    "legacy_pytorch" that of pytorch-fid (bilinear, not anti-aliased). Grey becomes three equal
+    channels of 299 x 299 pixels on the scale 0..255. fused: folds the batch norms and channels of
+    legacy_pytorch; a test holds it equal to the package's own network.
     """
 
     name = "inception"
@@ -92,7 +90,8 @@ class Inception(Extractor):
         self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
         self.resize_mode = resize_mode
         self.identity = (
-            f"inception, clean-fid {importlib.metadata.version('clean-fid')} mode {resize_mode}, weights sha256 {sha256_of(path)[:16]}, "
+            f"inception, clean-fid {importlib.metadata.version('clean-fid')} mode {resize_mode}, "
+            f"weights sha256 {sha256_of(path)[:16]}, "
             f"pooled 2048, grey to three equal channels, {str(dtype).removeprefix('torch.')}"
         )
 
@@ -121,15 +120,20 @@ def get_extractor(
     device="cpu",
     dtype=torch.float32,
 ) -> Extractor:
-    """Return the extractor `name`.
+    """Return an extractor by its name.
 
-    efficientnet-lite0 (offline, `input_px`), inception (`resize_mode` "clean" or "legacy_pytorch"), dinov2
-    (facebook/dinov2-base), clip (the embedding of openai/clip-vit-large-patch14-336, for CMMD), timm:NAME or transformers:NAME for any of
-    their vision models; NAME may be a folder for transformers.
+    Args:
+        name: efficientnet-lite0 (offline), inception, dinov2 (facebook/dinov2-base), clip (the
+            embedding of openai/clip-vit-large-patch14-336, for CMMD), timm:NAME or
+            transformers:NAME, where NAME may be a folder for transformers.
+        resize_mode: Of inception: "clean" (default) or "legacy_pytorch".
+        weights: A local file in place of the published one; for dinov2 and clip a folder.
+        input_px: Of efficientnet-lite0. Default: 128 for a `resolution` up to 128, else 224.
+        resolution: Side of the images, if it is known.
+        device, dtype: Of the network; bfloat16 is for hardware that has it.
 
-    EfficientNet reads images of `resolution` up to 128 pixels at 128, three times as fast, and larger or unknown ones
-    at its own 224; `input_px` says otherwise. `weights` is a local file in place of the published one, for dinov2 and clip a
-    folder. `dtype` bfloat16 is for hardware that has it. `ValueError` for an unknown name or an option that the extractor has not.
+    Raises:
+        ValueError: An unknown name, or an option that the extractor does not have.
     """
     if resize_mode is not None and name != "inception":
         own = ", its own option is input_px" if name == "efficientnet-lite0" else ""
@@ -153,15 +157,14 @@ def get_extractor(
         raise ValueError(f"the extractor must be {NAMES}, not {name!r}")
     if weights is not None:
         raise ValueError(
-            f"{library}:NAME takes no --weights; name the folder itself, transformers:FOLDER or timm:local-dir:FOLDER"
+            f"{library}:NAME takes no --weights. Name the folder itself: transformers:FOLDER or "
+            "timm:local-dir:FOLDER."
         )
     return TimmModel(model, **options) if library == "timm" else TransformersModel(model, **options)
 
 
 def resize(images, side):
-    """Resize images [B, C, H, W] to [B, C, side, side] by bicubic interpolation with anti-aliasing, clipped to [-1, 1]
-    against overshoot.
-    """
+    """Resize images [B, C, H, W] to `side` by anti-aliased bicubic interpolation, clipped."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(
@@ -170,9 +173,7 @@ def resize(images, side):
 
 
 def resize_clean(images):
-    """Resize grey images [B, 1, H, W] on the scale 0..255 to [B, 1, 299, 299] as clean-fid does: PIL, bicubic, float,
-    clipped.
-    """
+    """Resize images [B, 1, H, W] on the scale 0..255 to 299 x 299 as clean-fid does."""
     resized = [
         Image.fromarray(image[0]).resize((299, 299), Image.BICUBIC)
         for image in images.float().cpu().numpy()
@@ -183,7 +184,7 @@ def resize_clean(images):
 
 
 def load_torchscript_inception(path) -> nn.Module:
-    """Load clean-fid's TorchScript Inception from any file (its own class takes a folder and a fixed name)."""
+    """Load clean-fid's TorchScript Inception from any file."""
     from cleanfid.inception_torchscript import InceptionV3W
 
     class InceptionFromFile(InceptionV3W):
@@ -198,7 +199,7 @@ def load_torchscript_inception(path) -> nn.Module:
 
 
 def load_pytorch_inception(path) -> nn.Module:
-    """Load clean-fid's copy of pytorch-fid's Inception from a file, in place of its download into torch's cache."""
+    """Load clean-fid's copy of pytorch-fid's Inception from a file instead of a download."""
     import warnings
 
     from cleanfid import inception_pytorch
@@ -219,7 +220,7 @@ def load_pytorch_inception(path) -> nn.Module:
 
 @contextlib.contextmanager
 def ignore_torchscript_deprecation():
-    """Silence torch's notice that TorchScript is on its way out: the published weights are a TorchScript file."""
+    """Silence torch's deprecation of TorchScript: the published weights are such a file."""
     import warnings
 
     with warnings.catch_warnings():

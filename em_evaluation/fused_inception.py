@@ -1,4 +1,4 @@
-"""pytorch-fid's Inception-v3 with batch norm folded, one grey input channel and channels last: the same function, faster."""
+"""pytorch-fid's Inception-v3, folded: batch norms, one grey channel, channels last."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ConvReLU(nn.Module):
-    """A convolution with its batch norm folded in, and the ReLU in place."""
+    """A convolution with its batch norm folded in, and a ReLU in place."""
 
     def __init__(self, basic_conv):
         super().__init__()
@@ -18,10 +18,9 @@ class ConvReLU(nn.Module):
 
 
 def fuse_inception(network) -> None:
-    """Fold batch norms of an Inception of pytorch-fid or clean-fid in place, and let its first convolution read one channel.
+    """Fold the batch norms in place, and let the first convolution read one channel [B, 1, H, W].
 
-    Three equal channels through a convolution are one channel through the sum of its kernels (exact up to rounding). The
-    first layer takes [B, 1, H, W] afterwards.
+    Three equal channels through a convolution are one channel through the sum of its kernels.
     """
     _fuse_children(network)
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
@@ -42,5 +41,5 @@ def _fuse_children(module):
 
 
 def resize_bilinear(images: torch.Tensor) -> torch.Tensor:
-    """Resize grey images [B, 1, H, W] to 299 x 299 as pytorch-fid does: bilinear, without anti-aliasing."""
+    """Resize images [B, 1, H, W] to 299 x 299 as pytorch-fid does, without anti-aliasing."""
     return F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)

@@ -5,29 +5,28 @@ from accelerate.utils import broadcast
 
 from em_data.intensity import to_uint8
 from em_evaluation.distances import frechet_distance
+from em_evaluation.feature_cache import compute_features
+from em_evaluation.feature_metrics import check_metrics, choose_metrics, measure_values
 from em_evaluation.features import get_extractor
 from em_evaluation.images import ImageSet, read_images
-from em_evaluation.metrics import METRICS, choose_metrics, measure_values
-from em_evaluation.statistics import compute_features
-
-
-def check_metrics(names) -> None:
-    """Refuse metrics that cannot be measured during training: `ValueError`, before anything long begins."""
-    usable = [name for name, metric in METRICS.items() if not metric.needs_unit_norm]
-    wrong = [name for name in names if name not in usable]
-    if wrong:
-        raise ValueError(
-            f"{', '.join(wrong)} cannot be measured during training, on efficientnet-lite0; there are {', '.join(usable)}"
-        )
 
 
 class HeldOutDistance:
-    """Frechet distance of generated images to views of `held_out` tiles by `extractor`, as `evaluate.py` measures it.
+    """Frechet distance of generated images to held-out views while a model trains.
 
-    Both sides have `num_images`, or as many as there are held-out views, and go through 8 bits; `seed` chooses the views. The smaller
-    they are, the larger the distance of the same model: it tells two moments of one run apart and is not the number of a report.
-    Several processes share the images; what is measured does not depend on how many they are. `metrics` names more of
-    `em_evaluation.metrics.METRICS`, whose values stand in `further` after each measurement.
+    It tells moments of one run apart and is not the number of a report: the fewer images, the
+    larger the distance of the same model. Several processes share the images; the result does not
+    depend on their number.
+
+    Args:
+        held_out: Tiles that are not trained on.
+        num_images: Images of both sides, at most the number of held-out views.
+        seed: Draws the views.
+        accelerator: accelerate's.
+        metrics: More metrics of `em_evaluation.feature_metrics`; their values are in `further`
+            after each measurement.
+        say: Gets notes.
+        extractor: Name of the extractor.
     """
 
     def __init__(
@@ -41,16 +40,18 @@ class HeldOutDistance:
         say=print,
         extractor="efficientnet-lite0",
     ):
-        check_metrics(metrics)
+        check_metrics(metrics, in_training=True)
         self.accelerator = accelerator
-        self.num_images = min(num_images, held_out.num_views)
+        self.num_images = min(num_images, len(held_out))
         if self.num_images < 2:
             raise ValueError(
-                f"{held_out.num_views} held-out views are too few for a distance; turn evaluate_every off or hold out more micrographs."
+                f"{len(held_out)} held-out views are too few for a distance. Hold out more "
+                "micrographs, or set evaluate_every to 0."
             )
         if self.num_images < num_images:
             say(
-                f"the distance during training is over {self.num_images} images, as many as there are held-out views"
+                f"the distance during training is over {self.num_images} images: there are no "
+                "more held-out views"
             )
         self.extractor = get_extractor(
             extractor, resolution=held_out.resolution, device=accelerator.device
@@ -68,7 +69,7 @@ class HeldOutDistance:
             self.reference = compute_features(images, self.extractor, use_cache=False)
 
     def measure(self, generate) -> float:
-        """The distance of the images that `generate` makes of numbers 0, 1, ...: numbers -> float32 [N, 1, H, W] in [-1, 1]."""
+        """Measure the images that `generate` draws: numbers -> float32 [N, 1, H, W] in [-1, 1]."""
         accelerator = self.accelerator
         share = -(-self.num_images // accelerator.num_processes)
         numbers = range(self.num_images)[accelerator.process_index * share :][:share]
@@ -78,9 +79,8 @@ class HeldOutDistance:
             features[: len(numbers)] = torch.from_numpy(
                 compute_features(images, self.extractor, use_cache=False)
             )
-        features = accelerator.gather(features.to(accelerator.device))[
-            : self.num_images
-        ]  # what fills up the last share is cut off
+        features = accelerator.gather(features.to(accelerator.device))
+        features = features[: self.num_images]  # without the padding of the last share
         values = torch.zeros(1 + len(self.metrics), device=accelerator.device)
         if accelerator.is_main_process:
             features = features.cpu().numpy()

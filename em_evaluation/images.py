@@ -1,6 +1,6 @@
-"""Sets of images as the protocol compares them: the same number, one size, 8-bit grey levels, whatever they come from."""
+"""Sets of images as the evaluation compares them: one number, one size, 8-bit grey levels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,22 +9,36 @@ import torch
 
 from em_data import Views
 from em_data.intensity import from_uint, to_uint8
-from em_evaluation.statistics import iterate_batches
+from em_evaluation.feature_cache import iterate_batches
+
+ENOUGH_MICROGRAPHS = 5  # held out, for an interval over micrographs
 
 
 @dataclass
 class ModelImages:
-    """A model's generated images with what its run says about itself.
+    """The generated images of a model, and what is known about it.
 
-    images: a tensor [N, 1, H, W] in [-1, 1], or `em_data.Images`, such as
-    `em_data.read_image_folder`'s. curves: stage -> lines of its stats.jsonl. info: anything else for the report, JSON
-    values. without_grain: the same images before noise was added to them, where it was: copies are sought in these, since noise
-    would hide them.
+    Args:
+        name: The model's name in the report.
+        images: A tensor [N, 1, H, W] in [-1, 1], or `em_data.Images`.
+        family: The kind of model, such as "ldm"; None for a folder of images.
+        family_title: The kind of model for people.
+        train_seconds, num_images_seen: Of the training.
+        sample_seconds, sample_images_per_second: Of the sampling.
+        curves: Stage -> lines of its log.
+        info: More for the report, JSON values.
+        without_grain: The same images before grain was added. Copies are sought in these, since
+            grain would hide them.
+        reconstructions: Part -> function that sends images float [B, 1, H, W] in [-1, 1] through
+            that part of the model, such as "autoencoder". Each is a reference level.
+        untrained, transferred: Images of the network before this training, with random weights
+            or with the weights it started from. Each is a reference level.
     """
 
     name: str
-    family: str
     images: Any
+    family: str | None = None
+    family_title: str = ""
     train_seconds: float | None = None
     num_images_seen: int | None = None
     sample_seconds: float | None = None
@@ -32,12 +46,17 @@ class ModelImages:
     curves: dict[str, list[dict]] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
     without_grain: Any = None
+    reconstructions: Mapping[str, Callable] = field(default_factory=dict)
+    untrained: Any = None
+    transferred: Any = None
 
 
 @dataclass
 class ImageSet:
-    """uint8 images [N, 1, H, W] of one origin; `groups` [N] names what was drawn independently (the micrograph), None
-    for each image.
+    """uint8 images [N, 1, H, W] of one origin.
+
+    groups: What was drawn independently, one name per image [N], such as the micrograph. None:
+    each image by itself.
     """
 
     levels: np.ndarray
@@ -47,42 +66,45 @@ class ImageSet:
         return len(self.levels)
 
     def batch(self, ids):
+        """Return images as float32 [B, 1, H, W] in [-1, 1]."""
         return from_uint(self.levels[np.asarray(ids, dtype=np.int64)])
 
     @property
-    def resolution(self):
+    def resolution(self) -> tuple[int, int]:
         return tuple(self.levels.shape[-2:])
 
+    @property
+    def num_groups(self) -> int | None:
+        return None if self.groups is None else len(np.unique(self.groups))
 
-def read_images(images, count, seed=0, batch_size=256) -> ImageSet:
-    """Take `count` images of a set on the 8-bit road: drawn views where it is tiles, the first ones where it is
-    generated.
+
+def read_images(images, count, seed=0, batch_size=256, first=0) -> ImageSet:
+    """Read `count` images as 8-bit grey levels.
+
+    Of tiles, views are drawn at random by `select_views`. Of other sets, the images from number
+    `first` on are taken.
     """
-    groups = None
+    groups, ids = None, np.arange(first, first + count)
     if isinstance(images, Views):
         tile_of_view, _ = images.locate(np.arange(len(images)))
-        view_ids = select_views(tile_of_view, count, seed)
-        batches = (images.batch(view_ids[i : i + batch_size]) for i in range(0, count, batch_size))
-        groups = find_micrographs(images, tile_of_view[view_ids])
-    else:
-        batches = _take(iterate_batches(images, batch_size), count)
+        ids = select_views(tile_of_view, count, seed)
+        groups = find_micrographs(images, tile_of_view[ids])
+    batches = iterate_batches(images, batch_size, ids)
     return ImageSet(np.concatenate([to_uint8(batch) for batch in batches]), groups)
 
 
 def transform_images(images: ImageSet, function: Callable, batch_size=64) -> ImageSet:
-    """Apply `function`, float [B, 1, H, W] -> float [B, 1, H, W] in [-1, 1], and return to 8 bits; the origin stays."""
+    """Apply `function` to float images [B, 1, H, W] in [-1, 1] and return to 8 bits."""
     with torch.no_grad():
-        return ImageSet(
-            np.concatenate(
-                [to_uint8(function(batch)) for batch in iterate_batches(images, batch_size)]
-            ),
-            images.groups,
-        )
+        batches = [to_uint8(function(batch)) for batch in iterate_batches(images, batch_size)]
+    return ImageSet(np.concatenate(batches), images.groups)
 
 
 def select_views(tile_of_view, count, seed) -> np.ndarray:
-    """Draw `count` views without repetition, given the tile of each [V]: every tile once, in a random symmetry, before
-    any tile a second time.
+    """Draw `count` different views; no tile is drawn a second time before every tile is drawn once.
+
+    Args:
+        tile_of_view: The tile of each view [V].
     """
     tile_of_view = np.asarray(tile_of_view)
     shuffled = np.random.default_rng([seed, len(tile_of_view)]).permutation(len(tile_of_view))
@@ -96,16 +118,21 @@ def select_views(tile_of_view, count, seed) -> np.ndarray:
 
 
 def find_micrographs(tiles, tile_ids) -> np.ndarray | None:
-    """Return the micrograph of each tile where the tiles know it."""
+    """Return the micrograph of each tile, or None if it is not recorded."""
     rows = getattr(tiles, "rows", None)
     if rows is None or "micrograph" not in rows.column_names:
         return None
     return np.asarray(list(rows["micrograph"]))[tile_ids]
 
 
-def _take(batches, count):
-    for batch in batches:
-        yield batch[:count]
-        count -= len(batch)
-        if count <= 0:
-            return
+def note_few_micrographs(groups) -> list[str]:
+    """Return a note if the held-out tiles come from too few micrographs for a sound interval."""
+    number = ENOUGH_MICROGRAPHS if groups is None else len(np.unique(groups))
+    if number >= ENOUGH_MICROGRAPHS:
+        return []
+    few = "one held-out micrograph" if number == 1 else f"{number} held-out micrographs"
+    return [
+        f"The reference is {few}. The intervals hardly contain the scatter between micrographs "
+        "and are too narrow. Hold out more micrographs in training "
+        "(--tiles.held-out-fraction) before you trust a small difference."
+    ]

@@ -1,4 +1,4 @@
-"""Memorisation: are generated images nearer to the training images than held-out micrographs are, or even copies of them?"""
+"""Memorisation: are generated images copies of training images, or nearer than unseen ones?"""
 
 import time
 
@@ -7,9 +7,11 @@ from scipy import stats
 
 from em_data.intensity import from_uint
 from em_data.views import ELEMENTS, apply_symmetry
+from em_evaluation.bootstrap import compare_means, histogram_of_values, resample_means
+from em_evaluation.feature_cache import compute_features
+from em_evaluation.interval import Interval
+from em_evaluation.json_values import to_json
 from em_evaluation.nearest import MAX_SHIFT_PX, SMOOTHING_PX, TileReader, align, find_nearest
-from em_evaluation.profiles import compare_means, histogram_of_values, resample_means
-from em_evaluation.statistics import compute_features
 
 COPY_RATIO = 0.5  # a copy is nearer than half of the median distance of held-out tiles
 NUM_FEATURE_QUERIES = 128  # images of each set sought in feature space, under eight symmetries each
@@ -19,18 +21,19 @@ NUM_BINS, NUM_PAIRS = 200, 6
 def measure_memorisation(
     generated, held_out, train, *, extractor=None, seed=0, log=print, **feature_options
 ):
-    """Compare generated ImageSets with all training tiles; return (the report's section, pairs for the gallery).
+    """Search all training tiles for the nearest one to each image.
 
-    generated: name -> ImageSet. held_out: the ImageSet that tells how near unseen micrographs come. train: `Tiles`. In
-    pixels every image is sought over all eight symmetries of the square and shifts up to 4 pixels (`find_nearest`); in the
-    features of `extractor`, if given, the first 128 images under all symmetries. A copy is an image nearer than half of
-    the median distance of held-out tiles. None, [] where images are too small for the shifts.
+    In pixels, under the eight symmetries of the square and shifts of up to 4 pixels; in features of
+    `extractor`, under the symmetries, for the first 128 images of each set. A copy is nearer than
+    half of the median distance of held-out tiles. Returns the report's section, JSON values, and
+    the closest pairs; None, [] if the images are too small for the shifts.
     """
     start, tiles = time.perf_counter(), TileReader(train)
     side = held_out.resolution[0]
     if side < 16 + 2 * MAX_SHIFT_PX or held_out.resolution[1] != side:
         log(
-            f"memorisation left out: images of {side} x {held_out.resolution[1]} pixels are too small or not square"
+            f"memorisation is left out: images of {side} x {held_out.resolution[1]} pixels are "
+            "too small or not square"
         )
         return None, []
     sets = {"held_out": held_out, **generated}
@@ -68,23 +71,22 @@ def measure_memorisation(
         for pair in pairs
     ]
     log(
-        f"memorisation: {len(tiles):,} training tiles searched in {time.perf_counter() - start:.1f} s"
+        f"memorisation: {len(tiles):,} training tiles searched in "
+        f"{time.perf_counter() - start:.1f} s"
     )
-    return section, pairs
+    return to_json(section), pairs
 
 
 def compare_distances(distances, groups, seed=0):
-    """Return what distances to the nearest training view [N], by set, say: JSON values.
+    """Compare the sets by the distances [N] of their images to the nearest training tile.
 
-    scale: median distance of held-out tiles; ratio: a distance over it. copies: share of
-    images nearer than `COPY_RATIO` of the scale, with Clopper & Pearson's interval. nearer: the probability that an image
-    is nearer to training than a held-out tile (0.5 for an honest generator; Mann & Whitney 1947, used for this by
-    Meehan, Chaudhuri & Dasgupta 2020), with a bootstrap interval.
+    scale: median distance of held-out tiles; a ratio is a distance over it. copies: share of
+    images nearer than `COPY_RATIO` of the scale (interval: Clopper & Pearson 1934). nearer:
+    probability that an image is nearer to training than a held-out tile, 0.5 for an honest model
+    (Mann & Whitney 1947; Meehan, Chaudhuri & Dasgupta 2020).
     """
     held_out = distances["held_out"]
-    scale = (
-        float(np.median(held_out)) or 1.0
-    )  # held-out tiles that are copies themselves: `conclude_memorisation` says so
+    scale = float(np.median(held_out)) or 1.0  # 0: held-out tiles are copies themselves
     threshold = COPY_RATIO * scale
     highest = max(each.max() for each in distances.values()) + 1e-6
     means, rows, curves = {}, {}, {}
@@ -103,14 +105,8 @@ def compare_distances(distances, groups, seed=0):
             "copies": share_interval(copies, len(values)),
         }
         if key != "held_out":
-            interval = compare_means(probability_nearer, means[key], means["held_out"]).interval(
-                lowest=0.0
-            )
-            rows[key]["nearer"] = {
-                "value": interval.value,
-                "low": interval.low,
-                "high": min(interval.high, 1.0),
-            }
+            nearer = compare_means(probability_nearer, means[key], means["held_out"])
+            rows[key]["nearer"] = nearer.interval().limited(0.0, 1.0)
     return {
         "scale": scale,
         "threshold": threshold,
@@ -121,7 +117,7 @@ def compare_distances(distances, groups, seed=0):
 
 
 def probability_nearer(a, b):
-    """Return the probability that a draw of histogram a [..., K] lies below one of b, ties counted half."""
+    """Return the probability that a draw from histogram a [..., K] is below one from b."""
     return (a * (1 - np.cumsum(b, -1) + b / 2)).sum(-1)
 
 
@@ -130,7 +126,7 @@ def share_interval(count, total, level=0.95):
     tail = (1 - level) / 2
     low = stats.beta.ppf(tail, count, total - count + 1) if count else 0.0
     high = stats.beta.ppf(1 - tail, count + 1, total - count) if count < total else 1.0
-    return {"value": count / total, "low": float(low), "high": float(high)}
+    return Interval(count / total, float(low), float(high))
 
 
 class _Levels:
@@ -147,9 +143,9 @@ class _Levels:
 
 
 def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES, **options):
-    """Return the Euclidean distance of the features of the first images of each set to the nearest training tile's [N].
+    """Return the distance in features of the first images of each set to the nearest tile, [N].
 
-    An image enters under all eight symmetries and the nearest counts, so that a flipped copy is as near as a plain one.
+    Each image is tried under all eight symmetries, so that a flipped copy is found, too.
     """
 
     def features_of(length, read):
@@ -171,7 +167,7 @@ def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES,
 
 
 def choose_pairs(key, levels, nearest, tiles, num_pairs=NUM_PAIRS):
-    """Return the closest images of a set, each with its training tile turned to lie as the image does."""
+    """Return the closest images of a set, each with its training tile, turned alike."""
     order = np.argsort(nearest.distance, kind="stable")[:num_pairs]
     return [
         {

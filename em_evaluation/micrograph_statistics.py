@@ -1,20 +1,18 @@
-"""What a microscopist measures on a picture: power spectrum, grey levels, noise, two-point correlation.
+"""Power spectrum, grey levels, noise and two-point correlation of micrographs.
 
-Every function takes uint8 images [N, H, W] and returns one row or number for each image, so that whatever is compared
-afterwards can be resampled by image. Blocks of images are worked on together, and memory stays small.
+Each function takes uint8 images [N, H, W] and returns one row or number per image, so that sets can
+be resampled by image.
 """
 
 import numpy as np
 from scipy import fft, ndimage
 
 BLOCK = 64  # images at once
-QUANTISATION_POWER = (
-    1 / 12
-)  # variance of rounding to whole grey levels (Widrow 1956): no power below it is real
+QUANTISATION_POWER = 1 / 12  # variance of rounding to whole grey levels (Widrow 1956)
 
 
 def frequency_bins(shape):
-    """Return the centres [K] of the rings of `radial_power_spectrum`, in cycles per pixel, from 1 / side to 0.5."""
+    """Return the centres [K] of the rings of `radial_power_spectrum` in cycles per pixel."""
     side = min(shape)
     return np.arange(1, side // 2 + 1) / side
 
@@ -22,17 +20,14 @@ def frequency_bins(shape):
 def radial_power_spectrum(images):
     """Return the radially averaged power spectrum of each image [N, H, W] in dB, [N, K].
 
-    The image less its mean is multiplied by a two-dimensional Hann window, so that the jump between opposite edges does
-    not leak over the axes (Harris 1978); |FFT|^2 over the window's energy is averaged over rings of width 1 / side about
-    `frequency_bins`, and is 10 log10 of grey levels squared: white noise of deviation s gives 20 log10 s in every ring.
-    The power of rounding, 1/12, is added, so that a constant image has a finite spectrum.
+    |FFT|^2 of the image less its mean under a Hann window (Harris 1978), over the window's energy,
+    averaged over rings of width 1 / side: 10 log10 of grey levels squared, so white noise of
+    deviation s gives 20 log10 s. The power of rounding, 1/12, is added.
     """
     height, width = images.shape[1:]
     window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
     weight = (window**2).sum()
-    radius = np.hypot(
-        np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
-    )  # cycles per pixel
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     ring = np.rint(radius * min(height, width)).astype(int)  # [H, W/2 + 1], 0 is the mean
     num_rings = min(height, width) // 2
     twice = np.full(ring.shape, 2.0)  # rfft keeps one of two conjugates
@@ -53,7 +48,7 @@ def radial_power_spectrum(images):
 
 
 def grey_level_histogram(images):
-    """Return the share of pixels at each grey level of each image [N, H, W], [N, 256]."""
+    """Return the share of pixels at each grey level of each image, [N, 256]."""
     pixels = images.shape[1] * images.shape[2]
     return np.stack([np.bincount(image.ravel(), minlength=256) / pixels for image in images])
 
@@ -61,9 +56,8 @@ def grey_level_histogram(images):
 def noise_level(images):
     """Return the standard deviation of each image's noise in grey levels [N] (Immerkær 1996).
 
-    sqrt(pi / 2) times the mean magnitude of the image under the difference of two Laplacians [[1, -2, 1], [-2, 4, -2],
-    [1, -2, 1]], over 6: blind to planes and straight steps along the axes. It is exact for white noise; a detector's
-    blur makes it smaller and fine structure larger, in real and generated images alike.
+    sqrt(pi / 2) / 6 times the mean magnitude under [[1, -2, 1], [-2, 4, -2], [1, -2, 1]], which
+    does not see planes and straight steps along the axes. Exact for white noise.
     """
     levels = np.empty(len(images))
     for rows in _blocks(len(images)):
@@ -74,10 +68,10 @@ def noise_level(images):
 
 
 def signal_to_noise(images, noise=None):
-    """Return each image's signal-to-noise ratio [N]: the deviation that noise does not explain over that of the noise.
+    """Return each image's signal-to-noise ratio [N].
 
-    sqrt(max(variance - noise^2, 0)) / noise, with `noise` [N] from `noise_level` and not below that of rounding. A
-    number without unit: contrast counts as signal, that of a bend contour too.
+    sqrt(max(variance - noise^2, 0)) / noise, with `noise` [N] from `noise_level`, at least that of
+    rounding. Any contrast counts as signal.
     """
     noise = noise_level(images) if noise is None else noise
     noise = np.maximum(noise, np.sqrt(QUANTISATION_POWER))
@@ -88,17 +82,15 @@ def signal_to_noise(images, noise=None):
 
 
 def flatten_background(images, scale_px=10.0, num_passes=2):
-    """Return images [N, H, W] less their background, float32 grey levels: what is darker than its surroundings is positive.
+    """Return images [N, H, W] less their background, float32 grey levels; dark is positive.
 
-    The background is a mean under a bell of deviation `scale_px` (a quarter of the side where that is smaller), three
-    boxes of the same width in a row; after the first pass pixels that stand out by more than two deviations (of the
-    scaled median magnitude) no longer count for it (normalised convolution, Knutsson & Westin 1993), so that a dark
-    defect does not dig its own pit.
+    The background is a mean under a bell of deviation `scale_px`, at most a quarter of the side.
+    After the first pass, pixels that stand out by more than two robust deviations no longer count
+    for it (normalised convolution, Knutsson & Westin 1993).
     """
     scale = min(scale_px, min(images.shape[1:]) / 4)
-    width = (
-        2 * round((np.sqrt(4 * scale**2 + 1) - 1) / 2) + 1
-    )  # three boxes have the variance (width^2 - 1) / 4
+    # three boxes have the variance (width^2 - 1) / 4
+    width = 2 * round((np.sqrt(4 * scale**2 + 1) - 1) / 2) + 1
     flat = np.empty(images.shape, np.float32)
     for rows in _blocks(len(images)):
         block = images[rows].astype(np.float32)
@@ -111,7 +103,7 @@ def flatten_background(images, scale_px=10.0, num_passes=2):
 
 
 def robust_deviation(images):
-    """Return the median magnitude of each image [N, H, W] over 0.6745, [N, 1, 1]: a normal's deviation, whatever stands out."""
+    """Return the median magnitude of each image over 0.6745 [N, 1, 1]: a normal's deviation."""
     return np.median(np.abs(images), (1, 2), keepdims=True) / 0.6745
 
 
@@ -122,24 +114,22 @@ def _blur(images, width):
 
 
 def dark_phase_threshold(flat, fraction=0.1):
-    """Return the level of flattened images [N, H, W] above which the darkest `fraction` of their pixels lies."""
+    """Return the level above which the darkest `fraction` of flattened images [N, H, W] lies."""
     return float(np.quantile(flat, 1 - fraction))
 
 
 def two_point_correlation(flat, threshold):
-    """Return the two-point probability S2(r) of the dark phase of each flattened image [N, H, W], [N, R].
+    """Return the two-point probability S2(r) of the dark phase of flattened images, [N, R].
 
-    S2(r) is the probability that two pixels r = 0, 1, ... side / 4 pixels apart are both dark (flattened level above
-    `threshold`), averaged over directions (Torquato 2002, chapter 2); S2(0) is the dark share. By FFT with zero padding:
-    pairs never reach around the edge, and each lag is divided by its number of pairs.
+    The probability that two pixels r = 0, 1, ... side / 4 apart are both dark, averaged over
+    directions (Torquato 2002, chapter 2). By FFT with zero padding; each lag is divided by its
+    number of pairs.
     """
     height, width = flat.shape[1:]
     longest = min(height, width) // 4
     shape = [fft.next_fast_len(side + longest, real=True) for side in (height, width)]
-    down, across = (
-        np.arange(-longest, longest + 1),
-        np.arange(0, longest + 1),
-    )  # the other half mirrors this one
+    # the other half mirrors this one
+    down, across = np.arange(-longest, longest + 1), np.arange(0, longest + 1)
     distance = np.rint(np.hypot(down[:, None], across[None, :])).astype(int)
     used = (distance <= longest) & ~((across == 0) & (down < 0)[:, None])
     pairs = (height - np.abs(down))[:, None] * (width - across)[None, :]

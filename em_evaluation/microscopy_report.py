@@ -1,182 +1,152 @@
-"""The report's section "Electron microscopy": sentences and charts from the numbers of `compare_microscopy`."""
+"""The report's section on electron microscopy: a coloured table, sentences and charts."""
 
-from em_evaluation.charts import ACCENTS, INK, _new_figure, _style, _to_svg
+from em_evaluation.charts import colour_of, draw_panel
+from em_evaluation.numbers import format_interval
+from em_evaluation.wording import join_words, name_sets
 
-DASHES = ("-", "--", ":", "-.")
 MERGED = {"loop_size": 4, "loop_direction": 3}  # bins that a chart shows as one
-TITLES = {
-    "spectrum": "Power spectrum, dB",
-    "grey_levels": "Grey levels, share of pixels",
-    "two_point": "Two-point correlation S2 of the dark phase",
-    "loop_size": "Size of loops, share",
-    "loop_direction": "Direction of loops, share",
+DASHES = ("-", "--", ":", "-.")
+CHARTS = {  # metric: title, y axis
+    "spectrum": ("Power spectrum", "dB"),
+    "grey_levels": ("Grey levels", "share of pixels"),
+    "two_point": ("Two-point correlation", "S2, both pixels dark"),
+    "loop_size": ("Size of loops", "share of loops"),
+    "loop_direction": ("Direction of loops", "share of loops"),
+}
+OUTCOMES = {
+    "as_real": "as real",
+    "differs": "differs",
+    "undecided": "cannot tell",
+    "not_measured": "–",
 }
 
 
-def view_microscopy(report) -> dict | None:
-    """Return what the page's section shows of a report, None where it has none."""
-    section = report.get("microscopy")
+def view_microscopy(report: dict) -> dict | None:
+    """Return what the page shows of the section; None if the report has none."""
+    section = report["microscopy"]
     if section is None:
         return None
-    floors = {key: floor["name"] for key, floor in report["floors"].items()}
     models = [model["name"] for model in report["models"]]
-    names = {"held_out": "held-out micrographs", **{name: name for name in models}, **floors}
-    keys = [*models, *floors]
-    drawn = ["held_out", *models, *(key for key in ("surrogates",) if key in floors)]
+    levels = [level["key"] for level in report["levels"]]
+    texture = [level["key"] for level in report["levels"] if level["kind"] == "surrogates"]
+    names = name_sets(report)
     return {
         "section": section,
         "names": names,
-        "shown": keys,
-        "all_keys": ["held_out", *keys],
-        "sentences": conclude_microscopy(section, {"models": models, "floors": floors}),
-        "svg": draw_microscopy(section, names, drawn),
-        "rows": tabulate_microscopy(section, keys),
-        "levels": tabulate_levels(section),
+        "models": models,
+        "shown": [*models, *levels],
+        "outcomes": OUTCOMES,
+        "has_real": any(level["kind"] == "real" for level in report["levels"]),
+        "real": next((e["key"] for e in report["levels"] if e["kind"] == "real"), None),
+        "sentences": conclude_microscopy(section, names, models),
+        "detector": say_detector(section),
+        "charts": draw_microscopy(section, names, ["held_out", *models, *texture]),
+        "properties": list_properties(section),
     }
 
 
-def conclude_microscopy(section, names) -> list[str]:
-    """Return what the numbers allow to say, in plain sentences. names: key -> name of the set in the report."""
-    metrics, sentences = section["metrics"], []
-    by_pair = {}
-    for row in section["comparisons"]:
-        by_pair.setdefault((row["first"], row["second"]), {}).setdefault(
-            row["first_is"], []
-        ).append(metrics[row["metric"]]["name"])
-    models = [first for first, second in by_pair if second == "real" and first in names["models"]]
-    for model in models:
-        farther = by_pair[model, "real"].get("farther", [])
-        undefined = by_pair[model, "real"].get("undefined", [])
-        rest = [m["name"] for m in metrics.values() if m["name"] not in (*farther, *undefined)]
-        if farther:
-            sentences.append(
-                f"{model} differs from held-out micrographs by more than real training tiles do, beyond chance, in: "
-                f"{', '.join(farther)}; "
-                + (
-                    f"not shown for: {', '.join(rest)}."
-                    if rest
-                    else "that is all that was measured."
-                )
-                + (f" It has too few defects for: {', '.join(undefined)}." if undefined else "")
-            )
-        else:
-            sentences.append(
-                f"By none of these measures is {model} farther from held-out micrographs than real tiles, beyond chance."
-            )
-    for (first, second), verdicts in by_pair.items():
-        if first in names["models"] and second in names["models"]:
-            parts = [
-                f"{what} in {', '.join(verdicts[key])}"
-                for key, what in (
-                    ("closer", f"{first} is closer than {second}"),
-                    ("farther", f"{second} is closer than {first}"),
-                )
-                if key in verdicts
+def conclude_microscopy(section: dict, names: dict[str, str], models: list[str]) -> list[str]:
+    """Return what the numbers allow to say beyond the table.
+
+    names: key -> title of the sets.
+    """
+    labels = {key: metric["label"] for key, metric in section["metrics"].items()}
+    sentences = []
+    for first in models:
+        for second in models:
+            rows = [
+                row
+                for row in section["comparisons"]
+                if (row["first"], row["second"]) == (first, second)
             ]
-            if "undecided" in verdicts:
-                parts.append(f"undecided are {', '.join(verdicts['undecided'])}")
-            sentences.append(_capitalise("; ".join(parts)) + ".")
-    for floor, blind in section["blind_to"].items():
-        measures = ", ".join(metrics[name]["name"] for name in blind)
+            closer = [labels[row["metric"]] for row in rows if row["first_is"] == "closer"]
+            farther = [labels[row["metric"]] for row in rows if row["first_is"] == "farther"]
+            if closer:
+                sentences.append(f"{first} is closer than {second} in {join_words(closer)}.")
+            if farther:
+                sentences.append(f"{second} is closer than {first} in {join_words(farther)}.")
+    for key, blind in section["blind_spots"].items():
         sentences.append(
-            f"Blind to {names['floors'].get(floor, floor)} are: {measures}. They do not find these farther than real tiles, "
-            "so that a good value of theirs alone shows nothing."
+            f"Not told apart from real tiles: {names.get(key, key)}, by "
+            f"{join_words([labels[name] for name in blind])}. "
+            "A good value of these measures alone shows nothing."
         )
-    return sentences + [_say_detector(section)]
+    return sentences
 
 
-def _say_detector(section):
+def say_detector(section: dict) -> str:
+    """Say how reliable the detector of defects is."""
     calibration = section["calibration"]
     parts = [
         f"{kind}s {100 * row['precision']['value']:.0f} % and {100 * row['recall']['value']:.0f} %"
         for kind, row in calibration["kinds"].items()
         if row["precision"] and row["recall"]
     ]
-    where = (
-        f"{calibration['micrographs']} embedded micrographs of {calibration['pixel_size_nm']:g} nm per pixel, "
-        f"cut to {calibration['resolution']} pixels"
+    sentence = (
+        f"On {calibration['micrographs']} synthetic micrographs of "
+        f"{calibration['pixel_size_nm']:g} nm per pixel with known defects, cut to "
+        f"{calibration['resolution']} pixels, the detector has a precision and recall of "
+        f"{'; '.join(parts)}."
     )
-    sentence = f"On {where}, where the truth is known, the detector has precision and recall of {'; '.join(parts)}"
     if not calibration["as_in_the_data"]:
         sentence += (
-            "; the pixel size of these data is unknown or out of the range that could be tried, so that this holds for "
-            "them by analogy only"
+            " The pixel size of these data is unknown or outside the range that can be tried, so "
+            "this is only a guide."
         )
-    return (
-        sentence
-        + ". Its counts compare sets that look alike; they are not true numbers of defects."
+    return sentence + (
+        " Its counts compare sets that look alike; they are not true numbers of defects."
     )
 
 
-def _capitalise(text):
-    return text[:1].upper() + text[1:]
-
-
-def name_metric(metric):
-    """Return a metric's name with its unit."""
-    return f"{metric['name']}, {metric['unit']}" if metric["unit"] else metric["name"]
-
-
-def draw_microscopy(section, names, keys) -> str:
-    """Draw the mean spectrum, histogram, correlation, sizes and directions of the sets `keys`, one panel each, as SVG."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    curves = section["curves"]
-    with _style():
-        figure, panels = _new_figure(7.6, 7.6, 3, 2)
-        for axes, (name, title) in zip(panels.flat, TITLES.items()):
-            for i, key in enumerate(keys):
-                if curves[name]["lines"].get(key) is None:
-                    continue
-                x, y = _merge_bins(
-                    curves[name]["x"], curves[name]["lines"][key], MERGED.get(name, 1)
-                )
-                style = {"drawstyle": "steps-mid"} if name in MERGED else {}
-                colour = INK if key == "held_out" else ACCENTS[(i - 1) % len(ACCENTS)]
-                line = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.4}
-                axes.plot(x, y, label=names.get(key, key), **line, **style)
-            axes.set_title(title, loc="left")
-            axes.set_xlabel(curves[name]["label"])
-            axes.grid(alpha=0.2)
-            if name == "spectrum":
-                axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-                axes.xaxis.set_minor_formatter(NullFormatter())
-        handles, labels = panels.flat[0].get_legend_handles_labels()
-        panels.flat[-1].set_axis_off()
-        panels.flat[-1].legend(handles, labels, loc="center left", frameon=False)
-        return _to_svg(figure, "mean curves of held-out micrographs, models and floors")
-
-
-def _merge_bins(x, y, factor):
-    """Return a histogram's bins `factor` at a time: the distances use the fine ones, the eye the coarse."""
-    return [sum(x[i : i + factor]) / factor for i in range(0, len(x), factor)], [
-        sum(y[i : i + factor]) for i in range(0, len(y), factor)
-    ]
-
-
-def tabulate_microscopy(section, keys):
-    """Return rows for the page's table: each metric with its distance for each set of `keys`, and what a level is."""
-    return [
-        {
-            "name": name_metric(metric),
-            "definition": f"{metric['definition']} ({metric['source']})",
-            "cells": [section["distances"][key][name] for key in keys],
-        }
-        for name, metric in section["metrics"].items()
-    ]
-
-
-def tabulate_levels(section):
-    """Return rows for the page's table of what each set itself holds."""
-    area = section["area_unit"]
+def list_properties(section: dict) -> list[dict]:
+    """Return the rows of the table of what each set shows: name and key."""
+    area, metrics = section["area_unit"], section["metrics"]
     labels = {
-        "noise_level": "noise, grey levels",
-        "signal_to_noise": "signal-to-noise",
-        "dark_share": "share of the dark phase",
         "loop_density": f"loops / {area}",
+        "loop_size": f"mean long axis of loops, {section['unit']}",
         "dot_density": f"dots / {area}",
-        "line_density": section["metrics"]["line_density"]["unit"] + " of lines",
+        "dot_size": f"mean long axis of dots, {section['unit']}",
+        "line_density": f"length of lines, {metrics['line_density']['unit']}",
+        "noise_level": "noise, grey levels",
+        "signal_to_noise": "signal-to-noise ratio",
+        "dark_share": "share of dark pixels",
     }
     return [{"name": label, "key": key} for key, label in labels.items()]
+
+
+def say_cell(section: dict, key: str, metric: str, real: str | None) -> str:
+    """Return the numbers of a cell: the distance of a set, and that of real tiles."""
+    own = format_interval(section["distances"][key][metric])
+    if real is None:
+        return own
+    return f"{own}; real tiles {format_interval(section['distances'][real][metric])}"
+
+
+def draw_microscopy(section: dict, names: dict[str, str], keys: list[str]) -> list[str]:
+    """Draw the mean curves of the sets `keys`, one SVG per metric."""
+    charts = []
+    for name, (title, y_label) in CHARTS.items():
+        curve, lines = section["curves"][name], []
+        for i, key in enumerate(keys):
+            if curve["lines"].get(key) is None:
+                continue
+            x, y = merge_bins(curve["x"], curve["lines"][key], MERGED.get(name, 1))
+            style = {"color": colour_of(i), "linestyle": DASHES[i % len(DASHES)]}
+            style |= {"drawstyle": "steps-mid"} if name in MERGED else {}
+            lines.append((names.get(key, key), x, y, style))
+        charts.append(
+            draw_panel(
+                lines, title=title, x_label=curve["label"], y_label=y_label,
+                log_x=name == "spectrum", label=f"{title} of each set",
+            )
+        )  # fmt: skip
+    return charts
+
+
+def merge_bins(x, y, factor):
+    """Merge bins, `factor` at a time: the distances use the fine ones, the eye the coarse ones."""
+    starts = range(0, len(x), factor)
+    return (
+        [sum(x[i : i + factor]) / factor for i in starts],
+        [sum(y[i : i + factor]) for i in starts],
+    )

@@ -1,7 +1,7 @@
-"""The nearest training view of every image, over all symmetries of the square and small shifts, in blocks.
+"""The nearest training view of each image, over the symmetries of the square and small shifts.
 
-Two steps: matrix products over averaged windows name a few candidates for each image, and their correlation at full
-resolution, shift by shift, decides. The slow twin `correlate_all` tries everything.
+Matrix products over averaged windows name a few candidates; their correlation at full resolution,
+shift by shift, decides. The tests compare both with an exhaustive search.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from em_data.intensity import to_uint8
 from em_data.views import ELEMENTS, apply_symmetry
 
 MAX_SHIFT_PX = 4
-SMOOTHING_PX = 1.0  # before comparison, so that the recording's noise, or an autoencoder's lack of it, hides no copy
+SMOOTHING_PX = 1.0  # so that noise, or an autoencoder's lack of it, hides no copy
 COARSE_SIDE = 32
 NUM_CANDIDATES = 4
 ROWS = 2000  # windows compared with all training tiles at once
@@ -26,9 +26,11 @@ INVERSE = {name: name for name in ELEMENTS} | {"turn_90": "turn_270", "turn_270"
 
 @dataclass(frozen=True)
 class Nearest:
-    """For every image its nearest training view. distance: root of 2 (1 - correlation), from 0 (equal up to brightness and
-    contrast) over 1.41 (unrelated) to 2, [N]. tile: the training tile's number [N]. symmetry: index into ELEMENTS of what
-    turns the image into the tile's frame [N]. shift_px: (down, right) of the image's window [N, 2].
+    """The nearest training view of each image.
+
+    distance: root of 2 (1 - correlation): 0 for equal up to brightness and contrast, 1.41 for
+    unrelated [N]. tile: the training tile's number [N]. symmetry: index into ELEMENTS of what turns
+    the image into the tile's frame [N]. shift_px: (down, right) of the image's window [N, 2].
     """
 
     distance: np.ndarray
@@ -38,14 +40,11 @@ class Nearest:
 
 
 class TileReader:
-    """Training tiles, each once, as uint8 by number: of `Tiles` (or what has `locate` and `batch`) or an array [T, H, W]."""
+    """Training tiles, each once, as uint8 by number: of `Tiles` or an array [T, H, W]."""
 
     def __init__(self, train):
-        self.train, self.views, self.coarse = (
-            train,
-            None,
-            {},
-        )  # coarse: averaged tiles, made once for several sets
+        self.train, self.views = train, None
+        self.coarse = {}  # averaged tiles, made once for several sets
         if isinstance(train, Views):
             _, self.views = np.unique(train.locate(np.arange(len(train)))[0], return_index=True)
 
@@ -61,22 +60,25 @@ class TileReader:
 def find_nearest(
     images, train, *, max_shift_px=MAX_SHIFT_PX, name="nearest training views"
 ) -> Nearest:
-    """Find the nearest view among training tiles for uint8 images [N, H, W]; all eight symmetries, shifts up to
-    `max_shift_px` along both axes.
+    """Find the nearest view among training tiles for uint8 images [N, H, W].
 
-    train: what `TileReader` reads, of the same H, W. The inner part of a tile, `max_shift_px` from its edges, is sought in
-    the image, so that it does not matter what a generator fills in at the edges after a shift. Both are smoothed first.
-    `ValueError` for sizes that differ, are not square, or leave too little inside.
+    The inner part of a tile, `max_shift_px` from its edges, is searched in the image under all
+    eight symmetries, so that it does not matter what fills the edges after a shift. Both are
+    smoothed.
+
+    Raises:
+        ValueError: Sizes that differ, are not square, or leave too little inside.
     """
     tiles = train if isinstance(train, TileReader) else TileReader(train)
     side = images.shape[1]
     if images.shape[1:] != tiles[np.arange(1)].shape[1:] or images.shape[2] != side:
         raise ValueError(
-            f"images {images.shape[1:]} and training tiles {tiles[np.arange(1)].shape[1:]} must be squares of one size"
+            f"The images {images.shape[1:]} and the training tiles "
+            f"{tiles[np.arange(1)].shape[1:]} must be squares of one size."
         )
     if side - 2 * max_shift_px < 8:
         raise ValueError(
-            f"images of {side} pixels are too small for shifts of {max_shift_px}; allow fewer"
+            f"Images of {side} pixels are too small for shifts of {max_shift_px} pixels."
         )
     factor = max(2, -(-side // COARSE_SIDE))
     step = max(1, min(factor, max_shift_px))
@@ -115,7 +117,7 @@ def _standardise(windows):
 
 
 def _average(windows, factor):
-    """Return windows [B, H, W] averaged over squares of `factor` pixels, the rest at the right and the bottom left out."""
+    """Return windows [B, H, W] averaged over squares of `factor` pixels."""
     return F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(windows))[:, None], factor)[
         :, 0
     ].numpy()
@@ -134,7 +136,7 @@ def _coarsen_tiles(tiles, margin, factor, name, block=512):
 
 
 def _make_windows(images, shifts, margin, factor):
-    """Return the averaged, standardised windows of images [B, H, W] under every symmetry and shift [B, 8 x shifts, D]."""
+    """Return the averaged, standardised windows of images [B, H, W], [B, 8 x shifts, D]."""
     inside = images.shape[-1] - 2 * margin
     rows = []
     for name in ELEMENTS:
@@ -148,7 +150,7 @@ def _make_windows(images, shifts, margin, factor):
 
 
 def _find_candidates(windows, coarse):
-    """Return, for each image, the tiles [B, K] of the highest coarse correlation and the window that has it [B, K]."""
+    """Return the tiles of the highest coarse correlation and their windows, [B, K] both."""
     num, num_windows, size = windows.shape
     products = torch.from_numpy(np.ascontiguousarray(windows).reshape(-1, size)) @ coarse.T
     best, window = products.view(num, num_windows, -1).max(1)  # [B, T]
@@ -157,7 +159,7 @@ def _find_candidates(windows, coarse):
 
 
 def _decide(image, tile_numbers, windows, tiles, num_shifts, margin):
-    """Return (correlation, tile, symmetry, shift) of the best candidate at full resolution, over all shifts."""
+    """Return (correlation, tile, symmetry, shift) of the best candidate at full resolution."""
     names, best = list(ELEMENTS), (-2.0, -1, 0, (0, 0))
     for tile, content, window in zip(tile_numbers, _smooth(tiles[tile_numbers]), windows):
         symmetry = int(window) // num_shifts
@@ -174,9 +176,9 @@ def _decide(image, tile_numbers, windows, tiles, num_shifts, margin):
 
 
 def correlate_by_fft(image, tile, margin):
-    """Return the correlation of a tile's inner part with an image's windows at all shifts up to `margin`, [2 m + 1, 2 m + 1].
+    """Return the correlation of a tile's inner part with an image at all shifts [2 m + 1, 2 m + 1].
 
-    Products by FFT (whose wrap-around no window inside reaches), the windows' means and norms by running sums (Lewis 1995).
+    Products by FFT, the windows' means and norms by running sums (Lewis 1995).
     """
     inside = image.shape[0] - 2 * margin
     inner = tile[margin : margin + inside, margin : margin + inside].astype(np.float64)
@@ -197,27 +199,6 @@ def _window_sums(values, inside, margin):
     sums[1:, 1:] = values.cumsum(0, dtype=np.float64).cumsum(1)
     low, high = np.s_[: 2 * margin + 1], np.s_[inside : inside + 2 * margin + 1]
     return sums[high, high] - sums[low, high] - sums[high, low] + sums[low, low]
-
-
-def correlate_one_by_one(image, tile, margin):
-    """Return what `correlate_by_fft` returns, window by window: its slow twin."""
-    inside = image.shape[0] - 2 * margin
-    inner = _standardise(tile[margin : margin + inside, margin : margin + inside].reshape(1, -1))[0]
-    windows = np.stack([
-        image[margin + down : margin + down + inside, margin + right : margin + right + inside].ravel()
-        for down in range(-margin, margin + 1) for right in range(-margin, margin + 1)
-    ])  # fmt: skip
-    return (_standardise(windows) @ inner).reshape(2 * margin + 1, -1)
-
-
-def correlate_all(image, train, max_shift_px=MAX_SHIFT_PX):
-    """Return the highest correlation of one uint8 image [H, W] with every tile under every symmetry and shift: the slow twin."""
-    tiles, smooth = TileReader(train), _smooth(image[None])[0]
-    contents = _smooth(tiles[np.arange(len(tiles))])
-    return max(
-        float(correlate_one_by_one(apply_symmetry(smooth, name), content, max_shift_px).max())
-        for name in ELEMENTS for content in contents
-    )  # fmt: skip
 
 
 def align(tile, symmetry):

@@ -1,16 +1,17 @@
-"""Precision, recall, density and coverage: fidelity and variety apart, from nearest neighbours in feature space."""
+"""Precision, recall, density and coverage: fidelity and variety from nearest neighbours."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from em_evaluation.distances import Interval
+from em_evaluation.distances import check_features
+from em_evaluation.interval import Interval
 
 MANIFOLD_NEIGHBOURS = 3  # precision and recall (Kynkaanniemi et al. 2019)
 DENSITY_NEIGHBOURS = 5  # density and coverage (Naeem et al. 2020)
 NUM_HALVES = 64
 MOST_IN_HALF = 2048
-TIE = 1e-9  # of a squared radius: what rounding may part an image on a ball's surface from it
+TIE = 1e-9  # of a squared radius: rounding of images on the surface of a ball
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class NeighbourMetrics:
 def measure_neighbours(
     generated, real, *, num_manifold=MANIFOLD_NEIGHBOURS, num_density=DENSITY_NEIGHBOURS, block=2048
 ) -> NeighbourMetrics:
-    """Return the four of features `generated` [N, D] against `real` [M, D], in O(block x max(N, M)) memory.
+    """Return the four metrics of features `generated` [N, D] against `real` [M, D].
 
-    A ball around each image reaches to its k-th nearest neighbour in its own set. precision: share of generated images
-    in some real ball; recall: share of real images in some generated ball (Kynkaanniemi et al. 2019, eq. 1, k = 3). density: number
-    of real balls that hold a generated image, over k, averaged; coverage: share of real balls that hold a generated
-    image (Naeem et al. 2020, eqs. 3 and 4, k = 5; the ball is open, so that two equal sets have density 1). All four depend on the
-    number of images: compare them at equal N alone. `ValueError` for too few images or unequal D.
+    A ball around each image reaches to its k-th nearest neighbour in its own set. precision: share
+    of generated images in some real ball; recall: share of real images in some generated ball
+    (Kynkäänniemi et al. 2019, eq. 1, k = 3). density: number of real balls that hold a generated
+    image, over k, averaged; coverage: share of real balls that hold a generated image (Naeem et al.
+    2020, eqs. 3 and 4, k = 5; open balls, so that equal sets have density 1). Compare them only at
+    equal numbers of images. The memory is O(block x max(N, M)).
     """
     generated, real = _check(generated, real, num_manifold, num_density)
     real_radii = _radii(real, (num_manifold, num_density), block)
@@ -66,26 +68,23 @@ def measure_neighbour_intervals(
     num_halves=NUM_HALVES,
     seed=0,
 ) -> NeighbourMetrics:
-    """Return the four of `measure_neighbours` with 95 % intervals from half-samples without replacement.
+    """Return the four metrics with 95 % intervals from half-samples without replacement.
 
-    A bootstrap with replacement would give every duplicate a neighbour at distance 0. A half drawn without replacement
-    has twice the variance of the whole and half of it in common with the whole, so that the scatter of halves about
-    their mean is that of the whole (the delete-half jackknife, Shao & Wu 1989): the interval is 1.96 deviations about
-    the value at all images, cut to the possible range. Whole groups are drawn where `groups_*` [N] name what was drawn
-    independently. From more than 4,096 images on, halves are thinned to 2,048 images; with groups that leaves the
-    interval too wide, never too narrow.
+    A bootstrap would give every duplicate a neighbour at distance 0. The scatter of halves about
+    their mean is that of the whole (delete-half jackknife, Shao & Wu 1989): the interval is 1.96
+    deviations about the value at all images, cut to the possible range. `groups_*` name what was
+    drawn independently; whole groups are drawn. Above 4,096 images, halves are thinned to 2,048;
+    with groups, the interval is then too wide.
     """
     generated, real = _check(generated, real, num_manifold, num_density)
     options = {"num_manifold": num_manifold, "num_density": num_density}
     values = measure_neighbours(generated, real, **options)
     least = 2 * (max(num_manifold, num_density) + 1)
-    if min(len(generated), len(real)) < least:
-        raise ValueError(f"an interval of these metrics needs at least {least} images of each set")
+    check_features(generated, real, least)
     sides = ((generated, groups_generated), (real, groups_real))
     whole = max(len(generated), len(real)) <= 2 * MOST_IN_HALF
-    rngs = [
-        np.random.default_rng([seed, side]) for side in range(2)
-    ]  # the reference's halves are common to all models
+    # the reference's halves are common to all models
+    rngs = [np.random.default_rng([seed, side]) for side in range(2)]
     squares = None
     if whole:
         squares = [
@@ -112,26 +111,17 @@ def measure_neighbour_intervals(
         scale = max(scale_a, scale_b)
     deviations = scale * np.std(halves, axis=0, ddof=1)
     names = ("precision", "recall", "density", "coverage")
-    return NeighbourMetrics(
-        *(
-            _interval(getattr(values, name), 1.96 * deviation, np.inf if name == "density" else 1.0)
-            for name, deviation in zip(names, deviations)
-        )
-    )
+    intervals = []
+    for name, half in zip(names, 1.96 * deviations):
+        value = getattr(values, name)
+        interval = Interval(value, value - half, value + half)
+        intervals.append(interval.limited(0.0, np.inf if name == "density" else 1.0))
+    return NeighbourMetrics(*intervals)
 
 
 def _check(generated, real, *num_neighbours):
-    generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
-    if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
-        raise ValueError(
-            f"features must be [N, D] and [M, D] of one extractor, and are {generated.shape} and {real.shape}"
-        )
-    most = max(num_neighbours)
-    if min(len(generated), len(real)) <= most:
-        raise ValueError(
-            f"the {most}-th neighbour of an image needs more than {most} images of each set"
-        )
-    centre = real.mean(0)  # near the origin, the difference of squares keeps its digits
+    generated, real = check_features(generated, real, least=max(num_neighbours) + 1)
+    centre = real.mean(0)  # near the origin, differences of squares keep their digits
     return generated - centre, real - centre
 
 
@@ -151,7 +141,7 @@ def _radii(features, num_neighbours, block):
 
 
 def _measure_from_squares(within_generated, within_real, across, *, num_manifold, num_density):
-    """The same four from whole matrices of squared distances [N, N], [M, M], [N, M]."""
+    """The same four from matrices of squared distances [N, N], [M, M], [N, M]."""
     for within in (within_generated, within_real):
         np.fill_diagonal(within, 0.0)
     generated_radius = np.partition(within_generated, num_manifold, axis=1)[:, num_manifold]
@@ -168,7 +158,7 @@ def _measure_from_squares(within_generated, within_real, across, *, num_manifold
 
 
 def _draw_half(num, groups, least, rng):
-    """Return the rows of half of the groups (or images), at most `MOST_IN_HALF`, and what their scatter is multiplied by."""
+    """Return the rows of half of the groups or images, and the factor for their scatter."""
     if groups is None or len(np.unique(groups)) < 2:
         size = min(num // 2, MOST_IN_HALF)
         fraction = size / num
@@ -183,9 +173,3 @@ def _draw_half(num, groups, least, rng):
         rows = rng.permutation(rows)[:MOST_IN_HALF]
     fraction = min(size, len(names) - 1) / len(names)
     return rows, np.sqrt(fraction / (1 - fraction))
-
-
-def _interval(value, half_width, most):
-    return Interval(
-        value, float(max(value - half_width, 0.0)), float(min(value + half_width, most))
-    )

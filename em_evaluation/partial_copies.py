@@ -1,9 +1,8 @@
 """Partial copies: is one half of a generated image that of a training tile?
 
-Memorisation of whole images does not see an image that takes half of its pixels from a training tile. Here each half of every
-training tile is sought in the images, where that half lies after one of the eight symmetries, give or take a few pixels. As with
-whole images, matrix products over averaged halves name candidates and the correlation of the pixels decides; the rule's false
-alarms are counted on held-out tiles.
+Each half of each training tile is searched in the images, under the eight symmetries, give or take
+a few pixels. Matrix products over averaged halves name candidates, and the correlation of the
+pixels decides. The false alarms are counted on held-out tiles.
 """
 
 import time
@@ -15,16 +14,15 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from em_data.views import ELEMENTS, apply_symmetry
+from em_evaluation.json_values import to_json
 from em_evaluation.memorisation import share_interval
 from em_evaluation.nearest import SMOOTHING_PX, TileReader, _average, _standardise
 
-WORKING_SIDE = 64  # larger images are averaged down to sides from here up to twice this
+WORKING_SIDE = 64  # larger images are averaged down to at least this side
 LEAST_SIDE = 48
-MARGIN = 4  # pixels of the working side: how far a half may have moved, and how far from its edges it is compared
-PARTIAL_RATIO = (
-    0.6  # a partial copy is nearer than this share of the median distance of held-out tiles
-)
-NUM_PAIRS = 1_000_000  # pairs of image and training tile sought in each set, which bounds the time
+MARGIN = 4  # working pixels: how far a half may have moved; its edge is not compared
+PARTIAL_RATIO = 0.6  # of the median distance of held-out tiles, below which it is a copy
+NUM_PAIRS = 1_000_000  # pairs of image and training tile in each set, which bounds the time
 FEWEST = 50  # images of each set, however many training tiles there are
 NUM_CANDIDATES = 16
 BLOCK = 8  # images compared with all training tiles at once
@@ -32,9 +30,11 @@ BLOCK = 8  # images compared with all training tiles at once
 
 @dataclass(frozen=True)
 class NearestHalf:
-    """For every image its nearest half of a training tile. distance: root of 2 (1 - correlation), from 0 (equal up to brightness,
-    contrast and slow changes of both) to 2, [N]. tile: the training tile's number [N]. symmetry: index into ELEMENTS of what turns
-    the image into the tile's frame [N]. half: 0 top, 1 bottom, 2 left, 3 right of the tile [N].
+    """The nearest half of a training tile for each image.
+
+    distance: root of 2 (1 - correlation), from 0 to 2 [N]. tile: the training tile's number [N].
+    symmetry: index into ELEMENTS of what turns the image into the tile's frame [N]. half: 0 top,
+    1 bottom, 2 left, 3 right of the tile [N].
     """
 
     distance: np.ndarray
@@ -44,10 +44,11 @@ class NearestHalf:
 
 
 def measure_partial_copies(generated, held_out, train, *, log=print) -> dict | None:
-    """Count the images of each set of which one half is a copy of a training tile's; JSON values, None for images below 48 pixels.
+    """Count the images of each set that share one half with a training tile.
 
-    generated: name -> ImageSet. held_out: the ImageSet that sets the scale and shows the false alarms. train: `Tiles`. Of each set
-    the first images are sought, as many as `NUM_PAIRS` allow. A whole copy counts, too: both of its halves are copies.
+    Whole copies count, too. Of each set, the first images are searched, as many as `NUM_PAIRS`
+    allows. generated: name -> ImageSet. held_out: sets the scale and shows the false alarms. train:
+    `Tiles`. Returns JSON values, or None for images below 48 pixels.
     """
     if min(held_out.resolution) < LEAST_SIDE or held_out.resolution[0] != held_out.resolution[1]:
         return None
@@ -70,13 +71,15 @@ def measure_partial_copies(generated, held_out, train, *, log=print) -> dict | N
             "copies": share_interval(copies, len(values)),
         }
     log(
-        f"partial copies: {len(tiles):,} training tiles searched in {time.perf_counter() - start:.1f} s"
+        f"partial copies: {len(tiles):,} training tiles searched in "
+        f"{time.perf_counter() - start:.1f} s"
     )
-    return {"ratio": PARTIAL_RATIO, "scale": scale, "max_shift_px": MARGIN * factor, "sets": rows}
+    shift = MARGIN * factor
+    return to_json({"ratio": PARTIAL_RATIO, "scale": scale, "max_shift_px": shift, "sets": rows})
 
 
 def prepare(images):
-    """Return uint8 images [N, H, W] at the working side, float32 less noise and slow changes, and the factor they were averaged by."""
+    """Return uint8 images [N, H, W] averaged, less noise and slow changes, and the factor."""
     factor = max(1, images.shape[1] // WORKING_SIDE)
     images = _average(np.asarray(images, np.float32), factor)
     slow = images.shape[1] / 8
@@ -87,14 +90,14 @@ def prepare(images):
 
 
 def find_nearest_halves(images, contents, factor) -> NearestHalf:
-    """Find for uint8 images [N, H, W] the nearest half among training tiles; all eight symmetries, shifts up to `MARGIN` working pixels.
+    """Find for uint8 images [N, H, W] the nearest half among training tiles.
 
-    contents, factor: what `prepare` makes of the training tiles [T, H, W], which are squares of the same size.
+    contents, factor: what `prepare` returns for the training tiles [T, H, W].
     """
     side = contents.shape[1]
     if images.shape[1] // factor != side or images.shape[1] != images.shape[2]:
         raise ValueError(
-            f"images {images.shape[1:]} and training tiles must be squares of one size"
+            f"The images {images.shape[1:]} and the training tiles must be squares of one size."
         )
     halves = list_halves(side)
     coarse = [
@@ -106,8 +109,7 @@ def find_nearest_halves(images, contents, factor) -> NearestHalf:
         turned = np.stack([apply_symmetry(block, name) for name in ELEMENTS], 1)  # [B, 8, S, S]
         scores, windows = zip(*(_score(turned, half, each) for half, each in zip(halves, coarse)))
         scores, windows = (
-            torch.stack(scores, 1).flatten(1),
-            torch.stack(windows, 1).flatten(1),
+            torch.stack(each, 1).flatten(1) for each in (scores, windows)
         )  # [B, 4 T]
         best = scores.topk(min(NUM_CANDIDATES, scores.shape[1]), 1).indices
         for image, numbers, places in zip(turned, best, windows.gather(1, best)):
@@ -122,7 +124,7 @@ def find_nearest_halves(images, contents, factor) -> NearestHalf:
 
 
 def list_halves(side) -> list[tuple[slice, slice]]:
-    """Return rows and columns of the four halves of a square, `MARGIN` from their edges: top, bottom, left, right."""
+    """Return rows and columns of the halves of a square: top, bottom, left, right."""
     first, second = (
         slice(MARGIN, side // 2 - MARGIN),
         slice(side - side // 2 + MARGIN, side - MARGIN),
@@ -135,14 +137,14 @@ SHIFTS = [(down, right) for down in (-MARGIN, 0, MARGIN) for right in (-MARGIN, 
 
 
 def _coarsen(windows):
-    """Return windows [..., h, w] averaged over squares of a sixteenth of a side, standardised [..., D]."""
+    """Return windows [..., h, w] averaged over a sixteenth of a side, standardised [..., D]."""
     square = max(2, (max(windows.shape[-2:]) + 2 * MARGIN) // 16)
     averaged = _average(windows.reshape(-1, *windows.shape[-2:]), square)
     return torch.from_numpy(_standardise(averaged.reshape(*windows.shape[:-2], -1)))
 
 
 def _score(turned, half, coarse):
-    """Return for images [B, 8, S, S] the highest coarse correlation with each tile's half [B, T], and the window that has it."""
+    """Return the highest coarse correlation of images [B, 8, S, S] with each tile's half."""
     windows = np.stack([turned[..., *_move(half, shift)] for shift in SHIFTS], 2)  # [B, 8, 9, h, w]
     queries = _coarsen(windows).flatten(1, 2)  # [B, 72, D]
     products = queries.flatten(0, 1) @ coarse
@@ -154,7 +156,7 @@ def _move(half, shift):
 
 
 def _decide(turned, number, window, contents, halves):
-    """Return (correlation, tile, symmetry, half) of a candidate, over the shifts around its coarse one."""
+    """Return (correlation, tile, symmetry, half) of a candidate, over the shifts around it."""
     half, tile = divmod(number, len(contents))
     symmetry, shift = divmod(window, len(SHIFTS))
     content = contents[tile][halves[half]]

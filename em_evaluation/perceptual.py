@@ -21,9 +21,9 @@ BLOCKS_OF_LAYER = (1, 3, 5, 11)
 class PerceptualDistance(nn.Module):
     """Distance between feature maps of EfficientNet-Lite0 (ImageNet weights) of 1-channel images.
 
-    At each of the first `num_layers` resolutions, the feature vector at every position is divided by
-    its length. The distance is the squared difference of these directions, summed over channels and
-    averaged over positions, images and layers: 0 to 4. This is LPIPS (Zhang et al. 2018,
+    At each of the first `num_layers` resolutions, the feature vector at every position is divided
+    by its length. The distance is the squared difference of these directions, summed over channels
+    and averaged over positions, images and layers: 0 to 4. This is LPIPS (Zhang et al. 2018,
     arXiv:1801.03924) without its learned channel weights.
 
     The features "efficientnet-lite0" that evaluate generated images come from the same network. An
@@ -72,8 +72,8 @@ class LPIPSDistance(nn.Module):
 
     A grey image fills the three channels. The channel weights come with the package `lpips`, the
     network's weights from torchvision: they are downloaded once to the torch hub's cache. The
-    distance is the package's, with a finite gradient where all features of a position are 0, as they
-    are on a constant patch.
+    distance is the package's, with a finite gradient where all features of a position are 0, as
+    they are on a constant patch.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Real or generated: the page's quiz, one image at a time, out of images that the page shows nowhere else."""
+"""The page's quiz, real or generated, with images that the page shows nowhere else."""
 
 import base64
 import io
@@ -11,13 +11,15 @@ FEWEST = 4  # of either kind
 
 
 def make_quiz(pictures, seed=0) -> dict | None:
-    """Return a strip of real and generated images in random order as a data URI, with where each comes from; None for too few.
+    """Return real and generated images in random order as one PNG strip; None if there are too few.
 
-    pictures: those of `evaluate_models`; the images are their `unseen` ones, as many of each model as of any other. uri: a PNG
-    [H, N W]; origins: for each image "" where it is real, else the model's name.
+    pictures: those of `evaluate_models`, with their `unseen` images; as many of each model.
+    origins: for each image "" if it is real, else the model's name.
     """
-    real = [picture["unseen"] for picture in pictures if picture["key"] == "held_out"]
-    models = [(picture["title"], picture["unseen"]) for picture in pictures if picture["is_model"]]
+    real = [picture["unseen"] for picture in pictures if picture["role"] == "real"]
+    models = [
+        (picture["title"], picture["unseen"]) for picture in pictures if picture["role"] == "model"
+    ]
     if not real or not models:
         return None
     share = min([NUM_QUIZ_IMAGES // 2 // len(models), *(len(levels) for _, levels in models)])

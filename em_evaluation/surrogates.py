@@ -5,14 +5,15 @@ import torch
 
 
 def phase_randomised_surrogates(images, seed: int = 0) -> torch.Tensor:
-    """Return images [N, 1, H, W] with the amplitude spectrum of each of `images` [N, 1, H, W] and random phases
-    (Theiler et al. 1992).
+    """Return images with the spectrum of `images` and random phases (Theiler et al. 1992).
 
-    The phases are those of white Gaussian noise: uniform, Hermitian, so that the result is real; the mean is kept with
-    its sign. Nothing is clipped or matched to the grey levels here, the spectrum is exact to rounding and values may
-    lie outside [-1, 1]; whoever quantises clips, and `fraction_outside` says how much. Image i of seed s is the same in
-    every batch. The spectrum is the discrete one of the tile: the jump between opposite edges, which any tile of a
-    larger micrograph has, is spread over the surrogate.
+    The phases are those of white Gaussian noise; the mean is kept. The spectrum is exact to
+    rounding, and values may lie outside [-1, 1]: see `fraction_outside`. Image i of a seed is the
+    same in every batch. The jump between opposite edges of a tile is spread over its surrogate.
+
+    Args:
+        images: [N, 1, H, W].
+        seed: Seed of the phases.
     """
     images = torch.as_tensor(images)
     surrogates = torch.empty_like(images, dtype=torch.float32)
@@ -31,5 +32,5 @@ def phase_randomised_surrogates(images, seed: int = 0) -> torch.Tensor:
 
 
 def fraction_outside(images) -> float:
-    """Return the fraction of pixels outside [-1, 1], which quantisation will clip."""
+    """Return the fraction of pixels outside [-1, 1], which quantisation clips."""
     return float((torch.as_tensor(images).abs() > 1).double().mean())

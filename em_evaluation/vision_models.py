@@ -1,4 +1,4 @@
-"""Feature extractors from transformers and timm: DINOv2, CLIP's embedding, or any vision model by its name."""
+"""Feature extractors from transformers and timm: DINOv2, CLIP's embedding, or any by name."""
 
 import contextlib
 import hashlib
@@ -24,12 +24,11 @@ INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 class VisionModel(Extractor):
-    """A vision network with the preprocessing that it was published with, read from its own files.
+    """A vision network with its published preprocessing.
 
-    Grey becomes three equal channels after resizing; each is normalised by the network's own mean and deviation. The
-    whole tile is resized to the network's side (anti-aliased, clipped against overshoot), never cropped: a processor that resizes
-    to a larger side and cuts the middle out would drop the border of every tile. Subclasses set `network` and define
-    `_embed`; `identity` has the digest of the weights and of the configuration, no folder's name.
+    Grey becomes three equal channels after resizing, normalised by the network's mean and
+    deviation. The whole tile is resized (anti-aliased, clipped), never cropped. `identity` has
+    digests of the weights and the configuration, and no folder's name. Subclasses define `_embed`.
     """
 
     unit_norm = False
@@ -48,8 +47,9 @@ class VisionModel(Extractor):
             json.dumps(configuration, sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
         self.identity = (
-            f"{label}, weights sha256 {digest_weights(network)[:16]}, configuration {setting}, {self.pooling} {self.num_features}, "
-            f"{interpolation} anti-aliased to {side[0]} x {side[1]} px, grey to three equal channels, mean {list(mean)}, std {list(std)}, "
+            f"{label}, weights sha256 {digest_weights(network)[:16]}, configuration {setting}, "
+            f"{self.pooling} {self.num_features}, {interpolation} anti-aliased to {side[0]} x "
+            f"{side[1]} px, grey to three equal channels, mean {list(mean)}, std {list(std)}, "
             f"{str(self.dtype).removeprefix('torch.')}"
         )
 
@@ -70,11 +70,13 @@ class VisionModel(Extractor):
 
 
 class TransformersModel(VisionModel):
-    """A vision model of transformers by its Hub id or folder: its pooled output where the checkpoint has one, else the mean of
-    the last tokens or map.
+    """A vision model of transformers: its pooled output, or the mean of the last layer.
 
-    With `embedding` it is CLIP's image embedding, normalised to length 1, as CMMD takes it. `ValueError` where the
-    checkpoint leaves weights at random, `ConnectionError` where it cannot be had.
+    embedding: CLIP's image embedding of length 1, for CMMD.
+
+    Raises:
+        ValueError: The checkpoint lacks weights.
+        ConnectionError: The checkpoint cannot be fetched.
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class TransformersModel(VisionModel):
         pooler = {key for key in missing if "pool" in key.split(".")[0]}
         if missing - pooler:
             raise ValueError(
-                f"{label} lacks weights ({', '.join(sorted(missing - pooler)[:3])}, ...): random ones would measure nothing; "
-                "take a checkpoint of the whole vision model"
+                f"{label} lacks weights ({', '.join(sorted(missing - pooler)[:3])}, ...), and "
+                "random ones would measure nothing. Use a checkpoint of the whole vision model."
             )
         self.has_pooler = not pooler
         self.pooling = (
@@ -133,9 +135,7 @@ class TransformersModel(VisionModel):
 
 
 class ImageEmbedding(nn.Module):
-    """The half of a CLIP model that sees: vision tower and projection. The whole model is loaded, since its configuration
-    has the projection's size at the top.
-    """
+    """The vision tower and projection of a CLIP model."""
 
     def __init__(self, clip):
         super().__init__()
@@ -146,7 +146,7 @@ class ImageEmbedding(nn.Module):
 
 
 class TimmModel(VisionModel):
-    """A model of timm by its name, such as vit_small_patch14_dinov2.lvd142m: what its classifier would read."""
+    """A model of timm by its name: the features that its classifier would read."""
 
     pooling = "pooled"
 
@@ -184,7 +184,7 @@ class TimmModel(VisionModel):
 
 
 def digest_weights(network) -> str:
-    """Return the SHA-256 of a network's weights, whatever file they came from: names, shapes and float32 values."""
+    """Return the SHA-256 of a network's weights: names, shapes and float32 values."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
@@ -198,7 +198,7 @@ def _load_transformers(source, embedding):
 
     model_class = transformers.CLIPModel if embedding else transformers.AutoModel
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its table of unused weights; those that lack are refused below
+    transformers.logging.set_verbosity_error()  # of unused weights; missing ones are refused
     try:
         with _explain(source, "--weights with the extractor's name and a folder (NAME=FOLDER)"):
             network, info = model_class.from_pretrained(
@@ -230,7 +230,8 @@ def _read_processor(processor, config):
         mean, std = [0.0] * 3, [1.0] * 3
     if mean is None or std is None or len(mean) != 3 or len(std) != 3:
         raise ValueError(
-            "the model's preprocessor says no mean and deviation of three channels; take another vision model"
+            "The model's preprocessor has no mean and deviation of three channels. "
+            "Use another vision model."
         )
     return side, interpolation, mean, std
 
@@ -243,12 +244,13 @@ def _is_dinov2(network):
 
 @contextlib.contextmanager
 def _explain(name, way_out):
-    """Turn what hubs raise without a network into one sentence with the way out."""
+    """Turn errors of hubs without a network into one sentence."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConnectionError(
-            f"cannot load {name} ({first}). Without a network: fetch it elsewhere and give the folder, {way_out}; "
-            "or use the extractor efficientnet-lite0, whose weights come with the package."
+            f"Cannot load {name} ({first}). Without a network, fetch it elsewhere and give the "
+            f"folder, {way_out}, or use the extractor efficientnet-lite0, whose weights come with "
+            "the package."
         ) from error

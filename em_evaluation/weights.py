@@ -1,4 +1,4 @@
-"""Weights of feature networks: a file that the user names, or one download into the user's own cache."""
+"""Weights of feature networks: a file that the user names, or one download into the cache."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from em_data.files import find_cache_dir
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Where a network's weights come from; `sha256` is the whole digest or its first digits, as far as it is published."""
+    """A network's published weights; sha256: the digest or its first digits, if published."""
 
     url: str
     filename: str
@@ -18,14 +18,16 @@ class WeightsFile:
 
 
 INCEPTION_WEIGHTS = {
-    # TorchScript translation of the TensorFlow network of the FID paper, the one that clean-fid's mode `clean` uses
+    # the FID paper's network as TorchScript, for clean-fid's mode `clean`
     "clean": WeightsFile(
-        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+        "inception-2015-12-05.pt",
         "inception-2015-12-05.pt",
     ),
-    # the same network as a state dict, the one that pytorch-fid and clean-fid's mode `legacy_pytorch` use
+    # the same as a state dict, for pytorch-fid and clean-fid's mode `legacy_pytorch`
     "legacy_pytorch": WeightsFile(
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
         "pt_inception-2015-12-05-6726825d.pth",
         "6726825d",
     ),
@@ -39,13 +41,15 @@ def sha256_of(path) -> str:
 
 
 def find_weights(source: WeightsFile, given=None, cache_dir=None, log=print) -> Path:
-    """Return the path of a network's weights: `given` where there is one, else the cached copy, else a download.
+    """Return the path of a network's weights: `given`, else the cached copy, else a download.
 
-    `ValueError` where `given` is not a file, `ConnectionError` where the download is impossible; both name the way out.
+    Raises:
+        ValueError: `given` is not a file.
+        ConnectionError: The download is impossible.
     """
     if given is not None:
         if not Path(given).is_file():
-            raise ValueError(f"--weights {given}: no such file; give a local copy of {source.url}")
+            raise ValueError(f"--weights {given} is not a file. Give a local copy of {source.url}.")
         return Path(given)
     path = find_cache_dir(cache_dir) / "weights" / source.filename
     if not path.is_file():

@@ -1,18 +1,18 @@
-"""A run and its evaluation -> a model card: front matter that the Hub reads, and a page for people, from the templates in model_cards."""
+"""The model card of a published run, from the templates in model_cards."""
 
-import json
+import html
 import math
-from pathlib import Path
+import re
 
-import diffusers
 import jinja2
-import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from em_evaluation.conclusion import format_number
+from em_evaluation import wording
+from em_evaluation.compare import read_report
+from em_evaluation.feature_metrics import METRICS
 from em_evaluation.memorisation_report import conclude_memorisation
-from em_evaluation.metrics import METRICS
-from em_evaluation.report import format_count, format_duration
+from em_evaluation.numbers import format_count, format_duration, format_interval, format_number
+from em_generation.families import find_family
 
 CODE_LICENSE = "Apache-2.0"
 TASK = "unconditional-image-generation"
@@ -27,41 +27,38 @@ SAMPLING = (
     "seed",
 )
 VARIANT = "bf16"
-FAMILIES = {
-    "EMLatentDiffusionPipeline": (
-        "ldm.md.j2",
-        "em_diffusion",
-        "latent-diffusion",
-        "latent diffusion model",
-    ),
-    "EMStyleGANPipeline": ("stylegan.md.j2", "em_stylegan", "stylegan", "StyleGAN"),
-}
+HIDDEN = ("source", "held_out", "ignored", "notices", "specimens")  # of the data: private names
 
 
 def make_card(
     pipeline, *, repo_id, record, evaluation=None, license=None, revision=None, num_samples=0
 ) -> str:
-    """Return the text of README.md: metadata and page, whose every number comes from the arguments.
+    """Return the text of a repository's README.md: metadata for the Hub and a page for people.
 
-    pipeline: the one that is published. record: what run.json of the repository says, as `em_hub.publish.make_record` makes it.
-    evaluation: what `read_evaluation` returns. license: its identifier on the Hub; None where the publisher states none.
-    num_samples: images in samples.png; 0 for none.
+    Args:
+        pipeline: The pipeline that is published.
+        repo_id: Its repository, owner/name.
+        record: What the repository's run.json says.
+        evaluation: What `read_evaluation` returns, or None.
+        license: The licence's identifier on the Hub; None if none is stated.
+        revision: The branch; None for the main one.
+        num_samples: Images in samples.png; 0 for none.
     """
-    template, package, tag, family = FAMILIES[type(pipeline).__name__]
-    title = f"Electron micrographs by a {family}: {record['name']}"
+    family = find_family(type(pipeline).__name__)
+    name = " ".join(str(record["name"]).split())
     metadata = ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=["electron-microscopy", "synthetic-data", "materials-science", tag],
-        model_name=record["name"],
-        eval_results=(make_eval_results(record, evaluation) or None) if evaluation else None,
+        tags=["electron-microscopy", "synthetic-data", "materials-science", family.card.tag],
+        model_name=name,
+        eval_results=(make_eval_results(evaluation) or None) if evaluation else None,
     )
     values = {
-        "title": title,
+        "title": f"Electron micrographs by a {family.card.noun}: {name}",
         "repo_id": repo_id,
         "revision": revision,
-        "package": package,
+        "package": family.card.package,
         "class_name": type(pipeline).__name__,
         "call": {"batch_size": num_samples or 1},
         "samples": bool(num_samples),
@@ -72,48 +69,28 @@ def make_card(
         "pixel_size_nm": pipeline.config.pixel_size_nm,
         "evaluation": evaluation,
         "metrics": list_metrics(evaluation) if evaluation else [],
+        "rows": list_rows(evaluation) if evaluation else [],
+        "sentences": list_sentences(evaluation) if evaluation else [],
+        "sampling": say_sampling(evaluation["models"][0]["info"]) if evaluation else {},
         "run": record if record.get("num_images_seen") is not None else None,
         "variant": VARIANT,
         "versions": record["versions"],
         "license": license,
         "code_license": CODE_LICENSE,
+        **family.card.describe(pipeline),
     }
-    values |= (
-        describe_ldm(pipeline)
-        if hasattr(pipeline, "unet")
-        else {"resolution": pipeline.generator.config.resolution}
-    )
-    page = create_environment().get_template(template).render(values)
+    page = create_environment().get_template(family.card.template).render(values)
     return f"---\n{metadata.to_yaml()}\n---\n\n{page}"
 
 
-def describe_ldm(pipeline) -> dict:
-    """Return what only the template of the latent diffusion model asks for."""
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    stock = [
-        type(part).__name__
-        for part in pipeline.components.values()
-        if type(part).__module__.startswith("diffusers.")
-    ]
-    return {
-        "resolution": pipeline.decode(
-            torch.zeros(1, pipeline.unet.config.in_channels, height, width), add_grain=False
-        ).shape[-1],
-        "latents": {"channels": pipeline.unet.config.in_channels, "height": height, "width": width},
-        "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
-        "default_num_inference_steps": pipeline.config.default_num_inference_steps,
-        "stock": [name for name in stock if hasattr(diffusers, name)],
-    }
-
-
 def create_environment() -> jinja2.Environment:
-    """Return what renders the templates; a placeholder without a value is an error."""
+    """Return the environment of the templates; a placeholder without a value is an error."""
     try:
         loader = jinja2.PackageLoader("model_cards", package_path="")
     except (ValueError, ImportError) as error:
         raise ValueError(
-            "the templates of the model cards (package model_cards) are not installed; install the project again"
+            "The templates of the model cards (package model_cards) are missing. "
+            "Install the project again."
         ) from error
     environment = jinja2.Environment(
         loader=loader,
@@ -124,63 +101,105 @@ def create_environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "number": format_number,
+        "interval": format_interval,
         "duration": format_duration,
         "count": format_count,
+        "text": escape_markdown,
     }
-    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
 
-def read_evaluation(path, weights_sha256: str) -> dict:
-    """Return what a report.json of evaluate.py says of the model with these weights: protocol, dataset, model, floors, sentences.
+def escape_markdown(text) -> str:
+    """Return text from outside so that it shows as it is, on one line, in Markdown and HTML."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|#$~])", r"\\\1", text)
 
-    The model is found by its weights and not by its name, so that no card has another model's numbers. Of several LDMs, only
-    the floor of this one's autoencoder is kept. Raises `ValueError` for a file that is no report or does not judge this model.
+
+def read_evaluation(path, weights_sha256: str) -> dict:
+    """Read what a report says about the model with these weights: a report of that model alone.
+
+    The model is found by its weights, not by its name, so that no card has another model's
+    numbers. Other models, their reference levels and private names are left out.
+
+    Raises:
+        ValueError: The file is no report of this version, or does not judge this model.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "report.json"
-    try:
-        report = json.loads(path.read_text())
-        models, floors = report["models"], report["floors"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no report of evaluate.py; give its report.json with --evaluation"
-        ) from error
-    found = [model for model in models if model["info"].get("weights_sha256") == weights_sha256]
+    report = read_report(path)
+    found = [
+        model for model in report["models"] if model["info"].get("weights_sha256") == weights_sha256
+    ]
     if not found:
-        judged = ", ".join(model["name"] for model in models)
+        judged = ", ".join(model["name"] for model in report["models"])
         raise ValueError(
-            f"{path} does not judge this model ({judged} had other weights); run evaluate.py on it and give the new report.json"
+            f"{path} does not judge this model: {judged} had other weights. Run evaluate.py on "
+            "this model and give the new report.json with --evaluation."
         )
-    name, others = found[0]["name"], {model["name"] for model in models} - {found[0]["name"]}
-    kept = [
-        floor
-        for floor in floors.values()
-        if not any(is_about(other, floor["name"]) for other in others)
-    ]
-    sentences = [
-        text
-        for text in [*report["conclusion"], *report.get("warnings", ())]
-        if is_about(name, text) and not any(is_about(other, text) for other in others)
-    ]
-    hidden = ("source", "held_out", "ignored", "notices", "specimens")
+    name = found[0]["name"]
+    levels = [level for level in report["levels"] if level["model"] in (None, name)]
+    kept = {name, *(level["key"] for level in levels)}
+    first = report["measurements"][0]
+    rows = {key: row for key, row in first["rows"].items() if key in kept}
+    memorisation = report["memorisation"]
     return {
+        "format": report["format"],
         "protocol": report["protocol"],
-        "dataset": {key: value for key, value in report["dataset"].items() if key not in hidden},
-        "model": {key: value for key, value in found[0].items() if key != "curves"},
-        "floors": kept,
-        "sentences": sentences,
-        "memorisation": conclude_memorisation(report["memorisation"], [name])
-        if report.get("memorisation")
-        else [],
-        "sampling": say_sampling(found[0]["info"]),
-        "environment": report.get("environment"),
+        "dataset": {key: value for key, value in report["dataset"].items() if key not in HIDDEN},
+        "models": [{key: value for key, value in found[0].items() if key != "curves"}],
+        "levels": levels,
+        "measurements": [first | {"rows": rows, "blind_spots": []}],
+        "comparisons": [
+            each
+            for each in report["comparisons"]
+            if each["first"] == name and each["second"] in kept
+        ],
+        "autoencoders": [each for each in report["autoencoders"] if each["model"] == name],
+        "verdicts": [each for each in report["verdicts"] if each["model"] == name],
+        "memorisation": keep_model(memorisation, name) if memorisation else None,
+        "environment": report["environment"],
     }
 
 
+def keep_model(section: dict, name: str) -> dict:
+    """Return a report's section on memorisation with one model and the held-out tiles only."""
+    kept = {
+        key: section[key]
+        for key in ("max_shift_px", "copy_ratio", "num_train_tiles")
+        if key in section
+    }
+    kept["without_grain"] = [each for each in section["without_grain"] if each == name]
+    for part in ("pixels", "features", "partial"):
+        if section.get(part):
+            sets = {
+                key: row for key, row in section[part]["sets"].items() if key in ("held_out", name)
+            }
+            kept[part] = {"scale": section[part]["scale"], "sets": sets}
+    return kept
+
+
+def list_sentences(evaluation: dict) -> list[str]:
+    """Return what the report concludes about the model, in sentences."""
+    name = evaluation["models"][0]["name"]
+    sentences = [wording.summarise_model(evaluation, name)]
+    sentences += wording.conclude_model(evaluation, name) + wording.warn(evaluation, name)
+    if evaluation["memorisation"]:
+        sentences += conclude_memorisation(evaluation["memorisation"], [name])
+    return sentences + wording.list_notes(evaluation)
+
+
+def list_rows(evaluation: dict) -> list[dict]:
+    """Return the reference levels of the card's table: title, description, metrics."""
+    rows = evaluation["measurements"][0]["rows"]
+    return [level | {"metrics": rows[level["key"]]["held_out"]} for level in evaluation["levels"]]
+
+
+def find_metrics(evaluation: dict) -> dict:
+    """Return the model's own metrics against the held-out images."""
+    name = evaluation["models"][0]["name"]
+    return evaluation["measurements"][0]["rows"][name]["held_out"]
+
+
 def say_sampling(info: dict) -> dict:
-    """How the images that were measured were drawn, in words where it is yes or no."""
+    """Return how the images that were measured were drawn; yes and no in words."""
     known = {key: info[key] for key in SAMPLING if info.get(key) is not None}
     return {
         key: ("added" if value else "left out") if key == "grain" else value
@@ -188,63 +207,52 @@ def say_sampling(info: dict) -> dict:
     }
 
 
-def is_about(name: str, text: str) -> bool:
-    """Say whether a text names a model as a word of its own: "StyleGAN" is not in "StyleGAN2"."""
-    position = text.find(name)
-    while position >= 0:
-        before, after = (
-            text[position - 1 : position],
-            text[position + len(name) : position + len(name) + 1],
-        )
-        if not (before.isalnum() or after.isalnum()):
-            return True
-        position = text.find(name, position + 1)
-    return False
-
-
-def list_metrics(evaluation) -> list[dict]:
-    """Return the metrics that the model has: key, label, and which way is better; a floor may lack some of them."""
+def list_metrics(evaluation: dict) -> list[dict]:
+    """Return the metrics that the model has: key, label, which way is better, value."""
+    measured = find_metrics(evaluation)
     return [
         {
             "key": key,
             "label": metric.label,
             "better": "higher" if metric.higher_is_better else "lower",
+            "value": measured[key],
         }
         for key, metric in METRICS.items()
-        if is_measured(evaluation["model"]["metrics"].get(key))
+        if is_measured(measured.get(key))
     ]
 
 
 def is_measured(metric) -> bool:
-    """Say whether a metric of a report has a number: the Hub takes no other."""
+    """Return whether a metric has a number; the Hub takes no other."""
     return bool(metric) and metric["value"] is not None and math.isfinite(metric["value"])
 
 
-def make_eval_results(record, evaluation) -> list[EvalResult]:
-    """Return the evaluation as the Hub shows it beside a model: value, interval and protocol of each metric that has a number."""
+def make_eval_results(evaluation: dict) -> list[EvalResult]:
+    """Return the metrics as the Hub shows them beside a model: value, interval and protocol."""
     protocol, dataset = evaluation["protocol"], evaluation["dataset"]
+    extractor = evaluation["measurements"][0]["extractor"]
+    split = dataset.get("split")
     return [
         EvalResult(
             task_type=TASK,
             dataset_type="electron-micrographs",
             dataset_name=dataset["name"],
-            dataset_split=f"held out by {dataset['split']}",
+            dataset_split="reference" if split is None else f"held out by {split}",
             dataset_args={
-                "split_hash": dataset["split_hash"],
+                "split_hash": dataset.get("split_hash"),
                 "num_images": protocol["num_images"],
             },
-            metric_type=key,
-            metric_name=f"{METRICS[key].label} ({protocol['extractor'].split(',')[0]})",
-            metric_value=metric["value"],
-            metric_args=describe_interval(metric, protocol),
+            metric_type=metric["key"],
+            metric_name=f"{metric['label']} ({extractor})",
+            metric_value=metric["value"]["value"],
+            metric_args=describe_interval(metric["value"], protocol),
         )
-        for key, metric in evaluation["model"]["metrics"].items()
-        if key in METRICS and is_measured(metric)
+        for metric in list_metrics(evaluation)
     ]
 
 
 def describe_interval(metric, protocol) -> dict | None:
-    """Return low, high and kind of a metric's interval; None where it has none."""
+    """Return low, high and kind of a metric's interval, or None if it has none."""
     bounds = {key: metric.get(key) for key in ("low", "high")}
     if any(bound is None or not math.isfinite(bound) for bound in bounds.values()):
         return None

@@ -14,18 +14,11 @@ from safetensors import SafetensorError
 from em_data import save_image_grid
 from em_evaluation.environment import describe_environment
 from em_generation.loading import find_pipeline_folder, hash_weight_files, read_model
-from em_hub.card import VARIANT, make_card, read_evaluation
+from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_training import write_text_atomically
 
 WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|grain|generator)/.+"
-HIDDEN = (
-    "source",
-    "held_out",
-    "ignored",
-    "notices",
-    "specimens",
-)  # of the data: names of files, folders and specimens
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 
 

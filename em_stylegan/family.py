@@ -110,4 +110,6 @@ FAMILY = Family(
     controls=list_controls,
     walk=walk,
     walk_help="The style w changes smoothly, and the fine noise stands still.",
+    script="train_gan.py",
+    presets="em_stylegan.presets:PRESETS",
 )

@@ -103,6 +103,8 @@ class Family:
     walk: (drawer, frames_per_key) -> batches of frames [B, 1, H, W] in [-1, 1] on a closed path
         through images 0 to `WALK_KEYS` - 1. None if there is none.
     walk_help: one sentence about the walk, for the demo page.
+    script: the command that trains it, such as "train_ldm.py".
+    presets: "module:name" of its presets, {name: function that returns a configuration}.
     """
 
     name: str
@@ -118,6 +120,8 @@ class Family:
     controls: Callable[[Any], tuple[Control, ...]] = lambda pipeline: ()
     walk: Callable[[Drawer, int], Iterator[Any]] | None = None
     walk_help: str = ""
+    script: str = ""
+    presets: str = ""
 
     @property
     def title(self) -> str:
@@ -131,8 +135,16 @@ class Family:
 
     def import_pipeline(self) -> type:
         """Import the pipeline's class."""
-        module, _, name = self.pipeline.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _import(self.pipeline)
+
+    def import_presets(self) -> Mapping[str, Callable]:
+        """Import the presets of its training."""
+        return _import(self.presets)
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 WALK_KEYS = 4

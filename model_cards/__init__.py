@@ -1,1 +1,1 @@
-"""Templates of the model cards; every number in them is a placeholder, filled by em_hub.card from a run and a report."""
+"""Templates of the model cards; em_hub.card fills their placeholders from results."""

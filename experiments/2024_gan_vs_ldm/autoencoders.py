@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipe import SCALES, Results, choose_tiles, create_parser
+from recipe import SCALES, STUDY, Results, choose_tiles, create_parser
 
 from em_data import load_data
 from em_data.files import write_atomically
@@ -29,12 +29,7 @@ from em_diffusion.train import read_result, write_result
 from em_training import create_accelerator
 from em_training.cli import run_command
 
-STUDY_DISTANCES = {
-    "vqgan-f8-8192": 31.15,
-    "vqgan-f16-1024": 82.19,
-    "vqgan-f16-16384": 60.26,
-    "dalle-dvae": 116.64,
-}
+STUDY_DISTANCES = {each["key"]: each["frechet_distance"] for each in STUDY["autoencoders"]}
 
 
 @dataclass(frozen=True)

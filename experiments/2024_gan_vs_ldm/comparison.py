@@ -25,11 +25,18 @@ from pathlib import Path
 
 import gan
 import ldm
-from recipe import SCALES, Reference, Results, create_figure, create_parser, save_figure
+from recipe import (
+    SCALES,
+    STUDY,
+    Reference,
+    Results,
+    create_figure,
+    create_parser,
+    save_figure,
+)
 
 from em_data import read_image_folder
 from em_diffusion.selection_output import join
-from em_evaluation.conclusion import STUDY
 from em_evaluation.images import read_images
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import read_model

@@ -22,6 +22,8 @@ from em_evaluation.environment import describe_environment
 from em_evaluation.images import read_images
 from em_training import write_text_atomically
 
+STUDY = json.loads(Path(__file__).with_name("study.json").read_text())  # the published numbers
+
 
 @dataclass(frozen=True)
 class GANScale:

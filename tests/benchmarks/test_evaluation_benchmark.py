@@ -35,7 +35,7 @@ def test_a_line_a_figure(monkeypatch, capsys):
     main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in lines] == [
-        "Frechet distance from statistics, seconds",
+        "Frechet distance of features, seconds",
         "Inception's features, images per second",
     ]
     for line in lines:

@@ -54,9 +54,9 @@ def test_further_metrics_stand_beside_the_distance(held_out, accelerator):
         rel=1e-4,
     )
     assert distance.further["frechet_distance_infinite"] < value
-    assert said == ["Recall: 12 images of each set are needed, there are 6: left out."]
+    assert said == ["Not measured: Recall. They need 12 images of each set; there are 6."]
     for name in ("fid", "cmmd"):  # one that there is not, and one that wants CLIP's embeddings
-        with pytest.raises(ValueError, match=f"^{name} cannot be measured during training"):
+        with pytest.raises(ValueError, match=f"^Unknown metrics during training: {name}"):
             HeldOutDistance(held_out, 6, seed=0, accelerator=accelerator, metrics=(name,))
 
 

@@ -24,11 +24,13 @@ from em_diffusion.select_autoencoder import (
     select_autoencoder,
 )
 from em_diffusion.selection_output import format_table, join
-from em_evaluation.conclusion import STUDY
+from em_evaluation.baselines import read_baselines
 from em_evaluation.distances import bootstrap_interval, frechet_influence
 from em_evaluation.features import Extractor
 
 ROOT = Path(__file__).parents[2]
+STUDY_FILE = ROOT / "experiments" / "2024_gan_vs_ldm" / "study.json"
+STUDY_AUTOENCODERS = read_baselines(STUDY_FILE)["autoencoders"]
 TILES = {
     "resolution": 32,
     "downsample": 4,
@@ -239,7 +241,7 @@ def test_the_table_is_aligned_and_shows_the_study_beside_its_own_network_only(se
     selection, text, _ = selected
     table = format_table(selection)
     assert table in text
-    assert "study" not in table
+    assert "published" not in table
     lines = table.splitlines()
     rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
     rows = lines[rule + 1 : rule + 3]
@@ -249,15 +251,17 @@ def test_the_table_is_aligned_and_shows_the_study_beside_its_own_network_only(se
     for name in (" PSNR", " SSIM", " perplexity", " encode"):
         end = lines[rule - 2].index(name) + len(name)
         assert all(row[end - 1] != " " and row[end : end + 1] in ("", " ") for row in rows)
-    beside = format_table(selection | {"study": STUDY["autoencoders"]})
-    for each in STUDY["autoencoders"]:
+    beside = format_table(selection | {"study": STUDY_AUTOENCODERS})
+    for each in STUDY_AUTOENCODERS:
         line = next(line for line in beside.splitlines() if each["name"] in line)
         assert line.split()[-1] == str(each["frechet_distance"])
     assert "orientation" in beside
 
 
-def test_the_inception_network_brings_the_study_along(saved, cache, tmp_path):
-    selection, text = select([f"ours={saved}/run"], cache, tmp_path, extractor="inception")
+def test_published_distances_are_shown_where_their_file_is_given(saved, cache, tmp_path):
+    selection, text = select(
+        [f"ours={saved}/run"], cache, tmp_path, extractor="inception", baselines=str(STUDY_FILE)
+    )
     assert [each["frechet_distance"] for each in selection["study"]] == [
         31.15,
         60.26,

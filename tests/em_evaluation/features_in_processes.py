@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from em_evaluation.extractor import Extractor
-from em_evaluation.statistics import compute_features
+from em_evaluation.feature_cache import compute_features
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

@@ -10,7 +10,7 @@ from em_evaluation import calibrate_detector as calibration_module
 from em_evaluation.calibrate_detector import box_overlap, calibrate_detector, describe_calibration
 from em_evaluation.defects import KINDS, Defects, count_weights, detect_defects, sum_by_image
 from em_evaluation.microscopy import compare_microscopy
-from em_evaluation.microscopy_report import conclude_microscopy
+from em_evaluation.microscopy_report import conclude_microscopy, say_detector
 from em_evaluation.surrogates import phase_randomised_surrogates
 
 
@@ -179,7 +179,12 @@ def test_real_tiles_are_nearer_than_texture_without_structure():
     }
     ids = {"held_out": groups[:16], "copy": None, "real": groups[16:], "surrogates": groups[16:]}
     section = compare_microscopy(
-        sets, ids, 1.0, models=["copy"], floors=["real", "surrogates"], num_calibration=2
+        sets,
+        ids,
+        1.0,
+        models=["copy"],
+        kinds={"real": "real", "surrogates": "surrogates"},
+        num_calibration=2,
     )
     distances = section["distances"]
     assert all(metric["value"] == 0 for metric in distances["copy"].values())
@@ -187,10 +192,11 @@ def test_real_tiles_are_nearer_than_texture_without_structure():
         assert distances["real"][name]["value"] < distances["surrogates"][name]["value"]
     for row in distances.values():
         assert all(m is None or m["low"] <= m["value"] <= m["high"] for m in row.values())
-    assert "spectrum" in section["blind_to"]["surrogates"]  # by construction
-    assert "loop_density" not in section["blind_to"]["surrogates"]
+    assert "spectrum" in section["blind_spots"]["surrogates"]  # by construction
+    assert "loop_density" not in section["blind_spots"]["surrogates"]
     json.dumps(section, allow_nan=False)
-    names = {"models": ["copy"], "floors": {"surrogates": "phase-randomised surrogates"}}
-    text = " ".join(conclude_microscopy(section, names))
-    assert "Blind to phase-randomised surrogates are: radial power spectrum" in text
-    assert "precision and recall of loops" in text
+    assert section["outcomes"]["copy"]["spectrum"] == "as_real"
+    assert section["outcomes"]["surrogates"]["loop_density"] == "differs"
+    text = " ".join(conclude_microscopy(section, {"surrogates": "texture only"}, ["copy"]))
+    assert "Not told apart from real tiles: texture only, by power spectrum" in text
+    assert "precision and recall of loops" in say_detector(section)

@@ -1,7 +1,6 @@
 """Which metrics are measured, what each is blind to, which reports may be compared, and the quiz."""
 
 import base64
-import copy
 import io
 import json
 
@@ -9,20 +8,26 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from em_evaluation.blindness import expect_order, find_blindness
+from em_evaluation.blindness import expect_order, find_blind_spots
 from em_evaluation.compare import compare_reports, find_differences
+from em_evaluation.conclusions import Comparison, judge_model, order_of
 from em_evaluation.distances import frechet_distance, kernel_distance
+from em_evaluation.evaluator import FORMAT, Sets
 from em_evaluation.extractor import Extractor
-from em_evaluation.images import ImageSet
-from em_evaluation.metrics import (
+from em_evaluation.feature_metrics import (
     METRICS,
+    check_metrics,
     choose_metrics,
     measure,
     measure_values,
-    refuse_unmeasurable,
 )
+from em_evaluation.images import ImageSet
+from em_evaluation.interval import Interval
+from em_evaluation.json_values import to_json
+from em_evaluation.levels import ReferenceLevel
 from em_evaluation.pictures import choose_pictures, choose_unseen
 from em_evaluation.quiz import make_quiz
+from em_evaluation.wording import say_blind_spot, summarise_model
 
 
 class Plain(Extractor):
@@ -41,15 +46,16 @@ def test_metrics_that_apply_are_chosen_and_the_rest_is_said():
     names, notes = choose_metrics((), Plain(), 8)
     assert names == ("frechet_distance", "frechet_distance_infinite", "kernel_distance")
     assert notes == [
-        "Precision, Recall, Density, Coverage: 12 images of each set are needed, there are 8: left out."
+        "Not measured: Precision, Recall, Density, Coverage. They need 12 images of each set; "
+        "there are 8."
     ]
-    with pytest.raises(ValueError, match="unknown metrics fid; there are frechet_distance"):
-        choose_metrics(("fid",), Plain(), 100)
-    with pytest.raises(
-        ValueError, match="cmmd needs embeddings of length 1; add the extractor clip"
-    ):
-        refuse_unmeasurable(("cmmd",), [Plain()])
-    refuse_unmeasurable(("cmmd",), [Plain(), Unit()])
+    with pytest.raises(ValueError, match=r"Unknown metrics: fid\. Choose from frechet_distance"):
+        check_metrics(("fid",), [Plain()])
+    with pytest.raises(ValueError, match=r"cmmd needs embeddings of length 1\. Add the extractor"):
+        check_metrics(("cmmd",), [Plain()])
+    check_metrics(("cmmd",), [Plain(), Unit()])
+    with pytest.raises(ValueError, match="Unknown metrics during training: cmmd"):
+        check_metrics(("cmmd",), in_training=True)
 
 
 def test_all_metrics_are_measured_with_intervals_that_hold_them():
@@ -73,67 +79,116 @@ def test_all_metrics_are_measured_with_intervals_that_hold_them():
 
 # ---------------------------------------------------------------- blindness
 
-FLOORS = {
-    "real": {"name": "real training tiles"},
-    "reconstruction": {"name": "reconstructions by the autoencoder of LDM"},
-    "surrogates": {"name": "phase-randomised surrogates"},
-    "noise": {"name": "white noise"},
+
+def level(kind, model=None, title=""):
+    return ReferenceLevel(f"{kind} {model or ''}".strip(), kind, title, "", None, model)
+
+
+LEVELS = [
+    level("real"),
+    level("reconstruction", "LDM"),
+    level("surrogates", title="texture only"),
+    level("noise", title="noise only"),
+]
+REPORT = {
+    "models": [{"name": "LDM"}, {"name": "GAN"}],
+    "levels": [each.to_json() for each in LEVELS],
 }
-MODELS = {"LDM": "ldm", "GAN": "stylegan2"}
-GOOD = {
-    "real": 1,
-    "reconstruction": 2,
-    "LDM": 3,
-    "GAN": 1.5,
-    "surrogates": 5,
-    "noise": 9,
-}  # a GAN has no autoencoder
+# a GAN has no autoencoder
+GOOD = {"real": 1, "reconstruction LDM": 2, "LDM": 3, "GAN": 1.5, "surrogates": 5, "noise": 9}
 
 
-def blindness(metric, values, sign=1):
-    rows = {key: {"held_out": {metric: {"value": sign * value}}} for key, value in values.items()}
-    (found,) = find_blindness(
-        {"extractor": "plain", "metrics": [metric], "rows": rows}, MODELS, FLOORS
-    )
-    return found, [(each["nearer"], each["farther"]) for each in found["misordered"]]
+def find_blindness(metric, values, sign=1):
+    rows = {
+        key: {metric: Interval(sign * value, sign * value, sign * value)}
+        for key, value in values.items()
+    }
+    (found,) = find_blind_spots(rows, [metric], ["LDM", "GAN"], LEVELS)
+    pairs = [(each.nearer, each.farther) for each in found.misordered]
+    return found.num_pairs, pairs, say_blind_spot(REPORT, to_json(found))
 
 
 @pytest.mark.parametrize(("metric", "sign"), [("frechet_distance", 1), ("recall", -1)])
 def test_a_metric_that_orders_everything_is_blind_to_nothing(metric, sign):
-    found, wrong = blindness(metric, GOOD, sign)
+    num_pairs, wrong, sentence = find_blindness(metric, GOOD, sign)
     assert wrong == []
-    assert found["num_pairs"] == 13
-    assert found["sentence"].endswith("puts every set in the order that it must.")
-    assert len(blindness(metric, GOOD, -sign)[1]) == 13
+    assert num_pairs == 13
+    assert sentence.endswith("puts all sets in the expected order.")
+    assert len(find_blindness(metric, GOOD, -sign)[1]) == 13
 
 
 def test_a_metric_is_blind_to_each_pair_that_it_turns_or_levels():
-    found, wrong = blindness("recall", GOOD | {"noise": 5}, -1)
+    _, wrong, sentence = find_blindness("recall", GOOD | {"noise": 5}, -1)
     assert wrong == [("surrogates", "noise")]
-    assert (
-        "does not tell phase-randomised surrogates (−5.000) from white noise (−5.000)"
-        in found["sentence"]
-    )
-    assert "truly" not in found["sentence"]
-    found, wrong = blindness("frechet_distance", GOOD | {"LDM": 6})
+    assert "texture only (−5.00) is not nearer than noise only (−5.00)" in sentence
+    assert "truly" not in sentence
+    _, wrong, sentence = find_blindness("frechet_distance", GOOD | {"LDM": 6})
     assert wrong == [("LDM", "surrogates")]
-    assert found["sentence"].endswith(
-        "Where one of a pair is a model, that model may truly be no better."
-    )
-    assert blindness("frechet_distance", GOOD | {"reconstruction": 4})[1] == [
-        ("reconstruction", "LDM")
-    ]
+    assert sentence.endswith("Where one of a pair is a model, that model may truly be no better.")
+    _, wrong, _ = find_blindness("frechet_distance", GOOD | {"reconstruction LDM": 4})
+    assert wrong == [("reconstruction LDM", "LDM")]
 
 
 def test_autoencoders_are_set_against_their_own_model_alone():
-    floors = {
-        f"reconstruction_{i}": {"name": f"reconstructions by the autoencoder of {i}"} for i in "ab"
-    }
-    pairs = expect_order({"a": "ldm", "b": "ldm", "c": "stylegan2"}, floors)
-    own = [(near, far) for near, far in pairs if near in floors and far in "abc"]
-    assert own == [("reconstruction_a", "a"), ("reconstruction_b", "b")]
-    assert ("reconstruction_a", "b") not in pairs
-    assert ("reconstruction_a", "c") not in pairs
+    levels = [level("reconstruction", name) for name in "ab"]
+    pairs = expect_order(["a", "b", "c"], levels)
+    assert pairs == [("reconstruction a", "a"), ("reconstruction b", "b")]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def judge(own, real, microscopy=None):
+    """The outcomes of the verdicts on a model with these metrics beside those of real images."""
+    rows = {"M": own, "real": real}
+    difference = own["frechet_distance"] - real["frechet_distance"]
+    comparison = Comparison("M", "real", difference, order_of(difference))
+    verdicts = judge_model("M", rows, "real", comparison, microscopy)
+    return {each.aspect: each.outcome for each in verdicts}, verdicts
+
+
+def near(value, half=0.03):
+    return Interval(value, value - half, value + half)
+
+
+REAL = {"frechet_distance": near(50, 10), "precision": near(0.8), "recall": near(0.77)}
+
+
+def test_lost_variety_is_not_hidden_by_a_good_distance():
+    own = {"frechet_distance": near(52, 10), "precision": near(0.82), "recall": near(0.06)}
+    outcomes, verdicts = judge(own, REAL)
+    assert outcomes == {"fidelity": "as_real", "variety": "differs", "defects": "not_measured"}
+    report = {"models": [{"name": "M"}], "verdicts": to_json(verdicts)}
+    said = summarise_model(report, "M")
+    assert "variety lower than real (recall 0.0600 against 0.770)" in said
+    assert "A detector trained on these images alone would miss part of what real" in said
+
+
+def test_a_verdict_needs_an_interval_that_excludes_the_alternative():
+    own = {"frechet_distance": near(52, 10), "precision": near(0.78, 0.3), "recall": near(0.75)}
+    assert judge(own, REAL)[0]["fidelity"] == "undecided"
+    assert judge(own, REAL)[0]["variety"] == "as_real"
+    bare = {"frechet_distance": REAL["frechet_distance"]}
+    for value, half, outcome in ((51, 3, "as_real"), (90, 3, "differs"), (80, 60, "undecided")):
+        found, _ = judge({"frechet_distance": near(value, half)}, bare)
+        assert found["fidelity"] == outcome
+        assert found["variety"] == "not_measured"
+
+
+def test_defects_are_judged_beside_the_held_out_images():
+    metrics = dict.fromkeys(("loop_density", "loop_size", "dot_density", "line_density"))
+    section = {
+        "metrics": {name: {"label": name, "unit": "/ µm²"} for name in metrics},
+        "levels": {key: metrics | {"loop_density": near(value).to_json()}
+                   for key, value in (("M", 4.0), ("held_out", 23.0))},
+        "outcomes": {"M": dict.fromkeys(metrics, "not_measured") | {"loop_density": "differs"}},
+    }  # fmt: skip
+    outcomes, verdicts = judge(REAL, REAL, section)
+    assert outcomes == {"fidelity": "as_real", "variety": "as_real", "defects": "differs"}
+    (measure_,) = verdicts[2].measures
+    assert (measure_.value.value, measure_.reference.value) == (4.0, 23.0)
+    report = {"models": [{"name": "M"}], "verdicts": to_json(verdicts)}
+    assert "wrong number or size of defects" in summarise_model(report, "M")
 
 
 # ---------------------------------------------------------------- comparison
@@ -146,18 +201,13 @@ def report(**changes):
     protocol = {"num_images": 10, "resolution": 64, "grey_levels": "8 bit", "seed": 0}
     protocol |= {"reference_digest": "r", "train_digest": "t"}
     rows = {"A": {"held_out": {"frechet_distance": interval(changes.pop("distance", 5.0))}}}
+    measurement = {"extractor": "plain", "identity": "plain 1", "metrics": ["frechet_distance"]}
     return {
+        "format": FORMAT,
         "protocol": protocol | changes,
         "dataset": {"split_hash": "s", "fingerprint": "f"},
         "models": [{"name": "A"}],
-        "measurements": [
-            {
-                "extractor": "plain",
-                "identity": "plain 1",
-                "metrics": ["frechet_distance"],
-                "rows": rows,
-            },
-        ],
+        "measurements": [measurement | {"rows": rows}],
     }
 
 
@@ -171,7 +221,7 @@ def test_reports_of_one_protocol_are_put_beside_each_other(tmp_path):
     near, far = write(tmp_path, "near", report()), write(tmp_path, "far", report(distance=9.0))
     text = compare_reports([far / "report.json", near])
     assert text.index(f"A ({near})") < text.index(f"A ({far / 'report.json'})")
-    assert "9.000  [8.000, 10.00]" in text
+    assert "9.0 (8.0 to 10.0)" in text
     assert f"A ({near}) is closer to the held-out micrographs than" in text
     close = write(tmp_path, "close", report(distance=6.0))
     assert "cannot be told apart" in compare_reports([near, close])
@@ -205,10 +255,9 @@ def test_reports_of_unequal_protocol_are_refused_with_the_reason(change, reason,
 
 
 def test_what_is_no_report_is_refused(tmp_path):
-    old = copy.deepcopy(report())
-    del old["measurements"]
+    old = report() | {"format": 1}
     paths = [write(tmp_path, "old", old), write(tmp_path, "new", report())]
-    with pytest.raises(ValueError, match="older version; evaluate again"):
+    with pytest.raises(ValueError, match=r"has format 1, .* Run evaluate\.py again"):
         compare_reports(paths)
     (tmp_path / "new" / "report.json").write_text("[1")
     with pytest.raises(ValueError, match=r"not a report\.json of evaluate\.py"):
@@ -218,20 +267,20 @@ def test_what_is_no_report_is_refused(tmp_path):
 # ---------------------------------------------------------------- quiz
 
 
-def picture(key, level, num, is_model=False):
+def picture(key, level, num, role="level"):
     return {
         "key": key,
         "title": key,
         "unseen": np.full((num, 4, 6), level, np.uint8),
-        "is_model": is_model,
+        "role": role,
     }
 
 
 def test_the_quiz_holds_as_many_real_images_as_generated_ones_and_knows_each():
     pictures = [
-        picture("held_out", 10, 30),
-        picture("A", 20, 30, True),
-        picture("B", 30, 5, True),
+        picture("held_out", 10, 30, "real"),
+        picture("A", 20, 30, "model"),
+        picture("B", 30, 5, "model"),
         picture("train", 40, 9),
     ]
     quiz = make_quiz(pictures)
@@ -254,13 +303,13 @@ def test_the_quiz_asks_for_nothing_that_the_page_shows_elsewhere():
     levels[50] = levels[51][::-1]
     held_out = ImageSet(levels[:, None])
     generated = {"A": ImageSet(rng.integers(0, 256, (60, 1, 5, 5), dtype=np.uint8))}
-    sets = {"held_out": held_out, "train": ImageSet(levels[:1, None])}
+    sets = Sets(held_out, ImageSet(levels[:1, None]), generated, ())
     closest = {
         "key": "closest_A",
-        "section": "memorisation",
+        "role": "pairs",
         "levels": generated["A"].levels[20:26, 0],
     }
-    pictures = choose_pictures(sets, generated, {}, {}, 16, [closest], seed=3)
+    pictures = choose_pictures(sets, 16, [closest], seed=3)
     real, model = pictures[0]["unseen"], pictures[1]["unseen"]
     places = [[int(np.flatnonzero((images.levels[:, 0] == each).all((1, 2)))[0]) for each in unseen]
               for images, unseen in ((held_out, real), (generated["A"], model))]  # fmt: skip
@@ -269,16 +318,13 @@ def test_the_quiz_asks_for_nothing_that_the_page_shows_elsewhere():
     assert {len(each) for each in places} == {24}
     assert len(choose_unseen(levels, levels[:16], most=60)) == 60 - 16 - 10 - 1
     assert places[0] != sorted(places[0])
-    again, other = (
-        choose_pictures(sets, generated, {}, {}, 16, [closest], seed)[0]["unseen"]
-        for seed in (3, 4)
-    )
+    again, other = (choose_pictures(sets, 16, [closest], seed)[0]["unseen"] for seed in (3, 4))
     assert (again == real).all()
     assert (other != real).any()
 
 
 def test_too_few_images_make_no_quiz():
-    assert make_quiz([picture("held_out", 10, 30), picture("A", 20, 3, True)]) is None
-    assert make_quiz([picture("held_out", 10, 3), picture("A", 20, 30, True)]) is None
-    assert make_quiz([picture("A", 20, 30, True)]) is None
+    assert make_quiz([picture("held_out", 10, 30, "real"), picture("A", 20, 3, "model")]) is None
+    assert make_quiz([picture("held_out", 10, 3, "real"), picture("A", 20, 30, "model")]) is None
+    assert make_quiz([picture("A", 20, 30, "model")]) is None
     assert make_quiz([]) is None

@@ -1,5 +1,6 @@
 """A generator that copies is caught, an honest one is not, and the fast search finds what trying everything finds."""
 
+import copy as copy_module
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from scipy import ndimage
 
 from em_data.synthetic_micrographs import synthesise_micrographs
 from em_data.views import ELEMENTS, apply_symmetry
-from em_evaluation import ModelImages, evaluate_models
+from em_evaluation import ModelImages, Protocol, evaluate_models
+from em_evaluation.evaluator import RealImages
 from em_evaluation.features import Extractor
 from em_evaluation.images import ImageSet
 from em_evaluation.memorisation import (
@@ -18,14 +20,16 @@ from em_evaluation.memorisation import (
     probability_nearer,
     share_interval,
 )
-from em_evaluation.memorisation_report import conclude_memorisation, make_gallery
+from em_evaluation.memorisation_report import (
+    conclude_memorisation,
+    judge_copies,
+    make_gallery,
+)
 from em_evaluation.nearest import (
     INVERSE,
     TileReader,
     align,
-    correlate_all,
     correlate_by_fft,
-    correlate_one_by_one,
     find_nearest,
 )
 from em_evaluation.partial_copies import (
@@ -35,6 +39,7 @@ from em_evaluation.partial_copies import (
     measure_partial_copies,
     prepare,
 )
+from support.exhaustive_search import correlate_all, correlate_one_by_one
 
 NAMES = list(ELEMENTS)
 HALVES = [np.s_[:32], np.s_[32:], np.s_[:, :32], np.s_[:, 32:]]
@@ -133,8 +138,9 @@ def test_a_copier_is_caught_and_an_honest_generator_is_not(measured):
     assert sets["honest"]["nearer"]["low"] < 0.5 < sets["honest"]["nearer"]["high"]
     assert sets["half"]["num_copies"] == 10
     text = conclude_memorisation(section, ["copier", "honest"])
-    assert text[0].startswith("copier copies: 20 of 20 images (100.0 %")
-    assert text[1].startswith("No image of honest among 20 is a copy")
+    assert text[0].startswith("copier copies training tiles: look at the closest pairs below. In ")
+    assert "20 of 20 images count as copies (100 %" in text[0]
+    assert text[1].startswith("honest shows no sign of copying. In pixels, 0 of 20 images count as")
     json.dumps(section, allow_nan=False)
 
 
@@ -143,24 +149,25 @@ def test_copies_under_added_grain_are_sought_before_it_is_added(train, held_out)
         return torch.from_numpy(tiles)[:, None].float() / 127.5 - 1
 
     hidden = as_images(copy(train[:20], 1, deviation=300))
-    models = [ModelImages("LDM", "ldm", hidden, without_grain=as_images(copy(train[:20], 1)))]
-    models.append(ModelImages("hidden", "ldm", hidden))
-    report, _ = evaluate_models(
-        models, {"name": "set"}, FakeTiles(held_out), FakeTiles(train), extractor=Pooled(), floors=(), num_images=20,
-        microscopy=False, use_cache=False, log=lambda text: None,
-    )  # fmt: skip
+    models = [
+        ModelImages("LDM", hidden, without_grain=as_images(copy(train[:20], 1))),
+        ModelImages("hidden", hidden),
+    ]
+    real = RealImages(FakeTiles(held_out), FakeTiles(train), {"name": "set"})
+    protocol = Protocol(levels=(), num_images=20, microscopy=False, use_cache=False)
+    report, _ = evaluate_models(models, real, [Pooled()], protocol, log=lambda text: None)
     sets = report["memorisation"]["pixels"]["sets"]
     assert (sets["LDM"]["num_copies"], sets["hidden"]["num_copies"]) == (20, 0)
     assert report["memorisation"]["without_grain"] == ["LDM"]
-    assert report["models"][0]["metrics"] == report["models"][1]["metrics"]  # judged with the grain
+    rows = report["measurements"][0]["rows"]
+    assert rows["LDM"] == rows["hidden"]  # judged with the grain
     text = conclude_memorisation(report["memorisation"], ["LDM", "hidden"])
     assert any(
-        sentence.startswith("Of LDM the images were searched as they are before the grain")
+        sentence.startswith("The images of LDM were searched before grain is added")
         for sentence in text
     )
     assert not any(
-        "Of LDM" in sentence
-        for sentence in conclude_memorisation(report["memorisation"], ["hidden"])
+        "LDM" in sentence for sentence in conclude_memorisation(report["memorisation"], ["hidden"])
     )
 
 
@@ -231,6 +238,19 @@ def test_features_find_copies_under_every_symmetry(train, held_out):
     section, _ = measure({"copier": turned}, held_out, train, extractor=Pooled(), use_cache=False)
     assert section["features"]["sets"]["copier"]["num_copies"] == 16
     assert section["features"]["extractor"] == Pooled.identity
+    (said, *_) = conclude_memorisation(section, ["copier"])
+    assert "In features, 16 of 16 images count as copies" in said  # the text has both spaces
+
+
+def test_copies_in_features_alone_are_told(measured):
+    section, _ = copy_module.deepcopy(measured)
+    assert judge_copies(section, "honest") == "nothing"
+    section["features"] = copy_module.deepcopy(section["pixels"])
+    section["features"]["sets"]["honest"]["num_copies"] = 1
+    assert judge_copies(section, "honest") == "copies"
+    said = conclude_memorisation(section, ["honest"])[0]
+    assert "no sign of copying" not in said
+    assert "In features, 1 of 20 images count as copies" in said
 
 
 def test_a_leaky_split_is_said_and_nothing_concluded(train):
@@ -272,7 +292,7 @@ def test_who_copies_halves_is_caught_where_whole_copies_are_not_found(train, hel
     assert sets["honest"]["num_copies"] + sets["held_out"]["num_copies"] <= 1
     text = " ".join(conclude_memorisation(section, ["halves", "honest"]))
     assert f"Partial copies: {sets['halves']['num_copies']} of 20 images of halves" in text
-    assert f"false alarm, {sets['held_out']['num_copies']} of 20 held-out tiles do" in text
+    assert f"false alarms, {sets['held_out']['num_copies']} of 20 do" in text
     assert "Partial" not in " ".join(conclude_memorisation(measured[0], ["half"]))
     json.dumps(section, allow_nan=False)
 
@@ -335,6 +355,6 @@ def test_probability_and_share_in_closed_form():
     assert probability_nearer(a, b) == pytest.approx(0.5 + 0.5 * 0.75)
     assert probability_nearer(a, a) == pytest.approx(0.5)
     none = share_interval(0, 100)
-    assert none["low"] == 0
-    assert none["high"] == pytest.approx(1 - 0.025**0.01)
-    assert share_interval(100, 100)["high"] == 1
+    assert none.low == 0
+    assert none.high == pytest.approx(1 - 0.025**0.01)
+    assert share_interval(100, 100).high == 1

@@ -8,7 +8,6 @@ from em_evaluation.clip_distance import cmmd, cmmd_influence
 from em_evaluation.distances import (
     bootstrap_interval,
     frechet_distance,
-    frechet_distance_from_statistics,
 )
 from em_evaluation.extrapolation import (
     fit_frechet_distance,
@@ -16,6 +15,7 @@ from em_evaluation.extrapolation import (
     frechet_distance_infinite_interval,
 )
 from em_evaluation.neighbours import measure_neighbour_intervals, measure_neighbours
+from support.gaussian_statistics import frechet_distance_from_statistics
 
 NAMES = ("precision", "recall", "density", "coverage")
 
@@ -211,7 +211,7 @@ def test_copies_in_groups_widen_the_interval():
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(ValueError, match="more than 5 images"):
+    with pytest.raises(ValueError, match="at least 6 images"):
         measure_neighbours(normal(0, 5, 3), normal(1, 50, 3))
     with pytest.raises(ValueError, match="at least 12 images"):
         measure_neighbour_intervals(normal(0, 11, 3), normal(1, 50, 3))

@@ -3,6 +3,14 @@
 import numpy as np
 import pytest
 
+from em_evaluation.bootstrap import (
+    circular_wasserstein,
+    compare_means,
+    histogram_of_values,
+    resample_means,
+    root_mean_square_difference,
+    wasserstein,
+)
 from em_evaluation.micrograph_statistics import (
     flatten_background,
     frequency_bins,
@@ -11,14 +19,6 @@ from em_evaluation.micrograph_statistics import (
     radial_power_spectrum,
     signal_to_noise,
     two_point_correlation,
-)
-from em_evaluation.profiles import (
-    circular_wasserstein,
-    compare_means,
-    histogram_of_values,
-    resample_means,
-    root_mean_square_difference,
-    wasserstein,
 )
 
 

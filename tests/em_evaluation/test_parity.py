@@ -13,10 +13,10 @@ import torch
 from em_evaluation.clip_distance import cmmd
 from em_evaluation.distances import (
     frechet_distance,
-    frechet_distance_from_statistics,
     kernel_distance,
 )
 from em_evaluation.neighbours import measure_neighbours
+from support.gaussian_statistics import frechet_distance_from_statistics
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the packages' own warnings
 

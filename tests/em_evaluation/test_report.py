@@ -5,19 +5,24 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from em_evaluation import ModelImages, evaluate_models, write_report
+from em_evaluation import ModelImages, Protocol, evaluate_models, write_report
+from em_evaluation.baselines import read_baselines
 from em_evaluation.charts import draw_overview
-from em_evaluation.conclusion import format_number
+from em_evaluation.evaluator import RealImages
 from em_evaluation.features import Extractor
 from em_evaluation.images import select_views
-from em_evaluation.protocol import FLOORS, to_json
-from em_evaluation.report import format_duration, make_scale_bar, render_page
+from em_evaluation.json_values import to_json
+from em_evaluation.levels import LEVELS
+from em_evaluation.numbers import format_duration, format_interval, format_number
+from em_evaluation.report import make_scale_bar, render_page
+from em_evaluation.wording import conclude, find_level, find_metric, list_notes, warn
 
 
 class Pooled(Extractor):
@@ -76,7 +81,7 @@ SUMMARY = {
 }  # fmt: skip
 
 
-def evaluate(num_images=80, models=None, seed=0, **options):
+def evaluate(num_images=80, models=None, seed=0, held_out=None, **options):
     generator = torch.Generator().manual_seed(5)
     if models is None:
         curves = {
@@ -85,65 +90,72 @@ def evaluate(num_images=80, models=None, seed=0, **options):
             ]
         }
         models = [
-            ModelImages("LDM", "ldm", blobs(80, generator, 0.95), 120.0, 5000, 2.0, None, curves),
             ModelImages(
-                "StyleGAN2", "stylegan2", blobs(90, generator, 0.8), 100.0, 4000, None, 400.0
+                "LDM",
+                blobs(80, generator, 0.95),
+                "ldm",
+                train_seconds=120.0,
+                num_images_seen=5000,
+                sample_seconds=2.0,
+                curves=curves,
+                reconstructions={"autoencoder": lambda images: images + 0.02},
+            ),
+            ModelImages(
+                "StyleGAN2",
+                blobs(90, generator, 0.8),
+                "stylegan2",
+                train_seconds=100.0,
+                num_images_seen=4000,
+                sample_images_per_second=400.0,
+                untrained=torch.zeros(80, 1, 16, 16),
             ),
         ]
+    real = RealImages(held_out or FakeTiles(1, 80), FakeTiles(2, 80), SUMMARY)
+    protocol = Protocol(num_images=num_images, seed=seed, use_cache=False, **options)
     return evaluate_models(
-        models, SUMMARY, FakeTiles(1, 80), FakeTiles(2, 80), extractor=Pooled(), num_images=num_images, seed=seed,
-        use_cache=False, log=lambda text: None, **options,
-    )  # fmt: skip
+        models, real, [Pooled()], protocol, reproduce=["make demo"], log=lambda text: None
+    )
 
 
 @pytest.fixture(scope="module")
 def evaluated():
-    return evaluate(
-        reconstruct={"autoencoder of LDM": lambda images: images + 0.02},
-        untrained={"StyleGAN2": torch.zeros(80, 1, 16, 16)},
-        reproduce=["make demo"],
-    )
+    return evaluate()
 
 
-def distance(row):
-    return row["metrics"]["frechet_distance"]["value"]
+def distance(report, key):
+    return find_metric(report, key)["value"]
 
 
 def test_the_measure_orders_what_it_must(evaluated):
     report, _ = evaluated
-    floors, (ldm, gan) = report["floors"], report["models"]
-    assert list(floors) == ["real", "reconstruction", "surrogates", "noise", "untrained_stylegan2"]
-    order = [
-        floors["real"],
-        floors["reconstruction"],
-        ldm,
-        gan,
-        floors["surrogates"],
-        floors["untrained_stylegan2"],
-    ]
-    assert [distance(row) for row in order] == sorted(distance(row) for row in order)
-    for row in (*report["models"], *floors.values()):
-        assert row["num_images"] == 80
-        for metric in row["metrics"].values():
-            assert metric["low"] <= metric["value"] <= metric["high"]
+    keys = [level["key"] for level in report["levels"]]
+    assert [level["kind"] for level in report["levels"]] == [*LEVELS, "untrained"]
+    real, reconstruction, surrogates, _, untrained = keys
+    order = [real, reconstruction, "LDM", "StyleGAN2", surrogates, untrained]
+    assert [distance(report, key) for key in order] == sorted(
+        distance(report, key) for key in order
+    )
+    rows = report["measurements"][0]["rows"]
+    assert set(rows) == {"LDM", "StyleGAN2", *keys}
+    for row in rows.values():
+        for metrics in row.values():
+            assert all(each["low"] <= each["value"] <= each["high"] for each in metrics.values())
 
 
 def test_a_transferred_start_is_reported_as_what_it_is():
     images = torch.zeros(30, 1, 16, 16)
     report, pictures = evaluate(
         num_images=20,
-        floors=("real",),
-        transferred={"StyleGAN2": images},
+        models=[ModelImages("StyleGAN2", blobs(20, torch.Generator()), transferred=images)],
+        levels=("real",),
         microscopy=False,
         memorisation=False,
     )
-    assert (
-        report["floors"]["transferred_stylegan2"]["name"]
-        == "StyleGAN2 before training (transferred)"
-    )
-    shown = [picture for picture in pictures if picture["key"] == "transferred_stylegan2"]
-    assert [picture["title"] for picture in shown] == ["StyleGAN2 before training (transferred)"]
-    assert "untrained" not in json.dumps([report["floors"], report["conclusion"]])
+    level = find_level(report, "transferred", "StyleGAN2")
+    assert level["title"] == "StyleGAN2 before training (transferred)"
+    shown = [picture for picture in pictures if picture["key"] == level["key"]]
+    assert [picture["title"] for picture in shown] == [level["title"]]
+    assert "untrained" not in json.dumps([report["levels"], conclude(report)])
 
 
 def test_the_report_has_the_promised_keys_and_no_path(evaluated):
@@ -151,27 +163,22 @@ def test_the_report_has_the_promised_keys_and_no_path(evaluated):
     assert report["dataset"]["split_hash"] == SUMMARY["split_hash"]
     assert "somebody" not in json.dumps(report)
     first = report["models"][0]
-    assert {
-        "name",
-        "family",
-        "train_seconds",
-        "num_images_seen",
-        "metrics",
-        "metrics_against_train",
-    } <= set(first)
+    assert {"name", "family", "train_seconds", "num_images_seen"} <= set(first)
+    assert set(report["measurements"][0]["rows"]["LDM"]) == {"held_out", "train"}
     assert first["sample_images_per_second"] == 40  # 80 images in 2 s
     assert first["sample_seconds_50000"] == 1250
     assert len(first["curves"]["denoiser"]) == 200
     assert first["curves"]["denoiser"][-1]["num_images_seen"] == 29_900
     assert report["protocol"]["reference_num_micrographs"] == 6
-    assert report["study"]["comparable"] is False
+    assert report["format"] == 2
+    assert report["baselines"] is None
 
 
 def test_the_conclusion_says_what_the_numbers_say(evaluated):
     report, _ = evaluated
-    text = " ".join(report["conclusion"])
+    text = " ".join(conclude(report))
     assert text.startswith("LDM is closer to the held-out micrographs than StyleGAN2")
-    assert "LDM beats the phase-randomised surrogates" in text
+    assert "LDM is closer than texture without structure" in text
 
 
 def blur(amount):
@@ -179,13 +186,15 @@ def blur(amount):
     return lambda images: images + amount * (images.mean((1, 2, 3), keepdim=True) - images)
 
 
-def evaluate_ldm(amount, contrast=0.6, floors=FLOORS):
-    """The report of an LDM of so much contrast, with an autoencoder that blurs so much, and its two distances."""
-    models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(5), contrast))]
-    report, _ = evaluate(
-        models=models, floors=floors, reconstruct={"autoencoder of LDM": blur(amount)}
-    )
-    return report, report["floors"]["reconstruction"], report["models"][0]
+def make_ldm(amount, contrast=0.6, part="autoencoder"):
+    images = blobs(80, torch.Generator().manual_seed(5), contrast)
+    return ModelImages("LDM", images, "ldm", reconstructions={part: blur(amount)})
+
+
+def evaluate_ldm(amount, contrast=0.6, levels=LEVELS):
+    """The report of an LDM of this contrast with an autoencoder that blurs this much."""
+    report, _ = evaluate(models=[make_ldm(amount, contrast)], levels=levels)
+    return report, find_level(report, "reconstruction", "LDM")["key"]
 
 
 @pytest.fixture(scope="module")
@@ -194,96 +203,84 @@ def balance():
     low, high = 0.0, 1.0
     for _ in range(8):
         middle = (low + high) / 2
-        _, floor, score = evaluate_ldm(middle, floors=("reconstruction",))
-        low, high = (low, middle) if distance(floor) > distance(score) / 2 else (middle, high)
+        report, key = evaluate_ldm(middle, levels=("reconstruction",))
+        is_above = distance(report, key) > distance(report, "LDM") / 2
+        low, high = (low, middle) if is_above else (middle, high)
     return {"just below": low, "just above": high, "far below": 0.0, "far above": 0.8}
 
 
 @pytest.mark.parametrize("side", ["far below", "just below", "just above", "far above"])
 def test_an_autoencoder_above_half_of_the_score_is_warned_of(side, balance, tmp_path):
-    report, floor, score = evaluate_ldm(balance[side])
-    (weighed,) = report["autoencoders"]
-    assert weighed["difference_to_half"]["value"] == pytest.approx(
-        distance(floor) - distance(score) / 2, abs=1e-9
+    report, key = evaluate_ldm(balance[side])
+    (share,) = report["autoencoders"]
+    assert share["difference_to_half"]["value"] == pytest.approx(
+        distance(report, key) - distance(report, "LDM") / 2, abs=1e-9
     )
-    assert weighed["floor_is"] == {"far below": "below", "far above": "above"}.get(
-        side, "undecided"
-    )
+    where = {"far below": "below", "far above": "above"}.get(side, "undecided")
+    assert share["autoencoder_is"] == where
     page = write_report(report, [], tmp_path).read_text()
+    start = "The autoencoder of LDM alone scores"
     if side.endswith("below"):
-        assert report["warnings"] == []
+        assert warn(report) == []
         assert "Warning" not in page
-        said = next(
-            sentence
-            for sentence in report["conclusion"]
-            if sentence.startswith("The autoencoder alone")
-        )
-        assert "below half of it" in said
-        assert "is the limit" not in said
+        said = next(sentence for sentence in conclude(report) if sentence.startswith(start))
+        assert "less than half of it" in said
+        assert "limit the model" not in said
     else:
-        (said,) = report["warnings"]
+        (said,) = warn(report)
         assert said.replace("'", "&#39;") in page
-        assert not any(
-            sentence.startswith("The autoencoder alone") for sentence in report["conclusion"]
-        )
-        verb = "is" if side == "far above" else "may be"
-        assert f"above half of it{'' if verb == 'is' else ', but not beyond chance'}" in said
-        assert f"then the autoencoder, not the diffusion, {verb} the limit" in said
+        assert not any(sentence.startswith(start) for sentence in conclude(report))
+        verb = "limits" if side == "far above" else "may limit"
+        assert f"so the autoencoder {verb} the model" in said
         assert "select_autoencoder" in said
-    assert all(format_number(distance(row)) in said for row in (floor, score))
-    assert ("not beyond chance" in said) == side.startswith("just")
+    assert all(format_interval(find_metric(report, each)) in said for each in (key, "LDM"))
+    assert ("not significant" in said) == side.startswith("just")
 
 
 def test_a_score_near_that_of_real_images_does_not_blame_the_autoencoder():
     """Real images have a distance too at a finite number: half of a good score may lie below it."""
-    report, floor, score = evaluate_ldm(amount=0.0, contrast=0.95)
-    assert distance(floor) == distance(report["floors"]["real"]) > distance(score) / 2
-    (said,) = report["warnings"]
-    assert (
-        "may be the limit; but of what LDM has above real images, the autoencoder has 0 %" in said
-    )
+    report, key = evaluate_ldm(amount=0.0, contrast=0.95)
+    assert distance(report, key) == distance(report, "real") > distance(report, "LDM") / 2
+    (said,) = warn(report)
+    assert "so the autoencoder may limit the model" in said
+    assert "Of LDM's distance above that of real tiles, the autoencoder has 0 %." in said
 
 
 def test_an_autoencoder_that_was_measured_with_its_grain_is_called_so():
-    models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(5), 0.6))]
-    report, _ = evaluate(models=models, reconstruct={"autoencoder and grain of LDM": blur(0.0)})
-    assert (
-        report["floors"]["reconstruction"]["name"]
-        == "reconstructions by the autoencoder and grain of LDM"
-    )
+    report, _ = evaluate(models=[make_ldm(0.0, part="autoencoder and grain")])
+    level = find_level(report, "reconstruction", "LDM")
+    assert level["title"] == "autoencoder and grain of LDM"
     assert any(
-        sentence.startswith("The autoencoder alone, with its grain, scores")
-        for sentence in report["conclusion"]
+        sentence.startswith("The autoencoder and grain of LDM alone scores")
+        for sentence in conclude(report)
     )
 
 
-def test_the_autoencoder_of_another_family_is_no_limit():
-    models = [ModelImages("GAN", "stylegan2", blobs(80, torch.Generator().manual_seed(5), 0.95))]
-    report, _ = evaluate(models=models, reconstruct={"autoencoder of LDM": blur(0.6)})
-    assert report["autoencoders"] == report["warnings"] == []
+def test_the_autoencoder_of_another_model_is_no_limit():
+    gan = ModelImages("GAN", blobs(80, torch.Generator().manual_seed(5), 0.95), "stylegan2")
+    report, _ = evaluate(models=[gan, make_ldm(0.6)])
+    assert [share["model"] for share in report["autoencoders"]] == ["LDM"]
+    assert not any("GAN" in warning for warning in warn(report))
 
 
 def test_equal_models_cannot_be_told_apart_and_order_does_not_matter():
     images = [blobs(80, torch.Generator().manual_seed(seed)) for seed in (7, 8)]
-    models = [ModelImages(name, "x", batch) for name, batch in zip("AB", images)]
-    one, _ = evaluate(models=models, floors=())
-    other, _ = evaluate(models=models[::-1], floors=())
-    assert one["conclusion"][0].startswith("A and B cannot be told apart")
-    assert distance(one["models"][0]) == pytest.approx(distance(other["models"][1]), rel=1e-12)
-    turned = [ModelImages("A", "x", images[0].flip(0)), models[1]]
-    assert distance(evaluate(models=turned, floors=())[0]["models"][0]) == pytest.approx(
-        distance(one["models"][0])
-    )
+    models = [ModelImages(name, batch) for name, batch in zip("AB", images)]
+    one, _ = evaluate(models=models, levels=())
+    other, _ = evaluate(models=models[::-1], levels=())
+    assert conclude(one)[0].startswith("A and B cannot be told apart")
+    assert "not significant" in conclude(one)[0]
+    assert distance(one, "A") == pytest.approx(distance(other, "A"), rel=1e-12)
+    turned = [ModelImages("A", images[0].flip(0)), models[1]]
+    found, _ = evaluate(models=turned, levels=())
+    assert distance(found, "A") == pytest.approx(distance(one, "A"))
 
 
 def test_texture_without_structure_does_not_beat_the_surrogates():
     generator = torch.Generator().manual_seed(0)
-    noise = ModelImages("Noise", "x", torch.rand(80, 1, 16, 16, generator=generator) * 2 - 1)
+    noise = ModelImages("Noise", torch.rand(80, 1, 16, 16, generator=generator) * 2 - 1)
     report, _ = evaluate(models=[noise])
-    assert any(
-        "Noise does not reach the phase-randomised surrogates" in text
-        for text in report["conclusion"]
-    )
+    assert any("Noise is farther away than texture" in text for text in conclude(report))
 
 
 @pytest.mark.parametrize(
@@ -291,19 +288,19 @@ def test_texture_without_structure_does_not_beat_the_surrogates():
     [(1, "is one held-out micrograph"), (3, "is 3 held-out micrographs"), (6, None)],
 )
 def test_too_few_held_out_micrographs_are_said(num_micrographs, said):
-    models = [ModelImages("LDM", "ldm", blobs(80, torch.Generator().manual_seed(0)))]
-    report, _ = evaluate_models(
-        models, SUMMARY, FakeTiles(1, 80, num_micrographs), FakeTiles(2, 80), extractor=Pooled(), num_images=80, use_cache=False,
-        log=lambda text: None,
-    )  # fmt: skip
+    models = [ModelImages("LDM", blobs(80, torch.Generator().manual_seed(0)))]
+    report, _ = evaluate(models=models, held_out=FakeTiles(1, 80, num_micrographs))
     assert [said in note for note in report["protocol"]["notes"]] == ([True] if said else [])
+    assert any(
+        "a perfect model would score no better" in note for note in list_notes(report)
+    ) == bool(said)
 
 
 def test_fewer_images_lower_the_number_for_all_and_it_is_said():
-    few = ModelImages("LDM", "ldm", blobs(30, torch.Generator().manual_seed(0)))
+    few = ModelImages("LDM", blobs(30, torch.Generator().manual_seed(0)))
     report, _ = evaluate(num_images=70, models=[few])
     assert report["protocol"]["num_images"] == 30
-    assert {row["num_images"] for row in (*report["models"], *report["floors"].values())} == {30}
+    assert report["models"][0]["num_images"] == 30
     assert "there are only 30 images of LDM" in report["protocol"]["notes"][0]
 
 
@@ -311,15 +308,20 @@ def test_fewer_images_lower_the_number_for_all_and_it_is_said():
     ("names", "images", "options", "message"),
     [
         (["A"], torch.zeros(80, 1, 8, 8), {}, r"16 x 16 pixels, but not A \(8 x 8\)"),
-        (["A"], torch.zeros(1, 1, 16, 16), {}, "there are 1 images of A"),
-        (["A", "A"], torch.zeros(80, 1, 16, 16), {}, "names of their own, not A"),
-        (["noise"], torch.zeros(80, 1, 16, 16), {}, "names of their own, not noise"),
-        (["A"], torch.zeros(80, 1, 16, 16), {"floors": ("ceiling",)}, "unknown floors ceiling"),
+        (["A"], torch.zeros(1, 1, 16, 16), {}, "There are 1 images of A"),
+        (["A", "A"], torch.zeros(80, 1, 16, 16), {}, "name of its own, not A"),
+        (["noise"], torch.zeros(80, 1, 16, 16), {}, "name of its own, not noise"),
+        (
+            ["A"],
+            torch.zeros(80, 1, 16, 16),
+            {"levels": ("ceiling",)},
+            "Unknown reference levels: ceiling",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(names, images, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(models=[ModelImages(name, "x", images) for name in names], **options)
+        evaluate(models=[ModelImages(name, images) for name in names], **options)
 
 
 def test_views_are_drawn_every_tile_once_before_any_twice():
@@ -348,17 +350,12 @@ def written(evaluated, tmp_path_factory):
 
 def test_the_page_holds_every_number_of_the_json(written):
     html, report = written
-    rows = [*report["models"], *report["floors"].values()]
-    metrics = [metric for row in rows for metric in row["metrics"].values()]
-    metrics += [
-        metric for model in report["models"] for metric in model["metrics_against_train"].values()
-    ]
-    metrics += [comparison["frechet_distance_difference"] for comparison in report["comparisons"]]
+    rows = report["measurements"][0]["rows"].values()
+    metrics = [metric for row in rows for side in row.values() for metric in side.values()]
+    metrics += [comparison["difference"] for comparison in report["comparisons"]]
+    assert len(metrics) > 60
     for metric in metrics:
-        low, high = format_number(metric["low"]), format_number(metric["high"])
-        assert (
-            f'{format_number(metric["value"])} <span class="range">[{low}, {high}]</span>' in html
-        )
+        assert f"<td>{format_interval(metric)}</td>" in html
     for model in report["models"]:
         for text in (
             format_duration(model["train_seconds"]),
@@ -366,10 +363,22 @@ def test_the_page_holds_every_number_of_the_json(written):
         ):
             assert f"<td>{text}" in html
         assert f"{model['num_images_seen']:,} images seen" in html
-    for model in report["study"]["models"]:
-        assert f"<td>{model['frechet_distance']} " in html
-    assert all(sentence.replace("'", "&#39;") in html for sentence in report["conclusion"])
+    assert all(sentence.replace("'", "&#39;") in html for sentence in conclude(report))
     assert "make demo" in html
+
+
+def test_published_numbers_are_shown_only_if_they_are_given(evaluated, written, tmp_path):
+    study = Path(__file__).parents[2] / "experiments" / "2024_gan_vs_ldm" / "study.json"
+    report = evaluated[0] | {"baselines": read_baselines(study)}
+    html = write_report(report, [], tmp_path).read_text()
+    for model in report["baselines"]["models"]:
+        assert f"<td>{format_number(model['frechet_distance'])}</td>" in html
+    assert "published, not comparable" in html
+    assert "published" not in written[0]
+    study = tmp_path / "numbers.json"
+    study.write_text('{"models": [{"name": "x"}]}')
+    with pytest.raises(ValueError, match=r"--baselines .* is not a file of published numbers"):
+        read_baselines(study)
 
 
 def test_the_page_refers_to_nothing_outside_itself(written):
@@ -398,10 +407,23 @@ def test_the_overview_shows_the_pixels_of_every_set_side_by_side(evaluated):
         assert (panel == 255).any()
 
 
-def test_names_cannot_inject_markup(evaluated, tmp_path):
-    report = json.loads(json.dumps(evaluated[0]))
-    report["models"][0]["name"] = "<script>alert(1)</script>"
-    assert "<script>" not in write_report(report, [], tmp_path).read_text()
+HOSTILE = "<script>alert(1)</script> $x$ $\\frac{1}{ & 'q'"
+
+
+def test_names_can_neither_inject_markup_nor_stop_the_charts(evaluated, tmp_path):
+    report, pictures = (
+        json.loads(json.dumps(evaluated[0]).replace('"LDM"', json.dumps(HOSTILE))),
+        [],
+    )
+    for picture in evaluated[1]:
+        pictures.append(
+            picture | {"title": HOSTILE if picture["key"] == "LDM" else picture["title"]}
+        )
+        pictures[-1]["key"] = HOSTILE if picture["key"] == "LDM" else picture["key"]
+    html = write_report(report, pictures, tmp_path).read_text()
+    assert "<script>alert" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt; $x$") > 10
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
 
 def test_a_report_with_nan_is_not_written(evaluated, tmp_path):
@@ -412,9 +434,17 @@ def test_a_report_with_nan_is_not_written(evaluated, tmp_path):
 
 
 def test_numbers_durations_and_scale_bars_are_formatted_for_people():
-    assert [format_number(x) for x in (123.456, -0.012344, 9999.6, 1.0, 2e-6, 0, None)] == [
-        "123.5", "−0.01234", "10,000", "1.000", "2.000e−06", "0.000", "–",
+    numbers = (123.456, -0.012344, 9999.6, 12_345.6, 1.0, 2e-6, 2e-7, 0, None)
+    assert [format_number(x) for x in numbers] == [
+        "123", "−0.0123", "10,000", "12,346", "1.00", "2.00 × 10⁻⁶", "2.00 × 10⁻⁷", "0.00", "–",
     ]  # fmt: skip
+    intervals = [(223.4, 191.2, 264.8), (0.06, 0.02, 0.1), (11.72, 9.3, 101.4), (-0.5, -2.25, 0)]
+    assert [format_interval(dict(zip(("value", "low", "high"), each))) for each in intervals] == [
+        "223 (191 to 265)",
+        "0.060 (0.020 to 0.100)",
+        "12 (9 to 101)",
+        "−0.50 (−2.25 to 0.00)",
+    ]
     assert [format_duration(x) for x in (42.04, 480, 21_600, 108_000, 300_000, None)] == [
         "42 s", "8 min", "6 h", "30 h", "3.47 days", "–",
     ]  # fmt: skip

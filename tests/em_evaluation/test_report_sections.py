@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from em_data.synthetic_micrographs import synthesise_micrographs
-from em_evaluation import ModelImages, evaluate_models, write_report
-from em_evaluation import calibrate_detector as calibration
+from em_evaluation import ModelImages, Protocol, evaluate_models, microscopy, write_report
+from em_evaluation.evaluator import RealImages
 from em_evaluation.features import Extractor
 
 SUMMARY = {
@@ -52,54 +52,60 @@ class FakeTiles:
 
 @pytest.fixture(scope="module")
 def evaluated():
-    quick = calibration.calibrate_detector
+    quick = microscopy.calibrate_detector
     train, held_out = FakeTiles(0), FakeTiles(1)
     models = [
-        ModelImages("Copier", "ldm", train.batch(np.arange(24)).flip(-1)),
-        ModelImages("Honest", "stylegan2", FakeTiles(2).batch(np.arange(24))),
+        ModelImages("Copier", train.batch(np.arange(24)).flip(-1), "ldm"),
+        ModelImages("Honest", FakeTiles(2).batch(np.arange(24)), "stylegan2"),
     ]
+    real = RealImages(held_out, train, SUMMARY)
 
-    def evaluate(**options):
-        return evaluate_models(
-            models,
-            SUMMARY,
-            held_out,
-            train,
-            extractor=Pooled(),
-            num_images=24,
-            use_cache=False,
-            log=lambda text: None,
-            **options,
-        )
+    def evaluate(real=real, **options):
+        protocol = Protocol(num_images=24, use_cache=False, **options)
+        return evaluate_models(models, real, [Pooled()], protocol, log=lambda text: None)
+
+    def calibrate(side, pixel, num_micrographs):
+        return quick(side, pixel, num_micrographs=2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            calibration,
-            "calibrate_detector",
-            lambda side, pixel, num_micrographs: quick(side, pixel, num_micrographs=2),
-        )
-        return evaluate(), evaluate(microscopy=False, memorisation=False)
+        patch.setattr(microscopy, "calibrate_detector", calibrate)
+        alone = RealImages(held_out, None, SUMMARY)
+        return evaluate(), evaluate(microscopy=False, memorisation=False), evaluate(alone)
 
 
 def test_both_sections_are_on_the_page_and_in_the_json(evaluated, tmp_path):
-    (report, pictures), _ = evaluated
+    (report, pictures), *_ = evaluated
     page = write_report(report, pictures, tmp_path).read_text()
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["memorisation"]["pixels"]["sets"]["Copier"]["num_copies"] == 24
     assert stored["memorisation"]["pixels"]["sets"]["Honest"]["num_copies"] == 0
-    assert "<h2>Electron microscopy</h2>" in page
-    assert "<h2>Memorisation</h2>" in page
-    assert "Copier copies: 24 of 24 images" in page
-    assert "number of loops, / µm²" in page
-    assert page.count('aria-label="distances to the nearest training view') == 1
-    assert len(re.findall(r"closest|nearest training view of each", page)) >= 3
+    assert '<h2 id="microscopy">Electron microscopy</h2>' in page
+    assert '<h2 id="memorisation">Memorisation</h2>' in page
+    assert "Copier copies training tiles" in page
+    assert "24 of 24 images count as copies" in page
+    assert "number of loops<small>/ µm²</small>" in page
+    assert page.count('aria-label="distances to the nearest training tile in') == 2
+    assert len(re.findall(r"closest|nearest training tile of each", page)) >= 3
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
 
 def test_both_can_be_left_out(evaluated, tmp_path):
-    _, (report, pictures) = evaluated
+    _, (report, pictures), _ = evaluated
     page = write_report(report, pictures, tmp_path).read_text()
-    assert not {"microscopy", "memorisation"} & set(report)
+    assert report["microscopy"] is None
+    assert report["memorisation"] is None
     assert "Memorisation" not in page
     assert "Electron microscopy" not in page
+
+
+def test_without_training_tiles_what_needs_them_is_left_out_and_said(evaluated, tmp_path):
+    *_, (report, pictures) = evaluated
+    assert report["memorisation"] is None
+    notes = " ".join(report["protocol"]["notes"])
+    assert "Memorisation is not measured: the training images are not known (--data)." in notes
+    assert "Real images are not compared with real images: the reference has 24" in notes
+    assert [level["kind"] for level in report["levels"]] == ["surrogates", "noise"]
+    assert {verdict["outcome"] for verdict in report["verdicts"]} == {"not_measured"}
+    assert all(set(row) == {"held_out"} for row in report["measurements"][0]["rows"].values())
+    assert "Memorisation is not measured" in write_report(report, pictures, tmp_path).read_text()

@@ -163,7 +163,7 @@ def test_what_the_hub_serves_is_what_the_folder_holds(images, dinov2, clip, tmp_
         assert identity == direct.identity
         torch.testing.assert_close(torch.tensor(features), direct(images), rtol=1e-5, atol=1e-6)
     assert answers[f"transformers:{DINOV2}"][1] == answers["dinov2"][1]
-    assert "cannot load lab/absent" in answers["absent"]
+    assert "Cannot load lab/absent" in answers["absent"]
 
 
 def test_identity_knows_weights_configuration_and_dtype_and_no_folder(images, dinov2, tmp_path):
@@ -225,7 +225,7 @@ def test_a_random_pooler_is_not_measured_and_missing_weights_are_refused(images,
 
 def test_what_cannot_be_loaded_says_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConnectionError, match=r"cannot load .*absent.*efficientnet-lite0"):
+    with pytest.raises(ConnectionError, match=r"Cannot load .*absent.*efficientnet-lite0"):
         get_extractor(f"transformers:{tmp_path / 'absent'}")
     with pytest.raises(
         ValueError, match="no such folder; give a local copy of the Hub's facebook/dinov2-base"

@@ -9,7 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 import model_cards
-from em_hub.card import create_environment, is_about, make_card, read_evaluation
+from em_evaluation.evaluator import FORMAT
+from em_evaluation.numbers import format_interval
+from em_hub.card import create_environment, escape_markdown, make_card, read_evaluation
 from support.models import MAKERS
 
 TEMPLATES = sorted(Path(model_cards.__file__).parent.glob("*.j2"))
@@ -46,16 +48,6 @@ def interval(value):
 
 def make_report(path):
     """A report of two models, in the form of evaluate.py."""
-
-    def row(name, value, **more):
-        return {
-            "name": name,
-            "metrics": {
-                "frechet_distance": interval(value),
-                "kernel_distance": interval(value / 100),
-            },
-        } | more
-
     settings = {
         "scheduler": "DDIMScheduler",
         "num_inference_steps": 7,
@@ -63,7 +55,25 @@ def make_report(path):
         "seed": 0,
         "bits": 8,
     }
+    levels = {
+        "real": (5.5, None, "real against real"),
+        "reconstruction": (9.75, "StyleGAN", "not of this one"),
+        "untrained": (900.5, "StyleGAN2", "before training"),
+    }
+    values = {"StyleGAN": 50.25, "StyleGAN2": 36.125}
+    values |= {kind: value for kind, (value, _, _) in levels.items()}
+    rows = {
+        key: {
+            "held_out": {
+                "frechet_distance": interval(value),
+                "kernel_distance": interval(value / 100),
+            }
+        }
+        for key, value in values.items()
+    }
+    measure = {"metric": "precision", "label": "Precision", "unit": "", "outcome": "as_real"}
     report = {
+        "format": FORMAT,
         "dataset": {
             "name": "set",
             "split": "micrograph",
@@ -75,33 +85,37 @@ def make_report(path):
             "num_images": 2000,
             "extractor": "efficientnet-lite0, pooled",
             "intervals": "95 %, bootstrap",
+            "notes": [],
+            "reference_num_micrographs": 31,
         },
         "models": [
-            row("StyleGAN", 50.25, family="stylegan1", info={"weights_sha256": "other"}, curves={}),
-            row(
-                "StyleGAN2",
-                36.125,
-                family="stylegan2",
-                info=settings | {"weights_sha256": "mine"},
-                curves={},
-            ),
+            {"name": "StyleGAN", "info": {"weights_sha256": "other"}, "curves": {}},
+            {"name": "StyleGAN2", "info": settings | {"weights_sha256": "mine"}, "curves": {}},
         ],
-        "floors": {
-            "real": row("real training tiles", 5.5, description="real against real"),
-            "reconstruction": row(
-                "reconstructions by the autoencoder of StyleGAN",
-                9.75,
-                description="not of this one",
-            ),
-            "untrained": row("untrained StyleGAN2", 900.5, description="before training"),
-        },
-        "conclusion": [
-            "StyleGAN2 is closer than StyleGAN.",
-            "StyleGAN2 beats the surrogates.",
-            "StyleGAN does not.",
+        "levels": [
+            {"key": kind, "kind": kind, "model": model, "part": None, "description": description,
+             "title": f"{kind} {model or 'tiles'}"}
+            for kind, (_, model, description) in levels.items()
         ],
-        "warnings": [],
-    }
+        "measurements": [
+            {
+                "extractor": "efficientnet-lite0",
+                "metrics": ["frechet_distance", "kernel_distance"],
+                "rows": rows,
+                "blind_spots": [],
+            }
+        ],
+        "comparisons": [],
+        "autoencoders": [],
+        "verdicts": [
+            {"model": model, "aspect": aspect, "outcome": outcome, "measures": [
+                measure | {"value": interval(0.5), "reference": interval(0.5)}]}
+            for model, outcome in (("StyleGAN", "differs"), ("StyleGAN2", "as_real"))
+            for aspect in ("fidelity", "variety", "defects")
+        ],
+        "memorisation": None,
+        "environment": {},
+    }  # fmt: skip
     path.write_text(json.dumps(report))
     return path
 
@@ -142,22 +156,21 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
         "61.5 s",
         "9.8.7",
         "2,000",
-        "36.12 [35.12, 37.12]",
-        "0.5000 nm",
+        "36.1 (35.1 to 37.1)",
+        "0.500 nm",
     ):
         assert number in page
-    assert "5.500 [4.500, 6.500]" in page
-    assert "900.5" in page
+    assert "5.50 (4.50 to 6.50)" in page
+    assert "900 (900 to 902)" in page
     for absent in (
-        "50.25",
-        "9.750",
+        "50.2",
+        "9.75",
         "hidden",
         "not of this one",
-        "StyleGAN does not",
-        "closer than",
+        "lower than real",
     ):
         assert absent not in page
-    assert "StyleGAN2 beats the surrogates." in page
+    assert "StyleGAN2: fidelity as real, variety as real, defects as real." in page
     assert "num inference steps 7" in page
     assert ("VQModel.from_pretrained" in page) == (family == "ldm")
     assert ("EMUNet2DModel.from_pretrained" in page) is False  # ours is no stock class
@@ -165,7 +178,7 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
     assert "{%" not in page
     bare = make_card(pipeline, repo_id="you/em", record={"name": "x", "versions": {}})
     for sentence in (
-        "None was given when",
+        "No evaluation was published",
         "not published from a training run",
         "has not stated one",
         "Not recorded.",
@@ -187,7 +200,7 @@ def test_a_card_says_of_grain_what_holds(tmp_path):
             pipeline, repo_id="you/em", record=RECORD, evaluation=read_evaluation(path, "mine")
         )
         assert f"grain {'added' if grain else 'left out'}" in card
-        assert "draws it anew for each decoded image" in card
+        assert "adds it to each decoded image" in card
     pipeline.grain = None
     assert "grain" not in make_card(
         pipeline, repo_id="you/em", record={"name": "x", "versions": {}}
@@ -222,7 +235,7 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("metrics", "floors", "shown"),
+    ("metrics", "levels", "shown"),
     [
         ({"precision": 0.625, "recall": 0.375}, ("precision", "recall"), ("precision", "recall")),
         ({"precision": 0.625, "recall": 0.375}, (), ("precision", "recall")),
@@ -235,15 +248,16 @@ NAN = float("nan")
         ({}, ("precision",), ()),
     ],
 )
-def test_a_card_is_valid_whatever_was_measured(metrics, floors, shown, tmp_path, hub):
+def test_a_card_is_valid_whatever_was_measured(metrics, levels, shown, tmp_path, hub):
     path = make_report(tmp_path / "report.json")
     report = json.loads(path.read_text())
     bounds = {"low": 0.25, "high": None if NAN in metrics.values() else 0.75}
-    report["models"][1]["metrics"] = {
+    rows = report["measurements"][0]["rows"]
+    rows["StyleGAN2"]["held_out"] = {
         key: {"value": value, **bounds} for key, value in metrics.items()
     }
-    for floor in report["floors"].values():
-        floor["metrics"] = {key: interval(0.875) for key in floors}
+    for level in report["levels"]:
+        rows[level["key"]]["held_out"] = {key: interval(0.875) for key in levels}
     path.write_text(json.dumps(report))
     evaluation = read_evaluation(path, "mine")
     text = make_card(
@@ -259,41 +273,60 @@ def test_a_card_is_valid_whatever_was_measured(metrics, floors, shown, tmp_path,
     assert ("model-index" in card.data.to_dict()) == bool(shown)
     assert "nan" not in text.lower().split()
     page = card.text
+    first = format_interval({"value": metrics[shown[0]], **bounds}) if shown else ""
     assert (
-        f"{metrics[shown[0]]:.4f} [0.2500" if shown else "None of its metrics is a number."
+        f"| **this model** | {first} |" if shown else "None of its metrics is a number."
     ) in page
     columns = {
         line.count("|")
         for line in page.splitlines()
         if line.startswith(("| **this", "| Real", "| real", "|---|-"))
     }
-    assert ("| 0.8750 [−0.1250" in page) == bool(set(shown) & set(floors))
+    assert ("| 0.88 (−0.12" in page) == bool(set(shown) & set(levels))
     if shown:
         assert columns >= {len(shown) + 2}
-        assert ("| – |" in page) == (not floors)
+        assert ("| – |" in page) == (not levels)
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
 def test_a_report_of_other_weights_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"does not judge this model \(StyleGAN, StyleGAN2 had other weights\)"
+        ValueError, match=r"does not judge this model: StyleGAN, StyleGAN2 had other weights"
     ):
         read_evaluation(make_report(tmp_path / "report.json"), "unknown")
     (tmp_path / "other.json").write_text("{}")
     for path in (tmp_path / "other.json", tmp_path / "nothing.json"):
-        with pytest.raises(ValueError, match=r"is no report of evaluate\.py"):
+        with pytest.raises(ValueError, match=r"is not a report\.json of evaluate\.py"):
             read_evaluation(path, "mine")
 
 
-def test_names_are_told_apart_as_words():
-    assert is_about("StyleGAN", "the autoencoder of StyleGAN.")
-    assert not is_about("StyleGAN", "StyleGAN2 and myStyleGAN")
-    assert is_about("StyleGAN", "StyleGAN2 and StyleGAN's")
+def test_a_report_of_an_older_version_is_refused(tmp_path):
+    path = make_report(tmp_path / "report.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError, match=r"has format 1, .* Run evaluate\.py again"):
+        read_evaluation(path, "mine")
+
+
+def test_names_from_outside_are_escaped(tmp_path):
+    hostile = "a|b `c` <script>x</script>\n# d $e$ [f](g)"
+    path = make_report(tmp_path / "report.json")
+    path.write_text(path.read_text().replace('"StyleGAN2"', json.dumps(hostile)))
+    record = RECORD | {"name": hostile, "data": RECORD["data"] | {"name": hostile}}
+    evaluation = read_evaluation(path, "mine")
+    card = make_card(MAKERS["stylegan"](), repo_id="you/em", record=record, evaluation=evaluation)
+    page = card.split("---\n", 2)[2]
+    assert "<script>" not in page
+    assert not re.search(r"^# d", page, re.MULTILINE)
+    assert page.count(escape_markdown(hostile)) >= 4
+    assert "a|b" not in page
+    assert escape_markdown(hostile) == (
+        r"a\|b \`c\` &lt;script&gt;x&lt;/script&gt; \# d \$e\$ \[f\](g)"
+    )
 
 
 def test_templates_are_found_wherever_the_package_is(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert set(create_environment().list_templates(extensions=["j2"])) >= {"base.md.j2"}
     monkeypatch.setitem(__import__("sys").modules, "model_cards", None)
-    with pytest.raises(ValueError, match="install the project again"):
+    with pytest.raises(ValueError, match="Install the project again"):
         create_environment()

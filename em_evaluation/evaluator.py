@@ -1,0 +1,368 @@
+"""Judge generated images of several models by one protocol."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from em_evaluation.blindness import find_blind_spots
+from em_evaluation.conclusions import (
+    compare,
+    judge_model,
+    weigh_autoencoder,
+)
+from em_evaluation.environment import describe_environment
+from em_evaluation.feature_cache import content_digest
+from em_evaluation.feature_metrics import check_metrics
+from em_evaluation.images import ImageSet, ModelImages, note_few_micrographs, read_images
+from em_evaluation.json_values import to_json
+from em_evaluation.levels import LEVELS, LevelName, ReferenceLevel, make_levels
+from em_evaluation.measure_features import FeatureMeasurement, measure_features
+from em_evaluation.memorisation import measure_memorisation
+from em_evaluation.memorisation_report import make_gallery
+from em_evaluation.microscopy import measure_microscopy
+from em_evaluation.partial_copies import measure_partial_copies
+from em_evaluation.pictures import choose_pictures
+
+FORMAT = 2
+TITLE = "Synthetic electron micrographs compared with real ones"
+MAX_CURVE_POINTS = 200
+HIDDEN = ("source",)  # of the data's summary: a path
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides the numbers of an evaluation, and which sections it has.
+
+    metrics: names in `em_evaluation.feature_metrics.METRICS`; empty for all that apply.
+    levels: reference levels to measure. num_images: images of each set, or fewer for all sets if
+    one has fewer. seed: of drawn views, surrogates and intervals. num_pictures: images in each
+    grid of the page. batch_size, use_cache, cache_dir: of `compute_features`.
+    """
+
+    metrics: tuple[str, ...] = ()
+    levels: tuple[LevelName, ...] = LEVELS
+    num_images: int = 1000
+    seed: int = 0
+    microscopy: bool = True
+    memorisation: bool = True
+    num_pictures: int = 16
+    batch_size: int = 32
+    use_cache: bool = True
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        unknown = sorted(set(self.levels) - set(LEVELS))
+        if unknown:
+            raise ValueError(
+                f"Unknown reference levels: {', '.join(unknown)}. Choose from {', '.join(LEVELS)}."
+            )
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that models are compared with.
+
+    held_out: `em_data.Views` such as held-out `Tiles`, or any `em_data.Images`: the reference.
+    train: the training `Tiles`, or None if they are not known: then what needs them is left out.
+    summary: what the report says about the data, `Data.summary`.
+    """
+
+    held_out: Any
+    train: Any
+    summary: dict
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The images that are compared, at equal numbers."""
+
+    held_out: ImageSet
+    train: ImageSet | None
+    generated: dict[str, ImageSet]
+    levels: tuple[ReferenceLevel, ...]
+
+    @property
+    def judged(self) -> dict[str, ImageSet]:
+        return self.generated | {level.key: level.images for level in self.levels}
+
+
+def evaluate_models(
+    models: Sequence[ModelImages],
+    real: RealImages,
+    extractors: Sequence,
+    protocol: Protocol | None = None,
+    *,
+    baselines: dict | None = None,
+    reproduce: Sequence[str] = (),
+    state=None,
+    log=print,
+) -> tuple[dict, list[dict]] | None:
+    """Compare models with held-out real images and with each other.
+
+    Args:
+        models, real: The generated images and the real ones.
+        extractors: One `Extractor` or more; the conclusions rest on the first one.
+        protocol: What is measured, and how.
+        baselines: Published numbers to show beside these, from `read_baselines`.
+        reproduce: Commands that make this report again.
+        state: accelerate's, if several processes call this together and share the work.
+        log: Gets a line per step.
+
+    Returns:
+        The arguments of `write_report`: the report and the pictures. None on all processes but
+        the main one.
+
+    Raises:
+        ValueError: Names are not unique, or sets have too few images or different sizes.
+    """
+    start = time.perf_counter()
+    protocol = protocol or Protocol()
+    check_metrics(protocol.metrics, extractors)
+    sets, notes = gather_sets(models, real, protocol)
+    caching = {name: getattr(protocol, name) for name in ("batch_size", "use_cache", "cache_dir")}
+    measurements = [
+        measure_features(
+            extractor, protocol.metrics, sets.held_out, sets.train, sets.judged,
+            tuple(sets.generated), seed=protocol.seed, log=log, state=state, **caching,
+        )
+        for extractor in extractors
+    ]  # fmt: skip
+    if measurements[0] is None:  # not the main process
+        return None
+    measurements = [add_blind_spots(each, sets) for each in measurements]
+    notes += dict.fromkeys(note for each in measurements for note in each.notes)
+    sections, pairs = measure_sections(models, real, sets, extractors[0], protocol, log, caching)
+    if protocol.memorisation and real.train is None:
+        notes.append("Memorisation is not measured: the training images are not known (--data).")
+    report = {
+        "format": FORMAT,
+        "title": TITLE,
+        "dataset": {key: value for key, value in real.summary.items() if key not in HIDDEN},
+        "protocol": describe_protocol(measurements, sets, real, protocol, notes),
+        "models": [describe_model(model, len(sets.held_out)) for model in models],
+        "levels": [level.to_json() for level in sets.levels],
+        "measurements": [describe_measurement(each) for each in measurements],
+        **conclude(measurements[0], sets, sections["microscopy"], protocol.seed),
+        **sections,
+        "baselines": baselines,
+        "environment": describe_environment(),
+        "reproduce": list(reproduce),
+        "evaluation_seconds": round(time.perf_counter() - start, 2),
+    }
+    gallery = make_gallery(pairs, sections["memorisation"]) if pairs else []
+    return to_json(report), choose_pictures(sets, protocol.num_pictures, gallery, protocol.seed)
+
+
+def measure_sections(models, real, sets, extractor, protocol, log, caching) -> tuple[dict, list]:
+    """Return the sections on microscopy and memorisation, each None if left out, and the pairs."""
+    microscopy, memorisation, pairs = None, None, []
+    if protocol.microscopy:
+        microscopy = measure_microscopy(
+            sets.held_out, sets.judged, tuple(sets.generated), sets.levels,
+            real.summary.get("pixel_size_nm"), protocol.seed, log,
+        )  # fmt: skip
+    if protocol.memorisation and real.train is not None:
+        memorisation, pairs = search_copies(
+            models, real, sets, extractor, protocol.seed, log, **caching
+        )
+    return {"microscopy": microscopy, "memorisation": memorisation}, pairs
+
+
+def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, list[str]]:
+    """Read all sets at one number of images; return them and notes for the reader."""
+    num_images, notes = agree_on_number(models, real, protocol.num_images)
+    held_out = read_images(real.held_out, num_images, protocol.seed)
+    notes += note_few_micrographs(held_out.groups)
+    train = other = None
+    if real.train is not None:
+        other = train = read_images(real.train, num_images, protocol.seed + 1)
+    elif len(real.held_out) >= 2 * num_images:
+        other = read_images(real.held_out, num_images, first=num_images)
+    elif "real" in protocol.levels:
+        notes.append(
+            f"Real images are not compared with real images: the reference has "
+            f"{len(real.held_out):,} images, and {2 * num_images:,} are needed. Without this level "
+            "there are no verdicts. Use a larger reference or fewer images (--num-images)."
+        )
+    generated = {model.name: read_images(model.images, num_images) for model in models}
+    base = held_out if train is None else train
+    levels = make_levels(protocol.levels, models, other, base, num_images, protocol.seed)
+    refuse_names([model.name for model in models], [level.key for level in levels])
+    sets = Sets(held_out, train, generated, tuple(levels))
+    refuse_sizes(held_out.resolution, sets.judged)
+    return sets, notes
+
+
+def agree_on_number(models, real: RealImages, num_images: int) -> tuple[int, list[str]]:
+    """Return the number of images of every set, and a note if it is smaller than asked for."""
+    counts = {"held-out images": len(real.held_out)}
+    if real.train is not None:
+        counts["training views"] = len(real.train)
+    for model in models:
+        counts[f"images of {model.name}"] = len(model.images)
+        for kind in ("untrained", "transferred"):
+            if getattr(model, kind) is not None:
+                counts[f"images of {model.name} ({kind})"] = len(getattr(model, kind))
+    scarcest = min(counts, key=counts.get)
+    if counts[scarcest] < 2:
+        raise ValueError(
+            f"There are {counts[scarcest]} {scarcest}, but a distance needs at least 2 of each set."
+        )
+    if counts[scarcest] >= num_images:
+        return num_images, []
+    note = (
+        f"Every set has {counts[scarcest]:,} images instead of {num_images:,}, since there are "
+        f"only {counts[scarcest]:,} {scarcest}."
+    )
+    return counts[scarcest], [note]
+
+
+def refuse_names(names: list[str], reserved: list[str]) -> None:
+    """Raise `ValueError` for two models of one name, and for names of other sets."""
+    taken = {"held_out", "train", *LEVELS, *reserved}
+    wrong = sorted({name for name in names if name in taken or names.count(name) > 1})
+    if wrong:
+        raise ValueError(
+            f"Each model needs a name of its own, not {', '.join(wrong)}. Use --models NAME=MODEL."
+        )
+
+
+def refuse_sizes(expected: tuple[int, int], sets: dict[str, ImageSet]) -> None:
+    """Raise `ValueError` for sets whose images differ from the held-out images in size."""
+    sizes = {key: images.resolution for key, images in sets.items()}
+    wrong = [f"{key} ({h} x {w})" for key, (h, w) in sizes.items() if (h, w) != expected]
+    if wrong:
+        raise ValueError(
+            f"The held-out images have {expected[0]} x {expected[1]} pixels, but not "
+            f"{', '.join(wrong)}. Cut the micrographs to the size of the generated images "
+            "(--tiles resolution=...), or generate images of the size of the tiles."
+        )
+
+
+def add_blind_spots(measurement: FeatureMeasurement, sets: Sets) -> FeatureMeasurement:
+    rows, metrics = measurement.against_held_out, measurement.metrics
+    found = find_blind_spots(rows, metrics, tuple(sets.generated), sets.levels)
+    return replace(measurement, blind_spots=found)
+
+
+def search_copies(models, real: RealImages, sets: Sets, extractor, seed, log, **caching):
+    """Return the report's section on memorisation and the closest pairs; None, [] if too small.
+
+    Models with grain are searched without it, since it would hide copies.
+    """
+    number = len(sets.held_out)
+    bare = {
+        model.name: read_images(model.without_grain, number)
+        for model in models
+        if model.without_grain is not None
+    }
+    searched = sets.generated | bare
+    section, pairs = measure_memorisation(
+        searched, sets.held_out, real.train, extractor=extractor, seed=seed, log=log, **caching
+    )
+    if section is not None:
+        section["partial"] = measure_partial_copies(searched, sets.held_out, real.train, log=log)
+        section["without_grain"] = list(bare)
+    return section, pairs
+
+
+def conclude(
+    measurement: FeatureMeasurement, sets: Sets, microscopy: dict | None, seed: int
+) -> dict[str, list]:
+    """Return the differences between sets, the autoencoders' shares, and the verdicts."""
+    models, levels = list(sets.generated), {level.key: level for level in sets.levels}
+    common = (measurement.distances, sets.judged, sets.held_out, seed)
+    pairs = [*combinations(models, 2), *((model, key) for model in models for key in levels)]
+    comparisons = [compare(first, second, *common) for first, second in pairs]
+    real = next((level for level in sets.levels if level.kind == "real"), None)
+    autoencoders = [
+        weigh_autoencoder(level, real, *common)
+        for level in sets.levels
+        if level.kind == "reconstruction"
+    ]
+    against_real = {
+        each.first: each for each in comparisons if real is not None and each.second == real.key
+    }
+    verdicts = [
+        verdict
+        for model in models
+        for verdict in judge_model(
+            model,
+            measurement.against_held_out,
+            None if real is None else real.key,
+            against_real.get(model),
+            microscopy,
+        )
+    ]
+    return {
+        "comparisons": comparisons,
+        "autoencoders": [each for each in autoencoders if each is not None],
+        "verdicts": verdicts,
+    }
+
+
+def describe_protocol(measurements, sets: Sets, real: RealImages, protocol, notes) -> dict:
+    """Return what two reports must share to be compared, and what the reader must know."""
+    number, groups = len(sets.held_out), sets.held_out.num_groups
+    trained_on = "never trained on" if real.train is not None else "a folder of real images"
+    if real.summary.get("split") == "leaky":
+        trained_on = "of micrographs that were trained on (leaky split): every distance is too good"
+    num_tiles = min(number, getattr(real.held_out, "num_tiles", number))
+    origin = "" if groups is None else f" of {groups} micrographs"
+    return {
+        "extractor": measurements[0].identity,
+        "num_features": measurements[0].num_features,
+        "num_images": number,
+        "resolution": sets.held_out.resolution[0],
+        "grey_levels": "8 bit, generated and real alike",
+        "reference": f"{number:,} views of {num_tiles:,} held-out tiles{origin}, {trained_on}",
+        "reference_num_tiles": num_tiles,
+        "reference_num_micrographs": groups,
+        "reference_digest": content_digest(sets.held_out)[:16],
+        "train_digest": None if sets.train is None else content_digest(sets.train)[:16],
+        "intervals": "95 %, over generated images and over micrographs: linearised bootstrap of "
+        "the distances, half-samples for precision, recall, density and coverage; they do not "
+        "contain the scatter between training runs",
+        "seed": protocol.seed,
+        "notes": notes,
+    }
+
+
+def describe_measurement(measurement: FeatureMeasurement) -> dict:
+    """Return a measurement as JSON values; rows: set -> side -> metric -> interval."""
+    names = ("extractor", "identity", "num_features", "metrics", "blind_spots")
+    sides = {
+        "held_out": measurement.against_held_out,
+        "train": measurement.against_train,
+    }
+    rows = {
+        key: {side: rows[key] for side, rows in sides.items() if key in rows}
+        for key in measurement.against_held_out
+    }
+    return {name: getattr(measurement, name) for name in names} | {"rows": rows}
+
+
+def describe_model(model: ModelImages, num_images: int) -> dict:
+    """Return what the report says about a model beside its metrics."""
+    rate = model.sample_images_per_second
+    if rate is None and model.sample_seconds:
+        rate = len(model.images) / model.sample_seconds
+    names = ("name", "family", "family_title", "train_seconds", "num_images_seen", "sample_seconds")
+    return {name: getattr(model, name) for name in names} | {
+        "num_images": num_images,
+        "sample_images_per_second": rate,
+        "sample_seconds_50000": 50_000 / rate if rate else None,
+        "info": model.info,
+        "curves": {stage: thin_out(lines) for stage, lines in model.curves.items()},
+    }
+
+
+def thin_out(lines: list, most=MAX_CURVE_POINTS) -> list:
+    """Keep at most `most` lines of a curve, the last one among them."""
+    if len(lines) <= most:
+        return lines
+    return [lines[i] for i in np.linspace(0, len(lines) - 1, most).round().astype(int)]

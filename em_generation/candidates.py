@@ -1,0 +1,97 @@
+"""What evaluate.py judges: trained models, and folders or data sets of images, each with a name."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from em_data import read_image_folder
+from em_data.reading import SUFFIXES
+from em_generation.loading import Model, read_model
+
+DATASET_FILES = ("state.json", "dataset_dict.json")
+DATASET_PREFIXES = ("hub:", "hub-stream:", "datasets:")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model or a set of images to judge.
+
+    name: its name in the report. source: as given. model: None for images. images: those of a
+    folder or a data set; None for a model.
+    """
+
+    name: str
+    source: str
+    model: Model | None = None
+    images: Any = None
+
+
+def name_candidates(sources: Sequence[str]) -> list[Candidate]:
+    """Open what --models names, and give each a name of its own.
+
+    A text is SOURCE or NAME=SOURCE. Without a name, a model is called by its kind if it is the only
+    one of this kind, else by its run's name; images are called by their folder.
+    """
+    if not sources:
+        raise ValueError(
+            "There is nothing to judge. Name at least one run, pipeline, Hub id or folder of "
+            "images with --models."
+        )
+    found = []
+    for text in sources:
+        name, _, source = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        found.append(open_candidate(clean_name(name), source))
+    kinds = [each.model.kind for each in found if each.model is not None]
+    named: dict[str, Candidate] = {}
+    for each in found:
+        name = each.name
+        if not name and each.model is not None:
+            alone = kinds.count(each.model.kind) == 1
+            name = each.model.title if alone else clean_name(each.model.name)
+        name = name or clean_name(Path(each.source.rpartition(":")[2]).resolve().name) or "images"
+        if name in named:
+            raise ValueError(
+                f"Two models are called {name}. Give one another name: --models NAME={each.source}"
+            )
+        named[name] = replace(each, name=name)
+    return list(named.values())
+
+
+def open_candidate(name: str, source: str) -> Candidate:
+    """Return a model, or the images of a folder or data set."""
+    if is_image_set(source):
+        return Candidate(name, source, images=read_image_folder(source))
+    return Candidate(name, source, model=read_model(source))
+
+
+def is_image_set(source: str) -> bool:
+    """Return whether a source names images and not a model."""
+    path = Path(source)
+    if source.startswith(DATASET_PREFIXES):
+        return True
+    if not path.is_dir() or any(
+        (folder / "model_index.json").is_file() for folder in (path, path / "pipeline")
+    ):
+        return False
+    if any((path / name).is_file() for name in DATASET_FILES):
+        return True
+    if (path / "config.json").is_file() or (path / "run.json").is_file():
+        return False  # a run that is not finished
+    return holds_images(path) or any(
+        holds_images(each) for each in path.rglob("*") if each.is_dir()
+    )
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether images lie in a folder, not counting its subfolders."""
+    return any(
+        path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        for path in folder.iterdir()
+    )
+
+
+def clean_name(name: str) -> str:
+    """Return a name on one line, without control characters."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(name)).split())

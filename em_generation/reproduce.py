@@ -1,0 +1,104 @@
+"""The commands that make a report again, without private paths."""
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from em_generation.candidates import Candidate
+
+LOCAL = ("models", "out", "compare", "weights", "cache_dir")  # fields that need care, or none
+
+
+def list_commands(config, candidates: Sequence[Candidate]) -> list[str]:
+    """Return the commands that make a report again: trainings, then the evaluation.
+
+    config: An `EvaluationConfig`. Paths are relative to where the command ran; a path elsewhere
+    is replaced by its last part.
+    """
+    commands = []
+    for candidate in candidates:
+        if candidate.model is not None:
+            commands += list_training(candidate)
+    words = ["python evaluate.py --models"]
+    words += [quote(f"{each.name}={hide_path(each.source)}") for each in candidates]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, default in defaults.items():
+        value = getattr(config, name)
+        if name in LOCAL or (value == default and name != "num_images"):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            words.append(" ".join([f"--{flag}", *(quote(hide_path(each)) for each in value)]))
+        else:
+            words.append(f"--{flag} {quote(hide_path(str(value)))}")
+    return [*commands, " ".join([*words, "--out", quote(hide_path(config.out))])]
+
+
+def list_training(candidate: Candidate) -> list[str]:
+    """Return the command that trained a model, as far as its run says."""
+    family, config = candidate.model.family, candidate.model.config
+    if not config or not family.script:
+        return []
+    values = flatten(config)
+    presets = {
+        name: flatten(dataclasses.asdict(make())) for name, make in family.import_presets().items()
+    }
+    private = ("out", "data", "tiles.cache_dir")
+
+    def changes(preset):
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in private and to_text(presets[preset].get(key)) != to_text(value)
+        }
+
+    nearest = min(presets, key=lambda preset: len(changes(preset)))
+    words = [f"python {family.script} {nearest}"]
+    if values.get("data"):
+        words.append(f"--data {quote(hide_path(str(values['data'])))}")
+    for key, value in changes(nearest).items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            section, _, last = flag.rpartition(".")
+            prefix = f"{section}." if section else ""
+            words.append(f"--{prefix}{'' if value else 'no-'}{last}")
+        else:
+            words.append(f"--{flag} {to_text(value)}")
+    return [" ".join([*words, "--out", quote(hide_path(candidate.source))])]
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Return nested values as {"section.name": value}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_text(value) -> str:
+    """Return a value as it stands on a command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(to_text(each) for each in value)
+    return quote(hide_path(str(value)))
+
+
+def quote(text: str) -> str:
+    return shlex.quote(text)
+
+
+def hide_path(text: str) -> str:
+    """Return a path relative to the working folder, or its last part if it lies elsewhere."""
+    name, equals, path = text.rpartition("=")
+    path = os.path.expanduser(path)
+    if not os.path.isabs(path):
+        parts = Path(path).parts
+        return text if ".." not in parts else name + equals + Path(path).name
+    relative = os.path.relpath(path)
+    return name + equals + (Path(path).name if relative.startswith("..") else relative)
