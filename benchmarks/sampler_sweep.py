@@ -22,6 +22,7 @@ import torch
 import tyro
 from sampler_points import is_as_good, load_reference, sample_levels
 
+from em_data.files import write_atomically
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.family import LDMOptions
 from em_diffusion.samplers import (
@@ -31,7 +32,7 @@ from em_diffusion.samplers import (
     store_default_sampler,
 )
 from em_generation.loading import find_pipeline_folder, read_model
-from em_training import create_process_state, default_precision, write_text_atomically
+from em_training import create_process_state, default_precision
 from em_training.cli import run_command
 
 NUM_REFERENCE_STEPS = 200
@@ -146,7 +147,7 @@ def sweep(config: SweepConfig) -> dict:
         "batch_size": config.batch_size,
         "points": points,
     }
-    write_text_atomically(out / "sampler_sweep.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(out / "sampler_sweep.json", json.dumps(result, indent=2) + "\n")
     draw(result, out / "sampler_sweep.png")
     print(
         f"default by the rule: {chosen['sampler']} with {chosen['num_inference_steps']} steps, {chosen['times_reference']:g} times the "

@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 from train_step import LoopInSteps
 
 from em_data import load_data, read_image_folder
+from em_data.files import write_atomically
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, denoiser_loop
 from em_diffusion.autoencoder import decode, encode
 from em_diffusion.denoiser import create_denoiser, create_scheduler
@@ -72,7 +73,6 @@ from em_training import (
     load_checkpoint,
     make_generator,
     seed_for,
-    write_text_atomically,
 )
 from em_training.cli import run_command
 
@@ -146,7 +146,7 @@ def prepare(arguments) -> Shared:
     latents, held_out_latents, _ = run_latents_stage(config, data, vqvae, accelerator, folder)
     grain = run_grain_stage(config, data, vqvae, accelerator, folder)
     if not record.exists():  # of a second start, which finds both
-        write_text_atomically(record, json.dumps({"seconds": clock() - started}) + "\n")
+        write_atomically(record, json.dumps({"seconds": clock() - started}) + "\n")
     seconds = json.loads(record.read_text())["seconds"]
     return Shared(
         config, data, vqvae, latents, held_out_latents, grain, seconds, accelerator, clock
@@ -161,7 +161,7 @@ def refuse_other_settings(folder, settings):
         raise ValueError(
             f"{folder} was made with another preset, data, seed or autoencoder; choose another --out"
         )
-    write_text_atomically(path, json.dumps(settings, indent=2) + "\n")
+    write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- ours
@@ -199,7 +199,7 @@ def train_ours(shared, seconds, out):
         "train_seconds": elapsed,
         "encode_seconds": shared.encode_seconds,
     }
-    write_text_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -217,7 +217,7 @@ def make_plan(shared, seconds, out):
         rate = measure_speed(shared, folder)
     num_steps = int(MARGIN * rate * (seconds - shared.encode_seconds) / batch_size)
     plan = {"images_per_second": rate, "num_images": max(1, num_steps) * batch_size}
-    write_text_atomically(path, json.dumps(plan, indent=2) + "\n")
+    write_atomically(path, json.dumps(plan, indent=2) + "\n")
     return plan
 
 
@@ -295,7 +295,7 @@ def train_plain(shared, seconds, out):
     save_pipeline(unet.eval(), config, shared, out)
     last = torch.stack(losses[-len(losses) // 10 - 1 :]).mean().item()
     result = {"num_images_seen": num_images_seen, "train_seconds": elapsed, "last_loss": last}
-    write_text_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -503,7 +503,7 @@ def main():
     }
     figure["clock"] = "CPU time, one thread" if shared.clock is time.process_time else "wall time"
     figure["device"] = shared.accelerator.device.type
-    write_text_atomically(out / "figure.json", json.dumps(figure) + "\n")
+    write_atomically(out / "figure.json", json.dumps(figure) + "\n")
     print(json.dumps(figure))
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from em_data.files import write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.weights import hash_weights
-from em_training import run_in_parts, write_text_atomically
+from em_training import run_in_parts
 
 BATCHES_PER_CHUNK = 4  # what a kill may cost each process
 
@@ -144,16 +145,14 @@ class LatentsFile:
         array[self.chunks[number]] = latents
         array.flush()
         del array
-        write_text_atomically(
-            self.notes / f"{number:06d}.json", json.dumps({"seconds": seconds}) + "\n"
-        )
+        write_atomically(self.notes / f"{number:06d}.json", json.dumps({"seconds": seconds}) + "\n")
 
     def finish(self, num_processes: int):
         """Give the file its name, and keep the time that it took."""
         missing = self.list_missing()
         assert not missing, f"chunks {missing} of {self.path} are missing"
         seconds = sum(json.loads(note.read_text())["seconds"] for note in self.notes.glob("*.json"))
-        write_text_atomically(
+        write_atomically(
             seconds_path(self.path), json.dumps({"seconds": seconds / num_processes}) + "\n"
         )
         os.replace(self.partial, self.path)
@@ -240,4 +239,4 @@ def store_latent_statistics(autoencoder_dir, mean, std):
     """Write `latents_mean` and `latents_std`, one number a channel, into the config.json of a saved autoencoder."""
     path = Path(autoencoder_dir) / "config.json"
     config = json.loads(path.read_text()) | {"latents_mean": list(mean), "latents_std": list(std)}
-    write_text_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

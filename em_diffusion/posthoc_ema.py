@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from em_data.files import write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_denoiser
@@ -15,7 +16,7 @@ from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.train import choose_sampler
 from em_diffusion.weights import save_model
-from em_training import load_config, write_text_atomically
+from em_training import load_config
 from em_training.cli import run_command
 from em_training.posthoc_ema import reconstruct_average
 
@@ -63,10 +64,10 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
         "num_images_seen": num_images_seen,
         "relative_error_of_profile": error,
     }
-    write_text_atomically(out / "posthoc_ema.json", json.dumps(made, indent=2) + "\n")
+    write_atomically(out / "posthoc_ema.json", json.dumps(made, indent=2) + "\n")
     if result:
         result |= {"name": out.name, "num_images_seen": num_images_seen, "posthoc_ema": made}
-        write_text_atomically(out / "run.json", json.dumps(result, indent=2) + "\n")
+        write_atomically(out / "run.json", json.dumps(result, indent=2) + "\n")
     return error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import diffusers
 
-from em_training import write_text_atomically
+from em_data.files import write_atomically
 
 # of a scheduler's config, what the model was trained for
 NOISE_SCHEDULE = (
@@ -123,7 +123,7 @@ def store_default_sampler(pipeline_folder, name: str, num_steps: int) -> None:
         "scheduler": ["diffusers", type(scheduler).__name__],
         "default_num_inference_steps": num_steps,
     }
-    write_text_atomically(
+    write_atomically(
         folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
     )
 

@@ -21,6 +21,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from em_data import DataConfig, load_data, to_uint8
+from em_data.files import write_atomically
 from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.load_autoencoder import KINDS, load_autoencoder
@@ -32,7 +33,7 @@ from em_evaluation.baselines import read_baselines
 from em_evaluation.distances import Distance, frechet_influence
 from em_evaluation.environment import describe_environment
 from em_evaluation.images import ImageSet, note_few_micrographs, read_images
-from em_training import create_process_state, write_text_atomically
+from em_training import create_process_state
 from em_training.cli import run_command
 
 SIDES = ("held_out", "train")
@@ -132,7 +133,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     selection["conclusion"] = conclude(selection)
     text = json.dumps(selection, indent=1, allow_nan=False, ensure_ascii=False)
     out = Path(config.out)
-    write_text_atomically(out / "selection.json", text + "\n")
+    write_atomically(out / "selection.json", text + "\n")
     pictures = {each.facts["name"]: each.reconstructions.levels for each in judged}
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
     log(f"{format_table(selection)}\n\n{out / 'selection.json'}\n{out / 'selection.png'}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from em_data import load_data, warn_if_few
+from em_data.files import write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.config import LDMConfig
@@ -31,7 +32,6 @@ from em_training import (
     refuse_other_run,
     save_config,
     seed_for,
-    write_text_atomically,
 )
 
 
@@ -104,7 +104,7 @@ def train_stages(config, accelerator, out):
             "config": asdict(config),
             "data": data.summary,
         }
-        write_text_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+        write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 
@@ -193,7 +193,7 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
             f"{len(images):,} training views; it is drawn anew for each generated image"
         )
         save_model(grain, path)
-        write_text_atomically(record, json.dumps(made_for) + "\n")
+        write_atomically(record, json.dumps(made_for) + "\n")
     accelerator.wait_for_everyone()
     return EMGrain.from_pretrained(path).to(accelerator.device)
 
@@ -245,7 +245,7 @@ def write_result(folder, config, train_seconds: float, accelerator) -> dict:
     num_images_seen = -(-config.num_images // config.batch_size) * config.batch_size
     result = {"num_images_seen": num_images_seen, "train_seconds": train_seconds}
     if accelerator.is_main_process:
-        write_text_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     accelerator.wait_for_everyone()
     return result
 

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 
 from em_data import save_image_grid
+from em_data.files import write_atomically
 from em_evaluation.environment import describe_environment
 from em_generation.loading import find_pipeline_folder, hash_weight_files, read_model
 from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
-from em_training import write_text_atomically
 
 WEIGHTS_OF_A_PART = r"(vqvae|unet|scheduler|grain|generator)/.+"
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
@@ -137,10 +137,10 @@ def build_repository(config: PublishConfig, out: Path) -> None:
         raise ValueError(
             f"the weights cannot be written to {out} ({error}); make room, or set TMPDIR to another disk"
         ) from error
-    write_text_atomically(out / "README.md", card)
-    write_text_atomically(out / "run.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(out / "README.md", card)
+    write_atomically(out / "run.json", json.dumps(record, indent=2) + "\n")
     if evaluation is not None:
-        write_text_atomically(out / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
+        write_atomically(out / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
 
 
 def save_weights(pipeline, out: Path) -> None:

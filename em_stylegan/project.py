@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from em_data import from_uint, read_micrograph
 from em_data.cutting import average_area
+from em_data.files import write_atomically
 from em_data.intensity import find_levels
 from em_evaluation.perceptual import PerceptualDistance
 from em_stylegan.interpolate import load_generator, save_grid
-from em_training import make_generator, write_text_atomically
+from em_training import make_generator
 from em_training.cli import run_command
 
 SMALLEST_NOISE_PX = 8  # maps up to this side are neither halved nor regularised further
@@ -176,7 +177,7 @@ def save_projection(folder, found, image, target, facts):
     temporary = folder / f".w-{os.getpid()}.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, temporary)
     os.replace(temporary, folder / "w.safetensors")
-    write_text_atomically(folder / "projection.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(folder / "projection.json", json.dumps(facts, indent=2) + "\n")
 
 
 def main():

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from em_data import load_data, warn_if_few
+from em_data.files import write_atomically
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
@@ -16,7 +17,6 @@ from em_training import (
     refuse_other_data,
     refuse_other_run,
     save_config,
-    write_text_atomically,
 )
 
 
@@ -82,7 +82,7 @@ def train_and_save(config, accelerator, out):
             "config": asdict(config),
             "data": data.summary,
         }
-        write_text_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+        write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 

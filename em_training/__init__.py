@@ -1,4 +1,4 @@
-"""What every training loop shares, and no loop: checkpoints, EMA, seeding, run log, strict configuration."""
+"""What every training loop shares, and no loop: run, checkpoints, EMA, seeding, configuration."""
 
 import lazy_loader
 

@@ -10,12 +10,12 @@ from .config import config_from_dict as config_from_dict
 from .config import config_from_json as config_from_json
 from .config import config_to_json as config_to_json
 from .config import describe_error as describe_error
+from .config import is_complete as is_complete
 from .config import load_config as load_config
 from .config import refuse_other_data as refuse_other_data
 from .config import refuse_other_run as refuse_other_run
 from .config import save_config as save_config
 from .config import strict as strict
-from .config import write_text_atomically as write_text_atomically
 from .ema import EMA as EMA
 from .memory import MicroBatching as MicroBatching
 from .memory import is_out_of_memory as is_out_of_memory
@@ -34,6 +34,6 @@ from .run import NonFiniteLossError as NonFiniteLossError
 from .run import TrainingInterrupted as TrainingInterrupted
 from .run import TrainingRun as TrainingRun
 from .run import lock_folder as lock_folder
-from .run import read_stats as read_stats
 from .seeding import make_generator as make_generator
 from .seeding import seed_for as seed_for
+from .stats import read_stats as read_stats

@@ -3,19 +3,27 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from em_data.files import flush_to_disk
 
 
 class BestWeights:
-    """Measures the averaged weights now and then and keeps those that came nearest, as `run.dir`/best/`name`.
+    """Measures averaged weights now and then, and keeps the best ones as `run.dir`/best/`name`.
 
-    distance: measures images, `measure(generate) -> float` over `num_images` (`em_evaluation.held_out.HeldOutDistance`). facts: what
-    else the record says of how it was measured; what was measured otherwise, before a change of flags, is not compared with. What is
-    kept is on disk alone: a run that was killed replays the steps since its checkpoint, comes to the same distances and to the same
-    best, which lies there already.
+    They are on disk alone: a run that was killed replays the steps since its checkpoint, comes to
+    the same distances, and finds the same best weights there already.
+
+    Args:
+        distance: Has num_images and measure(generate) -> float.
+        run: The stage's `TrainingRun`.
+        facts: How the distance is measured, for the record; records with other facts are not
+            compared with.
     """
 
-    def __init__(self, distance, run, name: str, **facts):
+    def __init__(self, distance: Any, run: Any, name: str, **facts: Any):
         self.distance, self.run, self.name, self.facts = distance, run, name, facts
         record = read_best(run.dir) if run.accelerator.is_main_process else None
         is_comparable = record is not None and all(
@@ -23,8 +31,11 @@ class BestWeights:
         )
         self.record = record if is_comparable else None
 
-    def update(self, model, generate, num_images_seen: int) -> float:
-        """Return the distance of `generate`'s images, and keep `model` when it is the smallest so far; all processes call it."""
+    def update(self, model: Any, generate: Callable, num_images_seen: int) -> float:
+        """Return the distance of `generate`'s images, and keep `model` if it is the smallest.
+
+        All processes call it.
+        """
         value = self.distance.measure(generate)
         if self.run.accelerator.is_main_process and (
             self.record is None or value < self.record["frechet_distance"]
@@ -39,27 +50,29 @@ class BestWeights:
         return value
 
 
-def save_best(model, folder, record: dict, name: str):
-    """Keep `model` as `folder`/best/`name` and `record` beside it as best.json, in place of what was there.
+def save_best(model: Any, folder: str | Path, record: dict, name: str) -> None:
+    """Keep `model` as `folder`/best/`name` with `record` as best.json, in place of what was there.
 
-    A kill in between leaves the old one, the new one, or what `read_best` makes one of them.
+    After a kill, `read_best` finds the old weights or the new ones.
     """
     folder = Path(folder)
     new, old, best = folder / ".best-new", folder / ".best-old", folder / "best"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(new / name)
-    (new / "best.json").write_text(
-        json.dumps(record, indent=2) + "\n"
-    )  # last: with it, the folder is whole
+    # written last: with it, the folder is complete
+    (new / "best.json").write_text(json.dumps(record, indent=2) + "\n")
+    for path in new.rglob("*"):
+        flush_to_disk(path)
     if best.exists():
         os.replace(best, old)
     os.replace(new, best)
+    flush_to_disk(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_best(folder) -> dict | None:
-    """The record of the weights kept in `folder`/best, or None; finishes what a kill left half done."""
+def read_best(folder: str | Path) -> dict | None:
+    """Return the record of the weights in `folder`/best, or None; complete what a kill left."""
     folder = Path(folder)
     best = folder / "best"
     for name in (".best-new", ".best-old"):
@@ -68,7 +81,7 @@ def read_best(folder) -> dict | None:
     return _read_record(best)
 
 
-def _read_record(folder) -> dict | None:
+def _read_record(folder: Path) -> dict | None:
     try:
         return json.loads((folder / "best.json").read_text())
     except (OSError, ValueError):  # absent, or cut short by a kill

@@ -20,7 +20,9 @@ from em_data.files import flush_to_disk
 TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json"
 
 
-def save_checkpoint(folder, num_images_seen: int, state: dict, *, keep: int = 2) -> Path:
+def save_checkpoint(
+    folder: str | Path, num_images_seen: int, state: dict, *, keep: int = 2
+) -> Path:
     """Write `state` as `folder`/NUM_IMAGES_SEEN and keep the newest `keep` checkpoints.
 
     state: Nested dicts and lists of tensors, numbers, strings and None.
@@ -56,12 +58,12 @@ def save_checkpoint(folder, num_images_seen: int, state: dict, *, keep: int = 2)
     return target
 
 
-def list_checkpoints(folder) -> list[Path]:
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
     return sorted(p for p in Path(folder).glob("[0-9]" * 12) if p.is_dir())
 
 
-def load_checkpoint(path) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint; its tensors lie in aligned memory, as kernels may round otherwise.
 
     Raises:

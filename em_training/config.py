@@ -11,13 +11,14 @@ import json
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from em_data.files import write_atomically
-from em_data.files import write_atomically as write_text_atomically  # noqa: F401
 
 MAY_CHANGE = "may change"
+Config = TypeVar("Config")
 
 
 def strict(section: str | None = None) -> ConfigDict:
@@ -29,12 +30,12 @@ def strict(section: str | None = None) -> ConfigDict:
     return ConfigDict(title=section, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def config_to_json(config) -> str:
+def config_to_json(config: Any) -> str:
     """Return a configuration as indented JSON; tuples become lists."""
     return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
-def config_from_json(cls, text: str):
+def config_from_json(cls: type[Config], text: str) -> Config:
     """Build the configuration class `cls` from JSON text.
 
     Raises:
@@ -46,17 +47,17 @@ def config_from_json(cls, text: str):
         raise ValueError(describe_error(error, cls)) from error
 
 
-def config_from_dict(cls, values: dict):
+def config_from_dict(cls: type[Config], values: dict) -> Config:
     """Build `cls` from plain values as JSON has them; errors as in `config_from_json`."""
     return config_from_json(cls, json.dumps(values))
 
 
-def save_config(config, path) -> None:
+def save_config(config: Any, path: str | Path) -> None:
     """Write `config` as JSON to `path`, atomically."""
     write_atomically(path, config_to_json(config))
 
 
-def load_config(cls, path):
+def load_config(cls: type[Config], path: str | Path) -> Config:
     """Read the configuration class `cls` from the JSON file `path`; errors name the file."""
     try:
         return config_from_json(cls, Path(path).read_text())
@@ -67,7 +68,7 @@ def load_config(cls, path):
         ) from error
 
 
-def describe_error(error: ValidationError, cls=None) -> str:
+def describe_error(error: ValidationError, cls: type | None = None) -> str:
     """Return pydantic's error as plain sentences: name, value, requirement and flag.
 
     cls: the configuration class that was being read, for the nearest key to an unknown one.
@@ -77,7 +78,7 @@ def describe_error(error: ValidationError, cls=None) -> str:
     return " ".join(_describe_problem(problem, prefix, cls) for problem in problems)
 
 
-def changed_fields(old, new, prefix: str = "") -> dict[str, tuple]:
+def changed_fields(old: Any, new: Any, prefix: str = "") -> dict[str, tuple]:
     """Return {dotted name: (old, new)} of the fields in which two configurations differ."""
     changes = {}
     for field in dataclasses.fields(old):
@@ -89,7 +90,7 @@ def changed_fields(old, new, prefix: str = "") -> dict[str, tuple]:
     return changes
 
 
-def find_marked(cls, marker: str, prefix: str = "") -> set[str]:
+def find_marked(cls: type, marker: str, prefix: str = "") -> set[str]:
     """Return the dotted names of the fields of `cls` whose `Annotated` holds `marker`."""
     found = set()
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
@@ -101,7 +102,9 @@ def find_marked(cls, marker: str, prefix: str = "") -> set[str]:
 
 
 def refuse_other_run(
-    out, config, is_allowed: Callable[[str, object, object], bool] = lambda *change: False
+    out: str | Path,
+    config: Any,
+    is_allowed: Callable[[str, Any, Any], bool] = lambda *change: False,
 ) -> None:
     """Refuse to resume the run in `out` with a configuration that would change its result.
 
@@ -129,7 +132,7 @@ def refuse_other_run(
         )
 
 
-def is_complete(out, config) -> bool:
+def is_complete(out: str | Path, config: Any) -> bool:
     """Say whether `out` holds the finished run of `config`, with its pipeline.
 
     The run's own folder and cache may have moved, and "auto" precision was resolved.
@@ -145,7 +148,7 @@ def is_complete(out, config) -> bool:
     return changes.keys() <= free and (out / "pipeline" / "model_index.json").exists()
 
 
-def refuse_other_data(out, identity: dict) -> None:
+def refuse_other_data(out: str | Path, identity: dict) -> None:
     """Refuse to resume the run in `out` with other data than it began with.
 
     Args:

@@ -6,27 +6,27 @@ import torch
 
 
 class EMA:
-    """A second copy of `model` that follows its weights: w_ema <- b w_ema + (1 - b) w with b = 0.5^(batch_size / half-life).
+    """A copy of `model` that follows its weights: w_ema <- b w_ema + (1 - b) w.
 
-    half_life_images: images after which an old weight counts half. ramp_up: the half-life is at most `ramp_up` times the images seen,
-    so that the first random weights are soon forgotten; None for none.
-    Buffers are copied, not averaged. `.model` is in eval mode and takes no gradient.
+    b = 0.5^(batch_size / half-life). Buffers are copied, not averaged. `.model` is in eval mode and
+    takes no gradient.
+
+    Args:
+        half_life_images: Images after which an old weight counts half.
+        ramp_up: The half-life is at most this share of the images seen, so that the random first
+            weights are soon forgotten; None for no such limit.
     """
 
     def __init__(
         self, model: torch.nn.Module, half_life_images: float, ramp_up: float | None = 0.05
     ):
-        if half_life_images < 0:
-            raise ValueError(
-                f"the EMA's half-life is {half_life_images} images; it must be 0 (no averaging) or more"
-            )
         self.half_life_images = half_life_images
         self.ramp_up = ramp_up
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._followed = None
+        self._followed: torch.nn.Module | None = None
 
     def decay(self, num_images_seen: int, batch_size: int) -> float:
-        """Return b, in [0, 1), for a step of `batch_size` images that brought the count to `num_images_seen`."""
+        """Return b, in [0, 1), of a step that brought the count to `num_images_seen`."""
         half_life = self.half_life_images
         if self.ramp_up is not None:
             half_life = min(half_life, num_images_seen * self.ramp_up)
@@ -34,15 +34,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, num_images_seen: int, batch_size: int) -> None:
-        """Move the average towards `model`, whose last step brought the count to `num_images_seen`."""
+        """Move the average towards `model` after a step."""
         decay = self.decay(num_images_seen, batch_size)
-        if (
-            model is not self._followed
-        ):  # listing the tensors of a large model takes longer than averaging them on a GPU
+        if model is not self._followed:
+            # listing the tensors of a large model takes longer than averaging them on a GPU
             self._followed = model
-            self._weights, self._averages = (
-                [p.detach() for p in m.parameters()] for m in (model, self.model)
-            )
+            self._weights = [p.detach() for p in model.parameters()]
+            self._averages = [p.detach() for p in self.model.parameters()]
             self._buffers = list(zip(self.model.buffers(), model.buffers()))
         if self._averages:
             torch._foreach_lerp_(self._averages, self._weights, 1 - decay)

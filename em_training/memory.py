@@ -1,6 +1,8 @@
 """Steps larger than the memory: computed in parts, and in smaller ones when the memory is full."""
 
 import gc
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -18,11 +20,16 @@ class MicroBatching:
         flag: Command-line flag of `micro_batch_size`, for messages.
     """
 
-    def __init__(self, micro_batch_size: int, *, run, flag: str):
+    def __init__(self, micro_batch_size: int, *, run: Any, flag: str):
         self.configured = self.size = micro_batch_size
         self.run, self.flag = run, flag
 
-    def accumulate(self, backward, batch, parameters) -> dict:
+    def accumulate(
+        self,
+        backward: Callable[[Any, float], dict | None],
+        batch: Any,
+        parameters: Iterable[torch.nn.Parameter],
+    ) -> dict:
         """Leave the gradients of `batch` in `parameters`, which have none before.
 
         When the memory is full, the step starts again with smaller parts and the same random state;
@@ -86,7 +93,9 @@ class MicroBatching:
         return {name: value.detach() for name, value in (outputs or {}).items()}
 
 
-def run_in_parts(function, *tensors, size: int):
+def run_in_parts(
+    function: Callable[..., torch.Tensor], *tensors: torch.Tensor, size: int
+) -> torch.Tensor:
     """Return `function` of `tensors`, computed in parts of `size` rows without gradients.
 
     When the memory is full, the parts are halved. Raises `ValueError` if one row does not fit.

@@ -1,11 +1,19 @@
 """One optimiser step: gradients averaged over processes, clipped, applied and dropped."""
 
+from collections.abc import Iterable
+
+import accelerate
 import torch
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel between processes in one piece
 
 
-def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float | None = None) -> dict:
+def step_optimizer(
+    accelerator: accelerate.Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[torch.nn.Parameter],
+    max_grad_norm: float | None = None,
+) -> dict:
     """Average the gradients over processes, clip them to `max_grad_norm`, step and drop them.
 
     In fp16 the gradients are unscaled first, and a step whose gradients overflow is skipped and
@@ -42,7 +50,7 @@ def step_optimizer(accelerator, optimizer, parameters, max_grad_norm: float | No
 
 
 @torch.no_grad()
-def average_gradients(parameters) -> None:
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over processes, which all have the same gradients.
 
     They travel in flat buckets of one dtype, at most `BUCKET_BYTES` or one gradient large. The
@@ -59,7 +67,7 @@ def average_gradients(parameters) -> None:
         )
 
 
-def match_memory_format(optimizer) -> None:
+def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Lay out each moment as its parameter: checkpoints hold contiguous tensors.
 
     The fused optimizer walks the memory of parameter and moments side by side.

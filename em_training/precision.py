@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import accelerate
 import torch
@@ -56,7 +57,7 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def create_accelerator(out_dir, precision: str = "auto") -> accelerate.Accelerator:
+def create_accelerator(out_dir: str | Path, precision: str = "auto") -> accelerate.Accelerator:
     """Return an Accelerator that logs to TensorBoard under `out_dir`/tensorboard.
 
     Args:

@@ -2,6 +2,8 @@
 
 import queue
 import threading
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 
@@ -18,27 +20,34 @@ class Prefetcher:
             unless the device is the CPU, whose cores the step needs.
     """
 
-    def __init__(self, batches, device, *, depth: int = 2, threaded: bool | None = None):
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        device: str | torch.device,
+        *,
+        depth: int = 2,
+        threaded: bool | None = None,
+    ):
         self.batches, self.device = iter(batches), torch.device(device)
         self.threaded = self.device.type != "cpu" if threaded is None else threaded
         self._queue: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._draw, name="prefetch", daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.threaded:
             self._thread.start()
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, *raised: object) -> None:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if not self.threaded:
             return next(self.batches).map(self._to_device)
         batch, error = self._queue.get()

@@ -8,14 +8,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
+import accelerate
 import torch
 from tqdm.auto import tqdm
 
-from em_data.files import lock, write_atomically
+from em_data.files import lock
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from em_training.optimizer import match_memory_format
+from em_training.stats import cut_stats
 
 # how often several processes tell each other that one of them was asked to stop
 AGREE_EVERY_STEPS = 8
@@ -34,7 +38,7 @@ class TrainingRun:
     """Everything about one training stage that is not the method; a context manager.
 
     Args:
-        out_dir, stage: The stage writes checkpoints/, samples/ and stats.jsonl to `out_dir`/`stage`.
+        out_dir, stage: The stage writes checkpoints/, samples/ and stats.jsonl to out_dir/stage.
         config: The stage's configuration, of which num_images, batch_size, log_every, sample_every
             and checkpoint_every are used: images, and global batch size.
         accelerator: Its main process writes; its trackers get the same numbers as stats.jsonl.
@@ -44,7 +48,15 @@ class TrainingRun:
         ValueError: If another process is training in the same folder.
     """
 
-    def __init__(self, out_dir, stage: str, config, accelerator, *, num_checkpoints: int = 2):
+    def __init__(
+        self,
+        out_dir: str | Path,
+        stage: str,
+        config: Any,
+        accelerator: accelerate.Accelerator,
+        *,
+        num_checkpoints: int = 2,
+    ):
         self.dir = Path(out_dir) / stage
         self.stage = stage
         self.accelerator = accelerator
@@ -64,7 +76,7 @@ class TrainingRun:
         self._old_handlers: dict = {}
         self._lock = lock_folder(self.dir, is_main_process=accelerator.is_main_process)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._lock.__enter__()
         self.dir.mkdir(parents=True, exist_ok=True)
         if self.accelerator.log_with:
@@ -75,7 +87,7 @@ class TrainingRun:
         self._started = time.monotonic()
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: type | None, *raised: object) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         if self._bar is not None:
@@ -103,7 +115,7 @@ class TrainingRun:
         num_images_seen = self._load_newest()
         self._last_saved = num_images_seen if num_images_seen else None
         if self.accelerator.is_main_process:
-            self._cut_stats(num_images_seen)
+            cut_stats(self.dir, num_images_seen)
         self._start_count = num_images_seen
         self._bar = tqdm(
             total=self.num_images,
@@ -119,7 +131,7 @@ class TrainingRun:
         self._started = time.monotonic()
         return num_images_seen
 
-    def log(self, **scalars) -> None:
+    def log(self, **scalars: torch.Tensor | float) -> None:
         """Add scalars to the averages of the next line of the log; tensors are not synchronised."""
         for name, value in scalars.items():
             value = value.detach().float() if isinstance(value, torch.Tensor) else float(value)
@@ -351,16 +363,9 @@ class TrainingRun:
             "again to stop without saving)"
         )
 
-    def _cut_stats(self, num_images_seen: int) -> None:
-        """Drop lines of stats.jsonl after the checkpoint, and a line cut short by a kill."""
-        path = self.dir / "stats.jsonl"
-        if path.exists():
-            kept = [line for line in read_stats(self.dir) if _count(line) <= num_images_seen]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-
 
 @contextlib.contextmanager
-def lock_folder(folder, *, is_main_process: bool = True):
+def lock_folder(folder: str | Path, *, is_main_process: bool = True) -> Iterator[None]:
     """Keep other trainings out of `folder` for the block; only the main process of several locks.
 
     Raises:
@@ -374,17 +379,3 @@ def lock_folder(folder, *, is_main_process: bool = True):
     )
     with lock(Path(folder) / ".lock", message):
         yield
-
-
-def read_stats(stage_dir) -> list[dict]:
-    """Return the lines of a stage's stats.jsonl, {"num_images_seen", "train_seconds", ...}."""
-    path = Path(stage_dir) / "stats.jsonl"
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line, cut short by a kill
-            lines.append(json.loads(line))
-    return lines
-
-
-def _count(line) -> float:
-    return line.get("num_images_seen", math.inf) if isinstance(line, dict) else math.inf

@@ -20,7 +20,6 @@ from em_data.files import write_atomically
 from em_evaluation import compute_features, frechet_distance_interval, get_extractor
 from em_evaluation.environment import describe_environment
 from em_evaluation.images import read_images
-from em_training import write_text_atomically
 
 STUDY = json.loads(Path(__file__).with_name("study.json").read_text())  # the published numbers
 
@@ -179,8 +178,8 @@ class Results:
             "notes": self.conclude(),
             "environment": describe_environment(),
         }
-        write_text_atomically(self.path, json.dumps(content, indent=1) + "\n")
-        write_text_atomically(self.path.with_suffix(".md"), self.format_table())
+        write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+        write_atomically(self.path.with_suffix(".md"), self.format_table())
 
     def conclude(self) -> list[str]:
         """What the points allow to say: the best, those that cannot be told apart from it, and the order beside the study's."""

@@ -19,8 +19,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from em_data.files import write_atomically
 from em_stylegan import PRESETS, train_gan
-from em_training import read_stats, write_text_atomically
+from em_training import read_stats
 from em_training.cli import run_command
 
 MODES = ("none", "adaptive")
@@ -104,7 +105,7 @@ def run_experiment(arguments) -> dict:
     }
     folder = Path(arguments.results)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / "ada.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(folder / "ada.json", json.dumps(result, indent=2) + "\n")
     draw(curves, folder / "ada.png")
     return result
 
