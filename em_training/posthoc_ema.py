@@ -126,8 +126,8 @@ def reconstruct_average(
         stored = ", ".join(map(str, sorted({key[1] for key in snapshots.values()})))
         raise ValueError(
             f"The {len(snapshots)} snapshots up to {target} images reach sigma_rel {sigma_rel} "
-            f"only within {error:.0%}. Choose one nearer to those stored ({stored}), a later count, or "
-            "store more snapshots."
+            f"only within {error:.0%}. Choose one nearer to those stored ({stored}), a later "
+            "count, or store more snapshots."
         )
     weights: dict[str, torch.Tensor] = {}
     for path, coefficient in zip(snapshots, coefficients):

@@ -13,7 +13,6 @@ OPEN = {
     "em_generation",
     "em_hub",
     "em_stylegan",
-    "em_training",
 }
 STUBS = sorted(ROOT.glob("em_*/__init__.pyi"))
 SPECIAL = {"__init__", "__call__", "__len__", "__getitem__", "__iter__", "__enter__", "__exit__"}
