@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, locks, and the cache. Imports nothing of ours."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -44,7 +45,7 @@ def write_atomically(path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _name_full_disk(path), os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -54,6 +55,19 @@ def write_atomically(path, data: bytes | str) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def _name_full_disk(path: Path) -> Iterator[None]:
+    """Raise a lack of space, also that of libraries with errors of their own, with the path."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+            raise
+        text = "No space left on the disk. What was saved before is whole; free space and repeat"
+        raise OSError(errno.ENOSPC, text, str(path)) from error
 
 
 def flush_to_disk(path) -> None:
@@ -81,7 +95,8 @@ def build_folder(folder) -> Iterator[Path]:
             shutil.rmtree(remains, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
-        yield temporary
+        with _name_full_disk(folder):
+            yield temporary
         os.chmod(temporary, 0o777 & ~_UMASK)
         try:
             os.rename(temporary, folder)
@@ -105,7 +120,8 @@ def replace_folder(folder) -> Iterator[Path]:
             shutil.rmtree(remains, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        yield temporary
+        with _name_full_disk(folder):
+            yield temporary
         os.chmod(temporary, 0o777 & ~_UMASK)
         for path in temporary.rglob("*"):
             if path.is_file():

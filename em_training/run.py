@@ -358,10 +358,10 @@ class TrainingRun:
         if self._stop_signal is not None:
             return
         self._stop_signal = number
-        self.say(
-            f"\n{signal.Signals(number).name}: saving after this step, then stopping (press Ctrl-C "
-            "again to stop without saving)"
-        )
+        how = "press Ctrl-C again to stop without saving"
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            how = "the launcher may end first; wait for 'stopped and saved'"
+        self.say(f"\n{signal.Signals(number).name}: saving after this step, then stopping ({how})")
 
 
 @contextlib.contextmanager
