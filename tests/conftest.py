@@ -16,7 +16,9 @@ def _one_thread():
 
 @pytest.fixture
 def hub_machine(tmp_path, monkeypatch):
-    """How a test gives this process a Hub, a private cache and a token of its own: call it with a server."""
+    """How a test gives this process a Hub, a private cache and a token of its own: call it with a
+    server.
+    """
 
     def use(server, token="write-token", cache=None):
         home = Path(cache or tmp_path / "hf")

@@ -19,7 +19,9 @@ def test_the_studys_micrographs_give_its_62400_views():
 
 
 def test_cutter_cuts_what_the_count_says(config, noise, source_of, tmp_path):
-    """The study's set with every side an eighth of its own: 1/8 of 1024 and 2048 in tiles of 1/8 of 256."""
+    """The study's set with every side an eighth of its own: 1/8 of 1024 and 2048 in tiles of 1/8 of
+    256.
+    """
     shapes = [(128, 128)] * 442 + [(256, 256)] * 52
     micrographs = [Micrograph(noise(i, shape), f"{i}") for i, shape in enumerate(shapes)]
     cut(source_of(micrographs), config(resolution=32), tmp_path / "cut")

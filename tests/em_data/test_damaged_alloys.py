@@ -1,4 +1,6 @@
-"""The Damaged Alloys set in both layouts, made up, and its download from a local server over a real connection."""
+"""The Damaged Alloys set in both layouts, made up, and its download from a local server over a real
+connection.
+"""
 
 import hashlib
 import http.server
@@ -29,7 +31,9 @@ def write_image(path, seed, side=64):
 
 @pytest.fixture
 def listed(tmp_path):
-    """Layout 1, one folder down; a name without an image, an image that is not listed, boxes with and without a type."""
+    """Layout 1, one folder down; a name without an image, an image that is not listed, boxes with
+    and without a type.
+    """
     root = tmp_path / "set" / "Defect-Detection"
     names = ["BF X500K, 06 (2).jpg", "grid1 100kx 3.jpg", "onzone 7.jpg", "lost.jpg"]
     for seed, name in enumerate(names[:3]):
@@ -47,7 +51,9 @@ def listed(tmp_path):
 
 @pytest.fixture
 def positive(tmp_path):
-    """Layout 2: ImageJ tables as .xls, 1-based boxes, a folder of augmented copies larger than the set."""
+    """Layout 2: ImageJ tables as .xls, 1-based boxes, a folder of augmented copies larger than the
+    set.
+    """
     root = tmp_path / "matlab"
     write_image(root / "positive" / "a 300kx.jpg", 1, side=1024)
     write_image(root / "positive" / "b 70kx.jpg", 2)
@@ -147,7 +153,9 @@ def test_what_is_unknown_is_refused_politely(tmp_path, listed):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The search index and the file server; breaks off the first answer for each file in `broken`, once."""
+    """The search index and the file server; breaks off the first answer for each file in `broken`,
+    once.
+    """
 
     def do_GET(self):
         server, path = self.server, urllib.parse.unquote(urllib.parse.urlparse(self.path).path)

@@ -1,8 +1,8 @@
-"""What a person does who has diffusers and never heard of this project: run by test_round_trip.py in an isolated interpreter.
+"""What a person does who has diffusers and never heard of this project: run by test_round_trip.py
+in an isolated interpreter.
 
-`python -I -S stranger.py OUT REPO@COMMIT...`: loads each repository by its id and at its commit, draws, pushes it again from the
-copy under another name, and loads that.
-"""
+`python -I -S stranger.py OUT REPO@COMMIT...`: loads each repository by its id and at its commit,
+draws, pushes it again from the copy under another name, and loads that."""
 
 import importlib.util
 import sys

@@ -1,7 +1,8 @@
-"""A stranger who loads repositories of several versions into one process, then draws from each: run by test_versions.py.
+"""A stranger who loads repositories of several versions into one process, then draws from each: run
+by test_versions.py.
 
-`python -I -S stranger_of_versions.py OUT REPO@REVISION...`: OUT gets {name: images}, drawn when all are loaded, the first loaded last.
-"""
+`python -I -S stranger_of_versions.py OUT REPO@REVISION...`: OUT gets {name: images}, drawn when all
+are loaded, the first loaded last."""
 
 import importlib.util
 import sys

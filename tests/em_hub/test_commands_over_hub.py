@@ -1,4 +1,6 @@
-"""The commands as a user calls them, each in a process of its own, over a Hub: push, train, publish, generate, judge, offline."""
+"""The commands as a user calls them, each in a process of its own, over a Hub: push, train,
+publish, generate, judge, offline.
+"""
 
 import json
 import shutil
@@ -21,7 +23,9 @@ TRAININGS = {"em-ldm": "train_ldm.py", "em-gan": "train_gan.py"}
 
 
 class Machine:
-    """A computer of ours with a cache and a token of its own: `run` calls a command in an empty folder of it."""
+    """A computer of ours with a cache and a token of its own: `run` calls a command in an empty
+    folder of it.
+    """
 
     def __init__(self, server, home, **changes):
         self.home = home
@@ -55,7 +59,9 @@ def server():
 
 @pytest.fixture(scope="module")
 def owner(server, tmp_path_factory):
-    """A machine that has pushed micrographs and published both trainings on them, in private repositories, by commands alone."""
+    """A machine that has pushed micrographs and published both trainings on them, in private
+    repositories, by commands alone.
+    """
     owner = Machine(server, tmp_path_factory.mktemp("owner"))
     write_labelled(list(synthesise_micrographs(4, 0, 256)), owner.home / "micrographs")
     owner.run("-m", "em_data.push", "micrographs", "you/set", "--private")

@@ -1,8 +1,7 @@
 """What users of any diffusers pipeline expect, asked of both of ours.
 
-The expectations are those of diffusers' common pipeline tests, which its package does not hold; `COMMON` lists them by name, with
-our test of each or the reason that it does not apply.
-"""
+The expectations are those of diffusers' common pipeline tests, which its package does not hold;
+`COMMON` lists them by name, with our test of each or the reason that it does not apply."""
 
 import inspect
 import json
@@ -267,7 +266,9 @@ def test_loaded_onto_a_device(pipe, tmp_path):
 
 
 def test_latents_come_out_and_go_in(pipe):
-    """StyleGAN's are the styles, which make the image with the stored noise; the LDM's are the noise that it starts from."""
+    """StyleGAN's are the styles, which make the image with the stored noise; the LDM's are the
+    noise that it starts from.
+    """
     if "scheduler" in pipe.components:
         noise = torch.cat(
             [torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]

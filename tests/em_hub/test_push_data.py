@@ -155,7 +155,9 @@ def test_labels_come_back_as_they_were(road, hub, tmp_path):
 
 
 def load_labelled_again(micrographs, folder):
-    """What was read back serves wherever labels do: written as labels once more, it is read as such."""
+    """What was read back serves wherever labels do: written as labels once more, it is read as
+    such.
+    """
     write_labelled(micrographs, folder)
     return list(read_labels(folder).values())
 

@@ -1,4 +1,6 @@
-"""Train, publish, load as a stranger and as an owner, push again: both families, over a real connection."""
+"""Train, publish, load as a stranger and as an owner, push again: both families, over a real
+connection.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,9 @@ CLASSES = {"em-ldm": EMLatentDiffusionPipeline, "em-gan": EMStyleGANPipeline}
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """(server, runs by repository, commits by repository): one tiny run of each family, trained, judged and published."""
+    """(server, runs by repository, commits by repository): one tiny run of each family, trained,
+    judged and published.
+    """
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -54,10 +58,13 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strangers_images(published, tmp_path_factory):
-    """What a stranger drew, {repository: {how it was loaded: images}}, in an interpreter that does not find our packages."""
+    """What a stranger drew, {repository: {how it was loaded: images}}, in an interpreter that does
+    not find our packages.
+    """
     server, runs, commits = published
     home = tmp_path_factory.mktemp("stranger")
-    # -S and a path of the site-packages alone: an editable install of our packages stays out of sight
+    # -S and a path of the site-packages alone: an editable install of our packages stays out of
+    # sight
     packages = [path for path in sys.path if path.endswith("site-packages")]
     program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
     script = Path(__file__).with_name("stranger.py")

@@ -1,4 +1,6 @@
-"""Micrographs streamed from the Hub: the same tiles and the same split as of the whole set, and nothing of it on the disk."""
+"""Micrographs streamed from the Hub: the same tiles and the same split as of the whole set, and
+nothing of it on the disk.
+"""
 
 import json
 import subprocess
@@ -36,7 +38,9 @@ def _own_caches(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pushed(tmp_path, hub):
-    """Noise, which no compression shrinks: 8 and 16 bits, three specimens, two pixel sizes; on the Hub in several files."""
+    """Noise, which no compression shrinks: 8 and 16 bits, three specimens, two pixel sizes; on the
+    Hub in several files.
+    """
     random = np.random.default_rng(0)
     for i in range(NUM):
         dtype = np.uint16 if i >= NUM - 3 else np.uint8

@@ -1,4 +1,6 @@
-"""Two repositories of different versions in one process: diffusers puts their files into one folder, under one name."""
+"""Two repositories of different versions in one process: diffusers puts their files into one
+folder, under one name.
+"""
 
 import shutil
 import subprocess
@@ -14,7 +16,9 @@ from huggingface_hub import HfApi
 from support.hub_server import make_environment
 from support.models import MAKERS, draw, make_ldm, make_stylegan
 
-CHANGES = {  # of the same length: file size and second of writing tell the versions apart no more than their names do
+# of the same length: file size and second of writing tell the versions apart no more than their
+# names do
+CHANGES = {
     "ldm": ("pipeline_em_ldm.py", '("pil", "np", "pt", "latent")', '("pil", "np", "p2", "latent")'),
     "stylegan": ("generator/em_stylegan2_generator.py", "x.square()", "x.pow(4.0)"),
 }
@@ -75,7 +79,9 @@ SEEN = {  # changes that are seen in the images, of the same length, too
 
 
 def push_versions(tmp_path):
-    """Two versions of each family on the Hub: in two repositories, and in one as its main and its branch `old`."""
+    """Two versions of each family on the Hub: in two repositories, and in one as its main and its
+    branch `old`.
+    """
     api, names = HfApi(), []
     for family, (path, before, after) in SEEN.items():
         MAKERS[family]().save_pretrained(tmp_path / family)
@@ -118,7 +124,9 @@ def test_repositories_of_different_versions_in_one_process(family, tmp_path, hub
 
 @pytest.mark.slow  # interpreters of their own
 def test_a_stranger_runs_each_repositorys_own_code(tmp_path, hub):
-    """Isolated from our packages: what each draws beside the others is what it draws in a process of its own."""
+    """Isolated from our packages: what each draws beside the others is what it draws in a process
+    of its own.
+    """
     names = push_versions(tmp_path)
     packages = [path for path in sys.path if path.endswith("site-packages")]
     program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[2] / "experiments"
 
 @pytest.fixture(scope="session")
 def load_recipe():
-    """Imports a recipe by its path below experiments/, with the modules beside it, as its command does."""
+    """Imports a recipe by its path below experiments/, with the modules beside it, as its command
+    does.
+    """
 
     def load(path):
         path = ROOT / path

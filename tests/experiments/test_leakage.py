@@ -1,4 +1,6 @@
-"""The leakage experiment on a few tiles: a generator that has learnt by heart gains by leaks, an honest one does not."""
+"""The leakage experiment on a few tiles: a generator that has learnt by heart gains by leaks, an
+honest one does not.
+"""
 
 import importlib.util
 from pathlib import Path

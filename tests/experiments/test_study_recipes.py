@@ -1,4 +1,6 @@
-"""What the study's recipes share, and its autoencoder, LDM and comparison experiments at their smallest."""
+"""What the study's recipes share, and its autoencoder, LDM and comparison experiments at their
+smallest.
+"""
 
 import json
 from dataclasses import replace

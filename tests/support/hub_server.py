@@ -1,10 +1,11 @@
-"""A stand-in for the Hub on loopback, spoken to by the real client through HF_ENDPOINT; everything is kept in memory.
+"""A stand-in for the Hub on loopback, spoken to by the real client through HF_ENDPOINT; everything
+is kept in memory.
 
-It follows what huggingface_hub sends (its source, version 2.4): creating repositories, preupload, LFS batch with single and
-multipart uploads and verification, commits (ndjson), repository info, trees, paths, refs, and `resolve` with ETag,
-X-Repo-Commit, redirects of large files to another host, and ranges. It serves no Xet: set HF_HUB_DISABLE_XET=1.
-Faults on demand: `HubServer.fail` (a status, or a connection that is cut) and `HubServer.tamper` (other bytes, same size).
-"""
+It follows what huggingface_hub sends (its source, version 2.4): creating repositories, preupload,
+LFS batch with single and multipart uploads and verification, commits (ndjson), repository info,
+trees, paths, refs, and `resolve` with ETag, X-Repo-Commit, redirects of large files to another
+host, and ranges. It serves no Xet: set HF_HUB_DISABLE_XET=1. Faults on demand: `HubServer.fail` (a
+status, or a connection that is cut) and `HubServer.tamper` (other bytes, same size)."""
 
 import base64
 import email.utils
@@ -56,7 +57,9 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What the next `times` requests that match get: a status, or a connection cut after `cut_after` bytes of either body."""
+    """What the next `times` requests that match get: a status, or a connection cut after
+    `cut_after` bytes of either body.
+    """
 
     method: str
     path: str
@@ -68,8 +71,8 @@ class Fault:
 
 
 class HubServer:
-    """The server and its memory. tokens: token -> {"name", "orgs", "role"}. `requests` lists (method, path, body bytes received),
-    `sent` (path, body bytes that it was to send)."""
+    """The server and its memory. tokens: token -> {"name", "orgs", "role"}. `requests` lists
+    (method, path, body bytes received), `sent` (path, body bytes that it was to send)."""
 
     def __init__(self, chunk_size: int | None = None):
         self.tokens = {

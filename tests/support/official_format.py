@@ -1,7 +1,8 @@
-"""Our networks, written down in the format of the official trainings: the loader's inverse, for its tests.
+"""Our networks, written down in the format of the official trainings: the loader's inverse, for its
+tests.
 
-Facts of the format alone (names, shapes, attributes); the pickle's classes exist here only while it is written.
-"""
+Facts of the format alone (names, shapes, attributes); the pickle's classes exist here only while it
+is written."""
 
 import pickle
 import sys
@@ -28,7 +29,9 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 
 
 class Persistent:
-    """An official module: a class name and a state with parameters, buffers, modules and attributes."""
+    """An official module: a class name and a state with parameters, buffers, modules and
+    attributes.
+    """
 
     def __init__(self, class_name, parameters=(), buffers=(), modules=(), **attributes):
         self.meta = {

@@ -1,8 +1,9 @@
-"""Slow, obvious twins of the original networks: functions of (weights by their original name, configuration, input).
+"""Slow, obvious twins of the original networks: functions of (weights by their original name,
+configuration, input).
 
-Each walks through its network once, layer by layer, as the papers and the formats describe it. The same walk with `Shapes` in
-the place of the weights writes down which tensors a checkpoint of that configuration holds.
-"""
+Each walks through its network once, layer by layer, as the papers and the formats describe it. The
+same walk with `Shapes` in the place of the weights writes down which tensors a checkpoint of that
+configuration holds."""
 
 import math
 
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 
 
 class Shapes(dict):
-    """Weights that come into being when they are asked for, random, each with the shape that is asked for."""
+    """Weights that come into being when they are asked for, random, each with the shape that is
+    asked for.
+    """
 
     def __init__(self, seed=0):
         super().__init__()
@@ -234,7 +237,9 @@ def unet_block(weights, name, x, time, out, config, resample=None):
 
 
 def unet_attention(weights, name, x, config):
-    """Attention head by head; queries and keys are each multiplied by the head's width to the power of -1/4."""
+    """Attention head by head; queries and keys are each multiplied by the head's width to the power
+    of -1/4.
+    """
     channels, shape = x.shape[1], x.shape
     heads = (
         config["num_heads"]
@@ -267,7 +272,9 @@ def unet_attention(weights, name, x, config):
 
 
 def unet(weights, config, x, timesteps):
-    """latent-diffusion's U-Net: noise (or whatever it was trained for) of latents x [B, C, h, w] at timesteps [B]."""
+    """latent-diffusion's U-Net: noise (or whatever it was trained for) of latents x [B, C, h, w] at
+    timesteps [B].
+    """
     width, num_blocks = config["model_channels"], config["num_res_blocks"]
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)

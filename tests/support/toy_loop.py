@@ -1,4 +1,6 @@
-"""A whole training of a line, a few milliseconds a step, run by test_run.py in processes of its own."""
+"""A whole training of a line, a few milliseconds a step, run by test_run.py in processes of its
+own.
+"""
 
 import sys
 import time
