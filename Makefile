@@ -29,7 +29,8 @@ demo: $(INSTALLED)
 	$(TRAIN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS) --last-stage autoencoder
 	@echo "the LDM's denoiser and StyleGAN2 train side by side; StyleGAN2's progress is in $(OUT)/stylegan2.log"
 	$(MAKE) --no-print-directory -j $(DEMO_JOBS) demo-ldm demo-gan
-	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)"
+	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)" \
+	  --baselines experiments/2024_gan_vs_ldm/study.json
 
 demo-ldm: $(INSTALLED)
 	$(THREADS) $(TRAIN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS)
