@@ -41,6 +41,13 @@ class EMStyleGANPipeline(DiffusionPipeline):
             pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm)
         )
 
+    # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline.__setattr__
+    def __setattr__(self, name, value):
+        """Set an attribute; a model's weights are brought to aligned memory first."""
+        if isinstance(value, torch.nn.Module):
+            align_weights(value)
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -211,6 +218,20 @@ def _wake(model):
     hook = getattr(model, "_hf_hook", None)
     if hasattr(hook, "pre_forward"):
         hook.pre_forward(model)
+
+
+# Copied from em_diffusion.pipeline_em_ldm.align_weights
+def align_weights(model):
+    """Copy weights whose address is no multiple of 64 bytes to memory that is aligned; return `model`.
+
+    safetensors loads tensors at any address. Some CPU kernels round differently there, so that a
+    loaded model and the same model in memory would give images that differ in their last digits.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu
+        if is_plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _read_source(cls):
