@@ -388,9 +388,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """Make a pipeline of another one's components; options are those of `DiffusionPipeline.from_pipe`.
+        """Make a pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
 
-        diffusers takes over only models of exactly the class in the signature, and ours names what they have in common.
+        diffusers takes over only models of exactly the annotated class; ours is a base class.
         """
         own = cls._get_signature_keys(cls)[0]
         return super().from_pipe(
@@ -444,20 +444,22 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def _is_installed(cls):
+        """Return False if this file came with a repository."""
         return __name__.rpartition(".")[0] == PACKAGE
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
-        """Read an index as one of this very class: diffusers then runs the class at hand and not the folder's file.
+        """Read model_index.json as that of this class, so that diffusers runs no code of the folder.
 
-        Components of our own, which `from_pretrained` hands over loaded, are called models of diffusers for the same reason.
+        Components of our own, which `from_pretrained` loads, are listed as diffusers' for the same
+        reason.
         """
         index = super()._dict_from_json_file(*args, **kwargs)
         name = index.get("_class_name")
         name = name[-1] if isinstance(name, list | tuple) else name
         if name is not None and name != cls.__name__:
             raise ValueError(
-                f"This is a {name}, not a {cls.__name__}; load it with its own class or DiffusionPipeline."
+                f"This is a {name}, not a {cls.__name__}. Load it with {name} or DiffusionPipeline."
             )
         if name is None or not cls._is_installed():
             return index
@@ -478,7 +480,7 @@ def nearest_codes(vectors, codebook):
 
 
 def align_weights(model):
-    """Copy weights whose address is no multiple of 64 bytes to memory that is aligned; return `model`.
+    """Copy weights whose address is no multiple of 64 bytes to aligned memory; return `model`.
 
     safetensors loads tensors at any address. Some CPU kernels round differently there, so that a
     loaded model and the same model in memory would give images that differ in their last digits.
@@ -491,7 +493,7 @@ def align_weights(model):
 
 
 def _is_own_component(name, value):
-    """Say whether an entry of model_index.json names a component outside of diffusers."""
+    """Return True if an entry of model_index.json names a component that is not diffusers'."""
     return (
         not name.startswith("_")
         and isinstance(value, list)
@@ -501,33 +503,36 @@ def _is_own_component(name, value):
 
 
 def _import_own_component(source, name, module, class_name):
-    """The installed class that model_index.json names; `ValueError` where it is none of ours."""
+    """Return the installed class that model_index.json names; raise `ValueError` if it is unknown."""
     is_ours = isinstance(module, str) and re.fullmatch(r"em_[a-z0-9_]+", module)
     found = is_ours and importlib.util.find_spec(f"{PACKAGE}.{module}")
-    component = (
-        getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None) if found else None
-    )
+    component = None
+    if found:
+        component = getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None)
     if not isinstance(component, type) or not issubclass(component, ModelMixin):
         raise ValueError(
-            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} does not have; update it, or load the "
-            "whole with DiffusionPipeline and trust_remote_code=True if you have read its code."
+            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} does "
+            "not have. Update the package, or use DiffusionPipeline with trust_remote_code=True if "
+            "you have read the repository's code."
         )
     return component
 
 
 def _wake(model):
-    """Bring an offloaded model to its device, as its `forward` would: for its other methods."""
+    """Bring an offloaded model to its device before a method other than `forward` is called."""
     hook = getattr(model, "_hf_hook", None)
     if hasattr(hook, "pre_forward"):
         hook.pre_forward(model)
 
 
 def _read_source(cls):
-    """The file that a class comes from: (name without suffix, content); the class keeps it from its first reading on.
+    """Return the file that defines a class: (name without suffix, content).
 
-    diffusers copies the files of all repositories into one folder and runs a second one of the same name over the first one's module:
-    both would then run the second's functions and be saved with its code. So a class that came with a repository takes its module
-    with it, under a name of its own, and removes the compiled file, which may be taken for that of a second one of the same size.
+    diffusers copies the files of all repositories into one folder. A second repository's file
+    replaces a first one's of the same name, in the module that already runs, too. So the class
+    keeps its source from the first call on, and a class that came with a repository moves with its
+    module to a name of its own. The compiled file goes, since Python may take it for the second
+    file's if both have one size.
     """
     if "_source" in vars(cls):
         return cls._source
@@ -544,7 +549,7 @@ def _read_source(cls):
 
 
 def _write_source(cls, folder: Path):
-    """Write the file that a class comes from into `folder`; return the file's name without its suffix and the class's name."""
+    """Write the file that defines a class into `folder`; return [name without suffix, class]."""
     stem, content = _read_source(cls)
     path = folder / f"{stem}.py"
     if not path.is_file() or path.read_bytes() != content:

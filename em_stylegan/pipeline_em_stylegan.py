@@ -1,4 +1,7 @@
-"""StyleGAN for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
+"""StyleGAN for grey electron micrographs, in one file that is saved with every pipeline.
+
+It needs only torch, numpy, diffusers and the standard library.
+"""
 
 import contextlib
 import hashlib
@@ -7,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,19 +20,16 @@ from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 NOISE_MODES = ("random", "const", "none")
-# module -> class, the components that this pipeline knows
-GENERATORS = {
-    "em_stylegan1_generator": "StyleGAN1Generator",
-    "em_stylegan2_generator": "StyleGAN2Generator",
-    "em_stylegan3_generator": "StyleGAN3Generator",
-}
+PACKAGE = "em_stylegan"  # where this file and the components that it may load are installed
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
 class EMStyleGANPipeline(DiffusionPipeline):
     """Generates 1-channel micrographs in one pass: z -> w (mapping) -> image (synthesis).
 
-    generator: a `StyleGAN2Generator` or `StyleGAN3Generator`, or the 2019 `StyleGAN1Generator`.
-    pixel_size_nm: side of a pixel of the generated images in nanometres; None if it is not known.
+    Args:
+        generator: A `StyleGAN2Generator`, `StyleGAN3Generator` or `StyleGAN1Generator` (2019).
+        pixel_size_nm: Side of a pixel of the generated images in nanometres, or None if unknown.
     """
 
     model_cpu_offload_seq = "generator"
@@ -61,20 +62,28 @@ class EMStyleGANPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """Generate `batch_size` images.
+        """Generate `batch_size` images. There are no steps, and so there is no progress bar.
 
-        generator: one for the batch, or a list of `batch_size`; with a list, image i depends on generator i alone.
-        truncation_psi: 1 for the whole distribution; towards 0, images are drawn to the mean one, in the first
-            `truncation_cutoff` layers (all when None).
-        noise_mode: "random" (drawn from `generator`, after z), "const" (the stored noise maps, the same in every image) or "none";
-            None for "random", as in training, and "const" for given `latents`, where fresh noise would flicker from one to the next.
-        class_labels: integers [B], one for all, or rows [B, classes] that weigh them, for a conditional generator.
-        latents: w [B, num_ws, w_dim] or [B, w_dim] as "latent" gives them, instead of drawing z; `batch_size` and truncation
-            then have no say.
-        output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32 [B, 1, H, W] in [0, 1]) or "latent"
-            (w of every layer, float32 [B, num_ws, w_dim], after truncation).
+        Args:
+            generator: One `torch.Generator` for the batch, or a list of `batch_size`. With a list,
+                image i depends on generator i alone.
+            truncation_psi: 1 draws from the whole distribution. Smaller values move w towards its
+                mean in the first `truncation_cutoff` layers (by default in all).
+            noise_mode: "random" (drawn from `generator` after z), "const" (the stored noise maps,
+                the same in every image) or "none". Default: "random", as in training, and "const"
+                for given `latents`, where fresh noise would flicker from one image to the next.
+            class_labels: Integers [B], one integer for all, or rows of weights [B, num_classes],
+                for a generator with classes.
+            latents: w [B, num_ws, w_dim] or [B, w_dim], as output_type "latent" returns them, in
+                place of a random z. `batch_size` and truncation then have no effect.
+            output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32
+                [B, 1, H, W] in [0, 1]) or "latent" (w of every layer after truncation, float32
+                [B, num_ws, w_dim]).
+            return_dict: Return an `ImagePipelineOutput`; if False, a tuple with the images.
 
-        Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False. There are no steps and so no progress bar.
+        Raises:
+            ValueError: For an impossible argument, or if the output is not finite: then the
+                training has diverged, or half precision has overflowed.
         """
         noise_mode = noise_mode or ("random" if latents is None else "const")
         self._check_inputs(
@@ -84,18 +93,17 @@ class EMStyleGANPipeline(DiffusionPipeline):
         _wake(self.generator)
         if latents is None:
             shape = (batch_size, self.generator.config.z_dim)
-            z = randn_tensor(
-                shape, generator=generator, device=device, dtype=torch.float32
-            )  # [B, z_dim]
+            z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             ws = self.generator.mapping(
                 z.to(dtype), class_labels, truncation_psi, truncation_cutoff
-            )
+            )  # [B, num_ws, w_dim]
         else:
             ws = self._prepare_latents(latents, generator).to(device, dtype)  # [B, num_ws, w_dim]
         if output_type == "latent":
-            images = ws.float()
+            images = self._check_finite(ws.float())
         else:
-            images = self._convert(self.generator.synthesis(ws, noise_mode, generator), output_type)
+            images = self._check_finite(self.generator.synthesis(ws, noise_mode, generator))
+            images = self._convert(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -104,16 +112,24 @@ class EMStyleGANPipeline(DiffusionPipeline):
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if isinstance(generator, list | tuple) and len(generator) != batch_size:
             raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
+                f"{len(generator)} generators for {batch_size} images; give one for each, or a "
+                "single one."
             )
-        if noise_mode not in NOISE_MODES:
+        for name, value, choices in (
+            ("noise_mode", noise_mode, NOISE_MODES),
+            ("output_type", output_type, OUTPUT_TYPES),
+        ):
+            if value not in choices:
+                raise ValueError(f'`{name}` is "{value}"; choose one of {", ".join(choices)}.')
+
+    def _check_finite(self, values):
+        """Return `values`, or raise `ValueError` if a NaN or infinity is among them."""
+        if not torch.isfinite(values).all():
             raise ValueError(
-                f'`noise_mode` is "{noise_mode}"; choose one of {", ".join(NOISE_MODES)}.'
+                "The generator's output is not finite (NaN or infinity). Its training diverged, or "
+                f"{self.generator.dtype} overflowed. Load an earlier checkpoint, or use float32."
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
-            )
+        return values
 
     def _prepare_latents(self, latents, generator):
         num_ws, w_dim = self.generator.num_ws, self.generator.config.w_dim
@@ -121,11 +137,13 @@ class EMStyleGANPipeline(DiffusionPipeline):
             latents = latents.unsqueeze(1).expand(-1, num_ws, -1)
         if tuple(latents.shape[1:]) != (num_ws, w_dim):
             raise ValueError(
-                f"`latents` has the shape {tuple(latents.shape)}; give [B, {num_ws}, {w_dim}] or [B, {w_dim}]."
+                f"`latents` has the shape {tuple(latents.shape)}; give [B, {num_ws}, {w_dim}] or "
+                f"[B, {w_dim}]."
             )
         if isinstance(generator, list | tuple) and len(generator) != len(latents):
             raise ValueError(
-                f"{len(generator)} generators for {len(latents)} latents; give one for each, or a single one."
+                f"{len(generator)} generators for {len(latents)} latents; give one for each, or a "
+                "single one."
             )
         return latents
 
@@ -136,93 +154,114 @@ class EMStyleGANPipeline(DiffusionPipeline):
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
         return images if output_type == "np" else self.numpy_to_pil(images)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Write model_index.json and the code beside it, so that the folder loads where our packages are absent.
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save as `DiffusionPipeline.save_pretrained` does; weights are always safetensors."""
+        if not (args[0] if args else kwargs.get("safe_serialization", True)):
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and this pipeline does not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
-        The index names the pipeline's file and the component's own, such as `generator/em_stylegan2_generator.py`.
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Write model_index.json and the code, so that the folder loads without our packages.
+
+        The index names the pipeline's file and the generator's, such as
+        generator/em_stylegan2_generator.py. Local paths are left out.
         """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
         folder = Path(save_directory)
         index_path = folder / self.config_name
         index = json.loads(index_path.read_text())
         index["_class_name"] = _write_source(type(self), folder)
-        index["generator"] = _write_source(
-            type(getattr(self.generator, "_orig_mod", self.generator)), folder / "generator"
-        )
+        cls = type(getattr(self.generator, "_orig_mod", self.generator))  # torch.compile wraps
+        index["generator"] = _write_source(cls, folder / "generator")
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for path in (index_path, folder / "generator" / "config.json"):
-            if path.exists():  # folders on this machine are not told to the world
+            if path.exists():
                 config = json.loads(path.read_text())
                 config.pop("_name_or_path", None)
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """Make a pipeline of another one's components; options are those of `DiffusionPipeline.from_pipe`.
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a folder or Hub repository; see `DiffusionPipeline.from_pretrained` for the options.
 
-        diffusers takes over only models of exactly the class in the signature, and ours names what they have in common.
+        The installed class loads the generator with installed code. It runs no code from the
+        repository and needs no `trust_remote_code`. Weights are read from safetensors only.
+
+        Raises:
+            ValueError: For a generator that this version does not know, or pickled weights.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "use_safetensors is False, but pickled weights can run code when they are loaded. "
+                "Leave use_safetensors out, and convert the weights to safetensors."
+            )
+        source = pretrained_model_name_or_path
+        if not cls._is_installed():
+            return super().from_pretrained(source, **kwargs)
+        for name in ("trust_remote_code", "output_loading_info"):
+            kwargs.pop(name, None)
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        if isinstance(dtype, dict):  # of each component
+            dtype = dtype.get("generator", dtype.get("default"))
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        index = DiffusionPipeline.load_config(source, **options)
+        if "generator" not in kwargs:
+            names = index.get("generator") or (None, None)
+            component = _import_own_component(source, "generator", *names)
+            if isinstance(dtype, torch.dtype):
+                options["torch_dtype"] = dtype
+            if kwargs.get("variant"):
+                options["variant"] = kwargs["variant"]
+            kwargs["generator"] = component.from_pretrained(
+                source, subfolder="generator", use_safetensors=True, **options
+            )
+        return super().from_pretrained(source, dtype=dtype, **kwargs)
+
+    # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline.from_pipe
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
+
+        diffusers takes over only models of exactly the annotated class; ours is a base class.
         """
         own = cls._get_signature_keys(cls)[0]
         return super().from_pipe(
             pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs
         )
 
+    # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline._is_installed
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a folder or Hub repository. The installed class reads weights and numbers with the installed code alone: it runs
-        no code from the repository and needs no `trust_remote_code`. Options are those of `ModelMixin.from_pretrained`,
-        `generator` (a component in place of the stored one) and `pixel_size_nm`."""
-        package = __name__.rpartition(".")[0]
-        if (
-            package != "em_stylegan"
-        ):  # this file came with the repository, and so did the component's
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        kwargs.pop("trust_remote_code", None)
-        for key in ("dtype", "torch_dtype"):  # diffusers takes one for each component, too
-            if isinstance(kwargs.get(key), dict):
-                kwargs[key] = kwargs[key].get(
-                    "generator", kwargs[key].get("default", torch.float32)
-                )
-        hub_options = (
-            "cache_dir",
-            "force_download",
-            "proxies",
-            "token",
-            "local_files_only",
-            "revision",
-        )
-        index = cls.load_config(
-            pretrained_model_name_or_path,
-            **{name: kwargs[name] for name in hub_options if name in kwargs},
-        )
-        module, name = index.get("generator") or (None, None)
-        if GENERATORS.get(module) != name or name is None:
+    def _is_installed(cls):
+        """Return False if this file came with a repository."""
+        return __name__.rpartition(".")[0] == PACKAGE
+
+    # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline._dict_from_json_file
+    @classmethod
+    def _dict_from_json_file(cls, *args, **kwargs):
+        """Read model_index.json as that of this class, so that diffusers runs no code of the folder.
+
+        Components of our own, which `from_pretrained` loads, are listed as diffusers' for the same
+        reason.
+        """
+        index = super()._dict_from_json_file(*args, **kwargs)
+        name = index.get("_class_name")
+        name = name[-1] if isinstance(name, list | tuple) else name
+        if name is not None and name != cls.__name__:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds the generator {module}.{name}, which {cls.__name__} does not know; "
-                f"known are {', '.join(GENERATORS.values())}."
+                f"This is a {name}, not a {cls.__name__}. Load it with {name} or DiffusionPipeline."
             )
-        pixel_size_nm = kwargs.pop("pixel_size_nm", index.get("pixel_size_nm"))
-        generator = kwargs.pop("generator", None)
-        if generator is None:
-            component = getattr(importlib.import_module(f"{package}.{module}"), name)
-            generator = component.from_pretrained(
-                pretrained_model_name_or_path, subfolder="generator", **kwargs
-            )
-        pipeline = cls(generator=generator, pixel_size_nm=pixel_size_nm)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
-
-
-def _wake(model):
-    """Bring an offloaded model to its device, as its `forward` would: for its other methods."""
-    hook = getattr(model, "_hf_hook", None)
-    if hasattr(hook, "pre_forward"):
-        hook.pre_forward(model)
+        if name is None or not cls._is_installed():
+            return index
+        own = [key for key, value in index.items() if _is_own_component(key, value)]
+        return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
 
 
 # Copied from em_diffusion.pipeline_em_ldm.align_weights
 def align_weights(model):
-    """Copy weights whose address is no multiple of 64 bytes to memory that is aligned; return `model`.
+    """Copy weights whose address is no multiple of 64 bytes to aligned memory; return `model`.
 
     safetensors loads tensors at any address. Some CPU kernels round differently there, so that a
     loaded model and the same model in memory would give images that differ in their last digits.
@@ -234,12 +273,51 @@ def align_weights(model):
     return model
 
 
-def _read_source(cls):
-    """The file that a class comes from: (name without suffix, content); the class keeps it from its first reading on.
+# Copied from em_diffusion.pipeline_em_ldm._is_own_component
+def _is_own_component(name, value):
+    """Return True if an entry of model_index.json names a component that is not diffusers'."""
+    return (
+        not name.startswith("_")
+        and isinstance(value, list)
+        and len(value) == 2
+        and value[0] not in (None, "diffusers")
+    )
 
-    diffusers copies the files of all repositories into one folder and runs a second one of the same name over the first one's module:
-    both would then run the second's functions and be saved with its code. So a class that came with a repository takes its module
-    with it, under a name of its own, and removes the compiled file, which may be taken for that of a second one of the same size.
+
+# Copied from em_diffusion.pipeline_em_ldm._import_own_component
+def _import_own_component(source, name, module, class_name):
+    """Return the installed class that model_index.json names; raise `ValueError` if it is unknown."""
+    is_ours = isinstance(module, str) and re.fullmatch(r"em_[a-z0-9_]+", module)
+    found = is_ours and importlib.util.find_spec(f"{PACKAGE}.{module}")
+    component = None
+    if found:
+        component = getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None)
+    if not isinstance(component, type) or not issubclass(component, ModelMixin):
+        raise ValueError(
+            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} does "
+            "not have. Update the package, or use DiffusionPipeline with trust_remote_code=True if "
+            "you have read the repository's code."
+        )
+    return component
+
+
+# Copied from em_diffusion.pipeline_em_ldm._wake
+def _wake(model):
+    """Bring an offloaded model to its device before a method other than `forward` is called."""
+    hook = getattr(model, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(model)
+
+
+# Copied from em_diffusion.pipeline_em_ldm._read_source
+def _read_source(cls):
+    """Return the file that defines a class: (name without suffix, content).
+
+    diffusers copies the files of all repositories into one folder. A second repository's file
+    replaces a first one's of the same name, in the module that already runs, too. So the class
+    keeps its source from the first call on, and a class that came with a repository moves with its
+    module to a name of its own. The compiled file goes, since Python may take it for the second
+    file's if both have one size.
     """
     if "_source" in vars(cls):
         return cls._source
@@ -255,8 +333,9 @@ def _read_source(cls):
     return cls._source
 
 
+# Copied from em_diffusion.pipeline_em_ldm._write_source
 def _write_source(cls, folder: Path):
-    """Write the file that a class comes from into `folder`; return the file's name without its suffix and the class's name."""
+    """Write the file that defines a class into `folder`; return [name without suffix, class]."""
     stem, content = _read_source(cls)
     path = folder / f"{stem}.py"
     if not path.is_file() or path.read_bytes() != content:
