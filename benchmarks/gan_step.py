@@ -32,10 +32,10 @@ import torch
 from train_step import LoopInSteps, make_clock
 
 from em_data import DataConfig, load_data
-from em_stylegan import loop, losses
+from em_stylegan import gan_loop, losses
 from em_stylegan.config import DiscriminatorConfig, GeneratorConfig, StyleGANConfig
-from em_stylegan.em_stylegan2_generator import second_derivatives
 from em_stylegan.presets import demo
+from em_stylegan.second_derivatives import second_derivatives
 from em_training import create_accelerator, make_generator
 
 # our steps, with R1 in every 4th and path length in every 2nd
@@ -81,7 +81,7 @@ def compare(model, discriminator, plain, images, config) -> dict:
     """Return relative differences of images, logits, and the gradients of each loss."""
     generator = make_generator(0)
     batch_size = min(config.training.batch_size, 4)
-    _, ws = loop.draw_ws(model, batch_size, 0.9, generator)
+    _, ws = gan_loop.draw_ws(model, batch_size, 0.9, generator)
     ws = ws.detach()
     images = images[:batch_size]
     noise = torch.randn(images.shape, generator=generator)
@@ -137,7 +137,7 @@ def weights_of(network, order=None):
 
 def measure(config, tiles, accelerator, arguments, folder):
     """Return relative differences, and for each round the seconds of each kind of step."""
-    model, discriminator = loop.create_networks(config)
+    model, discriminator = gan_loop.create_networks(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("noise_strength"):
@@ -149,9 +149,9 @@ def measure(config, tiles, accelerator, arguments, folder):
     clock = make_clock(arguments.clock, accelerator.device)
     baseline = TextbookProcess(model, discriminator, images, config, arguments)
     ours = LoopInSteps(
-        lambda: loop.train_stylegan(config, tiles, accelerator=accelerator, out_dir=folder),
+        lambda: gan_loop.train_stylegan(config, tiles, accelerator=accelerator, out_dir=folder),
         arguments.threads,
-        loop,
+        gan_loop,
     )
     rounds = []
     for number in range(-1, arguments.rounds):  # the first warms up

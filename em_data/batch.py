@@ -17,6 +17,7 @@ class Batch:
         masks: Float32 [B, K, H, W] in [0, 1], one channel a kind of defect, or None.
         noise: Float32, what the training step adds or samples with, or None.
         timesteps: Int64 [B] or float32 [B], the noise levels of a denoiser, or None.
+        first_row: Where this part of a batch begins in the whole batch.
     """
 
     images: torch.Tensor
@@ -25,6 +26,7 @@ class Batch:
     masks: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     timesteps: torch.Tensor | None = None
+    first_row: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -32,9 +34,10 @@ class Batch:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Return a batch of `function` of each tensor that is there."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
+        return replace(self, **{k: function(v) for k, v in values.items() if torch.is_tensor(v)})
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Yield parts of at most `size` rows, in order."""
         for start in range(0, len(self), size):
-            yield self.map(lambda tensor: tensor[start : start + size])  # noqa: B023
+            part = self.map(lambda tensor: tensor[start : start + size])  # noqa: B023
+            yield replace(part, first_row=self.first_row + start)

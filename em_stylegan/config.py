@@ -84,6 +84,10 @@ class GANTrainingConfig:
     """Real images shown to the discriminator."""
     batch_size: Positive = 32
     """Real images of one step, over all processes."""
+    micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    """Images of a process that are computed at a time, with accumulated gradients; 0 for its whole
+    batch. It is halved when the memory is full. The minibatch standard deviation then compares
+    images of one part."""
     generator_learning_rate: PositiveFloat = 0.0025
     discriminator_learning_rate: PositiveFloat = 0.0025
     loss: Literal["logistic", "relativistic"] = "logistic"

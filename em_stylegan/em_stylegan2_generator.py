@@ -6,8 +6,6 @@ synthesis, `StyleGAN2Generator`.
 """
 
 import math
-from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
@@ -19,109 +17,6 @@ from torch import nn
 
 NOISE_MODES = ("random", "const", "none")
 ARCHITECTURES = ("skip", "orig", "resnet")
-
-
-# ------------------------------------------------------------------------------------------------------------ convolution
-
-
-_are_second_derivatives_due = ContextVar("second derivatives", default=False)
-
-
-@contextmanager
-def second_derivatives():
-    """Within it, convolutions are made whose second derivatives, which R1 and the path length need, cost no more than their first.
-
-    A convolution is bilinear: its derivatives are convolutions of x or the output's gradient with the weight, and of these two with each
-    other. PyTorch differentiates such a derivative by exchanging images and channels, hundreds of channels of one pixel each, and does so
-    for weights that are fixed as well: right, too, but R1 takes twice as long. Where no second derivatives follow, PyTorch's are faster.
-    """
-    token = _are_second_derivatives_due.set(True)
-    try:
-        yield
-    finally:
-        _are_second_derivatives_due.reset(token)
-
-
-def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
-    """F.conv2d of x [B, C, H, W], heeding `second_derivatives`; stride and padding hold for both sides. Not for torch.func or autocast."""
-    if not _are_second_derivatives_due.get():
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
-    return _Convolution.apply(
-        x, weight, bias, ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
-    )
-
-
-def conv_transpose2d(x, weight, *, stride=1, padding=0, groups=1):
-    """F.conv_transpose2d of x [B, C, H, W], heeding `second_derivatives`; stride and padding hold for both sides."""
-    if not _are_second_derivatives_due.get():
-        return F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
-    return _Convolution.apply(
-        x, weight, None, ([stride] * 2, [padding] * 2, [1, 1], True, [0, 0], groups)
-    )
-
-
-class _Convolution(torch.autograd.Function):
-    """x [B, I, H, W], weight [O, I / groups, k, l] ([I, O / groups, k, l] when transposed) -> [B, O, H', W']. `options` are those of
-    torch.convolution: stride, padding, dilation, transposed, output_padding, groups."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, options):
-        ctx.save_for_backward(x, weight)
-        ctx.options = options
-        return torch.convolution(x, weight, bias, *options)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if not torch.is_grad_enabled():
-            mask = [needs_x, needs_weight, needs_bias]
-            return *_differentiate(gradient, x, weight, ctx.options, mask), None
-        return (
-            _apply_adjoint(gradient, x, weight, ctx.options) if needs_x else None,
-            _WeightGradient.apply(gradient, x, weight, ctx.options) if needs_weight else None,
-            gradient.sum(dim=(0, 2, 3)) if needs_bias else None,
-            None,
-        )
-
-
-class _WeightGradient(torch.autograd.Function):
-    """The gradient of a convolution in its weight: linear in the output's gradient and in x, and of the weight only the shape counts."""
-
-    @staticmethod
-    def forward(ctx, gradient, x, weight, options):
-        ctx.save_for_backward(gradient, x)
-        ctx.options = options
-        return _differentiate(gradient, x, weight, options, [False, True, False])[1]
-
-    @staticmethod
-    def backward(ctx, weight):
-        gradient, x = ctx.saved_tensors
-        needs_gradient, needs_x = ctx.needs_input_grad[:2]
-        return (
-            _Convolution.apply(x, weight, None, ctx.options) if needs_gradient else None,
-            _apply_adjoint(gradient, x, weight, ctx.options) if needs_x else None,
-            None,
-            None,
-        )
-
-
-def _differentiate(gradient, x, weight, options, mask):
-    """Gradients of a convolution in x, weight and bias, those that `mask` names, not to be differentiated again."""
-    return torch.ops.aten.convolution_backward(
-        gradient, x, weight, [gradient.shape[1]], *options, mask
-    )
-
-
-def _apply_adjoint(gradient, x, weight, options):
-    """The gradient of a convolution in x, by the convolution that goes the other way."""
-    stride, padding, dilation, transposed, _, groups = options
-    output_padding = [0, 0]
-    if not transposed:  # a stride leads several sizes to one; choose that of x
-        sides = zip(x.shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding, strict=True)
-        output_padding = [to - ((size - 1) * s - 2 * p + k) for to, size, k, s, p in sides]
-    options = (stride, padding, dilation, not transposed, output_padding, groups)
-    return _Convolution.apply(gradient, weight, None, options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- filters
@@ -137,14 +32,14 @@ def blur(x, kernel, *, padding, stride=1, gain=1.0):
     """Filter each channel of x [B, C, H, W] with a 4 x 4 kernel after zero padding, and keep every `stride`-th pixel."""
     num_channels = x.shape[1]
     weight = (kernel * gain).to(x.dtype).expand(num_channels, 1, 4, 4)
-    return conv2d(x, weight, padding=padding, stride=stride, groups=num_channels)
+    return F.conv2d(x, weight, padding=padding, stride=stride, groups=num_channels)
 
 
 def upsample(x, kernel):
     """Double the side of x [B, C, H, W]: zeros between the pixels, then the filter with gain 4 -> [B, C, 2H, 2W]."""
     num_channels = x.shape[1]
     weight = (kernel * 4).to(x.dtype).expand(num_channels, 1, 4, 4)
-    return conv_transpose2d(x, weight, stride=2, padding=1, groups=num_channels)
+    return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=num_channels)
 
 
 def pointwise_conv2d(x, weight, bias=None):
@@ -221,11 +116,11 @@ class EqualizedConv2d(nn.Module):
             x = blur(x, self.kernel, padding=1, stride=2) if self.down else x
             x = pointwise_conv2d(x, weight, bias)  # [B, out, H, W] or [B, out, H/2, W/2]
         elif self.down:
-            x = conv2d(
+            x = F.conv2d(
                 blur(x, self.kernel, padding=2), weight, bias, stride=2
             )  # [B, out, H/2, W/2]
         else:
-            x = conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
+            x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
         if self.activation:
             # pointwise_conv2d returns a view; changed in place, it would cost the backward pass several copies
             x = F.leaky_relu(x, 0.2, inplace=self.kernel_size > 1)
@@ -266,9 +161,9 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.
         return _modulated_pointwise_conv2d(x, weight, styles, demodulate, gain)
     x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
     if kernel is None:
-        x = conv2d(x, weight.to(dtype), padding=weight.shape[2] // 2)  # [B, O, H, W]
+        x = F.conv2d(x, weight.to(dtype), padding=weight.shape[2] // 2)  # [B, O, H, W]
     else:
-        x = conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)  # [B, O, 2H+1, 2W+1]
+        x = F.conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)  # [B, O, 2H+1, 2W+1]
         x = blur(x, kernel, padding=1, gain=4)  # [B, O, 2H, 2W]
     if demodulate:
         x = x * (demodulation(weight, styles) * gain).to(dtype)[:, :, None, None]

@@ -6,8 +6,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from em_stylegan.em_stylegan2_generator import conv2d
-
 
 def generator_loss(scores_fake):
     """Non-saturating logistic loss of the generator, E[-log sigmoid(D(G(z)))] = E[softplus(-D(G(z)))] (2014, section 3)."""
@@ -66,8 +64,8 @@ def gaussian_blur(images, sigma_px):
     taps = (taps / taps.sum()).to(images.dtype)
     num_channels = images.shape[1]
     images = F.pad(images, (radius,) * 4, mode="reflect")
-    images = conv2d(images, taps.expand(num_channels, 1, 1, -1), groups=num_channels)
-    return conv2d(images, taps[:, None].expand(num_channels, 1, -1, 1), groups=num_channels)
+    images = F.conv2d(images, taps.expand(num_channels, 1, 1, -1), groups=num_channels)
+    return F.conv2d(images, taps[:, None].expand(num_channels, 1, -1, 1), groups=num_channels)
 
 
 def blur_sigma(num_images_seen, initial_sigma_px, fade_images):
@@ -82,9 +80,13 @@ class PathLengthMean:
         self.decay = decay
         self.mean = torch.zeros((), device=device)
 
+    def next(self, batch_mean):
+        """Return what the mean will be after a batch of this mean length."""
+        return self.mean.lerp(batch_mean.detach().to(self.mean), self.decay)
+
     def update(self, batch_mean):
         """Move the mean towards the mean length of a batch and return it."""
-        self.mean = self.mean.lerp(batch_mean.detach().to(self.mean), self.decay)
+        self.mean = self.next(batch_mean)
         return self.mean
 
     def state_dict(self):

@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from em_data import load_data, warn_if_few
-from em_data.files import write_atomically
+from em_data.files import replace_folder, write_atomically
 from em_stylegan.config import StyleGANConfig
-from em_stylegan.loop import check_batch_size, create_networks, train_stylegan
+from em_stylegan.gan_loop import check_batch_size, train_stylegan
+from em_stylegan.networks import create_networks
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.transfer import start_from
 from em_training import (
@@ -21,15 +22,20 @@ from em_training import (
 
 
 def train_gan(config: StyleGANConfig) -> Path:
-    """Train the StyleGAN of `config` and save its averaged generator as a pipeline; return `config.out`.
+    """Train the StyleGAN of `config` and save its averaged generator as a pipeline.
 
-    Writes config.json, pipeline/ (load it with `EMStyleGANPipeline.from_pretrained`), run.json and, with `save_untrained`,
-    the pipeline of the first weights into the run's folder: untrained/ for random ones, start/ for those of `init_from`. The same
-    call on the same folder goes on where it stopped, to the bit on the same hardware. Several processes share the work when they
-    are started by torchrun or `accelerate launch`.
+    Writes config.json, pipeline/ (load it with `EMStyleGANPipeline.from_pretrained`), run.json and,
+    with `save_untrained`, the pipeline of the first weights: untrained/ for random ones, start/ for
+    those of `init_from`. The same call resumes the run, to the bit on the same hardware; a finished
+    run stays as it is. Start it with torchrun or `accelerate launch` to use several processes.
 
-    Raises `ValueError` when the folder holds a run of another configuration or another training is at work in it, and
-    `TrainingInterrupted` after saving when asked to stop.
+    Returns:
+        The run's folder, `config.out`.
+
+    Raises:
+        ValueError: If the folder holds a run of another configuration, or another process is
+            training in it.
+        TrainingInterrupted: After saving, if the run was asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
@@ -39,11 +45,11 @@ def train_gan(config: StyleGANConfig) -> Path:
 
 
 def train_and_save(config, accelerator, out):
-    """What `train_gan` does, in a folder that nothing else trains in."""
+    """Train and save in a folder that this process has locked."""
     check_batch_size(config, accelerator)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
-    with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
+    with accelerator.main_process_first():  # the first process cuts the tiles, the others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     warn_if_few(data.summary, len(data.train), config.training.num_images, accelerator.print)
@@ -52,38 +58,65 @@ def train_and_save(config, accelerator, out):
         refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")
         if config.save_untrained:
-            generator, discriminator = create_networks(config)
-            folder = out / ("untrained" if config.init_from is None else "start")
-            if config.init_from is not None:
-                start_from(config, generator, discriminator, generator, accelerator.print)
-            EMStyleGANPipeline(generator.eval(), pixel_size_nm=pixel_size_nm).save_pretrained(
-                folder
-            )
+            save_untrained(config, pixel_size_nm, accelerator, out)
+    if is_finished(config, out):
+        accelerator.print(f"The run in {out} is already complete.")
+    else:
+        path, train_seconds = train_stylegan(
+            config, data.train, accelerator=accelerator, out_dir=out, held_out=data.held_out
+        )
+        if accelerator.is_main_process:
+            save_run(config, data, path, train_seconds, out)
+        accelerator.wait_for_everyone()
 
-    generator, num_images_seen, train_seconds = train_stylegan(
-        config, data.train, accelerator=accelerator, out_dir=out, held_out=data.held_out
-    )
-    if accelerator.is_main_process:
-        best = read_best(out / "stylegan") if config.training.evaluate_every else None
-        if best:
-            generator = (
-                type(generator).from_pretrained(out / "stylegan" / "best" / "generator").eval()
-            )
-        EMStyleGANPipeline(generator, pixel_size_nm=pixel_size_nm).save_pretrained(out / "pipeline")
-        run = {
-            "name": out.name,
-            "family": config.generator.architecture,
-            "train_seconds": train_seconds,
-            "train_seconds_by_stage": {"stylegan": train_seconds},
-            "num_images_seen": num_images_seen,
-            "generator_weights": {"of": "the best checkpoint", **best}
-            if best
-            else {"of": "the last step"},
-            "config": asdict(config),
-            "data": data.summary,
-        }
-        write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
-    accelerator.wait_for_everyone()
+
+def is_finished(config, out) -> bool:
+    """Return True if the run in `out` has seen all images and has saved its pipeline."""
+    path = out / "run.json"
+    if not path.is_file() or not (out / "pipeline" / "model_index.json").is_file():
+        return False
+    return json.loads(path.read_text())["num_images_seen"] >= config.training.num_images
+
+
+def save_untrained(config, pixel_size_nm, accelerator, out):
+    """Save the pipeline of the first weights, once."""
+    folder = out / ("untrained" if config.init_from is None else "start")
+    if (folder / "model_index.json").is_file():
+        return
+    model, discriminator = create_networks(config)
+    if config.init_from is not None:
+        start_from(config, model, discriminator, model, accelerator.print)
+    save_pipeline(EMStyleGANPipeline(model.eval(), pixel_size_nm), folder)
+
+
+def save_run(config, data, path, train_seconds, out):
+    """Save the pipeline and run.json; the best generator if the run has measured distances."""
+    best = read_best(out / "stylegan") if config.training.evaluate_every else None
+    if best:
+        path = out / "stylegan" / "best" / "generator"
+    model = type(create_networks(config)[0]).from_pretrained(path).eval()
+    pixel_size_nm = data.summary.get("pixel_size_nm")
+    save_pipeline(EMStyleGANPipeline(model, pixel_size_nm), out / "pipeline")
+    training = config.training
+    run = {
+        "name": out.name,
+        "family": config.generator.architecture,
+        "train_seconds": train_seconds,
+        "train_seconds_by_stage": {"stylegan": train_seconds},
+        "num_images_seen": -(-training.num_images // training.batch_size) * training.batch_size,
+        "generator_weights": {"of": "the best checkpoint", **best}
+        if best
+        else {"of": "the last step"},
+        "config": asdict(config),
+        "data": data.summary,
+    }
+    write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def save_pipeline(pipeline, path):
+    """Save a pipeline in place of what `path` held."""
+    with replace_folder(path) as folder:
+        pipeline.save_pretrained(folder)
 
 
 def check_same_run(config, out):

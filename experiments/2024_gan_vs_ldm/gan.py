@@ -31,7 +31,7 @@ from recipe import SCALES, Reference, Results, choose_tiles, create_parser, draw
 from em_data import to_uint8
 from em_evaluation.images import ImageSet
 from em_stylegan import PRESETS, EMStyleGANPipeline, StyleGANConfig, train_gan
-from em_stylegan.loop import generate_images
+from em_stylegan.gan_loop import generate_images
 from em_training import create_accelerator
 from em_training.cli import run_command
 

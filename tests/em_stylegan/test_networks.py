@@ -13,11 +13,11 @@ from em_stylegan.em_stylegan2_generator import (
     StyleGAN2Generator,
     modulated_conv2d,
     normalize_second_moment,
-    second_derivatives,
 )
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.loop import compute_gradient_penalty, compute_path_lengths
+from em_stylegan.gan_loop import compute_gradient_penalty, compute_path_lengths
 from em_stylegan.losses import path_lengths, r1_penalty
+from em_stylegan.second_derivatives import second_derivatives
 
 SMALL = {"channel_base": 256, "max_channels": 16}
 

@@ -10,8 +10,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from em_stylegan import discriminator as fast_discriminator
 from em_stylegan import em_stylegan2_generator as fast
-from em_stylegan import reference as slow
 from em_stylegan.em_stylegan1_generator import adaptive_instance_norm
+from em_stylegan.second_derivatives import second_derivatives
+from support import stylegan_reference as slow
 
 KERNEL = fast.blur_kernel().double()
 
@@ -19,7 +20,7 @@ KERNEL = fast.blur_kernel().double()
 @pytest.fixture(params=[False, True], ids=["first", "second"])
 def derivatives(request):
     """With PyTorch's convolutions, and with those for second derivatives."""
-    with fast.second_derivatives() if request.param else nullcontext():
+    with second_derivatives() if request.param else nullcontext():
         yield
 
 
@@ -32,8 +33,9 @@ def compare(f, g, inputs):
     """f and g agree in value, in gradients, and in the gradients of the squared gradients (of the squared
     output, since most of these are linear)."""
     results = []
-    for function in (f, g):
-        y = function(*inputs)
+    for function, context in ((f, nullcontext()), (g, torch._C.DisableTorchFunction())):
+        with context:  # g has PyTorch's convolutions
+            y = function(*inputs)
         cotangent = draw(*y.shape, seed=7).detach()
         first = torch.autograd.grad((y.square() * cotangent).sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(a.square().sum() for a in first), inputs)
@@ -182,30 +184,30 @@ def test_convolution(options, has_bias):
         draw(6, seed=2)
     ] * has_bias
     few = (draw(1, 2, 4, 3), draw(2, 2 // options.get("groups", 1), 3, 2, seed=1))
-    with fast.second_derivatives():
-        compare(partial(fast.conv2d, **options), partial(F.conv2d, **options), inputs)
-        assert gradgradcheck(partial(fast.conv2d, **options), few)
+    with second_derivatives():
+        compare(partial(F.conv2d, **options), partial(F.conv2d, **options), inputs)
+        assert gradgradcheck(partial(F.conv2d, **options), few)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "padding": 1}, {"groups": 2}])
 def test_transposed_convolution(options):
     inputs = [draw(2, 4, 3, 4), draw(4, 6 // options.get("groups", 1), 3, 2, seed=1)]
     few = (draw(1, 2, 2, 2), draw(2, 2 // options.get("groups", 1), 3, 2, seed=1))
-    with fast.second_derivatives():
+    with second_derivatives():
         compare(
-            partial(fast.conv_transpose2d, **options),
+            partial(F.conv_transpose2d, **options),
             partial(F.conv_transpose2d, **options),
             inputs,
         )
-        assert gradgradcheck(partial(fast.conv_transpose2d, **options), few)
+        assert gradgradcheck(partial(F.conv_transpose2d, **options), few)
 
 
 def test_third_derivatives_of_the_convolution():
     x, weight = draw(1, 1, 4, 3), draw(2, 1, 3, 3, seed=1)
 
     def differentiate_twice(x, weight):
-        with fast.second_derivatives():
-            y = fast.conv2d(x, weight, stride=2).pow(3).sum()
+        with second_derivatives():
+            y = F.conv2d(x, weight, stride=2).pow(3).sum()
         first = torch.autograd.grad(y, (x, weight), create_graph=True)
         return torch.autograd.grad(
             sum(a.square().sum() for a in first), (x, weight), create_graph=True

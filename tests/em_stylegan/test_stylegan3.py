@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from em_stylegan import loop
+from em_stylegan import gan_loop
 from em_stylegan.config import DiscriminatorConfig, GeneratorConfig
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator, plan_layers
@@ -217,7 +217,7 @@ def test_training_moves_magnitudes_and_leaves_frozen_layers(finished, config):
     for name, value in state["ema"].items():
         if name.endswith("magnitude"):
             assert torch.equal(value, state["model"][name])
-    _, discriminator = loop.create_networks(config)
+    _, discriminator = gan_loop.create_networks(config)
     first = discriminator.state_dict()
     moved = {
         name
@@ -238,7 +238,7 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path,
     class Killed(BaseException):
         pass
 
-    class MortalRun(loop.TrainingRun):
+    class MortalRun(gan_loop.TrainingRun):
         def step(self, num_images_seen):
             super().step(num_images_seen)
             if num_images_seen == 40:
@@ -246,7 +246,7 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(finished, config, tmp_path,
 
     config = replace(config, out=str(tmp_path / "resumed"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "TrainingRun", MortalRun)
+        patch.setattr(gan_loop, "TrainingRun", MortalRun)
         with pytest.raises(Killed):
             train_gan(config)
     out = train_gan(config)
@@ -284,7 +284,7 @@ def test_other_architectures_train_and_are_saved_with_their_code(config, tmp_pat
 
 def test_installed_code_is_self_contained(finished, tmp_path):
     """The folder's copy of the component is the package's file."""
-    source = Path(loop.__file__).with_name("em_stylegan3_generator.py")
+    source = Path(gan_loop.__file__).with_name("em_stylegan3_generator.py")
     assert (finished / "pipeline" / "generator" / source.name).read_bytes() == source.read_bytes()
 
 
@@ -316,7 +316,7 @@ def test_impossible_configurations_are_refused(make, message):
 def test_too_many_frozen_layers_are_refused(config):
     config = replace(config, discriminator=replace(config.discriminator, num_frozen_layers=99))
     with pytest.raises(ValueError, match="there are 10 layers above 4 x 4"):
-        loop.create_networks(config)
+        gan_loop.create_networks(config)
 
 
 def test_presets_are_the_papers():

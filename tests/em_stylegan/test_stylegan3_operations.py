@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from em_stylegan import em_stylegan3_generator as fast
-from em_stylegan import reference as slow
+from support import stylegan_reference as slow
 
 
 def draw(*shape, seed=0):

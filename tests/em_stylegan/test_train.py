@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from em_data import load_data
-from em_stylegan import loop
+from em_stylegan import gan_loop
 from em_stylegan.config import AugmentationConfig, StyleGANConfig
 from em_stylegan.losses import generator_loss
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
@@ -30,6 +30,7 @@ from em_training import (
     make_generator,
     read_best,
     read_stats,
+    step_optimizer,
 )
 from support.config import refuses_config
 
@@ -102,7 +103,7 @@ def test_pipelines_before_and_after(finished, config):
     trained, untrained = (
         EMStyleGANPipeline.from_pretrained(finished / name) for name in ("pipeline", "untrained")
     )
-    first, _ = loop.create_networks(config)
+    first, _ = gan_loop.create_networks(config)
     for a, b in zip(untrained.generator.parameters(), first.parameters(), strict=True):
         assert torch.equal(a, b)
     best = read_best(finished / "stylegan")
@@ -128,7 +129,7 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(
     class Killed(BaseException):
         pass
 
-    class MortalRun(loop.TrainingRun):
+    class MortalRun(gan_loop.TrainingRun):
         def step(self, num_images_seen):
             super().step(num_images_seen)
             if num_images_seen == 32 + 8 * steps_lost:
@@ -136,7 +137,7 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(
 
     config = replace(config, out=str(tmp_path / "resumed"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "TrainingRun", MortalRun)
+        patch.setattr(gan_loop, "TrainingRun", MortalRun)
         with pytest.raises(Killed):
             train_gan(config)
     assert not (tmp_path / "resumed" / "run.json").exists()
@@ -168,16 +169,16 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(
 
 def test_measured_images_have_noise_of_their_own(config):
     """Where noise places the structures, one noise for all images would put them at the same places in each."""
-    generator = loop.create_networks(config)[0].eval()
+    generator = gan_loop.create_networks(config)[0].eval()
     for name, parameter in generator.named_parameters():
         if name.endswith("style.weight"):
             torch.nn.init.zeros_(parameter)  # z has no say
         elif name.endswith("noise_strength"):
             torch.nn.init.ones_(parameter)
-    images = loop.generate_images(generator, config, range(20))
+    images = gan_loop.generate_images(generator, config, range(20))
     assert images.flatten(1).std(dim=0).min() > 0.1 * images.std()
     torch.testing.assert_close(
-        loop.generate_images(generator, config, [9, 17]), images[[9, 17]], rtol=1e-4, atol=1e-5
+        gan_loop.generate_images(generator, config, [9, 17]), images[[9, 17]], rtol=1e-4, atol=1e-5
     )
     z = torch.randn(2, config.generator.z_dim)
     first, second = generator(z, noise_mode="const").detach()
@@ -221,7 +222,7 @@ def test_finished_run_is_not_trained_again(finished, config, monkeypatch):
     def refuse(*_):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(loop, "discriminator_loss", refuse)
+    monkeypatch.setattr(gan_loop, "discriminator_loss", refuse)
     before = (
         finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
     ).read_bytes()
@@ -245,7 +246,7 @@ def test_batch_that_groups_do_not_divide_is_refused(config, tmp_path):
 
 
 def test_stops_on_a_loss_that_is_not_finite(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "generator_loss", lambda scores: scores.mean() * float("nan"))
+    monkeypatch.setattr(gan_loop, "generator_loss", lambda scores: scores.mean() * float("nan"))
     with pytest.raises(NonFiniteLossError, match="loss_G"):
         train_gan(replace(config, out=str(tmp_path)))
     assert not (tmp_path / "run.json").exists()
@@ -275,22 +276,24 @@ def test_two_processes_share_the_work(tmp_path):
 
 def test_lazy_regularisation_leaves_the_optimiser_its_pace():
     """lr and betas to the power c = k / (k + 1), so that k + 1 steps move as k plain ones do (2020, appendix B)."""
-    optimizer = loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 16)
+    optimizer = gan_loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 16)
     options = optimizer.param_groups[0]
     assert options["lr"] * 17 == pytest.approx(0.0025 * 16)
     assert options["betas"][0] == 0
     assert options["betas"][1] ** 17 == pytest.approx(0.99**16)
-    assert loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 0).param_groups[0]["lr"] == 0.0025
+    assert (
+        gan_loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 0).param_groups[0]["lr"] == 0.0025
+    )
 
 
 def test_style_mixing_changes_w_once_a_picture_at_the_stated_rate(config):
-    model, _ = loop.create_networks(config)
-    w, ws = loop.draw_ws(model, 2000, 0.9, make_generator(0))
+    model, _ = gan_loop.create_networks(config)
+    w, ws = gan_loop.draw_ws(model, 2000, 0.9, make_generator(0))
     first = (ws == w.unsqueeze(1)).all(dim=2)  # [B, num_ws]: layers that still have the first w
     assert first[:, 0].all()
     assert (first[:, 1:] <= first[:, :-1]).all(), "once changed, it stays changed"
     assert (~first[:, -1]).float().mean().item() == pytest.approx(0.9, abs=0.03)
-    _, pure = loop.draw_ws(model, 8, 0.0, make_generator(0))
+    _, pure = gan_loop.draw_ws(model, 8, 0.0, make_generator(0))
     assert torch.equal(pure, pure[:, :1].expand_as(pure))
 
 
@@ -303,25 +306,29 @@ def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
     gradients in another layout than that of the weights, which the fused Adam would not notice."""
     architecture = "stylegan2" if network == "discriminator" else network
     changed = replace(config, generator=replace(config.generator, architecture=architecture))
-    model, discriminator = loop.create_networks(changed)
+    model, discriminator = gan_loop.create_networks(changed)
     images = torch.rand(4, 1, 32, 32, generator=make_generator(0)) * 2 - 1
     trained = discriminator if network == "discriminator" else model
 
     def compute_loss():
         if network == "discriminator":
             if penalty:
-                return loop.compute_gradient_penalty(discriminator, images, lambda images: images)
+                return gan_loop.compute_gradient_penalty(
+                    discriminator, images, lambda images: images
+                )
             return generator_loss(discriminator(images))
         if penalty:
-            return loop.compute_path_lengths(model, 4, 0.0, make_generator(1)).square().mean()
-        _, ws = loop.draw_ws(model, 4, 0.0, make_generator(1))
+            return gan_loop.compute_path_lengths(model, 4, 0.0, make_generator(1)).square().mean()
+        _, ws = gan_loop.draw_ws(model, 4, 0.0, make_generator(1))
         return generator_loss(discriminator(model.synthesis(ws, "random", make_generator(2))))
 
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(compute_loss(), list(named.values()), allow_unused=True)
     before = {name: p.detach().clone() for name, p in named.items()}
-    optimizer = loop.create_optimizer(trained, 0.01, 0)
-    loop.update(trained, optimizer, compute_loss(), create_accelerator(tmp_path, "no"))
+    optimizer = gan_loop.create_optimizer(trained, 0.01, 0)
+    accelerator = create_accelerator(tmp_path, "no")
+    accelerator.backward(compute_loss(), inputs=list(named.values()))
+    step_optimizer(accelerator, optimizer, named.values())
     compared = 0
     for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
         if gradient is not None and (large := gradient.abs() > 1e-5).any():
@@ -336,13 +343,13 @@ def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
 @pytest.fixture
 def judged(monkeypatch):
     """What the discriminator was asked for: (type of the maps, images, batches in one pass)."""
-    seen, forward = set(), loop.StyleGANDiscriminator.forward
+    seen, forward = set(), gan_loop.StyleGANDiscriminator.forward
 
     def spy(self, image, **options):
         seen.add((options.get("compute_dtype"), len(image), options.get("num_batches", 1)))
         return forward(self, image, **options)
 
-    monkeypatch.setattr(loop.StyleGANDiscriminator, "forward", spy)
+    monkeypatch.setattr(gan_loop.StyleGANDiscriminator, "forward", spy)
     return seen
 
 
@@ -364,7 +371,7 @@ class TestFloat16:
                 precision=precision,
                 training=replace(config.training, num_images=num_images, evaluate_every=0),
             )
-            loop.train_stylegan(changed, data, accelerator=accelerator, out_dir=tmp_path / name)
+            gan_loop.train_stylegan(changed, data, accelerator=accelerator, out_dir=tmp_path / name)
             folder = tmp_path / name / "stylegan"
             return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])[
                 "state"
@@ -387,7 +394,7 @@ class TestFloat16:
 
     def test_overflow_skips_steps_and_resumes_to_the_bit(self, run, monkeypatch):
         """A loss of about 16 overflows at the first scale, and again when the scale has grown."""
-        monkeypatch.setattr(loop, "generator_loss", lambda scores: 16 * generator_loss(scores))
+        monkeypatch.setattr(gan_loop, "generator_loss", lambda scores: 16 * generator_loss(scores))
         options = {
             "init_scale": 2.0**127,
             "growth_interval": 8,
@@ -422,7 +429,7 @@ class TestFloat16:
         assert 0 < change < 0.1
 
     def test_networks_are_bounded(self, config):
-        generator, discriminator = loop.create_networks(replace(config, precision="fp16"))
+        generator, discriminator = gan_loop.create_networks(replace(config, precision="fp16"))
         assert generator.config.clamp == discriminator.config.clamp == 256
         assert (
             generator.config.num_reduced_resolutions
@@ -430,7 +437,7 @@ class TestFloat16:
             == 4
         )
         own = replace(config.generator, clamp=64.0, num_reduced_resolutions=2)
-        generator, _ = loop.create_networks(replace(config, precision="fp16", generator=own))
+        generator, _ = gan_loop.create_networks(replace(config, precision="fp16", generator=own))
         assert (generator.config.clamp, generator.config.num_reduced_resolutions) == (64.0, 2)
         with refuses_config("stylegan1 has no bound"):
             replace(
@@ -448,7 +455,7 @@ def test_accelerator_precision_decides_the_type_of_the_maps(config, tmp_path, ju
     )  # one process has one precision; this test needs another
     data = load_data(config.data, config.tiles, log=lambda text: None)
     short = replace(config, training=replace(config.training, num_images=8, evaluate_every=0))
-    loop.train_stylegan(
+    gan_loop.train_stylegan(
         short, data.train, accelerator=create_accelerator(tmp_path, "bf16"), out_dir=tmp_path
     )
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -469,7 +476,7 @@ def test_presets(name):
 def test_paper_preset_is_the_studys_best_gan():
     config = PRESETS["paper"]()
     with torch.device("meta"):
-        generator, _ = loop.create_networks(config)
+        generator, _ = gan_loop.create_networks(config)
     assert generator.config.mapping_depth == 4
     assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [
         1024

@@ -7,7 +7,7 @@ import torch
 
 from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator, loop
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.loop import create_networks
+from em_stylegan.networks import create_networks
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.presets import PRESETS
 from em_stylegan.train import train_gan

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from em_stylegan import reference as slow
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, blur_kernel
+from support import stylegan_reference as slow
 
 KERNEL = blur_kernel().double()
 ARCHITECTURES = ("skip", "orig", "resnet")

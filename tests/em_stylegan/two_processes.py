@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 
 from em_data import load_data
-from em_stylegan import loop
-from em_stylegan.loop import create_networks, train_stylegan, update
+from em_stylegan import gan_loop
+from em_stylegan.gan_loop import create_networks, train_stylegan
 from em_stylegan.presets import test as preset
-from em_training import create_accelerator, leave_processes
+from em_training import create_accelerator, leave_processes, list_checkpoints, step_optimizer
 
 torch.set_num_threads(1)
 out = sys.argv[1]
@@ -23,14 +23,26 @@ rank = accelerator.process_index
 model = torch.nn.Linear(1, 1)
 torch.nn.init.zeros_(model.bias)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-update(model, optimizer, (model.bias - rank).square().sum() / 2, accelerator)
+accelerator.backward((model.bias - rank).square().sum() / 2)
+step_optimizer(accelerator, optimizer, [model.bias])
 assert model.bias.item() == 0.5
 
 with accelerator.main_process_first():
     data = load_data(config.data, config.tiles, log=accelerator.print)
-generator, num_images_seen, _ = train_stylegan(
-    config, data.train, accelerator=accelerator, out_dir=out
-)
+models, averages, create_ema = [], [], gan_loop.EMA
+
+
+def keep(model, *options):
+    models.append(model)
+    averages.append(create_ema(model, *options))
+    return averages[-1]
+
+
+gan_loop.EMA = keep
+path, seconds = train_stylegan(config, data.train, accelerator=accelerator, out_dir=out)
+assert (path / "config.json").is_file()
+assert seconds > 0
+generator = averages.pop().model
 weights = torch.cat([value.flatten() for value in generator.state_dict().values()])
 first, second = accelerator.gather(weights[None])
 assert torch.equal(first, second), "the processes have grown apart"
@@ -46,13 +58,9 @@ config = replace(
     generator=replace(config.generator, architecture="stylegan3-t", magnitude_half_life_images=50),
     training=replace(config.training, num_images=24, path_length_weight=0.0),
 )
-models = []
-average = loop.EMA
-loop.EMA = lambda model, *options: models.append(model) or average(model, *options)
-generator, _, _ = train_stylegan(
-    config, data.train, accelerator=accelerator, out_dir=f"{out}/alias-free"
-)
-for network in (generator, *models):
+models.clear()
+train_stylegan(config, data.train, accelerator=accelerator, out_dir=f"{out}/alias-free")
+for network in (averages[-1].model, *models):
     state = network.state_dict()
     for name, value in state.items():
         first, second = accelerator.gather(value.contiguous()[None])
@@ -60,5 +68,5 @@ for network in (generator, *models):
     magnitudes = [value.item() for name, value in state.items() if name.endswith("magnitude")]
     assert magnitudes
     assert all(magnitude != 1 for magnitude in magnitudes)
-accelerator.print("agreed at", num_images_seen)
+accelerator.print("agreed at", list_checkpoints(f"{out}/stylegan/checkpoints")[-1].name.lstrip("0"))
 leave_processes()
