@@ -1,7 +1,8 @@
-"""The StyleGAN generator of 2019 in one file, for grey or colour images; it needs only torch, numpy, diffusers and the standard library.
+"""The StyleGAN generator of 2019 in one file, for grey or colour images, for comparison.
 
-Written from "A Style-Based Generator Architecture for GANs" (Karras et al. 2019, figure 1b and appendix C): styles enter by adaptive
-instance normalisation, which StyleGAN2 gave up for its droplets. Here for comparison; all resolutions are trained at once, without growing.
+It needs only torch, numpy, diffusers and the standard library. Written from "A Style-Based
+Generator Architecture for GANs" (Karras et al. 2019, figure 1b and appendix C). Styles enter by
+adaptive instance normalisation. All resolutions are trained at once, without progressive growing.
 """
 
 import math
@@ -18,13 +19,13 @@ NOISE_MODES = ("random", "const", "none")
 
 
 def blur_kernel():
-    """The separable filter [1, 2, 1] as a 3 x 3 kernel that sums to one (2019, appendix C)."""
+    """Return the separable filter [1, 2, 1] as a 3 x 3 kernel of sum 1 (2019, appendix C)."""
     taps = torch.tensor([1.0, 2.0, 1.0])
     return torch.outer(taps, taps) / 16
 
 
 def blur(x, kernel):
-    """Filter each channel of x [B, C, H, W] with a 3 x 3 kernel after zero padding."""
+    """Zero-pad x [B, C, H, W] and filter each channel with a 3 x 3 kernel."""
     num_channels = x.shape[1]
     return F.conv2d(
         x, kernel.to(x.dtype).expand(num_channels, 1, 3, 3), padding=1, groups=num_channels
@@ -32,10 +33,11 @@ def blur(x, kernel):
 
 
 def adaptive_instance_norm(x, scale, shift):
-    """Bring every map of x [B, C, H, W] to mean 0 and deviation 1, then to `shift` and `scale` [B, C] (2019, equation 1).
+    """Normalise every map of x [B, C, H, W], then scale and shift it (2019, equation 1).
 
-    As one multiplication and one addition a map: both moments join the style. Half types are computed in float32, where a map that is
-    nearly constant keeps its deviation.
+    scale, shift [B, C]. The moments are merged with the style into one multiplication and one
+    addition. Half precision is computed in float32, where a nearly constant map keeps its
+    deviation.
     """
     dtype = x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
@@ -45,44 +47,51 @@ def adaptive_instance_norm(x, scale, shift):
     return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(dtype)
 
 
+# Copied from em_stylegan.em_stylegan2_generator.EqualizedLinear
 class EqualizedLinear(nn.Module):
-    """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
+    """Linear layer with an equalised learning rate (ProGAN, Karras et al. 2018).
 
-    def __init__(self, in_features, out_features, *, lr_multiplier=1.0, activation=False):
+    The stored weights have unit variance. They are scaled by 1 / sqrt(fan in) when used.
+    """
+
+    def __init__(
+        self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
-        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
         self.activation = activation
 
     def forward(self, x):
-        x = F.linear(
-            x, self.weight * self.weight_gain, self.bias * self.bias_gain
-        )  # [B, out_features]
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
         return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
 
 
+# Copied from em_stylegan.em_stylegan2_generator.normalize_second_moment
 def normalize_second_moment(x):
     """Scale each row of x [B, D] to a mean square of one."""
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+# Copied from em_stylegan.em_stylegan2_generator.encode_classes
 def encode_classes(class_labels, num_classes, batch_size, like):
-    """Class labels as rows [B, num_classes] of the type and device of `like`: from integers [B], one integer for all, or such rows.
+    """Return class labels as rows [B, num_classes] with the dtype and device of `like`.
 
-    Raises `ValueError` for labels that are missing, that a network without classes was given, or of another number or range.
+    class_labels: Integers [B], one integer for all, or rows of weights [B, num_classes]. Raises
+    `ValueError` if they are missing, out of range, or given to a network without classes.
     """
     if num_classes == 0:
         if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
-            raise ValueError("this network knows no classes: leave class_labels out.")
+            raise ValueError("This network has no classes. Leave class_labels out.")
         return None
     wanted = (
         f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
     )
     if class_labels is None:
         raise ValueError(
-            f"this network knows {num_classes} classes: give class_labels, integers [B]."
+            f"This network has {num_classes} classes. Give class_labels, integers [B]."
         )
     labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
@@ -98,14 +107,16 @@ def encode_classes(class_labels, num_classes, batch_size, like):
     return labels.to(like.dtype)
 
 
+# Copied from em_stylegan.em_stylegan2_generator.MappingNetwork
 class MappingNetwork(nn.Module):
-    """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
+    """z (and class) -> w: normalisation, then `depth` layers with leaky ReLU (2019, section 3).
 
-    forward(z [B, z_dim], class_labels=None) -> w [B, w_dim]. `w_mean` is the running mean of w for truncation; it moves only
-    when `update_w_mean` is called.
+    The layers learn a hundred times more slowly than others. forward(z [B, z_dim],
+    class_labels=None, batch_size=None) returns w [B, w_dim]. If z_dim is 0 there is no z, and B is
+    `batch_size`. `w_mean` is the running mean of w for truncation; only `update_w_mean` moves it.
     """
 
-    def __init__(self, z_dim, w_dim, depth, num_classes=0):
+    def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
         super().__init__()
         self.num_classes = num_classes
         self.z_dim = z_dim
@@ -115,14 +126,17 @@ class MappingNetwork(nn.Module):
             EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
             for a, b in pairwise(num_features)
         )
-        self.register_buffer("w_mean", torch.zeros(w_dim))
+        if track_mean:
+            self.register_buffer("w_mean", torch.zeros(w_dim))
 
-    def forward(self, z, class_labels=None):
+    def forward(self, z, class_labels=None, batch_size=None):
         like = self.layers[0].weight
-        if z.ndim != 2 or z.shape[1] != self.z_dim:
-            raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
-        inputs = [normalize_second_moment(z.to(like.dtype))]
-        classes = encode_classes(class_labels, self.num_classes, len(z), like)
+        inputs = []
+        if self.z_dim > 0:
+            if z.ndim != 2 or z.shape[1] != self.z_dim:
+                raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
+            inputs.append(normalize_second_moment(z.to(like.dtype)))
+        classes = encode_classes(class_labels, self.num_classes, batch_size or len(z), like)
         if classes is not None:
             inputs.append(normalize_second_moment(self.embed(classes)))
         x = torch.cat(inputs, dim=1)
@@ -137,7 +151,10 @@ class MappingNetwork(nn.Module):
 
 
 class SynthesisLayer(nn.Module):
-    """(Doubling,) convolution, noise, bias, leaky ReLU, style; the first layer of all has no convolution (2019, figure 1b)."""
+    """Convolution (doubling the side if `up`), noise, bias, leaky ReLU, style (2019, figure 1b).
+
+    The first layer, with in_channels 0, has no convolution.
+    """
 
     def __init__(self, in_channels, out_channels, w_dim, resolution, *, up=False):
         super().__init__()
@@ -176,8 +193,8 @@ class SynthesisLayer(nn.Module):
 class SynthesisNetwork(nn.Module):
     """w of every layer -> image.
 
-    forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None, compute_dtype=None) -> float image
-    [B, image_channels, R, R], nominally in [-1, 1].
+    forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None,
+    compute_dtype=None) returns an image [B, image_channels, R, R], nominally in [-1, 1].
     """
 
     def __init__(self, w_dim, resolution, image_channels, channel_base, max_channels):
@@ -197,14 +214,13 @@ class SynthesisNetwork(nn.Module):
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
-            raise ValueError(
-                f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}."
-            )
+            raise ValueError(f"noise_mode is {noise_mode!r}; choose {', '.join(NOISE_MODES)}.")
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
         if isinstance(generator, list | tuple) and len(generator) != len(ws):
             raise ValueError(
-                f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one."
+                f"{len(generator)} generators for {len(ws)} images; give one for each, or a single "
+                "one."
             )
         x = self.const.to(compute_dtype or self.const.dtype).expand(len(ws), -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)  # [B, C, 4, 4]
@@ -234,11 +250,9 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
-            raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
+            raise ValueError(f"resolution is {resolution}; give a power of two of at least 8.")
         if channel_base < resolution:
-            raise ValueError(
-                f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
-            )
+            raise ValueError(f"channel_base is {channel_base}; give at least {resolution}.")
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
         self.synthesis_network = SynthesisNetwork(
             w_dim, resolution, image_channels, channel_base, max_channels
@@ -246,16 +260,17 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
 
     @property
     def num_ws(self):
-        """Number of style inputs: one a layer."""
+        """Number of style inputs: one for each layer."""
         return self.synthesis_network.num_ws
 
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.mapping
     def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
-        """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
-        `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
+        """Map z [B, z_dim] to ws [B, num_ws, w_dim], truncated (2019, section 2 and appendix B).
+
+        w' = w_mean + psi (w - w_mean) in the first `truncation_cutoff` layers, by default in all.
+        """
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).repeat(
-            1, self.num_ws, 1
-        )  # of their own, so that styles can be mixed in place
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # a copy: styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
@@ -263,10 +278,12 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
             return truncated
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
 
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.synthesis
     def synthesis(self, ws, noise_mode="random", generator=None, compute_dtype=None):
-        """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]."""
+        """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1]."""
         return self.synthesis_network(ws, noise_mode, generator, compute_dtype)
 
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.forward
     def forward(
         self,
         z,
@@ -276,10 +293,21 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
         noise_mode: str = "random",
         generator=None,
     ):
-        """z [B, z_dim] -> image [B, image_channels, R, R], nominally in [-1, 1].
+        """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
-        `class_labels`: integers [B] for a conditional generator. `noise_mode`: fresh noise, the stored noise, or none.
-        `generator`: a torch.Generator for fresh noise, or a list of one an image.
+        Args:
+            class_labels: Integers [B], for a conditional generator.
+            truncation_psi, truncation_cutoff: See `mapping`.
+            noise_mode: "random" (fresh noise), "const" (the stored noise) or "none".
+            generator: A `torch.Generator` for fresh noise, or a list with one for each image.
         """
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
         return self.synthesis(ws, noise_mode, generator)
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
+    def enable_layerwise_casting(self, *args, **kwargs):
+        """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
+        raise NotImplementedError(
+            "Layerwise casting has no effect on this network, whose layers are its own. Use "
+            "model.to(torch.bfloat16) to halve its memory."
+        )

@@ -1,8 +1,9 @@
-"""StyleGAN2 generator in one file, for grey or colour images; it needs only torch, numpy, diffusers and the standard library.
+"""StyleGAN2 generator in one file, for grey or colour images.
 
-Written from "A Style-Based Generator Architecture for GANs" (Karras et al. 2019) and "Analyzing and Improving the Image
-Quality of StyleGAN" (Karras et al. 2020). From leaf to root: convolution, filters, equalised layers, modulated convolution, mapping,
-synthesis, `StyleGAN2Generator`.
+It needs only torch, numpy, diffusers and the standard library. Written from "A Style-Based
+Generator Architecture for GANs" (Karras et al. 2019) and "Analyzing and Improving the Image Quality
+of StyleGAN" (Karras et al. 2020). From leaf to root: filters, equalised layers, modulated
+convolution, mapping, synthesis, `StyleGAN2Generator`.
 """
 
 import math
@@ -19,44 +20,46 @@ NOISE_MODES = ("random", "const", "none")
 ARCHITECTURES = ("skip", "orig", "resnet")
 
 
-# ---------------------------------------------------------------------------------------------------------------- filters
+# ----------------------------------------------------------------------------------------- filters
 
 
 def blur_kernel():
-    """The separable filter [1, 3, 3, 1] as a 4 x 4 kernel that sums to one (2020, section 2)."""
+    """Return the separable filter [1, 3, 3, 1] as a 4 x 4 kernel of sum 1 (2020, section 2)."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
     return torch.outer(taps, taps) / 64
 
 
 def blur(x, kernel, *, padding, stride=1, gain=1.0):
-    """Filter each channel of x [B, C, H, W] with a 4 x 4 kernel after zero padding, and keep every `stride`-th pixel."""
+    """Zero-pad and filter x [B, C, H, W] with a 4 x 4 kernel; keep every `stride`-th pixel."""
     num_channels = x.shape[1]
     weight = (kernel * gain).to(x.dtype).expand(num_channels, 1, 4, 4)
     return F.conv2d(x, weight, padding=padding, stride=stride, groups=num_channels)
 
 
 def upsample(x, kernel):
-    """Double the side of x [B, C, H, W]: zeros between the pixels, then the filter with gain 4 -> [B, C, 2H, 2W]."""
+    """Double the side of x [B, C, H, W]: insert zeros between pixels, filter with gain 4."""
     num_channels = x.shape[1]
     weight = (kernel * 4).to(x.dtype).expand(num_channels, 1, 4, 4)
     return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=num_channels)
 
 
 def pointwise_conv2d(x, weight, bias=None):
-    """1 x 1 convolution of x [B, I, H, W] with weight [O, I, 1, 1], as a matrix product over the channels of every pixel.
+    """Convolve x [B, I, H, W] with a 1 x 1 kernel [O, I, 1, 1], as a matrix product per pixel.
 
-    It neither copies nor moves maps that lie channels-last, as ours do; libraries are slow where one side has a single channel.
+    Channels-last maps, such as ours, are not copied. Libraries are slow for a single channel.
     """
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(
-        0, 3, 1, 2
-    )  # [B, O, H, W]
+    y = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)  # [B, H, W, O]
+    return y.permute(0, 3, 1, 2)  # [B, O, H, W]
 
 
-# ------------------------------------------------------------------------------------------------------- equalised layers
+# -------------------------------------------------------------------------------- equalised layers
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
+    """Linear layer with an equalised learning rate (ProGAN, Karras et al. 2018).
+
+    The stored weights have unit variance. They are scaled by 1 / sqrt(fan in) when used.
+    """
 
     def __init__(
         self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False
@@ -69,17 +72,16 @@ class EqualizedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        x = F.linear(
-            x, self.weight * self.weight_gain, self.bias * self.bias_gain
-        )  # [B, out_features]
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
         return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution with equalised learning rate, optional halving of the side (filter, then stride 2) or, for 1 x 1 kernels, doubling
-    (convolution, then filter), and leaky ReLU.
+    """Convolution with an equalised learning rate, then leaky ReLU.
 
-    forward(x [B, in, H, W], gain=1.0, clamp=None) -> [B, out, H, W], or half or twice the side, in the type of x.
+    `down` halves the side (filter, then stride 2). `up`, for 1 x 1 kernels, doubles it
+    (convolution, then filter). forward(x [B, in, H, W], gain=1.0, clamp=None) returns
+    [B, out, H', W'] in the dtype of x.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class EqualizedConv2d(nn.Module):
             self.register_buffer("kernel", blur_kernel(), persistent=False)
 
     def forward(self, x, gain=1.0, clamp=None):
-        # leaky_relu(a x) = a leaky_relu(x) for a > 0: both gains go into the weights, which are smaller than the maps
+        # leaky_relu(a x) = a leaky_relu(x) for a > 0: scale the weights, not the maps
         clamp = None if clamp is None else clamp * gain
         gain = gain * math.sqrt(2) if self.activation else gain
         weight = (self.weight * (self.weight_gain * gain)).to(x.dtype)
@@ -116,44 +118,45 @@ class EqualizedConv2d(nn.Module):
             x = blur(x, self.kernel, padding=1, stride=2) if self.down else x
             x = pointwise_conv2d(x, weight, bias)  # [B, out, H, W] or [B, out, H/2, W/2]
         elif self.down:
-            x = F.conv2d(
-                blur(x, self.kernel, padding=2), weight, bias, stride=2
-            )  # [B, out, H/2, W/2]
+            x = blur(x, self.kernel, padding=2)
+            x = F.conv2d(x, weight, bias, stride=2)  # [B, out, H/2, W/2]
         else:
             x = F.conv2d(x, weight, bias, padding=self.kernel_size // 2)  # [B, out, H, W]
         if self.activation:
-            # pointwise_conv2d returns a view; changed in place, it would cost the backward pass several copies
+            # pointwise_conv2d returns a view; changing it in place would cost copies in backward
             x = F.leaky_relu(x, 0.2, inplace=self.kernel_size > 1)
         return x if clamp is None else x.clamp(-clamp, clamp)
 
 
-# -------------------------------------------------------------------------------------------------- modulated convolution
+# --------------------------------------------------------------------------- modulated convolution
 
 
 def demodulation(weight, styles):
-    """1 / norm of each output map's modulated weights (2020, equation 3).
+    """Return 1 / norm of each output map's modulated weights, [B, O] (2020, equation 3).
 
-    weight [O, I, k, k], styles [B, I] -> [B, O]: rsqrt(sum_i s_i^2 sum_kk w_oikk^2 + 1e-8).
+    rsqrt(sum_i s_i^2 sum_kk w_oikk^2 + 1e-8) for weight [O, I, k, k] and styles [B, I].
     """
     return (F.linear(styles.square(), weight.square().sum(dim=(2, 3))) + 1e-8).rsqrt()
 
 
 def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.0):
-    """Convolve x with weights scaled per sample, by scaling the activations instead of the weights.
+    """Convolve x with weights that are scaled for each sample (2020, section 2.2).
 
-    x [B, I, H, W], weight [O, I, k, k], styles [B, I]; with `kernel` (4 x 4) the side doubles: transposed convolution, then
-    filter -> [B, O, H, W] or [B, O, 2H, 2W]. Convolution is linear, so (w s) * x = w * (s x), and the demodulation (equation 3)
-    multiplies whole output maps: one ordinary convolution serves the batch.
+    Convolution is linear, so (w s) * x = w * (s x), and demodulation multiplies whole output maps.
+    Scaling the maps instead of the weights leaves one ordinary convolution for the batch.
+
+    Args:
+        x: [B, I, H, W]; weight: [O, I, k, k]; styles: [B, I].
+        kernel: 4 x 4. If given, the side doubles: transposed convolution, then this filter.
+
+    Returns:
+        [B, O, H, W] or [B, O, 2H, 2W].
     """
     dtype = x.dtype
-    if (
-        demodulate and dtype == torch.float16
-    ):  # within its range; demodulation takes the scales back (2020 ADA, appendix D.1)
-        weight = (
-            weight
-            / weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
-            / math.sqrt(weight[0].numel())
-        )
+    if demodulate and dtype == torch.float16:
+        # stay within its range; demodulation undoes the scales (ADA, 2020, appendix D.1)
+        largest = weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
+        weight = weight / largest / math.sqrt(weight[0].numel())
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     if not demodulate and gain != 1:
         styles = styles * gain
@@ -171,7 +174,7 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.
 
 
 def _modulated_pointwise_conv2d(x, weight, styles, demodulate, gain):
-    """The same for 1 x 1 kernels, where weights of each sample are small and scaling them saves several passes over the maps."""
+    """The same for 1 x 1 kernels, where scaling the small weights saves passes over the maps."""
     weights = weight.flatten(1) * styles[:, None]  # [B, O, I]
     if demodulate:
         weights = weights * (demodulation(weight, styles) * gain)[:, :, None]
@@ -180,7 +183,7 @@ def _modulated_pointwise_conv2d(x, weight, styles, demodulate, gain):
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, O, H, W]
 
 
-# ---------------------------------------------------------------------------------------------------------------- mapping
+# ----------------------------------------------------------------------------------------- mapping
 
 
 def normalize_second_moment(x):
@@ -189,20 +192,21 @@ def normalize_second_moment(x):
 
 
 def encode_classes(class_labels, num_classes, batch_size, like):
-    """Class labels as rows [B, num_classes] of the type and device of `like`: from integers [B], one integer for all, or such rows.
+    """Return class labels as rows [B, num_classes] with the dtype and device of `like`.
 
-    Raises `ValueError` for labels that are missing, that a network without classes was given, or of another number or range.
+    class_labels: Integers [B], one integer for all, or rows of weights [B, num_classes]. Raises
+    `ValueError` if they are missing, out of range, or given to a network without classes.
     """
     if num_classes == 0:
         if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
-            raise ValueError("this network knows no classes: leave class_labels out.")
+            raise ValueError("This network has no classes. Leave class_labels out.")
         return None
     wanted = (
         f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
     )
     if class_labels is None:
         raise ValueError(
-            f"this network knows {num_classes} classes: give class_labels, integers [B]."
+            f"This network has {num_classes} classes. Give class_labels, integers [B]."
         )
     labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
@@ -219,10 +223,11 @@ def encode_classes(class_labels, num_classes, batch_size, like):
 
 
 class MappingNetwork(nn.Module):
-    """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
+    """z (and class) -> w: normalisation, then `depth` layers with leaky ReLU (2019, section 3).
 
-    forward(z [B, z_dim], class_labels=None, batch_size=None) -> w [B, w_dim]; with z_dim 0 there is no z, and B is `batch_size`.
-    `w_mean` is the running mean of w for truncation; it moves only when `update_w_mean` is called.
+    The layers learn a hundred times more slowly than others. forward(z [B, z_dim],
+    class_labels=None, batch_size=None) returns w [B, w_dim]. If z_dim is 0 there is no z, and B is
+    `batch_size`. `w_mean` is the running mean of w for truncation; only `update_w_mean` moves it.
     """
 
     def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
@@ -259,11 +264,11 @@ class MappingNetwork(nn.Module):
         self.w_mean.lerp_(w_batch_mean.to(self.w_mean.dtype), 1 - decay)
 
 
-# -------------------------------------------------------------------------------------------------------------- synthesis
+# --------------------------------------------------------------------------------------- synthesis
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated 3 x 3 convolution, noise, bias, leaky ReLU; doubles the side when `up` (2020, figure 2d)."""
+    """Modulated 3 x 3 convolution, noise, bias, leaky ReLU; `up` doubles the side (figure 2d)."""
 
     def __init__(self, in_channels, out_channels, w_dim, resolution, *, up=False, clamp=None):
         super().__init__()
@@ -280,12 +285,11 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x, w, noise_mode, generator, gain=1.0):
         clamp = None if self.clamp is None else self.clamp * gain
-        # leaky_relu(a x) = a leaky_relu(x): the gain joins the demodulation, the noise and the bias
+        # leaky_relu(a x) = a leaky_relu(x): apply the gain to demodulation, noise and bias
         gain = gain * math.sqrt(2)
         styles = self.style(w)  # [B, in]
-        x = modulated_conv2d(
-            x, self.weight, styles, kernel=self.kernel if self.up else None, gain=gain
-        )  # [B, out, R, R]
+        kernel = self.kernel if self.up else None
+        x = modulated_conv2d(x, self.weight, styles, kernel=kernel, gain=gain)  # [B, out, R, R]
         if noise_mode == "random":
             shape = (x.shape[0], 1, self.resolution, self.resolution)
             noise = randn_tensor(
@@ -310,19 +314,20 @@ class ToImage(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x, w):
-        x = modulated_conv2d(
-            x, self.weight, self.style(w) * self.weight_gain, demodulate=False
-        )  # [B, image_channels, R, R]
+        styles = self.style(w) * self.weight_gain  # [B, in]
+        x = modulated_conv2d(x, self.weight, styles, demodulate=False)  # [B, image_channels, R, R]
         x = x + self.bias.to(x.dtype)[:, None, None]
         x = x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
         return x.to(self.bias.dtype)
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: (doubling layer), layer, and what makes the image of it (2020, figure 7).
+    """One resolution: a doubling layer, a layer, and the image of this resolution (2020, figure 7).
 
-    "skip": each block adds an image to the doubled one of the block before. "orig": the last block alone makes the image. "resnet": the
-    same, and a 1 x 1 convolution of the block's doubled input is added to its output, both scaled by 1 / sqrt(2).
+    "skip": Each block adds an image to the doubled image of the block before. "orig": Only the last
+    block makes an image. "resnet": The same, and a 1 x 1 convolution of the block's doubled input
+    is added to its output, both scaled by 1 / sqrt(2). The first block has a learned constant
+    instead of the doubling layer.
     """
 
     def __init__(
@@ -380,10 +385,11 @@ class SynthesisBlock(nn.Module):
 class SynthesisNetwork(nn.Module):
     """w of every layer -> image.
 
-    forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None, compute_dtype=None) -> float image
-    [B, image_channels, R, R], nominally in [-1, 1]. `compute_dtype` (for example torch.bfloat16) is the type of the feature
-    maps of the highest `num_reduced_resolutions` (all when None); styles, demodulation and the sum of images keep the type of the
-    parameters.
+    forward(ws [B, num_ws, w_dim], noise_mode="random" | "const" | "none", generator=None,
+    compute_dtype=None) returns an image [B, image_channels, R, R], nominally in [-1, 1].
+    `compute_dtype`, for example torch.bfloat16, is the dtype of the feature maps of the highest
+    `num_reduced_resolutions` (None: all). Styles, demodulation and the sum of images keep the dtype
+    of the parameters.
     """
 
     def __init__(
@@ -412,25 +418,20 @@ class SynthesisNetwork(nn.Module):
 
     def forward(self, ws, noise_mode="random", generator=None, compute_dtype=None):
         if noise_mode not in NOISE_MODES:
-            raise ValueError(
-                f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}."
-            )
+            raise ValueError(f"noise_mode is {noise_mode!r}; choose {', '.join(NOISE_MODES)}.")
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
         if isinstance(generator, list | tuple) and len(generator) != len(ws):
             raise ValueError(
-                f"{len(generator)} generators for {len(ws)} images: give one for each, or a single one."
+                f"{len(generator)} generators for {len(ws)} images; give one for each, or a single "
+                "one."
             )
         dtype = self.blocks[0].const.dtype
         x = image = None
         index = 0
         for i, block in enumerate(self.blocks):
             block_ws = ws[:, index : index + block.num_convs + 1]
-            block_dtype = (
-                compute_dtype
-                if i >= self.num_full_resolutions and compute_dtype is not None
-                else dtype
-            )
+            block_dtype = dtype if i < self.num_full_resolutions else compute_dtype or dtype
             x, image = block(x, image, block_ws, noise_mode, generator, block_dtype)
             index += block.num_convs
         return image
@@ -440,15 +441,18 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
     """StyleGAN2 generator (Karras et al. 2020).
 
     Args:
-        resolution: side of the image in pixels, a power of two, at least 8.
+        resolution: Side of the image in pixels, a power of two, at least 8.
         image_channels: 1 for micrographs.
-        z_dim, w_dim: width of the latent and of the intermediate latent.
-        mapping_depth: layers of the mapping network (the study compares 2, 4 and 8).
-        channel_base, max_channels: feature maps at resolution r are min(channel_base // r, max_channels).
+        z_dim, w_dim: Width of the latent and of the intermediate latent.
+        mapping_depth: Layers of the mapping network.
+        channel_base, max_channels: There are min(channel_base // r, max_channels) feature maps at
+            resolution r.
         num_classes: 0 for an unconditional generator.
-        clamp: bound on the feature maps, or None; official checkpoints trained in half precision have 256.
-        architecture: "skip" (each resolution adds to the image), "orig" (the last alone makes it) or "resnet" (2020, figure 7).
-        num_reduced_resolutions: resolutions, from the highest down, that `compute_dtype` holds for; None for all.
+        clamp: Bound on the feature maps, or None. Official checkpoints trained in half precision
+            have 256.
+        architecture: "skip", "orig" or "resnet" (2020, figure 7); see `SynthesisBlock`.
+        num_reduced_resolutions: How many of the highest resolutions `compute_dtype` applies to;
+            None for all.
     """
 
     @register_to_config
@@ -469,14 +473,12 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise ValueError(
-                f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.'
+                f'architecture is "{architecture}"; choose {", ".join(ARCHITECTURES)}.'
             )
         if resolution < 8 or resolution & (resolution - 1):
-            raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
+            raise ValueError(f"resolution is {resolution}; give a power of two of at least 8.")
         if channel_base < resolution:
-            raise ValueError(
-                f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
-            )
+            raise ValueError(f"channel_base is {channel_base}; give at least {resolution}.")
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
         self.synthesis_network = SynthesisNetwork(
             w_dim,
@@ -491,16 +493,16 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
 
     @property
     def num_ws(self):
-        """Number of style inputs: one a convolution and one for the last image layer."""
+        """Number of style inputs: one for each convolution and one for the last image layer."""
         return self.synthesis_network.num_ws
 
     def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
-        """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
-        `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
+        """Map z [B, z_dim] to ws [B, num_ws, w_dim], truncated (2019, section 2 and appendix B).
+
+        w' = w_mean + psi (w - w_mean) in the first `truncation_cutoff` layers, by default in all.
+        """
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).repeat(
-            1, self.num_ws, 1
-        )  # of their own, so that styles can be mixed in place
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # a copy: styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
@@ -509,7 +511,7 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
 
     def synthesis(self, ws, noise_mode="random", generator=None, compute_dtype=None):
-        """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]."""
+        """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1]."""
         return self.synthesis_network(ws, noise_mode, generator, compute_dtype)
 
     def forward(
@@ -521,10 +523,20 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         noise_mode: str = "random",
         generator=None,
     ):
-        """z [B, z_dim] -> image [B, image_channels, R, R], nominally in [-1, 1].
+        """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
-        `class_labels`: integers [B] for a conditional generator. `noise_mode`: fresh noise, the stored noise, or none.
-        `generator`: a torch.Generator for fresh noise, or a list of one an image.
+        Args:
+            class_labels: Integers [B], for a conditional generator.
+            truncation_psi, truncation_cutoff: See `mapping`.
+            noise_mode: "random" (fresh noise), "const" (the stored noise) or "none".
+            generator: A `torch.Generator` for fresh noise, or a list with one for each image.
         """
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
         return self.synthesis(ws, noise_mode, generator)
+
+    def enable_layerwise_casting(self, *args, **kwargs):
+        """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
+        raise NotImplementedError(
+            "Layerwise casting has no effect on this network, whose layers are its own. Use "
+            "model.to(torch.bfloat16) to halve its memory."
+        )

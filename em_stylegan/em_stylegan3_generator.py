@@ -1,14 +1,17 @@
-"""StyleGAN3 generator (T and R) in one file, for grey or colour images; it needs only torch, numpy, diffusers and the standard library.
+"""StyleGAN3 generator (T and R) in one file, for grey or colour images.
 
-Written from "Alias-Free Generative Adversarial Networks" (Karras et al. 2021) and "A Style-Based Generator Architecture for GANs"
-(Karras et al. 2019). From leaf to root: filter design, filtered leaky ReLU, modulated convolution, mapping, Fourier features,
-synthesis, `StyleGAN3Generator`.
+It needs only torch, numpy, diffusers and the standard library. Written from "Alias-Free Generative
+Adversarial Networks" (Karras et al. 2021) and "A Style-Based Generator Architecture for GANs"
+(Karras et al. 2019). From leaf to root: filter design, filtered leaky ReLU, modulated convolution,
+mapping, Fourier features, synthesis, `StyleGAN3Generator`.
 
-The signal is a continuous function on a canvas of width 1, sampled `sampling_rate` times a unit; frequencies are in cycles a unit.
+The signal is a continuous function on a canvas of width 1 with `sampling_rate` samples along it.
+Frequencies are in cycles per canvas.
 """
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 
 import numpy as np
@@ -20,16 +23,16 @@ from torch import nn
 
 NOISE_MODES = ("random", "const", "none")
 SQRT_2 = math.sqrt(2)
-# up to this many pixels a side, filters run as matrix products; beyond, as convolutions. On the CPU about where the two were measured to
-# meet; on a GPU by counting operations, unmeasured
+# Up to this side in pixels, filters run as matrix products, beyond it as convolutions. On the CPU
+# the two were measured to be equally fast there; for a GPU it is a count of operations, unmeasured.
 DENSE_SIZE, DENSE_SIZE_CPU = 320, 128
 
 
-# ---------------------------------------------------------------------------------------------------------- filter design
+# ----------------------------------------------------------------------------------- filter design
 
 
 def kaiser_beta(num_taps, width, sampling_rate):
-    """Kaiser's beta for a filter of `num_taps` whose transition band is `width` wide (Kaiser 1974; 2021, appendix B, equation 17)."""
+    """Return Kaiser's beta for `num_taps` and a transition band `width` (2021, equation 17)."""
     attenuation = 2.285 * (num_taps - 1) * math.pi * width / (sampling_rate / 2) + 7.95  # dB
     if attenuation > 50:
         return 0.1102 * (attenuation - 8.7)
@@ -39,7 +42,7 @@ def kaiser_beta(num_taps, width, sampling_rate):
 
 
 def design_filter(num_taps, cutoff, width, sampling_rate):
-    """A low-pass filter [num_taps] in float64: sinc times Kaiser window, with a sum of 1 (2021, appendix B)."""
+    """Return a low-pass filter [num_taps] in float64, a windowed sinc of sum 1 (appendix B)."""
     if num_taps == 1:
         return np.ones(1)
     x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
@@ -50,9 +53,10 @@ def design_filter(num_taps, cutoff, width, sampling_rate):
 
 
 def bessel_j1(x):
-    """The Bessel function J1 of an array, from its integral (1 / pi) int_0^pi cos(t - x sin t) dt.
+    """Compute the Bessel function J1 from (1 / pi) int_0^pi cos(t - x sin t) dt.
 
-    The integrand is periodic and analytic, so that the midpoint rule reaches rounding as soon as its points outnumber max|x|.
+    The integrand is periodic and analytic: with more points than max |x|, the midpoint rule is
+    exact up to rounding.
     """
     x = np.asarray(x, dtype=np.float64)
     num_points = 64 + 2 * math.ceil(float(np.abs(x).max(initial=0)))
@@ -61,14 +65,16 @@ def bessel_j1(x):
 
 
 def design_radial_filter(num_taps, cutoff, width, sampling_rate):
-    """A low-pass filter [num_taps, num_taps] in float64 that is the same in all directions: jinc times the outer product of Kaiser
-    windows, with a sum of 1 (2021, section 3.2 and appendix B)."""
+    """Return a low-pass filter [num_taps, num_taps] that is the same in all directions, float64.
+
+    A jinc times the outer product of Kaiser windows, of sum 1 (2021, section 3.2 and appendix B).
+    """
     if num_taps == 1:
         return np.ones((1, 1))
     x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
     r = np.hypot(x[:, None], x[None])
     safe = np.where(r > 0, r, 1.0)
-    # 2 fc J1(2 pi fc r) / (2 fc pi r) tends to pi fc^2 ... here without constants, since the sum is set to 1
+    # constant factors are left out, since the sum is set to 1
     jinc = np.where(r > 0, bessel_j1(2 * math.pi * cutoff * safe) / (math.pi * safe), cutoff)
     window = np.kaiser(num_taps, kaiser_beta(num_taps, width, sampling_rate))
     taps = jinc * np.outer(window, window)
@@ -76,9 +82,11 @@ def design_radial_filter(num_taps, cutoff, width, sampling_rate):
 
 
 def upsampling_matrix(taps, size, factor, padding):
-    """[size * factor + sum(padding) - num_taps + 1, size]: zeros between the samples, padding (negative: cropping), filter, gain `factor`.
+    """Return the matrix [size * factor + sum(padding) - num_taps + 1, size] of upsampling.
 
-    taps [n]; sample i lands at i * factor + padding[0] and reaches the output o with tap n - 1 - (i * factor + padding[0] - o).
+    It inserts zeros between the samples, pads (negative: crops), filters with `taps` [num_taps] and
+    multiplies by `factor`. Sample i lands at i * factor + padding[0] and reaches output o with tap
+    num_taps - 1 - (i * factor + padding[0] - o).
     """
     rows = size * factor + sum(padding) - len(taps) + 1
     tap = np.arange(size)[None] * factor + padding[0] - np.arange(rows)[:, None]
@@ -87,18 +95,21 @@ def upsampling_matrix(taps, size, factor, padding):
 
 
 def downsampling_matrix(taps, size, factor):
-    """[(size - num_taps) // factor + 1, size]: the filter where it lies whole within the samples, then every `factor`-th one."""
+    """Return the matrix [(size - num_taps) // factor + 1, size] of downsampling.
+
+    It filters where all taps lie within the samples, and keeps every `factor`-th result.
+    """
     rows = (size - len(taps)) // factor + 1
     tap = np.arange(size)[None] - np.arange(rows)[:, None] * factor
     inside = (tap >= 0) & (tap < len(taps))
     return np.where(inside, taps[::-1][tap.clip(0, len(taps) - 1)], 0.0)
 
 
-# -------------------------------------------------------------------------------------------------- filtered leaky ReLU
+# ----------------------------------------------------------------------------- filtered leaky ReLU
 
 
 def resample_dense(x, matrix):
-    """Multiply rows and columns of x [B, C, H, W] (channels last) by `matrix` [M, H = W] -> [B, C, M, M]."""
+    """Multiply rows and columns of x [B, C, S, S], channels-last, by `matrix` [M, S]."""
     B, C, H, W = x.shape
     matrix = matrix.to(x.dtype)
     x = x.permute(0, 2, 3, 1).reshape(B, H, W * C)
@@ -107,11 +118,14 @@ def resample_dense(x, matrix):
 
 
 def upsample(x, taps, factor, padding):
-    """Zeros between the samples of x [B, C, H, W], padding (left, right; negative: cropping) on both sides, the filter `taps` [n], gain
-    factor^2 -> [B, C, M, M] with M = H * factor + sum(padding) - n + 1."""
+    """Upsample x [B, C, S, S] to [B, C, M, M], M = S * factor + sum(padding) - num_taps + 1.
+
+    Inserts zeros between the samples, pads both sides by (left, right) (negative: crops), filters
+    with `taps` [num_taps] and multiplies by factor^2.
+    """
     num_channels, size, num_taps = x.shape[1], x.shape[2], len(taps)
     weight = (taps.flip(0) * factor).to(x.dtype).expand(num_channels, 1, 1, num_taps)
-    # a transposed convolution pads by n - 1 on the left; that much of its output, less the padding asked for, is cut off
+    # a transposed convolution pads by num_taps - 1; crop to the padding that was asked for
     left = num_taps - 1 - padding[0]
     length = size * factor + sum(padding) - num_taps + 1
     for dim in (3, 2):
@@ -124,7 +138,7 @@ def upsample(x, taps, factor, padding):
 
 
 def downsample(x, taps, factor):
-    """The filter `taps` [n] or [n, n] where it lies whole within x [B, C, H, W], then every `factor`-th sample of both sides."""
+    """Filter x [B, C, H, W] with `taps` [n] or [n, n], unpadded; keep every `factor`-th sample."""
     num_channels, num_taps = x.shape[1], len(taps)
     if taps.ndim == 2:
         weight = taps.flip((0, 1)).to(x.dtype).expand(num_channels, 1, num_taps, num_taps)
@@ -135,12 +149,12 @@ def downsample(x, taps, factor):
 
 
 class FilteredLeakyReLU(nn.Module):
-    """Leaky ReLU as an operation on continuous signals: at a higher sampling rate, between two low-pass filters (2021, section 3.2).
+    """Leaky ReLU for continuous signals, at a higher sampling rate between two low-pass filters.
 
-    forward(x [B, C, in_size, in_size], bias [C]) -> [B, C, out_size, out_size]: bias; zeros between the samples, padding or cropping,
-    filter; leaky ReLU, gain, clamp; filter, every `down`-th sample. The output's samples lie symmetrically within the input's.
-
-    up_taps [n], down_taps [m] or [m, m]: numpy arrays.
+    From 2021, section 3.2. forward(x [B, C, in_size, in_size], bias [C]) returns
+    [B, C, out_size, out_size]. It adds the bias, inserts zeros, pads or crops, filters, applies the
+    leaky ReLU, gain and clamp, filters, and keeps every `down`-th sample. Output and input are
+    centred on each other. up_taps [n] and down_taps [m] or [m, m] are numpy arrays.
     """
 
     def __init__(
@@ -148,11 +162,10 @@ class FilteredLeakyReLU(nn.Module):
     ):
         super().__init__()
         self.up, self.down, self.gain, self.slope, self.clamp = up, down, gain, slope, clamp
-        # samples wanted before the last filter, less those that there are after the first
+        # samples needed before the second filter, minus those after the first
         total = (out_size - 1) * down + len(down_taps) - (in_size * up - len(up_taps) + 1)
-        left = (
-            (total + up) // 2
-        )  # zeros follow a sample, so that the middle of the samples lies (up - 1) / 2 to the left
+        # zeros follow each sample, so the centre of the samples is (up - 1) / 2 to the left
+        left = (total + up) // 2
         self.padding = (left, total - left)
         self.identity = up == down == len(up_taps) == len(down_taps) == 1 and total == 0
         self.size = max(in_size, out_size)
@@ -169,7 +182,7 @@ class FilteredLeakyReLU(nn.Module):
         self.register_buffer(name, torch.from_numpy(array.astype(np.float32)), persistent=False)
 
     def forward(self, x, bias):
-        # leaky_relu(a x) = a leaky_relu(x): the gain joins the bias and the input, which has fewer samples
+        # leaky_relu(a x) = a leaky_relu(x): apply the gain to the input, which has fewer samples
         x = (x + bias.to(x.dtype)[:, None, None]) * self.gain
         dense = self.dense and (self.size <= DENSE_SIZE_CPU or x.device.type != "cpu")
         if not self.identity:
@@ -187,23 +200,28 @@ class FilteredLeakyReLU(nn.Module):
         return downsample(x, self.down_taps, self.down)
 
 
-# -------------------------------------------------------------------------------------------------- modulated convolution
+# --------------------------------------------------------------------------- modulated convolution
 
 
 def modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=None):
-    """Convolve x with weights scaled per sample, by scaling the activations instead of the weights; a full convolution.
+    """Convolve x with weights that are scaled for each sample, by scaling the maps; full padding.
 
-    x [B, I, H, W], weight [O, I, k, k], styles [B, I], input_gain: a number that scales x -> [B, O, H + k - 1, W + k - 1]. With
-    demodulation, output map o is divided by the norm of its modulated weights; weights and styles are brought to a mean square of 1
-    before, which leaves the result and keeps half precision in its range.
+    With demodulation, output map o is divided by the norm of its modulated weights. Weights and
+    styles are first normalised to a mean square of 1, which does not change the result and keeps
+    half precision in its range.
+
+    Args:
+        x: [B, I, H, W]; weight: [O, I, k, k]; styles: [B, I]; input_gain: A factor on x.
+
+    Returns:
+        [B, O, H + k - 1, W + k - 1].
     """
     dtype = x.dtype
     if demodulate:
         weight = weight * weight.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
         styles = styles * styles.square().mean().rsqrt()
-        scale = (
-            F.linear(styles.square(), weight.square().sum(dim=(2, 3))) + 1e-8
-        ).rsqrt()  # [B, O]
+        norm = F.linear(styles.square(), weight.square().sum(dim=(2, 3)))  # [B, O], squared
+        scale = (norm + 1e-8).rsqrt()
     if input_gain is not None:
         styles = styles * input_gain
     x = x * styles.to(dtype)[:, :, None, None]  # [B, I, H, W]
@@ -211,11 +229,15 @@ def modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=None):
     return x * scale.to(dtype)[:, :, None, None] if demodulate else x
 
 
-# ---------------------------------------------------------------------------------------------------------------- mapping
+# ----------------------------------------------------------------------------------------- mapping
 
 
+# Copied from em_stylegan.em_stylegan2_generator.EqualizedLinear
 class EqualizedLinear(nn.Module):
-    """Linear layer whose weights have unit variance in storage and are scaled by 1 / sqrt(fan in) when used (2018, ProGAN)."""
+    """Linear layer with an equalised learning rate (ProGAN, Karras et al. 2018).
+
+    The stored weights have unit variance. They are scaled by 1 / sqrt(fan in) when used.
+    """
 
     def __init__(
         self, in_features, out_features, *, bias_init=0.0, lr_multiplier=1.0, activation=False
@@ -228,32 +250,33 @@ class EqualizedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        x = F.linear(
-            x, self.weight * self.weight_gain, self.bias * self.bias_gain
-        )  # [B, out_features]
+        x = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
         return F.leaky_relu(x, 0.2) * math.sqrt(2) if self.activation else x
 
 
+# Copied from em_stylegan.em_stylegan2_generator.normalize_second_moment
 def normalize_second_moment(x):
     """Scale each row of x [B, D] to a mean square of one."""
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+# Copied from em_stylegan.em_stylegan2_generator.encode_classes
 def encode_classes(class_labels, num_classes, batch_size, like):
-    """Class labels as rows [B, num_classes] of the type and device of `like`: from integers [B], one integer for all, or such rows.
+    """Return class labels as rows [B, num_classes] with the dtype and device of `like`.
 
-    Raises `ValueError` for labels that are missing, that a network without classes was given, or of another number or range.
+    class_labels: Integers [B], one integer for all, or rows of weights [B, num_classes]. Raises
+    `ValueError` if they are missing, out of range, or given to a network without classes.
     """
     if num_classes == 0:
         if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
-            raise ValueError("this network knows no classes: leave class_labels out.")
+            raise ValueError("This network has no classes. Leave class_labels out.")
         return None
     wanted = (
         f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
     )
     if class_labels is None:
         raise ValueError(
-            f"this network knows {num_classes} classes: give class_labels, integers [B]."
+            f"This network has {num_classes} classes. Give class_labels, integers [B]."
         )
     labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
@@ -269,14 +292,16 @@ def encode_classes(class_labels, num_classes, batch_size, like):
     return labels.to(like.dtype)
 
 
+# Copied from em_stylegan.em_stylegan2_generator.MappingNetwork
 class MappingNetwork(nn.Module):
-    """z (and class) -> w: normalisation, then `depth` leaky layers that learn a hundred times more slowly (2019, section 3).
+    """z (and class) -> w: normalisation, then `depth` layers with leaky ReLU (2019, section 3).
 
-    forward(z [B, z_dim], class_labels=None) -> w [B, w_dim]. `w_mean` is the running mean of w for truncation; it moves only
-    when `update_w_mean` is called.
+    The layers learn a hundred times more slowly than others. forward(z [B, z_dim],
+    class_labels=None, batch_size=None) returns w [B, w_dim]. If z_dim is 0 there is no z, and B is
+    `batch_size`. `w_mean` is the running mean of w for truncation; only `update_w_mean` moves it.
     """
 
-    def __init__(self, z_dim, w_dim, depth, num_classes=0):
+    def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
         super().__init__()
         self.num_classes = num_classes
         self.z_dim = z_dim
@@ -286,14 +311,17 @@ class MappingNetwork(nn.Module):
             EqualizedLinear(a, b, lr_multiplier=0.01, activation=True)
             for a, b in pairwise(num_features)
         )
-        self.register_buffer("w_mean", torch.zeros(w_dim))
+        if track_mean:
+            self.register_buffer("w_mean", torch.zeros(w_dim))
 
-    def forward(self, z, class_labels=None):
+    def forward(self, z, class_labels=None, batch_size=None):
         like = self.layers[0].weight
-        if z.ndim != 2 or z.shape[1] != self.z_dim:
-            raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
-        inputs = [normalize_second_moment(z.to(like.dtype))]
-        classes = encode_classes(class_labels, self.num_classes, len(z), like)
+        inputs = []
+        if self.z_dim > 0:
+            if z.ndim != 2 or z.shape[1] != self.z_dim:
+                raise ValueError(f"z must be [B, {self.z_dim}]; got {list(z.shape)}.")
+            inputs.append(normalize_second_moment(z.to(like.dtype)))
+        classes = encode_classes(class_labels, self.num_classes, batch_size or len(z), like)
         if classes is not None:
             inputs.append(normalize_second_moment(self.embed(classes)))
         x = torch.cat(inputs, dim=1)
@@ -307,21 +335,22 @@ class MappingNetwork(nn.Module):
         self.w_mean.lerp_(w_batch_mean.to(self.w_mean.dtype), 1 - decay)
 
 
-# -------------------------------------------------------------------------------------------------------------- synthesis
+# --------------------------------------------------------------------------------------- synthesis
 
 
 class FourierFeatures(nn.Module):
-    """The first signal: waves of frequencies within a disc, turned and shifted by w, mixed by one matrix (2021, sections 3.1 and F).
+    """The first signal: waves with frequencies in a disc, moved by w and mixed by a matrix.
 
-    forward(w [B, w_dim]) -> [B, num_channels, size, size]. `transform` [3, 3] maps the canvas's coordinates (x, y, 1), the origin in its
-    middle, to those at which the waves are taken: a shift or turn of the whole image, for measuring equivariance and for animation. Its
-    third row is taken to be (0, 0, 1), an affine map.
+    From 2021, section 3.1 and appendix F. forward(w [B, w_dim]) returns
+    [B, num_channels, size, size]. `transform` [3, 3] maps the canvas's coordinates (x, y, 1), with
+    the origin in the middle, to those of the waves. It shifts or turns the whole image, to measure
+    equivariance or to animate it, and must be affine: its third row is taken to be (0, 0, 1).
     """
 
     def __init__(self, w_dim, num_channels, size, sampling_rate, bandwidth):
         super().__init__()
         self.size, self.sampling_rate, self.bandwidth = size, sampling_rate, bandwidth
-        # directions uniform, radii so distributed that the disc of radius 1 is filled nearly evenly
+        # uniform directions; the radii fill the disc nearly evenly
         frequencies = torch.randn(num_channels, 2)
         radii = frequencies.norm(dim=1, keepdim=True)
         frequencies = frequencies / (radii * radii.square().exp().pow(0.25)) * bandwidth
@@ -339,34 +368,31 @@ class FourierFeatures(nn.Module):
         t = self.affine(w)  # [B, 4]: cosine and sine of the turn, shift
         t = t / t[:, :2].norm(dim=1, keepdim=True)
         cos, sin, shift = t[:, 0], t[:, 1], t[:, 2:]
-        turn = torch.stack(
-            [torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1
-        )  # [B, 2, 2]
-        # x -> turn (A x + b - shift), A and b from `transform`
+        turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+        # x -> turn (A x + b - shift), with A and b from `transform`
         matrix = turn @ self.transform[:2, :2]  # [B, 2, 2]
         offset = turn @ (self.transform[:2, 2] - shift).unsqueeze(2)  # [B, 2, 1]
         phases = self.phases + (self.frequencies @ offset).squeeze(2)  # [B, C]
         frequencies = self.frequencies @ matrix  # [B, C, 2]
-        # a user's transform may raise frequencies: those beyond the sampling rate fade out
-        norm = frequencies.norm(dim=2)
-        amplitudes = (
-            1 - (norm - self.bandwidth) / (self.sampling_rate / 2 - self.bandwidth)
-        ).clamp(0, 1)  # [B, C]
+        # `transform` may raise frequencies: fade out those near half the sampling rate
+        excess = frequencies.norm(dim=2) - self.bandwidth  # [B, C]
+        amplitudes = (1 - excess / (self.sampling_rate / 2 - self.bandwidth)).clamp(0, 1)
         position = torch.arange(self.size, device=w.device, dtype=w.dtype)
         position = (position - (self.size - 1) / 2) / self.sampling_rate
         along_x = frequencies[:, :, 0, None] * position  # [B, C, W]
         along_y = frequencies[:, :, 1, None] * position + phases[:, :, None]  # [B, C, H]
-        waves = torch.sin(
-            2 * math.pi * (along_x[:, :, None, :] + along_y[:, :, :, None])
-        )  # [B, C, H, W]
+        cycles = along_x[:, :, None, :] + along_y[:, :, :, None]  # [B, C, H, W]
+        waves = torch.sin(2 * math.pi * cycles)
         weight = self.weight * amplitudes[:, None, :] / math.sqrt(self.weight.shape[1])  # [B, C, C]
         B, C, H, W = waves.shape
         return (weight @ waves.reshape(B, C, H * W)).view(B, C, H, W)
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated convolution of the input brought to unit magnitude, then a filtered leaky ReLU; the last layer has neither demodulation nor
-    filter and makes the image (2021, figure 4b)."""
+    """Modulated convolution of the normalised input, then a filtered leaky ReLU.
+
+    The last layer has neither demodulation nor filters and makes the image (2021, figure 4b).
+    """
 
     def __init__(self, plan, w_dim, clamp, magnitude_decay):
         super().__init__()
@@ -398,9 +424,8 @@ class SynthesisLayer(nn.Module):
         styles = self.style(w)  # [B, in]
         if self.to_image:
             styles = styles / math.sqrt(self.weight[0].numel())
-        x = x.to(
-            compute_dtype if self.reduced and compute_dtype is not None else styles.dtype
-        )  # [B, in, S, S]
+        reduced_dtype = compute_dtype if self.reduced else None
+        x = x.to(reduced_dtype or styles.dtype)  # [B, in, S, S]
         gain = self.magnitude.to(styles.dtype).rsqrt()
         x = modulated_conv2d(x, self.weight, styles, demodulate=not self.to_image, input_gain=gain)
         return self.activation(x, self.bias)
@@ -408,7 +433,7 @@ class SynthesisLayer(nn.Module):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """All that a layer's place decides. `in_size` is before the convolution; frequencies are in cycles a canvas."""
+    """What a layer's place decides. `in_size` is the size before the convolution."""
 
     index: int
     in_channels: int
@@ -467,8 +492,12 @@ def plan_layers(
     radial_filters,
     num_reduced_resolutions,
 ):
-    """The `num_layers` + 1 layers' `LayerPlan`: cutoff and stopband grow geometrically to the critically sampled last layers, and each
-    layer's sampling rate is the least power of two that holds its stopband (2021, section 3.2 and figure 4c)."""
+    """Return the `LayerPlan` of each of the `num_layers` + 1 layers.
+
+    Cutoff and stopband grow geometrically up to the critically sampled last layers. A layer's
+    sampling rate is the smallest power of two that holds its stopband (2021, section 3.2).
+    Arguments as in `StyleGAN3Generator`.
+    """
     last_cutoff = resolution / 2
     last_stopband = last_cutoff * last_stopband_ratio
     progress = np.minimum(np.arange(num_layers + 1) / (num_layers - num_critical), 1)
@@ -484,9 +513,7 @@ def plan_layers(
     for i in range(num_layers + 1):
         before = max(i - 1, 0)
         to_image = i == num_layers
-        middle = max(sampling_rates[before], sampling_rates[i]) * (
-            1 if to_image else lrelu_upsampling
-        )
+        middle = max(sampling_rates[before], sampling_rates[i])
         plans.append(
             LayerPlan(
                 index=i,
@@ -496,7 +523,7 @@ def plan_layers(
                 out_size=int(sizes[i]),
                 in_sampling_rate=int(sampling_rates[before]),
                 out_sampling_rate=int(sampling_rates[i]),
-                middle_sampling_rate=int(middle),
+                middle_sampling_rate=int(middle if to_image else middle * lrelu_upsampling),
                 in_cutoff=float(cutoffs[before]),
                 out_cutoff=float(cutoffs[i]),
                 in_half_width=float(half_widths[before]),
@@ -504,8 +531,8 @@ def plan_layers(
                 kernel_size=1 if to_image else kernel_size,
                 filter_size=filter_size,
                 to_image=to_image,
-                radial=radial_filters
-                and i < num_layers - num_critical,  # critical sampling wants all of the square
+                # critical sampling needs the whole square of frequencies
+                radial=radial_filters and i < num_layers - num_critical,
                 reduced=bool(sampling_rates[i] * 2**num_reduced_resolutions > resolution),
             )
         )
@@ -515,9 +542,10 @@ def plan_layers(
 class SynthesisNetwork(nn.Module):
     """w of every layer -> image.
 
-    forward(ws [B, num_ws, w_dim], update_magnitudes=False, compute_dtype=None) -> float image [B, image_channels, R, R], nominally in
-    [-1, 1]. The first w goes to the Fourier features, one to each layer. `update_magnitudes` moves the running magnitudes of the layers'
-    inputs (training). `compute_dtype` is the type of the feature maps of the highest resolutions.
+    forward(ws [B, num_ws, w_dim], update_magnitudes=False, compute_dtype=None) returns an image
+    [B, image_channels, R, R], nominally in [-1, 1]. The first w goes to the Fourier features, one
+    to each layer. `update_magnitudes` moves the running magnitudes of the layers' inputs, in
+    training. `compute_dtype` is the dtype of the feature maps of the highest resolutions.
     """
 
     def __init__(self, w_dim, plans, output_scale, clamp, magnitude_decay):
@@ -546,31 +574,34 @@ class SynthesisNetwork(nn.Module):
 class StyleGAN3Generator(ModelMixin, ConfigMixin):
     """Alias-free generator of StyleGAN3 (Karras et al. 2021).
 
-    The defaults are StyleGAN3-T, equivariant to translation. For StyleGAN3-R, to rotation as well: kernel_size=1, radial_filters=True,
-    and twice the channel_base and max_channels.
+    The defaults are StyleGAN3-T, equivariant to translation. StyleGAN3-R is also equivariant to
+    rotation: it has kernel_size=1, radial_filters=True, and twice channel_base and max_channels.
 
     Args:
-        resolution: side of the image in pixels, a power of two, at least 16.
+        resolution: Side of the image in pixels, a power of two, at least 16.
         image_channels: 1 for micrographs.
-        z_dim, w_dim: width of the latent and of the intermediate latent.
-        mapping_depth: layers of the mapping network.
-        channel_base, max_channels: feature maps of a layer of cutoff c are min(channel_base / (2 c), max_channels).
+        z_dim, w_dim: Width of the latent and of the intermediate latent.
+        mapping_depth: Layers of the mapping network.
+        channel_base, max_channels: A layer of cutoff c has min(channel_base / (2 c), max_channels)
+            feature maps.
         num_classes: 0 for an unconditional generator.
-        num_layers: layers without the last, which makes the image; num_critical: of these, critically sampled ones at the end.
-        first_cutoff, first_stopband, last_stopband_ratio: ends of the geometric schedules, in cycles an image; the last relative to
-            half the resolution.
-        margin: samples beyond each border of the canvas.
-        kernel_size: of the convolutions.
-        filter_size: taps of a filter at the lower of its two sampling rates.
-        lrelu_upsampling: sampling rate of the non-linearity relative to the layer's.
-        radial_filters: the same in all directions, but for the critically sampled layers.
-        output_scale: factor on the image.
-        clamp: bound on the activations before the second filter, or None.
-        magnitude_decay: of the running magnitude of each layer's input, a step.
-        num_reduced_resolutions: sampling rates, from the highest down, that `compute_dtype` holds for.
+        num_layers: Layers before the last, which makes the image.
+        num_critical: How many of these, at the end, are critically sampled.
+        first_cutoff, first_stopband, last_stopband_ratio: Ends of the geometric schedules, in
+            cycles per image; the last is relative to half the resolution.
+        margin: Samples beyond each border of the canvas.
+        kernel_size: Side of the convolutions.
+        filter_size: Taps of a filter at the lower of its two sampling rates.
+        lrelu_upsampling: Sampling rate of the non-linearity relative to the layer's.
+        radial_filters: Use filters that are the same in all directions, except in critically
+            sampled layers.
+        output_scale: Factor on the image.
+        clamp: Bound on the activations before the second filter, or None.
+        magnitude_decay: Decay per step of the running magnitude of each layer's input.
+        num_reduced_resolutions: How many of the highest sampling rates `compute_dtype` applies to.
     """
 
-    # frequencies and phases in half precision would be off by pixels; diffusers wants a list
+    # in half precision, frequencies and phases would be off by pixels; diffusers needs a list
     _keep_in_fp32_modules = ["input"]  # noqa: RUF012
 
     @register_to_config
@@ -601,32 +632,13 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if resolution < 16 or resolution & (resolution - 1):
-            raise ValueError(f"resolution must be a power of two, at least 16; got {resolution}.")
+            raise ValueError(f"resolution is {resolution}; give a power of two of at least 16.")
         if channel_base < resolution:
-            raise ValueError(
-                f"channel_base {channel_base} leaves no feature map at {resolution} pixels: give a larger one."
-            )
+            raise ValueError(f"channel_base is {channel_base}; give at least {resolution}.")
         if not 0 <= num_critical < num_layers:
-            raise ValueError(
-                f"num_critical must be from 0 to num_layers - 1 ({num_layers - 1}); got {num_critical}."
-            )
-        self.plans = plan_layers(
-            resolution,
-            image_channels,
-            channel_base,
-            max_channels,
-            num_layers,
-            num_critical,
-            first_cutoff,
-            first_stopband,
-            last_stopband_ratio,
-            margin,
-            kernel_size,
-            filter_size,
-            lrelu_upsampling,
-            radial_filters,
-            num_reduced_resolutions,
-        )
+            raise ValueError(f"num_critical is {num_critical}; give 0 to {num_layers - 1}.")
+        names = signature(plan_layers).parameters
+        self.plans = plan_layers(**{name: self.config[name] for name in names})
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
         self.synthesis_network = SynthesisNetwork(
             w_dim, self.plans, output_scale, clamp, magnitude_decay
@@ -634,16 +646,17 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
 
     @property
     def num_ws(self):
-        """Number of style inputs: one for the Fourier features and one a layer."""
+        """Number of style inputs: one for the Fourier features and one for each layer."""
         return self.synthesis_network.num_ws
 
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.mapping
     def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
-        """z [B, z_dim] -> ws [B, num_ws, w_dim], drawn towards the mean w by `truncation_psi` in the first
-        `truncation_cutoff` layers (all when None): w' = w_mean + psi (w - w_mean) (2019, section 2)."""
+        """Map z [B, z_dim] to ws [B, num_ws, w_dim], truncated (2019, section 2 and appendix B).
+
+        w' = w_mean + psi (w - w_mean) in the first `truncation_cutoff` layers, by default in all.
+        """
         w = self.mapping_network(z, class_labels)
-        ws = w.unsqueeze(1).repeat(
-            1, self.num_ws, 1
-        )  # of their own, so that styles can be mixed in place
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # a copy: styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
         truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
@@ -654,12 +667,12 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
     def synthesis(
         self, ws, noise_mode="none", generator=None, compute_dtype=None, update_magnitudes=False
     ):
-        """ws [B, num_ws, w_dim] -> image [B, image_channels, R, R], nominally in [-1, 1]. StyleGAN3 has no noise inputs: `noise_mode` and
-        `generator` are checked and change nothing."""
+        """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1].
+
+        StyleGAN3 has no noise inputs: `noise_mode` and `generator` have no effect.
+        """
         if noise_mode not in NOISE_MODES:
-            raise ValueError(
-                f"noise_mode must be one of {', '.join(NOISE_MODES)}; got {noise_mode!r}."
-            )
+            raise ValueError(f"noise_mode is {noise_mode!r}; choose {', '.join(NOISE_MODES)}.")
         return self.synthesis_network(
             ws, update_magnitudes=update_magnitudes, compute_dtype=compute_dtype
         )
@@ -673,10 +686,17 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         noise_mode: str = "random",
         generator=None,
     ):
-        """z [B, z_dim] -> image [B, image_channels, R, R], nominally in [-1, 1].
+        """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
-        `class_labels`: integers [B] for a conditional generator. `noise_mode`, `generator`: as `StyleGAN2Generator` has them, without
-        effect.
+        Arguments as in `StyleGAN2Generator.forward`; `noise_mode` and `generator` have no effect.
         """
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
         return self.synthesis(ws, noise_mode, generator)
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
+    def enable_layerwise_casting(self, *args, **kwargs):
+        """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
+        raise NotImplementedError(
+            "Layerwise casting has no effect on this network, whose layers are its own. Use "
+            "model.to(torch.bfloat16) to halve its memory."
+        )
