@@ -23,7 +23,8 @@ from em_generation.generate import DTYPES
 from em_generation.loading import load_pipeline, read_model
 from em_generation.store import create_store
 from em_stylegan.drawing import NOISE_MODE
-from em_stylegan.interpolate import mix_styles, save_video
+from em_stylegan.pictures.files import save_video
+from em_stylegan.pictures.styles import mix_styles
 from em_training import create_process_state, default_precision, seed_for
 from em_training.walk import walk, walk_noise
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from em_stylegan.interpolate import mix_styles
+from em_stylegan.pictures.styles import mix_styles
 from em_training import seed_for
 from em_training.family import EXACT_BATCH, WALK_KEYS
 from em_training.walk import walk

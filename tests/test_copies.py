@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MARK = re.compile(r"^ *# Copied from ((?:em_\w+)(?:\.\w+)+)\n(?: *@.*\n)*? *(?:def|class) (\w+)", re.M)
+MARK = re.compile(
+    r"^ *# Copied from ((?:em_\w+)(?:\.\w+)+)\n(?: *@.*\n)*? *(?:def|class) (\w+)", re.M
+)
 FILES = sorted(ROOT.glob("em_*/**/*.py"))
-COPIES = [
-    (path, *match.groups()) for path in FILES for match in MARK.finditer(path.read_text())
-]
+COPIES = [(path, *match.groups()) for path in FILES for match in MARK.finditer(path.read_text())]
 
 
 def find_definition(path, names):

@@ -125,7 +125,7 @@ def test_the_rules_refuse_what_they_name():
     assert not may_import("em_evaluation.images", "em_diffusion.latents")
     assert not may_import("em_diffusion.latents", "em_stylegan.losses")
     assert not may_import("em_diffusion.latents", "em_evaluation.distances")
-    assert may_import("em_stylegan.project", "em_evaluation.perceptual")
+    assert may_import("em_stylegan.pictures.projection", "em_evaluation.perceptual")
     assert may_import("em_diffusion.denoiser_loop", "em_evaluation.held_out")
     assert may_import("em_training.run", "em_data.files")
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.interpolate import load_generator
 from em_stylegan.load_official import main
 from em_stylegan.losses import path_lengths, r1_penalty
 from em_stylegan.original.networks import discriminator_from_official, generator_from_official
 from em_stylegan.original.reader import ALLOWED, OfficialUnpickler, read_pickle
+from em_stylegan.pictures.styles import load_generator
 
 FOLDER = (
     Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))

@@ -17,6 +17,7 @@ from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.original.convert import convert
 from em_stylegan.original.networks import discriminator_from_official, generator_from_official
 from em_stylegan.original.reader import read_pickle
+from em_stylegan.pictures import styles
 from em_stylegan.transfer import load_initial_weights
 from em_training.cli import run_command
 from support import official_format
@@ -440,7 +441,7 @@ def test_pipeline_of_the_only_generator(tmp_path):
     model = shake(make_generator())
     path = official_format.write_pickle(tmp_path / "a.pkl", {"G": official_format.generator(model)})
     assert convert(path, tmp_path / "out") == ["G", "pipeline"]
-    assert_same(model, interpolate.load_generator(tmp_path / "out"))
+    assert_same(model, styles.load_generator(tmp_path / "out"))
 
 
 def test_folder_that_is_used_loses_nothing(tmp_path, monkeypatch, capsys):

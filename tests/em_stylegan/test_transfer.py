@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator, loop
+from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator, gan_loop
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.networks import create_networks
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
@@ -83,9 +83,9 @@ def test_a_run_starts_where_another_ended_and_frozen_layers_stay(config, source,
 def test_the_average_to_start_from_is_not_forgotten(config, converted, tmp_path, monkeypatch):
     """A ramp of the half-life would leave nothing of G_ema after one step."""
     averages = []
-    original = loop.EMA
+    original = gan_loop.EMA
     monkeypatch.setattr(
-        loop, "EMA", lambda *options: averages.append(original(*options)) or averages[-1]
+        gan_loop, "EMA", lambda *options: averages.append(original(*options)) or averages[-1]
     )
     training = replace(config.training, num_images=8, ema_half_life_images=8.0, ema_ramp_up=0.001)
     train_gan(replace(config, init_from=str(converted), out=str(tmp_path), training=training))

@@ -15,8 +15,14 @@ from em_data import to_uint8, write_image
 from em_stylegan import EMStyleGANPipeline, StyleGAN2Generator, interpolate, project
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.project import ProjectionConfig, learning_rate_factor, noise_regularization
+from em_stylegan.pictures import files, projection, styles
+from em_stylegan.pictures.projection import (
+    ProjectionConfig,
+    learning_rate_factor,
+    noise_regularization,
+)
 from em_training import make_generator
+from em_training.walk import walk
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def model(generator, tmp_path_factory):
 
 def test_walk_passes_its_keys_and_is_smooth_and_closed():
     keys = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    path = interpolate.walk(keys, 1000)
+    path = walk(keys, 1000)
     torch.testing.assert_close(path[::1000], keys)
     velocity = (path.roll(-1, dims=0) - path) * 1000  # around the end as well
     acceleration = (velocity - velocity.roll(1, dims=0)).abs()
@@ -47,20 +53,20 @@ def test_walk_passes_its_keys_and_is_smooth_and_closed():
     torch.testing.assert_close(velocity[0], (keys[1] - keys[3]) / 2, atol=0.02, rtol=0)
     line = torch.arange(6.0, dtype=torch.float64)[:, None]
     torch.testing.assert_close(
-        interpolate.walk(line, 4)[8:12, 0], torch.tensor([2, 2.25, 2.5, 2.75], dtype=torch.float64)
+        walk(line, 4)[8:12, 0], torch.tensor([2, 2.25, 2.5, 2.75], dtype=torch.float64)
     )
 
 
 def test_mixing_takes_the_columns_styles_in_the_layers_alone(generator):
-    ws = interpolate.draw_ws(generator, 0, 5)
-    mixed = interpolate.mix_styles(ws[:2], ws[2:], (1, 3))
+    ws = styles.draw_ws(generator, 0, 5)
+    mixed = styles.mix_styles(ws[:2], ws[2:], (1, 3))
     assert mixed.shape == (2, 3, generator.num_ws, 8)
     for i in range(2):
         for j in range(3):
             assert torch.equal(mixed[i, j, 1:3], ws[2 + j, 1:3])
             assert torch.equal(mixed[i, j, [0, 3, 4]], ws[i, [0, 3, 4]])
     with pytest.raises(ValueError, match="not among the generator's 8"):
-        interpolate.mix_styles(ws[:2], ws[2:], (3, 9))
+        styles.mix_styles(ws[:2], ws[2:], (3, 9))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png"])
@@ -70,9 +76,7 @@ def test_walk_on_disk_keeps_every_grey_level(model, generator, tmp_path, monkeyp
         sys, "argv", ["", "walk", str(model), str(out), "--num-keys", "2", "--frames-per-key", "3"]
     )
     interpolate.main()
-    expected = to_uint8(
-        interpolate.render(generator, interpolate.walk(interpolate.draw_ws(generator, 0, 2), 3))
-    )[:, 0]
+    expected = to_uint8(styles.render(generator, walk(styles.draw_ws(generator, 0, 2), 3)))[:, 0]
     with Image.open(out) as video:
         assert video.n_frames == 6
         assert video.info["loop"] == 0
@@ -102,7 +106,7 @@ def test_grids(model, generator, tmp_path, monkeypatch):
     grid = np.asarray(Image.open(tmp_path / "t.png"))
     assert grid.shape == (66, 66)
     assert np.array_equal(grid[:32, :32], grid[34:, :32])  # psi 0: the mean image, whatever the row
-    ws = interpolate.draw_ws(generator, 0, 2)
+    ws = styles.draw_ws(generator, 0, 2)
     assert np.array_equal(grid[:32, 34:], to_uint8(generator.synthesis(ws, "const"))[0, 0])
     monkeypatch.setattr(
         sys, "argv", ["", "mixing", str(model), str(tmp_path / "m.png"), "--num-rows", "1", "--num-columns", "1", "--layers", "0", "8"]
@@ -119,7 +123,7 @@ def test_mp4_is_encoded_where_there_is_an_encoder_and_refused_where_not(tmp_path
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(ValueError, match=r"MP4 needs an encoder.*\.gif and \.png"):
-        interpolate.save_video(images, tmp_path / "a.mp4", 24)
+        files.save_video(images, tmp_path / "a.mp4", 24)
     assert not list(tmp_path.iterdir())
     calls = []
 
@@ -129,15 +133,15 @@ def test_mp4_is_encoded_where_there_is_an_encoder_and_refused_where_not(tmp_path
             file.write(b"video")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(interpolate, "find_encoder", lambda: "ffmpeg")
+    monkeypatch.setattr(files, "find_encoder", lambda: "ffmpeg")
     monkeypatch.setattr(subprocess, "run", run)
-    interpolate.save_video(images, tmp_path / "a.mp4", 24)
+    files.save_video(images, tmp_path / "a.mp4", 24)
     ((command, frames),) = calls
     assert frames == to_uint8(images).tobytes()
     assert command[command.index("-s") + 1] == "32x32"
     assert (tmp_path / "a.mp4").read_bytes() == b"video"
     with pytest.raises(ValueError, match="a video ends in"):
-        interpolate.save_video(images, tmp_path / "a.avi", 24)
+        files.save_video(images, tmp_path / "a.avi", 24)
 
 
 def test_noise_regularisation_is_the_autocorrelation_over_scales():
@@ -164,12 +168,12 @@ def test_learning_rate_ramps():
 
 def test_projection_finds_an_image_of_the_generator_itself(generator):
     """Against another of its images: what is found is nearer than the mean image, and the noise maps stay normal."""
-    w = interpolate.draw_ws(generator, 7, 1)[:, 0]
+    w = styles.draw_ws(generator, 7, 1)[:, 0]
     target = generator.synthesis(w.unsqueeze(1).expand(-1, generator.num_ws, -1), "const")
     config = ProjectionConfig(num_steps=60, num_w_samples=200, pixel_weight=1.0)
     before = {name: buffer.clone() for name, buffer in generator.named_buffers()}
-    found, image, distances = project.project(generator, target, config)
-    mean, deviation = project.measure_w(generator, 200, torch.Generator().manual_seed(0))
+    found, image, distances = projection.project(generator, target, config)
+    mean, deviation = projection.measure_w(generator, 200, torch.Generator().manual_seed(0))
     first = generator.synthesis(mean.expand(1, generator.num_ws, -1), "const")
     assert (image - target).square().mean() < 0.5 * (first - target).square().mean()
     assert deviation > 0
@@ -194,7 +198,7 @@ def test_projection_leaves_every_kind_of_generator_as_it_was(kind):
     )
     target = generator(torch.randn(1, 8), noise_mode="const")
     before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
-    found, image, _ = project.project(
+    found, image, _ = projection.project(
         generator, target, ProjectionConfig(num_steps=1, num_w_samples=50)
     )
     for name, tensor in generator.state_dict().items():
@@ -203,7 +207,7 @@ def test_projection_leaves_every_kind_of_generator_as_it_was(kind):
         torch.testing.assert_close(
             generator.synthesis(found["w"].expand(1, generator.num_ws, -1)), image
         )
-    mean, _ = project.measure_w(generator, 50, make_generator(0, stream="projection"))
+    mean, _ = projection.measure_w(generator, 50, make_generator(0, stream="projection"))
     assert not torch.equal(found["w"], mean), "the only step goes somewhere"
 
 
@@ -212,19 +216,19 @@ def test_projection_and_pictures_of_a_class():
     generator = StyleGAN2Generator(
         8, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8, num_classes=3
     ).eval()
-    first, second = (interpolate.draw_ws(generator, 0, 2, class_label=label) for label in (0, 2))
+    first, second = (styles.draw_ws(generator, 0, 2, class_label=label) for label in (0, 2))
     torch.testing.assert_close(first, generator.mapping(draw_z(0, 2), torch.tensor([0, 0])))
     assert not torch.equal(first, second)
     config = ProjectionConfig(num_steps=1, num_w_samples=20)
     target = torch.zeros(1, 1, 8, 8)
     distance = torch.nn.functional.mse_loss  # the perceptual one needs larger images
     found = [
-        project.project(generator, target, config, distance, class_label=label)[0]["w"]
+        projection.project(generator, target, config, distance, class_label=label)[0]["w"]
         for label in (0, 2)
     ]
     assert (found[0] - found[1]).abs().max() > 0.1
-    with pytest.raises(ValueError, match="knows 3 classes"):
-        project.project(generator, target, config, distance)
+    with pytest.raises(ValueError, match="has 3 classes"):
+        projection.project(generator, target, config, distance)
 
 
 def draw_z(seed, count):
@@ -234,7 +238,7 @@ def draw_z(seed, count):
 @pytest.mark.parametrize(("fps", "duration"), [(24, 40), (10, 100), (60, 20), (3, 330)])
 def test_a_gif_has_the_nearest_pace_that_it_can(tmp_path, fps, duration):
     images = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
-    interpolate.save_video(images, tmp_path / "a.gif", fps)
+    files.save_video(images, tmp_path / "a.gif", fps)
     with Image.open(tmp_path / "a.gif") as picture:
         assert picture.info["duration"] == duration
 
@@ -279,4 +283,4 @@ def test_projection_of_a_micrograph_on_disk(model, tmp_path, monkeypatch, capsys
     with pytest.raises(ValueError, match="choose --row and --column"):
         project.main()
     with pytest.raises(ValueError, match="holds no finished StyleGAN"):
-        interpolate.load_generator(tmp_path)
+        styles.load_generator(tmp_path)

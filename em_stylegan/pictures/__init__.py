@@ -1,0 +1,1 @@
+"""Pictures of what a StyleGAN has learned: walks, mixed styles, truncation, projection."""

@@ -1,0 +1,92 @@
+"""Images along a walk through w, with mixed styles, and at growing truncation."""
+
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_training import make_generator
+from em_training.walk import walk
+
+
+def load_generator(model):
+    """Load the generator, in evaluation mode, of a run's folder or a saved pipeline's folder."""
+    for folder in (Path(model), Path(model) / "pipeline"):
+        if (folder / "model_index.json").is_file():
+            return EMStyleGANPipeline.from_pretrained(folder).generator.eval().requires_grad_(False)
+    raise ValueError(
+        f"{model} holds no finished StyleGAN (no model_index.json). Give the folder of a finished "
+        "run or of a saved pipeline."
+    )
+
+
+@torch.no_grad()
+def draw_ws(generator, seed: int, count: int, truncation_psi: float = 1.0, class_label=None):
+    """Draw ws [count, num_ws, w_dim] from `seed`, all of one class if the generator has classes."""
+    rng = make_generator(seed, stream="interpolation")
+    z = torch.randn(count, generator.config.z_dim, generator=rng)
+    return generator.mapping(z, class_label, truncation_psi)
+
+
+@torch.no_grad()
+def render(generator, ws, batch_size: int = 16, description: str = "images"):
+    """Turn ws [N, num_ws, w_dim] into images [N, 1, R, R] on the CPU, with the stored noise.
+
+    Of a colour image, the mean of the channels is taken.
+    """
+    bar = tqdm(ws.split(batch_size), desc=description, unit="batch")
+    images = [generator.synthesis(part, "const").mean(dim=1, keepdim=True).cpu() for part in bar]
+    return torch.cat(images)
+
+
+def mix_styles(ws_rows, ws_columns, layers):
+    """Mix every row's styles with every column's (StyleGAN paper, section 3.1).
+
+    Args:
+        ws_rows, ws_columns: [N, num_ws, w_dim].
+        layers: (first, end), the layers that take the column's styles.
+
+    Returns:
+        [rows, columns, num_ws, w_dim].
+    """
+    num_ws = ws_rows.shape[1]
+    first, end = layers
+    if not 0 <= first < end <= num_ws:
+        raise ValueError(
+            f"layers {first} to {end} are not among the generator's {num_ws}. "
+            f"Give 0 <= FIRST < END <= {num_ws}."
+        )
+    mixed = ws_rows.unsqueeze(1).repeat(1, len(ws_columns), 1, 1)
+    mixed[:, :, first:end] = ws_columns[None, :, first:end]
+    return mixed
+
+
+def make_walk(generator, seed, num_keys, frames_per_key, truncation_psi=1.0, class_label=None):
+    """Make the frames [N, 1, R, R] of a closed walk through `num_keys` images."""
+    keys = draw_ws(generator, seed, num_keys, truncation_psi, class_label)
+    return render(generator, walk(keys, frames_per_key), description="frames")
+
+
+def make_mixing(
+    generator, seed, num_rows, num_columns, layers=None, truncation_psi=1.0, class_label=None
+):
+    """Make the images of a grid whose rows take the columns' styles in `layers`.
+
+    The first row and column show the images that are mixed; the corner is white. `layers` defaults
+    to the coarsest third.
+    """
+    ws = draw_ws(generator, seed, num_rows + num_columns, truncation_psi, class_label)
+    rows, columns = ws[:num_rows], ws[num_rows:]
+    mixed = mix_styles(rows, columns, layers or (0, generator.num_ws // 3))
+    body = torch.cat([rows.unsqueeze(1), mixed], dim=1).flatten(0, 1)
+    images = render(generator, torch.cat([columns, body]))
+    return torch.cat([torch.ones_like(images[:1]), images])
+
+
+def make_truncation(generator, seed, num_rows, psis, class_label=None):
+    """Make the images of a grid: `num_rows` images, each at every truncation of `psis`."""
+    ws = draw_ws(generator, seed, num_rows, class_label=class_label)
+    w_mean = generator.mapping_network.w_mean
+    ws = torch.stack([w_mean.lerp(ws, psi) for psi in psis], dim=1)  # [rows, psis, num_ws, w_dim]
+    return render(generator, ws.flatten(0, 1))
