@@ -121,10 +121,10 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
-            raise ValueError(f"resolution must be a power of two, at least 8; got {resolution}.")
+            raise ValueError(f"resolution is {resolution}; give a power of two of at least 8.")
         if architecture not in ARCHITECTURES:
             raise ValueError(
-                f'architecture is "{architecture}"; choose one of {", ".join(ARCHITECTURES)}.'
+                f'architecture is "{architecture}"; choose {", ".join(ARCHITECTURES)}.'
             )
         self.clamp = clamp
         self.group_size = group_size

@@ -81,6 +81,7 @@ class StyleGANDrawer:
     def _synthesise(self, ws, noise_mode, rngs):
         generator = self.pipeline.generator
         images = generator.synthesis(ws.to(generator.dtype), noise_mode, rngs).float()
+        self.pipeline.check_finite(images)
         if images.shape[1] > 1 and not self._has_said_grey:
             self._has_said_grey = True
             self.say(f"the model makes {images.shape[1]}-channel images; their mean is used")

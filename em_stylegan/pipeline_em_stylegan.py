@@ -100,9 +100,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
         else:
             ws = self._prepare_latents(latents, generator).to(device, dtype)  # [B, num_ws, w_dim]
         if output_type == "latent":
-            images = self._check_finite(ws.float())
+            images = self.check_finite(ws.float())
         else:
-            images = self._check_finite(self.generator.synthesis(ws, noise_mode, generator))
+            images = self.check_finite(self.generator.synthesis(ws, noise_mode, generator))
             images = self._convert(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -122,7 +122,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
             if value not in choices:
                 raise ValueError(f'`{name}` is "{value}"; choose one of {", ".join(choices)}.')
 
-    def _check_finite(self, values):
+    def check_finite(self, values):
         """Return `values`, or raise `ValueError` if a NaN or infinity is among them."""
         if not torch.isfinite(values).all():
             raise ValueError(

@@ -160,7 +160,7 @@ def project(generator, target, config=None, distance=None, class_label=None):
 
 
 def read_tile(path, resolution, row, column, downsample=1, intensity="auto"):
-    """Read the tile [1, 1, R, R] in [-1, 1] of a micrograph with its upper left pixel at (row, column)."""
+    """Read the tile [1, 1, R, R] in [-1, 1] whose upper left pixel is at (row, column)."""
     micrograph = read_micrograph(path)
     side = resolution * downsample
     height, width = micrograph.image.shape

@@ -157,7 +157,7 @@ def test_images_of_a_class(tmp_path):
     assert not np.array_equal(read(tmp_path / "0"), read(tmp_path / "2"))
     with pytest.raises(ValueError, match="class_label differ"):
         generate_images(config_for(config.model, config.out, class_label=0))
-    with pytest.raises(ValueError, match="knows 3 classes"):
+    with pytest.raises(ValueError, match="has 3 classes"):
         generate_images(config_for(config.model, tmp_path / "none"))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from em_stylegan import augmentation, loop
+from em_stylegan import augmentation, gan_loop
 from em_stylegan.augmentation import AdaptiveProbability, Draws, _Sample, augment, blit, transform
 from em_stylegan.config import AugmentationConfig
 from em_stylegan.presets import PRESETS
@@ -209,7 +209,7 @@ def test_training_with_it_resumes_to_the_bit(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    class MortalRun(loop.TrainingRun):
+    class MortalRun(gan_loop.TrainingRun):
         def step(self, num_images_seen):
             super().step(num_images_seen)
             if num_images_seen == 40:
@@ -218,7 +218,7 @@ def test_training_with_it_resumes_to_the_bit(tmp_path, monkeypatch):
     train_gan(config)
     resumed = replace(config, out=str(tmp_path / "resumed"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "TrainingRun", MortalRun)
+        patch.setattr(gan_loop, "TrainingRun", MortalRun)
         with pytest.raises(Killed):
             train_gan(resumed)
     train_gan(resumed)

@@ -103,7 +103,7 @@ def test_classes_in_every_form(kind):
     torch.testing.assert_close(
         unconditional.mapping(z, torch.zeros(2, 0)), unconditional.mapping(z)
     )
-    with pytest.raises(ValueError, match="knows no classes"):
+    with pytest.raises(ValueError, match="has no classes"):
         unconditional.mapping(z, [0, 1])
 
 
@@ -127,7 +127,7 @@ def test_images_that_a_discriminator_was_not_made_for_are_refused():
     for shape in ((2, 3, 16, 16), (2, 1, 32, 32), (1, 16, 16)):
         with pytest.raises(ValueError, match="image must be"):
             discriminator(torch.zeros(shape))
-    with pytest.raises(ValueError, match="knows no classes"):
+    with pytest.raises(ValueError, match="has no classes"):
         discriminator(torch.zeros(2, 1, 16, 16), [0, 1])
     with pytest.raises(ValueError, match="class_labels"):
         make_discriminator(num_classes=3)(torch.zeros(2, 1, 16, 16), [0])
@@ -221,7 +221,7 @@ def test_noise_modes():
     assert torch.equal(run("random", 0), run("random", 0))
     assert not torch.allclose(run("random", 0), run("random", 1))
     assert not torch.allclose(run("const"), run("none"))
-    with pytest.raises(ValueError, match="noise_mode must be one of random, const, none"):
+    with pytest.raises(ValueError, match=r"noise_mode is .* choose random, const, none"):
         run("loud")
 
 
@@ -264,7 +264,7 @@ def test_classes_reach_both_networks():
     for network in (generator, discriminator):
         without = [n for n, p in network.named_parameters() if p.grad is None and "noise" not in n]
         assert without == []
-    with pytest.raises(ValueError, match="knows 3 classes"):
+    with pytest.raises(ValueError, match="has 3 classes"):
         generator(z)
 
 
@@ -395,7 +395,5 @@ def test_networks_are_saved_and_loaded_whole(tmp_path):
 
 @pytest.mark.parametrize("options", [{"resolution": 24}, {"resolution": 4}, {"channel_base": 8}])
 def test_impossible_sizes_are_refused(options):
-    with pytest.raises(
-        ValueError, match=r"resolution must be a power of two|leaves no feature map"
-    ):
+    with pytest.raises(ValueError, match=r"give a power of two|give at least"):
         make_generator(**options)

@@ -1,5 +1,6 @@
 """The pipeline's call, and its life as a folder that strangers load."""
 
+import copy
 import json
 import os
 import subprocess
@@ -170,6 +171,53 @@ def test_loaded_weights_are_aligned_and_give_the_same_images_to_the_bit(pipe, tm
                 for p in (pipe, other)
             ]
             assert torch.equal(*images)
+
+
+def test_pickled_weights_are_neither_written_nor_read(pipe, tmp_path):
+    for options in ({"safe_serialization": False}, {}):
+        with pytest.raises(ValueError, match="safe_serialization is False"):
+            pipe.save_pretrained(tmp_path, *([] if options else [False]), **options)
+    assert not any(tmp_path.iterdir())
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        EMStyleGANPipeline.from_pretrained(tmp_path, use_safetensors=False)
+    path = tmp_path / "generator" / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    torch.save(pipe.generator.state_dict(), path.with_suffix(".bin"))
+    with pytest.raises(OSError, match=r"no file named .*\.safetensors"):
+        EMStyleGANPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_loading_info": True},
+        {"device_map": "balanced"},
+        {"dtype": {"default": torch.bfloat16}},
+        {"pixel_size_nm": 2.0},
+    ],
+)
+def test_options_of_pipelines_are_understood(pipe, tmp_path, options):
+    pipe.save_pretrained(tmp_path)
+    loaded = EMStyleGANPipeline.from_pretrained(tmp_path, **options)
+    assert loaded.config.pixel_size_nm == options.get("pixel_size_nm", 0.5)
+    assert loaded.generator.dtype == (torch.bfloat16 if "dtype" in options else torch.float32)
+
+
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_weights_that_diverged_are_refused(pipe, output_type):
+    broken = copy.deepcopy(pipe.generator)
+    layer = (
+        broken.mapping_network.layers[0] if output_type == "latent" else broken.synthesis_network
+    )
+    next(layer.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"not finite.*diverged"):
+        EMStyleGANPipeline(broken)(1, output_type=output_type)
+
+
+def test_layerwise_casting_is_refused(pipe):
+    with pytest.raises(NotImplementedError, match=r"to\(torch\.bfloat16\)"):
+        pipe.generator.enable_layerwise_casting(storage_dtype=torch.bfloat16)
 
 
 def test_unknown_generator_is_refused(pipe, tmp_path):

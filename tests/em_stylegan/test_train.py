@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from em_data import load_data
+from em_data.batch import Batch
 from em_stylegan import gan_loop
 from em_stylegan.config import AugmentationConfig, StyleGANConfig
 from em_stylegan.losses import generator_loss
@@ -21,6 +22,7 @@ from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.presets import PRESETS
 from em_stylegan.train import train_gan
 from em_training import (
+    MicroBatching,
     NonFiniteLossError,
     config_from_json,
     config_to_json,
@@ -218,24 +220,82 @@ def test_state_that_resume_must_carry_has_moved(finished):
     )
 
 
-def test_finished_run_is_not_trained_again(finished, config, monkeypatch):
+def test_finished_run_is_not_trained_again(finished, config, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(gan_loop, "discriminator_loss", refuse)
-    before = (
-        finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
-    ).read_bytes()
+    path = finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
+    before, written = path.read_bytes(), path.stat().st_mtime_ns
     assert train_gan(replace(config, out=str(finished))) == finished
-    assert (
-        finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
-    ).read_bytes() == before
+    assert path.read_bytes() == before
+    assert path.stat().st_mtime_ns == written
+    assert "is already complete" in capsys.readouterr().out
 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished, config):
     other = replace(config, out=str(finished), training=replace(config.training, batch_size=16))
     with pytest.raises(ValueError, match=r"training\.batch_size was 8, is now 16"):
         train_gan(other)
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(config, tmp_path, monkeypatch):
+    """Without minibatch deviation, noise and mixing, which mix or differ by the part."""
+    changed = replace(
+        config,
+        discriminator=replace(config.discriminator, group_size=1),
+        training=replace(config.training, style_mixing_probability=0.0),
+    )
+    model, discriminator = gan_loop.create_networks(changed)
+    accelerator = create_accelerator(tmp_path, "no")
+    images = torch.rand(8, 1, 32, 32, generator=make_generator(0)) * 2 - 1
+    batch = Batch(images, torch.arange(8))
+    z = torch.randn(8, config.generator.z_dim, generator=make_generator(1))
+
+    class KnownGame(gan_loop.Game):
+        def generate(self, part, update_magnitudes=False):
+            rows = slice(part.first_row, part.first_row + len(part))
+            ws = model.mapping(z[rows])
+            images = model.synthesis(ws, "const")
+            return gan_loop.Generated(ws[:, 0], images, images, part.images)
+
+    game = KnownGame(changed, model, discriminator, accelerator)
+    results = []
+    for size in (8, 3):
+        gradients = []
+        for name in ("D", "penalty_D", "G"):
+            game.start_step(0)
+            micro_batching = MicroBatching(size, run=None, flag="")
+            parameters = game.parameters if name == "G" else game.parameters_D
+            outputs = micro_batching.accumulate(
+                getattr(game, f"backward_{name}"), batch, parameters
+            )
+            gradients += [p.grad for p in parameters if p.grad is not None]
+            for parameter in [*game.parameters, *game.parameters_D]:
+                parameter.grad = None
+        results.append([outputs["loss_G"], *gradients])
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_training_in_parts_resumes_and_replays_what_was_judged(config, tmp_path, monkeypatch):
+    """The generator's turn sees the images that the discriminator's turn has judged."""
+    training = replace(config.training, micro_batch_size=4, num_images=16, evaluate_every=0)
+    seen, generate = {}, gan_loop.Game.generate
+
+    def spy(self, part, update_magnitudes=False):
+        generated = generate(self, part, update_magnitudes)
+        seen.setdefault((self.num_images_seen, part.first_row), []).append(generated.seen.detach())
+        return generated
+
+    monkeypatch.setattr(gan_loop.Game, "generate", spy)
+    out = train_gan(replace(config, out=str(tmp_path / "run"), training=training))
+    assert set(seen) == {(0, 0), (0, 4), (8, 0), (8, 4)}
+    for first, second in seen.values():
+        assert torch.equal(first, second)
+    assert not torch.equal(seen[0, 0][0], seen[0, 4][0])
+    state = load_checkpoint(list_checkpoints(out / "stylegan" / "checkpoints")[-1])["state"]
+    assert state["micro_batching"] == {"configured": 4, "size": 4}
 
 
 def test_batch_that_groups_do_not_divide_is_refused(config, tmp_path):

@@ -154,7 +154,7 @@ def test_number_of_parameters_tells_the_architectures_apart():
     assert sum("to_image.weight" in name for name in names[0]) == 3
     assert sum("to_image.weight" in name for name in names[1]) == 1
     assert sum("skip" in name for name in names[2]) == 2
-    with pytest.raises(ValueError, match="choose one of skip, orig, resnet"):
+    with pytest.raises(ValueError, match="choose skip, orig, resnet"):
         StyleGAN2Generator(16, architecture="dense")
 
 
