@@ -1,8 +1,9 @@
-"""Adaptive augmentation of what the discriminator sees: pixel blitting, geometry and intensity for grey images (Karras et al. 2020, ADA).
+"""Adaptive augmentation of what the discriminator sees (ADA, Karras et al. 2020), for grey images.
 
-Real and generated images pass the same random transformations, each applied with probability p, so that a discriminator with few images
-cannot learn them by heart. While p stays below 1 an image is often enough left as it is for the generator to learn the distribution without
-augmentation: the augmentations do not leak (section 2 and appendix C).
+Real and generated images pass the same kinds of random transformations (pixel blitting, geometry,
+intensity), each applied with probability p, so that a discriminator with few images cannot learn
+them by heart. Below p = 1 enough images stay unchanged for the generator to learn the distribution
+without augmentation: the augmentations do not leak (section 2 and appendix C).
 """
 
 import math
@@ -12,9 +13,8 @@ import torch.nn.functional as F
 
 from em_stylegan.em_stylegan3_generator import design_filter, downsample, upsample
 
-TRANSLATION = (
-    0.125  # of the image's side: largest whole-pixel shift, deviation of the fractional one
-)
+# of the image's side: largest shift by whole pixels, and deviation of the fractional shift
+TRANSLATION = 0.125
 SCALE_DEVIATION = 0.2  # of log2
 BRIGHTNESS_DEVIATION = 0.2  # of a range of 2
 CONTRAST_DEVIATION = 0.5  # of log2
@@ -22,8 +22,11 @@ NUM_TAPS = 12
 
 
 class _Sample(torch.autograd.Function):
-    """Bilinear samples of x [B, C, H, W] at grid [B, H', W', 2], reflected at the borders; linear in x, so that derivatives of any order
-    are this and its adjoint, where torch's own stops at the first."""
+    """Bilinear samples of x [B, C, H, W] at grid [B, H', W', 2], reflected at the borders.
+
+    Sampling is linear in x: its derivatives of any order are this and its adjoint. PyTorch's own
+    has first derivatives only.
+    """
 
     @staticmethod
     def forward(ctx, x, grid):
@@ -43,7 +46,7 @@ class _SampleAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, grid, shape):
         ctx.save_for_backward(grid)
-        empty = y.new_empty(()).expand(shape)  # the adjoint reads its shape alone
+        empty = y.new_empty(()).expand(shape)  # only its shape is read
         return torch.ops.aten.grid_sampler_2d_backward(
             y.contiguous(), empty, grid, 0, 2, False, (True, False)
         )[0]
@@ -55,31 +58,25 @@ class _SampleAdjoint(torch.autograd.Function):
 
 
 class Draws:
-    """Random decisions and numbers for a batch, all from one torch.Generator."""
+    """Random numbers for the images of a batch, all from `rng`."""
 
-    def __init__(self, batch_size, generator):
-        self.batch_size, self.generator = batch_size, generator
+    def __init__(self, batch_size, rng):
+        self.batch_size, self.rng = batch_size, rng
 
     def uniform(self, low=0.0, high=1.0):
-        return (
-            torch.rand(self.batch_size, generator=self.generator, device=self.generator.device)
-            * (high - low)
-            + low
-        )
+        x = torch.rand(self.batch_size, generator=self.rng, device=self.rng.device)
+        return x * (high - low) + low
 
     def normal(self, deviation):
-        return (
-            torch.randn(self.batch_size, generator=self.generator, device=self.generator.device)
-            * deviation
-        )
+        x = torch.randn(self.batch_size, generator=self.rng, device=self.rng.device)
+        return x * deviation
 
     def whether(self, probability):
         return self.uniform() < probability
 
     def integer(self, count):
-        return torch.randint(
-            count, (self.batch_size,), generator=self.generator, device=self.generator.device
-        )
+        size = (self.batch_size,)
+        return torch.randint(count, size, generator=self.rng, device=self.rng.device)
 
 
 def _select(condition, a, b):
@@ -87,7 +84,7 @@ def _select(condition, a, b):
 
 
 def draw_blit(draws, p, size):
-    """Whether to mirror [B], quarter turns [B], whole-pixel shifts [B, 2]: what pixel blitting does to each image."""
+    """Draw mirroring [B], quarter turns [B] and whole-pixel shifts [B, 2] (pixel blitting)."""
     flip = draws.whether(p) & draws.whether(0.5)
     turns = draws.integer(4) * draws.whether(p)
     shift = torch.stack([draws.uniform(-TRANSLATION, TRANSLATION) for _ in range(2)], dim=1) * size
@@ -95,7 +92,7 @@ def draw_blit(draws, p, size):
 
 
 def blit(images, flip, turns, shift):
-    """Mirror, turn by quarters and shift (reflected at the borders); every pixel keeps its value."""
+    """Mirror, turn and shift images, reflected at the borders; pixels keep their values."""
     B, C, size, _ = images.shape
     images = _select(flip, images.flip(3), images)
     images = _select(turns >= 2, images.flip((2, 3)), images)
@@ -107,9 +104,12 @@ def blit(images, flip, turns, shift):
 
 
 def draw_geometry(draws, p):
-    """The matrices [B, 3, 3] of scaling, turning and shifting, (x, y) in halves of the image's side, and which images have any [B]."""
-    p_turn = 1 - math.sqrt(1 - p)  # two turns, of which one at least with probability p
-    matrix = torch.eye(3, device=draws.generator.device).expand(draws.batch_size, 3, 3)
+    """Draw matrices [B, 3, 3] that scale, turn and shift, and which images are changed [B].
+
+    Coordinates (x, y) are in halves of the image's side.
+    """
+    p_turn = 1 - math.sqrt(1 - p)  # there are two turns: at least one has probability p
+    matrix = torch.eye(3, device=draws.rng.device).expand(draws.batch_size, 3, 3)
     applied = torch.zeros(draws.batch_size, dtype=torch.bool, device=matrix.device)
 
     def then(step, probability):
@@ -129,9 +129,8 @@ def draw_geometry(draws, p):
 
 
 def _matrix(*rows):
-    zero = torch.zeros_like(
-        next(value for row in rows for value in row if isinstance(value, torch.Tensor))
-    )
+    tensors = [value for row in rows for value in row if isinstance(value, torch.Tensor)]
+    zero = torch.zeros_like(tensors[0])
     return torch.stack([torch.stack([zero + value for value in row], dim=1) for row in rows], dim=1)
 
 
@@ -148,13 +147,15 @@ def _shifting(x, y):
 
 
 def transform(images, matrix, applied):
-    """Images [B, C, R, R] moved by `matrix` where `applied`: sampled at twice the rate between low-pass filters, borders reflected."""
+    """Move images [B, C, R, R] by `matrix` where `applied`, with borders reflected.
+
+    They are sampled at twice the rate, between low-pass filters.
+    """
     B, C, size, _ = images.shape
     taps = torch.from_numpy(design_filter(NUM_TAPS, 0.5, 0.4, 2.0)).to(images)
     half = NUM_TAPS // 2
-    fine = upsample(
-        F.pad(images, (half,) * 4, mode="reflect"), taps, 2, (-half, -half - 1)
-    )  # [B, C, 2R, 2R]
+    padded = F.pad(images, (half,) * 4, mode="reflect")
+    fine = upsample(padded, taps, 2, (-half, -half - 1))  # [B, C, 2R, 2R]
     backwards = torch.linalg.inv(matrix.double())[:, :2].to(images)
     grid = F.affine_grid(backwards, [B, C, 2 * size, 2 * size], align_corners=False)
     fine = _Sample.apply(fine, grid)
@@ -163,34 +164,33 @@ def transform(images, matrix, applied):
 
 
 def draw_intensity(draws, p):
-    """Factor and offset [B] of each image's grey values: brightness, contrast, and inversion."""
+    """Draw the factor and offset [B] of grey levels: brightness, contrast, inversion."""
     offset = draws.normal(BRIGHTNESS_DEVIATION) * draws.whether(p)
     factor = torch.where(draws.whether(p), torch.exp2(draws.normal(CONTRAST_DEVIATION)), 1.0)
     sign = torch.where(draws.whether(p) & draws.whether(0.5), -1.0, 1.0)
     return factor * sign, offset * factor * sign
 
 
-def augment(images, p, generator):
-    """Transform each of images [B, C, R, R] at random, every transformation with probability `p`; the identity for p = 0.
+def augment(images, p, rng):
+    """Transform each of images [B, C, R, R] at random, with probability `p` per transformation.
 
-    Differentiable to any order. All randomness is `generator`'s.
+    The identity for p = 0. Differentiable to any order. `rng` is the only source of randomness.
     """
     if p <= 0:
         return images
-    draws = Draws(len(images), generator)
+    draws = Draws(len(images), rng)
     images = blit(images, *draw_blit(draws, p, images.shape[3]))
     images = transform(images, *draw_geometry(draws, p))
-    factor, offset = (
-        value.to(images.dtype)[:, None, None, None] for value in draw_intensity(draws, p)
-    )
+    factor, offset = (x.to(images.dtype)[:, None, None, None] for x in draw_intensity(draws, p))
     return images * factor + offset
 
 
 class AdaptiveProbability:
-    """The p that keeps r_t = E[sign D(real)] at `target`: a discriminator surer than that has begun to learn images by heart (section 3).
+    """The probability p that keeps r_t = E[sign D(real)] at `target` (section 3).
 
-    p moves by a fixed step, up or down, every `every_steps` updates, fast enough to go from 0 to 1 in `images_to_one` images. With target
-    None, p stays what it is.
+    A larger r_t says that the discriminator has begun to learn images by heart. p moves up or down
+    by a fixed step every `every_steps` updates, and can go from 0 to 1 in `images_to_one` images.
+    With target None, p stays as it is.
     """
 
     def __init__(self, p, target, images_to_one, every_steps, device="cpu"):
@@ -200,7 +200,7 @@ class AdaptiveProbability:
         self.num_updates = 0
 
     def update(self, mean_sign, batch_size):
-        """Take in the mean sign of a batch's logits of real images; returns p."""
+        """Update with the mean sign of a batch's logits of real images, and return p."""
         if self.target is None:
             return self.p
         self.sign_sum = self.sign_sum + mean_sign.detach()

@@ -1,4 +1,4 @@
-"""StyleGAN2 discriminator: blocks, minibatch standard deviation, one logit (Karras et al. 2018 and 2020)."""
+"""Discriminator of StyleGAN2 and 3 (Karras et al. 2018 and 2020)."""
 
 import math
 from itertools import pairwise
@@ -20,40 +20,49 @@ from em_stylegan.em_stylegan2_generator import (
 
 
 def minibatch_standard_deviation(x, group_size, num_maps=1, num_batches=1):
-    """Append `num_maps` maps that hold how much the images of a group differ (2018, section 3).
+    """Append `num_maps` maps that say how much the images of a group differ (2018, section 3).
 
-    x [N * B, C, H, W], N = `num_batches` batches one after the other -> [N * B, C + num_maps, H, W]. Each batch is cut into B / G groups
-    of G = min(group_size, B) images (one group when None), its image i being in group i mod (B / G); a map is the mean over H, W and its
-    share of the C channels of the deviation over the group. ValueError when N does not divide the images, G not B, or `num_maps` not C.
+    Each batch of B images is split into B / G groups of G = min(group_size, B) images; image i is
+    in group i mod (B / G). A map holds the deviation over the group, averaged over H, W and its
+    share of the channels.
+
+    Args:
+        x: [N * B, C, H, W], `num_batches` = N batches one after the other.
+        group_size: None for one group.
+
+    Returns:
+        [N * B, C + num_maps, H, W].
+
+    Raises:
+        ValueError: If N does not divide the images, G does not divide B, or `num_maps` not C.
     """
     num_images, C, H, W = x.shape
     if num_images % num_batches:
-        raise ValueError(f"{num_images} images cannot be {num_batches} batches of one size.")
+        raise ValueError(f"{num_images} images are not {num_batches} batches of the same size.")
     N, B = num_batches, num_images // num_batches
     G = B if group_size is None else min(group_size, B)
     if B % G:
         raise ValueError(
-            f"the batch ({B} images a process) must be a multiple of the discriminator's group of {G}."
+            f"The batch ({B} images per process) must be a multiple of the discriminator's group "
+            f"of {G}."
         )
     if C % num_maps:
-        raise ValueError(f"{C} channels cannot be shared out to {num_maps} deviation maps.")
-    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(
-        N, G, B // G, num_maps, C // num_maps, H, W
-    )
-    # on the CPU three times as fast as y.var(dim=1, correction=0)
+        raise ValueError(f"{C} channels cannot be divided among {num_maps} deviation maps.")
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = y.reshape(N, G, B // G, num_maps, C // num_maps, H, W)
+    # on the CPU this is three times as fast as y.var(dim=1, correction=0)
     variance = (y - y.mean(dim=1, keepdim=True)).square().mean(dim=1)
     deviation = (variance + 1e-8).sqrt().mean(dim=(3, 4, 5)).to(x.dtype)  # [N, B / G, num_maps]
-    maps = deviation[:, None, :, :, None, None].expand(
-        -1, G, -1, -1, H, W
-    )  # [N, G, B / G, num_maps, H, W]
+    maps = deviation[:, None, :, :, None, None].expand(-1, G, -1, -1, H, W)
     return torch.cat([x, maps.reshape(num_images, num_maps, H, W)], dim=1)
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3 x 3 convolutions, the second halving the side (2020, figure 7).
+    """Two 3 x 3 convolutions, of which the second halves the side (2020, figure 7).
 
-    "orig": no more. "resnet": beside a halving 1 x 1 convolution, both scaled by 1 / sqrt(2). "skip": the image of this resolution joins
-    the input, and is halved for the next.
+    "orig": Nothing else. "resnet": A halving 1 x 1 convolution of the input is added, both scaled
+    by 1 / sqrt(2). "skip": The image of this resolution is added to the input, and is halved for
+    the next block.
     """
 
     def __init__(
@@ -77,9 +86,8 @@ class DiscriminatorBlock(nn.Module):
             y = self.from_image(image, clamp=self.clamp)  # [B, in, R, R]
             x = y if x is None else x + y
         if self.skip is None:
-            return self.conv1(
-                self.conv0(x, clamp=self.clamp), clamp=self.clamp
-            )  # [B, out, R/2, R/2]
+            x = self.conv0(x, clamp=self.clamp)  # [B, in, R, R]
+            return self.conv1(x, clamp=self.clamp)  # [B, out, R/2, R/2]
         y = self.skip(x, gain=math.sqrt(0.5))  # [B, out, R/2, R/2]
         x = self.conv0(x, clamp=self.clamp)  # [B, in, R, R]
         x = self.conv1(x, gain=math.sqrt(0.5), clamp=self.clamp)  # [B, out, R/2, R/2]
@@ -89,18 +97,23 @@ class DiscriminatorBlock(nn.Module):
 class StyleGANDiscriminator(ModelMixin, ConfigMixin):
     """Discriminator of StyleGAN2 and 3.
 
-    forward(image [B, image_channels, R, R] in [-1, 1], class_labels=None, compute_dtype=None, num_batches=1) -> logits [B, 1], float32
-    whenever the parameters are. `compute_dtype` is the type of the feature maps above 4 x 4. Large logits mean real. With classes, the
-    logit is the projection of the features on the class's mapped vector (Miyato and Koyama 2018). `num_batches` of one size, one after
-    the other (their class labels, too), are judged as if each came alone, but in one pass.
+    forward(image [B, image_channels, R, R] in [-1, 1], class_labels=None, compute_dtype=None,
+    num_batches=1) returns logits [B, 1]; a large logit means real. `compute_dtype` is the dtype of
+    the feature maps above 4 x 4. With classes, the logit is the projection of the features on the
+    class's mapped vector (Miyato and Koyama 2018). `num_batches` batches of one size, one after the
+    other, are judged in one pass as if each came alone.
 
     Args:
-        architecture: "resnet", "orig" or "skip" (2020, figure 7).
-        group_size: images in a minibatch-deviation group; it must divide the batch of a process. None for the whole batch.
+        architecture: "resnet", "orig" or "skip" (2020, figure 7); see `DiscriminatorBlock`.
+        group_size: Images in a group of the minibatch deviation; must divide a process's batch.
+            None for the whole batch.
         num_deviation_maps: 0 for no minibatch deviation.
-        class_mapping_depth: layers of the class's mapping network; class_mapping_width: its width, None for the last feature maps' number.
-        num_reduced_resolutions: resolutions, from the highest down, that `compute_dtype` holds for; None for all above 4 x 4.
-        The others as in `StyleGAN2Generator`.
+        class_mapping_depth, class_mapping_width: Layers and width of the class's mapping network;
+            width None for the number of the last feature maps.
+        num_reduced_resolutions: How many of the highest resolutions `compute_dtype` applies to;
+            None for all above 4 x 4.
+
+    The others as in `StyleGAN2Generator`.
     """
 
     @register_to_config
@@ -160,11 +173,10 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         self.out = EqualizedLinear(last, width if num_classes > 0 else 1)
 
     def freezable_layers(self):
-        """The layers from the image on, in the order in which Freeze-D freezes them (Mo et al. 2020)."""
+        """Yield the layers from the image on, in the order of Freeze-D (Mo et al. 2020)."""
         for block in self.blocks:
-            yield from (
-                m for m in (block.from_image, block.conv0, block.conv1, block.skip) if m is not None
-            )
+            layers = (block.from_image, block.conv0, block.conv1, block.skip)
+            yield from (layer for layer in layers if layer is not None)
 
     def forward(self, image, class_labels=None, compute_dtype=None, num_batches=1):
         dtype = self.out.weight.dtype
@@ -172,27 +184,20 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         if image.shape[1:] != expected:
             raise ValueError(f"image must be {['B', *expected]}; got {list(image.shape)}.")
         if self.class_mapping is None:
-            encode_classes(class_labels, 0, len(image), image)  # refuses any
+            encode_classes(class_labels, 0, len(image), image)  # raises if there are any
         x = None
         for i, block in enumerate(self.blocks):
-            block_dtype = (
-                compute_dtype if i < self.num_reduced and compute_dtype is not None else dtype
-            )
-            x = block(
-                x if x is None else x.to(block_dtype), image.to(block_dtype)
-            )  # [B, C', R/2, R/2]
-            if self.from_image is not None:
-                image = blur(
-                    image, self.kernel, padding=1, stride=2
-                )  # [B, image_channels, R/2, R/2]
+            block_dtype = compute_dtype or dtype if i < self.num_reduced else dtype
+            x = x if x is None else x.to(block_dtype)
+            x = block(x, image.to(block_dtype))  # [B, C', R/2, R/2]
+            if self.from_image is not None:  # [B, image_channels, R/2, R/2]
+                image = blur(image, self.kernel, padding=1, stride=2)
         x = x.to(dtype)
         if self.from_image is not None:
             x = x + self.from_image(image.to(dtype))  # [B, C, 4, 4]
         if self.num_deviation_maps:
-            maps = self.num_deviation_maps
-            x = minibatch_standard_deviation(
-                x, self.group_size, maps, num_batches
-            )  # [B, C + maps, 4, 4]
+            maps = self.num_deviation_maps  # -> [B, C + maps, 4, 4]
+            x = minibatch_standard_deviation(x, self.group_size, maps, num_batches)
         x = self.conv(x, clamp=self.clamp)  # [B, C, 4, 4]
         x = self.out(self.linear(x.flatten(1)))  # [B, 1], or [B, C] with classes
         if self.class_mapping is None:

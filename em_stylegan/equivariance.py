@@ -1,8 +1,9 @@
-"""How well a generator commutes with shifts and turns, in decibel (Karras et al. 2021, section 4 and appendix E).
+"""How well a generator commutes with shifts and turns, in dB (StyleGAN3 paper, 2021, appendix E).
 
-The first signal of the generator is shifted or turned, and the image is compared with the same shift or turn of the untouched image, where
-both are known: EQ = 10 log10(peak^2 / E[difference^2]). For StyleGAN3 the first signal are the Fourier features; for StyleGAN2 it is the
-learnt constant, interpolated bicubically as a periodic image.
+The generator's first signal is shifted or turned. The image is compared with the same shift or turn
+of the original image, where both are known: EQ = 10 log10(peak^2 / E[difference^2]). The first
+signal of StyleGAN3 is the Fourier features. That of StyleGAN2 is the learned constant,
+interpolated bicubically as a periodic image.
 """
 
 import math
@@ -14,14 +15,14 @@ import torch.nn.functional as F
 
 from em_stylegan.em_stylegan3_generator import design_radial_filter
 
-LANCZOS_SIZE = 3  # zero crossings of the interpolating kernel on each side, as in the paper
+LANCZOS_SIZE = 3  # zero crossings of the interpolation kernel on each side, as in the paper
 
 
 @contextmanager
 def transformed_input(generator, transform):
-    """Within the context, the generator's first signal is taken at transform (x, y, 1) in place of (x, y).
+    """Evaluate the generator's first signal at transform (x, y, 1) within the context.
 
-    transform [3, 3]: the canvas has width 1 and its origin in its middle; x grows to the right, y downwards.
+    transform [3, 3]: The canvas has width 1 and its origin in the middle; y points down.
     """
     network = generator.synthesis_network
     if hasattr(network, "input"):
@@ -39,7 +40,7 @@ def transformed_input(generator, transform):
     grid = F.affine_grid(
         _in_grid_units(transform[:2]).to(before)[None], [1, 1, size, size], align_corners=False
     )
-    # a periodic image: three copies a side, of which the grid sees the middle one
+    # a periodic image: of three copies along each side, the grid sees the middle one
     const.data = F.grid_sample(
         before.repeat(1, 3, 3)[None], grid / 3, mode="bicubic", align_corners=False
     )[0]
@@ -56,8 +57,12 @@ def _in_grid_units(matrix):
 
 
 def sample_image(images, transform, margin=0):
-    """images [B, C, R, R] at transform (x, y, 1) by Lanczos interpolation -> ([B, C, R, R], mask [R, R] of the pixels that lie far enough
-    from the border, `margin` pixels further, to be known)."""
+    """Sample images [B, C, R, R] at transform (x, y, 1) by Lanczos interpolation.
+
+    Returns:
+        Images [B, C, R, R], and a mask [R, R] of the pixels that are known: far enough from the
+        border, by `margin` more pixels than the kernel needs.
+    """
     size = images.shape[-1]
     position = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / size
     y, x = torch.meshgrid(position, position, indexing="ij")
@@ -102,7 +107,7 @@ def _measure(generator, draw_transform, num_images, peak, seed, prepare, margin,
         with transformed_input(generator, transform):
             changed = prepare(generator.synthesis(ws, "none").double())
         expected, known = sample_image(image, transform, margin)
-        # what enters from beyond the border is unknown on both sides: the changed image's own border counts as well
+        # what enters over the border is unknown in the changed image, too
         border = math.ceil(margin)
         if border:
             inner = torch.zeros_like(known)
@@ -113,7 +118,8 @@ def _measure(generator, draw_transform, num_images, peak, seed, prepare, margin,
         count += difference.numel()
     if count == 0:
         raise ValueError(
-            f"at {resolution} pixels no pixel is far enough from the border; measure at a larger resolution."
+            f"At {resolution} pixels, no pixel is far enough from the border. Measure a generator "
+            "of a larger resolution."
         )
     return 10 * math.log10(peak**2 / (total / count)) if total > 0 else math.inf
 
@@ -128,10 +134,13 @@ def translation_equivariance(
     seed=0,
     class_labels=None,
 ):
-    """EQ-T in dB (with `fractional`: EQ-T_frac) over `num_images` random images and shifts.
+    """Measure EQ-T in dB over `num_images` random images and shifts.
 
-    Shifts are uniform within `max_shift` of the image's side along both axes, rounded to whole pixels unless `fractional`. peak: range of
-    the images, 2 for [-1, 1].
+    Args:
+        fractional: Shift by fractions of a pixel (EQ-T_frac) instead of whole pixels.
+        max_shift: Shifts are uniform within this share of the image's side, along both axes.
+        peak: Range of the images, 2 for [-1, 1].
+        class_labels: Integers [num_images], for a generator with classes.
     """
 
     def draw(rng, resolution):
@@ -145,18 +154,15 @@ def translation_equivariance(
 def rotation_equivariance(
     generator, num_images=32, *, max_angle=math.pi, peak=2.0, seed=0, class_labels=None
 ):
-    """EQ-R in dB over `num_images` random images and angles, uniform within `max_angle`.
+    """Measure EQ-R in dB over `num_images` random images and angles, uniform within `max_angle`.
 
-    The corners of the spectrum's square turn out of it: before the comparison both images pass a low-pass filter that is the same in all
-    directions and ends at the largest disc of frequencies.
+    The corners of the square of frequencies turn out of it. So both images pass a low-pass filter
+    that is the same in all directions and ends at the largest disc.
     """
     resolution = generator.config.resolution
     num_taps = 2 * LANCZOS_SIZE + 1
-    taps = torch.from_numpy(
-        np.ascontiguousarray(
-            design_radial_filter(num_taps, 0.4 * resolution, 0.2 * resolution, resolution)
-        )
-    )
+    taps = design_radial_filter(num_taps, 0.4 * resolution, 0.2 * resolution, resolution)
+    taps = torch.from_numpy(np.ascontiguousarray(taps))
 
     def prepare(image):
         kernel = taps.to(image).expand(image.shape[1], 1, -1, -1)

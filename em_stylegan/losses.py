@@ -1,5 +1,8 @@
-"""The losses of StyleGAN, each from its equation (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020 and 2021), and of R3GAN
-(Huang et al. 2024)."""
+"""Losses of StyleGAN and R3GAN, each from its equation.
+
+Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020 (StyleGAN2) and 2021 (StyleGAN3);
+Huang et al. 2024 (R3GAN, "The GAN is dead; long live the GAN!").
+"""
 
 import math
 
@@ -8,42 +11,49 @@ import torch.nn.functional as F
 
 
 def generator_loss(scores_fake):
-    """Non-saturating logistic loss of the generator, E[-log sigmoid(D(G(z)))] = E[softplus(-D(G(z)))] (2014, section 3)."""
+    """Non-saturating loss of the generator, E[softplus(-D(G(z)))] (2014, section 3)."""
     return F.softplus(-scores_fake).mean()
 
 
 def discriminator_loss(scores_real, scores_fake):
-    """Logistic loss of the discriminator, E[softplus(D(G(z)))] + E[softplus(-D(x))] (2014, equation 1)."""
+    """Loss of the discriminator, E[softplus(D(G(z)))] + E[softplus(-D(x))] (2014, equation 1)."""
     return F.softplus(scores_fake).mean() + F.softplus(-scores_real).mean()
 
 
 def relativistic_generator_loss(scores_real, scores_fake):
-    """Loss of the generator that wants each image judged more real than a real one, E[softplus(D(x) - D(G(z)))] (Huang et al. 2024,
-    "The GAN is dead; long live the GAN!", equation 2; the pairing of Jolicoeur-Martineau 2018). scores [B, 1], paired by their order."""
+    """Relativistic loss of the generator, E[softplus(D(x) - D(G(z)))] (R3GAN, equation 2).
+
+    Scores [B, 1] are paired by their order.
+    """
     return F.softplus(scores_real - scores_fake).mean()
 
 
 def relativistic_discriminator_loss(scores_real, scores_fake):
-    """Loss of the discriminator in the same game, E[softplus(D(G(z)) - D(x))]."""
+    """Relativistic loss of the discriminator, E[softplus(D(G(z)) - D(x))]."""
     return F.softplus(scores_fake - scores_real).mean()
 
 
 def r1_penalty(scores_real, images):
-    """Squared norm of the gradient of D at real images, |dD/dx|^2 (Mescheder et al. 2018, equation 9, without gamma / 2); of generated
-    images it is R2 (equation 10).
+    """Squared norm of the gradient of D at real images, |dD/dx|^2 [B], differentiable.
 
-    scores_real [B, 1] computed from images [B, C, H, W] that require a gradient -> [B], differentiable.
+    Mescheder et al. 2018, equation 9, without gamma / 2. At generated images it is R2 (equation
+    10). scores_real [B, 1] must be computed from images [B, C, H, W] that require a gradient.
     """
     (gradient,) = torch.autograd.grad(scores_real.sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3))
 
 
 def path_lengths(images, ws, noise):
-    """Length of the image's gradient in w along a random image, |J_w^T y| (2020, equation 4).
+    """Length of the image's gradient in w along a random image, |J_w^T y| [B], differentiable.
 
-    images [B, C, H, W] computed from ws [B, num_ws, w_dim], noise [B, C, H, W] of unit normal values -> [B], differentiable. The
-    noise is divided by the square root of the number of pixels, so that lengths do not depend on the resolution; the square is
-    summed over w and averaged over layers.
+    StyleGAN2 paper, equation 4. The noise is divided by the square root of the number of pixels, so
+    that lengths do not depend on the resolution. The square is summed over w and averaged over
+    layers.
+
+    Args:
+        images: [B, C, H, W], computed from ws.
+        ws: [B, num_ws, w_dim].
+        noise: [B, C, H, W], standard normal.
     """
     noise = noise / math.sqrt(images.shape[2] * images.shape[3])
     (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
@@ -51,16 +61,16 @@ def path_lengths(images, ws, noise):
 
 
 def gaussian_blur(images, sigma_px):
-    """Blur images [B, C, H, W] with a Gaussian of deviation `sigma_px` pixels, reflected at the borders; unchanged for 0.
+    """Blur images [B, C, H, W] by a Gaussian with reflected borders; sigma_px 0 changes nothing.
 
-    StyleGAN3 shows its discriminator blurred images at first, lest it judge by sharpness before the generator has any (2021, appendix E).
+    StyleGAN3 blurs the discriminator's images at first, so that it does not judge by sharpness
+    before the generator has any (2021, appendix E).
     """
     radius = min(math.ceil(3 * sigma_px), images.shape[2] - 1)
     if radius < 1:
         return images
-    taps = torch.exp(
-        -0.5 * (torch.arange(-radius, radius + 1, device=images.device) / sigma_px).square()
-    )
+    x = torch.arange(-radius, radius + 1, device=images.device) / sigma_px
+    taps = torch.exp(-0.5 * x.square())
     taps = (taps / taps.sum()).to(images.dtype)
     num_channels = images.shape[1]
     images = F.pad(images, (radius,) * 4, mode="reflect")
@@ -69,12 +79,12 @@ def gaussian_blur(images, sigma_px):
 
 
 def blur_sigma(num_images_seen, initial_sigma_px, fade_images):
-    """The deviation of that blur in pixels: `initial_sigma_px` at first, falling linearly to 0 at `fade_images`."""
+    """Return the blur's sigma in pixels, which falls linearly to 0 at `fade_images`."""
     return initial_sigma_px * max(1 - num_images_seen / fade_images, 0) if fade_images > 0 else 0.0
 
 
 class PathLengthMean:
-    """Running mean of the path lengths, the constant a of equation 4: it sets no length, only that lengths are alike."""
+    """Running mean of the path lengths, the constant a of equation 4."""
 
     def __init__(self, decay=0.01, device="cpu"):
         self.decay = decay

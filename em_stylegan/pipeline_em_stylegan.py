@@ -241,7 +241,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
     # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline._dict_from_json_file
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
-        """Read model_index.json as that of this class, so that diffusers runs no code of the folder.
+        """Read model_index.json as that of this class: diffusers then runs no code of the folder.
 
         Components of our own, which `from_pretrained` loads, are listed as diffusers' for the same
         reason.
@@ -286,7 +286,7 @@ def _is_own_component(name, value):
 
 # Copied from em_diffusion.pipeline_em_ldm._import_own_component
 def _import_own_component(source, name, module, class_name):
-    """Return the installed class that model_index.json names; raise `ValueError` if it is unknown."""
+    """Return the installed class that model_index.json names, or raise `ValueError`."""
     is_ours = isinstance(module, str) and re.fullmatch(r"em_[a-z0-9_]+", module)
     found = is_ours and importlib.util.find_spec(f"{PACKAGE}.{module}")
     component = None
@@ -294,9 +294,9 @@ def _import_own_component(source, name, module, class_name):
         component = getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None)
     if not isinstance(component, type) or not issubclass(component, ModelMixin):
         raise ValueError(
-            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} does "
-            "not have. Update the package, or use DiffusionPipeline with trust_remote_code=True if "
-            "you have read the repository's code."
+            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} "
+            "does not have. Update the package, or use DiffusionPipeline with "
+            "trust_remote_code=True if you have read the repository's code."
         )
     return component
 

@@ -1,4 +1,4 @@
-"""Recipes: each returns a whole configuration, and any flag overrides it."""
+"""Presets: each returns a whole configuration; any flag overrides it."""
 
 from dataclasses import replace
 
@@ -14,14 +14,17 @@ from em_stylegan.config import (
 def paper() -> StyleGANConfig:
     """The study's best GAN: StyleGAN2, mapping depth 4, 1024 feature maps, 256 x 256, 1200 kimg.
 
-    Hardware: one GPU with 40 GB or more. Time: the study took 18 hours; ours is not measured. Score: the study's FID is 58.96
-    (on its own leaky split); ours is not measured. The split is by micrograph.
+    Hardware: one GPU with 40 GB or more. Time: the study took 18 hours; ours is not measured.
+    Score: the study's FID is 58.96, on its own leaky split; ours is not measured. The split is by
+    micrograph.
     """
     return StyleGANConfig(out="runs/stylegan2-paper")
 
 
 def small() -> StyleGANConfig:
-    """A lighter StyleGAN2 for 256 x 256 tiles, those of the LDM's `small`, and one common GPU: 256 feature maps, 600 kimg.
+    """A lighter StyleGAN2 for one common GPU: 256 x 256, 256 feature maps, 600 kimg.
+
+    The tiles are those of the LDM's `small`.
 
     Hardware: one GPU with 12 GB. Time: about 12 hours, an estimate. Score: not measured.
     """
@@ -35,7 +38,9 @@ def small() -> StyleGANConfig:
 
 
 def stylegan3_t() -> StyleGANConfig:
-    """StyleGAN3-T, equivariant to translation, 256 x 256: the paper's recipe without style mixing and path length, mapping depth 2.
+    """StyleGAN3-T, equivariant to translation, 256 x 256, mapping depth 2.
+
+    The paper's recipe: no style mixing and no path length regularisation.
 
     Hardware: one GPU with 40 GB or more. Time: not measured. Score: not measured.
     """
@@ -59,8 +64,9 @@ def stylegan3_t() -> StyleGANConfig:
 
 
 def stylegan3_r() -> StyleGANConfig:
-    """StyleGAN3-R, equivariant to rotation as well, 256 x 256: 1 x 1 kernels, twice the feature maps, radial filters; the discriminator
-    sees blurred images for the first 200 kimg.
+    """StyleGAN3-R, also equivariant to rotation, 256 x 256: radial filters, 1 x 1 kernels.
+
+    It has twice the feature maps. The discriminator sees blurred images for the first 200 kimg.
 
     Hardware: one GPU with 40 GB or more. Time: not measured. Score: not measured.
     """
@@ -78,7 +84,8 @@ def stylegan3_r() -> StyleGANConfig:
 def demo() -> StyleGANConfig:
     """The embedded micrographs at 64 x 64, for `make demo`.
 
-    Hardware: one CPU core. Time: about 6 minutes in float32 on a core with AVX-512. Score: what README.md shows.
+    Hardware: one CPU core. Time: about 6 minutes in float32 on a core with AVX-512. Score: see
+    README.md.
     """
     return StyleGANConfig(
         out="runs/demo/stylegan2",
@@ -100,7 +107,7 @@ def demo() -> StyleGANConfig:
 
 
 def test() -> StyleGANConfig:
-    """A few steps of tiny networks at 32 x 32, on the tiles of the LDM's `test`, to see that everything runs.
+    """A few steps of tiny networks at 32 x 32, to see that everything runs.
 
     Hardware: any. Time: seconds. Score: meaningless.
     """

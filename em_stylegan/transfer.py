@@ -1,4 +1,4 @@
-"""Weights to start from: those of another run, or of an official checkpoint that `em_stylegan.load_official` converted."""
+"""Weights to start from: another run's, or an official checkpoint's that was converted."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from em_stylegan.discriminator import StyleGANDiscriminator
 from em_training import list_checkpoints, load_checkpoint, load_config
 
 SIZES = ("mapping_depth", "z_dim", "w_dim", "channel_base", "max_channels")
-# in which networks may differ that share weights: what the shapes say by themselves, how a batch is compared, precision, pace
+# options in which networks with the same weights may differ
 FREE_OPTIONS = {
     *SIZES,
     "image_channels",
@@ -21,7 +21,7 @@ FREE_OPTIONS = {
 
 
 def start_from(config, model, discriminator, average, say=print):
-    """Give the networks, and the average of the first, the weights that `config.init_from` holds; see `load_initial_weights`."""
+    """Load the weights of `config.init_from` into the networks and the generator's average."""
     weights = load_initial_weights(config, model, discriminator, say)
     for network, name in ((model, "model"), (average, "ema"), (discriminator, "discriminator")):
         if weights[name] is not None:
@@ -29,13 +29,19 @@ def start_from(config, model, discriminator, average, say=print):
 
 
 def load_initial_weights(config, model, discriminator, say=print) -> dict:
-    """The weights that `config.init_from` holds for these networks: {"model", "ema", "discriminator"}, each a state dictionary.
+    """Load the weights of `config.init_from` for these networks.
 
-    `init_from` is a run's folder (its last checkpoint) or one that `python -m em_stylegan.load_official` wrote (G_ema, G, D; a missing
-    G is G_ema, a missing D None: it starts at random). Weights for three image channels are made those of one: the generator's image is
-    the mean of the three, and the discriminator sees a grey image as it saw one with three equal channels.
+    `init_from` is a run's folder (its last checkpoint is used), or a folder with G_ema, G and D
+    written by `python -m em_stylegan.load_official`. A missing G is replaced by G_ema; without D,
+    the discriminator starts at random. Weights for three image channels are converted to one: the
+    generator's image is the mean of the three, and the discriminator sees a grey image as one with
+    three equal channels.
 
-    Raises `ValueError` when there are no such weights, or they are those of networks of another size.
+    Returns:
+        {"model", "ema", "discriminator"}: state dictionaries, or None for no discriminator.
+
+    Raises:
+        ValueError: If there are no such weights, or they are those of networks of another size.
     """
     folder = Path(config.init_from)
     if (folder / "stylegan" / "checkpoints").is_dir():
@@ -55,7 +61,8 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
         problems += _compare_options(found["options"].get(name, {}), network.config, name)
     if problems:
         raise ValueError(
-            f"init_from {folder} has other networks than this run: {'; '.join(problems)}.{found['advice']}"
+            f"init_from {folder} has other networks than this run: {'; '.join(problems)}."
+            f"{found['advice']}"
         )
     say(f"starting from the weights of {folder}{found['note']}")
     if weights["discriminator"] is None:
@@ -67,7 +74,8 @@ def _from_run(folder):
     paths = list_checkpoints(folder / "stylegan" / "checkpoints")
     if not paths:
         raise ValueError(
-            f"the run in {folder} has no checkpoint yet to start from; let it train on, or give another init_from"
+            f"The run in {folder} has no checkpoint yet to start from. Let it train on, or give "
+            "another --init-from."
         )
     saved, config = load_checkpoint(paths[-1]), load_config(StyleGANConfig, folder / "config.json")
     sizes = {
@@ -97,8 +105,9 @@ def _from_converted(folder, generator_type):
     model = _load_generator(folder / "G", generator_type)
     if average is None and model is None:
         raise ValueError(
-            f"init_from {folder} is neither the folder of a run (stylegan/checkpoints) nor one with G_ema, G or D from "
-            "`python -m em_stylegan.load_official IN.pkl OUT_DIR`"
+            f"init_from {folder} is neither the folder of a run (with stylegan/checkpoints) nor a "
+            "folder with G_ema, G or D, written by `python -m em_stylegan.load_official IN.pkl "
+            "OUT_DIR`."
         )
     average, model = average or model, model or average
     discriminator = load("D", StyleGANDiscriminator)
@@ -125,13 +134,14 @@ def _load_generator(path, generator_type):
     name = generator_type.load_config(path)["_class_name"]
     if name != generator_type.__name__:
         raise ValueError(
-            f"{path} holds a {name}, this run trains a {generator_type.__name__}: set generator.architecture"
+            f"{path} holds a {name}, but this run trains a {generator_type.__name__}; set "
+            "generator.architecture."
         )
     return generator_type.from_pretrained(path)
 
 
 def _fit(state, network, to_grey):
-    """`state` with image channels made one where `network` has one."""
+    """Convert `state` to one image channel where `network` has one."""
     expected = network.state_dict()
     return {
         name: to_grey(tensor, expected[name])
@@ -142,21 +152,24 @@ def _fit(state, network, to_grey):
 
 
 def _generator_to_grey(tensor, expected):
-    """A last layer's weights [3, ...] as those [1, ...] that make the mean of its three channels."""
+    """Convert a last layer's weights [3, ...] to [1, ...], the mean of the three channels."""
     if tensor.shape[:1] == (3,) and expected.shape == (1, *tensor.shape[1:]):
         return tensor.mean(dim=0, keepdim=True)
     return tensor
 
 
 def _discriminator_to_grey(tensor, expected):
-    """A first layer's weights [C, 3, 1, 1] as those [C, 1, 1, 1] for a grey image: both are scaled by 1 / sqrt(channels) in use."""
+    """Convert a first layer's weights [C, 3, 1, 1] to [C, 1, 1, 1].
+
+    In use, weights are scaled by 1 / sqrt(channels).
+    """
     if tensor.ndim == 4 and tensor.shape[1] == 3 and expected.shape[1] == 1:
         return tensor.sum(dim=1, keepdim=True) / 3**0.5
     return tensor
 
 
 def _compare(state, network, name):
-    """What differs between weights and a network, as at most one sentence in a list."""
+    """List what differs between weights and a network, as at most one sentence."""
     if state is None:
         return []
     expected = network.state_dict()
@@ -177,7 +190,7 @@ def _compare(state, network, name):
 
 
 def _compare_options(theirs, ours, name):
-    """What else makes two networks differ, though their weights have the same shapes, as at most one sentence in a list."""
+    """List options that make two networks differ although their weights have the same shapes."""
     differing = [
         f"{key} {theirs[key]} (ours {ours[key]})"
         for key in theirs.keys() & ours.keys() - FREE_OPTIONS
