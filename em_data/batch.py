@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -34,7 +35,10 @@ class Batch:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Return a batch of `function` of each tensor that is there."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if torch.is_tensor(v)})
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in values.items() if torch.is_tensor(value)
+        }
+        return replace(self, **changed)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Yield parts of at most `size` rows, in order."""

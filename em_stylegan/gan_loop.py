@@ -279,7 +279,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
                 run.log(loss_G=outputs_G["loss_G"], loss_D=outputs_D["loss_D"])
                 run.log(**{f"{name}_G": value for name, value in step_G.items()})
                 run.log(**{f"{name}_D": value for name, value in step_D.items()})
-                if run.is_due(training.evaluate_every, num_images_seen):
+                if best and run.is_due(training.evaluate_every, num_images_seen):
                     generate = partial(generate_images, ema.model, config)
                     distance = best.update(ema.model, generate, num_images_seen)
                     run.log(held_out_frechet_distance=distance)
@@ -290,10 +290,15 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
         train_seconds = run.finish(num_images_seen)
 
     if accelerator.is_main_process:
-        with replace_folder(path) as folder:
-            ema.model.save_pretrained(folder)
+        save_generator(ema.model, path)
     accelerator.wait_for_everyone()
     return path, train_seconds
+
+
+def save_generator(model, path):
+    """Save a generator in place of what `path` held."""
+    with replace_folder(path) as folder:
+        model.save_pretrained(folder)
 
 
 def create_augmentation(config, device):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,7 @@ def save_video(images, path, frames_per_second: int) -> None:
             _encode_mp4(frames, temporary, frames_per_second)
         else:
             first, *rest = [Image.fromarray(frame) for frame in frames]
-            options = {"append_images": rest, "save_all": True, "loop": 0}
+            options: dict[str, Any] = {"append_images": rest, "save_all": True, "loop": 0}
             options["duration"] = round(1000 / frames_per_second)  # ms
             if path.suffix == ".gif":
                 options |= {"duration": find_gif_duration(frames_per_second), "optimize": False}
@@ -69,8 +70,8 @@ def find_gif_duration(frames_per_second: int) -> int:
 
 def find_encoder() -> str:
     """Return the path of ffmpeg, of the system or of the package imageio-ffmpeg."""
-    if shutil.which("ffmpeg"):
-        return shutil.which("ffmpeg")
+    if path := shutil.which("ffmpeg"):
+        return path
     try:
         import imageio_ffmpeg
     except ImportError as error:
