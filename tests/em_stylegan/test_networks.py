@@ -341,7 +341,7 @@ def test_batches_in_one_pass_are_judged_as_alone(group_size):
     apart = torch.cat([discriminator(batch) for batch in images.chunk(2)])
     torch.testing.assert_close(discriminator(images, num_batches=2), apart)
     assert (discriminator(images) - apart).abs().max() > 1e-6
-    with pytest.raises(ValueError, match="8 images cannot be 3 batches of one size"):
+    with pytest.raises(ValueError, match="8 images are not 3 batches of the same size"):
         discriminator(images, num_batches=3)
 
 

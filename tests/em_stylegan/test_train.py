@@ -17,6 +17,7 @@ from em_data import load_data
 from em_data.batch import Batch
 from em_stylegan import gan_loop
 from em_stylegan.config import AugmentationConfig, StyleGANConfig
+from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.losses import generator_loss
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.presets import PRESETS
@@ -403,13 +404,13 @@ def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
 @pytest.fixture
 def judged(monkeypatch):
     """What the discriminator was asked for: (type of the maps, images, batches in one pass)."""
-    seen, forward = set(), gan_loop.StyleGANDiscriminator.forward
+    seen, forward = set(), StyleGANDiscriminator.forward
 
     def spy(self, image, **options):
         seen.add((options.get("compute_dtype"), len(image), options.get("num_batches", 1)))
         return forward(self, image, **options)
 
-    monkeypatch.setattr(gan_loop.StyleGANDiscriminator, "forward", spy)
+    monkeypatch.setattr(StyleGANDiscriminator, "forward", spy)
     return seen
 
 
