@@ -229,3 +229,31 @@ def test_kill_9_at_random_moments_loses_at_most_the_work_since_the_last_checkpoi
     assert kills >= 5
     run(script, "test", "--out", tmp_path / "killed", *flags, *lengths)
     assert_same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+
+
+def test_what_a_training_will_do_is_said_before_and_after_it(tmp_path, monkeypatch, capsys):
+    """Preset and data where none was named, the device, what the preset is made for, the end."""
+    from em_commands import train_ldm
+    from em_commands.training import run_training
+
+    def train(argv):
+        monkeypatch.setattr("sys.argv", ["train_ldm.py", *argv, "--out", str(tmp_path / "run")])
+        run_training(
+            train_ldm.PRESETS,
+            lambda: lambda config: None,
+            command="train_ldm.py",
+            description="",
+            main_flags=(),
+        )
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    unnamed = train([])
+    assert "preset demo on the embedded synthetic data. Give --data FOLDER" in unnamed
+    assert "Device: CPU" in unnamed
+    assert "made for" not in unnamed
+    assert f"Next: python generate.py --model {tmp_path / 'run'}" in unnamed.splitlines()[-1]
+    small = train(["small", "--data", "x"])
+    assert "No preset was named" not in small
+    assert "Preset small is made for one GPU of 12 GB, but there is no GPU" in small
+    assert "Next:" not in train(["demo", "--last-stage", "autoencoder"])

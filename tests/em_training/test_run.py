@@ -253,3 +253,10 @@ def test_stats_survive_a_line_cut_short(tmp_path):
     )
     assert read_stats(tmp_path) == [{"num_images_seen": 8, "loss": 1.0}]
     assert TrainingInterrupted.__doc__
+
+
+def test_a_long_stage_is_estimated_once_after_the_first_steps(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("em_training.run.SECONDS_TO_ESTIMATE", 0)
+    monkeypatch.setattr("em_training.run.LONG_HOURS", 0)
+    train(tmp_path, 32)
+    assert capfd.readouterr().err.count("hours to go at this speed (CPU)") == 1
