@@ -1,33 +1,40 @@
-"""Measuring the grain that an autoencoder leaves out."""
+"""Measuring the grain that an autoencoder removes from micrographs."""
 
 import math
 
 import torch
 
 from em_diffusion.em_grain import EMGrain, noise_deviation
-from em_diffusion.reconstruction import frequency_rings
 
 CHUNK = 64  # images at a time
-MAX_PIXELS = 2**26  # to measure on, 1,000 images of 256 x 256: about 1.5 GB of memory
+MAX_PIXELS = 2**26  # to measure on: 1,000 images of 256 x 256, which take about 1.5 GB of memory
 DRAWN_PIXELS = 1_000_000  # for the edges of the bins of grey levels
-SMALLEST = 1e-6  # deviation: a thirtieth of a grey level of 16 bits is no grain
+SMALLEST = 1e-6  # deviation: a thirtieth of a 16-bit grey level is no grain
 
 
 def fit_grain(
     images, reconstructions, num_grey_levels: int = 16, num_strengths: int = 64
 ) -> EMGrain:
-    """Measure what `reconstructions` lack of the grain of `images`; both [N, 1, H, W] in [-1, 1], float32 on the CPU.
+    """Measure the grain of `images` that `reconstructions` lack.
 
-    Of the residual, images less reconstructions: its deviation in bins of the reconstruction's grey level (equally many pixels each),
-    its power spectrum over that, and how strong each image's is. The spectrum is the median over images and the strength the median
-    over frequencies, so that structure which the autoencoder lost, in some images and at some frequencies, is not taken for noise.
-    At each radius of frequency only as much is taken as the reconstructions lack of the images' power, so that an autoencoder which
-    draws grain of its own (a patch discriminator's work) is given the rest, or nothing; and no more than the residual has.
-    Raises `ValueError` for arrays of two shapes.
+    Three things are measured on the residual, images less reconstructions: its deviation in bins of
+    the reconstruction's grey level (with equally many pixels), its power spectrum relative to that,
+    and the strength in each image. The spectrum is the median over images and the strength the median
+    over frequencies: structure that the autoencoder lost, in some images and at some frequencies, is
+    not taken for noise. At each radius of frequency, the power is at most what the reconstructions
+    lack of the images' power, and at most the residual's. An autoencoder that draws grain of its own
+    (because of a patch discriminator) gets only the rest, or nothing.
+
+    Args:
+        images, reconstructions: Float32 [N, 1, H, W] in [-1, 1] on the CPU.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     if images.shape != reconstructions.shape or images.dim() != 4 or images.shape[1] != 1:
         raise ValueError(
-            f"images and reconstructions are both [N, 1, H, W], not {list(images.shape)} and {list(reconstructions.shape)}"
+            f"images and reconstructions must both be [N, 1, H, W], not {list(images.shape)} and "
+            f"{list(reconstructions.shape)}"
         )
     residuals = images - reconstructions
     grey_levels, deviations = measure_deviations(reconstructions, residuals, num_grey_levels)
@@ -57,7 +64,10 @@ def fit_grain(
 
 
 def measure_deviations(reconstructions, residuals, num_bins):
-    """Mean grey level and root mean square residual in up to `num_bins` bins of about as many pixels each: two [K]."""
+    """Return mean grey level and root mean square residual of up to `num_bins` bins: two [K].
+
+    The bins have about equally many pixels.
+    """
     levels = reconstructions.flatten()
     drawn = levels[:: max(1, len(levels) // DRAWN_PIXELS)]
     edges = torch.quantile(drawn, torch.linspace(0, 1, num_bins + 1))[1:-1].unique()
@@ -72,10 +82,17 @@ def measure_deviations(reconstructions, residuals, num_bins):
 
 
 def measure_noise(relative, power):
-    """(power of noise at each frequency [H, W // 2 + 1], each image's strength over that [N]), for residuals [N, 1, H, W] of mean `power`.
+    """Return the power of noise at each frequency and each image's strength.
 
-    The power of Gaussian noise at a frequency is exponentially distributed, and the median of that is ln 2 of its mean. Frequencies
-    without noise tell nothing of its strength.
+    The power of Gaussian noise at a frequency is exponentially distributed, with a median of ln 2
+    times the mean. Frequencies without noise say nothing about its strength.
+
+    Args:
+        relative: Residuals [N, 1, H, W] over their deviation.
+        power: Their mean power [H, W // 2 + 1].
+
+    Returns:
+        Two tensors, [H, W // 2 + 1] and [N].
     """
     powers = torch.cat(
         [torch.fft.rfft2(part[:, 0]).abs().square() for part in relative.split(CHUNK)]
@@ -89,11 +106,13 @@ def measure_noise(relative, power):
 
 
 def missing_share(images, reconstructions, residuals):
-    """The share of the residuals' power that the reconstructions lack, 0 to 1, at each frequency: [H, W // 2 + 1]; equal on rings."""
+    """Return the share of the residuals' power that the reconstructions lack, 0 to 1.
+
+    It is [H, W // 2 + 1], a number for each frequency, equal on rings.
+    """
     radius, counts = (each.flatten() for each in frequency_rings(*images.shape[-2:]))
 
     def average(power):
-        """Means over rings."""
         return torch.bincount(radius, weights=power.flatten() * counts) / torch.bincount(
             radius, weights=counts
         )
@@ -106,9 +125,27 @@ def missing_share(images, reconstructions, residuals):
 
 
 def measure_power(images):
-    """Mean squared Fourier amplitude of images [N, 1, H, W] per pixel: float32 [H, W // 2 + 1]."""
+    """Return the mean squared Fourier amplitude of images [N, 1, H, W] per pixel: [H, W // 2 + 1]."""
     total = sum(
         torch.fft.rfft2(part[:, 0].double()).abs().square().sum(dim=0)
         for part in images.split(CHUNK)
     )
     return (total / (len(images) * images.shape[-1] * images.shape[-2])).float()
+
+
+def frequency_rings(height, width):
+    """Return the rings of the entries of an `rfft2`.
+
+    Returns:
+        The radius of each entry in cycles over the shorter side, rounded, int64 [H, W // 2 + 1]; and
+        how many frequencies of the whole plane it stands for, 1 or 2, float64 [H, W // 2 + 1].
+    """
+    rows = torch.fft.fftfreq(height, dtype=torch.float64)
+    columns = torch.fft.rfftfreq(width, dtype=torch.float64)
+    radius = (torch.hypot(rows[:, None], columns[None]) * min(height, width)).round().long()
+    # all but the first and, for an even width, the last column also stand for their mirror image
+    counts = torch.full((height, width // 2 + 1), 2.0, dtype=torch.float64)
+    counts[:, 0] = 1
+    if width % 2 == 0:
+        counts[:, -1] = 1
+    return radius, counts

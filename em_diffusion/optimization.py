@@ -1,4 +1,4 @@
-"""Learning rate as a function of the images seen, and optimizers that resume to the bit."""
+"""The optimizer, and its learning rate as a function of the images seen."""
 
 import math
 
@@ -6,10 +6,11 @@ import torch
 
 
 def learning_rate_at(config, num_images_seen: int) -> float:
-    """The learning rate of the step that begins after `num_images_seen` images: linear warm-up, then decay.
+    """Return the learning rate of the step that begins after `num_images_seen` images.
 
-    `config` has learning_rate, warmup_images, num_images and learning_rate_decay: "cosine" (to zero at num_images), "constant", or
-    "inverse_sqrt", which falls from `learning_rate_reference_images` on. The last two do not know num_images.
+    It is a linear warm-up, then config.learning_rate_decay: "cosine" (to zero at num_images),
+    "constant", or "inverse_sqrt", which falls from `learning_rate_reference_images` on. The last two
+    do not depend on num_images.
     """
     rate = config.learning_rate
     if config.warmup_images > 0:
@@ -22,13 +23,13 @@ def learning_rate_at(config, num_images_seen: int) -> float:
 
 
 def set_learning_rate(optimizer, rate: float):
-    """Set the rate of all parameter groups, each times its `rate_scale` where it has one."""
+    """Set the learning rate of all parameter groups, times their `rate_scale` if they have one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_scale", 1.0)
 
 
 def create_optimizer(parameters, config):
-    """Adam without weight decay, one fused kernel for all parameters; `parameters` as torch.optim takes them."""
+    """Create Adam without weight decay, as one fused kernel for all parameters."""
     return torch.optim.Adam(
         parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
     )

@@ -1,4 +1,4 @@
-"""Latent diffusion for grey electron micrographs: one self-contained file, which travels with every saved pipeline."""
+"""Latent diffusion for grey electron micrographs: one file, which every saved pipeline contains."""
 
 import contextlib
 import hashlib
@@ -41,23 +41,27 @@ logging.getLogger("diffusers.configuration_utils").addFilter(_is_about_other_thi
 
 
 class EMLatentDiffusionPipeline(DiffusionPipeline):
-    """Generates 1-channel micrographs: noise -> denoised latents (U-Net) -> image (decoder, of the nearest codes for a VQ one) -> grain.
+    """Generates 1-channel micrographs: noise, denoised latents, decoded images, grain.
 
-    vqvae: a 1-channel autoencoder: `VQModel`, `AutoencoderKL`, or a component of our own with the interface of one of the two.
-        Its config holds `latents_mean` and `latents_std`, one number per latent channel, by which the denoiser's latents are
-        put back into its own scale; without them, its `scaling_factor` and `shift_factor`.
-    unet: an unconditional `UNet2DModel` over the latents [B, C, h, w], or one of our own (`EMUNet2DModel`).
-    scheduler: what solves the model's equation. As saved, with `default_num_inference_steps`, it is the model's default; any
-        diffusers scheduler for what the U-Net predicts can take its place. Flow matching: `FlowMatchEulerDiscreteScheduler` and
-        `FlowMatchHeunDiscreteScheduler`.
-    pixel_size_nm: side of a pixel of the generated images in nanometres; None if it is not known.
-    default_num_inference_steps: denoising steps where the call does not say.
-    grain: an `EMGrain`, which adds the noise that the autoencoder leaves out; None: images are as they were decoded.
+    `from_pretrained` of the installed class runs no code of a repository. Types narrower than float32
+    halve the memory. With `pipe.to(torch.bfloat16)`, or `from_pretrained(..., dtype=torch.bfloat16)` of
+    the installed class, a VQ autoencoder's codes stay in float32 for the search of the nearest one.
+    `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and `pipe.vqvae.to(torch.bfloat16)`
+    round them, which confuses close codes.
 
-    `from_pretrained` of the installed class runs no code of a repository. A narrower type halves memory: with
-    `pipe.to(torch.bfloat16)`, or `from_pretrained(..., dtype=torch.bfloat16)` of the installed class, the codes are kept in
-    float32 for the search of the nearest; `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and
-    `pipe.vqvae.to(torch.bfloat16)` round them, which confuses near ones.
+    Args:
+        vqvae: A 1-channel autoencoder: `VQModel`, `AutoencoderKL`, or a component of ours with the
+            interface of one of the two. Its config holds `latents_mean` and `latents_std`, one number
+            per latent channel, which put the denoiser's latents into its own scale; without them,
+            its `scaling_factor` and `shift_factor` do.
+        unet: An unconditional `UNet2DModel` over latents [B, C, h, w], or an `EMUNet2DModel`.
+        scheduler: Solver of the denoising equation. The saved one, with
+            `default_num_inference_steps`, is the model's default. Any diffusers scheduler for what
+            the U-Net predicts can replace it; for flow matching `FlowMatchEulerDiscreteScheduler` or
+            `FlowMatchHeunDiscreteScheduler`.
+        pixel_size_nm: Side of a pixel in nanometres; None if unknown.
+        default_num_inference_steps: Denoising steps, unless the call says otherwise.
+        grain: An `EMGrain`, which adds the noise that the autoencoder removes; None adds none.
     """
 
     model_cpu_offload_seq = "unet->vqvae->grain"
@@ -75,6 +79,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self._kept_codes = None
+        self._num_timesteps, self._interrupt = 0, False
         for component in (vqvae, unet, scheduler, grain):
             if component is None:
                 continue
@@ -107,12 +112,15 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         add_grain: bool = True,
     ):
-        """Generate `batch_size` images: `denoise`, then `decode`, whose arguments see there.
+        """Generate `batch_size` images by `denoise` and `decode`; see there for the other arguments.
 
-        output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32 [B, 1, H, W] in [0, 1]) or
-            "latent" (float32 [B, C, h, w] in the autoencoder's scale, as `decode` takes them).
+        Args:
+            output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32
+                [B, 1, H, W] in [0, 1]) or "latent" (float32 [B, C, h, w] in the autoencoder's scale,
+                as `decode` takes them).
 
-        Returns `ImagePipelineOutput`, or a tuple of one with return_dict=False.
+        Returns:
+            `ImagePipelineOutput`, or a tuple of one element with return_dict=False.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
@@ -146,18 +154,25 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
     ):
-        """Denoise `batch_size` latents: float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
+        """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
-        generator: one for the batch, or a list of `batch_size`; with a list, image i depends on generator i alone.
-        num_inference_steps: denoising steps; None for the pipeline's `default_num_inference_steps`. Heun's schedulers call the
-            U-Net twice in all steps but the last.
-        eta: noise added back in each step of DDIM, 0 (none) to 1 (as in DDPM); other schedulers do not take it.
-        latents: the initial noise [B, C, h, w], of unit variance, instead of the generator's.
-        callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...}) after each step; what it returns under
-            "latents" takes their place.
+        The noise and the scheduler's arithmetic are float32 whatever the type of the models. Timesteps
+        stay on the CPU, so that no step waits for the device.
 
-        The noise and the scheduler's arithmetic are float32 whatever the type of the models. Timesteps stay on the CPU, so that
-        no step waits for the device.
+        Args:
+            generator: One for the batch, or a list of `batch_size`. With a list, image i depends on
+                generator i alone.
+            num_inference_steps: Denoising steps. Default: `default_num_inference_steps`. Heun's
+                schedulers call the U-Net twice in all steps but the last.
+            eta: Noise added back in each step of DDIM, from 0 (none) to 1 (as in DDPM). Other
+                schedulers do not take it.
+            latents: Initial noise [B, C, h, w] of unit variance, instead of the generator's.
+            callback_on_step_end: Called as f(pipe, step, timestep, {"latents": ...}) after each step.
+                The latents that it returns replace the step's. They are in the denoiser's scale, see
+                `denormalise_latents`. It can set `pipe._interrupt = True` to skip the other steps.
+
+        Raises:
+            ValueError: For arguments that do not fit, or if the model diverged.
         """
         self._check_inputs(batch_size, generator, callback_on_step_end_tensor_inputs)
         device = self._execution_device
@@ -167,8 +182,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         step_arguments = self._find_step_arguments(generator, eta)
         timesteps = self.scheduler.timesteps
         timesteps_on_device = timesteps.to(device)
+        self._num_timesteps = len(timesteps)
+        self._interrupt = False
 
         for i, timestep in enumerate(self.progress_bar(timesteps)):
+            if self._interrupt:
+                continue
             model_input = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -181,7 +200,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get(
                     "latents", latents
                 )
-        return self.denormalise_latents(latents)
+        return _refuse_non_finite(self.denormalise_latents(latents), "latents")
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of calls of the scheduler's `step` in the last or current denoising."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `pipe._interrupt`, which skips the remaining steps."""
+        return self._interrupt
 
     @torch.no_grad()
     def decode(
@@ -190,13 +219,19 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         add_grain: bool = True,
     ):
-        """Decode latents [B, C, h, w] in the autoencoder's scale to float32 images [B, 1, H, W] in [-1, 1].
-
-        generator: of the grain, one for the batch or a list of B; with a list, image i depends on latent and generator i alone.
-        add_grain: False leaves the images as they were decoded; a pipeline without `grain` always does.
+        """Decode latents [B, C, h, w] in the autoencoder's scale to images.
 
         A VQ autoencoder decodes the nearest codes, which are searched in float32.
+
+        Args:
+            generator: Of the grain: one for the batch or a list of B. With a list, image i depends on
+                latent and generator i alone.
+            add_grain: False adds no grain.
+
+        Returns:
+            Float32 [B, 1, H, W] in [-1, 1].
         """
+        _refuse_non_finite(latents, "latents")  # the nearest codes would make an image of them
         add_grain = add_grain and self.grain is not None
         if add_grain:
             generator = self._check_generators(len(latents), generator)
@@ -212,14 +247,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             images = self.vqvae.decode(quantised, force_not_quantize=True).sample
         if images.shape[1] != 1:
             raise ValueError(
-                f"the autoencoder decodes to {images.shape[1]} channels, a micrograph has one; fold its colours into one channel "
-                "first (em_diffusion.load_autoencoder does)."
+                f"the autoencoder decodes to {images.shape[1]} channels, a micrograph has one; fold its "
+                "colours into one channel first (em_diffusion.load_autoencoder does)."
             )
-        images = images.float().clamp(-1, 1)
+        images = _refuse_non_finite(images.float(), "decoded images").clamp(-1, 1)
         return self.grain(images, drawn=drawn).clamp(-1, 1) if add_grain else images
 
     def normalise_latents(self, latents):
-        """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1 in each channel; float32."""
+        """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1; float32."""
         mean, std = self._find_latent_statistics(latents.device)
         return (latents.float() - mean) / std
 
@@ -229,7 +264,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return latents.float() * std + mean
 
     def _find_codes(self):
-        """The codebook [num_codes, C] in float32, from before it was rounded where that was seen; None for an autoencoder without."""
+        """Return the codebook [K, C] in float32, if possible unrounded; None if there is none."""
         embedding = getattr(getattr(self.vqvae, "quantize", None), "embedding", None)
         if embedding is None:
             return None
@@ -239,21 +274,21 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return weight.float()
 
     def _quantise(self, latents, codes):
-        """The nearest of `codes` [K, C] at each position of latents [B, C, h, w], in float32 whatever the autocast."""
+        """Replace latents [B, C, h, w] by the nearest of codes [K, C], in float32 under autocast, too."""
         with torch.autocast(latents.device.type, enabled=False):
             vectors = latents.float().movedim(1, -1)  # [B, h, w, C]
             indices = nearest_codes(vectors.reshape(-1, vectors.shape[-1]), codes)
             return codes[indices].reshape(vectors.shape).movedim(-1, 1).contiguous()
 
     def to(self, *args, **kwargs):
-        """Move or convert the models as `DiffusionPipeline.to` does, and keep the float32 codes of a VQ autoencoder."""
+        """Move or convert the models as `DiffusionPipeline.to` does; a VQ's codes stay in float32."""
         with self._keep_codes():
             super().to(*args, **kwargs)
         return self
 
     @contextlib.contextmanager
     def _keep_codes(self):
-        """Put the float32 codes aside when the block leaves them in a narrower type."""
+        """Keep the float32 codes if the block leaves them in a narrower type."""
         codes = self._find_codes()
         codes = None if codes is None else codes.detach().clone()
         yield
@@ -275,10 +310,11 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         )
 
     def _prepare_scheduler(self, num_inference_steps, batch_size, generator):
-        """Set the timesteps, on the CPU; seed what draws noise of its own.
+        """Set the timesteps on the CPU, and seed schedulers that draw their own noise.
 
-        diffusers spreads n steps of flow matching from 1000 to 1, so that the last one does next to nothing, and applies `shift`
-        twice; here they go from 1000 to 1000 / n, and to 0. `DPMSolverSDEScheduler` knows no generator, but a seed for each image.
+        diffusers spreads n steps of flow matching from 1000 to 1, so that the last one does next to
+        nothing, and applies `shift` twice. Here they go from 1000 to 1000 / n, and then to 0.
+        `DPMSolverSDEScheduler` takes no generator, but a seed for each image.
         """
         scheduler = self.scheduler
         num_steps = (
@@ -339,16 +375,18 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be given."
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be "
+                "given."
             )
 
     def _check_generators(self, batch_size, generator):
-        """One generator, or a list of `batch_size`, as diffusers takes them."""
+        """Return a generator as it is, and a sequence of `batch_size` generators as a list."""
         if not isinstance(generator, list | tuple):
             return generator
         if len(generator) != batch_size:
             raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or a single one."
+                f"{len(generator)} generators for {batch_size} images; give one for each, or a single "
+                "one."
             )
         return list(generator)
 
@@ -359,10 +397,23 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
         return images if output_type == "np" else self.numpy_to_pil(images)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Save the pipeline, as `DiffusionPipeline.save_pretrained` does, with a grain that was given to it after it was made."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs
+    ):
+        """Save the pipeline, also with a grain that was set after it was created.
+
+        Options are those of `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: For safe_serialization=False.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False would write pickled weights, which this pipeline does not "
+                "load. Leave it at True, which writes safetensors."
+            )
         self.register_modules(grain=self.grain)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Write model_index.json, this file, and the file of each component of our own into its folder, so that the whole loads where
@@ -429,9 +480,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 )
                 is_wide = name == "vqvae" or find_dtype(name) == torch.float32
                 options |= {} if is_wide else {"torch_dtype": find_dtype(name)}
-                kwargs[name] = component.from_pretrained(
-                    pretrained_model_name_or_path, subfolder=name, use_safetensors=True, **options
-                )
+                options |= {"subfolder": name, "use_safetensors": True}
+                try:
+                    kwargs[name] = component.from_pretrained(
+                        pretrained_model_name_or_path, **options
+                    )
+                except OSError:  # like diffusers: the variant of those components that have it
+                    if options.pop("variant", None) is None:
+                        raise
+                    kwargs[name] = component.from_pretrained(
+                        pretrained_model_name_or_path, **options
+                    )
         if find_dtype("vqvae") == torch.float32:
             return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
         wide = dtypes | {"vqvae": torch.float32}
@@ -465,6 +524,16 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return index
         own = [key for key, value in index.items() if _is_own_component(key, value)]
         return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+def _refuse_non_finite(tensor, name):
+    """Return `tensor`, or raise `ValueError` if it holds nan or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"the model diverged: its {name} are not finite. Check its training log, use an earlier "
+            "checkpoint, or another sampler or type (float16 may overflow)."
+        )
+    return tensor
 
 
 @torch.no_grad()

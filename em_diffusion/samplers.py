@@ -1,8 +1,9 @@
-"""Samplers by name: diffusers' schedulers, set up for latents of unit deviation and for few steps.
+"""Samplers by name: diffusers' schedulers, set up for latents of unit deviation and few steps.
 
-What diffusers assumes is wrong here: clipping to [-1, 1] is for pixels; "linspace" and "leading" spacing begin below the
-noisiest timestep that was trained, or end above the cleanest. All start at the last timestep ("trailing"), end at no noise at
-all ("zero" final sigma), and take the last step at first order, since a higher one divides by that zero.
+Some of diffusers' defaults do not suit latents. Clipping to [-1, 1] is for pixels. "linspace" and
+"leading" spacing start below the noisiest timestep that was trained, or end above the cleanest. All
+samplers here start at the last timestep ("trailing"), end without noise ("zero" final sigma), and take
+the last step at first order, because a higher one divides by that zero.
 """
 
 import json
@@ -13,16 +14,22 @@ import diffusers
 
 from em_data.files import write_atomically
 
-# of a scheduler's config, what the model was trained for
+# keys of a scheduler's config that belong to the trained model
 NOISE_SCHEDULE = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr",
-)  # fmt: skip
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler by its class in diffusers, with its options for diffusion and for flow matching; None: not for such models."""
+    """A scheduler class of diffusers with its options; None where it does not suit the model."""
 
     scheduler: str
     diffusion: dict | None
@@ -31,7 +38,7 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddim": Sampler("DDIMScheduler", {"set_alpha_to_one": True}),
+    "ddim": Sampler("DDIMScheduler", {}),
     "ddpm": Sampler("DDPMScheduler", {}),
     "dpm-solver++": Sampler("DPMSolverMultistepScheduler", {}, FLOW_SIGMAS),
     "dpm-solver++-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
@@ -47,20 +54,24 @@ SAMPLERS = {
 }
 COMMON = {
     "clip_sample": False,
+    "set_alpha_to_one": True,
     "timestep_spacing": "trailing",
     "final_sigmas_type": "zero",
     "lower_order_final": True,
 }
-# by `is_flow`. Diffusion: by benchmarks/sampler_sweep.py on a run of the preset demo, 300 images: of the points with 6 steps, all as good
-# as DDIM with 200 at 23 times the images/s, the nearest: Frechet distance 242 [221, 264] against 257 [233, 283].
-# Flow matching: the same on such a run with prediction_type flow, 400 images, from 4 steps on: 263 [236, 291] against 285 [255, 315] of
-# Euler with 200, at 28 times its images/s. With 2 steps the distance passes as well, but faint defects fade. Another model wants its
-# own sweep.
+# By `is_flow`; chosen by benchmarks/sampler_sweep.py on runs of the preset demo.
+# Diffusion, 300 images: among the samplers with 6 steps, all as good as DDIM with 200 at 23 times its
+# images/s, this is the nearest: Frechet distance 242 [221, 264] against 257 [233, 283].
+# Flow matching, 400 images: 263 [236, 291] against 285 [255, 315] of Euler with 200, at 28 times its
+# images/s. With 2 steps the distance is as good, but faint defects fade.
 DEFAULT_SAMPLERS = {False: ("dpm-solver++-sde", 6), True: ("flow-euler", 4)}
 
 
 def is_flow(scheduler) -> bool:
-    """Say whether a scheduler is for flow matching: x = (1 - s) latents + s noise, and the U-Net answers noise - latents."""
+    """Say whether the model of `scheduler` was trained by flow matching.
+
+    Its path is x = (1 - s) latents + s noise, and the U-Net predicts noise - latents.
+    """
     return type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get(
         "use_flow_sigmas", False
     )
@@ -76,21 +87,27 @@ def list_samplers(scheduler) -> list[str]:
 
 
 def create_sampler(name: str, scheduler):
-    """Return the sampler `name` for the model whose pipeline has `scheduler`: the same noise schedule and prediction, another solver.
+    """Create the sampler `name` for the model whose pipeline has `scheduler`.
 
-    `ValueError` for an unknown name, for one that does not suit the model (diffusion or flow matching), and for a solver that
-    cannot start at a zero terminal signal-to-noise ratio when the model was trained with it.
+    It keeps the noise schedule and the prediction type. Its config also holds the options of `COMMON`
+    that its class does not know, so that `OtherScheduler.from_config(scheduler.config)` takes them
+    instead of its own defaults.
+
+    Raises:
+        ValueError: For an unknown name, a sampler that does not suit the model (diffusion or flow
+            matching), or one that cannot start at a zero terminal signal-to-noise ratio when the
+            model was trained with it.
     """
     if name not in SAMPLERS:
         raise ValueError(f"there is no sampler {name}; choose {', '.join(SAMPLERS)}")
-    flow, sampler = is_flow(scheduler), SAMPLERS[name]
-    options = sampler.flow if flow else sampler.diffusion
+    flow, entry = is_flow(scheduler), SAMPLERS[name]
+    options = entry.flow if flow else entry.diffusion
     if options is None:
         kind = "flow matching" if flow else "diffusion"
         raise ValueError(
             f"{name} is not for a model of {kind}; choose {', '.join(list_samplers(scheduler))}"
         )
-    cls = getattr(diffusers, sampler.scheduler)
+    cls = getattr(diffusers, entry.scheduler)
     known = _list_options(cls)
     if flow:
         config = {"num_train_timesteps": scheduler.config.num_train_timesteps}
@@ -102,18 +119,21 @@ def create_sampler(name: str, scheduler):
             raise ValueError(
                 f"{name} cannot start at a zero terminal signal-to-noise ratio; choose another sampler"
             )
-    values = {key: value for key, value in (COMMON | config | options).items() if key in known}
-    return cls(**values)
+    values = COMMON | config | options
+    sampler = cls(**{key: value for key, value in values.items() if key in known})
+    if not flow:
+        sampler.register_to_config(**{k: v for k, v in COMMON.items() if k not in known})
+    return sampler
 
 
 def choose_default_sampler(scheduler) -> tuple:
-    """Return (scheduler, number of steps) that a model is saved with, for what it was trained with: see `DEFAULT_SAMPLERS`."""
+    """Return (scheduler, number of steps) that a model is saved with; see `DEFAULT_SAMPLERS`."""
     name, num_steps = DEFAULT_SAMPLERS[is_flow(scheduler)]
     return create_sampler(name, scheduler), num_steps
 
 
 def store_default_sampler(pipeline_folder, name: str, num_steps: int) -> None:
-    """Make the sampler `name` with `num_steps` steps the default of a saved pipeline; its weights stay untouched."""
+    """Make the sampler `name` with `num_steps` steps the default of a saved pipeline."""
     folder = Path(pipeline_folder)
     index = json.loads((folder / "model_index.json").read_text())
     cls = getattr(diffusers, index["scheduler"][1])

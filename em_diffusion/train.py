@@ -1,4 +1,4 @@
-"""A latent diffusion run from micrographs to a saved pipeline."""
+"""A latent diffusion run, from micrographs to a saved pipeline."""
 
 import json
 from dataclasses import asdict, replace
@@ -36,16 +36,17 @@ from em_training import (
 
 
 def train_ldm(config: LDMConfig) -> Path:
-    """Run every stage of `config` that is not finished: autoencoder, latents, grain, denoiser, pipeline; return `config.out`.
+    """Run every stage of `config` that is not finished and return `config.out`.
 
-    With `last_stage` "autoencoder", only the first.
+    The stages are autoencoder, latents, grain, denoiser and pipeline; with `last_stage`
+    "autoencoder" only the first. The run's folder gets config.json, pipeline/ (for
+    `EMLatentDiffusionPipeline.from_pretrained`) and run.json. The same call on the same folder
+    resumes the run; on the same hardware the result is equal to the bit. Several processes share
+    the work if they were started by torchrun or `accelerate launch`.
 
-    Writes config.json, pipeline/ (load it with `EMLatentDiffusionPipeline.from_pretrained`) and run.json into the run's
-    folder. The same call on the same folder goes on where it stopped, to the bit on the same hardware. Several processes
-    share the work when they are started by torchrun or `accelerate launch`.
-
-    Raises `ValueError` when the folder holds a run of another configuration or another training is at work in it, and
-    `TrainingInterrupted` after saving when asked to stop.
+    Raises:
+        ValueError: If the folder holds a run with another configuration, or another training uses it.
+        TrainingInterrupted: After saving, if asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
@@ -55,12 +56,12 @@ def train_ldm(config: LDMConfig) -> Path:
 
 
 def train_stages(config, accelerator, out):
-    """What `train_ldm` does, in a folder that nothing else trains in."""
+    """Run the stages in a folder that nothing else trains in."""
     check_batch_sizes(config, accelerator.num_processes)
     check_metrics(config.denoiser.evaluation_metrics, in_training=True)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
-    with accelerator.main_process_first():  # the first to come cuts the tiles, others find them
+    with accelerator.main_process_first():  # the first cuts the tiles, the others read them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
@@ -71,7 +72,8 @@ def train_stages(config, accelerator, out):
     vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
     if not config.makes_pipeline:
         accelerator.print(
-            f"the autoencoder is trained: {out / 'autoencoder'}; --last-stage denoiser goes on from it"
+            f"The autoencoder is trained: {out / 'autoencoder'}. The same command with "
+            "--last-stage denoiser continues the run."
         )
         return
     latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
@@ -80,36 +82,62 @@ def train_stages(config, accelerator, out):
         config, data, latents, held_out_latents, vqvae, accelerator, out, grain
     )
     if accelerator.is_main_process:
-        scheduler, num_steps = choose_sampler(config)
-        pixel_size_nm = data.summary.get("pixel_size_nm")
-        pipeline = EMLatentDiffusionPipeline(
-            vqvae, unet, scheduler, pixel_size_nm, num_steps, grain
+        run = describe_run(config, data, out, autoencoder, encoding, denoiser)
+        is_complete = is_saved(out, run)
+        if not is_complete:
+            save_pipeline(config, data, out, vqvae, unet, grain)
+            write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+        accelerator.print(
+            f"The run in {out} {'was already complete' if is_complete else 'is complete'}: "
+            f"{out / 'pipeline'}\n"
+            f"Next: generate images with em-generate --model {out}, or evaluate the model with "
+            f"em-evaluate --models {out}"
         )
-        save_model(
-            pipeline, out / "pipeline"
-        )  # whole: none of what an earlier end of this run left there
-        seconds = {"autoencoder": autoencoder["train_seconds"], "latents": encoding["seconds"]}
-        seconds["denoiser"] = denoiser["train_seconds"]
-        run = {
-            "name": out.name,
-            "family": "ldm",
-            "train_seconds": sum(seconds.values()),
-            "train_seconds_by_stage": seconds,
-            "num_images_seen": denoiser["num_images_seen"],
-            "num_images_seen_by_stage": {
-                "autoencoder": autoencoder["num_images_seen"],
-                "denoiser": denoiser["num_images_seen"],
-            },
-            "denoiser_weights": denoiser["weights"],
-            "config": asdict(config),
-            "data": data.summary,
-        }
-        write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 
+def describe_run(config, data, out, autoencoder, encoding, denoiser) -> dict:
+    """Return what run.json holds."""
+    seconds = {
+        "autoencoder": autoencoder["train_seconds"],
+        "latents": encoding["seconds"],
+        "denoiser": denoiser["train_seconds"],
+    }
+    return {
+        "name": out.name,
+        "family": "ldm",
+        "train_seconds": sum(seconds.values()),
+        "train_seconds_by_stage": seconds,
+        "num_images_seen": denoiser["num_images_seen"],
+        "num_images_seen_by_stage": {
+            "autoencoder": autoencoder["num_images_seen"],
+            "denoiser": denoiser["num_images_seen"],
+        },
+        "denoiser_weights": denoiser["weights"],
+        "config": asdict(config),
+        "data": data.summary,
+    }
+
+
+def is_saved(out, run: dict) -> bool:
+    """Say whether `out` holds the pipeline of this very run."""
+    paths = (out / "run.json", out / "pipeline" / "model_index.json")
+    if not all(path.is_file() for path in paths):
+        return False
+    # as JSON: tuples are lists there
+    return json.loads(paths[0].read_text()) == json.loads(json.dumps(run))
+
+
+def save_pipeline(config, data, out, vqvae, unet, grain):
+    """Save the pipeline in place of what an earlier end of the run left."""
+    scheduler, num_steps = choose_sampler(config)
+    pixel_size_nm = data.summary.get("pixel_size_nm")
+    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
+    save_model(pipeline, out / "pipeline")
+
+
 def run_autoencoder_stage(config, data, accelerator, out):
-    """The trained autoencoder and its result; trained or loaded."""
+    """Train or load the autoencoder; return it and its result."""
     result = read_result(out / "autoencoder", config.autoencoder.num_images)
     if result is None:
         stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
@@ -123,27 +151,30 @@ def run_autoencoder_stage(config, data, accelerator, out):
 
 
 def check_latent_size(config, accelerator):
-    """Refuse tiles that the autoencoder of `init_from` and the denoiser's levels cannot halve, before anything is trained."""
-    with accelerator.main_process_first():  # the first to come may download it
-        model = load_autoencoder(config.autoencoder.init_from)
-    resolution, num_halvings = config.tiles.resolution, len(config.denoiser.channel_multipliers) - 1
+    """Refuse tiles that the autoencoder of `init_from` and the denoiser's levels cannot halve."""
+    source, resolution = config.autoencoder.init_from, config.tiles.resolution
+    with accelerator.main_process_first():  # the first may download it
+        model = load_autoencoder(source)
+    num_halvings = len(config.denoiser.channel_multipliers) - 1
     with torch.no_grad():
         try:
             side = encode(model, torch.zeros(1, 1, resolution, resolution)).shape[-1]
         except (RuntimeError, ValueError):  # too small for so many levels
             side = 0
     if side == 0 or resolution % side or side % 2**num_halvings:
+        problem = f"makes latents of {side} x {side} of them" if side else "cannot encode them"
         raise ValueError(
-            f"tiles.resolution is {resolution}, which the autoencoder of {config.autoencoder.init_from} "
-            f"{f'makes latents of {side} x {side} of' if side else 'cannot encode'}, and the denoiser halves latents "
-            f"{num_halvings} times: choose another resolution, or fewer levels of the denoiser."
+            f"tiles.resolution is {resolution}, but the autoencoder of {source} {problem}, and the "
+            f"denoiser halves latents {num_halvings} times. Use another --tiles.resolution, or "
+            "fewer levels with --denoiser.channel-multipliers."
         )
 
 
 def run_latents_stage(config, data, vqvae, accelerator, out):
-    """Latents of all training views and of the validation views, and the seconds that encoding took.
+    """Encode all training views and the validation views, or read their latents.
 
-    Their statistics are measured on the training side alone.
+    Returns both as `Latents`, and {"seconds": of encoding}. Mean and deviation are measured on the
+    training side alone.
     """
     validation = choose_validation_views(data.held_out, config.denoiser.num_validation_images)
     (train, train_seconds), (held_out, held_out_seconds) = (
@@ -166,31 +197,28 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
-    return (
-        Latents(train, mean, std),
-        Latents(held_out, mean, std),
-        {"seconds": train_seconds + held_out_seconds},
-    )
+    seconds = {"seconds": train_seconds + held_out_seconds}
+    return Latents(train, mean, std), Latents(held_out, mean, std), seconds
 
 
 def run_grain_stage(config, data, vqvae, accelerator, out):
-    """The grain that the autoencoder leaves out of training views, measured or loaded; None where none is wanted."""
+    """Measure the grain that the autoencoder removes from training views, or load it.
+
+    Returns an `EMGrain`, or None with `grain_images` 0.
+    """
     if not config.grain_images:
         return None
-    path, made_for = (
-        out / "grain",
-        {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)},
-    )
-    record = path / "measured.json"
-    if accelerator.is_main_process and not (
-        record.exists() and json.loads(record.read_text()) == made_for
-    ):
+    path, record = out / "grain", out / "grain" / "measured.json"
+    made_for = {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)}
+    is_measured = record.exists() and json.loads(record.read_text()) == made_for
+    if accelerator.is_main_process and not is_measured:
         num_images = min(config.grain_images, max(1, MAX_PIXELS // config.tiles.resolution**2))
         images = draw_validation_images(data.train, num_images)
         grain = fit_grain(images, reconstruct(vqvae, images, accelerator))
         accelerator.print(
-            f"grain: the autoencoder leaves out noise of {100 * grain.deviations.mean() / 2:.1f} % of the range of grey levels on "
-            f"{len(images):,} training views; it is drawn anew for each generated image"
+            f"grain: the autoencoder removes noise of {100 * grain.deviations.mean() / 2:.1f} % of "
+            f"the range of grey levels from {len(images):,} training views; generated images get "
+            "new noise like it"
         )
         save_model(grain, path)
         write_atomically(record, json.dumps(made_for) + "\n")
@@ -201,7 +229,10 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
 def run_denoiser_stage(
     config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None
 ):
-    """The trained denoiser and its result; trained or loaded. Averaged weights: the best ones where distances were measured."""
+    """Train or load the denoiser; return it and its result.
+
+    Its weights are the best ones if distances were measured, else the averaged ones of the last step.
+    """
     result = read_result(out / "denoiser", config.denoiser.num_images)
     if result is None:
         stage = replace(config.denoiser, seed=seed_for(config.seed, config.denoiser.seed))
@@ -216,7 +247,7 @@ def run_denoiser_stage(
             grain=grain,
         )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
-    with accelerator.main_process_first():  # which may have to tidy up after a kill
+    with accelerator.main_process_first():  # the first may have to tidy up after a kill
         best = read_best(out / "denoiser")
     folder = out / "denoiser" / "best" if best else out / "denoiser"
     result["weights"] = {"of": "the best checkpoint", **best} if best else {"of": "the last step"}
@@ -224,7 +255,7 @@ def run_denoiser_stage(
 
 
 def choose_sampler(config):
-    """The scheduler and the number of steps that the pipeline is saved with: as `config` says, or the fast default."""
+    """Return the scheduler and the number of steps that the pipeline is saved with."""
     scheduler = create_scheduler(config.denoiser)
     if config.sampler is None:
         scheduler, num_steps = choose_default_sampler(scheduler)
@@ -234,10 +265,18 @@ def choose_sampler(config):
 
 
 def read_result(folder, num_images: int) -> dict | None:
-    """What a finished stage left, or None when it is not finished or was made for fewer images."""
+    """Return the result of a finished stage; None if it is not finished or was shorter."""
     path = folder / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else None
-    return result if result is not None and result["num_images_seen"] >= num_images else None
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        return result if result["num_images_seen"] >= num_images else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove it; the stage then ends again from its last "
+            "checkpoint."
+        ) from error
 
 
 def write_result(folder, config, train_seconds: float, accelerator) -> dict:
@@ -256,32 +295,36 @@ def check_batch_sizes(config, num_processes: int):
         batch_size = getattr(config, name).batch_size
         if batch_size % num_processes:
             raise ValueError(
-                f"{name}.batch_size is {batch_size}, which {num_processes} processes cannot share evenly; "
-                f"choose a multiple of {num_processes}."
+                f"{name}.batch_size is {batch_size}, but must be a multiple of the number of "
+                f"processes, {num_processes}. Use --{name}.batch-size."
             )
 
 
 def check_same_run(config, out):
     """Refuse to mix two configurations in one folder.
 
-    A stage may be made longer as long as no later stage has begun and its learning rate does not
-    aim at its end. The interval of snapshots may change, but they must be kept from the start.
+    Fields marked "may change" decide no weight beyond rounding. A stage may also be lengthened as
+    long as no later stage has begun and its learning rate does not depend on its end.
     """
 
-    def is_allowed(name, old, new):
+    def is_allowed(name, before, after):
         if name == "denoiser.posthoc_ema_every":
-            return old > 0 and new > 0
-        return _is_longer(name, old, new, out)
+            return before > 0 and after > 0  # averages must exist from the start
+        if name == "denoiser.num_images":
+            return after > before
+        has_denoiser = list_checkpoints(out / "denoiser" / "checkpoints")
+        return name == "autoencoder.num_images" and after > before and not has_denoiser
 
     refuse_raised_rate(config, out)
     refuse_other_run(out, config, is_allowed)
 
 
 def refuse_raised_rate(config, out):
-    """Refuse to lengthen a stage that began to lower its learning rate to zero at its old end.
+    """Refuse to lengthen a stage that already lowered its learning rate towards its old end.
 
-    Its rate would jump up, and what comes out is neither the longer run nor two runs. "constant" and "inverse_sqrt" do not
-    know the end: a stage with them, lengthened, is to the bit the stage that was long from the start.
+    The rate would jump up, and the result would be neither the longer run nor two runs. With
+    "constant" and "inverse_sqrt", a lengthened stage equals the stage that was long from the start
+    to the bit.
     """
     if not (out / "config.json").exists():
         return
@@ -291,17 +334,9 @@ def refuse_raised_rate(config, out):
         has_begun = list_checkpoints(out / name / "checkpoints")
         if new.num_images > old.num_images and old.learning_rate_decay == "cosine" and has_begun:
             raise ValueError(
-                f"{name}.num_images was {old.num_images}, is now {new.num_images}, but the stage in {out} lowers its learning rate "
-                "towards its old end, and would go on at a raised one. Train the longer run in another folder with --out; one with "
-                f"--{name}.learning-rate-decay constant (or inverse_sqrt, for the denoiser) can be lengthened at any time."
+                f"{name}.num_images was {old.num_images}, is now {new.num_images}, but the stage in "
+                f"{out} lowers its learning rate towards its old end and would resume at a higher "
+                "one. Train the longer run in another folder with --out. A stage with "
+                f"--{name}.learning-rate-decay constant (or inverse_sqrt, for the denoiser) can be "
+                "lengthened at any time."
             )
-
-
-def _is_longer(name, before, after, out) -> bool:
-    if name == "denoiser.num_images":
-        return after > before
-    return (
-        name == "autoencoder.num_images"
-        and after > before
-        and not list_checkpoints(out / "denoiser" / "checkpoints")
-    )

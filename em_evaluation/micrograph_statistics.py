@@ -20,9 +20,17 @@ def frequency_bins(shape):
 def radial_power_spectrum(images):
     """Return the radially averaged power spectrum of each image [N, H, W] in dB, [N, K].
 
+    10 log10 of `ring_powers` in grey levels squared, so white noise of deviation s gives
+    20 log10 s. The power of rounding, 1/12, is added.
+    """
+    return 10 * np.log10(ring_powers(images) + QUANTISATION_POWER)
+
+
+def ring_powers(images):
+    """Return the power of each image [N, H, W] in rings of spatial frequency, [N, K].
+
     |FFT|^2 of the image less its mean under a Hann window (Harris 1978), over the window's energy,
-    averaged over rings of width 1 / side: 10 log10 of grey levels squared, so white noise of
-    deviation s gives 20 log10 s. The power of rounding, 1/12, is added.
+    averaged over rings of width 1 / side: white noise of deviation s gives s^2.
     """
     height, width = images.shape[1:]
     window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
@@ -38,13 +46,12 @@ def radial_power_spectrum(images):
     assign = np.zeros((used.sum(), num_rings))
     assign[np.arange(used.sum()), ring[used] - 1] = twice[used]
     assign /= assign.sum(0)
-    spectra = np.empty((len(images), num_rings))
+    powers = np.empty((len(images), num_rings))
     for rows in _blocks(len(images)):
         block = images[rows].astype(np.float64)
         block = (block - block.mean((1, 2), keepdims=True)) * window
-        power = np.abs(fft.rfft2(block)) ** 2 / weight
-        spectra[rows] = 10 * np.log10(power[:, used] @ assign + QUANTISATION_POWER)
-    return spectra
+        powers[rows] = (np.abs(fft.rfft2(block)) ** 2 / weight)[:, used] @ assign
+    return powers
 
 
 def grey_level_histogram(images):

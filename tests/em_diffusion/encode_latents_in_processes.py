@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from em_diffusion import latents
 from em_diffusion.autoencoder import create_autoencoder
-from em_diffusion.latents import LatentsFile, encode_latents
+from em_diffusion.latents import encode_latents
 from em_diffusion.presets import test as preset
 from em_training import create_accelerator, leave_processes
 
@@ -39,16 +40,16 @@ def main(folder, killed_after):
     torch.set_num_threads(1)
     accelerator = create_accelerator(folder, "no")
     assert accelerator.num_processes == 2
-    write, count = LatentsFile.write, 0
+    write, count = latents.write_chunk, 0
 
-    def write_or_die(self, *arguments):
+    def write_or_die(*arguments):
         nonlocal count
-        write(self, *arguments)
+        write(*arguments)
         count += 1
         if accelerator.process_index == 1 and count == killed_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    LatentsFile.write = write_or_die
+    latents.write_chunk = write_or_die
     model, tiles = make_parts()
     encode_latents(model, tiles, folder / "latents", accelerator=accelerator, batch_size=1)
     seen = [view for views in tiles.calls[1:] for view in views]

@@ -11,7 +11,7 @@ import torch
 
 from em_diffusion import latents as latents_module
 from em_diffusion.autoencoder import create_autoencoder
-from em_diffusion.latents import Latents, LatentsFile, encode_latents, encode_views, measure_latents
+from em_diffusion.latents import Latents, encode_latents, encode_views, measure_latents
 
 sys.path.insert(0, str(Path(__file__).parent))
 from encode_latents_in_processes import make_parts
@@ -94,7 +94,7 @@ def test_a_killed_encoding_goes_on_chunk_by_chunk(
     with monkeypatch.context() as patch:
         patch.setattr(latents_module, "encode_views", mortal)
         if killed_at == 5:  # the first chunk: half of it is on the disk, and not noted as done
-            patch.setattr(LatentsFile, "write", half_write)
+            patch.setattr(latents_module, "write_chunk", half_write)
         with pytest.raises(Killed):
             encode_latents(vqvae, tiles, tmp_path / "parts", accelerator=accelerator, batch_size=2)
     assert not list((tmp_path / "parts").glob("*.npy"))
@@ -109,10 +109,9 @@ def test_a_killed_encoding_goes_on_chunk_by_chunk(
     assert sorted(path.suffix for path in (tmp_path / "parts").iterdir()) == [".json", ".npy"]
 
 
-def half_write(self, number, latents, seconds):
-    array = np.lib.format.open_memmap(self.partial, mode="r+")
-    array[self.chunks[number]][:4] = latents[:4]
-    array.flush()
+def half_write(latents, seconds, number, rows, chunk, elapsed):
+    latents[rows][:4] = chunk[:4]
+    latents.flush()
     raise Killed
 
 
@@ -120,12 +119,12 @@ def test_an_unfinished_file_of_other_weights_or_chunks_is_not_gone_on_with(
     vqvae, tiles, accelerator, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(LatentsFile, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(latents_module, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator, batch_size=2)
     tiles.seen.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(LatentsFile, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(latents_module, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator, batch_size=3)
     assert tiles.seen == set(range(24))
@@ -167,8 +166,8 @@ def test_two_processes_share_the_encoding_and_survive_a_kill(accelerator, tmp_pa
     killed = run_two_processes(tmp_path, 2)
     assert killed.returncode != 0
     assert not list((tmp_path / "latents").glob("*.npy"))
-    (notes,) = (tmp_path / "latents").glob("*.chunks-*")
-    before = {int(note.stem) for note in notes.glob("*.json")}
+    (done,) = (tmp_path / "latents").glob("*.done-4")
+    before = set(np.flatnonzero(np.load(done)).tolist())
     assert 2 <= len(before) < 12
     done = run_two_processes(tmp_path, 1000)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
     VQModel,
 )
@@ -17,7 +20,9 @@ from diffusers import (
 from em_data import to_uint8
 from em_diffusion import EMLatentDiffusionPipeline
 from em_diffusion.denoiser import load_denoiser
+from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.samplers import choose_default_sampler
 
 numpy_2_in_diffusers = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -175,6 +180,62 @@ def test_callback_sees_every_step_and_its_latents_take_over(pipeline):
     ).images
     assert steps == [(0, 999), (1, 749), (2, 499), (3, 249)]
     torch.testing.assert_close(latents, pipeline.denormalise_latents(torch.zeros(1, 4, 8, 8)))
+
+
+def test_a_callback_can_end_the_denoising(pipeline):
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        assert pipe.interrupt == (step == 1)
+        return {}
+
+    options = {"num_inference_steps": 5, "output_type": "latent", "callback_on_step_end": callback}
+    interrupted = pipeline(1, generators(0), **options).images
+    assert steps == [0, 1]
+    assert pipeline.num_timesteps == 5
+    pipeline(1, generators(0), **options)
+    assert steps == [0, 1, 0, 1]  # an interruption does not last
+    assert interrupted.isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["unet", "vqvae"])
+def test_a_model_that_diverged_gives_no_image(pipeline, part):
+    getattr(pipeline, part).requires_grad_(False)
+    model = {"unet": pipeline.unet.conv_out, "vqvae": pipeline.vqvae.decoder.conv_out}[part]
+    model.weight.fill_(float("nan"))
+    name = {"unet": "latents", "vqvae": "decoded images"}[part]
+    with pytest.raises(ValueError, match=f"the model diverged: its {name} are not finite"):
+        pipeline(num_inference_steps=2)
+    with pytest.raises(ValueError, match="the model diverged"):
+        pipeline.decode(torch.full((1, 4, 8, 8), float("inf")))
+
+
+def test_variants_and_pickles_are_as_diffusers_has_them(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization=False would write pickled weights"):
+        pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert not (tmp_path / "pickled").exists()
+    unet = EMUNet2DModel.from_config(pipeline.unet.config)
+    EMLatentDiffusionPipeline(pipeline.vqvae, unet, pipeline.scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="variant=fp16"):
+        EMLatentDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    pipeline.vqvae.save_pretrained(tmp_path / "vqvae", variant="fp16")
+    loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert type(loaded.unet) is EMUNet2DModel
+
+
+@numpy_2_in_diffusers
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
+def test_a_swap_of_the_saved_sampler_does_not_clip(pipeline, tmp_path, scheduler):
+    """These schedulers clip by default, which is wrong for latents."""
+    pipeline.scheduler, _ = choose_default_sampler(pipeline.scheduler)
+    pipeline.save_pretrained(tmp_path)
+    loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path)
+    config = scheduler.from_config(loaded.scheduler.config).config
+    assert not config.get("clip_sample", False)
+    assert config.get("set_alpha_to_one", True)
+    assert config.timestep_spacing == "trailing"
 
 
 @pytest.mark.parametrize(

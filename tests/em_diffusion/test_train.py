@@ -87,7 +87,7 @@ def test_latent_statistics_have_one_home(run):
 def test_a_run_may_stop_after_its_autoencoder_and_go_on(run, tmp_path, capsys):
     config = dataclasses.replace(run[0], out=str(tmp_path / "run"))
     out = train_ldm(dataclasses.replace(config, last_stage="autoencoder"))
-    assert "--last-stage denoiser goes on" in capsys.readouterr().out
+    assert "--last-stage denoiser continues" in capsys.readouterr().out
     assert (out / "autoencoder" / "vqvae").is_dir()
     assert not any(
         (out / name).exists() for name in ("latents", "denoiser", "pipeline", "run.json")
@@ -104,7 +104,7 @@ def test_a_run_may_stop_after_its_autoencoder_and_go_on(run, tmp_path, capsys):
         dataclasses.replace(config, last_stage="latents")
 
 
-def test_second_start_trains_nothing(run, monkeypatch):
+def test_second_start_trains_nothing(run, monkeypatch, capsys):
     config, out = run
     before = (out / "run.json").read_text()
     weights = (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
@@ -115,7 +115,12 @@ def test_second_start_trains_nothing(run, monkeypatch):
     monkeypatch.setattr("em_diffusion.train.train_autoencoder", refuse)
     monkeypatch.setattr("em_diffusion.train.train_denoiser", refuse)
     monkeypatch.setattr("em_diffusion.latents.encode_views", refuse)
+    monkeypatch.setattr("em_diffusion.train.save_model", refuse)
+    capsys.readouterr()
     train_ldm(config)
+    said = capsys.readouterr().out
+    assert f"The run in {out} was already complete: {out / 'pipeline'}" in said
+    assert f"em-generate --model {out}" in said
     assert (out / "run.json").read_text() == before
     assert (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
@@ -433,7 +438,7 @@ def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_
         assert (again.grain is None) == (grain_images == 0)
         assert (tmp_path / "run" / "pipeline" / "grain").exists() == (grain_images > 0)
     assert not torch.equal(again.grain.amplitude, pipe.grain.amplitude)
-    assert capsys.readouterr().out.count("grain: the autoencoder leaves out") == 1
+    assert capsys.readouterr().out.count("grain: the autoencoder removes noise") == 1
     assert all(
         torch.equal(value, again.unet.state_dict()[name])
         for name, value in pipe.unet.state_dict().items()
@@ -472,7 +477,7 @@ def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch
 def test_tiles_that_a_loaded_autoencoder_cannot_halve_are_refused_before_training(tmp_path):
     config = make_config(tmp_path)
     for width, message in (
-        (16, r"makes latents of 1 x 1 of, and the denoiser halves"),
+        (16, r"makes latents of 1 x 1 of them, and the denoiser halves"),
         (8, "cannot encode"),
     ):
         f32 = dataclasses.replace(config.autoencoder, block_out_channels=(width,) * 6)
