@@ -49,8 +49,8 @@ def is_trainable(model) -> bool:
 def encode(model, images):
     """Encode images [B, 1, R, R] in [-1, 1] to latents [B, C, h, w] in the autoencoder's scale.
 
-    They are what a diffusion model learns: the encoder's outputs before quantisation of a `VQModel`,
-    the mean of the posterior of an `AutoencoderKL`.
+    They are what a diffusion model learns: the encoder's outputs before quantisation for a
+    `VQModel`, the mean of the posterior for an `AutoencoderKL`.
     """
     output = model.encode(images)
     return output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents

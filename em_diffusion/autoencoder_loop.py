@@ -135,11 +135,12 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
 
     Logs the terms of the loss, the codebook's usage and perplexity over each window, and
     `evaluate_reconstruction` of held-out views. Sample grids show held-out views above their
-    reconstructions. With a half-life of the EMA, the averaged weights are validated, drawn and saved.
+    reconstructions. With a half-life of the EMA, the averaged weights are validated and saved.
     With `num_images` 0, the autoencoder of `init_from` is saved unchanged, whatever its kind.
 
     Returns:
-        The folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in seconds.
+        The folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in
+        seconds.
     """
     model = build_autoencoder(config, tiles.resolution, accelerator)
     validation_images = draw_validation_images(held_out, config.num_validation_images)
@@ -245,8 +246,8 @@ def build_autoencoder(config, resolution: int, accelerator):
         if config.num_images > 0 and not is_trainable(model):
             raise ValueError(
                 f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which "
-                "cannot be trained here: only VQ models with nearest codes and KL models can. Use it "
-                "unchanged with --autoencoder.num-images 0."
+                "cannot be trained here: only VQ models with nearest codes and KL models can. Use "
+                "it unchanged with --autoencoder.num-images 0."
             )
         changes = [
             f"{name} {own} (not {asked})"

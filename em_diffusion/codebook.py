@@ -46,7 +46,7 @@ class CodebookMonitor:
     """Counts how often each code is used, and moves unused codes onto recent encoder outputs.
 
     At the end of a window of `window_images`, `end_window` moves each code that no latent chose in
-    it. The counts are part of the checkpoint: a resumed run moves the same codes at the same moment.
+    it. The counts are part of the checkpoint: a resumed run moves the same codes.
     """
 
     def __init__(self, num_codes: int, window_images: int, device="cpu"):
@@ -83,8 +83,8 @@ class CodebookMonitor:
             latents: Encoder outputs [B, C, h, w], from which `rng` draws the new places. None moves
                 no code: late in a run the decoder has no time to learn what a new code means.
             optimizer: Forgets its moments of the moved codes.
-            average: Averaged codes, an embedding that follows `embedding`; the moved ones jump, too,
-                because a mean of the old and the new place would be near no latent.
+            average: Averaged codes, an embedding that follows `embedding`. The moved ones jump,
+                too: a mean of the old and the new place would be near no latent.
         """
         moved = torch.zeros(0, dtype=torch.int64)
         if latents is not None:

@@ -63,7 +63,7 @@ class AutoencoderConfig:
     commitment_weight: NotNegativeFloat = 0.25
     """beta of the VQ-VAE paper: weight of ||z_e - sg(e)||^2 relative to ||sg(z_e) - e||^2."""
     codebook_rate_scale: PositiveFloat = 5.0
-    """Learning rate of the codes relative to that of the networks; codes must follow the encoder."""
+    """Learning rate of the codes relative to that of the networks: they must follow the encoder."""
     revive_after_images: Positive = 4096
     """A code that was not used for so many images is moved onto a recent output of the encoder. No
     code is moved in the last tenth of the run."""
@@ -80,7 +80,7 @@ class AutoencoderConfig:
     discriminator_learning_rate: PositiveFloat = 2e-4
     """Follows the same schedule as learning_rate."""
     ema_half_life_images: NotNegativeFloat = 0.0
-    """Half-life of the averaged weights, which are validated and saved; 0 saves the last weights."""
+    """Half-life of the averaged weights, which are validated and saved; 0 saves the last ones."""
 
     num_images: NotNegative = 1_000_000
     """Images that the autoencoder is trained on, repetitions counted."""
@@ -191,7 +191,8 @@ class DenoiserConfig:
     num_evaluation_steps: Positive = 20
     evaluation_metrics: Annotated[tuple[str, ...], MAY_CHANGE] = ()
     """More metrics at these moments, for the curves of the report: kernel_distance, precision,
-    recall, density, coverage, frechet_distance_infinite. The Frechet distance chooses the weights."""
+    recall, density, coverage, frechet_distance_infinite. The Frechet distance chooses the
+    weights."""
     log_every: Interval = 5_000
     validate_every: Interval = 100_000
     sample_every: Interval = 100_000
@@ -214,16 +215,16 @@ class LDMConfig:
     """A latent diffusion run: data, output folder, and the two stages that are trained."""
 
     data: str = "synthetic"
-    """A folder of micrographs, or "synthetic" for the embedded ones. Also "hub:owner/name[@revision]"
-    (written by em_data.push), "hub-stream:owner/name[@revision]" (the same, read over the network;
+    """A folder of micrographs, or "synthetic" for the embedded ones. Also
+    "hub:owner/name[@revision]" (written by em_data.push), "hub-stream:owner/name[@revision]" (the same, read over the network;
     only the tiles are kept on disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/ldm"
     """Folder of the run. The same command on it resumes the run."""
     seed: NotNegative = 0
     """Seed of the weights, the order of the data and the noise; the split has tiles.seed."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32). fp16
-    is for GPUs without bf16, with loss scaling."""
+    """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32).
+    fp16 is for GPUs without bf16, with loss scaling."""
     sampler: Annotated[str | None, MAY_CHANGE] = None
     """Sampler that the pipeline is saved with: ddim, dpm-solver++, dpm-solver++-sde, ... (see
     em_diffusion.samplers). Default: the fastest one without loss of quality. generate.py can use

@@ -41,9 +41,9 @@ def load_denoiser(folder) -> UNet2DModel:
 def create_scheduler(config) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """Create the noise schedule, as the sampler that is saved with the model.
 
-    diffusers' default `clip_sample=True` clips the predicted latents to [-1, 1], which suits pixels,
-    but not latents of unit deviation. "trailing" spacing starts sampling at the noisiest timestep
-    that was trained.
+    diffusers' default `clip_sample=True` clips the predicted latents to [-1, 1]. That suits
+    pixels, but not latents of unit deviation. "trailing" spacing starts sampling at the noisiest
+    timestep that was trained.
     """
     if config.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)

@@ -55,7 +55,7 @@ def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
 
 
 def compute_min_snr_weights(scheduler, timesteps, gamma: float):
-    """Return weights of the loss, float32 [B], that weight errors of the latents by min(SNR, gamma).
+    """Return weights of the loss, float32 [B]: errors of the latents count min(SNR, gamma).
 
     From Hang et al. 2023, arXiv:2303.09556, section 3.4, with SNR = abar / (1 - abar). An error of
     the noise is one of the latents over SNR^(1/2), one of the velocity over (SNR + 1)^(1/2). The
@@ -78,7 +78,7 @@ def draw_timesteps(count: int, num_train_timesteps: int, rng, density="uniform",
 
     Args:
         density: "uniform", or "logit_normal": sigmoid(u) of the range for a standard normal u.
-        continuous: Return float32 anywhere in 0 .. num_train_timesteps, for flow matching, instead of
+        continuous: Return float32 anywhere in 0 .. num_train_timesteps, for flow matching, not
             int64 in 0 .. num_train_timesteps - 1.
     """
     offset = torch.rand((), generator=rng, device=rng.device)
@@ -280,8 +280,8 @@ def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> di
     """Return mean denoising losses over `batch`, without weights.
 
     Returns:
-        "held_out_loss" over all, and "held_out_loss_q1" to "held_out_loss_q4" over those quarters of
-        the timesteps, from the least noise to the most, that have any.
+        "held_out_loss" over all, and "held_out_loss_q1" to "held_out_loss_q4" over those quarters
+        of the timesteps, from the least noise to the most, that have any.
     """
 
     def compute_losses(images, noise, timesteps):

@@ -42,9 +42,9 @@ class LDMOptions:
     num_inference_steps: int | None = None
     """Denoising steps. Default: the number saved with the model."""
     scheduler: SamplerName | None = None
-    """Sampler to use instead of the one saved with the model. It needs --num-inference-steps. Models
-    trained by flow matching take dpm-solver++, unipc, flow-euler and flow-heun; others take all
-    but the last two."""
+    """Sampler to use instead of the one saved with the model. It needs --num-inference-steps.
+    Models trained by flow matching take dpm-solver++, unipc, flow-euler and flow-heun; others take
+    all but the last two."""
     eta: float = 0.0
     """Noise added back in each step of ddim: 0 (deterministic) to 1 (as noisy as ddpm)."""
     grain: bool = True

@@ -19,11 +19,11 @@ def fit_grain(
 
     Three things are measured on the residual, images less reconstructions: its deviation in bins of
     the reconstruction's grey level (with equally many pixels), its power spectrum relative to that,
-    and the strength in each image. The spectrum is the median over images and the strength the median
-    over frequencies: structure that the autoencoder lost, in some images and at some frequencies, is
-    not taken for noise. At each radius of frequency, the power is at most what the reconstructions
-    lack of the images' power, and at most the residual's. An autoencoder that draws grain of its own
-    (because of a patch discriminator) gets only the rest, or nothing.
+    and the strength in each image. The spectrum is the median over images, the strength the
+    median over frequencies: structure that the autoencoder lost in some images and at some
+    frequencies is not taken for noise. At each radius of frequency, the power is at most what the
+    reconstructions lack of the images' power, and at most the residual's. An autoencoder that
+    draws grain of its own (because of a patch discriminator) gets only the rest, or nothing.
 
     Args:
         images, reconstructions: Float32 [N, 1, H, W] in [-1, 1] on the CPU.
@@ -125,7 +125,7 @@ def missing_share(images, reconstructions, residuals):
 
 
 def measure_power(images):
-    """Return the mean squared Fourier amplitude of images [N, 1, H, W] per pixel: [H, W // 2 + 1]."""
+    """Return mean squared Fourier amplitudes of images [N, 1, H, W] per pixel: [H, W // 2 + 1]."""
     total = sum(
         torch.fft.rfft2(part[:, 0].double()).abs().square().sum(dim=0)
         for part in images.split(CHUNK)
@@ -137,8 +137,9 @@ def frequency_rings(height, width):
     """Return the rings of the entries of an `rfft2`.
 
     Returns:
-        The radius of each entry in cycles over the shorter side, rounded, int64 [H, W // 2 + 1]; and
-        how many frequencies of the whole plane it stands for, 1 or 2, float64 [H, W // 2 + 1].
+        The radius of each entry in cycles over the shorter side, rounded, int64
+        [H, W // 2 + 1]; and how many frequencies of the whole plane it stands for, 1 or 2, float64
+        [H, W // 2 + 1].
     """
     rows = torch.fft.fftfreq(height, dtype=torch.float64)
     columns = torch.fft.rfftfreq(width, dtype=torch.float64)

@@ -57,7 +57,7 @@ def encode_latents(
 ):
     """Encode views of `tiles` once and keep them in `folder`.
 
-    An autoencoder does not commute with flips and turns, so each view is encoded by itself. The file
+    An autoencoder does not commute with flips and turns: each view is encoded by itself. The file
     `folder`/`name`-<key>.npy is keyed by the tiles' fingerprint, the encoder's weights and the
     precision. An existing one is read.
 
@@ -192,8 +192,8 @@ def encode_views(model, tiles, view_ids, accelerator):
     if not torch.isfinite(latents).all():
         raise ValueError(
             f"the autoencoder's latents of views {view_ids[0]} to {view_ids[-1]} are not finite in "
-            "float16: it has diverged. Train it again with a smaller --autoencoder.learning-rate, or "
-            "in float32 with --precision no."
+            "float16: it has diverged. Train it again with a smaller --autoencoder.learning-rate, "
+            "or in float32 with --precision no."
         )
     return latents
 
@@ -210,8 +210,8 @@ def measure_latents(array, chunk: int = 4096):
     std = np.sqrt(sum(((array[c] - centred) ** 2).sum(axis=(0, 2, 3)) for c in chunks) / count)
     if not (std > 1e-6).all():
         raise ValueError(
-            f"latent channels {np.flatnonzero(std <= 1e-6).tolist()} do not vary: the autoencoder has "
-            "collapsed. Train it longer, or with another learning rate or seed."
+            f"latent channels {np.flatnonzero(std <= 1e-6).tolist()} do not vary: the autoencoder "
+            "has collapsed. Train it longer, or with another learning rate or seed."
         )
     return mean.tolist(), std.tolist()
 

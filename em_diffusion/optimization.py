@@ -9,8 +9,8 @@ def learning_rate_at(config, num_images_seen: int) -> float:
     """Return the learning rate of the step that begins after `num_images_seen` images.
 
     It is a linear warm-up, then config.learning_rate_decay: "cosine" (to zero at num_images),
-    "constant", or "inverse_sqrt", which falls from `learning_rate_reference_images` on. The last two
-    do not depend on num_images.
+    "constant", or "inverse_sqrt", which falls from `learning_rate_reference_images` on. The last
+    two do not depend on num_images.
     """
     rate = config.learning_rate
     if config.warmup_images > 0:

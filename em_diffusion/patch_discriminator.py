@@ -18,13 +18,13 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN: one logit for each patch of an image.
 
     From Isola et al. 2017, arXiv:1611.07004, section 3.2 and appendix 6.1.2: `num_layers`
-    convolutions of 4 x 4 with stride 2, one of stride 1, and one to the logits. Channels double from
-    `base_channels` to eight times as many. A logit sees a patch of 16, 34, 70, 142 pixels a side for
-    1 to 4 layers.
+    convolutions of 4 x 4 with stride 2, one of stride 1, and one to the logits. Channels double
+    from `base_channels` to eight times as many. A logit sees a patch of 16, 34, 70, 142 pixels a
+    side for 1 to 4 layers.
 
-    Norms are group norms instead of the paper's batch norms. They have no statistics to restore when
-    a run resumes, and treat each image by itself: neither the number of processes nor the other
-    images of a batch change an answer.
+    Norms are group norms instead of the paper's batch norms. They have no statistics to restore
+    when a run resumes, and treat each image by itself: neither the number of processes nor the
+    other images of a batch change an answer.
     """
 
     def __init__(self, base_channels: int = 64, num_layers: int = 3):

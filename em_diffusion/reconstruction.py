@@ -14,8 +14,8 @@ CHUNK = 64  # images at a time, which bounds the memory
 def psnr(images, reconstructions):
     """Return the peak signal-to-noise ratio of each reconstruction, float32 [N] in dB.
 
-    It is 10 log10(range^2 / mean squared error) with a range of 2, and at most 106 dB, where the error
-    is that of rounding. Both images are [N, 1, H, W] in [-1, 1].
+    It is 10 log10(range^2 / mean squared error) with a range of 2, and at most 106 dB, where the
+    error is that of rounding. Both images are [N, 1, H, W] in [-1, 1].
     """
     _check_shapes(images, reconstructions)
     squared_error = (reconstructions.float() - images.float()).square().mean(dim=(1, 2, 3))
@@ -61,7 +61,7 @@ def _ssim_map(x, y):
 def spectrum_difference_db(images, reconstructions):
     """Return the reconstructions' power over the images' by spatial frequency, in dB.
 
-    0 is right, negative is a loss: an autoencoder that removes the grain of micrographs falls off at
+    0 is right, negative is a loss: an autoencoder that removes the grain of micrographs is low at
     high frequencies.
 
     Args:
@@ -80,7 +80,7 @@ def spectrum_difference_db(images, reconstructions):
 
 
 def spectrum_error_db(images, reconstructions) -> float:
-    """Return the mean absolute `spectrum_difference_db` over all frequencies, 0 for equal spectra."""
+    """Return the mean absolute `spectrum_difference_db` over frequencies, 0 for equal spectra."""
     return float(spectrum_difference_db(images, reconstructions).abs().mean())
 
 

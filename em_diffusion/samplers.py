@@ -2,8 +2,8 @@
 
 Some of diffusers' defaults do not suit latents. Clipping to [-1, 1] is for pixels. "linspace" and
 "leading" spacing start below the noisiest timestep that was trained, or end above the cleanest. All
-samplers here start at the last timestep ("trailing"), end without noise ("zero" final sigma), and take
-the last step at first order, because a higher one divides by that zero.
+samplers here start at the last timestep ("trailing"), end without noise ("zero" final sigma), and
+take the last step at first order, because a higher one divides by that zero.
 """
 
 import json
@@ -60,10 +60,10 @@ COMMON = {
     "lower_order_final": True,
 }
 # By `is_flow`; chosen by benchmarks/sampler_sweep.py on runs of the preset demo.
-# Diffusion, 300 images: among the samplers with 6 steps, all as good as DDIM with 200 at 23 times its
-# images/s, this is the nearest: Frechet distance 242 [221, 264] against 257 [233, 283].
-# Flow matching, 400 images: 263 [236, 291] against 285 [255, 315] of Euler with 200, at 28 times its
-# images/s. With 2 steps the distance is as good, but faint defects fade.
+# Diffusion, 300 images: among the samplers with 6 steps, all as good as DDIM with 200 at 23 times
+# its images/s, this is the nearest: Frechet distance 242 [221, 264] against 257 [233, 283].
+# Flow matching, 400 images: 263 [236, 291] against 285 [255, 315] of Euler with 200, at 28 times
+# its images/s. With 2 steps the distance is as good, but faint defects fade.
 DEFAULT_SAMPLERS = {False: ("dpm-solver++-sde", 6), True: ("flow-euler", 4)}
 
 
@@ -89,9 +89,9 @@ def list_samplers(scheduler) -> list[str]:
 def create_sampler(name: str, scheduler):
     """Create the sampler `name` for the model whose pipeline has `scheduler`.
 
-    It keeps the noise schedule and the prediction type. Its config also holds the options of `COMMON`
-    that its class does not know, so that `OtherScheduler.from_config(scheduler.config)` takes them
-    instead of its own defaults.
+    It keeps the noise schedule and the prediction type. Its config also holds the options of
+    `COMMON` that its class does not know, so that `OtherScheduler.from_config(scheduler.config)`
+    takes them instead of its own defaults.
 
     Raises:
         ValueError: For an unknown name, a sampler that does not suit the model (diffusion or flow
@@ -117,7 +117,7 @@ def create_sampler(name: str, scheduler):
         config = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
         if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
             raise ValueError(
-                f"{name} cannot start at a zero terminal signal-to-noise ratio; choose another sampler"
+                f"{name} cannot start at a zero terminal signal-to-noise ratio; choose another one"
             )
     values = COMMON | config | options
     sampler = cls(**{key: value for key, value in values.items() if key in known})

@@ -33,6 +33,7 @@ from em_training import (
     save_config,
     seed_for,
 )
+from em_training.config import is_complete
 
 
 def train_ldm(config: LDMConfig) -> Path:
@@ -45,7 +46,7 @@ def train_ldm(config: LDMConfig) -> Path:
     the work if they were started by torchrun or `accelerate launch`.
 
     Raises:
-        ValueError: If the folder holds a run with another configuration, or another training uses it.
+        ValueError: If the folder holds a run with another configuration, or is in use.
         TrainingInterrupted: After saving, if asked to stop.
     """
     out = Path(config.out)
@@ -81,18 +82,10 @@ def train_stages(config, accelerator, out):
     unet, denoiser = run_denoiser_stage(
         config, data, latents, held_out_latents, vqvae, accelerator, out, grain
     )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not is_complete(out, config):
+        save_pipeline(config, data, out, vqvae, unet, grain)
         run = describe_run(config, data, out, autoencoder, encoding, denoiser)
-        is_complete = is_saved(out, run)
-        if not is_complete:
-            save_pipeline(config, data, out, vqvae, unet, grain)
-            write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
-        accelerator.print(
-            f"The run in {out} {'was already complete' if is_complete else 'is complete'}: "
-            f"{out / 'pipeline'}\n"
-            f"Next: generate images with em-generate --model {out}, or evaluate the model with "
-            f"em-evaluate --models {out}"
-        )
+        write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 
@@ -117,15 +110,6 @@ def describe_run(config, data, out, autoencoder, encoding, denoiser) -> dict:
         "config": asdict(config),
         "data": data.summary,
     }
-
-
-def is_saved(out, run: dict) -> bool:
-    """Say whether `out` holds the pipeline of this very run."""
-    paths = (out / "run.json", out / "pipeline" / "model_index.json")
-    if not all(path.is_file() for path in paths):
-        return False
-    # as JSON: tuples are lists there
-    return json.loads(paths[0].read_text()) == json.loads(json.dumps(run))
 
 
 def save_pipeline(config, data, out, vqvae, unet, grain):
@@ -231,7 +215,7 @@ def run_denoiser_stage(
 ):
     """Train or load the denoiser; return it and its result.
 
-    Its weights are the best ones if distances were measured, else the averaged ones of the last step.
+    Its weights are the best ones if distances were measured, else those of the last step.
     """
     result = read_result(out / "denoiser", config.denoiser.num_images)
     if result is None:
@@ -334,9 +318,9 @@ def refuse_raised_rate(config, out):
         has_begun = list_checkpoints(out / name / "checkpoints")
         if new.num_images > old.num_images and old.learning_rate_decay == "cosine" and has_begun:
             raise ValueError(
-                f"{name}.num_images was {old.num_images}, is now {new.num_images}, but the stage in "
-                f"{out} lowers its learning rate towards its old end and would resume at a higher "
-                "one. Train the longer run in another folder with --out. A stage with "
+                f"{name}.num_images was {old.num_images}, is now {new.num_images}, but the stage "
+                f"in {out} lowers its learning rate towards its old end and would resume at a "
+                "higher one. Train the longer run in another folder with --out. A stage with "
                 f"--{name}.learning-rate-decay constant (or inverse_sqrt, for the denoiser) can be "
                 "lengthened at any time."
             )

@@ -104,7 +104,7 @@ def test_a_run_may_stop_after_its_autoencoder_and_go_on(run, tmp_path, capsys):
         dataclasses.replace(config, last_stage="latents")
 
 
-def test_second_start_trains_nothing(run, monkeypatch, capsys):
+def test_second_start_trains_nothing(run, monkeypatch):
     config, out = run
     before = (out / "run.json").read_text()
     weights = (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
@@ -116,11 +116,7 @@ def test_second_start_trains_nothing(run, monkeypatch, capsys):
     monkeypatch.setattr("em_diffusion.train.train_denoiser", refuse)
     monkeypatch.setattr("em_diffusion.latents.encode_views", refuse)
     monkeypatch.setattr("em_diffusion.train.save_model", refuse)
-    capsys.readouterr()
     train_ldm(config)
-    said = capsys.readouterr().out
-    assert f"The run in {out} was already complete: {out / 'pipeline'}" in said
-    assert f"em-generate --model {out}" in said
     assert (out / "run.json").read_text() == before
     assert (out / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
