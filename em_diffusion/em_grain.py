@@ -1,4 +1,4 @@
-"""The grain of micrographs, which autoencoders leave out: one self-contained file, which travels with its numbers."""
+"""The grain of micrographs, which autoencoders remove: one self-contained file."""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -8,19 +8,25 @@ from torch import nn
 
 
 class EMGrain(ModelMixin, ConfigMixin):
-    """Adds noise to decoded images as the detector adds it to micrographs: x = y + s d(y) (h * n).
+    """Adds noise to decoded images as a detector adds it to micrographs: x = y + s d(y) (h * n).
 
-    An autoencoder has fewer numbers than pixels, and none to spare for noise: it decodes to the mean of what could have been there.
-    As video codecs do with film (Norkin and Birkbeck 2018, "Film grain synthesis for AV1 video codec"), the noise is drawn anew:
-    n is white and Gaussian, the filter h gives it the measured power spectrum and unit variance, d(y) is its deviation where the
-    decoded image has the grey level y (shot noise is stronger in the bright, saturation ends it), and s, one number per image, is
-    drawn from those of training images, since micrographs differ in dose. `em_diffusion.grain.fit_grain` measures all of it.
+    An autoencoder has fewer numbers than pixels, and none to spare for noise: it decodes to the
+    mean. Like film grain in video codecs (Norkin and Birkbeck 2018, "Film grain synthesis for AV1
+    video codec"), the noise is drawn anew. n is white and Gaussian, and the filter h gives it the
+    measured power spectrum and unit variance. d(y) is its deviation at the grey level y of the
+    decoded image: shot noise is stronger where the image is bright, and saturation ends it. s is a
+    strength for each image, drawn from those of training images, because micrographs differ in
+    dose. `em_diffusion.grain.fit_grain` measures all of it.
 
-    amplitude: |h| at each frequency, [H, W // 2 + 1] as `torch.fft.rfft2` orders them, mean square 1 over the whole plane.
-    grey_levels, deviations: [num_grey_levels], in [-1, 1] and in units of those; linear between, constant beyond.
-    strengths: [num_strengths], quantiles of s from 0 to 1, evenly spaced.
+    Args:
+        sample_size: Height and width of the images in pixels.
 
-    sample_size: height and width of the images in pixels.
+    Attributes:
+        amplitude: |h| at each frequency, [H, W // 2 + 1] in the order of `torch.fft.rfft2`, with a
+            mean square of 1 over the whole plane.
+        grey_levels, deviations: [num_grey_levels], in [-1, 1] and in its units; linear in between,
+            constant beyond.
+        strengths: [num_strengths], evenly spaced quantiles of s from 0 to 1.
     """
 
     @register_to_config
@@ -41,16 +47,21 @@ class EMGrain(ModelMixin, ConfigMixin):
     def forward(
         self, images, generator: torch.Generator | list[torch.Generator] | None = None, drawn=None
     ):
-        """Images [B, 1, H, W] in [-1, 1] with their grain, in float32; what leaves [-1, 1] is for the caller to clamp.
+        """Add grain to images [B, 1, H, W] in [-1, 1]; the caller clamps what leaves [-1, 1].
 
-        generator: one for the batch, or a list of B; with a list, image i depends on generator i alone.
-        drawn: what `draw` has returned, instead of `generator`.
-        Raises `ValueError` for images of another size than `sample_size`.
+        Args:
+            generator: One for the batch, or a list of B. With a list, image i depends on generator
+                i alone.
+            drawn: What `draw` returned, instead of `generator`.
+
+        Raises:
+            ValueError: For images of another size than `sample_size`.
         """
         if tuple(images.shape[-2:]) != tuple(self.config.sample_size):
             raise ValueError(
-                f"the grain was measured on images of {tuple(self.config.sample_size)} pixels, these have {tuple(images.shape[-2:])}; "
-                "decode with add_grain=False, or measure it at their size (em_diffusion.grain.fit_grain)."
+                f"the grain was measured on images of {tuple(self.config.sample_size)} pixels, "
+                f"these have {tuple(images.shape[-2:])}; decode with add_grain=False, or measure "
+                "the grain at their size (em_diffusion.grain.fit_grain)."
             )
         images = images.float()
         drawn = self.draw(len(images), generator, images.device) if drawn is None else drawn
@@ -59,10 +70,9 @@ class EMGrain(ModelMixin, ConfigMixin):
         return images + deviation * self.filter(noise) * self.find_strengths(normal)
 
     def draw(self, num_images, generator, device):
-        """All that is random in the grain of a batch: white noise [B, 1, H, W] and a normal number per image [B, 1], float32; both normal,
-        since `randn_tensor` knows lists of generators and their devices.
+        """Draw white noise [B, 1, H, W] and a normal number for each image [B, 1], float32.
 
-        Generators of the CPU make a GPU wait for what it was given before: draw ahead of the work that the grain goes on top of.
+        A CPU generator makes a GPU wait for its earlier work: draw before the images are decoded.
         """
         shapes = ((num_images, 1, *self.config.sample_size), (num_images, 1))
         return tuple(
@@ -71,24 +81,24 @@ class EMGrain(ModelMixin, ConfigMixin):
         )
 
     def filter(self, noise):
-        """White noise [B, 1, H, W] -> noise of unit variance with the power spectrum of the grain, periodic at the edges."""
+        """Give white noise [B, 1, H, W] the grain's power spectrum, at unit variance."""
         spectrum = torch.fft.rfft2(noise) * self.amplitude.float()  # [B, 1, H, W // 2 + 1]
         return torch.fft.irfft2(spectrum, s=noise.shape[-2:])
 
     def find_strengths(self, normal):
-        """How strong each image's grain is, from a normal number [B, 1]: [B, 1, 1, 1], by the inverse of their cumulative distribution."""
+        """Return a strength for each image [B, 1, 1, 1] from normal numbers [B, 1]."""
         uniform = torch.special.ndtr(normal)
         positions = torch.linspace(0, 1, len(self.strengths), device=normal.device)
         return interpolate(uniform, positions, self.strengths.float()).view(-1, 1, 1, 1)
 
 
 def noise_deviation(images, grey_levels, deviations):
-    """d(y): the deviation of the grain at each pixel of decoded images, of their shape."""
+    """Return d(y), the deviation of the grain at each pixel of decoded images."""
     return interpolate(images, grey_levels.float(), deviations.float())
 
 
 def interpolate(x, knots, values):
-    """Piecewise linear function through (knots, values), both [K] with ascending knots, constant beyond them; of any shape."""
+    """Interpolate linearly between ascending knots [K] with values [K]; constant beyond them."""
     if len(knots) == 1:
         return values[0].expand(x.shape)
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)

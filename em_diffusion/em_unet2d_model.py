@@ -1,4 +1,4 @@
-"""A `UNet2DModel` with a fixed number of heads in its attention: one self-contained file, which travels with its weights."""
+"""A `UNet2DModel` with a fixed number of attention heads: one self-contained file."""
 
 import torch
 from diffusers import UNet2DModel
@@ -11,16 +11,21 @@ from diffusers.models.upsampling import Upsample2D
 class EMUNet2DModel(UNet2DModel):
     """diffusers' `UNet2DModel` with two more arguments; parameters have the stock names and shapes.
 
-    The stock model knows one width of head for all levels: 64 gives 8 heads at 512 channels and 16 at 1024. Models that were
-    trained with a fixed number of heads (latent diffusion's `num_heads`) load into it without a complaint and answer wrongly.
+    The stock model has one width of head for all levels: a width of 64 gives 8 heads at 512
+    channels and 16 at 1024. Models trained with a fixed number of heads (latent diffusion's
+    `num_heads`) load into it without an error, but give wrong answers.
 
-    num_attention_heads: heads of every attention, each channels / num_attention_heads wide, with the softmax of
-        q k^T / sqrt(channels / num_attention_heads); `attention_head_dim` is then not used, and stored as null.
-        None: the stock model, with heads `attention_head_dim` wide.
-    resample_with_conv: False joins the levels by 2 x 2 means and repeated pixels alone, without the convolutions of
-        `downsample_type` and `upsample_type` "conv".
+    Args:
+        num_attention_heads: Heads of every attention, each channels / num_attention_heads wide,
+            with the softmax of q k^T / sqrt(channels / num_attention_heads). `attention_head_dim`
+            is then not used, and stored as null. None: the stock model with `attention_head_dim`.
+        resample_with_conv: False joins the levels by 2 x 2 means and repeated pixels alone, without
+            the convolutions of `downsample_type` and `upsample_type` "conv".
 
-    All other arguments are the stock ones. Raises `ValueError` when the heads do not divide the channels of an attention.
+    All other arguments are the stock ones.
+
+    Raises:
+        ValueError: If the number of heads does not divide the channels of an attention.
     """
 
     @register_to_config
@@ -80,21 +85,21 @@ class EMUNet2DModel(UNet2DModel):
 
 
 def set_attention_heads(model: torch.nn.Module, num_heads: int) -> None:
-    """Divide every attention of `model` into `num_heads` heads, changing no parameter; `ValueError` where its channels do not divide."""
+    """Divide every attention of `model` into `num_heads` heads; no parameter changes."""
     for name, module in model.named_modules():
         if not isinstance(module, Attention):
             continue
         if num_heads < 1 or module.inner_dim % num_heads:
             raise ValueError(
-                f"num_attention_heads is {num_heads}; it must divide the channels of every attention, and {name} has "
-                f"{module.inner_dim}."
+                f"num_attention_heads is {num_heads}; it must divide the channels of every "
+                f"attention, and {name} has {module.inner_dim}."
             )
         module.heads = module.sliceable_head_dim = num_heads
         module.scale = (module.inner_dim // num_heads) ** -0.5
 
 
 def remove_resampling_convolutions(model: torch.nn.Module) -> None:
-    """Put 2 x 2 means and repeated pixels in the place of every convolution between two levels of `model`."""
+    """Replace every convolution between two levels by 2 x 2 means or repeated pixels."""
     for block in [*model.down_blocks, *model.up_blocks]:
         for name, layer in (("downsamplers", Downsample2D), ("upsamplers", Upsample2D)):
             old = getattr(block, name, None)

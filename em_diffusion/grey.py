@@ -1,4 +1,4 @@
-"""Three-channel autoencoders for grey images: exact, by folding their first and last convolution."""
+"""Three-channel autoencoders for grey images, by folding their first and last convolution."""
 
 import torch
 from torch import nn
@@ -8,21 +8,27 @@ from torch import nn
 def fold_to_grey(model):
     """Give an autoencoder one channel at both ends, in place; return it.
 
-    model: `VQModel`, `AutoencoderKL`, or a component of ours that is made like them, with 3 channels or with 1, which is left
-        as it is.
+    A grey image g fills all channels, and the answer is their mean. Both are linear and happen at
+    the
+    ends, so they can go into the convolutions there: conv_in(g, g, g) = (sum of its weights over
+    inputs) g, and the mean of conv_out's outputs is a conv_out whose weights are averaged over
+    outputs. The result equals repeating and averaging, up to rounding. Where a nonlinearity follows
+    the last convolution, the component averages by itself (`average_output`).
 
-    A grey image g fills all channels, and the answer is their mean. Both are linear and stand at the ends, so they go into the
-    convolutions there: conv_in(g, g, g) = (sum over inputs of its weights) g, and the mean of conv_out's outputs is conv_out
-    with its mean over outputs. Equal to repeating and averaging, up to rounding. Where a nonlinearity stands after the last
-    convolution, the component itself averages (`average_output`). Raises `ValueError` for other numbers of channels, which are
-    no colours.
+    Args:
+        model: `VQModel`, `AutoencoderKL`, or a component of ours that is built like them. A model
+            with 1 channel is not changed.
+
+    Raises:
+        ValueError: For other numbers of channels than 1 and 3.
     """
     config = model.config
     out_name = "out_channels" if "out_channels" in config else "decoder_channels"
     for name in ("in_channels", out_name):
         if config[name] not in (1, 3):
             raise ValueError(
-                f"the autoencoder has {name} = {config[name]}; only grey (1) and colour (3) ones can be used for micrographs."
+                f"the autoencoder has {name} = {config[name]}; only grey (1) and colour (3) ones "
+                "can be used for micrographs."
             )
     if config.in_channels == 3:
         old = model.encoder.conv_in
@@ -40,7 +46,7 @@ def fold_to_grey(model):
 
 
 def _replace(old, weight, bias):
-    """A convolution like `old` with this weight, [out, in, k, k], and bias [out]."""
+    """Return a convolution like `old` with this weight [out, in, k, k] and bias [out]."""
     new = nn.Conv2d(weight.shape[1], weight.shape[0], old.kernel_size, old.stride, old.padding)
     new = (
         new.to(weight.device, weight.dtype)

@@ -32,7 +32,7 @@ MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB i
 
 
 def _is_about_other_things(record: logging.LogRecord) -> bool:
-    """Drop diffusers' word that VQModel ignores `latents_mean` and `latents_std`: this pipeline reads them."""
+    """Drop diffusers' warning that VQModel ignores latents_mean and latents_std: we read them."""
     message = record.getMessage()
     return not ("passed to VQModel" in message and "latents_mean" in message)
 
@@ -43,22 +43,22 @@ logging.getLogger("diffusers.configuration_utils").addFilter(_is_about_other_thi
 class EMLatentDiffusionPipeline(DiffusionPipeline):
     """Generates 1-channel micrographs: noise, denoised latents, decoded images, grain.
 
-    `from_pretrained` of the installed class runs no code of a repository. Types narrower than float32
-    halve the memory. With `pipe.to(torch.bfloat16)`, or `from_pretrained(..., dtype=torch.bfloat16)` of
-    the installed class, a VQ autoencoder's codes stay in float32 for the search of the nearest one.
-    `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and `pipe.vqvae.to(torch.bfloat16)`
-    round them, which confuses close codes.
+    `from_pretrained` of the installed class runs no code of a repository. Types narrower than
+    float32 halve the memory. With `pipe.to(torch.bfloat16)`, or `from_pretrained(...,
+    dtype=torch.bfloat16)` of the installed class, a VQ autoencoder's codes stay in float32 for the
+    search of the nearest one. `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and
+    `pipe.vqvae.to(torch.bfloat16)` round them, which confuses close codes.
 
     Args:
         vqvae: A 1-channel autoencoder: `VQModel`, `AutoencoderKL`, or a component of ours with the
-            interface of one of the two. Its config holds `latents_mean` and `latents_std`, one number
-            per latent channel, which put the denoiser's latents into its own scale; without them,
-            its `scaling_factor` and `shift_factor` do.
+            interface of one of the two. Its config holds `latents_mean` and `latents_std`, one
+            number per latent channel, which put the denoiser's latents into its own scale; without
+            them, its `scaling_factor` and `shift_factor` do.
         unet: An unconditional `UNet2DModel` over latents [B, C, h, w], or an `EMUNet2DModel`.
         scheduler: Solver of the denoising equation. The saved one, with
             `default_num_inference_steps`, is the model's default. Any diffusers scheduler for what
-            the U-Net predicts can replace it; for flow matching `FlowMatchEulerDiscreteScheduler` or
-            `FlowMatchHeunDiscreteScheduler`.
+            the U-Net predicts can replace it; for flow matching `FlowMatchEulerDiscreteScheduler`
+            or `FlowMatchHeunDiscreteScheduler`.
         pixel_size_nm: Side of a pixel in nanometres; None if unknown.
         default_num_inference_steps: Denoising steps, unless the call says otherwise.
         grain: An `EMGrain`, which adds the noise that the autoencoder removes; None adds none.
@@ -112,12 +112,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         add_grain: bool = True,
     ):
-        """Generate `batch_size` images by `denoise` and `decode`; see there for the other arguments.
+        """Generate `batch_size` images by `denoise` and `decode`; see there for other arguments.
 
         Args:
             output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32
-                [B, 1, H, W] in [0, 1]) or "latent" (float32 [B, C, h, w] in the autoencoder's scale,
-                as `decode` takes them).
+                [B, 1, H, W] in [0, 1]) or "latent" (float32 [B, C, h, w] in the autoencoder's
+                scale, as `decode` takes them).
 
         Returns:
             `ImagePipelineOutput`, or a tuple of one element with return_dict=False.
@@ -156,8 +156,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     ):
         """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
-        The noise and the scheduler's arithmetic are float32 whatever the type of the models. Timesteps
-        stay on the CPU, so that no step waits for the device.
+        The noise and the scheduler's arithmetic are float32 whatever the type of the models.
+        Timesteps stay on the CPU, so that no step waits for the device.
 
         Args:
             generator: One for the batch, or a list of `batch_size`. With a list, image i depends on
@@ -167,9 +167,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             eta: Noise added back in each step of DDIM, from 0 (none) to 1 (as in DDPM). Other
                 schedulers do not take it.
             latents: Initial noise [B, C, h, w] of unit variance, instead of the generator's.
-            callback_on_step_end: Called as f(pipe, step, timestep, {"latents": ...}) after each step.
-                The latents that it returns replace the step's. They are in the denoiser's scale, see
-                `denormalise_latents`. It can set `pipe._interrupt = True` to skip the other steps.
+            callback_on_step_end: Called as f(pipe, step, timestep, {"latents": ...}) after each
+                step. The latents that it returns replace the step's. They are in the denoiser's
+                scale, see `denormalise_latents`. It can set `pipe._interrupt = True` to skip the
+                other steps.
 
         Raises:
             ValueError: For arguments that do not fit, or if the model diverged.
@@ -224,8 +225,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         A VQ autoencoder decodes the nearest codes, which are searched in float32.
 
         Args:
-            generator: Of the grain: one for the batch or a list of B. With a list, image i depends on
-                latent and generator i alone.
+            generator: Of the grain: one for the batch or a list of B. With a list, image i depends
+                on latent and generator i alone.
             add_grain: False adds no grain.
 
         Returns:
@@ -247,14 +248,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             images = self.vqvae.decode(quantised, force_not_quantize=True).sample
         if images.shape[1] != 1:
             raise ValueError(
-                f"the autoencoder decodes to {images.shape[1]} channels, a micrograph has one; fold its "
-                "colours into one channel first (em_diffusion.load_autoencoder does)."
+                f"the autoencoder decodes to {images.shape[1]} channels, not to one; fold "
+                "its colours into one channel first (em_diffusion.load_autoencoder does)."
             )
         images = _refuse_non_finite(images.float(), "decoded images").clamp(-1, 1)
         return self.grain(images, drawn=drawn).clamp(-1, 1) if add_grain else images
 
     def normalise_latents(self, latents):
-        """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1; float32."""
+        """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1."""
         mean, std = self._find_latent_statistics(latents.device)
         return (latents.float() - mean) / std
 
@@ -274,14 +275,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return weight.float()
 
     def _quantise(self, latents, codes):
-        """Replace latents [B, C, h, w] by the nearest of codes [K, C], in float32 under autocast, too."""
+        """Replace latents [B, C, h, w] by the nearest of codes [K, C], always in float32."""
         with torch.autocast(latents.device.type, enabled=False):
             vectors = latents.float().movedim(1, -1)  # [B, h, w, C]
             indices = nearest_codes(vectors.reshape(-1, vectors.shape[-1]), codes)
             return codes[indices].reshape(vectors.shape).movedim(-1, 1).contiguous()
 
     def to(self, *args, **kwargs):
-        """Move or convert the models as `DiffusionPipeline.to` does; a VQ's codes stay in float32."""
+        """Move or convert the models like `DiffusionPipeline.to`; a VQ's codes stay in float32."""
         with self._keep_codes():
             super().to(*args, **kwargs)
         return self
@@ -355,7 +356,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(
-                f"`latents` has the shape {tuple(latents.shape)}; this pipeline starts from {shape}."
+                f"`latents` has the shape {tuple(latents.shape)}; the pipeline starts from {shape}."
             )
         return latents.to(device, torch.float32)
 
@@ -363,7 +364,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in accepted:
             raise ValueError(
-                f"{type(self.scheduler).__name__} takes no `eta`; leave it at 0 or use DDIMScheduler."
+                f"{type(self.scheduler).__name__} takes no `eta`; leave it at 0, or use "
+                "DDIMScheduler."
             )
         arguments = {"eta": eta, "generator": generator}
         return {name: value for name, value in arguments.items() if name in accepted}
@@ -385,8 +387,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return generator
         if len(generator) != batch_size:
             raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or a single "
-                "one."
+                f"{len(generator)} generators for {batch_size} images; give one for each, or one "
+                "for all."
             )
         return list(generator)
 
@@ -409,8 +411,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError(
-                "safe_serialization=False would write pickled weights, which this pipeline does not "
-                "load. Leave it at True, which writes safetensors."
+                "safe_serialization=False would write pickled weights, which this pipeline does "
+                "not load. Leave it at True, which writes safetensors."
             )
         self.register_modules(grain=self.grain)
         super().save_pretrained(save_directory, **kwargs)
@@ -530,8 +532,8 @@ def _refuse_non_finite(tensor, name):
     """Return `tensor`, or raise `ValueError` if it holds nan or infinity."""
     if not torch.isfinite(tensor).all():
         raise ValueError(
-            f"the model diverged: its {name} are not finite. Check its training log, use an earlier "
-            "checkpoint, or another sampler or type (float16 may overflow)."
+            f"the model diverged: its {name} are not finite. Check its training log, use an "
+            "earlier checkpoint, or another sampler or type (float16 may overflow)."
         )
     return tensor
 

@@ -1,4 +1,4 @@
-"""A pipeline whose denoiser is averaged over another width, made after the training: `python -m em_diffusion.posthoc_ema RUN ...`"""
+"""Average the denoiser over another width after the training; also a command."""
 
 import argparse
 import json
@@ -20,17 +20,26 @@ from em_training import load_config
 from em_training.cli import run_command
 from em_training.posthoc_ema import reconstruct_average
 
-DESCRIPTION = """Average the denoiser's weights over another width than those stored, after its training.
+DESCRIPTION = """Average the denoiser's weights over another width after the training.
 
-The run must have kept snapshots (train_ldm.py ... --denoiser.posthoc-ema-every IMAGES). DIR becomes a run with that denoiser, for
-generate.py and evaluate.py; the autoencoder is RUN's."""
+The run must have kept snapshots (train_ldm.py ... --denoiser.posthoc-ema-every IMAGES). DIR becomes
+a run with the averaged denoiser, for generate.py and evaluate.py. The autoencoder is RUN's."""
 
 
 def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | None = None) -> float:
-    """Save `run`'s pipeline with the average of width `sigma_rel` in `out`/pipeline; return the relative error of the profile.
+    """Save the pipeline of `run`, with its denoiser averaged over `sigma_rel`, in `out`/pipeline.
 
-    num_images_seen: the moment of a snapshot; the last if not given. `out`/posthoc_ema.json says what was made, and where the run is
-    finished `out`/run.json is the run's own with that added. Raises `ValueError` where the run has no autoencoder or no such snapshots.
+    `out`/posthoc_ema.json says how it was made. If the run is finished, `out`/run.json is the run's
+    own with that added.
+
+    Args:
+        num_images_seen: The moment of a snapshot. Default: the last one.
+
+    Returns:
+        The relative error of the averaging profile.
+
+    Raises:
+        ValueError: If the run has no autoencoder or not these snapshots.
     """
     run, out = Path(run), Path(out)
     if not (run / "config.json").exists():
@@ -52,9 +61,8 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None
     scheduler, num_steps = choose_sampler(config)
-    has_grain = (
-        config.grain_images and (run / "grain" / "config.json").exists()
-    )  # runs of before knew none
+    # runs made before version 0.1 have no grain
+    has_grain = config.grain_images and (run / "grain" / "config.json").exists()
     grain = EMGrain.from_pretrained(run / "grain") if has_grain else None
     pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
     save_model(pipeline, out / "pipeline")
@@ -95,7 +103,8 @@ def main():
         arguments.run, arguments.sigma_rel, arguments.out, arguments.num_images
     )
     print(
-        f"{arguments.out}/pipeline averages over sigma_rel {arguments.sigma_rel}; the snapshots meet its profile within {error:.2%}",
+        f"{arguments.out}/pipeline averages over sigma_rel {arguments.sigma_rel}; the snapshots "
+        f"meet its profile within {error:.2%}",
         file=sys.stderr,
     )
 

@@ -5,15 +5,18 @@ from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
 
 
 def paper() -> LDMConfig:
-    """The study's sizes: 256 x 256 tiles, f8 autoencoder (8192 codes, 4 channels), 32 x 32 x 4 latents, U-Net of width 256.
+    """The study's sizes: 256 x 256 tiles, f8 autoencoder, 32 x 32 x 4 latents, U-Net of width 256.
 
-    The study took a pretrained autoencoder; this trains one on the micrographs. What its text leaves open is read so: the
-    multipliers 1, 2, 2, 4, 4 give five levels; attention is on all but the finest and between the two paths; 8 heads are
-    counted at 512 channels (heads are 64 wide, so 1024 channels have 16). That makes 475 million parameters. The denoiser
-    sees five epochs of its 56,160 views, where the study calls it converged. Images are as they are decoded, without grain.
+    The autoencoder has 8192 codes of 4 channels. The study used a pretrained one; this preset
+    trains one on the micrographs. Where the study's text is open, the preset chooses: the
+    multipliers 1, 2, 2, 4, 4 give five levels; all levels but the finest have attention, and so has
+    the middle; 8 heads are counted at 512 channels (heads are 64 wide, so 1024 channels have 16).
+    This gives 475 million parameters. The denoiser sees five epochs of its 56,160 views, after
+    which the study calls it converged. Images get no grain.
 
-    Hardware: one GPU of 40 GB or more. Hours: about 6 for the autoencoder and 1 for the denoiser on one H100 (an
-    estimate from the number of operations, not measured). Score to expect: not measured; the study's FID is 36.1.
+    Hardware: one GPU of 40 GB or more. Hours: about 6 for the autoencoder and 1 for the denoiser on
+    one H100 (an estimate from the number of operations, not measured). Score to expect: not
+    measured; the study's FID is 36.1.
     """
     return LDMConfig(
         out="runs/ldm-paper",
@@ -47,10 +50,11 @@ def paper() -> LDMConfig:
 
 
 def small() -> LDMConfig:
-    """256 x 256 tiles for one consumer GPU: narrower f8 autoencoder and a four-level U-Net of width 128.
+    """256 x 256 tiles for one consumer GPU: narrow f8 autoencoder, four-level U-Net of width 128.
 
-    Hardware: one GPU of 12 GB. Hours: about 8 for the autoencoder and 6 for the denoiser on a card of the size of an RTX
-    3060 (an estimate from the number of operations, not measured). Score to expect: not measured.
+    Hardware: one GPU of 12 GB. Hours: about 8 for the autoencoder and 6 for the denoiser on a card
+    like an RTX 3060 (an estimate from the number of operations, not measured). Score to expect: not
+    measured.
     """
     return LDMConfig(
         out="runs/ldm-small",
@@ -81,12 +85,15 @@ def small() -> LDMConfig:
 
 
 def base() -> LDMConfig:
-    """256 x 256 tiles for one GPU of 24 GB: the f8 autoencoder of `paper` and a four-level U-Net of width 192, 201 million parameters.
+    """256 x 256 tiles for one GPU of 24 GB: the autoencoder of `paper`, four-level U-Net of width
+    192.
 
-    The denoiser predicts velocity, trains the middle timesteps more often, keeps the best weights by the distance to held-out
-    tiles, and stores what `python -m em_diffusion.posthoc_ema` needs. It can be made longer at any time.
+    The U-Net has 201 million parameters. It predicts velocity and trains the middle timesteps more
+    often. The run keeps the weights that come nearest to held-out tiles, stores what `python -m
+    em_diffusion.posthoc_ema` needs, and can be lengthened at any time.
 
-    Hardware: one GPU of 24 GB; a batch that does not fit is computed in parts. Hours: not measured. Score to expect: not measured.
+    Hardware: one GPU of 24 GB; a batch that does not fit is computed in parts. Hours: not measured.
+    Score to expect: not measured.
     """
     return LDMConfig(
         out="runs/ldm-base",
@@ -113,14 +120,16 @@ def base() -> LDMConfig:
 
 
 def demo() -> LDMConfig:
-    """The embedded micrographs at 64 x 64 with an f8 autoencoder and 8 x 8 x 8 latents: the whole road in minutes.
+    """The embedded micrographs at 64 x 64 with 8 x 8 x 8 latents: a whole run in minutes.
 
-    A third of the micrographs is held out, so that a distance over 1,000 images has as many real tiles to compare with.
-    The denoiser predicts velocity and trains the middle timesteps more often: with noise prediction and uniform timesteps,
-    the study's way and that of `paper`, minutes on a CPU do not suffice for loops. The default sampler draws fresh noise in
-    each step, which mends what an unfinished denoiser gets wrong in the step before: rings close.
+    A third of the micrographs is held out, so that there are enough real tiles to compare 1,000
+    images with. The denoiser predicts velocity and trains the middle timesteps more often: with
+    noise prediction and uniform timesteps, as in the study and in `paper`, minutes on a CPU are too
+    short to learn dislocation loops. The default sampler draws fresh noise in each step, which
+    corrects
+    errors of a short training in the step before: rings close.
 
-    Hardware: one or two CPU cores. Time: what README.md shows. Score to expect: there, too.
+    Hardware: one or two CPU cores. Time: see README.md. Score to expect: see README.md.
     """
     return LDMConfig(
         data="synthetic",
@@ -171,7 +180,7 @@ def demo() -> LDMConfig:
 
 
 def test() -> LDMConfig:
-    """The smallest whole run, to see that the road holds; its images mean nothing.
+    """The smallest whole run, to test that everything works; its images mean nothing.
 
     Hardware: one CPU core. Time: seconds. Score to expect: none.
     """

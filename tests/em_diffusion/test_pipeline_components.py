@@ -152,7 +152,7 @@ def test_a_kl_autoencoder_without_statistics_is_scaled_and_shifted(own, kl):
 def test_colour_autoencoders_are_refused_with_the_way_out(own):
     torch.manual_seed(0)
     own.vqvae = AutoencoderKL(latent_channels=4, block_out_channels=(32,))
-    with pytest.raises(ValueError, match="3 channels, a micrograph has one"):
+    with pytest.raises(ValueError, match="3 channels, not to one"):
         own.decode(torch.zeros(1, 4, 8, 8))
 
 
