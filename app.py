@@ -1,10 +1,11 @@
-"""A demo in the browser: an LDM and a StyleGAN side by side, their images and walks, and the files to keep.
+"""A demo in the browser: models side by side, their images and walks, and files to download.
 
-python app.py --ldm runs/demo/ldm --stylegan runs/demo/stylegan2
-EM_LDM="you/em-ldm" EM_STYLEGAN="you/em-gan" python app.py          (a Space sets such variables)
+python app.py --models runs/demo/ldm runs/demo/stylegan2
+EM_MODELS="you/em-ldm you/em-gan" python app.py          (a Space sets such a variable)
 """
 
 import argparse
+import inspect
 import os
 import tempfile
 import time
@@ -15,173 +16,218 @@ from em_training.cli import run_command
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 BUTTONS = ["download", "fullscreen"]  # of a picture: without gradio's "share", which uploads it
 CSS = ".picture img {image-rendering: pixelated}"
+INTRODUCTION = """# EM Synthesis
+Images drawn by models that learned from electron micrographs. They show no real specimen.
+"""
+COMPARISON = """The seed is each model's own starting point: the same seed gives the same images \
+again, but the images of two models with one seed have nothing in common."""
 
 
 def import_gradio():
     try:
         import gradio
     except ImportError as error:
-        raise ValueError("the demo needs gradio: pip install 'em-synthesis[demo]'") from error
+        raise ValueError("The demo needs gradio: pip install 'em-synthesis[demo]'") from error
     return gradio
 
 
-def build_interface(ldms, stylegans, out):
-    """Build the page, a `gradio.Blocks`: `launch()` opens it.
+def build_interface(models, out, real=None):
+    """Build the page, a `gradio.Blocks`; `launch()` opens it.
 
-    ldms, stylegans: lists of `DemoModel` to choose from, one of the two may be empty. out: a folder for pictures and downloads.
+    models: `DemoModel`s; those of one family share a column. out: a folder for pictures and
+    downloads. real: a `Drawing` of real micrographs to show beside, or None.
     """
     gr = import_gradio()
+    families = list({id(each.model.family): each.model.family for each in models}.values())
     with gr.Blocks(
         title="EM Synthesis", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
-        gr.Markdown("# EM Synthesis\nImages that models have drawn, none of a real specimen.")
+        gr.Markdown(INTRODUCTION)
         with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-            num_images = gr.Slider(1, demo.MAX_IMAGES, 4, step=1, label="Images")
+            # a text field: a number field would turn an empty one into 0 and round 1.5
+            seed = gr.Textbox("0", label="Seed", info="A whole number from 0 on.", elem_id="seed")
+            count = gr.Slider(1, demo.MAX_IMAGES, 4, step=1, label="Images")
             frames = gr.Slider(
-                2, demo.MAX_FRAMES // demo.NUM_KEYS, 8, step=1, label="Frames of a walk, per image"
+                2,
+                demo.MAX_FRAMES // demo.WALK_KEYS,
+                8,
+                step=1,
+                label="Frames of a walk per image",
+                info=f"A walk passes images 0 to {demo.WALK_KEYS - 1} of the seed and returns.",
             )
             format = gr.Radio(
                 list(demo.FORMATS), value="8-bit PNG", label="Download as", elem_id="format"
             )
-        compare = gr.Button("Compare: both of this seed", variant="primary", elem_id="compare")
-        shared = (seed, num_images, frames, format)
+        shared = {"seed": seed, "num_images": count, "frames_per_image": frames, "format": format}
+        compare = gr.Button("Generate with every model", variant="primary", elem_id="compare")
+        if len(families) > 1:
+            gr.Markdown(COMPARISON)
+        compare.visible = len(families) > 1
         with gr.Row():
+            if real is not None:
+                _add_real_images(gr, real, out)
             columns = [
-                make(gr, models, shared, out)
-                for make, models in ((_add_ldm, ldms), (_add_stylegan, stylegans))
-                if models
+                _add_family(
+                    gr, [each for each in models if each.model.family is family], shared, out
+                )
+                for family in families
             ]
-        for draw, inputs, outputs in columns:
-            compare.click(draw, inputs, outputs)
-        if len(columns) < 2:
-            compare.visible = False
+        for show, inputs, outputs in columns:
+            compare.click(show, inputs, outputs, api_visibility="private")
     return page
 
 
-def _add_ldm(gr, models, shared, out):
+def _add_real_images(gr, real, out):
+    path = demo.make_result_folder(out, "real") / "images.png"
+    demo.save_grid_with_scale_bar(real, path)
+    with gr.Column():
+        gr.Markdown("### Real micrographs")
+        _add_picture(gr, "Held-out tiles", "real-picture", str(path))
+        gr.Markdown(real.describe())
+
+
+def _add_family(gr, models, shared, out):
+    """Add a column; return (function, inputs, outputs) of its drawing, for the comparison."""
+    family = models[0].model.family
     by_source = {model.source: model for model in models}
     with gr.Column():
-        choice = gr.Dropdown(list(by_source), value=models[0].source, label="LDM")
-        sampler = gr.Dropdown(
-            models[0].list_samplers(), value=demo.SAVED_SAMPLER, label="Sampler", elem_id="sampler"
+        gr.Markdown(f"### {models[0].model.title}")
+        choice = gr.Dropdown(list(by_source), value=models[0].source, label="Model")
+        controls = models[0].controls
+        inputs = {control.name: _make_input(gr, control) for control in controls}
+        _connect_controls(choice, by_source, inputs)
+        return _add_results(gr, family, by_source, choice, inputs, shared, out)
+
+
+def _make_input(gr, control):
+    options = {"label": control.label, "info": control.help or None, "elem_id": control.name}
+    if control.kind == "slider":
+        return gr.Slider(
+            control.minimum, control.maximum, control.value, step=control.step, **options
         )
-        steps = gr.Slider(
-            1,
-            max(demo.MAX_STEPS, *(each.num_steps for each in models)),
-            models[0].num_steps,
-            step=1,
-            label="Steps",
-        )
-
-        def adapt(source):
-            model = by_source[source]
-            return gr.Dropdown(model.list_samplers(), value=demo.SAVED_SAMPLER), gr.Slider(
-                value=model.num_steps
-            )
-
-        def draw(seed, num_images, source, sampler, steps, progress):
-            return demo.draw_ldm_images(
-                by_source[source], int(seed), int(num_images), sampler, int(steps), progress
-            )
-
-        def walk(seed, frames, source, sampler, steps, progress):
-            return demo.walk_ldm(
-                by_source[source], int(seed), int(frames), sampler, int(steps), progress
-            )
-
-        choice.change(adapt, choice, [sampler, steps])
-        return _add_results(gr, "ldm", draw, walk, [choice, sampler, steps], shared, out)
+    if control.kind == "integer":
+        return gr.Textbox("" if control.value is None else str(control.value), **options)
+    choices = list(control.choices)
+    if len(choices) <= 4:
+        return gr.Radio(choices, value=control.value, **options)
+    return gr.Dropdown(choices, value=control.value, **options)
 
 
-def _add_stylegan(gr, models, shared, out):
-    by_source = {model.source: model for model in models}
-    with gr.Column():
-        choice = gr.Dropdown(list(by_source), value=models[0].source, label="StyleGAN")
-        psi = gr.Slider(0, 1.5, 1, step=0.05, label="Truncation (1: the whole distribution)")
-        with gr.Row():
-            mix_seed = gr.Textbox(
-                "", label="Seed of a second style (empty: none)", elem_id="mix-seed"
-            )
-            mix_layers = gr.Radio(
-                list(demo.MIX_LAYERS), value="coarse", label="Layers that take it"
-            )
+def _connect_controls(choice, by_source, inputs):
+    """Let another model reset the controls, and a control set those that depend on it."""
 
-        def draw(seed, num_images, source, psi, mix_seed, mix_layers, progress):
-            second = demo.read_optional_seed(mix_seed)
-            return demo.draw_stylegan_images(
-                by_source[source], int(seed), int(num_images), psi, second, mix_layers
-            )
+    def reset(source):
+        controls = {control.name: control for control in by_source[source].controls}
+        updates = []
+        for name, component in inputs.items():
+            control = controls[name]
+            update = {"value": "" if control.value is None else control.value}
+            if control.kind == "choice":
+                update["choices"] = list(control.choices)
+            elif control.kind == "slider":
+                update["maximum"] = control.maximum
+            updates.append(type(component)(**update))
+        return updates
 
-        def walk(seed, frames, source, psi, mix_seed, mix_layers, progress):
-            return demo.walk_stylegan(by_source[source], int(seed), int(frames), psi, progress)
+    choice.change(reset, choice, list(inputs.values()), api_visibility="private")
+    for control in next(iter(by_source.values())).controls:
+        targets = sorted({name for values in control.sets.values() for name in values})
+        if not targets:
+            continue
 
-        return _add_results(
-            gr, "stylegan", draw, walk, [choice, psi, mix_seed, mix_layers], shared, out
+        def follow(source, value, name=control.name, targets=targets):
+            found = next(each for each in by_source[source].controls if each.name == name)
+            values = [found.sets.get(value, {}).get(target) for target in targets]
+            return values[0] if len(values) == 1 else values
+
+        inputs[control.name].input(
+            follow,
+            [choice, inputs[control.name]],
+            [inputs[target] for target in targets],
+            api_visibility="private",
         )
 
 
-def _add_results(gr, name, draw, walk, settings, shared, out):
-    """Add buttons, pictures and the download of a model; return (function, inputs, outputs) of its drawing, for the comparison."""
-    seed, num_images, frames, format = shared
+def _add_results(gr, family, by_source, choice, inputs, shared, out):
+    """Add buttons, pictures and the download of one family."""
+    name = family.name
     with gr.Row():
         generate = gr.Button("Generate", elem_id=f"{name}-generate")
-        wander = gr.Button("Latent walk", elem_id=f"{name}-walk")
-    picture = gr.Image(
-        label="Images",
-        type="filepath",
-        format="png",
-        elem_classes="picture",
-        elem_id=f"{name}-picture",
-        buttons=BUTTONS,
-    )
+        wander = gr.Button("Latent walk", elem_id=f"{name}-walk", visible=family.walk is not None)
+    picture = _add_picture(gr, "Images", f"{name}-picture")
     caption = gr.Markdown(elem_id=f"{name}-caption")
     download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}-download")
-    film = gr.Image(
-        label="Walk (GIF)",
-        type="filepath",
-        elem_classes="picture",
-        elem_id=f"{name}-film",
-        buttons=BUTTONS,
-    )
+    film = _add_picture(gr, "Walk (GIF)", f"{name}-film", visible=family.walk is not None)
+    if family.walk is not None:
+        gr.Markdown(family.walk_help)
     drawn = gr.State()
 
     def offer(drawing, format):
         if drawing is None:
             return gr.DownloadButton(interactive=False)
         folder = demo.make_result_folder(out, time.time_ns(), name, "download")
-        return gr.DownloadButton(
-            value=str(demo.save_download(drawing, folder, format)), interactive=True
-        )
+        path = demo.save_download(drawing, folder, format)
+        return gr.DownloadButton(value=str(path), interactive=True)
 
-    def show(seed, num_images, format, *values, progress=gr.Progress()):  # noqa: B008 (gradio finds it there)
-        with _errors(gr):
+    def show(seed, num_images, format, source, *values):
+        *values, progress = values
+        with _Errors(gr):
             began = time.monotonic()
-            drawing = draw(seed, num_images, *values, progress)
+            settings = dict(zip(inputs, values, strict=True))
+            drawing = demo.draw(
+                by_source[source], demo.read_seed(seed), int(num_images), settings, progress
+            )
             seconds = time.monotonic() - began
             path = demo.make_result_folder(out, time.time_ns(), name) / "images.png"
             demo.save_grid_with_scale_bar(drawing, path)
-            return (
-                str(path),
-                f"{drawing.describe()}; {seconds:.1f} s",
-                drawing,
-                offer(drawing, format),
+            text = f"{drawing.describe()}; {seconds:.1f} s"
+            return str(path), text, drawing, offer(drawing, format)
+
+    def show_walk(seed, frames_per_image, source, *values):
+        *values, progress = values
+        with _Errors(gr):
+            settings = dict(zip(inputs, values, strict=True))
+            drawing = demo.walk(
+                by_source[source], demo.read_seed(seed), int(frames_per_image), settings, progress
             )
-
-    def show_walk(seed, frames, *values, progress=gr.Progress()):  # noqa: B008
-        with _errors(gr):
             path = demo.make_result_folder(out, time.time_ns(), name, "walk") / "walk.gif"
-            return str(demo.save_walk(walk(seed, frames, *values, progress), path))
+            return str(demo.save_walk(drawing, path))
 
-    inputs, outputs = [seed, num_images, format, *settings], [picture, caption, drawn, download]
-    generate.click(show, inputs, outputs)
-    wander.click(show_walk, [seed, frames, *settings], film)
-    format.change(offer, [drawn, format], download)
-    return show, inputs, outputs
+    _sign(gr, show, ["seed", "num_images", "format", "model", *inputs])
+    _sign(gr, show_walk, ["seed", "frames_per_image", "model", *inputs])
+    own = [choice, *inputs.values()]
+    sources = [shared[key] for key in ("seed", "num_images", "format")] + own
+    outputs = [picture, caption, drawn, download]
+    generate.click(show, sources, outputs, api_name=f"{name}_generate")
+    if family.walk is not None:
+        walk_sources = [shared["seed"], shared["frames_per_image"], *own]
+        wander.click(show_walk, walk_sources, film, api_name=f"{name}_walk")
+    shared["format"].change(offer, [drawn, shared["format"]], download, api_visibility="private")
+    return show, sources, outputs
 
 
-class _errors:
-    """A mistake of the visitor's becomes a message on the page."""
+def _add_picture(gr, label, elem_id, value=None, visible=True):
+    return gr.Image(
+        value,
+        label=label,
+        type="filepath",
+        elem_classes="picture",
+        elem_id=elem_id,
+        buttons=BUTTONS,
+        visible=visible,
+    )
+
+
+def _sign(gr, function, names):
+    """Give a function of any number of values named parameters, which the API then shows."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))
+    function.__signature__ = inspect.Signature(parameters)
+
+
+class _Errors:
+    """Turns a visitor's mistake into a message on the page."""
 
     def __init__(self, gr):
         self.gr = gr
@@ -198,27 +244,27 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for family in ("ldm", "stylegan"):
-        variable = f"EM_{family.upper()}"
-        given = os.environ.get(variable, "").split()
-        text = f"runs' folders or Hub ids (owner/name@revision) to choose from; default: the variable {variable}"
-        parser.add_argument(f"--{family}", nargs="+", default=given, metavar="MODEL", help=text)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=os.environ.get("EM_MODELS", "").split(),
+        metavar="MODEL",
+        help="runs' folders or Hub ids (owner/name@revision); default: the variable EM_MODELS",
+    )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     arguments = parser.parse_args(argv)
-    if not arguments.ldm and not arguments.stylegan:
-        raise ValueError(
-            "the demo needs a model: --ldm MODEL, --stylegan MODEL, or the variables EM_LDM and EM_STYLEGAN"
-        )
+    if not arguments.models:
+        raise ValueError("The demo needs a model: use --models MODEL ..., or set EM_MODELS.")
     return arguments
 
 
 def main():
     arguments = parse_arguments()
     import_gradio()  # before the models are loaded
-    ldms = [demo.load_demo_model(source, "ldm") for source in arguments.ldm]
-    stylegans = [demo.load_demo_model(source, "stylegan") for source in arguments.stylegan]
+    models = [demo.load_demo_model(source) for source in arguments.models]
+    real = next(filter(None, (demo.load_real_images(each.model) for each in models)), None)
     with tempfile.TemporaryDirectory(prefix="em-demo-") as out:
-        build_interface(ldms, stylegans, out).launch(server_port=arguments.port, css=CSS)
+        build_interface(models, out, real).launch(server_port=arguments.port, css=CSS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""How fast the evaluation is: the Frechet distance against scipy's matrix root, Inception's features against pytorch-fid's loop.
+"""How fast the evaluation is: the Frechet distance, and Inception's features.
 
-python benchmarks/evaluation.py                      # 2048 dimensions and 2,000 tiles: an hour on 2 slow cores, for the baselines
-python benchmarks/evaluation.py --num-tiles 100      # fewer tiles
+    python benchmarks/evaluation.py                      # an hour on 2 slow cores
+    python benchmarks/evaluation.py --num-tiles 100      # fewer tiles
 
-One JSON line a figure, each with the ratio to a baseline of the same run (how many times as fast ours is), on the same weights
-(random, made on the spot, batch norms set by one pass over the first tiles) and the same files. The plain loop is pytorch-fid's:
-PNG files through PIL and a DataLoader in batches of 50, three channels, float32, the network as published (clean-fid's copy of it).
+The distance is timed against scipy's matrix root at 2048 dimensions, the features against
+pytorch-fid's loop: PNG files through PIL and a DataLoader in batches of 50, three channels,
+float32, the network as published (clean-fid's copy). Both sides have the same files and the same
+weights: random ones, with batch norms set by one pass over the first tiles. It prints one JSON
+line per figure, with the ratio to the baseline of the same run (how many times as fast ours is).
 
-On one thread (--threads 1) seconds are the process's own, which other programs do not disturb; otherwise they are the wall's.
+On one thread (--threads 1) seconds are the process's own, which other programs do not disturb;
+otherwise they are wall time.
 """
 
 import argparse
@@ -52,7 +55,7 @@ def main():
 
 
 def time_distance(dimensions, seed=0) -> dict:
-    """Time the distance of features against means, covariances and scipy's sqrtm, as pytorch-fid has it."""
+    """Time the distance against pytorch-fid's tr (S_a S_b)^(1/2) by scipy's sqrtm."""
     rng = np.random.default_rng(seed)
     decay = np.exp(-np.arange(dimensions) / dimensions * 6)  # a spectrum like that of features
     a, b = (
@@ -80,7 +83,7 @@ def time_distance(dimensions, seed=0) -> dict:
 
 
 def time_features(num_tiles, batch_size) -> dict:
-    """Time Inception's features of PNG files against the plain loop, and compare the Frechet distances of both."""
+    """Time Inception's features of PNG files against the plain loop, and compare both distances."""
     with tempfile.TemporaryDirectory() as folder:
         files, weights = write_tiles(Path(folder), num_tiles), make_weights(Path(folder))
         plain_network = load_pytorch_inception(weights).eval()
@@ -99,7 +102,7 @@ def time_features(num_tiles, batch_size) -> dict:
         "ours": round(len(files) / fast_seconds, 4),
         "baseline": round(len(files) / plain_seconds, 4),
         "ratio": round(plain_seconds / fast_seconds, 2),
-        "baseline_is": "PNG through PIL and a DataLoader, three channels, float32, the network as published",
+        "baseline_is": "PNG by PIL and a DataLoader, three channels, float32, network as published",
         "num_tiles": len(files),
         "batch_size": batch_size,
         "relative_difference_of_distance": float(abs(distances[0] - distances[1]) / distances[1]),
@@ -108,7 +111,7 @@ def time_features(num_tiles, batch_size) -> dict:
 
 
 def write_tiles(folder, num_tiles):
-    """Write `num_tiles` views of the embedded micrographs' tiles as 8-bit PNG; return their paths in order."""
+    """Write views of the embedded micrographs' tiles as 8-bit PNG; return their paths in order."""
     data = load_data("synthetic", DataConfig(resolution=64), log=lambda text: None)
     tiles = folder / "tiles"
     tiles.mkdir()
@@ -120,7 +123,7 @@ def write_tiles(folder, num_tiles):
 
 
 def make_weights(folder):
-    """Write a random Inception-v3 whose batch norms hold the statistics of noise, so that features neither vanish nor burst."""
+    """Write a random Inception-v3 with batch norms set by noise, so that features stay finite."""
     from torchvision.models import inception_v3
 
     torch.manual_seed(0)
@@ -163,7 +166,7 @@ class _Files(torch.utils.data.Dataset):
 
 
 def run_plain(network, paths, batch_size):
-    """Compute features as pytorch-fid's loop does."""
+    """Compute features as pytorch-fid does."""
     loader = torch.utils.data.DataLoader(_Files(paths), batch_size=batch_size, num_workers=0)
     features = []
     with torch.no_grad():

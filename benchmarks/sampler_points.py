@@ -1,4 +1,4 @@
-"""Samplers as points: how far from the held-out micrographs, how many images a second, and which is the default by that."""
+"""A sampler as a point: its distance to held-out micrographs and its images/s."""
 
 import time
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Reference:
     data: str
 
     def measure(self, images):
-        """The Frechet distance of images, uint8 [N, 1, H, W], with the influence of each."""
+        """Return the Frechet distance of images uint8 [N, 1, H, W], with the influence of each."""
         return frechet_influence(self.extract(images), self.features)
 
     def extract(self, images):
@@ -42,14 +42,14 @@ class Reference:
         return bootstrap_interval(distance, groups_b=self.groups)
 
     def difference(self, first, second) -> Interval:
-        """The interval of a difference of two distances of images that began with the same noise."""
+        """Return the interval of the difference of two distances of images from the same noise."""
         return difference_interval(first, second, groups_reference=self.groups, paired=True)
 
 
 def load_reference(
     model: str, num_images: int, *, data=None, tiles=(), seed=0, device="cpu", log=print
 ) -> Reference:
-    """Read the held-out tiles that `model` is judged by, at most `num_images`; errors as in evaluate.py."""
+    """Read at most `num_images` held-out tiles of a model's data; errors as in evaluate.py."""
     models = name_candidates((model,))
     source, tiling = find_data(
         EvaluationConfig(models=(model,), data=data, tiles=tuple(tiles)), models
@@ -64,7 +64,7 @@ def load_reference(
 
 
 def sample_levels(drawer, num_images: int, batch_size: int, clock=None) -> tuple[np.ndarray, float]:
-    """Make images 0 .. num_images - 1 by the road of generate.py, without the disk: (uint8 [N, 1, H, W], seconds by `clock`)."""
+    """Draw images as generate.py does, without writing; return (uint8 [N, 1, H, W], seconds)."""
     clock = clock or choose_clock(drawer.pipeline.device)
     levels: dict[int, np.ndarray] = {}
 
@@ -78,7 +78,7 @@ def sample_levels(drawer, num_images: int, batch_size: int, clock=None) -> tuple
 
 
 def choose_clock(device):
-    """The clock for one thread of a CPU that others use, too: seconds of computing, which are those on a quiet machine."""
+    """Return the clock: on one thread of a CPU, the process's own time, else wall time."""
     return (
         time.process_time
         if torch.device(device).type == "cpu" and torch.get_num_threads() == 1
@@ -87,6 +87,8 @@ def choose_clock(device):
 
 
 def is_as_good(difference: Interval, reference: Interval) -> bool:
-    """Say whether a distance equals the reference's within its interval: the difference, with its own uncertainty, is no more than
-    the reference's distance is uncertain upwards."""
+    """Return whether a point is as good as the reference.
+
+    The difference, at its upper end, is at most what the reference is uncertain upwards.
+    """
     return difference.high <= reference.high - reference.value

@@ -1,16 +1,19 @@
-"""Which sampler, and how many steps: distance to the held-out micrographs against steps against images/s.
+"""Which sampler, and how many steps: distance to held-out tiles against steps and images/s.
 
     python benchmarks/sampler_sweep.py --model RUN [--write]
 
-Every point draws the same images (the same seeds, the same noise) as the reference, DDIM with 200 steps (flow matching: Euler with 200),
-so that differences are sharper than the distances themselves. One JSON line a point; sampler_sweep.json and sampler_sweep.png in --out.
-The rule: the default is the fastest point whose distance equals the reference's within its interval, that is, the upper end of the
-95 % interval of their difference is no more than the reference's own interval reaches upwards; of points within a tenth of its speed,
-which are one by the precision of a clock, the nearest. --write stores it in the run's pipeline
-as the scheduler and default_num_inference_steps that every call uses.
+Every point draws the same images (same seeds, same noise) as the reference, so that differences
+are sharper than the distances themselves. The reference is DDIM with 200 steps, or Euler with 200
+for flow matching. It prints one JSON line per point and writes sampler_sweep.json and
+sampler_sweep.png to --out. What was measured is kept there and not measured again.
 
-On a CPU, run it with one thread (the default): then images/s are those of one core's own time, which other programs do not disturb.
-What was measured is kept in --out and not measured again.
+The default is chosen by a rule. A point is as good as the reference if the upper end of the 95 %
+interval of their difference is at most the upward half-width of the reference's own interval. Of
+these points, the fastest counts; of those within a tenth of its speed, the nearest. --write stores
+it in the run's pipeline as the scheduler and default_num_inference_steps.
+
+On a CPU, use one thread (the default): seconds are then the process's own, which other programs do
+not disturb.
 """
 
 import json
@@ -51,25 +54,26 @@ COLOURS = (
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Measure samplers and steps on one trained latent diffusion model, and name the default by the rule."""
+    """Measure samplers and steps on one model, and choose the default by the rule."""
 
     model: str
-    """A run's folder; its own micrographs are the reference."""
+    """A run's folder. Its own micrographs are the reference."""
     out: str | None = None
-    """Folder for the results; left out, MODEL/sampler_sweep."""
+    """Folder for the results. Default: MODEL/sampler_sweep."""
     num_images: int = 1000
-    """Images of each point and of the reference."""
+    """Images per point and of the reference."""
     samplers: tuple[str, ...] = ()
-    """Which; left out, all that suit the model but ddpm and euler, which want many steps."""
+    """Samplers to measure. Default: all that suit the model except ddpm and euler, which need many
+    steps."""
     steps: tuple[int, ...] = (4, 5, 6, 8, 10, 15, 20, 50)
-    """Denoising steps to try for each; Heun's call the U-Net twice in all steps but the last."""
+    """Denoising steps to try for each. Heun's methods call the U-Net twice in all but the last."""
     data: str | None = None
-    """Micrographs, where the model does not say what it was trained on."""
+    """Micrographs. Default: those that the model was trained on."""
     seed: int = 0
     batch_size: int = 50
     precision: str = "auto"
     threads: int = 1
-    """Of the CPU."""
+    """Threads of the CPU."""
     write: bool = False
     """Store the chosen sampler and steps in the model's pipeline."""
 
@@ -85,7 +89,7 @@ def sweep(config: SweepConfig) -> dict:
         raise ValueError("the sweep compares times, so it runs in one process")
     if config.write and find_pipeline_folder(config.model) is None:
         raise ValueError(
-            f"--write stores into a folder on this machine, and {config.model} is a Hub id; download it first"
+            f"--write needs a local folder, but {config.model} is a Hub id. Download it first."
         )
     torch.set_num_threads(config.threads)
     out = Path(config.out) if config.out else Path(config.model) / "sampler_sweep"
@@ -136,8 +140,9 @@ def sweep(config: SweepConfig) -> dict:
     )
     result = {
         "reference": f"{first[0]} with {first[1]} steps",
-        "rule": "the fastest whose distance equals the reference's within its interval: upper end of the 95 % interval of the paired "
-        "difference no more than the upward half-width of the reference's own interval; of points within a tenth of its speed, the nearest",
+        "rule": "the fastest point as good as the reference: upper end of the 95 % interval of the "
+        "paired difference at most the upward half-width of the reference's interval; of points "
+        "within a tenth of its speed, the nearest",
         "chosen": {key: chosen[key] for key in ("sampler", "num_inference_steps")},
         "num_images": reference.num_images,
         "data": reference.data,
@@ -150,8 +155,9 @@ def sweep(config: SweepConfig) -> dict:
     write_atomically(out / "sampler_sweep.json", json.dumps(result, indent=2) + "\n")
     draw(result, out / "sampler_sweep.png")
     print(
-        f"default by the rule: {chosen['sampler']} with {chosen['num_inference_steps']} steps, {chosen['times_reference']:g} times the "
-        f"images/s of {result['reference']}; {out / 'sampler_sweep.png'}"
+        f"default by the rule: {chosen['sampler']} with {chosen['num_inference_steps']} steps, "
+        f"{chosen['times_reference']:g} times the images/s of {result['reference']}; "
+        f"{out / 'sampler_sweep.png'}"
     )
     if config.write:
         folder = find_pipeline_folder(config.model)
@@ -161,7 +167,7 @@ def sweep(config: SweepConfig) -> dict:
 
 
 def list_points(config: SweepConfig, scheduler, first) -> list[tuple[str, int]]:
-    """(sampler, steps) to measure beside the reference."""
+    """Return the (sampler, steps) to measure beside the reference."""
     suitable = list_samplers(scheduler)
     names = config.samplers or tuple(name for name in suitable if name not in ("ddpm", "euler"))
     for name in names:
@@ -172,12 +178,12 @@ def list_points(config: SweepConfig, scheduler, first) -> list[tuple[str, int]]:
 
 
 def count_evaluations(name: str, num_steps: int) -> int:
-    """How often the U-Net is called: Heun's last step is one of Euler's."""
+    """Return how often the U-Net is called: Heun's last step is one of Euler's."""
     return num_steps if SAMPLERS[name].evaluations_per_step == 1 else 2 * num_steps - 1
 
 
 def measure(pipeline, name, num_steps, config: SweepConfig, num_images: int, out: Path, key):
-    """(images uint8 [N, 1, H, W], seconds) of one point, read where an earlier sweep has left them."""
+    """Return (images uint8 [N, 1, H, W], seconds) of one point, stored or measured now."""
     key = json.dumps([*key, name, num_steps])
     path = out / "points" / f"{name}-{num_steps}.npz"
     if path.exists():
@@ -199,7 +205,7 @@ def measure(pipeline, name, num_steps, config: SweepConfig, num_images: int, out
 
 
 def choose(points: list[dict]) -> dict:
-    """The fastest point that is as good as the first, the reference; of those within a tenth of its speed, the nearest."""
+    """Return the point that the rule in the module's docstring chooses."""
     good = [point for point in points if point["as_good"]]
     fastest = max(point["images_per_second"] for point in good)
     quick = [point for point in good if point["images_per_second"] > 0.9 * fastest]
@@ -211,7 +217,7 @@ def rounded(interval) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Plot the distances with their intervals against U-Net evaluations and against images/s; the reference as a band."""
+    """Plot the distances against U-Net evaluations and images/s, with the reference as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -268,8 +274,8 @@ def draw(result: dict, path: Path) -> None:
     panels[0].set_ylabel(f"Frechet distance to held-out tiles ({result['num_images']:,} images)")
     panels[0].legend(fontsize=8)
     figure.suptitle(
-        f"band: {result['reference']} with its 95 % interval; ring: the default by the rule, {chosen['sampler']} with "
-        f"{chosen['num_inference_steps']} steps",
+        f"band: {result['reference']} with its 95 % interval; ring: the default by the rule, "
+        f"{chosen['sampler']} with {chosen['num_inference_steps']} steps",
         fontsize=10,
     )
     figure.savefig(path, format="png")

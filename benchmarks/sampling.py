@@ -1,15 +1,18 @@
-"""Our sampling against stock diffusers: `LDMPipeline` with DDIM in 200 steps, float32, the same weights, the same noise.
+"""Our sampling against stock diffusers: `LDMPipeline` with DDIM in 200 steps, float32.
 
     python benchmarks/sampling.py --model RUN
 
-One JSON line a figure, each a ratio against the baseline timed in the same run. Both make the same images from the same noise in
-batches of one size, by turns, so that a machine whose speed drifts is fair to both: on one thread in its own CPU time, which other
-programs do not disturb; on all cores in wall time, where ours runs as one process a core, as generate.py under torchrun. Ours is
-what generate.py does with the sampler and the steps that the pipeline has as its default, decoding included. The distances to
-held-out tiles come with intervals, and so does their difference, paired by the noise.
+Both draw the same images from the same noise, with the same weights and batch size. Ours is what
+generate.py does with the pipeline's default sampler and steps, decoding included. It prints one
+JSON line per figure, with the ratio to the baseline timed in the same run.
 
-Without --model a small model is trained first (runs/benchmark, kept): its images are poor, the times and the equality are real.
-About 6 minutes on 2 cores.
+Batches of the two alternate, so that changes of the machine's speed affect both. On one thread,
+seconds are the process's own, which other programs do not disturb. On all cores they are wall
+time, where ours runs as one process per core, as generate.py under torchrun. Distances to held-out
+tiles have intervals, and so has their difference, paired by the noise.
+
+Without --model, a small model is trained first and kept in runs/benchmark. Its images are poor,
+but times and equality are real. This takes about 6 minutes on 2 cores.
 """
 
 import json
@@ -38,7 +41,10 @@ from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "diffusers LDMPipeline, DDIM with 200 steps, float32"
-GPU_COMMAND = "accelerate launch generate.py --model RUN_OF_PRESET_paper --num-images 50000 --format arrow --compile --out images"
+GPU_COMMAND = (
+    "accelerate launch generate.py --model RUN_OF_PRESET_paper --num-images 50000 --format arrow "
+    "--compile --out images"
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,14 @@ class BenchmarkConfig:
     """Time our sampling of images against stock diffusers, and compare the distances of both."""
 
     model: str | None = None
-    """A run of a latent diffusion model; left out, a small one is trained from the preset demo into runs/benchmark."""
+    """A run of a latent diffusion model. Default: a small one, trained into runs/benchmark."""
     num_images: int = 200
-    """Images of each for the distances and for the times on one thread."""
+    """Images of each side for the distances and for the times on one thread."""
     batch_size: int = 50
-    """Of both."""
+    """Of both sides."""
     num_baseline_steps: int = 200
     cores: int = os.cpu_count() or 1
-    """For the second figure; 1 leaves it out."""
+    """Cores of the second figure; 1 skips it."""
     seed: int = 0
 
 
@@ -62,7 +68,7 @@ def main():
 
 
 def benchmark(config: BenchmarkConfig) -> list[dict]:
-    """Measure, print a line a figure, and return the lines."""
+    """Measure, print one line per figure, and return the lines."""
     state = create_process_state()
     torch.set_num_threads(1)
     model = config.model or train_small_model()
@@ -130,13 +136,14 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
 
 
 def prepare(model: str, config: BenchmarkConfig, device):
-    """(our sampling, the stock pipeline) with weights of their own, since ours lays them out in another way."""
+    """Return (our drawer, the stock pipeline), with weights of their own."""
     from diffusers import LDMPipeline
 
     stock = load_pipeline(model, device=device)
     if is_flow(stock.scheduler):
         raise ValueError(
-            "stock LDMPipeline cannot sample a model of flow matching; give a run with another prediction_type"
+            "The stock LDMPipeline cannot sample a flow-matching model. Give a run with another "
+            "prediction_type."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated, and says so
@@ -150,7 +157,7 @@ def prepare(model: str, config: BenchmarkConfig, device):
 
 
 class ScaledAutoencoder(torch.nn.Module):
-    """The autoencoder as LDMPipeline wants it, which knows one `scaling_factor` only: latents are put into its scale before decoding."""
+    """The autoencoder as LDMPipeline wants it: latents are put into its scale before decoding."""
 
     def __init__(self, pipeline):
         super().__init__()
@@ -163,7 +170,7 @@ class ScaledAutoencoder(torch.nn.Module):
 
 
 def run_by_turns(drawer, baseline, config: BenchmarkConfig, num_images: int):
-    """(our images, the baseline's, uint8 [N, 1, H, W]; seconds [batches, 2]) of the same noise, batch after batch."""
+    """Return (our images, the baseline's, both uint8 [N, 1, H, W], seconds [batches, 2])."""
     clock = choose_clock(drawer.pipeline.device)
     ours, theirs, seconds = {}, [], []
 
@@ -194,7 +201,7 @@ def run_by_turns(drawer, baseline, config: BenchmarkConfig, num_images: int):
 
 
 def sample_stock(baseline, numbers, config: BenchmarkConfig, num_steps: int):
-    """The stock pipeline's images of these numbers, float32 [B, 1, H, W] in [-1, 1]."""
+    """Return the stock pipeline's images, float32 [B, 1, H, W] in [-1, 1]."""
     generators = [torch.Generator().manual_seed(seed_for(config.seed, i)) for i in numbers]
     images = baseline(
         len(numbers), generators, num_inference_steps=num_steps, output_type="np"
@@ -209,7 +216,7 @@ def to_levels(images):
 
 
 def run_on_cores(model: str, baseline, config: BenchmarkConfig) -> tuple[float, float]:
-    """Images per second of wall time on all cores: ours as one process a core, the baseline with as many threads."""
+    """Return images/s on all cores: ours with one process per core, the baseline with threads."""
     torch.set_num_threads(config.cores)
     numbers = list(range(config.batch_size))
     sample_stock(baseline, numbers, config, num_steps=2)
@@ -253,7 +260,7 @@ def latent_shape(unet) -> tuple[int, ...]:
 
 
 def train_small_model() -> str:
-    """Train the preset demo for a fraction of its length, with latents of 16 x 16 and three levels of U-Net; return its folder."""
+    """Train a short preset demo with latents of 16 x 16 and a 3-level U-Net; return its folder."""
     from em_diffusion import train_ldm
 
     preset = PRESETS["demo"]()

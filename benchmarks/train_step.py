@@ -1,20 +1,22 @@
-"""Seconds of a training step of the denoiser: ours, the plain loop's, and the bare pass of the network; all in one run.
+"""Seconds of a training step of the denoiser: ours, the plain loop's, and the network's alone.
 
-    python benchmarks/train_step.py [--preset small] [--resolution 256] [--base-channels 64] [--batch-size 8]
+    python benchmarks/train_step.py [--preset small] [--resolution 256] [--base-channels 64]
 
-Ours is `train_denoiser` itself, held between two steps: cached latents, channels-last, fused Adam, averaged weights, log.
-The plain loop (plain_loop.py) decodes PNG tiles and encodes them with the autoencoder in every step, in float32 and eager
-mode. The bare pass is forward and backward of the same network on a batch that lies ready, with and without the optimizer.
-U-Net, autoencoder and batch are the same on all sides; weights are random, which costs the same as trained ones.
+Ours is `train_denoiser` itself, held between two steps: cached latents, channels-last, fused Adam,
+averaged weights, log. The plain loop (plain_loop.py) decodes PNG tiles and encodes them with the
+autoencoder in every step, in float32 and eager mode. The bare pass is forward and backward of the
+same network on a batch in memory, with and without the optimizer. U-Net, autoencoder and batch are
+the same on all sides. Weights are random, which costs the same as trained ones.
 
-Rounds of all sides alternate after a warm-up, so that a busy machine slows all of them; medians count. What a run does now
-and then (validation, sample grids, checkpoints) is left out on both sides. One JSON line a figure: the ratio to the plain
-loop, the ratio to the bare pass, and the seconds of each part.
+After a warm-up, rounds of all sides alternate, so that a busy machine slows all of them. Medians
+count. Validation, sample grids and checkpoints count on neither side. It prints one JSON line per
+figure: the ratio to the plain loop, the ratio to the bare pass, and the seconds of each part.
 
-Caching saves the encoder's work, so the ratio to the plain loop hangs on how large the U-Net is against the encoder, and means
-nothing without it: `encoder_share` says what part of the plain step it is. By default the U-Net has half of the preset's width
-and one block a level, as its autoencoder has; --base-channels 0 --layers-per-block 0 takes the preset's own, for which the
-ratio is about 2 in float32 on a CPU.
+Caching saves the encoder's work, so the ratio to the plain loop depends on how large the U-Net is
+compared with the encoder: `encoder_share` is the encoder's part of the plain step. By default the
+U-Net has half of the preset's width and one block per level, as its autoencoder has.
+--base-channels 0 --layers-per-block 0 takes the preset's own; the ratio is then about 2 in float32
+on a CPU.
 """
 
 import argparse
@@ -46,10 +48,11 @@ NUM_VIEWS = 16  # latents to train on: their number changes no step's time
 
 
 class LoopInSteps:
-    """`train_denoiser`, or the loop of another `module`, as it is, held at the end of each step until it is let go on.
+    """`train_denoiser`, or another module's loop, unchanged, held at the end of each step.
 
-    `train()` calls it, in a thread of its own; only one of it and its caller runs at any time. What the loop does between
-    the ends of two steps is one step, nothing left out. Construction trains the first one.
+    `train()` calls the loop in a thread of its own, and only the loop or its caller runs at any
+    time. A step is all that the loop does between the ends of two steps. Construction trains the
+    first one.
     """
 
     def __init__(self, train, num_threads, module=denoiser_loop):
@@ -109,7 +112,7 @@ class StopLoop(Exception):
 
 
 class BarePass:
-    """Forward, backward and optimizer step of the network on a batch that lies ready; with each other part of our step."""
+    """The network's passes and step on a batch in memory, and each other part of our step."""
 
     def __init__(self, config, latents, accelerator):
         self.config, self.accelerator = config, accelerator
@@ -124,7 +127,7 @@ class BarePass:
         self.batch = next(self.batches)
 
     def step(self, lap):
-        """One pass; `lap(part)` after each part: first the bare ones, then what else our step has."""
+        """Do one step; `lap(part)` after each part: the bare ones first, then our others."""
         with self.accelerator.autocast():
             batch = (self.batch.images, self.batch.noise, self.batch.timesteps)
             loss = compute_denoising_loss(self.model, self.scheduler, *batch).mean()
@@ -154,7 +157,7 @@ class Laps:
 
 
 def make_clock(name, device):
-    """A function that gives seconds, after all that was queued on the device is done: of the wall, or of this process."""
+    """Return a clock in seconds, wall or process time, that waits for the device's queue."""
     read = {"wall": time.perf_counter, "cpu": time.process_time}[name]
 
     def clock():
@@ -282,7 +285,7 @@ def summarise(rounds, facts, batch_size):
         "ours": round(middle(ours), 4),
         "baseline": round(middle(bare), 4),
         **ratio(ours, bare),
-        "baseline_is": "forward, backward and optimizer step of the same network on a batch that lies ready",
+        "baseline_is": "forward, backward and optimizer step of the same network, batch in memory",
         "ratio_without_optimizer": ratio(ours, passes)["ratio"],
         **facts,
     }

@@ -1,28 +1,30 @@
-"""The distance reached on the same budget of training time: our denoiser stage against the plain loop.
+"""The distance reached in the same training time: our denoiser stage against the plain loop.
 
-    python benchmarks/training_budget.py --seconds 600 [--autoencoder RUN | --autoencoder-images 24000] [--out runs/training-budget]
+    python benchmarks/training_budget.py --seconds 600 [--autoencoder RUN] [--out FOLDER]
 
-Both train the U-Net of the preset `demo` on the embedded micrographs, for the same seconds, on latents of one
-autoencoder, which is trained once (or taken from --autoencoder) and counts for neither. Then both sample the same number of
-images by the same sampler, and the Frechet distance to held-out tiles is measured.
+Both train the U-Net of the preset `demo` on the embedded micrographs for the same seconds, on the
+latents of one autoencoder. It is trained once (--autoencoder-images), or taken from --autoencoder,
+and counts for neither side. Then both draw the same number of images by the same sampler, and the
+Frechet distance to held-out tiles is measured.
 
-Ours: `train_denoiser` with the preset's settings; the time to encode all views once is charged to its budget, and so are
-its log and its checkpoints. Its learning rate falls to zero at an end that is counted in images: the speed is measured
-first, for some steps that count for neither, and a run that is slower than that is stopped when the time is up.
+Ours is `train_denoiser` with the preset's settings. The time to encode all views once counts, and
+so do log and checkpoints. Its learning rate falls to zero at an end that is counted in images, so
+the speed is measured first, in steps that do not count. A run that is slower than that is stopped
+when the time is up.
 
-The plain loop (plain_loop.py): what a user would write from diffusers' unconditional training example with the study's
-settings. Noise prediction, independent uniform timesteps, PNG tiles decoded and encoded in every step, float32 and eager
-mode, Adam at a constant 1e-4, the last weights and no average. It is given our normalisation of the latents and the preset's
-batch size.
+The plain loop (plain_loop.py) is what a user would write from diffusers' unconditional training
+example with the study's settings: noise prediction, independent uniform timesteps, PNG tiles
+decoded and encoded in every step, float32 and eager mode, Adam at a constant 1e-4, the last
+weights and no average. It gets our normalisation of the latents and the preset's batch size.
 
-Ours samples with the grain that the autoencoder leaves out, measured within its budget; the plain loop knows none. "ratio_grain_in_neither"
-compares the two without it, "ratio_grain_in_both" gives ours to the plain loop as well.
+Ours draws images with the grain that the autoencoder does not reproduce, measured within its
+budget; the plain loop has none. "ratio_grain_in_neither" compares the two without it,
+"ratio_grain_in_both" with it on both sides.
 
-On one thread of a CPU (--threads 1) the budget is the process's own seconds of computing, which other programs do not disturb;
-otherwise it is the wall's clock.
-
-Everything that is finished is kept in --out: a second start does only what is missing. One JSON line, with the ratio and its
-interval, and in --out report.html, report.json and report.png, which shows both grids.
+On one thread of a CPU (--threads 1) the budget is the process's own time, which other programs do
+not disturb; otherwise it is wall time. Everything that is finished is kept in --out: a second
+start does only what is missing. The results are one JSON line, with the ratio and its interval,
+and report.html, report.json and report.png (both grids) in --out.
 """
 
 import argparse
@@ -90,7 +92,8 @@ RATIOS = {
     "ratio_grain_in_both": (OURS, PLAIN_GRAINY),
 }
 PLAIN_LEARNING_RATE = 1e-4  # the study's, and the example's
-MARGIN = 0.97  # of the images that the measured speed allows: an end that is reached beats one that is cut off
+# of the images that the measured speed allows: a run should reach its end and not be cut off
+MARGIN = 0.97
 SPEED_SECONDS = 5.0  # of steps by which the speed is measured
 FAR = 1_000_000  # images: an end that steps to measure the speed do not reach
 
@@ -119,7 +122,7 @@ class BudgetSpent(Exception):
 
 
 def prepare(arguments) -> Shared:
-    """Data, the autoencoder and cached latents, made once in `out`/shared by the stages of `train_ldm`."""
+    """Make or find data, autoencoder and cached latents in `out`/shared."""
     folder = Path(arguments.out) / "shared"
     config = PRESETS[arguments.preset]()
     config = replace(
@@ -159,7 +162,7 @@ def refuse_other_settings(folder, settings):
     settings = json.loads(json.dumps(settings))
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(
-            f"{folder} was made with another preset, data, seed or autoencoder; choose another --out"
+            f"{folder} was made with another preset, data, seed or autoencoder. Use another --out."
         )
     write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
@@ -168,7 +171,7 @@ def refuse_other_settings(folder, settings):
 
 
 def train_ours(shared, seconds, out):
-    """Our denoiser stage within the budget; what is known of it. One that was stopped begins again."""
+    """Train our denoiser within the budget; one that was stopped starts again."""
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     shutil.rmtree(out / "denoiser", ignore_errors=True)
@@ -204,13 +207,14 @@ def train_ours(shared, seconds, out):
 
 
 def make_plan(shared, seconds, out):
-    """How many images the budget allows, by the speed of some steps in a folder that is thrown away; decided once."""
+    """Return how many images the budget allows, by the speed of some steps; decided once."""
     path = out / "plan.json"
     if path.exists():
         return json.loads(path.read_text())
     if shared.encode_seconds >= seconds:
         raise ValueError(
-            f"encoding all views takes {shared.encode_seconds:.0f} s, more than --seconds {seconds:g}: give more"
+            f"Encoding all views takes {shared.encode_seconds:.0f} s, more than --seconds "
+            f"{seconds:g}. Give more."
         )
     batch_size = shared.config.denoiser.batch_size
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +241,7 @@ def measure_speed(shared, folder):
 
 
 def plan_config(config, num_images):
-    """The preset's denoiser for so many images; grids and validation, which are evaluation, only at the end and small."""
+    """Return the preset's denoiser for so many images; grids and validation only at the end."""
     once = {"validate_every": num_images, "sample_every": num_images, "evaluate_every": 0}
     return replace(config, num_images=num_images, num_sample_images=1, num_sample_steps=1, **once)
 
@@ -258,7 +262,7 @@ def train_denoiser(config, shared, out):
 
 
 def train_plain(shared, seconds, out):
-    """The plain loop within the budget; what is known of it. One that was stopped begins again."""
+    """Train the plain loop within the budget; one that was stopped starts again."""
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     config = replace(
@@ -427,7 +431,8 @@ def make_figure(report, ratios):
         "autoencoder_and_grain_alone": round(levels["reconstruction"], 1),
         "num_images": report["protocol"]["num_images"],
         "extractor": report["protocol"]["extractor"].split(",")[0],
-        "baseline_is": "noise prediction, uniform timesteps, PNG decoded and encoded in every step, float32, Adam 1e-4, no average",
+        "baseline_is": "noise prediction, uniform timesteps, PNG decoded and encoded in every "
+        "step, float32, Adam 1e-4, no average",
     }
 
 

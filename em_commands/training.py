@@ -73,7 +73,7 @@ def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None
     config = parse(argv)
     if push.push_to_hub is None:
         if push.private:
-            raise ValueError("--private goes with --push-to-hub REPO")
+            raise ValueError("--private needs --push-to-hub REPO.")
         train(config)
         return
     if not getattr(config, "makes_pipeline", True):
@@ -92,8 +92,8 @@ def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None
         publish_run(PublishConfig(run=config.out, repo=repo, private=push.private))
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{error}. The training is finished and saved: `python publish.py {config.out} {repo}` "
-            "publishes it"
+            f"{error} The training is finished and saved. Publish it later with "
+            f"`python publish.py {config.out} {repo}`."
         ) from error
 
 

@@ -116,18 +116,18 @@ def list_controls(pipeline) -> tuple[Control, ...]:
     """Return the demo's inputs: the sampler and its number of steps."""
     from em_diffusion.samplers import list_samplers
 
-    saved = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
+    saved = type(pipeline.scheduler).__name__.removesuffix("Scheduler") + ", as saved"
     saved_steps = pipeline.config.default_num_inference_steps
     names = list_samplers(pipeline.scheduler)
-    steps = {None: saved_steps} | {name: DEMO_STEPS[name] for name in names}
+    steps = {saved: saved_steps} | {name: DEMO_STEPS[name] for name in names}
     return (
         Control(
             "scheduler",
             "Sampler",
             "choice",
-            None,
+            saved,
             help="Solves the denoising equation. The number of steps follows the choice.",
-            choices=((f"{saved} (saved with the model)", None), *((name, name) for name in names)),
+            choices={saved: None} | {name: name for name in names},
             sets={name: {"num_inference_steps": number} for name, number in steps.items()},
         ),
         Control(
@@ -140,6 +140,12 @@ def list_controls(pipeline) -> tuple[Control, ...]:
             maximum=max(250, saved_steps),
         ),
     )
+
+
+def find_codebook(pipeline) -> tuple:
+    """Return the codes of a VQ autoencoder: rounded ones are confused with each other."""
+    codes = getattr(getattr(pipeline.vqvae, "quantize", None), "embedding", None)
+    return () if codes is None else (codes,)
 
 
 def walk(drawer, frames_per_key: int):
@@ -160,6 +166,7 @@ FAMILY = Family(
     read_kind=lambda folder: "ldm",
     reference_levels=find_reference_levels,
     without_grain=lambda options: replace(options, grain=False),
+    find_exact_modules=find_codebook,
     controls=list_controls,
     walk=walk,
     walk_help="The noise that images start from changes smoothly; frames have no grain.",

@@ -8,7 +8,7 @@ import em_diffusion.family
 import em_stylegan.family
 from em_training.family import Family
 
-FAMILIES: tuple[Family, ...] = (em_diffusion.family.FAMILY, em_stylegan.family.FAMILY)
+FAMILIES: list[Family] = [em_diffusion.family.FAMILY, em_stylegan.family.FAMILY]
 
 
 def find_family(name: str, where: str = "the model") -> Family:

@@ -1,8 +1,7 @@
-"""The demo -> a Space on the Hub: `python -m em_hub.space REPO --ldm you/em-ldm --stylegan you/em-gan`."""
+"""The demo -> a Space on the Hub: `python -m em_hub.space REPO --models you/em-ldm you/em-gan`."""
 
 import dataclasses
 import importlib.metadata
-import json
 import re
 import shutil
 import sys
@@ -17,57 +16,69 @@ from em_hub.transport import HUB_ID, check_dry_run_folder, find_account, upload_
 from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = (
-    "em_data",
-    "em_training",
-    "em_diffusion",
-    "em_stylegan",
-    "em_evaluation",
-    "em_generation",
-    "em_hub",
-    "model_cards",
-)
 PAGE, START = "app.py", "space.py"
 PYTHON = "3.11"
+START_TEXT = """\"\"\"Start the page; the variable EM_MODELS names other models.\"\"\"
+
+import os
+import runpy
+
+os.environ.setdefault("EM_MODELS", {models!r})
+runpy.run_path({page!r}, run_name="__main__")
+"""
+README_TEXT = """---
+{metadata}
+---
+
+# {title}
+
+Images drawn by models that learned from electron micrographs. They show no real specimen. The
+models are
+
+{links}
+
+The code has the licence {license}; the models have licences of their own.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpaceConfig:
     """Publish the demo as a Gradio Space that shows models on the Hub.
 
-    The Space holds app.py, this project's own packages, requirements.txt and README.md; nothing of it is fetched from elsewhere
-    but the models and what requirements.txt names. A Space shows private models only with a secret HF_TOKEN in its settings.
+    The Space holds app.py, this project's packages, requirements.txt and README.md. It fetches
+    nothing but the models and what requirements.txt names. It shows private models only with a
+    secret HF_TOKEN in its settings.
     """
 
     repo: str
-    """The Space's name: owner/name, or name for one's own. Made where there is none."""
-    ldm: tuple[str, ...] = ()
-    """Hub ids (owner/name, owner/name@revision) of latent diffusion models to choose from."""
-    stylegan: tuple[str, ...] = ()
-    """Hub ids of StyleGANs to choose from."""
+    """The Space: owner/name, or name for your own. It is created if it does not exist."""
+    models: tuple[str, ...] = ()
+    """Hub ids (owner/name, owner/name@revision) of the models to choose from."""
     title: str = "EM Synthesis"
-    """What the Hub writes above the page."""
+    """Title of the page on the Hub."""
     private: bool = False
-    """Show a new Space to its owner alone."""
+    """Create the Space for its owner alone."""
     token: str | None = None
-    """A token with write rights; left out, that of HF_TOKEN or of `hf auth login`."""
+    """A token with write rights. Default: HF_TOKEN, or that of `hf auth login`."""
     dry_run: str | None = None
     """Write the Space into this new folder, and upload nothing."""
 
 
 def publish_space(config: SpaceConfig, *, say=lambda text: print(text, file=sys.stderr)) -> str:
-    """Write the Space and upload it in one commit; return its page's address, or the folder of a dry run.
+    """Write the Space and upload it in one commit; return its address, or a dry run's folder.
 
-    Raises `ValueError` in one sentence: no model, a model that is no Hub id, an installation without app.py, and as
-    `em_hub.transport.upload_folder` does.
+    Raises:
+        ValueError: No model, a model that is not a Hub id, an installation without app.py, and as
+            `em_hub.transport.upload_folder` does.
     """
     check_models(config)
     if config.dry_run is not None:
         out = check_dry_run_folder(config.dry_run)
         write_space(config, out)
-        say(f"{out}: the whole Space; nothing was uploaded. `python {START}` in it shows the page")
+        say(f"{out} holds the whole Space; nothing was uploaded. `python {START}` in it starts it.")
         return str(out)
     repo_id = find_account(config.repo, config.token)
+    packages = tuple(f"{name}/" for name in list_packages())
     with tempfile.TemporaryDirectory(prefix="em-space-") as temporary:
         write_space(config, Path(temporary))
         upload = upload_folder(
@@ -78,57 +89,64 @@ def publish_space(config: SpaceConfig, *, say=lambda text: print(text, file=sys.
             token=config.token,
             message="Publish the demo",
             check=refuse_other_content,
-            is_replaced=lambda path: path.startswith(tuple(f"{name}/" for name in PACKAGES)),
+            is_replaced=lambda path: path.startswith(packages),
         )
     say(f"{upload.url} (commit {upload.commit[:8]}), verified; the Hub builds it now")
     return upload.url
 
 
+def list_packages() -> list[str]:
+    """Return the names of this project's packages, which lie beside app.py."""
+    names = {path.parent.name for path in ROOT.glob("em_*/__init__.py")}
+    return sorted(names | {"model_cards"})
+
+
 def check_models(config: SpaceConfig) -> None:
-    """Refuse a Space without a model, or with one that lies on this machine alone."""
-    if not config.ldm and not config.stylegan:
+    """Refuse a Space without a model, or with one that lies on this machine."""
+    if not config.models:
         raise ValueError(
-            "a Space needs a model: give the Hub ids with --ldm or --stylegan (publish.py makes them)"
+            "A Space needs a model. Give Hub ids with --models (publish.py makes them)."
         )
-    for model in (*config.ldm, *config.stylegan):
+    for model in config.models:
         if not HUB_ID.fullmatch(model) or Path(model).exists():
             raise ValueError(
-                f"{model} is no Hub id, and a Space sees no folder of yours; publish it first: publish.py"
+                f"{model} is not a Hub id, and a Space sees no folder of yours. Publish it first "
+                "with publish.py."
             )
 
 
-def refuse_other_content(api, repo_id, paths, revision):
-    """Refuse a Space that was not written by this."""
+def refuse_other_content(api, repo_id, paths, revision) -> None:
+    """Refuse a Space that was not written by this module."""
     if not {PAGE, START} <= paths:
-        raise ValueError(
-            f"{repo_id} holds something else ({', '.join(sorted(paths)[:3])}); choose another name"
-        )
+        held = ", ".join(sorted(paths)[:3])
+        raise ValueError(f"{repo_id} holds something else ({held}). Choose another name.")
 
 
 def write_space(config: SpaceConfig, out: Path) -> None:
-    """Write README.md, requirements.txt, the page, what starts it, and this project's packages into `out`."""
+    """Write README.md, requirements.txt, the page, what starts it, and the packages into `out`."""
     if not (ROOT / PAGE).is_file():
         raise ValueError(
-            f"{PAGE} does not lie beside the installed packages; run this in a checkout of the project"
+            f"{PAGE} does not lie beside the installed packages. Run this in a checkout of the "
+            "project."
         )
     out.mkdir(parents=True, exist_ok=True)
     gradio, requirements = list_requirements()
     shutil.copy(ROOT / PAGE, out / PAGE)
-    for name in PACKAGES:
+    shutil.copy(ROOT / "LICENSE", out / "LICENSE")
+    for name in list_packages():
         shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    (out / "LICENSE").write_bytes((ROOT / "LICENSE").read_bytes())
-    (out / START).write_text(make_start(config))
+    (out / START).write_text(START_TEXT.format(models=" ".join(config.models), page=PAGE))
     (out / "requirements.txt").write_text("\n".join(requirements) + "\n")
     (out / "README.md").write_text(make_readme(config, gradio))
 
 
 def list_requirements() -> tuple[str, list[str]]:
-    """Return (gradio's version, the other requirements) of the project, as its installation states them.
+    """Return (gradio's version, the other requirements), as the installation states them.
 
-    gradio itself is no requirement of a Space: the Hub installs the version that README.md names. That is the installed one, or
-    else the least that the project takes.
+    The Hub installs gradio itself, in the version that README.md names: the installed one, else
+    the least that the project takes.
     """
-    requirements, least = [], None
+    requirements, least = [], "0"
     for requirement in importlib.metadata.requires("em-synthesis") or ():
         name, _, marker = (part.strip() for part in requirement.partition(";"))
         if name.startswith("gradio"):
@@ -142,32 +160,9 @@ def list_requirements() -> tuple[str, list[str]]:
     return version, sorted(requirements)
 
 
-def make_start(config: SpaceConfig) -> str:
-    """Return the file that the Space runs: the page with these models, unless its settings name others."""
-    names = {"EM_LDM": " ".join(config.ldm), "EM_STYLEGAN": " ".join(config.stylegan)}
-    lines = [
-        f"    os.environ.setdefault({key!r}, {json.dumps(value)})"
-        for key, value in names.items()
-        if value
-    ]
-    return "\n".join(
-        [
-            '"""Start the page with its models; the variables EM_LDM and EM_STYLEGAN in the settings name others."""',
-            "",
-            "import os",
-            "import runpy",
-            "",
-            'if not {"EM_LDM", "EM_STYLEGAN"} & set(os.environ):',
-            *lines,
-            f'runpy.run_path("{PAGE}", run_name="__main__")',
-            "",
-        ]
-    )
-
-
 def make_readme(config: SpaceConfig, gradio: str) -> str:
-    """Return README.md: the front matter by which the Hub runs the Space, and a page for people."""
-    models = [model.split("@")[0] for model in (*config.ldm, *config.stylegan)]
+    """Return README.md: the metadata by which the Hub runs the Space, and a page for people."""
+    models = [model.split("@")[0] for model in config.models]
     metadata = SpaceCardData(
         title=config.title,
         sdk="gradio",
@@ -179,18 +174,9 @@ def make_readme(config: SpaceConfig, gradio: str) -> str:
         tags=["electron-microscopy", "synthetic-data", "materials-science"],
     )
     links = "\n".join(f"- [{model}]({constants.ENDPOINT}/{model})" for model in models)
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {config.title}
-
-Images that models have drawn, none of a real specimen: a latent diffusion model and a StyleGAN beside each other, of
-
-{links}
-
-The code is under {CODE_LICENSE}; the models have licences of their own.
-"""
+    return README_TEXT.format(
+        metadata=metadata.to_yaml(), title=config.title, links=links, license=CODE_LICENSE
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The road to the Hub and back: folders uploaded in one commit, repositories fetched, both verified; failures in one sentence."""
+"""Upload folders to the Hub and fetch repositories, both verified. Imports nothing of ours."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ DISK_ERRORS = {
 
 @dataclass(frozen=True)
 class Upload:
-    """What came of an upload: the repository's id and page, and the commit that holds it."""
+    """Result of an upload: the repository's id and page, and the commit that holds it."""
 
     repo_id: str
     url: str
@@ -45,7 +45,7 @@ class Upload:
 
 
 def split_hub_id(name: str) -> tuple[str, str | None]:
-    """Split "owner/name@revision" into its id and its revision (branch, tag or commit; None where it names none)."""
+    """Split "owner/name@revision" into id and revision (a branch, tag or commit; else None)."""
     match = HUB_ID.fullmatch(name)
     if match is None:
         raise ValueError(f"{name} is not a Hub id: owner/name, or owner/name@revision")
@@ -53,24 +53,28 @@ def split_hub_id(name: str) -> tuple[str, str | None]:
 
 
 def check_dry_run_folder(folder) -> Path:
-    """Return the folder that --dry-run names as a path; `ValueError` where it holds something, which would pass for ours."""
+    """Return the folder of --dry-run as a path; `ValueError` if it holds anything."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder with --dry-run")
+        raise ValueError(f"{folder} is not empty. Give a new folder with --dry-run.")
     return folder
 
 
 def find_account(repo_id: str, token: str | None = None) -> str:
-    """Return the whole id of a repository, owner included, after asking the Hub whether the token may write there.
+    """Return the full id of a repository, after asking the Hub whether the token may write there.
 
-    repo_id: owner/name, or the name alone for one's own. token: left out, that of HF_TOKEN or of the login. Raises
-    `ValueError` without a token, with a wrong one, or with one that may only read.
+    Args:
+        repo_id: owner/name, or the name alone for one's own.
+        token: By default HF_TOKEN, or that of the login.
+
+    Raises:
+        ValueError: No token, a wrong one, or one that may only read.
     """
     token = token or get_token()
     if not token:
         raise ValueError(
-            f"no token for {constants.ENDPOINT}: make one with write rights at {constants.ENDPOINT}/settings/tokens, then run "
-            "`hf auth login` or set HF_TOKEN"
+            f"There is no token for {constants.ENDPOINT}. {_new_token()}, then run "
+            "`hf auth login` or set HF_TOKEN."
         )
     with explain_hub_errors(repo_id, "asking who the token belongs to"):
         account = HfApi(token=token).whoami()
@@ -79,16 +83,13 @@ def find_account(repo_id: str, token: str | None = None) -> str:
         repo_id = f"{name}/{repo_id}"
     role = (account.get("auth") or {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise ValueError(
-            f"the token of {name} may only read; make one with write rights at {constants.ENDPOINT}/settings/tokens"
-        )
-    owner, known = (
-        repo_id.split("/")[0],
-        {name, *(org["name"] for org in account.get("orgs") or ())},
-    )
+        raise ValueError(f"The token of {name} may only read. {_new_token()}.")
+    owner = repo_id.split("/")[0]
+    known = {name, *(org["name"] for org in account.get("orgs") or ())}
     if owner not in known:
         raise ValueError(
-            f"{repo_id} belongs to {owner}, the token to {name}; it may write to {', '.join(sorted(known))}"
+            f"{repo_id} belongs to {owner}, but the token to {name}, which may write to "
+            f"{', '.join(sorted(known))}."
         )
     return repo_id
 
@@ -105,14 +106,21 @@ def upload_folder(
     check: Callable[[HfApi, str, set[str], str], None] = lambda api, repo_id, paths, revision: None,
     is_replaced: Callable[[str], bool] = lambda path: False,
 ) -> Upload:
-    """Upload all files of `folder` in one commit and check what the Hub then holds, size and checksum of each file.
+    """Upload all files of `folder` in one commit and check what the Hub then holds.
 
-    kind: "model", "dataset" or "space" (of Gradio's). private: of a repository that is made now. revision: a branch, made if it
-    is not there.
-    check: called with what lies where the upload goes, and the branch that holds it (a new branch starts from main), to refuse it
-    by a `ValueError`. is_replaced: paths there that go when `folder` has them no longer.
-    Large files are uploaded first, each under its checksum: one that arrived is not sent again by the next call, and until all
-    have arrived the repository stays as it was. Raises `ValueError` in one sentence.
+    Large files are sent first, each under its checksum. One that has arrived is not sent again by
+    the next call. Until all have arrived, the repository stays as it was.
+
+    Args:
+        kind: "model", "dataset" or "space" (a Gradio one).
+        private: Of a repository that is created now.
+        revision: A branch, created from main if it does not exist.
+        check: Called as check(api, repo_id, paths, branch) with what lies where the upload goes.
+            It refuses by a `ValueError`.
+        is_replaced: Whether a path that lies there is deleted if `folder` no longer has it.
+
+    Raises:
+        ValueError: What went wrong and what to do, in one or two sentences.
     """
     repo_id = find_account(repo_id, token)
     api = HfApi(token=token)
@@ -126,10 +134,9 @@ def upload_folder(
         )
         if held != (revision or MAIN):
             api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-        folder = Path(folder)
         files = {
             path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
+            for path in sorted(Path(folder).rglob("*"))
             if path.is_file()
         }
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -144,14 +151,14 @@ def upload_folder(
 
 
 def _list_existing(api, repo_id, kind, private, revision):
-    """Return (paths, branch): what lies on the branch that an upload goes to, or else on main, from which it will start."""
+    """Return (paths, branch) of what lies where an upload goes; a new branch starts from main."""
     try:
         info = api.repo_info(repo_id, repo_type=kind)
     except RepositoryNotFoundError:
         return set(), MAIN
     if private and not info.private:
         raise ValueError(
-            f"{repo_id} is public already; make it private in its settings, or choose another name"
+            f"{repo_id} is public already. Make it private in its settings, or choose another name."
         )
     branch = MAIN
     if revision not in (None, MAIN):
@@ -161,6 +168,7 @@ def _list_existing(api, repo_id, kind, private, revision):
 
 
 def _verify_upload(api, repo_id, kind, commit, files):
+    """Compare the checksums of all files with those that the Hub names."""
     there = {}
     for each in api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=kind):
         if hasattr(each, "blob_id"):
@@ -168,33 +176,35 @@ def _verify_upload(api, repo_id, kind, commit, files):
     wrong = [name for name, path in files.items() if there.get(name) not in hash_as_hub(path)]
     if wrong:
         raise ValueError(
-            f"{repo_id} does not hold what was sent ({', '.join(wrong)}); run the same command again, which sends those files again"
+            f"{repo_id} does not hold what was sent ({', '.join(wrong)}). Run the same command "
+            "again; it sends those files again."
         )
 
 
 def hash_as_hub(path) -> tuple[str, str]:
-    """The two names that the Hub may give a file's content: SHA-256 of a large one, git's SHA-1 of a small one."""
+    """Return the checksums that the Hub may use: SHA-256 (large files) and git's SHA-1 (others)."""
     path = Path(path)
-    size, sha256, sha1 = (
-        path.stat().st_size,
-        hashlib.sha256(),
-        hashlib.sha1(b"blob %d\0" % path.stat().st_size),
-    )
+    sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         while piece := file.read(2**20):
             sha256.update(piece)
             sha1.update(piece)
-            size -= len(piece)
     return sha256.hexdigest(), sha1.hexdigest()
 
 
 def fetch_repository(
     name: str, patterns: list[str], *, ignore=(), kind: str = "model", token: str | None = None
 ) -> Path:
-    """Return the local folder with the files of a Hub repository that match `patterns`, downloaded where they are not there yet.
+    """Return a local folder with the files of a Hub repository that match `patterns`.
 
-    name: owner/name, or owner/name@revision. What was downloaded once is found without a network. Every file is compared
-    with its checksum; a damaged one is removed from the cache. Raises `ValueError` in one sentence.
+    What was downloaded once is found without a network. Every file is compared with its checksum;
+    a damaged one is removed from the cache.
+
+    Args:
+        name: owner/name, or owner/name@revision.
+
+    Raises:
+        ValueError: What went wrong and what to do.
     """
     repo_id, revision = split_hub_id(name)
     with explain_hub_errors(name, "downloading"):
@@ -213,9 +223,11 @@ def fetch_repository(
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     if damaged:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in damaged)
         raise ValueError(
-            f"{', '.join(path.relative_to(folder).as_posix() for path in damaged)} of {name} came with another checksum than the Hub "
-            "names; removed from the cache: run the same command again, and if it fails again do not use this repository"
+            f"{names} of {name} came with another checksum than the Hub names, and was removed "
+            "from the cache. Run the same command again. If it fails again, do not use this "
+            "repository."
         )
     return folder
 
@@ -223,10 +235,10 @@ def fetch_repository(
 def list_files(
     name: str, suffix: str, *, kind: str = "model", token: str | None = None
 ) -> tuple[str, str, dict]:
-    """Return (id, commit, {path: checksum}) of the files of a Hub repository that end in `suffix`, in the order of their folders.
+    """Return (id, commit, {path: checksum}) of a repository's files that end in `suffix`.
 
-    name: owner/name, or owner/name@revision. A checksum is SHA-256 of a large file, git's SHA-1 of a small one. Raises
-    `ValueError` in one sentence.
+    They are in the order of their folders. A checksum is SHA-256 of a large file, git's SHA-1 of a
+    small one. Raises `ValueError` with what went wrong and what to do.
     """
     repo_id, revision = split_hub_id(name)
     with explain_hub_errors(name, "asking for its files"):
@@ -242,7 +254,7 @@ def list_files(
 
 
 def _is_sound(path):
-    """Whether a file of the cache has the checksum that it is stored under; True for one that is stored under none."""
+    """Return whether a cached file has the checksum that it is named by; True if by none."""
     checksum = path.resolve().name
     if not path.is_symlink() or not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", checksum):
         return True
@@ -251,7 +263,7 @@ def _is_sound(path):
 
 @contextlib.contextmanager
 def explain_hub_errors(name: str, doing: str):
-    """Turn what goes wrong on the way to the Hub inside the block into a `ValueError` of one sentence with the way out."""
+    """Turn an error of the Hub in the block into a `ValueError` that says how to fix it."""
     try:
         yield
     except Exception as error:
@@ -267,48 +279,61 @@ def _explain(error, name, doing):
         chain.append(cause)
     for each in chain:
         if isinstance(each, OSError) and each.errno in DISK_ERRORS:
+            where = each.filename or constants.HF_HUB_CACHE
             return (
-                f"{doing} {name}: {DISK_ERRORS[each.errno]} ({each.filename or constants.HF_HUB_CACHE}); make room or set HF_HOME to "
-                "another disk, then run the same command again"
+                f"{doing} {name}: {DISK_ERRORS[each.errno]} ({where}). Make room or set HF_HOME to "
+                "another disk, then run the same command again."
             )
     for each in chain:
         response = getattr(each, "response", None)
         if isinstance(each, HfHubHTTPError) and response is not None:
             return _explain_status(each, response, name, doing)
     if any(isinstance(each, HFValidationError) for each in chain):
-        return f"{name} is no name for a repository: {_first_line(error)}"
+        return f"{name} is not a name for a repository: {_first_line(error)}"
     if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
-        return f"{doing} {name}: HF_HUB_OFFLINE forbids the network, and the cache does not hold it whole; unset it once"
-    is_network = any(
-        type(each).__module__.split(".")[0].startswith(("httpx", "requests")) for each in chain
-    )
-    if is_network or any(
-        isinstance(each, ConnectionError | LocalEntryNotFoundError) for each in chain
-    ):
         return (
-            f"{doing} {name}: no connection to {constants.ENDPOINT} ({_first_line(chain[-1])}); check the network and run the same "
-            "command again: what arrived is kept"
+            f"{doing} {name}: HF_HUB_OFFLINE forbids the network, and the cache does not hold it "
+            "whole. Unset it once."
+        )
+    is_network = any(
+        isinstance(each, ConnectionError | LocalEntryNotFoundError)
+        or type(each).__module__.split(".")[0].startswith(("httpx", "requests"))
+        for each in chain
+    )
+    if is_network:
+        return (
+            f"{doing} {name}: no connection to {constants.ENDPOINT} ({_first_line(chain[-1])}). "
+            "Check the network and run the same command again; what arrived is kept."
         )
     return None
 
 
 def _explain_status(error, response, name, doing):
     status, said = response.status_code, response.headers.get("X-Error-Message") or ""
-    again = "run the same command again later: what arrived is kept"
+    again = "Run the same command again later; what arrived is kept."
     if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no such revision; name a branch, a tag or a commit of it"
+        return f"{name} has no such revision. Name a branch, a tag or a commit of it."
     if isinstance(error, RepositoryNotFoundError):
-        return f"{doing} {name}: there is no such repository, or it is private and HF_TOKEN (or `hf auth login`) may not see it"
+        return (
+            f"{doing} {name}: there is no such repository, or it is private and HF_TOKEN (or "
+            "`hf auth login`) may not see it."
+        )
     if status == 401:
-        return f"{doing} {name}: the Hub does not know the token; make a new one at {constants.ENDPOINT}/settings/tokens"
+        return f"{doing} {name}: the Hub does not know the token. {_new_token()}."
     if status == 403:
-        return f"{doing} {name}: the token has no right to do so ({said or 'forbidden'}); use one with write rights"
+        reason = said or "forbidden"
+        return f"{doing} {name}: the token has no right to do so ({reason}). {_new_token()}."
     if status == 429:
         wait = response.headers.get("Retry-After")
-        return f"{doing} {name}: the Hub asks to wait{f' {wait} seconds' if wait else ''} (429, too many requests); {again}"
+        wait = f" {wait} seconds" if wait else ""
+        return f"{doing} {name}: the Hub asks to wait{wait} (429, too many requests). {again}"
     if status >= 500:
-        return f"{doing} {name}: the Hub has a fault of its own ({status}); {again}"
+        return f"{doing} {name}: the Hub has a fault of its own ({status}). {again}"
     return f"{doing} {name}: the Hub refused ({status}: {said or _first_line(error)})"
+
+
+def _new_token() -> str:
+    return f"Make one with write rights at {constants.ENDPOINT}/settings/tokens"
 
 
 def _first_line(error):

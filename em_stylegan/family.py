@@ -77,7 +77,8 @@ def list_controls(pipeline) -> tuple[Control, ...]:
             "choice",
             "coarse",
             help="Coarse layers decide the large shapes, fine ones the texture.",
-            choices=tuple((name, name) for name in get_args(LayerGroup)),
+            choices={name: name for name in get_args(LayerGroup)},
+            only_with="mix_seed",
         ),
     )
 

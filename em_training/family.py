@@ -64,8 +64,12 @@ class Card:
 class Control:
     """An input of the demo page, which sets one field of the family's options.
 
-    name: the field. choices: (label, value) pairs of a "choice". minimum, maximum, step: of a
-    "slider". sets: {chosen value: {name of another control: its new value}}.
+    name: the field.
+    value: at the start; of a "choice" a label, of an "integer" None if it may stay empty.
+    choices: {label: value of the field} of a "choice".
+    minimum, maximum, step: of a "slider".
+    sets: {chosen label: {name of another control: its new value}}.
+    only_with: name of another control, without whose value this one has no effect.
     """
 
     name: str
@@ -73,11 +77,12 @@ class Control:
     kind: Literal["slider", "choice", "integer"]
     value: Any
     help: str = ""
-    choices: tuple[tuple[str, Any], ...] = ()
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     minimum: float = 0
     maximum: float = 1
     step: float = 1
-    sets: Mapping[Any, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    only_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Family:
     without_grain: options -> options without noise that is added after the model. Copies of
         training images are sought in such images, since grain would hide them. None if the
         family has no grain.
+    find_exact_modules: pipeline -> modules whose `weight` stays float32 when the rest is
+        published in a narrower type.
     controls: pipeline -> what the demo page shows.
     walk: (drawer, frames_per_key) -> batches of frames [B, 1, H, W] in [-1, 1] on a closed path
         through images 0 to `WALK_KEYS` - 1. None if there is none.
@@ -117,6 +124,7 @@ class Family:
     read_kind: Callable[[Path], str]
     reference_levels: Callable[[Any, Any, int], tuple[ReferenceLevel, ...]] = lambda *_: ()
     without_grain: Callable[[Any], Any] | None = None
+    find_exact_modules: Callable[[Any], tuple[Any, ...]] = lambda pipeline: ()
     controls: Callable[[Any], tuple[Control, ...]] = lambda pipeline: ()
     walk: Callable[[Drawer, int], Iterator[Any]] | None = None
     walk_help: str = ""

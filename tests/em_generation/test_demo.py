@@ -15,13 +15,17 @@ import torch
 from PIL import Image
 
 from em_data import read_micrograph, to_uint8, to_uint16
-from em_diffusion.family import LDMOptions
 from em_generation import demo
+from em_generation.families import find_family
 from em_generation.generate import GenerationConfig, generate_images
-from em_stylegan.family import StyleGANOptions
+from em_training.walk import walk_noise
 from support import models
 
 ROOT = Path(__file__).parents[2]
+SMALL = {
+    "ldm": {"scheduler": "ddim", "num_inference_steps": 2},
+    "stylegan": {"truncation_psi": 0.7},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +38,12 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ldm(folders):
-    return demo.load_demo_model(folders["ldm"], "ldm", dtype=torch.float32)
+    return demo.load_demo_model(folders["ldm"], dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def stylegan(folders):
-    return demo.load_demo_model(folders["stylegan"], "stylegan", dtype=torch.float32)
+    return demo.load_demo_model(folders["stylegan"], dtype=torch.float32)
 
 
 def load_app():
@@ -49,91 +53,88 @@ def load_app():
     return module
 
 
-@pytest.mark.parametrize("family", ["ldm", "stylegan"])
-def test_images_are_those_of_generate(family, folders, ldm, stylegan, tmp_path):
-    options = (
-        LDMOptions(num_inference_steps=2, scheduler="ddim")
-        if family == "ldm"
-        else StyleGANOptions(truncation_psi=0.7)
+@pytest.mark.parametrize("family", models.MAKERS)
+def test_images_are_those_of_generate(family, folders, tmp_path):
+    options = find_family(family).options(**SMALL[family])
+    config = GenerationConfig(
+        folders[family], str(tmp_path), 3, seed=5, precision="no", bits=16, options=options
     )
-    generate_images(
-        GenerationConfig(
-            folders[family], str(tmp_path), 3, seed=5, precision="no", bits=16, options=options
-        )
-    )
-    expected = np.stack(
-        [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
-    ).astype(int)
-    if family == "ldm":
-        drawing = demo.draw_ldm_images(ldm, 5, 3, "ddim", 2)
-    else:
-        drawing = demo.draw_stylegan_images(stylegan, 5, 3, 0.7)
-    assert (
-        np.abs(to_uint16(drawing.images)[:, 0].astype(int) - expected).max() <= 2
-    )  # another batch size rounds another way
-    assert drawing.settings["seed"] == 5
+    generate_images(config)
+    files = sorted(tmp_path.glob("0*.png"))
+    expected = np.stack([np.asarray(Image.open(path)) for path in files]).astype(int)
+    model = demo.load_demo_model(folders[family], dtype=torch.float32)
+    drawing = demo.draw(model, 5, 3, SMALL[family])
+    # another batch size rounds another way
+    assert np.abs(to_uint16(drawing.images)[:, 0].astype(int) - expected).max() <= 2
+    assert drawing.settings["Seed"] == 5
     assert drawing.pixel_size_nm == 0.5
 
 
 def test_samplers_leave_the_saved_one_in_place(ldm):
-    saved = ldm.pipeline.scheduler
+    saved, config = ldm.pipeline.scheduler, dict(ldm.pipeline.config)
     seen = []
-    a = demo.draw_ldm_images(ldm, 0, 2, "dpm-solver++", 4, seen.append)
-    b = demo.draw_ldm_images(ldm, 0, 2)
+    values = {"scheduler": "dpm-solver++", "num_inference_steps": 4}
+    a = demo.draw(ldm, 0, 2, values, seen.append)
+    b = demo.draw(ldm, 0, 2)
     assert ldm.pipeline.scheduler is saved
+    assert dict(ldm.pipeline.config) == config
     assert seen == [0.25, 0.5, 0.75, 1.0]
     assert not torch.equal(a.images, b.images)
-    assert b.settings == {"seed": 0, "sampler": "DDIM", "steps": ldm.num_steps}
-    with pytest.raises(ValueError, match="not for a model"):
-        demo.draw_ldm_images(ldm, 0, 1, "flow-euler", 2)
-    assert ldm.pipeline.scheduler is saved
-    assert "flow-euler" not in ldm.list_samplers()
+    assert b.settings == {"Seed": 0, "Sampler": "DDIM, as saved", "Steps": 3}
+    with pytest.raises(ValueError, match="Sampler is flow-euler; choose one of DDIM, as saved"):
+        demo.draw(ldm, 0, 1, {"scheduler": "flow-euler"})
+
+
+def test_the_choice_of_a_sampler_sets_its_steps(ldm):
+    sampler, steps = ldm.controls
+    assert set(sampler.sets) == set(sampler.choices)
+    assert sampler.sets[sampler.value] == {"num_inference_steps": steps.value} != {}
+    assert sampler.sets["ddim"] == {"num_inference_steps": 50}
+    assert all(1 <= each["num_inference_steps"] <= steps.maximum for each in sampler.sets.values())
 
 
 def test_mixing_all_thirds_is_the_other_style(stylegan):
-    num_ws = stylegan.pipeline.generator.num_ws
-    covered = [i for third in demo.MIX_LAYERS for i in range(*demo.find_layers(num_ws, third))]
-    assert covered == list(range(num_ws))
-    plain = demo.draw_stylegan_images(stylegan, 1, 2).images
-    same = demo.draw_stylegan_images(stylegan, 1, 2, mix_seed=1, mix_layers="fine").images
+    plain = demo.draw(stylegan, 1, 2).images
+
+    def mix(seed, layers="coarse", **values):
+        return demo.draw(stylegan, 1, 2, {"mix_seed": seed, "mix_layers": layers} | values).images
+
+    same = mix(1, "fine")
     torch.testing.assert_close(same[0], plain[0])  # a style mixed with itself
     assert not torch.allclose(same[1], plain[1])
-    mixed = [
-        demo.draw_stylegan_images(stylegan, 1, 2, mix_seed=9, mix_layers=third).images
-        for third in demo.MIX_LAYERS
-    ]
-    assert all(not torch.allclose(each, plain) for each in mixed)
-    typical = demo.draw_stylegan_images(stylegan, 1, 2, truncation_psi=0.0, mix_seed=9)
-    torch.testing.assert_close(
-        typical.images, demo.draw_stylegan_images(stylegan, 1, 2, 0.0).images
-    )
-    with pytest.raises(ValueError, match="coarse, middle, fine"):
-        demo.find_layers(num_ws, "all")
+    for layers in ("coarse", "middle", "fine"):
+        assert not torch.allclose(mix(9, layers), plain)
+    typical = mix(9, truncation_psi=0)
+    expected = demo.draw(stylegan, 1, 2, {"truncation_psi": 0}).images
+    torch.testing.assert_close(typical, expected)
+    with pytest.raises(ValueError, match="choose one of coarse, middle, fine"):
+        mix(9, "all")
 
 
 def test_a_walk_of_noise_keeps_unit_variance_and_passes_the_keys():
     keys = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    frames = demo.walk_noise(keys, 6)
+    frames = walk_noise(keys, 6)
     assert frames.shape == (24, 3, 64, 64)
     torch.testing.assert_close(frames[::6], keys)
     variance = frames.flatten(1).var(dim=1)
-    assert (variance - 1).abs().max() < 5 * (
-        2 / keys[0].numel()
-    ) ** 0.5  # five deviations of a sample variance
+    # five deviations of a sample variance
+    assert (variance - 1).abs().max() < 5 * (2 / keys[0].numel()) ** 0.5
 
 
 def test_walks_pass_the_images_of_the_seed(ldm, stylegan, tmp_path, monkeypatch):
-    frames = demo.walk_ldm(ldm, 3, 5, "ddim", 2)
-    assert len(frames.images) == demo.NUM_KEYS * 5
-    images = demo.draw_ldm_images(ldm, 3, 4, "ddim", 2).images
+    frames = demo.walk(ldm, 3, 5, SMALL["ldm"])
+    assert len(frames.images) == 20
+    images = demo.draw(ldm, 3, 4, SMALL["ldm"]).images
     assert 0.02 < (frames.images[::5] - images).std() < 0.2  # of which each has its own grain
     monkeypatch.setattr(ldm.pipeline, "grain", None)
-    images = demo.draw_ldm_images(ldm, 3, 4, "ddim", 2).images
+    images = demo.draw(ldm, 3, 4, SMALL["ldm"]).images
     torch.testing.assert_close(frames.images[::5], images, atol=1e-4, rtol=0)
     seen = []
-    frames = demo.walk_stylegan(stylegan, 3, 5, 0.5, seen.append)
+    frames = demo.walk(stylegan, 3, 5, {"truncation_psi": 0.5, "mix_seed": 9}, seen.append)
     assert seen[-1] == 1.0
     assert not torch.allclose(frames.images[0], frames.images[5])
+    unmixed = demo.walk(stylegan, 3, 5, {"truncation_psi": 0.5})
+    assert torch.equal(frames.images, unmixed.images)  # as the page says
     path = demo.save_walk(frames, tmp_path / "walk.gif")
     with Image.open(path) as film:
         assert (film.n_frames, film.size, film.info["loop"]) == (20, (256, 256), 0)
@@ -143,10 +144,9 @@ def test_walks_pass_the_images_of_the_seed(ldm, stylegan, tmp_path, monkeypatch)
 
 
 def make_drawing(num_images=3, pixel_size_nm=0.5, size=32):
-    images = (
-        torch.rand(num_images, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    )
-    return demo.Drawing(images, "My GAN/1", pixel_size_nm, {"seed": 7, "truncation": 0.5})
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(num_images, 1, size, size, generator=rng) * 2 - 1
+    return demo.Drawing(images, "My GAN/1", pixel_size_nm, {"Seed": 7, "Truncation": 0.5})
 
 
 def test_the_scale_bar_has_the_length_that_it_says(tmp_path):
@@ -158,9 +158,8 @@ def test_the_scale_bar_has_the_length_that_it_says(tmp_path):
     factor = plain.shape[1] // 66  # 2 x 32 pixels and a gap of 2
     assert plain.shape == (66 * factor, 66 * factor)
     assert factor > 1
-    assert np.array_equal(
-        plain[: 32 * factor : factor, : 32 * factor : factor], to_uint8(drawing.images[0, 0])
-    )
+    first = plain[: 32 * factor : factor, : 32 * factor : factor]
+    assert np.array_equal(first, to_uint8(drawing.images[0, 0]))
     assert np.array_equal(picture[: len(plain)], plain)
     strip = picture[len(plain) :]
     bar = strip[(strip[:, 0] == 0).argmax()]
@@ -178,7 +177,7 @@ def test_downloads_hold_every_image_and_the_pixel_size(format, tmp_path):
     with zipfile.ZipFile(path) as archive:
         about = json.loads(archive.read("settings.json"))
         archive.extractall(tmp_path / "out")
-    assert about["seed"] == 7
+    assert about["settings"]["Seed"] == 7
     assert about["pixel_size_nm"] == 0.5
     files = sorted((tmp_path / "out").glob("0*"))
     assert [file.name[:6] for file in files] == ["000000", "000001", "000002"]
@@ -192,10 +191,10 @@ def test_downloads_hold_every_image_and_the_pixel_size(format, tmp_path):
 def test_one_image_is_one_file(tmp_path):
     drawing = make_drawing(1, None)
     path = demo.save_download(drawing, tmp_path, "16-bit TIFF")
-    assert path.name == "My-GAN-1-seed-7-16-bit.tif"
-    assert np.array_equal(
-        tifffile.imread(io.BytesIO(path.read_bytes())), to_uint16(drawing.images[0, 0])
-    )
+    assert path.name.startswith("my-gan-1-")
+    assert path.name.endswith("-seed-7-16-bit.tif")
+    levels = tifffile.imread(io.BytesIO(path.read_bytes()))
+    assert np.array_equal(levels, to_uint16(drawing.images[0, 0]))
     with pytest.raises(ValueError, match="8-bit PNG, 16-bit TIFF"):
         demo.save_download(drawing, tmp_path, "JPEG")
 
@@ -209,32 +208,56 @@ def test_old_results_are_removed(tmp_path, monkeypatch):
     assert [path.exists() for path in made] == [False, False, True, True]
 
 
-def test_mistakes_say_the_way_out(folders, ldm, stylegan):
-    with pytest.raises(ValueError, match="give it as --stylegan"):
-        demo.load_demo_model(folders["stylegan"], "ldm")
-    with pytest.raises(ValueError, match="choose 1 to 16"):
-        demo.draw_stylegan_images(stylegan, 0, 17)
-    with pytest.raises(ValueError, match="num steps 0: choose 1 to 250"):
-        demo.draw_ldm_images(ldm, 0, 1, num_steps=0)
-    with pytest.raises(ValueError, match="frames"):
-        demo.walk_ldm(ldm, 0, 1000)
+def test_mistakes_say_how_to_fix_them(ldm, stylegan):
+    with pytest.raises(ValueError, match="Images is 17; choose 1 to 16"):
+        demo.draw(stylegan, 0, 17)
+    with pytest.raises(ValueError, match="Steps is 0; choose 1 to 250"):
+        demo.draw(ldm, 0, 1, {"num_inference_steps": 0})
+    with pytest.raises(ValueError, match="Frames per image is 1000"):
+        demo.walk(ldm, 0, 1000)
+
+
+def test_seeds_are_whole_numbers_from_0_on():
+    assert [demo.read_seed(value) for value in (0, 11.0, "7")] == [0, 11, 7]
+    assert [demo.read_seed(value, optional=True) for value in (None, "", 3)] == [None, None, 3]
+    for value in (None, 1.5, -1, "eleven", float("nan"), 2**60):
+        with pytest.raises(ValueError, match="Enter a whole number from 0 on"):
+            demo.read_seed(value)
+    with pytest.raises(ValueError, match=r"The seed is 1\.5"):
+        demo.read_seed(1.5, optional=True)
+
+
+def test_real_micrographs_are_those_held_out_from_the_run(folders, tmp_path):
+    from dataclasses import asdict, replace
+
+    from em_data import DataConfig, load_data
+
+    tiles = DataConfig(num_micrographs=4, resolution=32, cache_dir=str(tmp_path))
+    model = demo.load_demo_model(folders["stylegan"]).model
+    assert demo.load_real_images(model) is None
+    model = replace(
+        model, config={"data": "synthetic", "tiles": json.loads(json.dumps(asdict(tiles)))}
+    )
+    real = demo.load_real_images(model, 3)
+    data = load_data("synthetic", tiles, log=lambda line: None)
+    held_out = data.held_out.batch([0, len(data.held_out) - 1])
+    assert torch.equal(torch.as_tensor(real.images[[0, 2]]), torch.as_tensor(held_out))
+    assert demo.load_real_images(replace(model, config={"data": "/nowhere", "tiles": {}})) is None
 
 
 def test_models_come_from_the_command_line_or_the_environment(monkeypatch):
     app = load_app()
-    monkeypatch.delenv("EM_LDM", raising=False)
-    monkeypatch.setenv("EM_STYLEGAN", "you/a you/b@v1")
-    assert app.parse_arguments([]).stylegan == ["you/a", "you/b@v1"]
-    arguments = app.parse_arguments(["--ldm", "runs/x", "--stylegan", "runs/y"])
-    assert (arguments.ldm, arguments.stylegan) == (["runs/x"], ["runs/y"])
-    monkeypatch.delenv("EM_STYLEGAN")
-    with pytest.raises(ValueError, match="EM_LDM"):
+    monkeypatch.setenv("EM_MODELS", "you/a you/b@v1")
+    assert app.parse_arguments([]).models == ["you/a", "you/b@v1"]
+    assert app.parse_arguments(["--models", "runs/x", "runs/y"]).models == ["runs/x", "runs/y"]
+    monkeypatch.delenv("EM_MODELS")
+    with pytest.raises(ValueError, match="EM_MODELS"):
         app.parse_arguments([])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="gradio is installed")
 def test_without_gradio_one_sentence_says_what_to_install(folders):
-    command = [sys.executable, "app.py", "--ldm", folders["ldm"]]
+    command = [sys.executable, "app.py", "--models", folders["ldm"]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -252,31 +275,37 @@ def test_without_gradio_one_sentence_says_what_to_install(folders):
 )
 def test_the_interface_draws_and_offers_a_download(ldm, stylegan, tmp_path):
     gradio = pytest.importorskip("gradio")
-    page = load_app().build_interface([ldm], [stylegan], tmp_path)
+    page = load_app().build_interface([ldm, stylegan], tmp_path, real=make_drawing())
     shows = [each.fn for each in page.fns.values() if each.fn.__name__ == "show"]
     assert len(shows) == 4  # two models, each by its button and by the comparison
-    values = {"ldm": (ldm.source, "ddim", 2), "stylegan": (stylegan.source, 0.5, "", "coarse")}
+    values = {
+        "ldm": (ldm.source, "ddim", 2),
+        "stylegan": (stylegan.source, 0.5, "", "coarse"),
+    }
     for show, family in zip(shows, values, strict=False):
-        picture, caption, drawing, download = show(2, 3, "16-bit TIFF", *values[family])
+        picture, caption, drawing, download = show(2, 3, "16-bit TIFF", *values[family], None)
         assert Image.open(picture).mode == "L"
-        assert "seed 2" in caption
-        assert "mix" not in caption
+        assert "seed: 2" in caption
+        assert "second style" not in caption
         assert len(drawing.images) == 3
         assert "16-bit.zip" in str(download.value)
-    mixed = shows[1](2, 3, "8-bit PNG", stylegan.source, 0.5, "9", "fine")[2]
-    assert mixed.settings["mix_seed"] == 9
+    mixed = shows[1](2, 3, "8-bit PNG", stylegan.source, 0.5, "9", "fine", None)[2]
+    assert mixed.settings["Seed of a second style"] == "9"
     with pytest.raises(gradio.Error, match="choose 1 to 16"):
-        shows[0](2, 17, "8-bit PNG", *values["ldm"])
+        shows[0](2, 17, "8-bit PNG", *values["ldm"], None)
+    with pytest.raises(gradio.Error, match="The seed is empty"):
+        shows[0]("", 1, "8-bit PNG", *values["ldm"], None)
+    endpoints = page.get_api_info()["named_endpoints"]
+    assert set(endpoints) == {f"/{name}_{verb}" for name in values for verb in ("generate", "walk")}
+    names = [each["parameter_name"] for each in endpoints["/stylegan_generate"]["parameters"]]
+    assert names == [
+        "seed",
+        "num_images",
+        "format",
+        "model",
+        "truncation_psi",
+        "mix_seed",
+        "mix_layers",
+    ]
     del page, shows
     gc.collect()  # here, where their warnings are expected
-
-
-def test_an_empty_field_is_no_seed_and_a_word_is_refused():
-    assert [demo.read_optional_seed(text) for text in ("", "  ", "0", " 11 ")] == [
-        None,
-        None,
-        0,
-        11,
-    ]
-    with pytest.raises(ValueError, match="whole number"):
-        demo.read_optional_seed("eleven")

@@ -11,21 +11,19 @@ import pytest
 from huggingface_hub import HfApi, RepoCard, snapshot_download
 from packaging.requirements import Requirement
 
-from em_hub.space import PACKAGES, SpaceConfig, publish_space
+from em_hub.space import SpaceConfig, list_packages, publish_space
 
 ROOT = Path(__file__).parents[2]
 
 
 def publish(repo="demo", **options):
-    models = {"ldm": ("you/em-ldm@v1", "you/other"), "stylegan": ("you/em-gan",)}
-    return publish_space(SpaceConfig(repo, **models | options), say=lambda text: None)
+    options = {"models": ("you/em-ldm@v1", "you/other", "you/em-gan")} | options
+    return publish_space(SpaceConfig(repo, **options), say=lambda text: None)
 
 
 def run_start(folder, **variables):
     """Run the Space's own file in an interpreter that finds our packages in the Space alone, with a page that only tells."""
-    (folder / "app.py").write_text(
-        "import os; print(os.environ.get('EM_LDM'), os.environ.get('EM_STYLEGAN'), sep='|')"
-    )
+    (folder / "app.py").write_text("import os; print(os.environ['EM_MODELS'])")
     keep = {key: value for key, value in os.environ.items() if not key.startswith("EM_")}
     command = [sys.executable, "-S", "space.py"]
     result = subprocess.run(
@@ -57,10 +55,9 @@ def test_a_space_is_pushed_whole_and_again(hub, tmp_path):
     publish(title="Ours")
     assert set(hub.files("you/demo", kind="spaces")) == first | {"notes.md"}
     folder = Path(snapshot_download("you/demo", repo_type="space", local_dir=tmp_path / "space"))
-    assert run_start(folder) == "you/em-ldm@v1 you/other|you/em-gan"
-    assert (
-        run_start(folder, EM_LDM="lab/another") == "lab/another|None"
-    )  # the settings' models, and none beside them
+    assert run_start(folder) == "you/em-ldm@v1 you/other you/em-gan"
+    # the settings' models, and none beside them
+    assert run_start(folder, EM_MODELS="lab/another") == "lab/another"
 
 
 def test_the_front_matter_and_the_requirements_are_what_the_hub_reads(tmp_path, hub):
@@ -100,20 +97,20 @@ finally:
 def test_the_page_starts_from_the_space_alone(tmp_path):
     out = Path(publish(dry_run=str(tmp_path / "space")))
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    program = PROGRAM.format(packages=packages, out=str(out), names=PACKAGES)
+    program = PROGRAM.format(packages=packages, out=str(out), names=list_packages())
     command = [sys.executable, "-I", "-S", "-c", program]
     result = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
-    assert "error: the demo needs gradio" in result.stderr.splitlines()[0], result.stderr[-2000:]
+    assert "error: The demo needs gradio" in result.stderr.splitlines()[0], result.stderr[-2000:]
     assert result.returncode == 2, result.stderr[-2000:]
 
 
 def test_what_is_no_space_of_ours_is_refused(tmp_path, hub):
-    with pytest.raises(ValueError, match="a Space needs a model"):
-        publish(ldm=(), stylegan=())
+    with pytest.raises(ValueError, match="A Space needs a model"):
+        publish(models=())
     with pytest.raises(
-        ValueError, match="runs/demo/x/ldm is no Hub id, and a Space sees no folder of yours"
+        ValueError, match="runs/demo/x/ldm is not a Hub id, and a Space sees no folder of yours"
     ):
-        publish(ldm=("runs/demo/x/ldm",))
+        publish(models=("runs/demo/x/ldm",))
     HfApi().create_repo("you/demo", repo_type="space", space_sdk="gradio")
     HfApi().upload_file(
         path_or_fileobj=b"x", path_in_repo="main.py", repo_id="you/demo", repo_type="space"
