@@ -1,13 +1,15 @@
 """Compare trained models with held-out micrographs and with each other."""
 
-import tyro
+import sys
 
 from em_generation.evaluate import EvaluationConfig, evaluate_runs
 from em_training.cli import run_command
+from em_training.flags import parse_flags
 
 
 def run() -> None:
-    evaluate_runs(tyro.cli(EvaluationConfig))
+    (config,) = parse_flags([EvaluationConfig], sys.argv[1:], command="evaluate.py")
+    evaluate_runs(config)
 
 
 def main() -> None:

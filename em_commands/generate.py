@@ -4,20 +4,18 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
-
-import tyro
 
 from em_generation.families import FAMILIES
 from em_generation.generate import GenerationConfig, generate_images, write_preview
 from em_generation.loading import Model, read_model
 from em_training.cli import run_command
-from em_training.family import Family
+from em_training.flags import UsageError, parse_flags
 
 HELP = """Generate images from a trained model into a folder.
 
   python generate.py --model runs/demo/ldm --out images --num-images 5000
-  python generate.py --model MODEL --help          also shows the sampling options of MODEL's family
+  python generate.py --model MODEL --help
+      also shows the sampling options of MODEL's family
 
 Beside the folder, OUT-preview.png shows the first images. The same command resumes where it
 stopped."""
@@ -29,38 +27,28 @@ def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
     finder.add_argument("--model")
     source = finder.parse_known_args(argv)[0].model
     if source is None:
-        tyro.cli(make_class(None), args=argv, description=HELP)  # ends with help or an error
-        raise ValueError("Name a model with --model.")
+        if not {"--help", "-h"} & set(argv):
+            raise UsageError("Name a model: python generate.py --model MODEL --out FOLDER")
+        parse_flags([GenerationConfig], ["--help"], command="generate.py", description=HELP)
     model = read_model(source)
     refuse_options_of_others(argv, model)
-    config = tyro.cli(make_class(model.family), args=argv, description=HELP)
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return GenerationConfig(**values), model
-
-
-def make_class(family: Family | None) -> type:
-    """Return `GenerationConfig` with the family's options as flags of their own."""
-    kind: Any = Annotated[None, tyro.conf.Suppress]
-    default: Any = dataclasses.field(default=None)
-    if family is not None:
-        kind = Annotated[family.options, tyro.conf.arg(name="")]
-        default = dataclasses.field(default_factory=family.options)
-    return dataclasses.make_dataclass(
-        "GenerationConfig", [("options", kind, default)], bases=(GenerationConfig,), frozen=True
+    config, options = parse_flags(
+        [GenerationConfig, model.family.options], argv, command="generate.py", description=HELP
     )
+    return dataclasses.replace(config, options=options), model
 
 
 def refuse_options_of_others(argv: Sequence[str], model: Model) -> None:
     """Refuse a flag that only models of another family have, with a sentence that says so."""
     own = {field.name for field in dataclasses.fields(model.family.options)}
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv
-             if word.startswith("--")}  # fmt: skip
+    words = [word.partition("=")[0].removeprefix("--") for word in argv if word[:2] == "--"]
+    given = {word.replace("-", "_") for word in words}
     for family in FAMILIES:
         names = {field.name for field in dataclasses.fields(family.options)} - own
         wrong = [name for name in given if name in names or name.removeprefix("no_") in names]
         if wrong:
             flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
-            raise ValueError(
+            raise UsageError(
                 f"{flags}: only models of the family {family.title} have this option, and "
                 f"{model.source} is a {model.title}. Leave it out."
             )

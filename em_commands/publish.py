@@ -1,13 +1,17 @@
-"""Publish a trained model on the Hub: python publish.py RUN REPO."""
+"""Publish a trained model on the Hub."""
 
-import tyro
+import sys
 
 from em_hub.publish import PublishConfig, publish_run
 from em_training.cli import run_command
+from em_training.flags import parse_flags
 
 
 def run() -> None:
-    publish_run(tyro.cli(PublishConfig, config=(tyro.conf.PositionalRequiredArgs,)))
+    (config,) = parse_flags(
+        [PublishConfig], sys.argv[1:], command="publish.py", positional=("run", "repo")
+    )
+    publish_run(config)
 
 
 def main() -> None:

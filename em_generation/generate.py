@@ -177,7 +177,6 @@ def _draw_missing(drawer, numbers: list[int], config, model: Model, store, state
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         disable=not state.is_main_process,
-        file=Stderr(),
     ) as bar:
         draw_images(
             drawer,
@@ -242,7 +241,7 @@ def write_preview(out) -> Path:
 
 def say(text: str) -> None:
     """Print a message above the progress bar."""
-    tqdm.write(text, file=Stderr())
+    tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -257,18 +256,3 @@ def explain_full_disk(out: Path):
             f"{out}: {error.strerror}. The images written so far are safe. Make room and run the "
             "same command again to go on."
         ) from error
-
-
-class Stderr:
-    """stderr for progress: if nobody reads it any more, the work goes on."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name):
-        return getattr(sys.stderr, name)

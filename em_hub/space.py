@@ -8,12 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import tyro
 from huggingface_hub import SpaceCardData, constants
 
 from em_hub.card import CODE_LICENSE
 from em_hub.transport import HUB_ID, check_dry_run_folder, find_account, upload_folder
 from em_training.cli import run_command
+from em_training.flags import parse_flags
 
 ROOT = Path(__file__).parents[1]
 PAGE, START = "app.py", "space.py"
@@ -179,7 +179,12 @@ def make_readme(config: SpaceConfig, gradio: str) -> str:
     )
 
 
-if __name__ == "__main__":
-    run_command(
-        lambda: publish_space(tyro.cli(SpaceConfig, config=(tyro.conf.PositionalRequiredArgs,)))
+def run() -> None:
+    (config,) = parse_flags(
+        [SpaceConfig], sys.argv[1:], command="-m em_hub.space", positional=("repo",)
     )
+    publish_space(config)
+
+
+if __name__ == "__main__":
+    run_command(run)

@@ -12,8 +12,9 @@ import io
 import re
 import shutil
 import textwrap
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from pydantic import ValidationError
@@ -79,9 +80,64 @@ def parse_preset(
         raise SystemExit(0)
     if "--help-all" in argv:
         argv = ["--help"]
-    _refuse_unknown(config, argv, prog)
+    advice = f"`python {prog} --help` lists the main flags, --help-all all of them."
+    _refuse_unknown(list(list_flags(config)), argv, advice)
     with _plain_errors(prog):
         return tyro.cli(type(config), default=config, args=argv, prog=prog), name
+
+
+def parse_flags(
+    classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    command: str,
+    description: str = "",
+    positional: Sequence[str] = (),
+) -> list[Any]:
+    """Return an object of each dataclass that the flags of a command without presets ask for.
+
+    Fields of the type `Any` are no flags and keep their defaults.
+
+    Args:
+        classes: Their fields together are the flags.
+        command: The command's name in messages, such as "generate.py".
+        description: Text of `--help`. Default: the docstring of the first class.
+        positional: Fields that are words without a flag.
+
+    Raises:
+        UsageError: For unknown flags and impossible values.
+    """
+    fields, flags = [], []
+    for cls in classes:
+        hints, texts = typing.get_type_hints(cls, include_extras=True), _read_help_texts(cls)
+        for field in dataclasses.fields(cls):
+            if hints[field.name] is Any:
+                continue
+            text = " ".join(texts.get(field.name, "").split())
+            hint = Annotated[hints[field.name], tyro.conf.arg(help=text)]
+            if field.name in positional:
+                metavar = tyro.conf.arg(help=text, metavar=field.name.upper())
+                hint = tyro.conf.Positional[Annotated[hints[field.name], metavar]]
+            default = dataclasses.field(
+                default=field.default, default_factory=field.default_factory
+            )
+            fields.append((field.name, hint, default))
+            flags.append(Flag(field.name.replace("_", "-"), field.default, text))
+    _refuse_unknown(flags, argv, f"`python {command} --help` lists all flags.")
+    shape = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
+    description = description or inspect.cleandoc(classes[0].__doc__ or "")
+    with _plain_errors(command):
+        values = tyro.cli(shape, args=list(argv), prog=command, description=description)
+    return [
+        cls(
+            **{
+                f.name: getattr(values, f.name)
+                for f in dataclasses.fields(cls)
+                if hasattr(values, f.name)
+            }
+        )
+        for cls in classes
+    ]
 
 
 def list_flags(config: Any, prefix: str = "") -> Iterator[Flag]:
@@ -134,8 +190,7 @@ def _choose_preset(presets, argv, command, default) -> tuple[str | None, list[st
     return default, argv
 
 
-def _refuse_unknown(config, argv, prog) -> None:
-    flags = list(list_flags(config))
+def _refuse_unknown(flags: Sequence[Flag], argv: Sequence[str], advice: str) -> None:
     known = {flag.name for flag in flags} | {"help"}
     for flag in flags:
         if isinstance(flag.value, bool):
@@ -151,8 +206,7 @@ def _refuse_unknown(config, argv, prog) -> None:
             for flag in nearest
         )
         raise UsageError(
-            f"There is no flag --{name}.{' Did you mean:' + hint if hint else ''}\n"
-            f"`python {prog} --help` lists the main flags, --help-all all of them."
+            f"There is no flag --{name}.{' Did you mean:' + hint if hint else ''}\n{advice}"
         )
 
 
