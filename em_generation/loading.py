@@ -50,7 +50,7 @@ class Model:
         """SHA-256 of the weight files that the pipeline loads."""
         return hash_weight_files(self.pipeline_folder)
 
-    def load(self, *, device="cpu", dtype=None):
+    def load(self, *, device: Any = "cpu", dtype: Any = None) -> Any:
         """Load the pipeline with the installed class; no code of a repository is run.
 
         dtype: torch.float32 by default. Raises `ValueError` if a file is damaged or missing.
@@ -108,7 +108,7 @@ def read_run_file(path: Path) -> dict:
     return content
 
 
-def load_pipeline(source: str, *, device="cpu", dtype=None):
+def load_pipeline(source: str, *, device: Any = "cpu", dtype: Any = None) -> Any:
     """Load the pipeline of a model; see `read_model` and `Model.load`."""
     return read_model(source).load(device=device, dtype=dtype)
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,11 @@ from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, u
 
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+def say(text: str) -> None:
+    """Print a message to stderr."""
+    print(text, file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class PublishConfig:
             raise ValueError(f"--num-samples is {self.num_samples}, but must be at least 0.")
 
 
-def publish_run(config: PublishConfig, *, say=lambda text: print(text, file=sys.stderr)) -> str:
+def publish_run(config: PublishConfig, *, say: Callable[[str], object] = say) -> str:
     """Build the repository of a run and upload it in one commit; return the page's address.
 
     What the Hub then holds is compared with what was sent. Nothing is visible before all of it has

@@ -6,11 +6,13 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import SpaceCardData, constants
 
 from em_hub.card import CODE_LICENSE
+from em_hub.publish import say
 from em_hub.transport import HUB_ID, check_dry_run_folder, find_account, upload_folder
 from em_training.cli import run_command
 from em_training.flags import parse_flags
@@ -64,7 +66,7 @@ class SpaceConfig:
     """Write the Space into this new folder, and upload nothing."""
 
 
-def publish_space(config: SpaceConfig, *, say=lambda text: print(text, file=sys.stderr)) -> str:
+def publish_space(config: SpaceConfig, *, say: Callable[[str], object] = say) -> str:
     """Write the Space and upload it in one commit; return its address, or a dry run's folder.
 
     Raises:

@@ -11,7 +11,6 @@ OPEN = {
     "em_diffusion",
     "em_evaluation",
     "em_generation",
-    "em_hub",
     "em_stylegan",
 }
 STUBS = sorted(ROOT.glob("em_*/__init__.pyi"))
