@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -41,7 +42,7 @@ class DemoModel:
     """A model that is ready to draw. `lock` is held while it draws."""
 
     model: Model
-    pipeline: object
+    pipeline: Any
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -93,11 +94,12 @@ def load_real_images(model: Model, num_images: int = REAL_IMAGES) -> Drawing | N
 
     Returns None if the run does not name them, or if they are not on this machine.
     """
-    source = (model.config or {}).get("data")
+    config = model.config or {}
+    source = config.get("data")
     if not source or not (source.startswith("synthetic") or Path(source).exists()):
         return None
     try:
-        tiles = config_from_dict(DataConfig, model.config["tiles"])
+        tiles = config_from_dict(DataConfig, config["tiles"])
         data = load_data(source, tiles, log=lambda line: None)
     except (ValueError, OSError, KeyError):
         return None
@@ -182,8 +184,9 @@ def walk(
 ) -> Drawing:
     """Draw a closed walk of `WALK_KEYS` x `frames_per_key` frames through the seed's images."""
     _check("Frames per image", frames_per_key, MAX_FRAMES // WALK_KEYS)
-    options = read_options(model, values or {})
-    images = []
+    options, images = read_options(model, values or {}), []
+    if model.model.family.walk is None:
+        raise ValueError(f"A {model.model.title} has no walk.")
     with model.lock:
         drawer = _start(model, options, seed, WALK_KEYS, None)
         for batch in model.model.family.walk(drawer, frames_per_key):
@@ -257,8 +260,12 @@ def save_download(drawing: Drawing, folder, format: str) -> Path:
     if len(files) == 1:
         return files[0].rename(folder.with_name(f"{name}.{store.suffix}"))
     path = folder.with_name(f"{name}.zip")
-    about = {"model": drawing.name, "pixel_size_nm": drawing.pixel_size_nm, "bits": bits}
-    about["settings"] = drawing.settings
+    about = {
+        "model": drawing.name,
+        "pixel_size_nm": drawing.pixel_size_nm,
+        "bits": bits,
+        "settings": drawing.settings,
+    }
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("settings.json", json.dumps(about, indent=2) + "\n")
         for file in files:

@@ -1,5 +1,6 @@
 """The registry of model families. A new family is a package with a `FAMILY`, and one entry here."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def make_options(families: Iterable[Family], pairs: Sequence[str]) -> dict[str, 
     """
     from em_training import config_from_dict
 
-    families = {family.name: family for family in families}
+    by_name = {family.name: family for family in families}
     values = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -58,7 +59,10 @@ def make_options(families: Iterable[Family], pairs: Sequence[str]) -> dict[str, 
             values[key.replace("-", "_")] = json.loads(text)
         except json.JSONDecodeError:
             values[key.replace("-", "_")] = text
-    known = {name: set(family.options.__dataclass_fields__) for name, family in families.items()}
+    known = {
+        name: {field.name for field in dataclasses.fields(family.options)}
+        for name, family in by_name.items()
+    }
     for key in values:
         if not any(key in names for names in known.values()):
             choices = ", ".join(sorted(set().union(*known.values()))) or "none"
@@ -67,5 +71,5 @@ def make_options(families: Iterable[Family], pairs: Sequence[str]) -> dict[str, 
         name: config_from_dict(
             family.options, {key: value for key, value in values.items() if key in known[name]}
         )
-        for name, family in families.items()
+        for name, family in by_name.items()
     }

@@ -123,7 +123,7 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
         batch_size=config.batch_size,
         say=say,
     )
-    record = {
+    record: dict[str, Any] = {
         "name": model.name,
         "family": model.kind,
         "settings": describe_settings(config, model) | drawer.describe(),

@@ -60,7 +60,7 @@ class Model:
 
         # two or three components do not need a progress bar
         diffusers.utils.logging.disable_progress_bar()
-        cls = self.family.import_pipeline()
+        cls: Any = self.family.import_pipeline()
         pipeline = cls.from_pretrained(str(self.pipeline_folder), dtype=dtype or torch.float32)
         return pipeline.to(device)
 

@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def publish_run(config: PublishConfig, *, say: Callable[[str], object] = say) ->
             revision=config.revision,
             token=config.token,
             message=f"Publish {Path(config.run).resolve().name}",
-            check=lambda *there: refuse_other_content(*there, model.family.class_name),
+            check=partial(refuse_other_content, class_name=model.family.class_name),
             is_replaced=lambda path: bool(re.fullmatch(rf"({parts})/.+|[^/]+\.py", path)),
         )
     if config.license is None:
@@ -193,8 +194,8 @@ def make_record(model: Model) -> dict:
     """
     path = Path(model.source) / "run.json"
     if not path.is_file():
-        name = Path(model.source).resolve()
-        name = name.parent.name if name.name == "pipeline" else name.name
+        folder = Path(model.source).resolve()
+        name = folder.parent.name if folder.name == "pipeline" else folder.name
         return {"name": name, "family": model.kind, "versions": list_versions()}
     content = read_run_file(path)
     config = dict(content.get("config") or {})

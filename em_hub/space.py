@@ -152,7 +152,7 @@ def list_requirements() -> tuple[str, list[str]]:
     for requirement in importlib.metadata.requires("em-synthesis") or ():
         name, _, marker = (part.strip() for part in requirement.partition(";"))
         if name.startswith("gradio"):
-            least = re.search(r">=\s*([\d.]+)", name)[1]
+            least = re.sub(r".*>=\s*([\d.]+).*", r"\1", name)
         elif "extra" not in marker:
             requirements.append(requirement)
     try:

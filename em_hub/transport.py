@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -132,16 +133,19 @@ def upload_folder(
         api.create_repo(
             repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk
         )
-        if held != (revision or MAIN):
-            api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
+        branch = revision or MAIN
+        if held != branch:
+            api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True)
         files = {
             path.relative_to(folder).as_posix(): path
             for path in sorted(Path(folder).rglob("*"))
             if path.is_file()
         }
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         gone = [path for path in sorted(paths - set(files)) if is_replaced(path)]
-        operations += [CommitOperationDelete(path) for path in gone]
+        operations = [
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationDelete(path) for path in gone),
+        ]
         commit = api.create_commit(
             repo_id, operations, commit_message=message, repo_type=kind, revision=revision
         ).oid
@@ -242,7 +246,7 @@ def list_files(
     """
     repo_id, revision = split_hub_id(name)
     with explain_hub_errors(name, "asking for its files"):
-        info = HfApi(token=token).repo_info(
+        info: Any = HfApi(token=token).repo_info(
             repo_id, repo_type=kind, revision=revision, files_metadata=True
         )
     files = {
