@@ -142,7 +142,7 @@ def upload_folder(
             if path.is_file()
         }
         gone = [path for path in sorted(paths - set(files)) if is_replaced(path)]
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, path) for name, path in files.items()),
             *(CommitOperationDelete(path) for path in gone),
         ]
