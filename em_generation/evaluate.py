@@ -195,7 +195,8 @@ def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]
     else:
         values = dataclasses.asdict(DataConfig())
         sizes = [each.images.shape[0] for each in candidates if each.images is not None]
-        values["resolution"] = sizes[0]
+        if sizes:
+            values["resolution"] = sizes[0]
     values |= parse_pairs(config.tiles)
     if config.cache_dir is not None:
         values["cache_dir"] = config.cache_dir
