@@ -5,7 +5,9 @@ weight. The variance under resampling follows from the influences alone, so that
 bootstrap replicates cost no more than one decomposition.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import linalg
@@ -25,7 +27,7 @@ class Distance:
 # ---------------------------------------------------------------- Frechet distance
 
 
-def frechet_distance(a, b) -> float:
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the Frechet distance of the Gaussians fitted to features a [N, D] and b [M, D].
 
     |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances with N - 1 (Dowson & Landau
@@ -96,7 +98,14 @@ def _sum_up(mean_difference, trace_a, trace_b, nuclear_norm):
 # ---------------------------------------------------------------- kernel distance
 
 
-def kernel_distance(a, b, *, subset_size=None, num_subsets=100, seed=0) -> float:
+def kernel_distance(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    subset_size: int | None = None,
+    num_subsets: int = 100,
+    seed: int = 0,
+) -> float:
     """Return the kernel inception distance (Binkowski et al. 2018).
 
     The unbiased squared MMD of the kernel (x.y / D + 1)^3, which may be slightly negative.
@@ -169,7 +178,13 @@ def _kernel_diagonal(x):
 
 
 def bootstrap_interval(
-    distance: Distance, *, groups_a=None, groups_b=None, level=0.95, num_replicates=2000, seed=0
+    distance: Distance,
+    *,
+    groups_a: np.ndarray | None = None,
+    groups_b: np.ndarray | None = None,
+    level: float = 0.95,
+    num_replicates: int = 2000,
+    seed: int | Sequence[int] = 0,
 ) -> Interval:
     """Return the interval of a distance from the linearised bootstrap over groups of images.
 
@@ -229,12 +244,12 @@ def difference_interval(
     return Interval(value, float(low), float(high))
 
 
-def frechet_distance_interval(a, b, **options) -> Interval:
+def frechet_distance_interval(a: np.ndarray, b: np.ndarray, **options: Any) -> Interval:
     """Return the Frechet distance of a [N, D] and b [M, D] with its `bootstrap_interval`."""
     return bootstrap_interval(frechet_influence(a, b), **options).limited(lowest=0.0)
 
 
-def kernel_distance_interval(a, b, **options) -> Interval:
+def kernel_distance_interval(a: np.ndarray, b: np.ndarray, **options: Any) -> Interval:
     """Return the kernel distance of a [N, D] and b [M, D] with its `bootstrap_interval`."""
     return bootstrap_interval(kernel_influence(a, b), **options)
 

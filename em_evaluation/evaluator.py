@@ -1,8 +1,9 @@
 """Judge generated images of several models by one protocol."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -98,8 +99,8 @@ def evaluate_models(
     *,
     baselines: dict | None = None,
     reproduce: Sequence[str] = (),
-    state=None,
-    log=print,
+    state: Any = None,
+    log: Callable[[str], object] = print,
 ) -> tuple[dict, list[dict]] | None:
     """Compare models with held-out real images and with each other.
 
@@ -124,20 +125,15 @@ def evaluate_models(
     check_metrics(protocol.metrics, extractors)
     sets, notes = gather_sets(models, real, protocol)
     caching = {name: getattr(protocol, name) for name in ("batch_size", "use_cache", "cache_dir")}
-    measurements = [
-        measure_features(
-            extractor, protocol.metrics, sets.held_out, sets.train, sets.judged,
-            tuple(sets.generated), seed=protocol.seed, log=log, state=state, **caching,
-        )
-        for extractor in extractors
-    ]  # fmt: skip
+    measure = partial(
+        measure_features, protocol=protocol, sets=sets, log=log, state=state, **caching
+    )
+    measurements = [measure(extractor) for extractor in extractors]
     if measurements[0] is None:  # not the main process
         return None
     measurements = [add_blind_spots(each, sets) for each in measurements]
     notes += dict.fromkeys(note for each in measurements for note in each.notes)
     sections, pairs = measure_sections(models, real, sets, extractors[0], protocol, log, caching)
-    if protocol.memorisation and real.train is None:
-        notes.append("Memorisation is not measured: the training images are not known (--data).")
     report = {
         "format": FORMAT,
         "title": TITLE,
@@ -189,6 +185,8 @@ def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, lis
             "there are no verdicts. Use a larger reference or fewer images (--num-images)."
         )
     generated = {model.name: read_images(model.images, num_images) for model in models}
+    if protocol.memorisation and train is None:
+        notes.append("Memorisation is not measured: the training images are not known (--data).")
     base = held_out if train is None else train
     levels = make_levels(protocol.levels, models, other, base, num_images, protocol.seed)
     refuse_names([model.name for model in models], [level.key for level in levels])

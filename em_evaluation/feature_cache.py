@@ -3,13 +3,16 @@
 import contextlib
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from em_data.files import find_cache_dir, write_atomically
-from em_data.images import as_images
+from em_data.images import Images, as_images
+from em_evaluation.extractor import Extractor
 
 
 def iterate_batches(images, batch_size, ids=None):
@@ -40,7 +43,14 @@ def content_digest(images, batch_size=256) -> str:
 
 
 def compute_features(
-    images, extractor, *, batch_size=32, cache_dir=None, use_cache=True, progress=None, state=None
+    images: Images | torch.Tensor | np.ndarray,
+    extractor: Extractor,
+    *,
+    batch_size: int = 32,
+    cache_dir: str | Path | None = None,
+    use_cache: bool = True,
+    progress: Callable[[int], object] | None = None,
+    state: Any = None,
 ) -> np.ndarray | None:
     """Compute the features of images, or read them from the cache.
 

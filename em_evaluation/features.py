@@ -111,14 +111,14 @@ class Inception(Extractor):
 
 
 def get_extractor(
-    name="efficientnet-lite0",
+    name: str = "efficientnet-lite0",
     *,
-    resize_mode=None,
-    weights=None,
-    input_px=None,
-    resolution=None,
-    device="cpu",
-    dtype=torch.float32,
+    resize_mode: str | None = None,
+    weights: str | Path | None = None,
+    input_px: int | None = None,
+    resolution: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Extractor:
     """Return an extractor by its name.
 

@@ -1,7 +1,6 @@
 """All metrics of all sets with the features of one extractor."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -10,7 +9,6 @@ from em_evaluation.blindness import BlindSpot
 from em_evaluation.distances import Distance
 from em_evaluation.feature_cache import compute_features
 from em_evaluation.feature_metrics import choose_metrics, measure
-from em_evaluation.images import ImageSet
 from em_evaluation.interval import Interval
 
 
@@ -34,24 +32,14 @@ class FeatureMeasurement:
     notes: tuple[str, ...] = ()
 
 
-def measure_features(
-    extractor,
-    metrics,
-    held_out: ImageSet,
-    train: ImageSet | None,
-    sets: Mapping[str, ImageSet],
-    models,
-    *,
-    seed,
-    log,
-    **caching,
-) -> FeatureMeasurement | None:
+def measure_features(extractor, *, protocol, sets, log, **caching) -> FeatureMeasurement | None:
     """Measure each set against the held-out images, and the models against training images, too.
 
-    sets: key -> images, of models and reference levels. models: the keys of the models. caching:
-    options of `compute_features`. Returns None on all processes but the main one.
+    protocol, sets: the evaluator's. caching: options of `compute_features`. Returns None on all
+    processes but the main one.
     """
-    names, notes = choose_metrics(metrics, extractor, len(held_out))
+    held_out, train = sets.held_out, sets.train
+    names, notes = choose_metrics(protocol.metrics, extractor, len(held_out))
     known = {}
 
     def features_of(title, images):
@@ -61,22 +49,23 @@ def measure_features(
 
     reference = features_of("held-out images", held_out)
     train_reference = None if train is None else features_of("training images", train)
-    found = {key: features_of(key, images) for key, images in sets.items()}
+    found = {key: features_of(key, images) for key, images in sets.judged.items()}
     if reference is None:
         return None
     began = time.perf_counter()
     against_held_out, against_train, distances = {}, {}, {}
-    for key, images in sets.items():
-        options = {"groups_a": images.groups, "seed": seed}
+    for key, images in sets.judged.items():
+        options = {"groups_a": images.groups, "seed": protocol.seed}
         against_held_out[key], influences = measure(
             names, found[key], reference, groups_b=held_out.groups, **options
         )
         distances[key] = influences["frechet_distance"]
-        if key in models and train is not None:
+        if key in sets.generated and train is not None:
             against_train[key], _ = measure(
                 names, found[key], train_reference, groups_b=train.groups, **options
             )
-    log(f"metrics of {len(sets)} sets with {extractor.name}: {time.perf_counter() - began:.1f} s")
+    seconds = time.perf_counter() - began
+    log(f"metrics of {len(sets.judged)} sets with {extractor.name}: {seconds:.1f} s")
     return FeatureMeasurement(
         extractor.name,
         extractor.identity,

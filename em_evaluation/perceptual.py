@@ -44,7 +44,7 @@ class PerceptualDistance(nn.Module):
         self.eval().requires_grad_(False)
 
     def features(self, images):
-        """Return unit feature vectors of images [B, 1, H, W]: a list of [B, C, H / 2^k, W / 2^k]."""
+        """Return unit feature vectors of images [B, 1, H, W]: a list of [B, C, h, w]."""
         x = self.stem(scale_grey(images))  # [B, 32, H / 2, W / 2]
         features = []
         for stage in self.stages:
@@ -127,8 +127,8 @@ def _load_vgg16_features() -> dict:
             )
         except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: wrong hash
             raise ValueError(
-                f"cannot download {VGG16_URL} ({error}), which autoencoder.perceptual_network lpips "
-                f"needs. Fetch it on another machine and put it at {path}, or choose "
+                f"cannot download {VGG16_URL} ({error}), which autoencoder.perceptual_network "
+                f"lpips needs. Fetch it on another machine and put it at {path}, or choose "
                 "efficientnet-lite0, which needs no download."
             ) from error
     try:

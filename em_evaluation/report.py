@@ -30,7 +30,7 @@ GAP_PX = 1  # between the tiles of a grid
 FIRST_TABLE = ("frechet_distance", "precision", "recall")
 
 
-def write_report(report: dict, pictures: list[dict], out_dir) -> Path:
+def write_report(report: dict, pictures: list[dict], out_dir: str | Path) -> Path:
     """Write report.json, report.html and report.png into a folder.
 
     The JSON is strict (no NaN). The page is rendered from it, refers to nothing outside itself,

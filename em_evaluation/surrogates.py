@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 
-def phase_randomised_surrogates(images, seed: int = 0) -> torch.Tensor:
+def phase_randomised_surrogates(images: ArrayLike, seed: int = 0) -> torch.Tensor:
     """Return images with the spectrum of `images` and random phases (Theiler et al. 1992).
 
     The phases are those of white Gaussian noise; the mean is kept. The spectrum is exact to

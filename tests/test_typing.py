@@ -9,7 +9,6 @@ ROOT = Path(__file__).parents[1]
 # not finished: signatures of these packages are not complete yet
 OPEN = {
     "em_diffusion",
-    "em_evaluation",
     "em_generation",
     "em_stylegan",
 }
