@@ -68,7 +68,7 @@ def test_few_held_out_views_are_said_or_refused(held_out, accelerator):
     )
     assert "over 6 images" in said[0]
     held_out.num_views = 1
-    with pytest.raises(ValueError, match="turn evaluate_every off"):
+    with pytest.raises(ValueError, match="set evaluate_every to 0"):
         HeldOutDistance(held_out, 100, seed=0, accelerator=accelerator)
 
 
