@@ -162,7 +162,7 @@ def deviation(value, expected):
 
 def rms(value, expected):
     """Root mean square of the difference, relative to the expected output's deviation."""
-    return float((value - expected).square().mean().sqrt() / expected.std())
+    return float(((value - expected).square().mean().sqrt() / expected.std()).detach())
 
 
 def as_double(weights):
