@@ -2,28 +2,25 @@
 
 import hashlib
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from em_data.checks import hash_pixels, read_all
 from em_data.files import build_folder
 from em_data.intensity import find_levels
+from em_data.sources.base import SourceLost
+from em_data.views import hash_pixels
 
 FORMAT = 1  # of the cached folder; a change makes all cached tiles invalid
 WRITE_BYTES = 32 * 2**20  # tiles are written so many bytes at a time
 
 
 def find_tile_positions(shape, resolution, downsample=1) -> list[tuple[int, int]]:
-    """Return the upper left corners (row_px, col_px) of the tiles of a micrograph.
+    """Return the upper left corners (row_px, col_px) of the tiles of a micrograph of shape (H, W).
 
     Tiles do not overlap and start at the upper left. What is left over at the right and the bottom
-    is not used.
-
-    Args:
-        shape: (H, W) of the micrograph.
-        resolution: Side of a tile after downsampling.
-        downsample: Pixels of the micrograph per pixel of the tile.
+    is not used. `resolution` is the side of a tile after downsampling.
     """
     side = resolution * downsample
     rows, columns = (range(0, length - side + 1, side) for length in shape)
@@ -62,7 +59,7 @@ def cut(source, config, folder):
     micrographs, problems, side_px = [], [], config.resolution * config.downsample
     with build_folder(folder) as building:
         path = building / "tiles.arrow"
-        with TileWriter(path, config.resolution) as writer:
+        with closing(TileWriter(path, config.resolution)) as writer:
             for entry, micrograph in read_all(source.entries, side_px, problems):
                 image = average_area(micrograph.image, config.downsample)
                 if image.min() == image.max():
@@ -71,24 +68,46 @@ def cut(source, config, folder):
                     )
                     continue
                 rows, facts = cut_micrograph(entry, micrograph, image, config)
-                writer.write([row | {"micrograph_index": len(micrographs)} for row in rows])
+                for row in rows:
+                    writer.write(row | {"micrograph_index": len(micrographs)})
                 micrographs.append(facts)
+            writer.finish()
         facts = {"micrographs": micrographs, "problems": problems}
         facts["num_bytes"] = path.stat().st_size
         (building / "cut.json").write_text(json.dumps(facts, indent=1))
 
 
+def read_all(entries, min_side_px, problems):
+    """Yield (entry, micrograph) of usable entries; append a sentence per other one to problems."""
+    for entry in entries:
+        try:
+            micrograph = entry.read()
+            refuse_unusable(micrograph, min_side_px)
+        except SourceLost:
+            raise
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            yield entry, micrograph
+
+
+def refuse_unusable(micrograph, min_side_px):
+    """Raise a ValueError if a micrograph is too small or constant."""
+    image = micrograph.image
+    if min(image.shape) < min_side_px:
+        raise ValueError(
+            f"{micrograph.name}: {image.shape[0]} x {image.shape[1]} pixels, smaller than one tile "
+            f"of {min_side_px}"
+        )
+    if image.min() == image.max():
+        raise ValueError(f"{micrograph.name}: constant: every pixel is {int(image.min())}")
+
+
 def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
     """Return the rows of the tiles of a micrograph, and the facts of the whole.
 
-    Labels (`micrograph.defects`) are not cut yet. Their masks would be another column of
-    `make_features`, and `Batch.masks` has room for them.
-
-    Args:
-        entry: The micrograph's `Entry`.
-        micrograph: The `Micrograph`.
-        image: Its pixels after downsampling.
-        config: `DataConfig`.
+    `image` has its pixels after downsampling. Labels (`micrograph.defects`) are not cut yet: their
+    masks would be another column of `make_features`, and `Batch.masks` has room for them.
     """
     low, high, clipped = find_levels(image, config.intensity, config.percentiles)
     notices = list(micrograph.metadata.get("notices", ()))
@@ -135,53 +154,40 @@ class TileWriter:
 
     def __init__(self, path: Path, resolution: int):
         self.path, self.resolution = path, resolution
-        self._open(np.uint8)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is None:
-            self._flush()
-        self.writer.close()
-        self.file.close()
-
-    def write(self, rows):
-        """Append rows: dictionaries with the columns of `make_features`."""
-        if self.dtype == np.uint8 and any(row["tile"].dtype == np.uint16 for row in rows):
-            self._widen()
-        self.waiting += rows
-        if len(self.waiting) >= self.rows_per_write:
-            self._flush()
+        self._open(np.dtype(np.uint8))
 
     def _open(self, dtype):
-        import pyarrow as pa
+        from datasets.arrow_writer import ArrowWriter
 
-        self.dtype, self.waiting = np.dtype(dtype), []
-        self.features = make_features(self.resolution, self.dtype)
-        self.rows_per_write = max(1, WRITE_BYTES // (self.resolution**2 * self.dtype.itemsize))
-        self.file = pa.OSFile(str(self.path), "wb")
-        self.writer = pa.ipc.new_stream(self.file, self.features.arrow_schema)
+        self.dtype = dtype
+        self.rows_per_write = max(1, WRITE_BYTES // (self.resolution**2 * dtype.itemsize))
+        self.writer = ArrowWriter(
+            path=str(self.path),
+            features=make_features(self.resolution, dtype),
+            writer_batch_size=self.rows_per_write,
+        )
 
-    def _flush(self):
-        import datasets
+    def write(self, row):
+        """Append a row: a dictionary with the columns of `make_features`."""
+        if row["tile"].dtype.itemsize > self.dtype.itemsize:
+            self._widen()
+        self.writer.write(row | {"tile": row["tile"].astype(self.dtype, copy=False)})
 
-        if self.waiting:
-            columns = {name: [row[name] for row in self.waiting] for name in self.features}
-            columns["tile"] = np.stack(columns["tile"]).astype(self.dtype, copy=False)
-            table = datasets.Dataset.from_dict(columns, features=self.features).data.table
-            self.writer.write_table(table.combine_chunks())
-            self.waiting = []
+    def finish(self):
+        self.writer.finalize()
+
+    def close(self):
+        self.writer.close()
 
     def _widen(self):
         import datasets
 
-        self.__exit__(None, None, None)
+        self.writer.finalize()
         written = self.path.rename(self.path.with_suffix(".8bit"))
-        self._open(np.uint16)
-        tiles = datasets.Dataset.from_file(str(written))
-        for batch in tiles.with_format("arrow").iter(self.rows_per_write):
-            self.writer.write_table(datasets.table.table_cast(batch, self.features.arrow_schema))
+        self._open(np.dtype(np.uint16))
+        tiles = datasets.Dataset.from_file(str(written)).with_format("arrow")
+        for table in tiles.iter(self.rows_per_write):
+            self.writer.write_table(table)
         written.unlink()
 
 
@@ -192,7 +198,7 @@ def make_features(resolution, dtype):
 
     return datasets.Features(
         {
-            "tile": datasets.Array2D((resolution, resolution), np.dtype(dtype).name),
+            "tile": datasets.Array2D((resolution, resolution), dtype.name),
             "micrograph": Value("string"),
             "micrograph_index": Value("int32"),
             "row_px": Value("int32"),

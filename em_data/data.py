@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from em_data.checks import summarise_problems
 from em_data.config import DataConfig
 from em_data.cutting import cut, make_cut_key
 from em_data.files import find_cache_dir
@@ -54,7 +53,7 @@ def load_data(
     cache_dir = find_cache_dir(config.cache_dir)
     opened = open_source(source, config, cache_dir)
     tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = summarise_problems(
+    problems = _summarise_problems(
         tiles.problems, len(opened.entries), config.on_bad_image, opened.ignored
     )
     num_symmetries = len(SYMMETRIES[config.symmetries])
@@ -93,6 +92,19 @@ def _load_cut(opened, config, folder, log):
             f"The tiles cannot be written to {folder.parent} ({error}). Use --tiles.cache-dir."
         ) from error
     return Cut(folder)
+
+
+def _summarise_problems(problems, num_images, on_bad_image, ignored) -> str | None:
+    """Return a summary of the images that cannot be used; raise it if they may not be skipped."""
+    if not problems:
+        return None
+    text = "\n  ".join([f"{len(problems)} of {num_images} images cannot be used:", *problems])
+    if len(problems) == num_images:
+        others = "".join(f"\n  not looked at: {each}" for each in ignored)
+        raise ValueError(f"{text}{others}\nNothing is left. The reasons are listed above.")
+    if on_bad_image == "fail":
+        raise ValueError(f"{text}\nRepair or remove them, or use --tiles.on-bad-image skip.")
+    return text
 
 
 def _describe(tiles, train, held_out, config) -> dict:

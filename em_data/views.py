@@ -1,5 +1,9 @@
 """Symmetries of the square: a view of a tile is an index, not a copy on disk."""
 
+import hashlib
+
+import numpy as np
+
 # Each element of D4 is: transpose or not, then turn the rows upside down or not, then the columns.
 ELEMENTS = {
     "identity": (False, False, False),
@@ -29,3 +33,25 @@ def apply_symmetry(image, name):
     if flip_columns:
         image = image[..., ::-1]
     return image
+
+
+def hash_pixels(image) -> str:
+    """Return a hash of an image [H, W] that its rotated and flipped copies share.
+
+    It is the hash of one view in a normal position: the view whose sums over rows and columns come
+    first in order or, of several such views, the one with the least hash.
+    """
+    rows, columns = image.sum(axis=1, dtype=np.int64), image.sum(axis=0, dtype=np.int64)
+    profiles = {}
+    for name, (transpose, flip_rows, flip_columns) in ELEMENTS.items():
+        down, across = (columns, rows) if transpose else (rows, columns)
+        down, across = down[::-1] if flip_rows else down, across[::-1] if flip_columns else across
+        profiles[name] = (len(down), down.tolist(), across.tolist())
+    first = min(profiles.values())
+    digests = []
+    for name in (name for name, profile in profiles.items() if profile == first):
+        view = np.ascontiguousarray(apply_symmetry(image, name))
+        digest = hashlib.blake2b(repr((view.shape, view.dtype.str)).encode(), digest_size=16)
+        digest.update(view.data)
+        digests.append(digest.hexdigest())
+    return min(digests)

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from em_data import Micrograph, Tiles
-from em_data.checks import hash_pixels
 from em_data.cutting import average_area, cut, find_tile_positions, make_cut_key
 from em_data.tiles import Cut
-from em_data.views import ELEMENTS, SYMMETRIES, apply_symmetry
+from em_data.views import ELEMENTS, SYMMETRIES, apply_symmetry, hash_pixels
 
 
 def test_the_studys_micrographs_give_its_62400_views():
