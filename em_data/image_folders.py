@@ -7,9 +7,8 @@ import torch
 from em_data.config import DataConfig
 from em_data.images import Ids
 from em_data.intensity import from_uint
-from em_data.reading import read_micrograph
 from em_data.sources.base import Entry
-from em_data.sources.folder import list_images
+from em_data.sources.folder import open_folder
 from em_data.sources.rows import is_dataset, open_dataset
 
 
@@ -73,18 +72,11 @@ def read_image_folder(path: str | Path) -> ImageFolder:
     Raises:
         ValueError: There is no such folder, or it holds no image.
     """
+    config = DataConfig(label_bar="keep")
     if is_dataset(path):
-        source = open_dataset(path, DataConfig(label_bar="keep"))
-        return ImageFolder(str(path), source.entries, source.ignored)
-    folder = Path(path)
-    if not folder.is_dir():
+        source = open_dataset(path, config)
+    elif Path(path).is_dir():
+        source = open_folder(path, config)
+    else:
         raise ValueError(f"There is no folder {path}.")
-    paths, ignored = list_images(folder)
-
-    def make_entry(path):
-        name = path.as_posix()
-        return Entry(
-            name, name, lambda: read_micrograph(folder / path, label_bar="keep", name=name)
-        )
-
-    return ImageFolder(str(path), [make_entry(each) for each in paths], ignored)
+    return ImageFolder(str(path), source.entries, source.ignored)

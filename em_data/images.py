@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -87,18 +87,23 @@ def write_image(
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
     if pixels.ndim != 2:
         raise ValueError(f"one grey image is [H, W] or [1, H, W], not {list(pixels.shape)}.")
-    buffer = io.BytesIO()
     if path.suffix.lower() == ".png":
-        PIL.Image.fromarray(pixels).save(buffer, "PNG", **_make_png_options(pixel_size_nm))
+        data = encode_png(pixels, **_make_png_options(pixel_size_nm))
     elif path.suffix.lower() in (".tif", ".tiff"):
-        options = _make_tiff_options(2**bits - 1, pixel_size_nm)
-        tifffile.imwrite(buffer, pixels, imagej=True, **options)
+        data = _encode_tiff(pixels, 2**bits - 1, pixel_size_nm)
     else:
         raise ValueError(f"{path.name}: images are written as .png or .tif.")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, data)
 
 
-def _make_tiff_options(full, pixel_size_nm):
+def encode_png(pixels: np.ndarray, **options: Any) -> bytes:
+    """Return uint8 or uint16 [H, W] as a PNG of as many bits. options: those of PIL's writer."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def _encode_tiff(pixels, full, pixel_size_nm):
     metadata = {
         "min": 0.0,
         "max": float(full),
@@ -106,13 +111,14 @@ def _make_tiff_options(full, pixel_size_nm):
         "the training data were scaled to this range, 16-bit micrographs each by its own least and "
         "largest count, or by percentiles if the run says so.",
     }
-    if pixel_size_nm is None:
-        return {"metadata": metadata}
-    size = float(pixel_size_nm)
-    return {
-        "resolution": (1 / size, 1 / size),  # pixels per nm
-        "metadata": metadata | {"unit": "nm", "pixel_size_nm": size},
-    }
+    per_nm = None
+    if pixel_size_nm is not None:
+        metadata |= {"unit": "nm", "pixel_size_nm": float(pixel_size_nm)}
+        per_nm = 1 / float(pixel_size_nm)
+    buffer = io.BytesIO()
+    resolution = per_nm and (per_nm, per_nm)
+    tifffile.imwrite(buffer, pixels, imagej=True, resolution=resolution, metadata=metadata)
+    return buffer.getvalue()
 
 
 def _make_png_options(pixel_size_nm):
@@ -138,6 +144,4 @@ def save_image_grid(images: Array, path: str | Path, num_columns: int | None = N
     for i, image in enumerate(pixels[:, 0]):
         top, left = (i // num_columns) * (height + 2), (i % num_columns) * (width + 2)
         grid[top : top + height, left : left + width] = image
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(grid).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, encode_png(grid))

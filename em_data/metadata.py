@@ -1,8 +1,9 @@
 """What an image file says about itself, above all the pixel size."""
 
-import struct
+import io
 import xml.etree.ElementTree as ElementTree
-import zlib
+
+from PIL.PngImagePlugin import PngImageFile
 
 # a coarser resolution comes from a printer or a screen: 72 dpi is 352,778 nm
 MAX_PIXEL_SIZE_NM = 10_000.0
@@ -19,11 +20,9 @@ def unit_to_nm(unit) -> float | None:
 
 
 def square_pixel_size(sizes, notices) -> float | None:
-    """Return the pixel size in nm of sizes from a file, or None if they cannot be used.
+    """Return the pixel size in nm of sizes from a file; None, with a notice, if they are no use.
 
-    Args:
-        sizes: None, or (x_nm, y_nm, field), where `field` names where the sizes were found.
-        notices: List to which the reason is appended if the sizes are not used.
+    sizes: None, or (x_nm, y_nm, field), where `field` names where the sizes were found.
     """
     if sizes is None:
         return None
@@ -45,29 +44,20 @@ def square_pixel_size(sizes, notices) -> float | None:
 def read_png_metadata(data):
     """Return (bit depth, metadata, sizes as in `square_pixel_size`) of the bytes of a PNG file.
 
-    Raises:
-        ValueError: The file is cut short or damaged. Decoders fill what is missing with zeros.
+    Raises an error if the file is cut short or damaged: decoders fill what is missing with zeros.
     """
-    metadata, sizes, position, kind = {"format": "PNG"}, None, 8, b""
-    while kind != b"IEND":
-        if position + 12 > len(data):
-            raise ValueError("image file is truncated")
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        end = position + 8 + length
-        if end + 4 > len(data):
-            raise ValueError("image file is truncated")
-        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise ValueError(f"damaged PNG chunk {kind!r}")
-        body, position = data[position + 8 : end], end + 4
-        if kind == b"pHYs" and len(body) == 9:
-            x, y, unit = struct.unpack(">IIB", body)
-            if unit == 1 and x and y and sizes is None:
-                sizes = 1e9 / x, 1e9 / y, "pHYs"
-        elif kind == b"tEXt" and b"\0" in body:
-            key, _, text = body.partition(b"\0")
-            metadata[key.decode("latin-1")] = text.decode("latin-1")
-    # our own text is exact; pHYs holds whole pixels per metre
-    return data[24], metadata, _exact_size(metadata) or sizes
+    try:
+        PngImageFile(io.BytesIO(data)).verify()
+    except (SyntaxError, OSError) as error:
+        raise ValueError(f"damaged PNG chunk: {error}") from error
+    info = PngImageFile(io.BytesIO(data)).info
+    metadata = {"format": "PNG"} | {k: str(v) for k, v in info.items() if isinstance(v, str)}
+    # our own text is exact; the pHYs chunk, PIL's dpi, holds whole pixels per metre
+    sizes, dpi = _exact_size(metadata), info.get("dpi", (0, 0))
+    if sizes is None and 0 not in dpi:
+        x, y = (1e9 / round(each / 0.0254) for each in dpi)
+        sizes = x, y, "pHYs"
+    return data[24], metadata, sizes
 
 
 def read_tiff_metadata(tif, page):

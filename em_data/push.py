@@ -4,21 +4,19 @@ The command: python -m em_data.push FOLDER REPO
 """
 
 import dataclasses
-import io
 import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import PIL.Image
 import tyro
 from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
 from em_data.config import DataConfig
 from em_data.files import find_cache_dir
+from em_data.images import encode_png
 from em_data.labels import read_labels
 from em_data.sources import open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
@@ -170,13 +168,6 @@ def make_row(entry, labels, folder) -> dict:
     mask = folder / "masks" / name
     row["mask"] = {"bytes": mask.read_bytes(), "path": None} if mask.is_file() else None
     return row | {"objects": labels[name]}
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """Return uint8 or uint16 [H, W] as a PNG of as many bits."""
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def make_card(config: PushConfig, name: str, facts: list[dict], has_labels: bool) -> str:

@@ -54,9 +54,11 @@ def read_micrograph(
     try:
         array, metadata, pixel_size_nm = _decode(data)
         image = _to_grey(array, metadata)
-        image = _crop_by_header(image, metadata, label_bar)
+        num_rows = len(image) - metadata.get("scanned_rows", len(image))
+        image = _crop(image, num_rows, metadata, label_bar, ", as the file's header says")
         image = to_uint(image, metadata)
-        image = _crop_label_bar(image, metadata, label_bar)
+        num_rows = 0 if label_bar == "keep" else find_label_bar(image)
+        image = _crop(image, num_rows, metadata, label_bar)
     except _Refusal as refusal:
         raise ValueError(f"{name}: {refusal}") from refusal.__cause__
     return Micrograph(image, name, pixel_size_nm, specimen, metadata)
@@ -121,15 +123,17 @@ def _decode_tiff(data):
 @contextmanager
 def _collect_warnings(notices):
     """Append what tifffile logs to `notices` instead of printing it."""
-    logger, handler = logging.getLogger("tifffile"), logging.Handler()
-    handler.emit = lambda record: notices.append(f"tifffile: {record.getMessage()}")
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
+
+    def collect(record):
+        notices.append(f"tifffile: {record.getMessage()}")
+        return False  # goes to no handler
+
+    logger = logging.getLogger("tifffile")
+    logger.addFilter(collect)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+        logger.removeFilter(collect)
 
 
 def _decode_png(data):
@@ -217,26 +221,14 @@ def to_uint(image, metadata):
     return image
 
 
-def _crop_by_header(image, metadata, label_bar):
-    """Remove the rows below the scanned ones, if the microscope's header counts those."""
-    rows = metadata.pop("scanned_rows", None)
-    if rows is None or not 0 < rows < image.shape[0]:
-        return image
-    return _crop(image, image.shape[0] - rows, metadata, label_bar, ", as the file's header says")
-
-
-def _crop_label_bar(image, metadata, label_bar):
-    num_rows = 0 if label_bar == "keep" else find_label_bar(image)
-    return _crop(image, num_rows, metadata, label_bar) if num_rows else image
-
-
 def _crop(image, num_rows, metadata, label_bar, reason=""):
-    if label_bar == "keep":
+    """Remove a label bar of `num_rows` at the bottom, if there is one."""
+    if label_bar == "keep" or not 0 < num_rows < len(image):
         return image
     if label_bar == "refuse":
         raise _Refusal(f"a label bar of {num_rows} rows at the bottom. Use --tiles.label-bar crop.")
     metadata["notices"].append(f"label bar of {num_rows} rows cropped{reason}")
-    return image[: image.shape[0] - num_rows]
+    return image[:-num_rows]
 
 
 def natural_key(name):

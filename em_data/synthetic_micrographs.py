@@ -90,13 +90,18 @@ class Specimen:
 
 
 def synthesise_micrographs(num, seed=0, size=512, pixel_size_nm=PIXEL_SIZE_NM):
-    """Iterate over `num` labelled micrographs; micrograph i has seed 1,000,000 seed + i."""
+    """Iterate over `num` labelled micrographs, see `list_seeds`."""
+    seeds = list_seeds(num, seed)
+    return (synthesise_micrograph(each, size, pixel_size_nm) for each in seeds)
+
+
+def list_seeds(num, seed) -> range:
+    """Return the seeds of `num` micrographs; micrograph i has seed 1,000,000 seed + i."""
     if not 0 < num <= SEEDS_PER_SEED:
         raise ValueError(
             f"the number of synthetic micrographs is {num}, but must be 1 to {SEEDS_PER_SEED}."
         )
-    seeds = (seed * SEEDS_PER_SEED + i for i in range(num))
-    return (synthesise_micrograph(each, size, pixel_size_nm) for each in seeds)
+    return range(seed * SEEDS_PER_SEED, seed * SEEDS_PER_SEED + num)
 
 
 def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specimen=None):

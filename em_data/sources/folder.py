@@ -17,32 +17,22 @@ LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segm
 LABEL_FOLDER = re.compile(rf"^{LABEL_WORDS}(\d*|[-_ ].*)$", re.IGNORECASE)
 LABEL_FILE = re.compile(rf"[-_ .]{LABEL_WORDS}\d*$", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
-OTHER_MICROSCOPY = set(
-    [
-        ".dm3",
-        ".dm4",
-        ".emd",
-        ".ser",
-        ".mrc",
-        ".mrcs",
-        ".hdf5",
-        ".h5",
-        ".npy",
-        ".npz",
-        ".gif",
-        ".webp",
-    ]
-)
+OTHER_MICROSCOPY = re.compile(r"\.(dm[34]|emd|ser|mrcs?|hdf5|h5|np[yz]|gif|webp)")
 FRESH_NS = 2_000_000_000  # a file changed so recently may change again within its time stamp
 
 
-def open_folder(folder, config, cache_dir) -> Source:
-    """List the images below a folder. Images that are labels by their name are left out."""
+def open_folder(folder, config, cache_dir=None) -> Source:
+    """List the images below a folder. Images that are labels by their name are left out.
+
+    Without a folder for the hashes, `cache_dir`, the entries have their paths as keys.
+    """
     folder = Path(folder)
     paths, ignored = list_images(folder)
-    hashes = hash_files([folder / path for path in paths], cache_dir)
+    keys = [str(path) for path in paths]
+    if cache_dir is not None:
+        keys = hash_files([folder / path for path in paths], cache_dir)
     entries = []
-    for path, key in zip(paths, hashes):
+    for path, key in zip(paths, keys):
         name = path.as_posix().encode(errors="replace").decode()
         specimen = find_specimen(Path(name), config.specimen_pattern)
 
@@ -73,7 +63,7 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
             suffix = Path(file).suffix.lower()
             if file.startswith("."):
                 continue
-            if suffix in OTHER_MICROSCOPY:
+            if OTHER_MICROSCOPY.fullmatch(suffix):
                 left_out["{} " + f"{suffix} files: not read. Export them as TIFF."] += 1
             elif suffix in SUFFIXES and label_folder:
                 left_out["{} images in folder " + f"{label_folder}/: labels by their name"] += 1

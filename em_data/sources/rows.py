@@ -26,17 +26,11 @@ def is_dataset(source) -> bool:
 
 
 def open_dataset(source, config) -> Source:
-    """List the rows of a data set that hold an image.
+    """List the rows of a data set that hold an image, in the first column of Image or Array2D.
 
-    The image is the first column of the type Image or Array2D, read by our own reader because
-    `datasets` cuts 16-bit images to 8 bits. The columns `name`, `micrograph` (rows that share it
-    are pieces of one image), `pixel_size_nm` and `specimen`, and the labels `objects` and `mask` as
-    `em_data.push` writes them, are used if they exist.
-
-    Args:
-        source: "hub:NAME[@REVISION]", "hub-stream:NAME[@REVISION]", "datasets:NAME_OR_PATH", or a
-            folder written by `Dataset.save_to_disk`.
-        config: `DataConfig`.
+    The columns `name`, `micrograph` (rows that share it are pieces of one image), `pixel_size_nm`
+    and `specimen`, and the labels `objects` and `mask` as `em_data.push` writes them, are used if
+    they exist.
     """
     import datasets
 
@@ -55,14 +49,17 @@ def open_dataset(source, config) -> Source:
     unused = [key for key in images[1:] if key not in labels]
     if unused:
         ignored.append(f"columns {', '.join(unused)}: the images are in column {column}")
-    content = rows.read([column, *labels])
-    entries = []
+    content, entries = rows.read([column, *labels]), []
+    dtype = None if isinstance(features[column], datasets.Image) else features[column].dtype
     for i in range(rows.num):
         facts = {key: values[i] for key, values in rows.known.items()}
         name = f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}"
 
         def read(i=i, name=name, facts=facts):
-            return _read_row(content[i], column, name, facts, config.label_bar)
+            row = content[i]
+            micrograph = _read_image(row[column], dtype, name, facts, config.label_bar)
+            _read_labels(row, micrograph)
+            return micrograph
 
         group = facts.get("micrograph") and str(facts["micrograph"])
         entries.append(Entry(name, f"{rows.content}-{i}", read, facts.get("specimen"), group))
@@ -72,26 +69,19 @@ def open_dataset(source, config) -> Source:
 
 @dataclass
 class Rows:
-    """The rows of a data set, before images are read.
-
-    Args:
-        features: Types of the columns.
-        num: Number of rows.
-        known: {name: values} of the known columns.
-        content: Hash of the data set, the same on any machine.
-        read: Takes names of columns; returns an object whose item i is row i as a dict, with images
-            as encoded bytes.
-    """
+    """The rows of a data set, before images are read."""
 
     features: dict
     num: int
-    known: dict
-    content: str
-    read: Callable
+    known: dict  # {name: values} of the known columns
+    content: str  # hash of the data set, the same on any machine
+    read: Callable  # names of columns (the image first) -> rows by number, images as encoded bytes
 
 
 def open_rows(source: str, ignored: list) -> Rows:
     """Open the data set of a source; append to `ignored` what is not used."""
+    import datasets
+
     if source.startswith(STREAMED):
         return _open_stream(source.removeprefix(STREAMED))
     if source.startswith(FETCHED):
@@ -104,12 +94,10 @@ def open_rows(source: str, ignored: list) -> Rows:
 
     def read(names):
         columns = _leave_images_encoded(dataset.select_columns(names))
-        for name, dtype in _find_arrays(features, names).items():
-            # without the type, `datasets` returns every integer as 64 bits
-            columns = columns.with_format(
-                "numpy", columns=[name], output_all_columns=True, dtype=dtype
-            )
-        return columns
+        if isinstance(features[names[0]], datasets.Image):
+            return columns
+        dtype = np.dtype(features[names[0]].dtype)  # without it, all integers become 64 bits
+        return columns.with_format("numpy", columns=names[:1], output_all_columns=True, dtype=dtype)
 
     return Rows(features, len(dataset), known, content, read)
 
@@ -150,12 +138,12 @@ def _open_stream(name) -> Rows:
     content = _hash_content(files.values())
 
     def read(names):
-        return Replayed(lambda: _stream(name, paths, features, names))
+        return Replayed(lambda: _stream(name, paths, names))
 
     return Rows(features, num, known, content, read)
 
 
-def _stream(name, paths, features, names):
+def _stream(name, paths, names):
     """Yield rows of Parquet files on the Hub as dictionaries."""
     import datasets
 
@@ -169,9 +157,7 @@ def _stream(name, paths, features, names):
             batch_size=1,
             storage_options={"hf": {"endpoint": constants.ENDPOINT, "block_size": BLOCK_BYTES}},
         )
-        arrays = _find_arrays(features, names)
-        for row in _leave_images_encoded(dataset):
-            yield row | {key: np.asarray(row[key], dtype) for key, dtype in arrays.items()}
+        yield from _leave_images_encoded(dataset)
 
 
 @contextmanager
@@ -253,17 +239,6 @@ def _find_labels(features, column):
     return [key for key in ("objects", "mask") if key in features and key != column]
 
 
-def _find_arrays(features, names):
-    """Return {name: dtype} of those columns that are two-dimensional arrays."""
-    import datasets
-
-    return {
-        name: np.dtype(features[name].dtype)
-        for name in names
-        if isinstance(features[name], datasets.Array2D)
-    }
-
-
 def _leave_images_encoded(dataset):
     """Cast image columns so that rows hold encoded bytes: `datasets` decodes 16 bits to 8."""
     import datasets
@@ -274,31 +249,34 @@ def _leave_images_encoded(dataset):
     return dataset
 
 
-def _read_row(row, column, name, facts, label_bar) -> Micrograph:
-    """Return the micrograph of a row. facts: values of the known columns."""
-    value, specimen = row[column], facts.get("specimen")
-    if isinstance(value, dict):  # an encoded image: {"bytes", "path"}
+def _read_image(value, dtype, name, facts, label_bar) -> Micrograph:
+    """Return the micrograph of an encoded image or an array. facts: values of known columns."""
+    specimen, pixel_size_nm = facts.get("specimen"), facts.get("pixel_size_nm")
+    if isinstance(value, dict):  # an encoded image, which `datasets` would cut to 8 bits
         data = value["bytes"] if value["bytes"] is not None else value["path"]
         micrograph = read_micrograph(data, label_bar=label_bar, name=name, specimen=specimen)
-        micrograph.pixel_size_nm = facts.get("pixel_size_nm") or micrograph.pixel_size_nm
-    else:
-        metadata = {"notices": []}
-        try:
-            image = to_uint(np.asarray(value), metadata)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        micrograph = Micrograph(image, name, facts.get("pixel_size_nm"), specimen, metadata)
+        micrograph.pixel_size_nm = pixel_size_nm or micrograph.pixel_size_nm
+        return micrograph
+    metadata = {"notices": []}
+    try:
+        image = to_uint(np.asarray(value, dtype), metadata)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Micrograph(image, name, pixel_size_nm, specimen, metadata)
+
+
+def _read_labels(row, micrograph):
+    """Add the labels of a row to its micrograph, if there are any."""
     objects = row.get("objects")
     if objects is None:
-        return micrograph
+        return
     unknown = {each["kind"] for each in objects} - set(DEFECT_KINDS)
     if unknown:
         micrograph.metadata["notices"].append(
             f"labels not used: kinds {', '.join(sorted(map(str, unknown)))}"
         )
-        return micrograph
+        return
     mask = (row.get("mask") or {}).get("bytes")
     if mask is not None:
-        mask = read_micrograph(mask, label_bar="keep", name=f"mask of {name}").image
+        mask = read_micrograph(mask, label_bar="keep", name=f"mask of {micrograph.name}").image
     micrograph.defects = make_defects(objects, mask, micrograph.image.shape)
-    return micrograph

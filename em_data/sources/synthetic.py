@@ -1,9 +1,10 @@
 """Synthetic micrographs as a source."""
 
 import hashlib
+from functools import partial
 
-from em_data.sources.base import Entry, Replayed, Source
-from em_data.synthetic_micrographs import synthesise_micrograph, synthesise_micrographs
+from em_data.sources.base import Entry, Source
+from em_data.synthetic_micrographs import list_seeds, synthesise_micrograph
 
 DEFAULT_NUM_MICROGRAPHS = 48
 
@@ -13,13 +14,12 @@ def open_synthetic(config) -> Source:
     num, size = config.num_micrographs or DEFAULT_NUM_MICROGRAPHS, config.micrograph_size
     # the content depends on the code that draws, so its hash is that of a small drawing
     sample = hashlib.blake2b(synthesise_micrograph(0, size=64).image, digest_size=8).hexdigest()
-    micrographs = Replayed(lambda: synthesise_micrographs(num, config.seed, size))
     entries = [
         Entry(
             name=f"synthetic_{i:05d}",
             key=f"{sample}-{config.seed}-{size}-{i}-of-{num}",
-            read=lambda i=i: micrographs[i],
+            read=partial(synthesise_micrograph, seed, size),
         )
-        for i in range(num)
+        for i, seed in enumerate(list_seeds(num, config.seed))
     ]
     return Source("synthetic", entries, [])
