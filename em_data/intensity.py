@@ -72,15 +72,9 @@ def _to_uint(images, dtype):
 
 
 def find_levels(image, intensity="auto", percentiles=(0.1, 99.9)) -> tuple[int, int, float]:
-    """Find the grey levels of a micrograph that become -1 and 1.
+    """Return the grey levels of an image that become -1 and 1, and the fraction of pixels outside.
 
-    Args:
-        image: uint8 or uint16 [H, W].
-        intensity: "full", "percentile", or "auto" (full for 8 bits, least and largest for 16 bits).
-        percentiles: The two percentiles of "percentile".
-
-    Returns:
-        (low, high, fraction of the pixels outside of them).
+    "auto" is "full" for 8 bits, and the least and the largest level for 16 bits.
     """
     full = FULL_RANGE[image.dtype]
     if intensity == "full" or (intensity == "auto" and full == 255):
@@ -97,13 +91,10 @@ def find_levels(image, intensity="auto", percentiles=(0.1, 99.9)) -> tuple[int, 
 
 
 def float_to_uint16(image):
-    """Scale a finite float or integer image [H, W] to 16 bits by its least and largest value.
+    """Return a finite image scaled to uint16, and the values that became 0 and 65535.
 
-    Whole numbers with a span of at most 16 bits are not stretched: they are kept if they lie in 0
-    to 65535, and shifted otherwise. A constant image of fractions becomes 0.
-
-    Returns:
-        (uint16 [H, W], low, high), where `low` and `high` became 0 and 65535.
+    They are its least and largest value, but whole numbers with a span of at most 16 bits are kept
+    if they lie in 0 to 65535, and shifted otherwise. A constant image of fractions becomes 0.
     """
     low, high = float(image.min()), float(image.max())
     is_whole = np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))

@@ -55,8 +55,8 @@ def make_coco(micrographs) -> dict:
     Beyond COCO, images have pixel_size_nm and specimen; annotations have diameter_nm, length_nm
     and, as attributes, the defect's metadata.
     """
-    coco = {"images": [], "annotations": [], "categories": []}
-    coco["categories"] = [{"id": i + 1, "name": kind} for i, kind in enumerate(DEFECT_KINDS)]
+    categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(DEFECT_KINDS)]
+    coco = {"images": [], "annotations": [], "categories": categories}
     for image_id, micrograph in enumerate(micrographs, start=1):
         if micrograph.defects is None:
             raise ValueError(
@@ -95,12 +95,10 @@ def make_coco(micrographs) -> dict:
 
 
 def read_labels(folder) -> dict[str, list[dict]] | None:
-    """Read labels/coco.json of a folder; return None if there is none.
+    """Read labels/coco.json of a folder as {name of the image below images/: its objects}, or None.
 
-    Returns:
-        {name of the image below images/: its objects}. An object has kind, box_px (x0, y0, x1, y1;
-        the last two exclusive), diameter_nm, length_nm, runs (see `encode_runs`; None if the
-        segmentation has another form) and attributes (JSON). `make_defects` takes them.
+    An object has what a `Defect` has, but its mask as `runs` (see `encode_runs`; None if the
+    segmentation has another form) and its metadata as `attributes` (JSON).
     """
     path = Path(folder) / "labels" / "coco.json"
     if not path.is_file():
@@ -127,14 +125,10 @@ def read_labels(folder) -> dict[str, list[dict]] | None:
 
 
 def make_defects(objects, instances, shape) -> list[Defect]:
-    """Return the defects of objects as `read_labels` gives them.
+    """Return the defects of objects as `read_labels` gives them, in an image of `shape` (H, W).
 
-    What lies outside the image, for example where a label bar was cropped, is cut off.
-
-    Args:
-        objects: List of dictionaries.
-        instances: Instance mask, uint [H, W], or None. It is used for objects without runs.
-        shape: (H, W) of the image.
+    What lies outside the image, for example where a label bar was cropped, is cut off. Objects
+    without runs have their mask in `instances`, uint [H, W], if that is not None.
     """
     height, width = shape
     defects = []
@@ -143,11 +137,9 @@ def make_defects(objects, instances, shape) -> list[Defect]:
         box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
         if box[0] >= box[2] or box[1] >= box[3]:
             continue
-        mask = None
+        mask = None if instances is None else instances == k
         if each.get("runs"):
             mask = decode_runs(each["runs"], (sum(each["runs"]) // width, width))
-        elif instances is not None:
-            mask = instances == k
         if mask is not None:
             mask = mask[box[1] : box[3], box[0] : box[2]]
         sizes = each.get("diameter_nm"), each.get("length_nm")
@@ -188,10 +180,7 @@ def draw_instance_mask(micrograph) -> np.ndarray:
 
 
 def draw_contact_sheet(micrographs, max_side=2400) -> PIL.Image.Image:
-    """Draw micrographs side by side with boxes in the colour of each defect's kind.
-
-    The picture is scaled so that no side is longer than `max_side` pixels.
-    """
+    """Draw micrographs with boxes in the colours of the kinds, at most `max_side` pixels a side."""
     num_columns = int(np.ceil(np.sqrt(len(micrographs))))
     num_rows = -(-len(micrographs) // num_columns)
     height, width = np.max([micrograph.image.shape for micrograph in micrographs], axis=0).tolist()

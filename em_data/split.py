@@ -9,22 +9,10 @@ from em_data.sampler import make_permutation
 
 
 def split_views(micrographs, micrograph_of_tile, num_symmetries, config):
-    """Split views into training and held-out ones.
+    """Return the training and the held-out views, sorted ids = tile * num_symmetries + symmetry.
 
     By micrograph or by specimen, a side holds all views of its tiles. The leaky split draws views
     at random, as the study did.
-
-    Args:
-        micrographs: List of dictionaries with name, group, specimen and pixel_hash.
-        micrograph_of_tile: Int [num_tiles], index into `micrographs`.
-        num_symmetries: Views per tile.
-        config: `DataConfig`.
-
-    Returns:
-        (train, held_out), sorted int64 view ids, where view = tile * num_symmetries + symmetry.
-
-    Raises:
-        ValueError: Too few micrographs, or both sides would share one or its exact duplicate.
     """
     num_views = len(micrograph_of_tile) * num_symmetries
     if config.split == "leaky":
@@ -33,10 +21,8 @@ def split_views(micrographs, micrograph_of_tile, num_symmetries, config):
         return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
     held_out_groups = choose_groups(list_groups(micrographs, config.split), config)
     is_held_out = np.array([_group(each, config.split) in held_out_groups for each in micrographs])
-    check_split(
-        [each for each, out in zip(micrographs, is_held_out) if not out],
-        [each for each, out in zip(micrographs, is_held_out) if out],
-    )
+    sides = ([m for m, out in zip(micrographs, is_held_out) if out == side] for side in (0, 1))
+    check_split(*sides)
     views = np.arange(num_views).reshape(-1, num_symmetries)
     out = is_held_out[micrograph_of_tile]
     return views[~out].ravel(), views[out].ravel()

@@ -38,11 +38,8 @@ class Cut:
             raise OSError(f"{path} has {path.stat().st_size} bytes, not {facts['num_bytes']}")
         self.dataset = datasets.Dataset.from_file(str(path))
         table, tile = self.dataset.data.table, self.dataset.features["tile"]
-        self.num_tiles, self.resolution, self.dtype = (
-            len(table),
-            tile.shape[0],
-            np.dtype(tile.dtype),
-        )
+        self.num_tiles, self.resolution = len(table), tile.shape[0]
+        self.dtype = np.dtype(tile.dtype)
         self.chunks = [chunk.to_numpy() for chunk in table.column("tile").chunks]  # each [n, R, R]
         self.starts = list(accumulate(map(len, self.chunks), initial=0))
         self.low, self.high, self.micrograph_of_tile = (

@@ -11,19 +11,7 @@ from em_data.sources.synthetic import open_synthetic
 
 
 def open_source(source, config, cache_dir) -> Source:
-    """List the micrographs of a source.
-
-    Args:
-        source: A folder of images; "synthetic"; "hub:owner/name[@revision]" (downloaded once) or
-            "hub-stream:owner/name[@revision]" (read over the network at every start);
-            "damaged-alloys:FOLDER"; "datasets:NAME_OR_PATH" or a folder written by
-            `Dataset.save_to_disk`.
-        config: `DataConfig`.
-        cache_dir: Folder where hashes of files are remembered.
-
-    Raises:
-        ValueError: There is no such source, or it holds no image.
-    """
+    """List the micrographs of a source, see `em_data.load_data`; hashes of files are cached."""
     source = os.path.expanduser(str(source))
     kind, _, rest = source.partition(":")
     if source == "synthetic":
@@ -43,8 +31,7 @@ def open_source(source, config, cache_dir) -> Source:
         )
     num, most = len(opened.entries), config.num_micrographs
     if most is not None and num > most:
-        opened.ignored.append(
-            f"{num - most} images beyond the first {most} (--tiles.num-micrographs)"
-        )
+        beyond = f"{num - most} images beyond the first {most} (--tiles.num-micrographs)"
+        opened.ignored.append(beyond)
         opened.entries = opened.entries[:most]
     return opened

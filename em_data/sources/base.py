@@ -10,22 +10,13 @@ class SourceLost(ValueError):
 
 @dataclass
 class Entry:
-    """One micrograph that is not read yet.
+    """One micrograph that is not read yet."""
 
-    Args:
-        name: Unique in its source.
-        key: Hash of its content.
-        read: Returns the `Micrograph`, or raises `ValueError` with the reason.
-        specimen: Name of the specimen, or None if unknown.
-        group: What the split must not cut apart. Default: the name. Pieces of one micrograph share
-            a group.
-    """
-
-    name: str
-    key: str
-    read: Callable
+    name: str  # unique in its source
+    key: str  # hash of its content
+    read: Callable  # returns the `Micrograph`, or raises `ValueError` with the reason
     specimen: str | None = None
-    group: str | None = None
+    group: str | None = None  # shared by pieces of one micrograph; by default the name
 
     def __post_init__(self):
         self.group = self.group or self.name
@@ -33,17 +24,11 @@ class Entry:
 
 @dataclass
 class Source:
-    """The micrographs of a source, in natural order.
-
-    Args:
-        name: For people.
-        entries: List of `Entry`.
-        ignored: Sentences on what the source also holds and what is not used.
-    """
+    """The micrographs of a source, in natural order."""
 
     name: str
     entries: list[Entry]
-    ignored: list[str]
+    ignored: list[str]  # sentences on what the source also holds and what is not used
 
 
 class Replayed:

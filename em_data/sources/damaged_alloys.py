@@ -17,12 +17,8 @@ from em_data.sources.damaged_alloys_labels import find_labels, read_defects
 from em_data.sources.folder import hash_files
 
 STUDY_SIZES = {(1024, 1024): 442, (2048, 2048): 52}  # micrographs of the study by (H, W)
-PIXEL_SIZES_NM = {
-    "70": 0.8805,
-    "100": 0.8691,
-    "300": 0.4785,
-    "500": 0.2832,
-}  # by magnification/1000
+# by magnification / 1000
+PIXEL_SIZES_NM = {"70": 0.8805, "100": 0.8691, "300": 0.4785, "500": 0.2832}
 ON_ZONE_NM = 0.1416
 MAX_DEPTH = 4  # folders below the given one in which a layout is looked for
 
@@ -40,9 +36,6 @@ def open_damaged_alloys(folder, config, cache_dir) -> Source:
 
     `ignored` says what is not used (augmented copies, negatives, crops, names without a file) and
     how the set differs from the 494 micrographs of the study.
-
-    Raises:
-        ValueError: The folder has no known layout.
     """
     if not Path(folder).is_dir():
         raise ValueError(
@@ -113,19 +106,16 @@ def _find_listed(parent):
     num_extra = len(set(there.values()) - set(paths))
     ignored = [
         f"layout of the Faster R-CNN program: {len(paths)} of {len(listed)} names in images.txt "
-        "have an image"
+        "have an image",
+        missing
+        and f"{len(missing)} names in images.txt without an image in images/, such as {missing[0]}",
+        num_extra
+        and f"{num_extra} images in images/ that images.txt does not list: augmented "
+        "copies or others",
+        *_count_elsewhere(parent, parent / "images"),
     ]
-    if missing:
-        ignored.append(
-            f"{len(missing)} names in images.txt without an image in images/, such as {missing[0]}"
-        )
-    if num_extra:
-        ignored.append(
-            f"{num_extra} images in images/ that images.txt does not list: augmented copies or "
-            "others"
-        )
-    ignored += _count_elsewhere(parent, parent / "images")
-    return paths, find_labels(paths, [parent / "bounding_boxes"]), ignored
+    labels = find_labels(paths, [parent / "bounding_boxes"])
+    return paths, labels, list(filter(None, ignored))
 
 
 def _find_positive(parent):

@@ -25,10 +25,6 @@ def download_damaged_alloys(folder, *, index_url=INDEX_URL, server_url=SERVER_UR
     """Download the files that the search index lists, check length and SHA-512, and unpack them.
 
     A download that was interrupted goes on where it stopped.
-
-    Raises:
-        ConnectionError: The index or the server does not answer.
-        ValueError: The index lists no files; the message says where Globus finds them.
     """
     folder = Path(folder)
     root, files = query_index(index_url)
@@ -42,7 +38,7 @@ def download_damaged_alloys(folder, *, index_url=INDEX_URL, server_url=SERVER_UR
     log(f"{len(files)} files, {num_bytes / 1e6:.1f} MB, from {server_url}{root}")
     for file in tqdm(files, "files", unit="file"):
         path = PurePosixPath(file["path"])
-        relative = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath(path.name)
+        relative = PurePosixPath(path.relative_to(root) if path.is_relative_to(root) else path.name)
         if ".." in relative.parts:
             raise ValueError(
                 f"The search index lists {path}, which is outside of its folder {root}: "
@@ -55,16 +51,7 @@ def download_damaged_alloys(folder, *, index_url=INDEX_URL, server_url=SERVER_UR
 
 
 def query_index(index_url=INDEX_URL, limit=100, timeout=30.0):
-    """Ask the public search index for the set.
-
-    Returns:
-        The path of the data on the server, and a list of files: dictionaries with path, url, length
-        and sha512.
-
-    Raises:
-        ConnectionError: The index does not answer.
-        ValueError: The index does not know the set.
-    """
+    """Ask the index for the path of the set on its server, and its files (path, length, sha512)."""
     root, files, offset = None, {}, 0
     while True:
         query = urllib.parse.urlencode({"q": SOURCE_ID, "limit": limit, "offset": offset})

@@ -29,20 +29,11 @@ def find_labels(paths, folders):
 
 
 def read_defects(label, shape, pixel_size_nm, notices) -> list[Defect]:
-    """Read a label file.
+    """Read the label file of an image of `shape` (H, W); append assumptions to `notices`.
 
     Three formats are known: .txt in a folder bounding_boxes with lines `[type] ymin xmin ymax xmax`
     (from 0), .txt elsewhere with lines `x y w h` (from 1), and .xls, which is comma-separated text
     of ImageJ. A loop without a type is a "loop".
-
-    Args:
-        label: Path of the file.
-        shape: (H, W) of the image.
-        pixel_size_nm: Or None if unknown; diameters are then None.
-        notices: List to which assumptions are appended.
-
-    Raises:
-        ValueError: The file has another format. The message names the line.
     """
     text = label.read_text(errors="replace")
     if label.suffix.lower() == ".xls":
