@@ -15,7 +15,6 @@ from em_data.files import find_cache_dir
 from em_data.sources import open_source
 from em_data.split import find_duplicates, name_some, split_views
 from em_data.tiles import Cut, Tiles
-from em_data.views import SYMMETRIES
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,9 @@ def load_data(
     cache_dir = find_cache_dir(config.cache_dir)
     opened = open_source(source, config, cache_dir)
     tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = _summarise_problems(
-        tiles.problems, len(opened.entries), config.on_bad_image, opened.ignored
-    )
-    num_symmetries = len(SYMMETRIES[config.symmetries])
-    train, held_out = (
-        Tiles(tiles, views, config.symmetries)
-        for views in split_views(
-            tiles.micrographs, tiles.micrograph_of_tile, num_symmetries, config
-        )
-    )
+    problems = _summarise_problems(tiles.problems, opened, config.on_bad_image)
+    views = split_views(tiles.micrographs, tiles.micrograph_of_tile, config)
+    train, held_out = (Tiles(tiles, each, config.symmetries) for each in views)
     summary = {"name": opened.name, "source": str(source)}
     summary |= _describe(tiles, train, held_out, config)
     summary |= _describe_micrographs(tiles.micrographs, config)
@@ -94,13 +86,14 @@ def _load_cut(opened, config, folder, log):
     return Cut(folder)
 
 
-def _summarise_problems(problems, num_images, on_bad_image, ignored) -> str | None:
+def _summarise_problems(problems, opened, on_bad_image) -> str | None:
     """Return a summary of the images that cannot be used; raise it if they may not be skipped."""
     if not problems:
         return None
-    text = "\n  ".join([f"{len(problems)} of {num_images} images cannot be used:", *problems])
-    if len(problems) == num_images:
-        others = "".join(f"\n  not looked at: {each}" for each in ignored)
+    num = len(opened.entries)
+    text = "\n  ".join([f"{len(problems)} of {num} images cannot be used:", *problems])
+    if len(problems) == num:
+        others = "".join(f"\n  not looked at: {each}" for each in opened.ignored)
         raise ValueError(f"{text}{others}\nNothing is left. The reasons are listed above.")
     if on_bad_image == "fail":
         raise ValueError(f"{text}\nRepair or remove them, or use --tiles.on-bad-image skip.")
@@ -111,12 +104,10 @@ def _describe(tiles, train, held_out, config) -> dict:
     """Return what the summary says about the tiles and the split."""
     micrographs = [tiles.micrographs[i] for i in held_out.micrographs]
     is_leaky = config.split == "leaky"
-    digest = hashlib.sha256(config.split.encode())
-    if is_leaky:
-        digest.update(held_out.fingerprint.encode())
-    else:
-        digest.update("".join(sorted(each["pixel_hash"] for each in micrographs)).encode())
-    return {
+    hashes = sorted(each["pixel_hash"] for each in micrographs)
+    held = config.split + (held_out.fingerprint if is_leaky else "".join(hashes))
+    names = ("symmetries", "split", "resolution", "downsample", "intensity")
+    return {name: getattr(config, name) for name in names} | {
         "num_micrographs": len(tiles.micrographs),
         "num_held_out_micrographs": len(micrographs),
         "num_tiles": tiles.num_tiles,
@@ -125,14 +116,9 @@ def _describe(tiles, train, held_out, config) -> dict:
         "num_views": train.num_views + held_out.num_views,
         "num_train_views": train.num_views,
         "num_held_out_views": held_out.num_views,
-        "symmetries": config.symmetries,
-        "split": config.split,
-        "split_hash": digest.hexdigest()[:16],
+        "split_hash": hashlib.sha256(held.encode()).hexdigest()[:16],
         "held_out": [] if is_leaky else sorted({each["name"] for each in micrographs}),
-        "resolution": config.resolution,
-        "downsample": config.downsample,
         "bits": 8 * tiles.dtype.itemsize,
-        "intensity": config.intensity,
         "fingerprint": tiles.key,
     }
 

@@ -12,11 +12,12 @@ from tqdm import tqdm
 from em_data.files import lock
 
 NUM_TRIES = 3
+TIMEOUT = 30.0  # seconds without an answer before a connection counts as broken
 IS_FINAL = (401, 403, 404)  # status codes that another try does not change
 
 
 def download_file(
-    url, path, *, num_bytes=None, sha256=None, sha512=None, num_tries=NUM_TRIES, timeout=30.0
+    url, path, *, num_bytes=None, sha256=None, sha512=None, num_tries=NUM_TRIES
 ) -> None:
     """Download a file; `path` appears when it is complete and checked.
 
@@ -30,7 +31,6 @@ def download_file(
         num_bytes: Expected length.
         sha256, sha512: Expected digests, hexadecimal. The first digits are enough.
         num_tries: Number of connections before giving up.
-        timeout: Seconds without an answer before a connection counts as broken.
 
     Raises:
         ConnectionError: The file cannot be downloaded.
@@ -48,7 +48,7 @@ def download_file(
     with lock(path.parent / ".download.lock"):
         if is_done():  # by another process
             return
-        _fetch_part(url, part, etag_file, num_tries, timeout)
+        _fetch_part(url, part, etag_file, num_tries)
         mismatch = find_mismatch(part, **expected)
         etag_file.unlink(missing_ok=True)
         if mismatch is not None:
@@ -71,10 +71,10 @@ def find_mismatch(path, *, num_bytes=None, sha256=None, sha512=None) -> str | No
     return None
 
 
-def _fetch_part(url, part, etag_file, num_tries, timeout):
+def _fetch_part(url, part, etag_file, num_tries):
     for left in reversed(range(num_tries)):
         try:
-            return _fetch(url, part, etag_file, timeout)
+            return _fetch(url, part, etag_file)
         except OSError as error:  # urllib's errors are OSErrors
             if not left or getattr(error, "code", None) in IS_FINAL:
                 raise ConnectionError(
@@ -84,7 +84,7 @@ def _fetch_part(url, part, etag_file, num_tries, timeout):
     return None
 
 
-def _fetch(url, part, etag_file, timeout):
+def _fetch(url, part, etag_file):
     """Append to `part` what it lacks, or start again if the server's file is another one."""
     request = urllib.request.Request(url)
     offset = part.stat().st_size if part.is_file() and etag_file.is_file() else 0
@@ -92,12 +92,12 @@ def _fetch(url, part, etag_file, timeout):
         request.add_header("Range", f"bytes={offset}-")
         request.add_header("If-Range", etag_file.read_text())
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not offset:  # 416: the range starts beyond the end
             raise
         part.unlink()
-        offset, response = 0, urllib.request.urlopen(url, timeout=timeout)
+        offset, response = 0, urllib.request.urlopen(url, timeout=TIMEOUT)
     with contextlib.closing(response):
         if response.status != 206:
             offset = 0

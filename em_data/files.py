@@ -1,6 +1,5 @@
 """Files and folders that are complete or absent, locks, and the cache. Imports nothing of ours."""
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -88,23 +87,13 @@ def build_folder(folder) -> Iterator[Path]:
     If another process has built `folder` in the meantime, theirs stays and ours is removed. Remains
     of killed builds that are older than a day are removed.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for remains in folder.parent.glob(".building-*"):
-        if time.time() - remains.stat().st_mtime > DAY:
-            shutil.rmtree(remains, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
-        with _name_full_disk(folder):
-            yield temporary
-        os.chmod(temporary, 0o777 & ~_UMASK)
+    with _make_beside(folder, ".building-", DAY) as temporary:
+        yield temporary
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir():
+            if not Path(folder).is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -114,21 +103,29 @@ def replace_folder(folder) -> Iterator[Path]:
     A kill leaves the old folder, the new one or, for a moment, none: nothing half written.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for remains in folder.parent.glob(f".{folder.name}.*"):
-        if remains.is_dir():
-            shutil.rmtree(remains, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        with _name_full_disk(folder):
-            yield temporary
-        os.chmod(temporary, 0o777 & ~_UMASK)
+    with _make_beside(folder, f".{folder.name}.", 0) as temporary:
+        yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
                 flush_to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         flush_to_disk(folder.parent)
+
+
+@contextmanager
+def _make_beside(folder, prefix, max_age):
+    """Yield a new folder that does not outlive the block; remove remains older than `max_age` s."""
+    parent = Path(folder).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for remains in parent.glob(f"{prefix}*"):
+        if remains.is_dir() and time.time() - remains.stat().st_mtime >= max_age:
+            shutil.rmtree(remains, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    try:
+        os.chmod(temporary, 0o777 & ~_UMASK)
+        with _name_full_disk(Path(folder)):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -142,12 +139,11 @@ def lock(path, message: str | None = None) -> Iterator[None]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file_lock = filelock.FileLock(path, timeout=-1 if message is None else 0)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock)
-        except filelock.Timeout as error:
-            raise ValueError(message) from error
+    try:
+        held = filelock.FileLock(path, timeout=-1 if message is None else 0).acquire()
+    except filelock.Timeout as error:
+        raise ValueError(message) from error
+    with held:
         yield
 
 

@@ -1,8 +1,8 @@
 """What an image file says about itself, above all the pixel size."""
 
 import io
-import xml.etree.ElementTree as ElementTree
 
+import tifffile
 from PIL.PngImagePlugin import PngImageFile
 
 # a coarser resolution comes from a printer or a screen: 72 dpi is 352,778 nm
@@ -151,35 +151,26 @@ def _read_ome(tif, page, metadata):
     if not tif.is_ome:
         return None
     metadata["instrument"] = "OME"
-    for element in ElementTree.fromstring(tif.ome_metadata).iter():
-        header = element.attrib
-        if element.tag.endswith("}Pixels") and "PhysicalSizeX" in header:
-            x, y = (
-                float(header.get(f"PhysicalSize{axis}", header["PhysicalSizeX"]))
-                * unit_to_nm(header.get(f"PhysicalSize{axis}Unit", "µm"))
-                for axis in ("X", "Y" if "PhysicalSizeY" in header else "X")
-            )
-            return x, y, "OME header"
-    return None
-
-
-def _read_imagej(tif, page, metadata):
-    header = tif.imagej_metadata
-    if not header:
-        return None
-    metadata["instrument"] = "ImageJ"
-    return _from_resolution(page, unit_to_nm(header.get("unit", "")), "ImageJ header")
+    images = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]
+    header = (images[0] if isinstance(images, list) else images)["Pixels"]
+    sizes = [
+        header[f"PhysicalSize{axis}"] * unit_to_nm(header.get(f"PhysicalSize{axis}Unit", "µm"))
+        for axis in "XY"
+        if f"PhysicalSize{axis}" in header
+    ]
+    return (sizes[0], sizes[-1], "OME header") if sizes else None
 
 
 def _read_resolution(tif, page, metadata):
-    if tif.imagej_metadata or "ResolutionUnit" not in page.tags:
+    """The resolution tags, whose unit of length stands in ImageJ's header or in a tag."""
+    if tif.imagej_metadata:
+        metadata["instrument"] = "ImageJ"
+        factor, field = unit_to_nm(tif.imagej_metadata.get("unit", "")), "ImageJ header"
+    elif "ResolutionUnit" in page.tags:
+        unit = int(page.tags["ResolutionUnit"].value)
+        factor, field = {2: UNITS_NM["inch"], 3: UNITS_NM["cm"]}.get(unit), "resolution tag"
+    else:
         return None
-    factor = {2: 2.54e7, 3: 1e7}.get(int(page.tags["ResolutionUnit"].value))
-    return _from_resolution(page, factor, "resolution tag")
-
-
-def _from_resolution(page, factor, field):
-    """Return sizes from the resolution tags; `factor`: nm of their unit of length."""
     (x, x_over), (y, y_over) = page.tags["XResolution"].value, page.tags["YResolution"].value
     if not (factor and x and y):
         return None
@@ -193,6 +184,5 @@ READERS = (
     _read_sis,
     _read_gatan,
     _read_ome,
-    _read_imagej,
     _read_resolution,
 )

@@ -6,14 +6,16 @@ from collections import defaultdict
 import numpy as np
 
 from em_data.sampler import make_permutation
+from em_data.views import SYMMETRIES
 
 
-def split_views(micrographs, micrograph_of_tile, num_symmetries, config):
+def split_views(micrographs, micrograph_of_tile, config):
     """Return the training and the held-out views, sorted ids = tile * num_symmetries + symmetry.
 
     By micrograph or by specimen, a side holds all views of its tiles. The leaky split draws views
     at random, as the study did.
     """
+    num_symmetries = len(SYMMETRIES[config.symmetries])
     num_views = len(micrograph_of_tile) * num_symmetries
     if config.split == "leaky":
         order = make_permutation(num_views, config.seed)

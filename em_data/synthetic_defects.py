@@ -17,18 +17,11 @@ NORMALS_111 = np.array([[1, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1]]) / np.sqr
 
 @dataclass(eq=False)
 class Drawing:
-    """A defect in its own window.
+    """A defect in its own window."""
 
-    Args:
-        origin: (x, y) of the window's first pixel in the micrograph; it may be outside.
-        contrast: Float32 [h, w], subtracted from the log of the intensity: positive is dark.
-        mask: Bool [h, w], the pixels of the defect.
-        metadata: What else is known.
-    """
-
-    origin: tuple[int, int]
-    contrast: np.ndarray
-    mask: np.ndarray
+    origin: tuple[int, int]  # (x, y) of the first pixel in the micrograph; it may be outside
+    contrast: np.ndarray  # float32 [h, w], subtracted from the log intensity: positive is dark
+    mask: np.ndarray  # bool [h, w], the pixels of the defect
     metadata: dict = field(default_factory=dict)
 
 
@@ -36,11 +29,8 @@ def project_loop(normal, beam, rotation):
     """Return (axis_ratio, angle) of a circular loop seen along the beam.
 
     The axis ratio is minor over major axis, |n . z|. The angle is that of the major axis from x
-    towards y, in [0, pi); a face-on loop gets `rotation`.
-
-    Args:
-        normal, beam: Vectors [3] in crystal axes, of any length.
-        rotation: Angle in radians of the projected [010] axis ([001] if the beam is along [010]).
+    towards y, in [0, pi); a face-on loop gets `rotation`, the angle of the projected [010] axis
+    ([001] if the beam is along [010]). The vectors are in crystal axes, of any length.
     """
     normal = np.asarray(normal, dtype=float) / np.linalg.norm(normal)
     beam = np.asarray(beam, dtype=float) / np.linalg.norm(beam)
@@ -72,11 +62,7 @@ def draw_loop(rng, center_px, *, diameter_nm, axis_ratio, angle, g_angle, streng
     The core is a dark line along the ellipse. Its contrast follows cos^2 of the angle to the
     diffraction vector, so that two stretches of the ring are faint (g.b vanishes). A weaker second
     line inside is the double image of a dislocation near its Bragg condition. The enclosed area is
-    a little brighter than the matrix.
-
-    Args:
-        angle, g_angle: Radians from x towards y.
-        strength: Peak of the contrast.
+    a little brighter than the matrix. Angles are in radians, from x towards y.
     """
     # half width of the dark line, nm
     core = min(2.4, rng.lognormal(0.2, 0.22)) * (diameter_nm / 22) ** 0.25

@@ -31,37 +31,23 @@ SEEDS_PER_SEED = 1_000_000  # seeds of single micrographs per seed of `synthesis
 
 @dataclass(frozen=True)
 class Specimen:
-    """What the micrographs of one specimen share.
-
-    Args:
-        name: Name of the specimen.
-        beam: Direction of view in crystal axes.
-        rotation: Angle of [010] from the image's x axis, in radians.
-        g_angle: Angle of the strongest diffraction vector in the image, in radians.
-        loops_per_um2, dots_per_um2, lines_per_um2: Projected number densities.
-        fraction_100: Share of a0<100> among the loops.
-        loop_median_nm, loop_spread: Log-normal diameters: median, standard deviation of the log.
-        dot_median_nm, dot_spread: The same of dots.
-        thickness: Foil thickness in extinction lengths.
-        mottle: Standard deviation of the surface's log-transmission.
-        dose: Mean electrons per pixel.
-    """
+    """What the micrographs of one specimen share. Diameters are log-normal."""
 
     name: str = "synthetic"
-    beam: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    rotation: float = 0.0
-    g_angle: float = 0.0
-    loops_per_um2: float = 480.0
-    fraction_100: float = 0.45
+    beam: tuple[float, float, float] = (1.0, 0.0, 0.0)  # direction of view in crystal axes
+    rotation: float = 0.0  # of [010] from the image's x axis, radians
+    g_angle: float = 0.0  # of the strongest diffraction vector in the image, radians
+    loops_per_um2: float = 480.0  # projected number density, as that of dots and lines
+    fraction_100: float = 0.45  # share of a0<100> among the loops
     loop_median_nm: float = 20.0
-    loop_spread: float = 0.26
+    loop_spread: float = 0.26  # standard deviation of the log of the diameter
     dots_per_um2: float = 420.0
     dot_median_nm: float = 4.5
     dot_spread: float = 0.3
     lines_per_um2: float = 11.0
-    thickness: float = 3.0
-    mottle: float = 0.05
-    dose: float = 130.0
+    thickness: float = 3.0  # of the foil, in extinction lengths
+    mottle: float = 0.05  # standard deviation of the surface's log-transmission
+    dose: float = 130.0  # mean electrons per pixel
 
     @classmethod
     def from_seed(cls, seed):
@@ -105,18 +91,11 @@ def list_seeds(num, seed) -> range:
 
 
 def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specimen=None):
-    """Draw one labelled micrograph.
+    """Draw one labelled micrograph, uint8 [size, size].
 
-    Args:
-        seed: Integer from 0. Seeds 4 k to 4 k + 3 share a specimen.
-        size: Side in pixels.
-        pixel_size_nm: Side of a pixel in nm.
-        specimen: `Specimen` to use instead of the seed's own.
-
-    Returns:
-        A `Micrograph`, uint8 [size, size], with a `Defect` for everything drawn: masks inside their
-        boxes; centres, angles and axis ratios as metadata. Of defects cut by the border, the
-        visible part is labelled.
+    It has a `Defect` for everything drawn: masks inside their boxes; centres, angles and axis
+    ratios as metadata. Of defects cut by the border, the visible part is labelled. Seeds 4 k to
+    4 k + 3 share a specimen, unless `specimen` is given.
     """
     if seed < 0 or size < 16 or not pixel_size_nm > 0:
         raise ValueError(
@@ -151,10 +130,8 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
 
 
 def _find_field(specimen, size, pixel_size_nm):
-    """Return (side in nm, margin in nm, area in um2) of the field in which defects are drawn.
-
-    It has a margin because defects just outside the picture still reach into it.
-    """
+    """Return (side in nm, margin in nm, area in um2) of the field in which defects are drawn."""
+    # defects just outside the picture still reach into it
     margin_nm = 2 * specimen.loop_median_nm
     side_nm = size * pixel_size_nm + 2 * margin_nm
     return side_nm, margin_nm, (side_nm / 1000) ** 2
@@ -192,12 +169,8 @@ def _draw_loops(rng, specimen, size, pixel_size_nm):
         axis_ratio, angle = shapes[kind][rng.integers(len(shapes[kind]))]
         center = ((x - margin_nm) / pixel_size_nm - 0.5, (y - margin_nm) / pixel_size_nm - 0.5)
         strength = micrograph_strength * float(np.clip(rng.lognormal(np.log(0.8), 0.24), 0.4, 1.3))
-        known = {
-            "diameter_nm": diameter,
-            "axis_ratio": axis_ratio,
-            "angle": angle,
-            "strength": strength,
-        }
+        known = {"diameter_nm": diameter, "axis_ratio": axis_ratio, "angle": angle}
+        known["strength"] = strength
         drawing = draw_loop(
             rng, center, g_angle=specimen.g_angle, pixel_size_nm=pixel_size_nm, **known
         )

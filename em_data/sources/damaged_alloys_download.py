@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from em_data.download import download_file
+from em_data.download import TIMEOUT, download_file
 from em_data.files import build_folder
 
 SOURCE_ID = "pub_100_li_detection_v1.2"
@@ -50,13 +50,13 @@ def download_damaged_alloys(folder, *, index_url=INDEX_URL, server_url=SERVER_UR
         _unpack(folder / relative)
 
 
-def query_index(index_url=INDEX_URL, limit=100, timeout=30.0):
+def query_index(index_url):
     """Ask the index for the path of the set on its server, and its files (path, length, sha512)."""
     root, files, offset = None, {}, 0
     while True:
-        query = urllib.parse.urlencode({"q": SOURCE_ID, "limit": limit, "offset": offset})
+        query = urllib.parse.urlencode({"q": SOURCE_ID, "limit": 100, "offset": offset})
         try:
-            with urllib.request.urlopen(f"{index_url}?{query}", timeout=timeout) as response:
+            with urllib.request.urlopen(f"{index_url}?{query}", timeout=TIMEOUT) as response:
                 answer = json.load(response)
         except (OSError, ValueError) as error:
             raise ConnectionError(

@@ -18,7 +18,7 @@ def micrographs_of(views, micrograph_of_tile, num_symmetries=6):
 def test_split_by_micrograph_shares_none_and_loses_none(config):
     micrograph_of_tile = np.repeat(np.arange(20), 3)
     for seed in range(5):
-        train, held_out = split_views(facts(20), micrograph_of_tile, 6, config(seed=seed))
+        train, held_out = split_views(facts(20), micrograph_of_tile, config(seed=seed))
         assert np.array_equal(np.sort(np.concatenate([train, held_out])), np.arange(20 * 3 * 6))
         sides = (
             micrographs_of(train, micrograph_of_tile),
@@ -47,7 +47,7 @@ def test_seed_decides_and_a_new_micrograph_changes_few(config):
 
 def test_split_by_specimen_keeps_specimens_whole(config):
     specimens = ["a", "a", "b", "b", "b", "c"]
-    train, held_out = split_views(facts(6, specimens), np.arange(6), 6, config(split="specimen"))
+    train, held_out = split_views(facts(6, specimens), np.arange(6), config(split="specimen"))
     sides = [
         {specimens[m] for m in micrographs_of(views, np.arange(6))} for views in (train, held_out)
     ]
@@ -57,28 +57,28 @@ def test_split_by_specimen_keeps_specimens_whole(config):
 
 def test_leaky_split_draws_views(config):
     micrograph_of_tile = np.repeat(np.arange(4), 25)
-    train, held_out = split_views(facts(4), micrograph_of_tile, 6, config(split="leaky"))
+    train, held_out = split_views(facts(4), micrograph_of_tile, config(split="leaky"))
     assert (len(train), len(held_out)) == (540, 60)
     assert np.array_equal(np.sort(np.concatenate([train, held_out])), np.arange(600))
     assert (
         len(set(train // 6) & set(held_out // 6)) > 30
     )  # other views of the same tiles: that is the leak
-    train, held_out = split_views(facts(1), np.zeros(4, int), 6, config(split="leaky"))
+    train, held_out = split_views(facts(1), np.zeros(4, int), config(split="leaky"))
     assert len(train) + len(held_out) == 24
 
 
 def test_one_micrograph_cannot_be_split_and_the_way_out_is_named(config):
     with pytest.raises(ValueError, match=r"only one micrograph \(m0\.tif\).*--tiles\.split leaky"):
-        split_views(facts(1), np.zeros(4, int), 6, config())
+        split_views(facts(1), np.zeros(4, int), config())
 
 
 def test_unknown_or_single_specimens_are_refused(config):
     with pytest.raises(
         ValueError, match=r"specimen of m0\.tif, m1\.tif is unknown.*specimen-pattern"
     ):
-        split_views(facts(2), np.arange(2), 6, config(split="specimen"))
+        split_views(facts(2), np.arange(2), config(split="specimen"))
     with pytest.raises(ValueError, match=r"only one specimen \(a\)"):
-        split_views(facts(2, ["a", "a"]), np.arange(2), 6, config(split="specimen"))
+        split_views(facts(2, ["a", "a"]), np.arange(2), config(split="specimen"))
 
 
 def test_sides_that_share_a_micrograph_are_refused_by_name():
