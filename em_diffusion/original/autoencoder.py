@@ -1,4 +1,4 @@
-"""An autoencoder of taming-transformers or latent-diffusion -> a diffusers model that answers the same numbers."""
+"""Load an autoencoder of taming-transformers or latent-diffusion as a diffusers model with the same answers."""
 
 import re
 
@@ -6,78 +6,122 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
+from em_diffusion.original.config import class_name, count, counts, flag, section
 
+KINDS = {
+    "VQModel": "VQ",
+    "VQModelInterface": "VQ",
+    "VQNoDiscModel": "VQ",
+    "VQSegmentationModel": "VQ",
+    "EMAVQ": "VQ",
+    "GumbelVQ": "Gumbel VQ",
+    "AutoencoderKL": "KL",
+}
+"""Class in a yaml -> kind."""
 CLASSES = {
     "VQ": (VQModel, EMTamingVQModel),
     "Gumbel VQ": (None, EMGumbelVQModel),
     "KL": (AutoencoderKL, EMTamingAutoencoderKL),
 }
-"""Kind -> the stock class, and the one that holds what the stock one cannot."""
+"""Kind -> the stock class, and our class for what the stock class cannot represent."""
 
 
-def create_first_stage(config):
-    """The model of a `FirstStage` with random weights: the stock class wherever it represents the original exactly.
+def read_autoencoder(model):
+    """Return (kind, class, constructor's arguments) of an autoencoder that a section of a yaml describes.
 
-    Stock: attention on any levels, other ones in encoder and decoder, none at all; any widths, depths and channels at the
-    ends. Not stock: a classifier for the codes, a first level wider than the first convolution, resampling without
-    convolutions, a tanh at the end, and for KL a `quant_conv` that changes the number of channels.
+    The stock class represents attention on any levels, different in encoder and decoder; any widths and
+    depths; and any channels at the ends. Ours adds a classifier for the codes, a first level wider than
+    the first convolution, resampling without convolutions, a tanh at the end, and for KL a `quant_conv`
+    that changes the number of channels.
     """
+    name = class_name(model)
+    if name not in KINDS:
+        raise ValueError(
+            f"its autoencoder is a {model['target']}, and only these are known: {', '.join(KINDS)}"
+        )
+    kind, params = KINDS[name], section(model, "params")
+    network = section(params, "ddconfig")
+    attention = network.get("attn_type", "vanilla")
+    if network.get("use_linear_attn") or attention not in ("vanilla", "none"):
+        raise ValueError(
+            f"attention of the type {network.get('attn_type', 'linear')!r} is not supported, only "
+            "'vanilla' and 'none'"
+        )
+    if network.get("give_pre_end"):
+        raise ValueError("give_pre_end, a decoder without its last layers, is not supported")
+    double_z = flag(network, "double_z", True)
+    if double_z != (kind == "KL"):
+        raise ValueError(f"double_z is {double_z}, which a {name} cannot have")
+
+    multipliers, stem = counts(network, "ch_mult", (1, 2, 4, 8)), count(network, "ch")
+    encoder_attends, decoder_attends = _find_attention(network, len(multipliers))
+    embed_dim, z_channels = count(params, "embed_dim"), count(network, "z_channels")
     arguments = {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_ch,
+        "in_channels": count(network, "in_channels"),
+        "out_channels": count(network, "out_ch"),
         "down_block_types": tuple(
             "AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D"
-            for attends in config.encoder_attends
+            for attends in encoder_attends
         ),
         "up_block_types": tuple(
-            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D"
-            for attends in reversed(config.decoder_attends)
+            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in decoder_attends
         ),
-        "block_out_channels": config.channels,
-        "layers_per_block": config.num_res_blocks,
+        "block_out_channels": tuple(stem * multiplier for multiplier in multipliers),
+        "layers_per_block": count(network, "num_res_blocks", 64),
         "norm_num_groups": 32,
-        "sample_size": config.resolution,
-        "mid_block_add_attention": config.has_attention,
+        "sample_size": count(network, "resolution"),
+        "mid_block_add_attention": attention == "vanilla",
         "scaling_factor": 1.0,
     }
-    own = {}
-    if config.channels[0] != config.ch:
-        own["stem_channels"] = config.ch
-    if not config.resamp_with_conv:
+    own = {}  # arguments that only our class has
+    if multipliers[0] != 1:
+        own["stem_channels"] = stem
+    if not flag(network, "resamp_with_conv", True):
         own["resample_with_conv"] = False
-    if config.tanh_out:
+    if flag(network, "tanh_out", False):
         own["tanh_output"] = True
-    if config.kind == "KL":
-        arguments |= {"latent_channels": config.embed_dim, "force_upcast": False}
-        if config.z_channels != config.embed_dim:
-            own["z_channels"] = config.z_channels
+    if kind == "KL":
+        arguments |= {"latent_channels": embed_dim, "force_upcast": False}
+        if z_channels != embed_dim:
+            own["z_channels"] = z_channels
     else:
-        arguments |= {
-            "latent_channels": config.z_channels,
-            "vq_embed_dim": config.embed_dim,
-            "num_vq_embeddings": config.n_embed,
-        }
-    stock, component = CLASSES[config.kind]
-    cls = component if own or stock is None else stock
+        arguments |= {"latent_channels": z_channels, "vq_embed_dim": embed_dim}
+        arguments["num_vq_embeddings"] = count(params, "n_embed")
+    stock, component = CLASSES[kind]
+    return kind, component if own or stock is None else stock, arguments | own
+
+
+def _find_attention(network, num_levels):
+    """Return whether each block of the encoder and of the decoder has attention, in their order.
+
+    `attn_resolutions` counts from `resolution`, which halves from level to level. The decoder counts
+    from the smallest side up, so an odd `resolution` gives it other sides than the encoder.
+    """
+    resolution, attending = count(network, "resolution"), counts(network, "attn_resolutions")
+    if network.get("attn_type") == "none":
+        attending = ()
+    smallest = resolution // 2 ** (num_levels - 1)
+    encoder = [resolution // 2**level in attending for level in range(num_levels)]
+    return encoder, [smallest * 2**level in attending for level in range(num_levels)]
+
+
+def load_first_stage(weights, description, prefix="", use_ema=None):
+    """Return the autoencoder that `read_autoencoder` describes, with the weights whose names begin with `prefix`."""
+    kind, cls, arguments = description
     try:
-        return cls(**arguments, **own)
+        with torch.device("meta"):  # shapes only: an absurd yaml takes no memory
+            model = cls(**arguments)
     except ValueError as error:  # such as channels that 32 groups do not divide
         raise ValueError(
             f"the yaml describes an autoencoder that cannot be built: {error}."
         ) from error
-
-
-def load_first_stage(weights, config, prefix="", use_ema=None):
-    """The model of a `FirstStage` with the tensors of `OriginalWeights` whose names begin with `prefix`."""
-    with torch.device("meta"):  # shapes alone: an absurd yaml takes no memory
-        model = create_first_stage(config)
-    num_levels = len(config.ch_mult)
+    num_levels = len(arguments["block_out_channels"])
 
     def find_source(name):
         return prefix + original_name(name, num_levels), None
 
     ema_name = None if prefix else lambda name: "model_ema." + name.replace(".", "")
-    what = f"a {config.kind} autoencoder" + (" within a diffusion model" if prefix else "")
+    what = f"a {kind} autoencoder" + (" within a diffusion model" if prefix else "")
     return weights.load(
         model, find_source, what=what, ema_name=ema_name, use_ema=None if prefix else use_ema
     )
@@ -97,11 +141,11 @@ PLACES = [
     (r"\bto_([qkv])\.", r"\1."),
     (r"\bto_out\.0\.", "proj_out."),
 ]
-"""Parts of names in diffusers, and what they are called in the originals."""
+"""Parts of names in diffusers, and what the originals call them."""
 
 
 def original_name(name: str, num_levels: int) -> str:
-    """What the original format calls a parameter of diffusers' autoencoders; there, both paths count levels from the finest."""
+    """Return the original name of a parameter; the originals count levels from the finest in both paths."""
     name = re.sub(
         r"\bup_blocks\.(\d+)\.", lambda level: f"up.{num_levels - 1 - int(level[1])}.", name
     )

@@ -1,4 +1,4 @@
-"""OpenAI's encoder.pkl and decoder.pkl, whole networks that were pickled -> `EMDalleVAE`, without running what they hold."""
+"""Load OpenAI's encoder.pkl and decoder.pkl, two pickled networks, as an `EMDalleVAE`; nothing in them is executed."""
 
 import re
 from pathlib import Path
@@ -17,17 +17,14 @@ NAMES = ("encoder.pkl", "decoder.pkl")
 
 
 def find_dalle(source) -> Path | None:
-    """The folder with both files, given itself or one of them; None where it is not one."""
+    """Return the folder of both files if `source` is that folder or one of the files, else None."""
     path = Path(source)
     folder = path.parent if path.name in NAMES else path
     return folder if any((folder / name).is_file() for name in NAMES) else None
 
 
 def load_dalle(folder) -> EMDalleVAE:
-    """The dVAE of a folder with encoder.pkl and decoder.pkl, with as many channels as they have.
-
-    Raises `ValueError` that names the file, when one is missing or is another network.
-    """
+    """Return the dVAE of a folder with encoder.pkl and decoder.pkl; its channels are theirs."""
     halves = {name: _read_half(Path(folder) / name) for name in NAMES}
     encoder, decoder = (halves[name] for name in NAMES)
     try:
@@ -41,13 +38,12 @@ def load_dalle(folder) -> EMDalleVAE:
         raise ValueError(
             f"{folder} does not hold the two halves of DALL-E's dVAE: there is no {error}."
         ) from error
-    with torch.device("meta"):  # shapes alone: absurd ones take no memory
+    with torch.device("meta"):  # shapes only: absurd ones take no memory
         model = EMDalleVAE(
             num_hidden, num_init, num_blocks, num_codes, in_channels, decoder_channels
         ).eval()
-    codes = decoder.pop("blocks.input.w")[..., 0, 0].T + decoder.pop(
-        "blocks.input.b"
-    )  # what a one-hot code gives
+    # the answer of the decoder's first layer to each one-hot code
+    codes = decoder.pop("blocks.input.w")[..., 0, 0].T + decoder.pop("blocks.input.b")
     state = {"quantize.embedding.weight": codes}
     for half, tensors in (("encoder", encoder), ("decoder", decoder)):
         state |= {f"{half}.{_our_name(name)}": tensor for name, tensor in tensors.items()}
@@ -64,7 +60,7 @@ def load_dalle(folder) -> EMDalleVAE:
 
 
 def _read_half(path):
-    """The tensors of one half by name; `ValueError` when the file is missing or is no such network."""
+    """Return the tensors of one half by name."""
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: a DALL-E dVAE is encoder.pkl and decoder.pkl in one folder."

@@ -3,14 +3,19 @@
 Nothing in a checkpoint is executed: see `em_training.torch_checkpoint`.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from em_diffusion.grey import fold_to_grey
-from em_diffusion.original.autoencoder import load_first_stage
-from em_diffusion.original.config import OriginalModel, find_config, read_config
+from em_diffusion.original.autoencoder import KINDS, load_first_stage, read_autoencoder
+from em_diffusion.original.config import class_name, find_config, number, read_config, section
 from em_diffusion.original.dalle import find_dalle, load_dalle
-from em_diffusion.original.unet import create_scheduler, load_unet, read_stored_betas
+from em_diffusion.original.schedule import create_scheduler, read_schedule
+from em_diffusion.original.unet import load_unet, read_unet
 from em_diffusion.original.weights import OriginalWeights
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 
+DIFFUSION_MODELS = ("LatentDiffusion", "DDPM")
 FIRST_STAGE_PREFIX = "first_stage_model."
 DIFFUSION_PREFIXES = ("model.", "cond_stage_model.", "transformer.")
 
@@ -18,39 +23,41 @@ DIFFUSION_PREFIXES = ("model.", "cond_stage_model.", "transformer.")
 def load_official(
     source, config=None, *, use_ema=None, grey=True, autoencoder=None, say=lambda text: None
 ):
-    """Load what an original checkpoint holds: an autoencoder, or a whole `EMLatentDiffusionPipeline`; float32, on the CPU.
+    """Load what an original checkpoint holds: an autoencoder, or a whole latent diffusion model.
 
-    source: a .ckpt of taming-transformers or latent-diffusion, or a folder with DALL-E's encoder.pkl and decoder.pkl.
-    config: the yaml of a .ckpt; None looks beside it (`find_config`).
-    use_ema: True for averaged weights, False for raw ones, None for averaged ones where the checkpoint has them.
-    grey: fold an autoencoder with three channels into one with a single one, as `fold_to_grey` does exactly.
-    autoencoder: a model for a diffusion checkpoint that holds its U-Net alone.
-    say: called with a sentence about what was left out.
+    Args:
+        source: A .ckpt file of taming-transformers or latent-diffusion, or a folder with DALL-E's
+            encoder.pkl and decoder.pkl.
+        config: The yaml of a .ckpt file. Default: the yaml beside it (`find_config`).
+        use_ema: True for averaged weights, False for raw ones, None for averaged ones if there are any.
+        grey: Fold an autoencoder with three channels exactly into one with a single channel.
+        autoencoder: The autoencoder of a checkpoint that holds only a U-Net.
+        say: Called with a sentence about each kind of tensors that was not used.
 
-    The pipeline's scheduler has the original's noise schedule and spacing, and its autoencoder's `latents_std` is one over
-    the original's scale factor. Raises `ValueError` in one sentence, with the way out, for everything that cannot be loaded to
-    give the original's numbers.
+    Returns:
+        A diffusers model, or an `EMLatentDiffusionPipeline` with the original's noise schedule and
+        spacing of steps, whose autoencoder's `latents_std` is 1 / the original's scale factor; float32,
+        on the CPU.
+
+    Raises:
+        ValueError: If anything cannot be loaded so that it gives the original's numbers.
     """
     folder = find_dalle(source)
     if folder is not None:
         return _to_grey(load_dalle(folder), grey)
     weights, original = open_official(source, config)
     if original.unet is None:
-        return load_official_autoencoder(source, config, use_ema=use_ema, grey=grey, say=say)
+        return _load_autoencoder(weights, original, use_ema, grey, say)
     unet, scheduler, scale_factor = _load_denoiser(weights, original, use_ema)
-    if (
-        autoencoder is None
-        and original.first_stage is not None
-        and weights.has_prefix(FIRST_STAGE_PREFIX)
-    ):
-        autoencoder = _to_grey(
-            load_first_stage(weights, original.first_stage, FIRST_STAGE_PREFIX), grey
-        )
-    _say_left(weights, say, FIRST_STAGE_PREFIX)
+    has_autoencoder = original.autoencoder and weights.has_prefix(FIRST_STAGE_PREFIX)
+    if autoencoder is None and has_autoencoder:
+        autoencoder = load_first_stage(weights, original.autoencoder, FIRST_STAGE_PREFIX)
+        autoencoder = _to_grey(autoencoder, grey)
+    _say_unused(weights, say, FIRST_STAGE_PREFIX)
     if autoencoder is None:
         raise ValueError(
-            f"{source} holds a U-Net and no autoencoder; name the autoencoder of its latents with --autoencoder, or take the U-Net "
-            "alone with `load_official_unet`."
+            f"{source} holds a U-Net and no autoencoder; name the autoencoder of its latents with "
+            "--autoencoder, or load the U-Net alone with `load_official_unet`."
         )
     _set_scale(autoencoder, unet, scale_factor)
     return EMLatentDiffusionPipeline(autoencoder, unet, scheduler).to("cpu")
@@ -59,70 +66,115 @@ def load_official(
 def load_official_autoencoder(
     source, config=None, *, use_ema=None, grey=True, say=lambda text: None
 ):
-    """The autoencoder of an original checkpoint, also out of a whole diffusion model; arguments as in `load_official`."""
+    """Load the autoencoder of an original checkpoint, also of a whole diffusion model; arguments as in `load_official`."""
     folder = find_dalle(source)
     if folder is not None:
         return _to_grey(load_dalle(folder), grey)
-    weights, original = open_official(source, config)
-    if original.first_stage is None:
-        raise ValueError(f"{source} is a diffusion model over pixels, without an autoencoder.")
-    is_part = weights.has_prefix(FIRST_STAGE_PREFIX)
-    model = load_first_stage(
-        weights, original.first_stage, FIRST_STAGE_PREFIX if is_part else "", use_ema
-    )
-    _say_left(weights, say, *(DIFFUSION_PREFIXES if is_part else ()))
-    model = _to_grey(model, grey)
-    if original.schedule is not None:
-        _set_scale(model, None, _find_scale(weights, original))
-    return model
+    return _load_autoencoder(*open_official(source, config), use_ema, grey, say)
 
 
 def load_official_unet(source, config=None, *, use_ema=None):
-    """The U-Net of an original diffusion checkpoint, its `DDIMScheduler`, and the factor that scales its latents."""
+    """Load the U-Net of an original diffusion model; return it, its `DDIMScheduler`, and the factor that scales its latents."""
     weights, original = open_official(source, config)
     if original.unet is None:
         raise ValueError(f"{source} is an autoencoder, and holds no U-Net.")
     denoiser = _load_denoiser(weights, original, use_ema)
-    weights.count_left(FIRST_STAGE_PREFIX)
+    weights.count_unused(FIRST_STAGE_PREFIX)
     return denoiser
 
 
-def open_official(source, config=None) -> tuple[OriginalWeights, OriginalModel]:
-    """The tensors of a checkpoint and what its yaml says; the file is judged first, so that a wrong one is not asked for a yaml."""
+@dataclass(frozen=True)
+class Original:
+    """What a yaml describes, each as its `read_` function returns it; None for what it does not have."""
+
+    autoencoder: tuple | None
+    unet: tuple | None = None
+    schedule: dict | None = None
+    scale_factor: float | None = None
+
+
+def open_official(source, config=None) -> tuple[OriginalWeights, Original]:
+    """Return the weights of a checkpoint and what its yaml says; the checkpoint is judged before its yaml."""
     weights = OriginalWeights(source)
-    return weights, read_config(find_config(source) if config is None else config)
+    path = Path(find_config(source) if config is None else config)
+    try:
+        return weights, _read_original(read_config(path))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}.") from error
+
+
+def _read_original(model):
+    name, params = class_name(model), model["params"]
+    if name in KINDS:
+        return Original(read_autoencoder(model))
+    if name == "Net2NetTransformer":  # an autoregressive model over the codes of an autoencoder
+        return Original(read_autoencoder(section(params, "first_stage_config")))
+    if name not in DIFFUSION_MODELS:
+        known = ", ".join([*KINDS, *DIFFUSION_MODELS])
+        raise ValueError(f"its model is a {model['target']}, and only these are known: {known}")
+    _refuse_conditions(params)
+    return Original(
+        read_autoencoder(section(params, "first_stage_config"))
+        if name == "LatentDiffusion"
+        else None,
+        read_unet(params),
+        read_schedule(params),
+        number(params, "scale_factor", 1.0),
+    )
+
+
+def _refuse_conditions(params):
+    condition, key = params.get("cond_stage_config"), params.get("conditioning_key")
+    if condition == "__is_unconditional__" or (condition is None and key is None):
+        return
+    target = condition.get("target") if isinstance(condition, dict) else condition
+    what = f"conditioning_key: {key}" if condition is None else f"cond_stage_config: {target}"
+    raise ValueError(f"its model is conditional ({what}); only unconditional ones are supported")
+
+
+def _load_autoencoder(weights, original, use_ema, grey, say):
+    if original.autoencoder is None:
+        raise ValueError(
+            f"{weights.path} is a diffusion model over pixels, without an autoencoder."
+        )
+    is_part = weights.has_prefix(FIRST_STAGE_PREFIX)
+    prefix, others = (FIRST_STAGE_PREFIX, DIFFUSION_PREFIXES) if is_part else ("", ())
+    model = load_first_stage(weights, original.autoencoder, prefix, use_ema)
+    _say_unused(weights, say, *others)
+    model = _to_grey(model, grey)
+    if original.scale_factor is not None:
+        _set_scale(model, None, _find_scale(weights, original))
+    return model
 
 
 def _load_denoiser(weights, original, use_ema):
     if weights.has_prefix("cond_stage_model."):
         raise ValueError(
-            f"{weights.path} is a conditional model (cond_stage_model); only unconditional ones are supported."
+            f"{weights.path} is a conditional model (cond_stage_model); only unconditional ones are "
+            "supported."
         )
     unet = load_unet(weights, original.unet, use_ema)
-    return (
-        unet,
-        create_scheduler(original.schedule, read_stored_betas(weights)),
-        _find_scale(weights, original),
-    )
+    betas = weights.read("betas") if "betas" in weights else None
+    scheduler = create_scheduler(**original.schedule, stored_betas=betas)
+    return unet, scheduler, _find_scale(weights, original)
 
 
 def _find_scale(weights, original):
-    """The factor that the latents are multiplied by: measured in training and stored, or said by the yaml."""
+    """Return the factor of the latents: measured in training and stored, or given by the yaml."""
     stored = "scale_factor" in weights
-    scale = weights.read_number("scale_factor") if stored else original.schedule.scale_factor
+    scale = weights.read_number("scale_factor") if stored else original.scale_factor
     if scale <= 0:
         raise ValueError(f"scale_factor in {weights.path} is {scale}; it must be positive.")
     return scale
 
 
 def _set_scale(autoencoder, unet, scale_factor):
-    num_channels = autoencoder.config.get("vq_embed_dim") or autoencoder.config.get(
-        "latent_channels"
-    )
+    config = autoencoder.config
+    num_channels = config.get("vq_embed_dim") or config.get("latent_channels")
     if unet is not None and unet.config.in_channels != num_channels:
         raise ValueError(
-            f"the U-Net is for latents of {unet.config.in_channels} channels, and the autoencoder's have {num_channels}: they do not "
-            "belong together."
+            f"the U-Net is for latents of {unet.config.in_channels} channels, but the autoencoder's have "
+            f"{num_channels}: they do not belong together."
         )
     autoencoder.register_to_config(
         latents_mean=[0.0] * num_channels, latents_std=[1 / scale_factor] * num_channels
@@ -133,6 +185,6 @@ def _to_grey(model, grey):
     return fold_to_grey(model) if grey else model
 
 
-def _say_left(weights, say, *others):
-    for kind, count in sorted(weights.count_left(*others).items()):
-        say(f"left out: {count} tensors of the {kind.replace('another model', 'other model')}")
+def _say_unused(weights, say, *others):
+    for kind, count in sorted(weights.count_unused(*others).items()):
+        say(f"left out: {count} tensors of the {kind}")

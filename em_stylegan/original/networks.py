@@ -1,4 +1,4 @@
-"""The networks of stylegan2-ada-pytorch and stylegan3, as `official_pickle` reads them -> ours, or an error that says what ours lack."""
+"""Convert networks of stylegan2-ada-pytorch and stylegan3 to ours; refuse what ours do not compute."""
 
 import math
 import reprlib
@@ -12,262 +12,254 @@ from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.original.reader import StoredArray
 from em_training.torch_checkpoint import copy_tensor, flatten_module
 
-
-def _submodule(network, path):
-    for name in path.split("."):
-        network = network.state["_modules"][name]
-    return network
-
-
-def _channel_config(num_channels):
-    """channel_base and max_channels that give `num_channels` {resolution: feature maps}."""
-    max_channels = max(num_channels.values())
-    channel_base = max(r * c for r, c in num_channels.items())
-    if any(min(channel_base // r, max_channels) != c for r, c in num_channels.items()):
-        raise ValueError(
-            f"feature maps {num_channels} do not follow min(channel_base // resolution, max_channels)."
-        )
-    return {"channel_base": channel_base, "max_channels": max_channels}
-
-
-def _flatten(network):
-    """The parameters and buffers of a network, {dotted name: tensor}."""
-    tensors = flatten_module(network)
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} is no tensor.")
-    return tensors
-
-
-def _check(network, class_name):
-    """Refuse another class of network, and another filter than ours."""
-    if network.class_name != class_name:
-        raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
-    for name, tensor in _flatten(network).items():
-        if name.endswith("resample_filter") and not _holds(tensor, blur_kernel()):
-            raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
-
-
-def _expect(network, path, **expected):
-    """Refuse the layer at `path` where an attribute differs from what ours computes with; one that is not stored does not."""
-    state = _submodule(network, path).state
-    for name, value in expected.items():
-        found = state.get(name, value)
-        if type(found) in (int, float) and type(value) in (int, float):
-            same = math.isclose(found, value, rel_tol=1e-6)
-        else:
-            same = type(found) is type(value) and found == value
-        if not same:
-            raise ValueError(
-                f"{path} has {name} {reprlib.repr(found)}; ours computes with {value}."
-            )
-
-
-def _expect_linear(network, tensors, path, activation="linear", rate=1.0):
-    fan_in = tensors[f"{path}.weight"].shape[1]
-    _expect(
-        network, path, activation=activation, weight_gain=rate / math.sqrt(fan_in), bias_gain=rate
-    )
-
-
-def _expect_convolution(network, tensors, path, activation, clamp, up=1, down=1):
-    """As `_expect`, of a convolution with or without modulation and of a layer to an image, as far as each has these attributes."""
-    _, *fan_in, kernel_size = tensors[f"{path}.weight"].shape
-    _expect(
-        network,
-        path,
-        activation=activation,
-        up=up,
-        down=down,
-        conv_clamp=clamp,
-        weight_gain=1 / math.sqrt(math.prod(fan_in) * kernel_size),
-        act_gain=math.sqrt(2) if activation == "lrelu" else 1,
-        padding=kernel_size // 2,
-    )
-
-
-def _num_reduced(network, blocks):
-    """How many of these blocks, from the lowest resolution to the highest, compute in half precision: the last ones."""
-    flags = [bool(_submodule(network, block).state.get("use_fp16")) for block in blocks]
-    if flags != sorted(flags):
-        raise ValueError(
-            f"use_fp16 is {flags} from the lowest resolution up; ours reduces the highest ones."
-        )
-    return sum(flags)
-
-
-def _holds(tensor, expected):
-    """Whether a tensor has these numbers, to 1e-6; one of another shape is not read."""
-    return tensor.shape == tuple(expected.shape) and torch.allclose(
-        copy_tensor(tensor), expected, atol=1e-6
-    )
-
-
-def _architecture(network, blocks):
-    found = [_submodule(network, block).state.get("architecture") for block in blocks]
-    if found[0] not in ("skip", "orig", "resnet") or any(other != found[0] for other in found):
-        raise ValueError(
-            f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and resnet."
-        )
-    return found[0]
-
-
-def _clamp(network, path):
-    clamp = _submodule(network, path).state.get("conv_clamp")
-    return None if clamp is None else float(clamp)
-
-
-def _load(model, tensors, names, zeros=()):
-    """The model with the tensors that `names` {official name: ours} says; those of `zeros`, our names, are zero."""
-    expected = model.state_dict()
-    stored = {names[name]: tensor for name, tensor in tensors.items() if name in names}
-    ignored = ("resample_filter", ".up_filter", ".down_filter")
-    unknown = sorted(name for name in tensors if name not in names and not name.endswith(ignored))
-    missing = sorted(expected.keys() - stored.keys() - set(zeros))
-    other = sorted(
-        name
-        for name in stored.keys() & expected.keys()
-        if stored[name].shape != expected[name].shape
-    )
-    if unknown or missing or other or stored.keys() - expected.keys():
-        raise ValueError(
-            f"the network does not fit: unknown {unknown}, missing {missing}, of another shape {other}."
-        )
-    state = {
-        name: torch.zeros_like(tensor) if name in zeros else copy_tensor(stored[name])
-        for name, tensor in expected.items()
-    }
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def _mapping(network, tensors, official, ours):
-    """The mapping network's number of layers, and names."""
-    mapping = _submodule(network, official)
-    depth = int(mapping.state["num_layers"])
-    for i in range(depth):
-        _expect_linear(network, tensors, f"{official}.fc{i}", "lrelu", rate=0.01)
-    if f"{official}.embed.weight" in tensors:
-        _expect_linear(network, tensors, f"{official}.embed")
-    names = {
-        f"{official}.fc{i}.{kind}": f"{ours}.layers.{i}.{kind}"
-        for i in range(depth)
-        for kind in ("weight", "bias")
-    }
-    names |= {f"{official}.embed.{kind}": f"{ours}.embed.{kind}" for kind in ("weight", "bias")}
-    return depth, names | {f"{official}.w_avg": f"{ours}.w_mean"}
-
-
-def _expect_shape(tensors, name, *shape):
-    """Refuse a tensor of another shape than the network's attributes give, before memory for them is asked for; None fits any size."""
-    found = tensors[name].shape
-    if len(found) != len(shape) or any(
-        b not in (None, a) for a, b in zip(found, shape, strict=True)
-    ):
-        sides = ["any" if side is None else side for side in shape]
-        raise ValueError(f"{name} is {list(found)}; the network's own attributes give {sides}.")
-
-
-def _common(network, tensors, depth):
-    z_dim, w_dim, num_classes = (int(network.state[name]) for name in ("z_dim", "w_dim", "c_dim"))
-    _expect_shape(tensors, "mapping.fc0.weight", w_dim, z_dim + (w_dim if num_classes else 0))
-    if num_classes:
-        _expect_shape(tensors, "mapping.embed.weight", w_dim, num_classes)
-    return {
-        "resolution": int(network.state["img_resolution"]),
-        "image_channels": int(network.state["img_channels"]),
-        "z_dim": z_dim,
-        "w_dim": w_dim,
-        "mapping_depth": depth,
-        "num_classes": num_classes,
-    }
+NOT_LOADED = ("resample_filter", ".up_filter", ".down_filter")  # compared, but not copied
 
 
 def generator_from_official(network):
-    """`StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Network` official generator (`G` or `G_ema`); ValueError when it
-    is another network."""
+    """Return a `StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Network` (`G` or `G_ema`)."""
+    return _convert(network, "Generator", _generator)
+
+
+def discriminator_from_official(network):
+    """Return a `StyleGANDiscriminator` with the weights of a `Network` (`D`)."""
+    return _convert(network, "Discriminator", _discriminator)
+
+
+def _convert(network, class_name, function):
+    if network.class_name != class_name:
+        raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
     try:
-        _check(network, "Generator")
-        is_alias_free = "input" in _submodule(network, "synthesis").state["_modules"]
-        return (_generator3 if is_alias_free else _generator2)(network)
+        return function(_Source(network))
     except (KeyError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
         raise ValueError(
-            f"the network is called Generator and has not the parts of StyleGAN's ({error!r})."
+            f"the network is called {class_name} but lacks parts of StyleGAN's ({error!r})."
         ) from error
 
 
-def _generator2(network):
-    resolution = int(network.state["img_resolution"])
-    resolutions = [2**i for i in range(2, resolution.bit_length())]
-    blocks = [f"synthesis.b{r}" for r in resolutions]
-    tensors = _flatten(network)
-    depth, names = _mapping(network, tensors, "mapping", "mapping_network")
-    clamp = _clamp(network, "synthesis.b4.conv1")
-    _expect_shape(
-        tensors, f"{blocks[-1]}.torgb.weight", int(network.state["img_channels"]), None, 1, 1
-    )
+class _Source:
+    """An official network: its attributes and tensors, and which of our parameters they become."""
+
+    def __init__(self, network):
+        self._network = network
+        self.tensors, self._names, self._zeros = flatten_module(network), {}, set()
+        for name, tensor in self.tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{name} is no tensor.")
+            if name.endswith("resample_filter") and not _holds(tensor, blur_kernel()):
+                raise ValueError(f"{name} is not the filter [1, 3, 3, 1].")
+
+    def state(self, path=""):
+        """Return the attributes of the network or of the module at `path`."""
+        module = self._network
+        for name in path.split(".") if path else ():
+            module = module.state["_modules"][name]
+        return module.state
+
+    def number(self, name):
+        return int(self.state()[name])
+
+    def clamp(self, path):
+        clamp = self.state(path).get("conv_clamp")
+        return None if clamp is None else float(clamp)
+
+    def expect_shape(self, name, *shape):
+        """Refuse a tensor of another shape before memory for the model is allocated; None fits any size."""
+        found = self.tensors[name].shape
+        fits = len(found) == len(shape)
+        if not fits or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+            sides = ["any" if side is None else side for side in shape]
+            raise ValueError(f"{name} is {list(found)}; the network's own attributes give {sides}.")
+
+    def expect(self, path, **expected):
+        """Refuse a module with an attribute other than ours computes with; one that is not stored is not checked."""
+        state = self.state(path)
+        for name, value in expected.items():
+            found = state.get(name, value)
+            if type(found) in (int, float) and type(value) in (int, float):
+                same = math.isclose(found, value, rel_tol=1e-6)
+            else:
+                same = type(found) is type(value) and found == value
+            if not same:
+                raise ValueError(
+                    f"{path} has {name} {reprlib.repr(found)}; ours computes with {value}."
+                )
+
+    def copy(self, path, ours, *kinds):
+        """Copy those tensors of a module that it has to our module."""
+        self._names |= {f"{path}.{kind}": f"{ours}.{kind}" for kind in kinds}
+
+    def rename(self, path, ours, **kinds):
+        self._names |= {f"{path}.{kind}": f"{ours}.{our_kind}" for kind, our_kind in kinds.items()}
+
+    def leave_zero(self, ours, *kinds):
+        self._zeros |= {f"{ours}.{kind}" for kind in kinds}
+
+    def linear(self, path, ours, activation="linear", rate=1.0):
+        fan_in = self.tensors[f"{path}.weight"].shape[1]
+        gain = rate / math.sqrt(fan_in)
+        self.expect(path, activation=activation, weight_gain=gain, bias_gain=rate)
+        self.copy(path, ours, "weight", "bias")
+
+    def convolution(self, path, ours, activation, clamp, up=1, down=1):
+        """Copy a convolution, modulated or not, or a layer to an image; absent modules are passed over."""
+        if f"{path}.weight" not in self.tensors:
+            return
+        _, *fan_in, kernel_size = self.tensors[f"{path}.weight"].shape
+        self.expect(
+            path,
+            activation=activation,
+            up=up,
+            down=down,
+            conv_clamp=clamp,
+            weight_gain=1 / math.sqrt(math.prod(fan_in) * kernel_size),
+            act_gain=math.sqrt(2) if activation == "lrelu" else 1,
+            padding=kernel_size // 2,
+        )
+        self.copy(path, ours, "weight", "bias")
+
+    def mapping(self, ours):
+        """Copy the mapping network; return its number of layers."""
+        depth = int(self.state("mapping")["num_layers"])
+        for i in range(depth):
+            self.linear(f"mapping.fc{i}", f"{ours}.layers.{i}", "lrelu", rate=0.01)
+        if "mapping.embed.weight" in self.tensors:
+            self.linear("mapping.embed", f"{ours}.embed")
+        self.rename("mapping", ours, w_avg="w_mean")
+        return depth
+
+    def architecture(self, blocks):
+        found = [self.state(block).get("architecture") for block in blocks]
+        if found[0] not in ("skip", "orig", "resnet") or any(each != found[0] for each in found):
+            raise ValueError(
+                f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and resnet."
+            )
+        return found[0]
+
+    def num_reduced(self, blocks):
+        """Return how many blocks, lowest resolution first, compute in half precision: they must be the last."""
+        flags = [bool(self.state(block).get("use_fp16")) for block in blocks]
+        if flags != sorted(flags):
+            raise ValueError(
+                f"use_fp16 is {flags} from the lowest resolution up; ours reduces the highest ones."
+            )
+        return sum(flags)
+
+    def load(self, model):
+        """Return `model` in evaluation mode with all of its parameters."""
+        expected, found = model.state_dict(), self.tensors
+        stored = {self._names[name]: found[name] for name in found if name in self._names}
+        unknown = {name for name in found.keys() - self._names if not name.endswith(NOT_LOADED)}
+        unknown |= stored.keys() - expected.keys()
+        missing = expected.keys() - stored.keys() - self._zeros
+        shared = stored.keys() & expected.keys()
+        other = {name for name in shared if stored[name].shape != expected[name].shape}
+        if unknown or missing or other:
+            raise ValueError(
+                f"the network does not fit: unknown {sorted(unknown)}, missing {sorted(missing)}, of "
+                f"another shape {sorted(other)}."
+            )
+        state = {
+            name: torch.zeros_like(tensor) if name in self._zeros else copy_tensor(stored[name])
+            for name, tensor in expected.items()
+        }
+        model.load_state_dict(state)
+        return model.eval()
+
+
+def _holds(tensor, expected):
+    """Return whether a tensor has these numbers, to 1e-6."""
+    is_same = tensor.shape == tuple(expected.shape)
+    return is_same and torch.allclose(copy_tensor(tensor), expected, atol=1e-6)
+
+
+def _channel_config(num_channels):
+    """Return the arguments that give `num_channels` {resolution: feature maps}."""
+    most, base = max(num_channels.values()), max(r * c for r, c in num_channels.items())
+    if any(min(base // r, most) != c for r, c in num_channels.items()):
+        raise ValueError(
+            f"feature maps {num_channels} do not follow min(channel_base // resolution, max_channels)."
+        )
+    return {"channel_base": base, "max_channels": most}
+
+
+def _generator(source):
+    z_dim, w_dim, num_classes = (source.number(name) for name in ("z_dim", "w_dim", "c_dim"))
+    source.expect_shape("mapping.fc0.weight", w_dim, z_dim + (w_dim if num_classes else 0))
+    if num_classes:
+        source.expect_shape("mapping.embed.weight", w_dim, num_classes)
+    arguments = {
+        "resolution": source.number("img_resolution"),
+        "image_channels": source.number("img_channels"),
+        "z_dim": z_dim,
+        "w_dim": w_dim,
+        "mapping_depth": source.mapping("mapping_network"),
+        "num_classes": num_classes,
+    }
+    is_alias_free = "input" in source.state("synthesis")["_modules"]
+    return (_generator3 if is_alias_free else _generator2)(source, arguments)
+
+
+def _generator2(source, arguments):
+    resolutions = [2**i for i in range(2, arguments["resolution"].bit_length())]
+    blocks, clamp = [f"synthesis.b{r}" for r in resolutions], source.clamp("synthesis.b4.conv1")
+    source.expect_shape(f"{blocks[-1]}.torgb.weight", arguments["image_channels"], None, 1, 1)
+    widths = {r: source.tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}
     model = StyleGAN2Generator(
-        **_common(network, tensors, depth),
-        architecture=_architecture(network, blocks),
+        **arguments,
+        architecture=source.architecture(blocks),
         clamp=clamp,
-        num_reduced_resolutions=_num_reduced(network, blocks),
-        **_channel_config(
-            {r: tensors[f"synthesis.b{r}.conv1.weight"].shape[0] for r in resolutions}
-        ),
+        num_reduced_resolutions=source.num_reduced(blocks),
+        **_channel_config(widths),
     )
-    zeros = []
     for i, block in enumerate(blocks):
         ours = f"synthesis_network.blocks.{i}"
-        names[f"{block}.const"] = f"{ours}.const"
-        names[f"{block}.skip.weight"] = f"{ours}.skip.weight"
-        if f"{block}.skip.weight" in tensors:
-            _expect_convolution(network, tensors, f"{block}.skip", "linear", None, up=2)
-        for a, b in (("conv0", "conv0"), ("conv1", "conv1"), ("torgb", "to_image")):
-            for kind in ("weight", "bias", "noise_strength", "noise_const"):
-                names[f"{block}.{a}.{kind}"] = f"{ours}.{b}.{kind}"
-            for kind in ("weight", "bias"):
-                names[f"{block}.{a}.affine.{kind}"] = f"{ours}.{b}.style.{kind}"
-            if f"{block}.{a}.weight" not in tensors:
+        source.copy(block, ours, "const")
+        source.convolution(f"{block}.skip", f"{ours}.skip", "linear", None, up=2)
+        for name, our_name in (("conv0", "conv0"), ("conv1", "conv1"), ("torgb", "to_image")):
+            path, layer = f"{block}.{name}", f"{ours}.{our_name}"
+            if f"{path}.weight" not in source.tensors:
                 continue  # the first block has one convolution, and not every one makes an image
-            activation = "linear" if a == "torgb" else "lrelu"
-            _expect_convolution(
-                network, tensors, f"{block}.{a}", activation, clamp, up=2 if a == "conv0" else 1
-            )
-            _expect_linear(network, tensors, f"{block}.{a}.affine")
-            if not _submodule(network, f"{block}.{a}").state.get("use_noise", True):
-                zeros += [f"{ours}.{b}.noise_strength", f"{ours}.{b}.noise_const"]
-    return _load(model, tensors, names, zeros)
+            activation = "linear" if name == "torgb" else "lrelu"
+            source.convolution(path, layer, activation, clamp, up=2 if name == "conv0" else 1)
+            source.linear(f"{path}.affine", f"{layer}.style")
+            noise = ("noise_strength", "noise_const")
+            source.copy(path, layer, *noise)
+            if not source.state(path).get("use_noise", True):
+                source.leave_zero(layer, *noise)
+    return source.load(model)
 
 
-SCHEDULE = {  # name of the official constructor's argument -> ours, and what it is where it was not given
-    "channel_base": ("channel_base", 32768),
-    "channel_max": ("max_channels", 512),
-    "num_layers": ("num_layers", 14),
-    "num_critical": ("num_critical", 2),
-    "first_cutoff": ("first_cutoff", 2.0),
-    "first_stopband": ("first_stopband", 2**2.1),
-    "last_stopband_rel": ("last_stopband_ratio", 2**0.3),
-    "margin_size": ("margin", 10),
-    "output_scale": ("output_scale", 0.25),
-    "num_fp16_res": ("num_reduced_resolutions", 4),
-    "conv_kernel": ("kernel_size", 3),
-    "filter_size": ("filter_size", 6),
-    "lrelu_upsampling": ("lrelu_upsampling", 2),
-    "use_radial_filters": ("radial_filters", False),
+DEFAULTS = {
+    "channel_base": 32768,
+    "channel_max": 512,
+    "num_layers": 14,
+    "num_critical": 2,
+    "first_cutoff": 2.0,
+    "first_stopband": 2**2.1,
+    "last_stopband_rel": 2**0.3,
+    "margin_size": 10,
+    "output_scale": 0.25,
+    "num_fp16_res": 4,
+    "conv_kernel": 3,
+    "filter_size": 6,
+    "lrelu_upsampling": 2,
+    "use_radial_filters": False,
 }
-PLAN = {  # attribute of an official layer -> of ours
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "in_size": "in_size",
-    "out_size": "out_size",
-    "in_sampling_rate": "in_sampling_rate",
-    "out_sampling_rate": "out_sampling_rate",
-    "tmp_sampling_rate": "middle_sampling_rate",
-    "in_cutoff": "in_cutoff",
-    "out_cutoff": "out_cutoff",
-    "in_half_width": "in_half_width",
-    "out_half_width": "out_half_width",
+"""Arguments of stylegan3's generator, and what they are if they were not given."""
+PLAN = [
+    *("in_channels", "out_channels", "in_size", "out_size", "in_sampling_rate"),
+    *("out_sampling_rate", "tmp_sampling_rate", "in_cutoff", "out_cutoff", "in_half_width"),
+    *("out_half_width", "conv_kernel", "up_factor", "down_factor", "use_fp16", "is_torgb"),
+]
+"""Attributes of its layers that follow from these arguments."""
+OUR_NAMES = {
+    "channel_max": "max_channels",
+    "last_stopband_rel": "last_stopband_ratio",
+    "margin_size": "margin",
+    "num_fp16_res": "num_reduced_resolutions",
     "conv_kernel": "kernel_size",
+    "use_radial_filters": "radial_filters",
+    "tmp_sampling_rate": "middle_sampling_rate",
     "up_factor": "up",
     "down_factor": "down",
     "use_fp16": "reduced",
@@ -276,7 +268,7 @@ PLAN = {  # attribute of an official layer -> of ours
 
 
 def _plain(value):
-    """A number, or the numbers of an array or list, as an array of floats; `TypeError` for anything else."""
+    """Return a number, or the numbers of an array or list, as an array of floats."""
     numbers = value.array.reshape(-1) if isinstance(value, StoredArray) else value
     numbers = [numbers] if isinstance(numbers, int | float) else numbers
     if not all(isinstance(number, int | float | np.number | np.bool_) for number in numbers):
@@ -284,144 +276,87 @@ def _plain(value):
     return np.array(numbers, dtype=np.float64)
 
 
-def _generator3(network):
-    synthesis = _submodule(network, "synthesis")
-    tensors = _flatten(network)
-    depth, names = _mapping(network, tensors, "mapping", "mapping_network")
-    given = {**synthesis.state.get("_init_kwargs", {})}
-    given |= {name: synthesis.state[name] for name in SCHEDULE if name in synthesis.state}
-    layer_names = synthesis.state["layer_names"]
-    clamp = _clamp(synthesis, layer_names[0])
-    decay = _submodule(synthesis, layer_names[0]).state.get("magnitude_ema_beta", 0.999)
-    _expect_shape(
-        tensors,
-        f"synthesis.{layer_names[-1]}.weight",
-        int(network.state["img_channels"]),
-        None,
-        1,
-        1,
-    )
-    if len(layer_names) != int(given.get("num_layers", 14)) + 1:
-        raise ValueError(
-            f"{len(layer_names)} layers do not fit num_layers {given.get('num_layers', 14)}."
-        )
-    model = StyleGAN3Generator(
-        **_common(network, tensors, depth),
-        **{
-            ours: type(default)(given.get(name, default))
-            for name, (ours, default) in SCHEDULE.items()
-        },
-        clamp=clamp,
-        magnitude_decay=float(decay),
-    )
-    for kind, ours in (
-        ("weight", "weight"),
-        ("freqs", "frequencies"),
-        ("phases", "phases"),
-        ("transform", "transform"),
-    ):
-        names[f"synthesis.input.{kind}"] = f"synthesis_network.input.{ours}"
-    for kind in ("weight", "bias"):
-        names[f"synthesis.input.affine.{kind}"] = f"synthesis_network.input.affine.{kind}"
-    _expect_linear(network, tensors, "synthesis.input.affine")
-    for i, name in enumerate(layer_names):
-        layer, ours = _submodule(synthesis, name), model.synthesis_network.layers[i]
-        _expect(network, f"synthesis.{name}", conv_clamp=clamp, magnitude_ema_beta=decay)
-        _expect_linear(network, tensors, f"synthesis.{name}.affine")
-        for official, attribute in PLAN.items():
-            found, expected = layer.state.get(official), getattr(model.plans[i], attribute)
-            if found is not None and not np.allclose(_plain(found), expected, rtol=1e-9, atol=1e-9):
-                raise ValueError(
-                    f"{name} has {official} {reprlib.repr(found)}; the constructor's arguments give {expected}."
-                )
-        if (padding := layer.state.get("padding")) is not None:
-            expected = ours.activation.padding
-            if not np.array_equal(_plain(padding), [*expected, *expected]):
-                raise ValueError(
-                    f"{name} has the padding {reprlib.repr(padding)}; the constructor's arguments give {[*expected, *expected]}."
-                )
-        for kind, taps in (
-            ("up_filter", ours.activation.up_taps),
-            ("down_filter", ours.activation.down_taps),
-        ):
-            found = tensors.get(f"synthesis.{name}.{kind}")
-            if not (len(taps) == 1 if found is None else _holds(found, taps)):
-                raise ValueError(f"{name} has another {kind} than the paper's Kaiser design gives.")
-        pairs = [("weight", "weight"), ("bias", "bias"), ("magnitude_ema", "magnitude")]
-        pairs += [("affine.weight", "style.weight"), ("affine.bias", "style.bias")]
-        names |= {f"synthesis.{name}.{a}": f"synthesis_network.layers.{i}.{b}" for a, b in pairs}
-    return _load(model, tensors, names)
+def _generator3(source, arguments):
+    synthesis = source.state("synthesis")
+    names = synthesis["layer_names"]
+    first, last = (f"synthesis.{names[i]}" for i in (0, -1))
+    given = DEFAULTS | synthesis.get("_init_kwargs", {})
+    given |= {name: synthesis[name] for name in DEFAULTS if name in synthesis}
+    clamp, decay = source.clamp(first), source.state(first).get("magnitude_ema_beta", 0.999)
+    source.expect_shape(f"{last}.weight", arguments["image_channels"], None, 1, 1)
+    if len(names) != int(given["num_layers"]) + 1:
+        raise ValueError(f"{len(names)} layers do not fit num_layers {given['num_layers']}.")
+    schedule = {
+        OUR_NAMES.get(name, name): type(default)(given[name]) for name, default in DEFAULTS.items()
+    }
+    model = StyleGAN3Generator(**arguments, **schedule, clamp=clamp, magnitude_decay=float(decay))
+    ours = "synthesis_network.input"
+    source.copy("synthesis.input", ours, "weight", "phases", "transform")
+    source.rename("synthesis.input", ours, freqs="frequencies")
+    source.linear("synthesis.input.affine", f"{ours}.affine")
+    for i, name in enumerate(names):
+        path, ours = f"synthesis.{name}", f"synthesis_network.layers.{i}"
+        source.expect(path, conv_clamp=clamp, magnitude_ema_beta=decay)
+        _expect_plan(source, path, model.plans[i], model.synthesis_network.layers[i].activation)
+        source.copy(path, ours, "weight", "bias")
+        source.rename(path, ours, magnitude_ema="magnitude")
+        source.linear(f"{path}.affine", f"{ours}.style")
+    return source.load(model)
 
 
-def discriminator_from_official(network):
-    """`StyleGANDiscriminator` with the weights of a `Network` official discriminator (`D`); ValueError when it is another network."""
-    try:
-        _check(network, "Discriminator")
-        return _discriminator(network)
-    except (KeyError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
-        raise ValueError(
-            f"the network is called Discriminator and has not the parts of StyleGAN's ({error!r})."
-        ) from error
+def _expect_plan(source, path, plan, activation):
+    """Refuse a layer of stylegan3 that differs from what the constructor's arguments give."""
+    state = source.state(path)
+    expected = {name: getattr(plan, OUR_NAMES.get(name, name)) for name in PLAN}
+    expected["padding"] = [*activation.padding, *activation.padding]
+    for name, value in expected.items():
+        found = state.get(name)
+        if found is not None and not np.allclose(_plain(found), value, rtol=1e-9, atol=1e-9):
+            raise ValueError(
+                f"{path} has {name} {reprlib.repr(found)}; the constructor's arguments give {value}."
+            )
+    for side, taps in (("up", activation.up_taps), ("down", activation.down_taps)):
+        found = source.tensors.get(f"{path}.{side}_filter")
+        if not (len(taps) == 1 if found is None else _holds(found, taps)):
+            raise ValueError(
+                f"{path} has another {side}_filter than the paper's Kaiser design gives."
+            )
 
 
-def _discriminator(network):
-    resolution = int(network.state["img_resolution"])
+def _discriminator(source):
+    resolution, num_classes = source.number("img_resolution"), source.number("c_dim")
     resolutions = [2**i for i in range(resolution.bit_length() - 1, 2, -1)]  # R ... 8
-    tensors = _flatten(network)
-    num_classes = int(network.state["c_dim"])
-    deviation = _submodule(network, "b4").state["_modules"].get("mbstd")
+    blocks, clamp = [f"b{r}" for r in resolutions], source.clamp("b4.conv")
+    tensors, image_channels = source.tensors, source.number("img_channels")
+    deviation = source.state("b4")["_modules"].get("mbstd")
     deviation = {"group_size": None, "num_channels": 0} if deviation is None else deviation.state
-    num_channels = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions}
-    num_channels[4] = tensors["b4.conv.weight"].shape[0]
-    depth, names = (
-        _mapping(network, tensors, "mapping", "class_mapping") if num_classes else (8, {})
-    )
-    clamp = _clamp(network, "b4.conv")
-    _expect_shape(
-        tensors, f"b{resolution}.fromrgb.weight", None, int(network.state["img_channels"]), 1, 1
-    )
-    num_maps = int(deviation["num_channels"])
-    _expect_shape(tensors, "b4.conv.weight", num_channels[4], num_channels[4] + num_maps, 3, 3)
+    group_size, num_maps = deviation["group_size"], int(deviation["num_channels"])
+    widths = {r: tensors[f"b{r}.conv0.weight"].shape[0] for r in resolutions}
+    widths[4] = tensors["b4.conv.weight"].shape[0]
+    source.expect_shape(f"b{resolution}.fromrgb.weight", None, image_channels, 1, 1)
+    source.expect_shape("b4.conv.weight", widths[4], widths[4] + num_maps, 3, 3)
     if num_classes:
-        _expect_shape(tensors, "mapping.embed.weight", None, num_classes)
+        source.expect_shape("mapping.embed.weight", None, num_classes)
     model = StyleGANDiscriminator(
         resolution=resolution,
-        image_channels=int(network.state["img_channels"]),
-        group_size=None if deviation["group_size"] is None else int(deviation["group_size"]),
+        image_channels=image_channels,
+        group_size=None if group_size is None else int(group_size),
         num_deviation_maps=num_maps,
         num_classes=num_classes,
-        class_mapping_depth=depth,
+        class_mapping_depth=source.mapping("class_mapping") if num_classes else 8,
         class_mapping_width=tensors["b4.out.weight"].shape[0] if num_classes else None,
         clamp=clamp,
-        architecture=_architecture(network, [f"b{r}" for r in [*resolutions, 4]]),
-        num_reduced_resolutions=_num_reduced(network, [f"b{r}" for r in reversed(resolutions)]),
-        **_channel_config(num_channels),
+        architecture=source.architecture([*blocks, "b4"]),
+        num_reduced_resolutions=source.num_reduced(blocks[::-1]),
+        **_channel_config(widths),
     )
-    pairs = [
-        ("b4.fromrgb", "from_image"),
-        ("b4.conv", "conv"),
-        ("b4.fc", "linear"),
-        ("b4.out", "out"),
-    ]
-    for i, r in enumerate(resolutions):
-        pairs += [(f"b{r}.{name}", f"blocks.{i}.{name}") for name in ("conv0", "conv1", "skip")]
-        pairs += [(f"b{r}.fromrgb", f"blocks.{i}.from_image")]
-    for path, _ in pairs:
-        name = path.split(".")[1]
-        if name in ("fc", "out"):
-            _expect_linear(network, tensors, path, "lrelu" if name == "fc" else "linear")
-        elif f"{path}.weight" in tensors:
-            is_bounded = name != "skip" and path != "b4.fromrgb"
-            activation, down = (
-                "linear" if name == "skip" else "lrelu",
-                2 if name in ("conv1", "skip") else 1,
-            )
-            _expect_convolution(
-                network, tensors, path, activation, clamp if is_bounded else None, down=down
-            )
-    names |= {
-        f"{official}.{kind}": f"{ours}.{kind}"
-        for official, ours in pairs
-        for kind in ("weight", "bias")
-    }
-    return _load(model, tensors, names)
+    for i, block in enumerate(blocks):
+        source.convolution(f"{block}.fromrgb", f"blocks.{i}.from_image", "lrelu", clamp)
+        source.convolution(f"{block}.conv0", f"blocks.{i}.conv0", "lrelu", clamp)
+        source.convolution(f"{block}.conv1", f"blocks.{i}.conv1", "lrelu", clamp, down=2)
+        source.convolution(f"{block}.skip", f"blocks.{i}.skip", "linear", None, down=2)
+    source.convolution("b4.fromrgb", "from_image", "lrelu", None)
+    source.convolution("b4.conv", "conv", "lrelu", clamp)
+    source.linear("b4.fc", "linear", "lrelu")
+    source.linear("b4.out", "out")
+    return source.load(model)

@@ -362,6 +362,7 @@ def test_reference_numbers_are_there():
     assert FIXTURES
 
 
+@torch.no_grad()
 def test_command_writes_an_autoencoder_that_loads(tmp_path, case_files, monkeypatch, capsys):
     path, params, weights = case_files("attention on several levels")
     elsewhere = path.with_suffix(".yaml").rename(tmp_path / "other.yml")

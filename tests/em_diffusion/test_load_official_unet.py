@@ -13,9 +13,8 @@ from em_diffusion.autoencoder import encode
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.load_official import main
-from em_diffusion.original.config import NoiseSchedule
 from em_diffusion.original.load import load_official, load_official_unet
-from em_diffusion.original.unet import compute_betas, create_scheduler
+from em_diffusion.original.schedule import compute_betas, create_scheduler
 from support import official_twins as twins
 
 UNET = {
@@ -234,19 +233,14 @@ def test_half_precision_weights_are_read_as_float32(tmp_path):
 # ---------------------------------------------------------------- noise schedule
 
 
-def schedule(**changes):
-    return NoiseSchedule(
-        **{
-            "timesteps": 1000,
-            "beta_schedule": "linear",
-            "linear_start": 0.0015,
-            "linear_end": 0.0195,
-            "cosine_s": 8e-3,
-            "prediction_type": "epsilon",
-            "scale_factor": 1.0,
-        }
-        | changes
-    )
+SCHEDULE = {
+    "timesteps": 1000,
+    "beta_schedule": "linear",
+    "start": 0.0015,
+    "end": 0.0195,
+    "cosine_s": 8e-3,
+}
+SCHEDULER = SCHEDULE | {"prediction_type": "epsilon"}
 
 
 @pytest.mark.parametrize(
@@ -270,13 +264,13 @@ def schedule(**changes):
     ],
 )
 def test_schedules_by_their_formulas(name, formula):
-    scheduler = create_scheduler(schedule(beta_schedule=name))
+    scheduler = create_scheduler(**SCHEDULER | {"beta_schedule": name})
     for i in (0, 1, 500, 998, 999):
         assert float(scheduler.betas[i]) == pytest.approx(formula(i), rel=1e-5)
 
 
 def test_round_trip_of_a_schedule_without_a_name(tmp_path):
-    scheduler = create_scheduler(schedule(beta_schedule="cosine"))
+    scheduler = create_scheduler(**SCHEDULER | {"beta_schedule": "cosine"})
     scheduler.save_pretrained(tmp_path)
     assert torch.equal(DDIMScheduler.from_pretrained(tmp_path).betas, scheduler.betas)
 
@@ -295,7 +289,7 @@ def test_what_the_unet_predicts(tmp_path, parameterization, name):
 
 def test_stored_schedule_is_used_where_it_differs(tmp_path):
     weights = raw(twins.random_unet(UNET))
-    betas = torch.from_numpy(compute_betas(schedule())).float()
+    betas = torch.from_numpy(compute_betas(**SCHEDULE)).float()
     _, scheduler, _ = load_official_unet(write(tmp_path, UNET, weights | buffers(betas)))
     assert scheduler.config.beta_schedule == "scaled_linear"
     assert scheduler.config.trained_betas is None
@@ -328,7 +322,7 @@ def test_sampling_takes_the_originals_steps(tmp_path, eta):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, 8, 8, generator=generator)
     noises = torch.randn(5, 1, 4, 8, 8, generator=generator)
-    betas = torch.from_numpy(compute_betas(schedule()))
+    betas = torch.from_numpy(compute_betas(**SCHEDULE))
     expected = sample_by_the_original_ddim(
         lambda z, t: twins.unet(weights, UNET, z.float(), t[None]).double(),
         betas,
@@ -404,7 +398,7 @@ def test_pipeline_saves_loads_and_samples(tmp_path, monkeypatch, capsys):
 @torch.no_grad()
 def test_autoencoder_of_a_whole_model(tmp_path):
     path, _, weights = whole_model(
-        tmp_path, extra=buffers(torch.from_numpy(compute_betas(schedule())).float())
+        tmp_path, extra=buffers(torch.from_numpy(compute_betas(**SCHEDULE)).float())
     )
     autoencoder = load_autoencoder(path)
     x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1

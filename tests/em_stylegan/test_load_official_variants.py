@@ -373,7 +373,7 @@ def test_another_schedule_is_refused(tmp_path):
 
 def test_generator_of_another_project_is_refused(tmp_path):
     network = official_format.Persistent("Generator", modules={}, z_dim=8, img_resolution=32)
-    with pytest.raises(ValueError, match="has not the parts of StyleGAN's"):
+    with pytest.raises(ValueError, match="lacks parts of StyleGAN's"):
         generator_from_official(write(tmp_path, network))
     model = make_generator()
     network = official_format.generator(model)
