@@ -1,8 +1,9 @@
-"""OpenAI's DALL-E dVAE as an autoencoder of images in [-1, 1]: one self-contained file, which travels with its weights.
+"""OpenAI's DALL-E dVAE as an autoencoder of images in [-1, 1].
 
-Written from the numbers of the published encoder and decoder: residual blocks without normalisation, each adding 1 / n^2 of
-its branch for n blocks in all, pooling by the maximum, repeated pixels on the way up, a classifier over the codes at the end
-of the encoder, and an output distribution on (0, 1) whose location is the sigmoid of the decoder's answer.
+One self-contained file that is published with the weights. It follows the published encoder and
+decoder: residual blocks without normalisation, each of n adding 1 / n^2 of its branch; maximum
+pooling; repeated pixels on the way up; a classifier over the codes at the end of the encoder; and
+an output distribution on (0, 1) whose location is the sigmoid of the decoder's answer.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils import BaseOutput
 from torch import nn
 
-PIXEL_MARGIN = 0.1  # pixels in [0, 1] are put into [0.1, 0.9] before the encoder
+PIXEL_MARGIN = 0.1  # pixels in [0, 1] are mapped to [0.1, 0.9] before the encoder
 
 
 @dataclass
@@ -26,17 +27,21 @@ class DalleEncoderOutput(BaseOutput):
 
 
 class EMDalleVAE(ModelMixin, ConfigMixin):
-    """The dVAE, with the interface of diffusers' `VQModel`: `encode(images).latents`, `quantize`, `decode(latents).sample`.
+    """The dVAE with the interface of diffusers' `VQModel`.
 
-    num_hidden: channels of the finest level; they double from level to level, four times in all, with three halvings (f8).
-    num_init: channels of the codes.
-    num_blocks_per_level: residual blocks on each level of encoder and decoder.
-    num_vq_embeddings: number of codes.
-    in_channels, decoder_channels: of the images at the two ends. With `average_output` the decoder's colours are averaged into
-        one channel; a sigmoid and a clamp stand before that average, so that no convolution can hold it.
+    Latents [B, num_init, h, w] are the codes themselves, the most probable one at each position;
+    `decode` takes the code nearest to each latent vector.
 
-    Latents [B, num_init, h, w] are the codes themselves, each the most probable one at its position, and `decode` takes the
-    nearest code of what it is given.
+    Args:
+        num_hidden: Channels of the finest of four levels; they double from level to level. Images
+            are halved three times (f8).
+        num_init: Channels of the codes.
+        num_blocks_per_level: Residual blocks in each level of encoder and decoder.
+        num_vq_embeddings: Number of codes.
+        in_channels: Channels of the encoder's images.
+        decoder_channels: Channels of the decoder's images.
+        average_output: Average the decoder's colours into one channel. A sigmoid and a clamp come
+            before that average, so no convolution can do it.
     """
 
     _supports_group_offloading = False
@@ -67,33 +72,32 @@ class EMDalleVAE(ModelMixin, ConfigMixin):
         )
 
     def encode(self, images, return_dict=True):
-        """Codes [B, num_init, H / 8, W / 8] of images [B, in_channels, H, W] in [-1, 1]."""
+        """Return codes [B, num_init, H / 8, W / 8] of images [B, in_channels, H, W] in [-1, 1]."""
         indices = self.compute_logits(images).argmax(dim=1)  # [B, h, w]
         latents = self.quantize.get_codebook_entry(indices, None).movedim(-1, 1).contiguous()
         return DalleEncoderOutput(latents=latents) if return_dict else (latents,)
 
     def compute_logits(self, images):
-        """Logits of the codes [B, num_vq_embeddings, H / 8, W / 8] of images [B, in_channels, H, W] in [-1, 1]."""
+        """Return logits of the codes [B, num_vq_embeddings, H / 8, W / 8] of images in [-1, 1]."""
         return self.encoder((1 - 2 * PIXEL_MARGIN) * (images + 1) / 2 + PIXEL_MARGIN)
 
     def decode(self, h, force_not_quantize=False, return_dict=True):
-        """Images [B, 1 or decoder_channels, H, W] in [-1, 1] of latents [B, num_init, h, w]."""
+        """Return images [B, 1 or decoder_channels, H, W] in [-1, 1] of latents."""
         codes = h if force_not_quantize else self.quantize(h)[0]
-        location = (
-            self.decoder(codes).chunk(2, dim=1)[0].sigmoid()
-        )  # the other half is the distribution's width
+        # the other half of the decoder's answer is the distribution's width
+        location = self.decoder(codes).chunk(2, dim=1)[0].sigmoid()
         pixels = ((location - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
         images = 2 * pixels - 1
         images = images.mean(dim=1, keepdim=True) if self.config.average_output else images
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, images, return_dict=True):
-        """Images through encoder, codes and decoder."""
+        """Return the reconstruction of images."""
         return self.decode(self.encode(images).latents, return_dict=return_dict)
 
 
 class NearestCode(nn.Module):
-    """Replaces each latent vector by its nearest code; answers as diffusers' `VectorQuantizer`."""
+    """Replace latent vectors by their nearest codes; interface of diffusers' `VectorQuantizer`."""
 
     def __init__(self, num_codes, channels):
         super().__init__()
@@ -101,7 +105,7 @@ class NearestCode(nn.Module):
         self.embedding = nn.Embedding(num_codes, channels)
 
     def forward(self, z):
-        """(codes [B, C, h, w], loss 0, (None, None, indices [B h w])) of latents [B, C, h, w]."""
+        """Return (codes [B, C, h, w], 0, (None, None, indices [B h w])) of latents [B, C, h, w]."""
         vectors = z.movedim(1, -1)  # [B, h, w, C]
         flat, codes = vectors.reshape(-1, vectors.shape[-1]).float(), self.embedding.weight.float()
         half_squares = codes.square().sum(dim=1) / 2
@@ -113,7 +117,7 @@ class NearestCode(nn.Module):
         return found, found.new_zeros(()), (None, None, indices)
 
     def get_codebook_entry(self, indices, shape):
-        """Codes [..., C] of indices; shape: (B, h, w, C) for [B, C, h, w]."""
+        """Return codes [..., C] of indices, or [B, C, h, w] for the shape (B, h, w, C)."""
         codes = self.embedding(indices)
         return codes if shape is None else codes.view(shape).movedim(-1, 1).contiguous()
 
@@ -149,7 +153,7 @@ class DalleDecoder(nn.Module):
 
 
 def _levels(channels, widths, num_blocks, kernels, gain):
-    """One sequence of residual blocks for each of `widths`."""
+    """Return a sequence of residual blocks for each of `widths`."""
     levels = nn.ModuleList()
     for width in widths:
         blocks = [

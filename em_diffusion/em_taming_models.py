@@ -1,7 +1,9 @@
-"""Autoencoders of taming-transformers and latent-diffusion that the stock `VQModel` and `AutoencoderKL` cannot hold.
+"""Original autoencoders that diffusers' stock classes cannot represent.
 
-One self-contained file, which travels with its weights. All parameters have the stock names.
+One self-contained file that is published with the weights. All parameters have the stock names.
 """
+
+import inspect
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -13,16 +15,20 @@ from torch import nn
 
 
 class EMTamingVQModel(VQModel):
-    """diffusers' `VQModel` with what else the original format allows.
+    """diffusers' `VQModel` with everything else that the original format allows.
 
-    stem_channels: channels after the encoder's first convolution, which lead into the first level; None: those of that level.
-    resample_with_conv: whether levels are joined by convolutions; without, by 2 x 2 means and repeated pixels.
-    tanh_output: whether the decoder ends in a tanh.
-    average_output: whether the channels of the decoder's answer are averaged into one. Where the end is linear, the last
-        convolution holds that average instead.
-    latents_mean, latents_std: of each latent channel, for a diffusion model over them.
+    Args:
+        stem_channels: Channels after the encoder's first convolution. Default: those of the first
+            level.
+        resample_with_conv: Join levels by convolutions; if False, by 2 x 2 means and repeated
+            pixels.
+        tanh_output: End the decoder with a tanh.
+        average_output: Average the channels of the decoder's answer into one. If the decoder ends
+            linearly, average its last convolution instead (`em_diffusion.grey.fold_to_grey`).
+        latents_mean: Mean of each latent channel, for a diffusion model over them.
+        latents_std: Deviation of each latent channel.
 
-    All other arguments are the stock ones; `scaling_factor` is 1 unless given.
+    The other arguments are those of `VQModel`; `scaling_factor` is 1 by default.
     """
 
     quantizer_class = None  # the stock one
@@ -54,38 +60,20 @@ class EMTamingVQModel(VQModel):
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
     ):
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            sample_size=sample_size,
-            num_vq_embeddings=num_vq_embeddings,
-            norm_num_groups=norm_num_groups,
-            vq_embed_dim=vq_embed_dim,
-            scaling_factor=scaling_factor,
-            norm_type=norm_type,
-            mid_block_add_attention=mid_block_add_attention,
-            lookup_from_codebook=lookup_from_codebook,
-            force_upcast=force_upcast,
-        )
+        super().__init__(**_stock_arguments(VQModel, self.config))
         if self.quantizer_class is not None:
             self.quantize = self.quantizer_class(num_vq_embeddings, vq_embed_dim or latent_channels)
         _adapt(self)
 
     def decode(self, h, force_not_quantize=False, return_dict=True, shape=None):
-        """As the stock model: latents [B, C, h, w], quantised on the way unless told not to, to images [B, out, H, W]."""
+        """Return images [B, out, H, W] of latents [B, C, h, w], as the stock model does."""
         output = super().decode(h, force_not_quantize, True, shape)
         output.sample = _finish(self, output.sample)
         return output if return_dict else (output.sample, output.commit_loss)
 
 
 class GumbelQuantizer(nn.Module):
-    """Replaces each latent vector by its most probable code; answers as diffusers' `VectorQuantizer`."""
+    """Replace latent vectors by their most probable codes; interface of `VectorQuantizer`."""
 
     def __init__(self, num_codes, channels):
         super().__init__()
@@ -94,35 +82,38 @@ class GumbelQuantizer(nn.Module):
         self.embed = nn.Embedding(num_codes, channels)
 
     def forward(self, z):
-        """(codes [B, C, h, w], loss 0, (None, None, indices [B h w])) of latents [B, C, h, w]."""
+        """Return (codes [B, C, h, w], 0, (None, None, indices [B h w])) of latents [B, C, h, w]."""
         indices = self.proj(z).argmax(dim=1)  # [B, h, w]
         codes = self.embed(indices).movedim(-1, 1).contiguous()  # [B, C, h, w]
         return codes, codes.new_zeros(()), (None, None, indices.flatten())
 
     def get_codebook_entry(self, indices, shape):
-        """Codes [B, C, h, w] of indices; shape: (B, h, w, C), or None for [N, C]."""
+        """Return codes [B, C, h, w] of indices for the shape (B, h, w, C), or [N, C] for None."""
         codes = self.embed(indices)
         return codes if shape is None else codes.view(shape).movedim(-1, 1).contiguous()
 
 
 class EMGumbelVQModel(EMTamingVQModel):
-    """taming-transformers' `GumbelVQ`: the code is the most probable one by a classifier, not the nearest one.
+    """taming-transformers' `GumbelVQ`: a classifier chooses the code, not the nearest distance.
 
-    `encode` gives the latents after `quant_conv`; `quantize.proj`, a 1 x 1 convolution, gives the logits of the codes at each
-    position; `quantize.embed` holds the codes, and `post_quant_conv` leads them into the decoder. The original draws the code
-    with Gumbel noise, even in evaluation; here it is the arg-max, the one it draws most often.
+    `encode` returns the latents after `quant_conv`; `quantize.proj`, a 1 x 1 convolution, gives the
+    logits of the codes at each position; `quantize.embed` holds the codes, and `post_quant_conv`
+    leads them into the decoder. The original draws the code with Gumbel noise, even in evaluation;
+    this model takes the arg-max, the code that the original draws most often.
     """
 
     quantizer_class = GumbelQuantizer
 
 
 class EMTamingAutoencoderKL(AutoencoderKL):
-    """diffusers' `AutoencoderKL` with what else the original format allows.
+    """diffusers' `AutoencoderKL` with everything else that the original format allows.
 
-    z_channels: channels between encoder and `quant_conv`, and between `post_quant_conv` and decoder; None: `latent_channels`.
+    Args:
+        z_channels: Channels between encoder and `quant_conv`, and between `post_quant_conv` and
+            decoder. Default: `latent_channels`.
+        stem_channels, resample_with_conv, tanh_output, average_output: As in `EMTamingVQModel`.
 
-    stem_channels, resample_with_conv, tanh_output, average_output: see `EMTamingVQModel`. All other arguments are the stock
-    ones; `scaling_factor` is 1 unless given.
+    The other arguments are those of `AutoencoderKL`; `scaling_factor` is 1 by default.
     """
 
     @register_to_config
@@ -152,26 +143,7 @@ class EMTamingAutoencoderKL(AutoencoderKL):
         tanh_output: bool = False,
         average_output: bool = False,
     ):
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-            sample_size=sample_size,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            latents_mean=latents_mean,
-            latents_std=latents_std,
-            force_upcast=force_upcast,
-            use_quant_conv=use_quant_conv,
-            use_post_quant_conv=use_post_quant_conv,
-            mid_block_add_attention=mid_block_add_attention,
-        )
+        super().__init__(**_stock_arguments(AutoencoderKL, self.config))
         if z_channels is not None and z_channels != latent_channels:
             last = block_out_channels[-1]
             self.encoder.conv_out = nn.Conv2d(last, 2 * z_channels, 3, padding=1)
@@ -181,14 +153,18 @@ class EMTamingAutoencoderKL(AutoencoderKL):
         _adapt(self)
 
     def decode(self, z, return_dict=True, generator=None):
-        """As the stock model: latents [B, C, h, w] to images [B, out, H, W]."""
+        """Return images [B, out, H, W] of latents [B, C, h, w], as the stock model does."""
         output = super().decode(z, return_dict=True, generator=generator)
         output.sample = _finish(self, output.sample)
         return output if return_dict else (output.sample,)
 
 
+def _stock_arguments(stock, config):
+    return {name: config[name] for name in inspect.signature(stock).parameters}
+
+
 def _adapt(model):
-    """Put stem and resampling of the model's config in the place of the stock ones."""
+    """Replace the stock stem and resampling by those of the model's config."""
     config = model.config
     first = config.block_out_channels[0]
     if config.stem_channels is not None and config.stem_channels != first:

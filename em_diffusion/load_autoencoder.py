@@ -1,4 +1,4 @@
-"""Load an autoencoder for grey images from a run, a pipeline, a folder, the Hub or an original checkpoint."""
+"""Load an autoencoder for grey images from a folder, the Hub or an original checkpoint."""
 
 import json
 import re
@@ -43,16 +43,16 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
     repeated three times and the answer averaged. No code of a checkpoint or repository is executed.
 
     Args:
-        source: Folder of a run, of a pipeline or of a diffusers `VQModel` or `AutoencoderKL`; Hub id
-            (owner/name) of a pipeline or model; a .ckpt file of taming-transformers or
+        source: Folder of a run, of a pipeline or of a diffusers `VQModel` or `AutoencoderKL`; Hub
+            id (owner/name) of a pipeline or model; a .ckpt file of taming-transformers or
             latent-diffusion; or a folder with DALL-E's encoder.pkl and decoder.pkl.
         config: The yaml of a .ckpt file. Default: the yaml beside it.
         use_ema: Which weights of a .ckpt file, as in `em_diffusion.original.load.load_official`.
         revision: Branch, tag or commit of a Hub repository.
 
     Returns:
-        The model (a key of `KINDS`), float32, in evaluation mode, for images [B, 1, H, W] in [-1, 1].
-        Use it with `encode`, `decode` and `find_codes` of `em_diffusion.autoencoder`.
+        The model (a key of `KINDS`), float32, in evaluation mode, for images [B, 1, H, W] in [-1,
+        1]. Use it with `encode`, `decode` and `find_codes` of `em_diffusion.autoencoder`.
 
     Raises:
         ValueError: If `source` is none of these or cannot be read.
@@ -82,8 +82,8 @@ def _find_folder(path: Path) -> Path:
         names = ", ".join(str(checkpoint) for checkpoint in checkpoints[:3])
         raise ValueError(f"{path} holds original checkpoints; name one: {names}")
     raise ValueError(
-        f"there is no autoencoder in {path}: expected the folder of a run, of a pipeline, or one with "
-        f"the config.json of a {' or '.join(CLASSES)}"
+        f"there is no autoencoder in {path}: expected the folder of a run, of a pipeline, or one "
+        f"with the config.json of a {' or '.join(CLASSES)}"
     )
 
 
@@ -96,7 +96,7 @@ def _read_class_name(path: Path) -> str | None:
 
 
 def _download(repository: str, revision) -> Path:
-    """Return the cached folder with the configuration and weights of a Hub repository's autoencoder."""
+    """Return the cached folder with the autoencoder of a Hub repository."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(
             f"there is no file or folder {repository}, and it is not a Hub id (owner/name)"

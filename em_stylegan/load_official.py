@@ -2,9 +2,9 @@
 
     python -m em_stylegan.load_official network-snapshot-000800.pkl OUT_DIR
 
-OUT_DIR/G_ema, G and D hold the networks, for `train_gan.py --init-from OUT_DIR`. OUT_DIR/pipeline holds
-the averaged generator as a pipeline, so OUT_DIR also works wherever a run does, for example in
-`generate.py --model OUT_DIR`. From Python, use `em_stylegan.original.convert.convert`.
+OUT_DIR/G_ema, G and D hold the networks, for `train_gan.py --init-from OUT_DIR`. OUT_DIR/pipeline
+holds the averaged generator as a pipeline, so OUT_DIR also works wherever a run does, for example
+in `generate.py --model OUT_DIR`. From Python, use `em_stylegan.original.convert.convert`.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Read files of `torch.save` as data: tensors, plain containers, and a `Record` for every other object.
+"""Read files of `torch.save` as data: tensors, containers, and a `Record` for all else.
 
-`torch.load(weights_only=True)` reads the file and executes nothing in it. Classes that it does not know,
-such as Lightning's callbacks or DALL-E's layers, are replaced by classes without behaviour.
+`torch.load(weights_only=True)` reads the file and executes nothing in it. Classes that it does not
+know, such as Lightning's callbacks or DALL-E's layers, are replaced by classes without behaviour.
 
-Limits: tar files (torch before 0.1.10), other pickle protocols than 2, and whole modules in files of
-torch before 1.6 are refused. A file that is made to waste time or memory can do so, up to the sizes
-that `copy_tensor` accepts.
+Limits: tar files (torch before 0.1.10), other pickle protocols than 2, and whole modules in files
+of torch before 1.6 are refused. A file that is made to waste time or memory can do so, up to the
+sizes that `copy_tensor` accepts.
 """
 
 import io
@@ -26,20 +26,14 @@ MAX_REPEATED = 2**20  # elements of a tensor that repeats its storage
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 PACKED |= {b"7z\xbc\xaf": "7z"}
 STANDARD_MODULES = {*sys.stdlib_module_names, "commands", "nt"}
-ALWAYS_BLOCKED = {"nt", "os", "posix", "sys"}  # torch refuses even to name what is in them
-DATA_MODULES = {
-    "argparse",
-    "collections",
-    "datetime",
-    "decimal",
-    "fractions",
-    "numpy._core.multiarray",
+BLOCKED = {"nt", "os", "posix", "sys"}  # torch refuses even to name what is in them
+DATA = {
+    *("argparse", "collections", "copyreg", "datetime", "decimal", "fractions", "functools"),
+    *("numpy._core.multiarray", "numpy._core.numeric", "numpy.core.multiarray", "pathlib", "uuid"),
+    *("builtins.bytes", "builtins.frozenset", "builtins.object", "builtins.slice", "numpy.dtype"),
+    *("numpy.ndarray", "types.SimpleNamespace", "typing.Any"),
 }
-DATA_MODULES |= {"numpy._core.numeric", "numpy.core.multiarray", "pathlib", "uuid"}
-DATA_NAMES = {"builtins.bytes", "builtins.frozenset", "builtins.object", "builtins.slice"}
-DATA_NAMES |= {"copyreg._reconstructor", "functools.partial", "numpy.dtype", "numpy.ndarray"}
-DATA_NAMES |= {"types.SimpleNamespace", "typing.Any"}
-"""What may be called in a file, beside classes outside of the standard library: it becomes a `Record`."""
+"""Modules and names that a file may call, beside classes outside of the standard library."""
 
 
 class _Kind(type):
@@ -79,10 +73,10 @@ class Record(list, metaclass=_Kind):
 
 
 def read_torch_checkpoint(path):
-    """Return what `torch.save` wrote to `path`; the tensors of a zip file stay in the file until they are used.
+    """Return what `torch.save` wrote to `path`; tensors of a zip file are memory-mapped.
 
-    Raises `ValueError` with one sentence and the way out if the file is of another kind, is damaged, or
-    calls anything that is not data. Nothing in the file is executed.
+    Raises `ValueError` with one sentence and the way out if the file is of another kind, is
+    damaged, or calls anything that is not data. Nothing in the file is executed.
     """
     path = Path(path)
     head = refuse_other_kinds(path)
@@ -118,7 +112,7 @@ def read_torch_checkpoint(path):
 
 
 def refuse_other_kinds(path) -> bytes:
-    """Return the first 512 bytes; `ValueError` with the way out if they show that it is no checkpoint."""
+    """Return the first 512 bytes of a file; refuse kinds of files that are no checkpoint."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the file.")
     with path.open("rb") as file:
@@ -134,7 +128,8 @@ def refuse_other_kinds(path) -> bytes:
         )
     if head.lstrip()[:1] == b"<":
         raise ValueError(
-            f"{path} is a web page, not a checkpoint: open its address in a browser and save the file."
+            f"{path} is a web page, not a checkpoint: open its address in a browser and save the "
+            "file."
         )
     if head[257:262] == b"ustar":
         raise ValueError(
@@ -144,14 +139,14 @@ def refuse_other_kinds(path) -> bytes:
     length = struct.unpack("<Q", head[:8].ljust(8, b"\0"))[0]
     if head[8:9] == b"{" and length < path.stat().st_size:
         raise ValueError(
-            f"{path} is a safetensors file, not a torch checkpoint: give the folder that it belongs "
-            "to, with its config.json."
+            f"{path} is a safetensors file, not a torch checkpoint: give the folder that it "
+            "belongs to, with its config.json."
         )
     return head
 
 
 def copy_tensor(tensor) -> torch.Tensor:
-    """Return a tensor of a checkpoint in memory of its own, float32 if it is a floating-point one."""
+    """Return a copy of a tensor of a checkpoint, float32 if it is a floating-point one."""
     num_stored = tensor.untyped_storage().nbytes() // tensor.element_size()
     if tensor.numel() > max(num_stored, MAX_REPEATED):
         raise ValueError(f"a tensor repeats its {num_stored} numbers to {tensor.numel():.3g}.")
@@ -160,7 +155,7 @@ def copy_tensor(tensor) -> torch.Tensor:
 
 
 def flatten_module(module, prefix="") -> dict:
-    """Return {dotted name: parameter or buffer} of a pickled `torch.nn.Module`, given as its `state`."""
+    """Return {dotted name: parameter or buffer} of a pickled module with its `__dict__` in `state`."""
     tensors = {
         prefix + name: value
         for kind in ("_parameters", "_buffers")
@@ -174,7 +169,7 @@ def flatten_module(module, prefix="") -> dict:
 
 
 def _check_archive(path):
-    """Refuse a zip archive that torch would misread: it looks neither at checksums nor at compression."""
+    """Refuse a zip archive that torch would misread: it ignores checksums and compression."""
     with zipfile.ZipFile(path) as archive:
         parts = {name.rpartition("/")[2] for name in archive.namelist()}
         if "constants.pkl" in parts:
@@ -205,16 +200,16 @@ def _list_names(file):
 
 
 def _create_stand_in(name):
-    """Return a `Record` class for the class of this name, and for any other a function that refuses to be called."""
+    """Return a `Record` class for a class, and a function that refuses to be called otherwise."""
     module, _, attribute = name.rpartition(".")
     is_class = attribute[:1].isupper() and module.split(".")[0] not in STANDARD_MODULES
-    if is_class or module in DATA_MODULES or name in DATA_NAMES:
+    if is_class or module in DATA or name in DATA:
         return type(Record)(attribute, (Record,), {"class_name": name})
 
     def refuse(*args):
         raise ValueError(f"it would call {name}, which is no data (nothing of it was run)")
 
-    return refuse() if module in ALWAYS_BLOCKED else refuse
+    return refuse() if module in BLOCKED else refuse
 
 
 def _find_reason(error):

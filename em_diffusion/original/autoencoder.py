@@ -1,4 +1,4 @@
-"""Load an autoencoder of taming-transformers or latent-diffusion as a diffusers model with the same answers."""
+"""Load an autoencoder of taming-transformers or latent-diffusion as a diffusers model."""
 
 import re
 
@@ -27,12 +27,12 @@ CLASSES = {
 
 
 def read_autoencoder(model):
-    """Return (kind, class, constructor's arguments) of an autoencoder that a section of a yaml describes.
+    """Return (kind, class, constructor's arguments) of the autoencoder in a section of a yaml.
 
-    The stock class represents attention on any levels, different in encoder and decoder; any widths and
-    depths; and any channels at the ends. Ours adds a classifier for the codes, a first level wider than
-    the first convolution, resampling without convolutions, a tanh at the end, and for KL a `quant_conv`
-    that changes the number of channels.
+    The stock class represents attention on any levels, different in encoder and decoder; any widths
+    and depths; and any channels at the ends. Ours adds a classifier for the codes, a first level
+    wider than the first convolution, resampling without convolutions, a tanh at the end, and for KL
+    a `quant_conv` that changes the number of channels.
     """
     name = class_name(model)
     if name not in KINDS:
@@ -94,8 +94,8 @@ def read_autoencoder(model):
 def _find_attention(network, num_levels):
     """Return whether each block of the encoder and of the decoder has attention, in their order.
 
-    `attn_resolutions` counts from `resolution`, which halves from level to level. The decoder counts
-    from the smallest side up, so an odd `resolution` gives it other sides than the encoder.
+    `attn_resolutions` counts from `resolution`, which halves from level to level. The decoder
+    counts from the smallest side up, so an odd `resolution` gives it other sides than the encoder.
     """
     resolution, attending = count(network, "resolution"), counts(network, "attn_resolutions")
     if network.get("attn_type") == "none":
@@ -106,7 +106,7 @@ def _find_attention(network, num_levels):
 
 
 def load_first_stage(weights, description, prefix="", use_ema=None):
-    """Return the autoencoder that `read_autoencoder` describes, with the weights whose names begin with `prefix`."""
+    """Load the autoencoder of `read_autoencoder`; its weights have the prefix `prefix`."""
     kind, cls, arguments = description
     try:
         with torch.device("meta"):  # shapes only: an absurd yaml takes no memory
@@ -145,7 +145,7 @@ PLACES = [
 
 
 def original_name(name: str, num_levels: int) -> str:
-    """Return the original name of a parameter; the originals count levels from the finest in both paths."""
+    """Return the original name of a parameter; original levels count from the finest."""
     name = re.sub(
         r"\bup_blocks\.(\d+)\.", lambda level: f"up.{num_levels - 1 - int(level[1])}.", name
     )

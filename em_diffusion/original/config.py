@@ -29,7 +29,7 @@ def find_config(checkpoint) -> Path:
 
 
 def read_config(path) -> dict:
-    """Return the section `model` of a yaml, with `target` and `params`; references are replaced by their values."""
+    """Return the section `model` of a yaml, with `target`, `params` and resolved references."""
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Load OpenAI's encoder.pkl and decoder.pkl, two pickled networks, as an `EMDalleVAE`; nothing in them is executed."""
+"""Load OpenAI's encoder.pkl and decoder.pkl, two pickled networks, as an `EMDalleVAE`."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,7 @@ from pathlib import Path
 import torch
 
 from em_diffusion.em_dalle_vae import EMDalleVAE
-from em_training.torch_checkpoint import (
-    Record,
-    copy_tensor,
-    flatten_module,
-    read_torch_checkpoint,
-)
+from em_training.torch_checkpoint import Record, copy_tensor, flatten_module, read_torch_checkpoint
 
 NAMES = ("encoder.pkl", "decoder.pkl")
 
@@ -53,7 +48,8 @@ def load_dalle(folder) -> EMDalleVAE:
     )
     if wrong:
         raise ValueError(
-            f"{folder} does not hold the two halves of one dVAE of DALL-E: {', '.join(wrong[:3])} do not fit."
+            f"{folder} does not hold the two halves of one dVAE of DALL-E: {', '.join(wrong[:3])} "
+            "do not fit."
         )
     model.load_state_dict(state, assign=True)
     return model

@@ -1,4 +1,4 @@
-"""Load original checkpoints of taming-transformers, latent-diffusion and DALL-E's dVAE as diffusers models.
+"""Load checkpoints of taming-transformers, latent-diffusion and DALL-E as diffusers models.
 
 Nothing in a checkpoint is executed: see `em_training.torch_checkpoint`.
 """
@@ -29,15 +29,16 @@ def load_official(
         source: A .ckpt file of taming-transformers or latent-diffusion, or a folder with DALL-E's
             encoder.pkl and decoder.pkl.
         config: The yaml of a .ckpt file. Default: the yaml beside it (`find_config`).
-        use_ema: True for averaged weights, False for raw ones, None for averaged ones if there are any.
+        use_ema: True for averaged weights, False for raw ones, None for averaged ones if there are
+            any.
         grey: Fold an autoencoder with three channels exactly into one with a single channel.
         autoencoder: The autoencoder of a checkpoint that holds only a U-Net.
         say: Called with a sentence about each kind of tensors that was not used.
 
     Returns:
         A diffusers model, or an `EMLatentDiffusionPipeline` with the original's noise schedule and
-        spacing of steps, whose autoencoder's `latents_std` is 1 / the original's scale factor; float32,
-        on the CPU.
+        spacing of steps, whose autoencoder's `latents_std` is 1 / the original's scale factor;
+        float32, on the CPU.
 
     Raises:
         ValueError: If anything cannot be loaded so that it gives the original's numbers.
@@ -66,7 +67,7 @@ def load_official(
 def load_official_autoencoder(
     source, config=None, *, use_ema=None, grey=True, say=lambda text: None
 ):
-    """Load the autoencoder of an original checkpoint, also of a whole diffusion model; arguments as in `load_official`."""
+    """Load an original autoencoder, also from a diffusion model; see `load_official`."""
     folder = find_dalle(source)
     if folder is not None:
         return _to_grey(load_dalle(folder), grey)
@@ -74,7 +75,7 @@ def load_official_autoencoder(
 
 
 def load_official_unet(source, config=None, *, use_ema=None):
-    """Load the U-Net of an original diffusion model; return it, its `DDIMScheduler`, and the factor that scales its latents."""
+    """Return the U-Net of an original model, its `DDIMScheduler` and the factor of its latents."""
     weights, original = open_official(source, config)
     if original.unet is None:
         raise ValueError(f"{source} is an autoencoder, and holds no U-Net.")
@@ -85,7 +86,7 @@ def load_official_unet(source, config=None, *, use_ema=None):
 
 @dataclass(frozen=True)
 class Original:
-    """What a yaml describes, each as its `read_` function returns it; None for what it does not have."""
+    """What a yaml describes, as the `read_` functions return it; None for what it does not have."""
 
     autoencoder: tuple | None
     unet: tuple | None = None
@@ -94,7 +95,7 @@ class Original:
 
 
 def open_official(source, config=None) -> tuple[OriginalWeights, Original]:
-    """Return the weights of a checkpoint and what its yaml says; the checkpoint is judged before its yaml."""
+    """Return the weights of a checkpoint and what its yaml describes."""
     weights = OriginalWeights(source)
     path = Path(find_config(source) if config is None else config)
     try:
@@ -150,8 +151,8 @@ def _load_autoencoder(weights, original, use_ema, grey, say):
 def _load_denoiser(weights, original, use_ema):
     if weights.has_prefix("cond_stage_model."):
         raise ValueError(
-            f"{weights.path} is a conditional model (cond_stage_model); only unconditional ones are "
-            "supported."
+            f"{weights.path} is a conditional model (cond_stage_model); only unconditional ones "
+            "are supported."
         )
     unet = load_unet(weights, original.unet, use_ema)
     betas = weights.read("betas") if "betas" in weights else None
@@ -173,8 +174,8 @@ def _set_scale(autoencoder, unet, scale_factor):
     num_channels = config.get("vq_embed_dim") or config.get("latent_channels")
     if unet is not None and unet.config.in_channels != num_channels:
         raise ValueError(
-            f"the U-Net is for latents of {unet.config.in_channels} channels, but the autoencoder's have "
-            f"{num_channels}: they do not belong together."
+            f"the U-Net is for latents of {unet.config.in_channels} channels, but the "
+            f"autoencoder's have {num_channels}: they do not belong together."
         )
     autoencoder.register_to_config(
         latents_mean=[0.0] * num_channels, latents_std=[1 / scale_factor] * num_channels

@@ -14,7 +14,7 @@ STORED_SCHEDULE_TOLERANCE = 1e-5
 
 
 def read_schedule(params) -> dict:
-    """Return the arguments of `create_scheduler` that the parameters of a diffusion model in a yaml give."""
+    """Return the arguments of `create_scheduler` for the diffusion model of a yaml."""
     prediction, name = params.get("parameterization", "eps"), params.get("beta_schedule", "linear")
     if prediction not in PREDICTION_TYPES:
         raise ValueError(
@@ -37,11 +37,12 @@ def create_scheduler(
 ) -> DDIMScheduler:
     """Create the noise schedule as DDIM with the original's spacing of steps.
 
-    n of T steps are every T / n-th from 1 on, and the last one leads to the noise of the first timestep.
+    n of T steps are every T / n-th from 1 on, and the last one leads to the noise of the first
+    timestep.
 
     Args:
-        stored_betas: Those of the checkpoint, float [timesteps], which replace the yaml's; None if it
-            holds none.
+        stored_betas: Those of the checkpoint, float [timesteps], which replace the yaml's; None if
+            it holds none.
     """
     betas = compute_betas(timesteps, beta_schedule, start, end, cosine_s)
     name = BETA_SCHEDULES[beta_schedule]
@@ -49,12 +50,13 @@ def create_scheduler(
         stored = stored_betas.double().numpy()
         if stored.shape != betas.shape:
             raise ValueError(
-                f"the checkpoint's noise schedule has {stored.size} steps, the yaml's {betas.size}: it is "
-                "the yaml of another model; name the right one with --config."
+                f"the checkpoint's noise schedule has {stored.size} steps, the yaml's "
+                f"{betas.size}: it is the yaml of another model; name the right one with --config."
             )
         if not ((stored > 0) & (stored < 1)).all():
             raise ValueError(
-                "the checkpoint's noise schedule holds numbers outside of (0, 1): the file is damaged."
+                "the checkpoint's noise schedule holds numbers outside of (0, 1): the file is "
+                "damaged."
             )
         if not np.allclose(stored, betas, rtol=STORED_SCHEDULE_TOLERANCE, atol=0):
             betas, name = stored, None
@@ -75,8 +77,9 @@ def create_scheduler(
 def compute_betas(timesteps, beta_schedule, start, end, cosine_s):
     """Return the variance that each step adds, float64 [timesteps].
 
-    "linear" is linear in the square root of beta (diffusers' "scaled_linear"), "sqrt_linear" in beta,
-    "sqrt" in its square; "cosine" is Nichol and Dhariwal's (2021, arXiv:2102.09672, equation 17).
+    "linear" is linear in the square root of beta (diffusers' "scaled_linear"), "sqrt_linear" in
+    beta, "sqrt" in its square; "cosine" is Nichol and Dhariwal's (2021, arXiv:2102.09672, equation
+    17).
     """
     if beta_schedule == "linear":
         return np.linspace(math.sqrt(start), math.sqrt(end), timesteps) ** 2

@@ -33,10 +33,10 @@ ENDS = {
 
 
 def read_unet(params):
-    """Return (class, constructor's arguments, whether heads are in the newer order) of a diffusion model's U-Net.
+    """Return (class, constructor's arguments, whether heads have the newer order) of a U-Net.
 
-    The stock class represents heads of a fixed width, `EMUNet2DModel` also a fixed number of heads and
-    resampling without convolutions.
+    The stock class represents heads of a fixed width, `EMUNet2DModel` also a fixed number of heads
+    and resampling without convolutions.
     """
     model = section(params, "unet_config")
     if class_name(model) != "UNetModel":
@@ -53,8 +53,8 @@ def read_unet(params):
     channels = count(unet, "in_channels")
     if count(unet, "out_channels") != channels:
         raise ValueError(
-            f"its U-Net takes {channels} channels and gives {unet['out_channels']}: it is conditional, "
-            "which is not supported"
+            f"its U-Net takes {channels} channels and gives {unet['out_channels']}: it is "
+            "conditional, which is not supported"
         )
     blocks = unet.get("num_res_blocks")
     if isinstance(blocks, list) and len(set(blocks)) == 1:
@@ -97,11 +97,12 @@ def read_unet(params):
 
 
 def _read_heads(unet):
-    """Return the number of heads or their width, the other being None, of a U-Net that has no condition."""
+    """Return the number of heads or their width, the other as None; refuse a conditional U-Net."""
     for key, what in CONDITIONS.items():
         if unet.get(key) not in (None, False):
             raise ValueError(
-                f"its U-Net has {what} ({key}: {unet[key]}), which an unconditional U-Net cannot represent"
+                f"its U-Net has {what} ({key}: {unet[key]}), which an unconditional U-Net cannot "
+                "represent"
             )
     if unet.get("dims", 2) != 2:
         raise ValueError(f"its U-Net has dims: {unet['dims']}; only images (2) are supported")
@@ -111,8 +112,8 @@ def _read_heads(unet):
     upsample = optional_count(unet, "num_heads_upsample")
     if width is None and flag(unet, "legacy", True) and upsample not in (None, heads):
         raise ValueError(
-            f"its U-Net has other heads on the way up (num_heads_upsample: {upsample}), which is not "
-            "supported"
+            f"its U-Net has other heads on the way up (num_heads_upsample: {upsample}), which is "
+            "not supported"
         )
     return (heads, None) if width is None else (None, width)
 
@@ -133,7 +134,7 @@ def _refuse_widths(widths, attends, heads, head_width):
 
 
 def load_unet(weights, description, use_ema=None):
-    """Return the U-Net that `read_unet` describes with its weights: averaged ones if there are any, unless `use_ema` is False."""
+    """Load the U-Net of `read_unet`; `use_ema` as in `load_official`."""
     cls, arguments, newer_order = description
     try:
         with torch.device("meta"):  # shapes only: an absurd yaml takes no memory
@@ -158,7 +159,7 @@ def load_unet(weights, description, use_ema=None):
 
 
 def _split_qkv(index, num_groups):
-    """Return a function that takes queries (0), keys (1) or values (2) out of their common convolution.
+    """Return a function that cuts queries (0), keys (1) or values (2) out of their convolution.
 
     Its weight is [3 C, C, 1], its bias [3 C]. The original has the three side by side for each head
     (`num_groups` = heads), or in the newer order for all heads at once (1).
@@ -174,8 +175,8 @@ def _split_qkv(index, num_groups):
 def original_name(name: str, arguments) -> str:
     """Return what latent-diffusion calls a parameter of a diffusers U-Net with these arguments.
 
-    It numbers all blocks of a path consecutively: `layers_per_block` and a downsampling in each level on
-    the way down; one block more, which includes the upsampling, on the way up.
+    It numbers all blocks of a path consecutively: `layers_per_block` and a downsampling in each
+    level on the way down; one block more, which includes the upsampling, on the way up.
     """
     name, _, kind = name.rpartition(".")
     if name in ENDS:

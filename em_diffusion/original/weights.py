@@ -21,7 +21,7 @@ NOT_NEEDED = {
 
 
 class OriginalWeights:
-    """The tensors of a checkpoint by name; `load` moves them into a model, `count_unused` counts the others."""
+    """The tensors of a checkpoint by name, and which of them were used."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -60,10 +60,11 @@ class OriginalWeights:
         return float(tensor)
 
     def load(self, model, find_source, *, what, ema_name=None, use_ema=None):
-        """Give `model`, which may be on the meta device, all tensors that it needs; return it in evaluation mode.
+        """Give `model`, which may be on the meta device, all tensors that it needs.
 
         Args:
-            find_source: Name in `model` -> (name in the checkpoint, function of the tensor or None).
+            find_source: Name in `model` -> (name in the checkpoint, function of the tensor or
+                None).
             what: What the model is called in errors.
             ema_name: Name in the checkpoint -> name of its average. None: there are no averages.
             use_ema: True for averages, False for raw weights, None for averages if there are any.
@@ -88,8 +89,8 @@ class OriginalWeights:
             if tensor.shape != target[name].shape:
                 raise ValueError(
                     f"{stored[source]} is {list(tensor.shape)} in {self.path}, and "
-                    f"{list(target[name].shape)} by the yaml: it is the yaml of another model; name the "
-                    "right one with --config."
+                    f"{list(target[name].shape)} by the yaml: it is the yaml of another model; "
+                    "name the right one with --config."
                 )
             state[name] = tensor.contiguous()
         self._used.update(raw & self.tensors.keys())
@@ -107,15 +108,15 @@ class OriginalWeights:
                 f"{missing[0]}."
             )
         raise ValueError(
-            f"{self.path} has no {_list(missing)} for {what}: it is damaged, or the yaml is that of "
-            "another model; name the right one with --config."
+            f"{self.path} has no {_list(missing)} for {what}: it is damaged, or the yaml is that "
+            "of another model; name the right one with --config."
         )
 
     def count_unused(self, *others) -> Counter:
         """Count the tensors that no model took, by what they are.
 
-        `others` are prefixes of models that were not asked for. Raises `ValueError` for a tensor that no
-        part of the yaml explains.
+        `others` are prefixes of models that were not asked for. Raises `ValueError` for a tensor
+        that no part of the yaml explains.
         """
         unused, unexpected = Counter(), []
         for name in map(str, self.tensors.keys() - self._used):
@@ -128,8 +129,8 @@ class OriginalWeights:
                 unexpected.append(name)
         if unexpected:
             raise ValueError(
-                f"{self.path} also holds {_list(sorted(unexpected))}, which the yaml does not explain: it "
-                "is the yaml of another model; name the right one with --config."
+                f"{self.path} also holds {_list(sorted(unexpected))}, which the yaml does not "
+                "explain: it is the yaml of another model; name the right one with --config."
             )
         return unused
 

@@ -1,12 +1,11 @@
-"""Convert the network pickles of stylegan2-ada-pytorch and stylegan3 to folders that diffusers loads.
+"""Convert network pickles of stylegan2-ada-pytorch and stylegan3 for diffusers.
 
 Nothing in a pickle is executed: see `em_stylegan.original.reader`.
 """
 
-import os
-import shutil
 from pathlib import Path
 
+from em_data.files import replace_folder
 from em_stylegan.original.networks import discriminator_from_official, generator_from_official
 from em_stylegan.original.reader import Network, read_pickle
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
@@ -19,14 +18,17 @@ CONVERTERS = {
 
 
 def convert(source, out_dir):
-    """Write the networks of the pickle `source` into the folder `out_dir`, which must be new or empty, and a pipeline of G_ema, or of G
-    where there is no G_ema; return the names of what was written.
+    """Write the networks of a pickle and a pipeline of G_ema (or G) into a new or empty folder.
 
-    Nothing appears in the folder before all is written. Raises `ValueError` when the folder holds something, and with the way out when
-    `source` is no official pickle or its networks are others than ours.
+    Nothing appears before everything is written. Returns the names of what was written.
+    Raises `ValueError` if the folder holds something, or if `source` cannot be converted.
     """
     out_dir = Path(out_dir)
-    _check_folder(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file; give a folder for the networks.")
+    if out_dir.is_dir() and (found := sorted(path.name for path in out_dir.iterdir())):
+        names = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        raise ValueError(f"{out_dir} is not empty ({names}); give a new folder.")
     contents = read_pickle(source)
     models = {}
     for key, make in CONVERTERS.items():
@@ -37,27 +39,12 @@ def convert(source, out_dir):
                 raise ValueError(f"{key} of {source}: {error}") from error
     if not models:
         raise ValueError(
-            f"{source} holds no network: expected 'G_ema', 'G' or 'D', found {', '.join(map(str, contents))}."
+            f"{source} holds no network: expected 'G_ema', 'G' or 'D', found "
+            f"{', '.join(map(str, contents))}."
         )
     if "G_ema" in models or "G" in models:
         models["pipeline"] = EMStyleGANPipeline(models.get("G_ema") or models["G"])
-    temporary = out_dir / f".converting-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
+    with replace_folder(out_dir) as folder:
         for name, model in models.items():
-            model.save_pretrained(temporary / name)
-        for name in models:
-            os.replace(temporary / name, out_dir / name)
-    finally:
-        shutil.rmtree(temporary)
+            model.save_pretrained(folder / name)
     return list(models)
-
-
-def _check_folder(out_dir):
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is a file; give a folder for the networks.")
-    if out_dir.is_dir() and (found := sorted(path.name for path in out_dir.iterdir())):
-        raise ValueError(
-            f"{out_dir} is not empty ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''}): networks of two checkpoints must not "
-            "mix in it; give a new folder."
-        )

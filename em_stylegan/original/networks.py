@@ -1,4 +1,4 @@
-"""Convert networks of stylegan2-ada-pytorch and stylegan3 to ours; refuse what ours do not compute."""
+"""Convert networks of stylegan2-ada-pytorch and stylegan3, or refuse what ours do not compute."""
 
 import math
 import reprlib
@@ -16,7 +16,7 @@ NOT_LOADED = ("resample_filter", ".up_filter", ".down_filter")  # compared, but 
 
 
 def generator_from_official(network):
-    """Return a `StyleGAN2Generator` or `StyleGAN3Generator` with the weights of a `Network` (`G` or `G_ema`)."""
+    """Return our generator with the weights of a `Network` (`G` or `G_ema`)."""
     return _convert(network, "Generator", _generator)
 
 
@@ -63,7 +63,7 @@ class _Source:
         return None if clamp is None else float(clamp)
 
     def expect_shape(self, name, *shape):
-        """Refuse a tensor of another shape before memory for the model is allocated; None fits any size."""
+        """Refuse a tensor of another shape before the model takes memory; None fits any size."""
         found = self.tensors[name].shape
         fits = len(found) == len(shape)
         if not fits or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
@@ -71,7 +71,7 @@ class _Source:
             raise ValueError(f"{name} is {list(found)}; the network's own attributes give {sides}.")
 
     def expect(self, path, **expected):
-        """Refuse a module with an attribute other than ours computes with; one that is not stored is not checked."""
+        """Refuse a module that has an attribute with another value than ours computes with."""
         state = self.state(path)
         for name, value in expected.items():
             found = state.get(name, value)
@@ -101,7 +101,7 @@ class _Source:
         self.copy(path, ours, "weight", "bias")
 
     def convolution(self, path, ours, activation, clamp, up=1, down=1):
-        """Copy a convolution, modulated or not, or a layer to an image; absent modules are passed over."""
+        """Copy a convolution, a modulated one or a layer to an image, if the network has it."""
         if f"{path}.weight" not in self.tensors:
             return
         _, *fan_in, kernel_size = self.tensors[f"{path}.weight"].shape
@@ -131,12 +131,13 @@ class _Source:
         found = [self.state(block).get("architecture") for block in blocks]
         if found[0] not in ("skip", "orig", "resnet") or any(each != found[0] for each in found):
             raise ValueError(
-                f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and resnet."
+                f"the network's architecture {reprlib.repr(found)} is not one of skip, orig and "
+                "resnet."
             )
         return found[0]
 
     def num_reduced(self, blocks):
-        """Return how many blocks, lowest resolution first, compute in half precision: they must be the last."""
+        """Return how many blocks, lowest resolution first, are float16: they must be the last."""
         flags = [bool(self.state(block).get("use_fp16")) for block in blocks]
         if flags != sorted(flags):
             raise ValueError(
@@ -155,8 +156,8 @@ class _Source:
         other = {name for name in shared if stored[name].shape != expected[name].shape}
         if unknown or missing or other:
             raise ValueError(
-                f"the network does not fit: unknown {sorted(unknown)}, missing {sorted(missing)}, of "
-                f"another shape {sorted(other)}."
+                f"the network does not fit: unknown {sorted(unknown)}, missing {sorted(missing)}, "
+                f"of another shape {sorted(other)}."
             )
         state = {
             name: torch.zeros_like(tensor) if name in self._zeros else copy_tensor(stored[name])
@@ -177,7 +178,8 @@ def _channel_config(num_channels):
     most, base = max(num_channels.values()), max(r * c for r, c in num_channels.items())
     if any(min(base // r, most) != c for r, c in num_channels.items()):
         raise ValueError(
-            f"feature maps {num_channels} do not follow min(channel_base // resolution, max_channels)."
+            f"feature maps {num_channels} do not follow min(channel_base // resolution, "
+            "max_channels)."
         )
     return {"channel_base": base, "max_channels": most}
 
@@ -313,7 +315,8 @@ def _expect_plan(source, path, plan, activation):
         found = state.get(name)
         if found is not None and not np.allclose(_plain(found), value, rtol=1e-9, atol=1e-9):
             raise ValueError(
-                f"{path} has {name} {reprlib.repr(found)}; the constructor's arguments give {value}."
+                f"{path} has {name} {reprlib.repr(found)}; the constructor's arguments give "
+                f"{value}."
             )
     for side, taps in (("up", activation.up_taps), ("down", activation.down_taps)):
         found = source.tensors.get(f"{path}.{side}_filter")

@@ -1,7 +1,8 @@
 """Read network pickles of stylegan2-ada-pytorch and stylegan3 as data.
 
-A pickle acts on the outside only by calling what `find_class` returns. Here that is a few functions that
-build tensors, numbers and containers; every other name is refused, so nothing in a file is executed.
+A pickle acts on the outside only by calling what `find_class` returns. Here that is a few functions
+that build tensors, numbers and containers; every other name is refused, so nothing in a file is
+executed.
 """
 
 import io
@@ -134,8 +135,8 @@ def read_pickle(path) -> dict:
     path = Path(path)
     if refuse_other_kinds(path).startswith(b"PK"):
         raise ValueError(
-            f"{path} is a zip archive: unpack it if it holds a pickle. If torch.save wrote it, it is no "
-            "official StyleGAN's: stylegan2-ada-pytorch and stylegan3 write plain pickles, "
+            f"{path} is a zip archive: unpack it if it holds a pickle. If torch.save wrote it, it "
+            "is no official StyleGAN's: stylegan2-ada-pytorch and stylegan3 write plain pickles, "
             "network-snapshot-*.pkl."
         )
     try:
@@ -147,8 +148,8 @@ def read_pickle(path) -> dict:
         ) from error
     if isinstance(contents, Network):
         raise ValueError(
-            f"{path} holds a {contents.class_name} on its own: load it with the original code and pickle "
-            "it again as {'G_ema': network}, or {'D': network} for a discriminator."
+            f"{path} holds a {contents.class_name} on its own: load it with the original code and "
+            "pickle it again as {'G_ema': network}, or {'D': network} for a discriminator."
         )
     if not isinstance(contents, dict) or not any(
         isinstance(value, Network) for value in contents.values()

@@ -1,20 +1,13 @@
 """`load_autoencoder`: one grey interface to every autoencoder, and colour ones folded exactly."""
 
-import hashlib
-import http.server
-import os
-import subprocess
-import sys
-import threading
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.grey import fold_to_grey
-from em_diffusion.load_autoencoder import KINDS, load_autoencoder
+from em_diffusion.load_autoencoder import KINDS, WEIGHTS, load_autoencoder
+from support import hub_server
 
 SHAPE = {
     "block_out_channels": (8, 16),
@@ -115,102 +108,34 @@ def test_folder_without_an_autoencoder(tmp_path):
         load_autoencoder(tmp_path)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The piece of the Hub that downloads need: /owner/name/resolve/revision/path, with the file's hash and a commit."""
-
-    folder, asked = None, None
-
-    def do_GET(self):
-        self.asked.append(f"{self.command} {self.path}")
-        owner, name, *parts = self.path.split("?")[0].split("/")[1:]
-        parts = parts[2:]
-        path = self.folder.joinpath(owner, name, *parts)
-        self.send_response(200 if path.is_file() else 404)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if not path.is_file():
-            self.send_header(
-                "X-Error-Code",
-                "EntryNotFound" if path.parents[len(parts) - 1].is_dir() else "RepoNotFound",
-            )
-        data = path.read_bytes() if path.is_file() else b""
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """Serves a folder as the Hub; call it with Python code to run against it, which returns what the code printed."""
-    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-
-    def run(code):
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("HF_")
-        }
-        environment |= {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run.folder, run.asked = handler.folder, handler.asked
-    yield run
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def publish(hub, repository, folder):
+    """Serve the files of a folder as a repository."""
+    repo = hub.repos["models", repository] = hub_server.Repo(private=False)
+    files = {
+        path.relative_to(folder).as_posix(): hub.store(path.read_bytes(), path.suffix != ".json")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    hub.commit(repo, "main", "weights", files)
 
 
 def test_from_the_hub(hub, tmp_path, images):
-    """In one process, since each costs seconds: a model, a pipeline, a repository without one, and one that is not there."""
-    expected = {}
-    for repository, model in (("lab/model", create_vq()), ("lab/pipeline/vqvae", create_kl())):
-        model.save_pretrained(hub.folder / repository)
-        (hub.folder / repository / "code.py").write_text("raise AssertionError")
-        expected[repository] = load_autoencoder(hub.folder / repository)
-    (hub.folder / "lab" / "pipeline" / "model_index.json").write_text("{}")
-    (hub.folder / "lab" / "other").mkdir()
-    (hub.folder / "lab" / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    torch.save(images, tmp_path / "images.pt")
-    code = """
-import torch
-from em_diffusion.autoencoder import encode
-from em_diffusion.load_autoencoder import load_autoencoder
-images = torch.load("images.pt")
-for name in ("model", "pipeline"):
-    torch.save(encode(load_autoencoder(f"lab/{name}"), images), f"{name}.pt")
-for name in ("other", "nothing"):
-    try:
-        load_autoencoder(f"lab/{name}")
-    except ValueError as error:
-        print(error)
-"""
-    other, nothing = hub(code).splitlines()
-    assert "the Hub repository lab/other has no autoencoder" in other
-    assert "lab/nothing is no file or folder, and cannot be downloaded from the Hub" in nothing
-    for name, repository in (("model", "lab/model"), ("pipeline", "lab/pipeline/vqvae")):
-        assert_agrees(torch.load(tmp_path / f"{name}.pt"), encode(expected[repository], images))
-    fetched = {
-        line.split("/")[-1] for line in hub.asked if line.startswith("GET") and "/resolve/" in line
-    }
-    assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}
+    """A model, a pipeline, a repository without an autoencoder, and one that is not there."""
+    for name, model in (("model", create_vq()), ("pipeline/vqvae", create_kl())):
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "code.py").write_text("raise AssertionError")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for name in ("model", "pipeline", "other"):
+        publish(hub, f"lab/{name}", tmp_path / name)
+    for name in ("model", "pipeline"):
+        expected, loaded = load_autoencoder(tmp_path / name), load_autoencoder(f"lab/{name}")
+        assert_agrees(encode(loaded, images), encode(expected, images))
+    resolved = [path for _, path, _ in hub.requests if "/resolve/" in path]
+    assert {path.split("/")[-1].split("?")[0] for path in resolved} == {"config.json", WEIGHTS}
+    with pytest.raises(ValueError, match="the Hub repository lab/other has no autoencoder"):
+        load_autoencoder("lab/other")
+    message = "lab/nothing is no file or folder, and cannot be downloaded from the Hub"
+    with pytest.raises(ValueError, match=message):
+        load_autoencoder("lab/nothing")

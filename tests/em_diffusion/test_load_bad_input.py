@@ -16,6 +16,7 @@ from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.original.load import load_official
 from support import official_twins as twins
 
+VQ_MODEL = "taming.models.vqgan.VQModel"
 PARAMS = {
     "embed_dim": 4,
     "n_embed": 16,
@@ -40,17 +41,14 @@ def weights():
     return twins.random_taming("VQ", PARAMS)
 
 
-def write_yaml(path, params=PARAMS, target="taming.models.vqgan.VQModel"):
+def write_yaml(path, params=PARAMS, target=VQ_MODEL):
     path.write_text(yaml.safe_dump({"model": {"target": target, "params": params}}))
 
 
 @pytest.fixture
 def checkpoint(tmp_path, weights):
     """A right checkpoint and its yaml."""
-    path = tmp_path / "model.ckpt"
-    torch.save({"state_dict": weights}, path)
-    write_yaml(path.with_suffix(".yaml"))
-    return path
+    return twins.write_checkpoint(tmp_path, weights, VQ_MODEL, PARAMS)
 
 
 def assert_refused(path, message, load=load_autoencoder, **options):
@@ -188,17 +186,6 @@ def test_missing_and_unexpected_tensors(checkpoint, weights):
     assert_refused(
         checkpoint, r"also holds encoder\.extra\.weight, which the yaml does not explain"
     )
-
-
-def test_stylegan_pickle_and_safetensors(checkpoint, weights):
-    checkpoint.write_bytes(b"\x80\x04ctorch_utils.persistence\n_reconstruct_persistent_obj\n.")
-    assert_refused(
-        checkpoint, "is a StyleGAN pickle; convert it with python -m em_stylegan.load_official"
-    )
-    from safetensors.torch import save_file
-
-    save_file(weights, checkpoint)
-    assert_refused(checkpoint, "is a safetensors file, not a torch checkpoint: give the folder")
 
 
 def test_whole_module_that_is_not_dalle(checkpoint):

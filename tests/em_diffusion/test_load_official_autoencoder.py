@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.autoencoder import decode, encode
@@ -16,6 +15,7 @@ from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.load_official import main
 from em_diffusion.original.load import load_official
 from support import official_twins as twins
+from support.official_twins import deviation, rms
 
 FOLDER = (
     Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
@@ -122,23 +122,12 @@ def parameters(case):
 
 
 def write(folder, params, weights, target, name="model", extra=()):
-    """A Lightning checkpoint and its yaml, as the originals write them."""
-    path = folder / f"{name}.ckpt"
+    """A checkpoint and its yaml, with weights that no autoencoder needs."""
     rubbish = {
         "loss.discriminator.main.0.weight": torch.ones(3),
         "loss.perceptual_loss.lin0.model.1.weight": torch.ones(2),
     }
-    contents = {
-        "epoch": 3,
-        "global_step": 7,
-        "state_dict": weights | rubbish | dict(extra),
-        "callbacks": {"x": 1},
-    }
-    torch.save(contents, path)
-    path.with_suffix(".yaml").write_text(
-        yaml.safe_dump({"model": {"target": target, "params": params}})
-    )
-    return path
+    return twins.write_checkpoint(folder, weights | rubbish | dict(extra), target, params, name)
 
 
 @pytest.fixture
@@ -153,16 +142,6 @@ def case_files(tmp_path):
 
 def images(channels, count=2, shape=(8, 12)):
     return torch.rand(count, channels, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def deviation(value, expected):
-    """Largest difference, relative to the expected output's deviation."""
-    return float((value - expected).abs().max() / expected.std())
-
-
-def rms(value, expected):
-    """Root mean square of the difference, relative to the expected output's deviation."""
-    return float(((value - expected).square().mean().sqrt() / expected.std()).detach())
 
 
 def as_double(weights):
@@ -323,6 +302,35 @@ def test_dropout_and_training_keys_do_not_matter(tmp_path):
     other = load_official(write(tmp_path, params | full, weights, TARGETS["VQ"], name="other"))
     x = images(1)
     assert torch.equal(plain(x).sample, other(x).sample)
+
+
+class ModelCheckpoint:
+    """Stands for a Lightning callback."""
+
+
+class AttributeDict(dict):
+    """Stands for Lightning's hyperparameters."""
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_states_of_the_training_do_not_matter(tmp_path, is_zip):
+    params = parameters("no attention")
+    weights = twins.random_taming("VQ", params)
+    path = write(tmp_path, params, weights, TARGETS["VQ"])
+    plain = load_official(path)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))])
+    contents = {
+        "pytorch-lightning_version": "1.0.8",
+        "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(0.5)}},
+        "optimizer_states": [optimizer.state_dict(), optimizer.state_dict()],
+        "lr_schedulers": [{"last_lr": np.float64(1e-4)}],
+        "hparams": AttributeDict(callback=ModelCheckpoint(), nested=AttributeDict(a=[1])),
+        "state_dict": weights,
+    }
+    torch.save(contents, path, _use_new_zipfile_serialization=is_zip)
+    loaded = load_official(path)
+    assert torch.equal(plain(images(1)).sample, loaded(images(1)).sample)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import DDIMScheduler, UNet2DModel
 
 from em_diffusion import EMLatentDiffusionPipeline
@@ -16,6 +15,7 @@ from em_diffusion.load_official import main
 from em_diffusion.original.load import load_official, load_official_unet
 from em_diffusion.original.schedule import compute_betas, create_scheduler
 from support import official_twins as twins
+from support.official_twins import deviation
 
 UNET = {
     "image_size": 8,
@@ -89,25 +89,10 @@ PARAMS = {
 }
 
 
-def write(
-    folder,
-    unet_config,
-    weights,
-    params=PARAMS,
-    target="ldm.models.diffusion.ddpm.LatentDiffusion",
-    name="model",
-):
-    """A Lightning checkpoint with these weights and its yaml."""
+def write(folder, unet_config, weights, params=PARAMS, name="model"):
     unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_config}
-    path = folder / f"{name}.ckpt"
-    torch.save(
-        {"global_step": 5, "state_dict": weights, "optimizer_states": [{"state": torch.ones(5)}]},
-        path,
-    )
-    path.with_suffix(".yaml").write_text(
-        yaml.safe_dump({"model": {"target": target, "params": params | {"unet_config": unet}}})
-    )
-    return path
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    return twins.write_checkpoint(folder, weights, target, params | {"unet_config": unet}, name)
 
 
 def raw(weights):
@@ -144,10 +129,6 @@ def buffers(betas):
         "posterior_mean_coef2": torch.ones(len(betas)),
         "logvar": torch.zeros(len(betas)),
     }
-
-
-def deviation(value, expected):
-    return float((value - expected).abs().max() / expected.std())
 
 
 def as_double(weights):
@@ -437,10 +418,8 @@ def test_unet_alone_wants_an_autoencoder(tmp_path):
 
 
 def test_autoencoder_alone_has_no_unet(tmp_path):
-    path = tmp_path / "model.ckpt"
-    torch.save({"state_dict": twins.random_taming("VQ", FIRST_STAGE)}, path)
-    model = {"target": "taming.models.vqgan.VQModel", "params": FIRST_STAGE}
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model}))
+    weights = twins.random_taming("VQ", FIRST_STAGE)
+    path = twins.write_checkpoint(tmp_path, weights, "taming.models.vqgan.VQModel", FIRST_STAGE)
     with pytest.raises(ValueError, match="is an autoencoder, and holds no U-Net"):
         load_official_unet(path)
 

@@ -319,9 +319,7 @@ def storage_of(contents):
 
 
 STORAGE = call(
-    "torch.storage",
-    "_load_from_bytes",
-    data(torch.arange(4.0)._typed_storage().__reduce__()[1][0]),
+    "torch.storage", "_load_from_bytes", data(torch.arange(4.0)._typed_storage().__reduce__()[1][0])
 )
 TENSOR = call("torch._utils", "_rebuild_tensor_v2", STORAGE, b"K\x00(K\x04t(K\x01t")
 LONG = b"\x8a\x06" + (10**12).to_bytes(6, "little")

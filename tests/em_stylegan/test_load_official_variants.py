@@ -1,6 +1,8 @@
 """Every configuration that the official trainings write is read back equal, from files in their format."""
 
+import ast
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -167,21 +169,9 @@ def write(tmp_path, network):
 
 def test_schedule_that_only_the_constructor_knows(tmp_path):
     """First and last band edges are attributes of no layer: they are read from the stored arguments."""
-    options = {
-        "first_cutoff": 2.5,
-        "first_stopband": 5.5,
-        "last_stopband_ratio": 1.4,
-        "lrelu_upsampling": 4,
-    }
-    model = make_generator(**options)
-    network = official_format.generator(model)
-    synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
-    synthesis["_init_kwargs"] |= {
-        "first_cutoff": 2.5,
-        "first_stopband": 5.5,
-        "last_stopband_rel": 1.4,
-        "lrelu_upsampling": 4,
-    }
+    given = {"first_cutoff": 2.5, "first_stopband": 5.5, "lrelu_upsampling": 4}
+    model, network, _ = create_small(StyleGAN3Generator, 32, **given, last_stopband_ratio=1.4)
+    state(network, "synthesis")["_init_kwargs"] |= given | {"last_stopband_rel": 1.4}
     loaded = generator_from_official(write(tmp_path, network))
     assert loaded.plans == model.plans
     z = torch.randn(2, 8)
@@ -189,124 +179,107 @@ def test_schedule_that_only_the_constructor_knows(tmp_path):
 
 
 def test_layers_without_noise(tmp_path):
-    torch.manual_seed(0)
-    model = StyleGAN2Generator(16, **SMALL, mapping_depth=2).eval()
-    network = official_format.generator(model)
-    for block in network.meta["state"]["_modules"]["synthesis"].meta["state"]["_modules"].values():
-        for name, layer in block.meta["state"]["_modules"].items():
+    model, network, _ = create_small(StyleGAN2Generator, mapping_depth=2)
+    for block in state(network, "synthesis")["_modules"]:
+        for name in state(network, f"synthesis.{block}")["_modules"]:
             if name.startswith("conv"):
-                layer.meta["state"]["use_noise"] = False
-                del (
-                    layer.meta["state"]["_parameters"]["noise_strength"],
-                    layer.meta["state"]["_buffers"]["noise_const"],
-                )
-    loaded = generator_from_official(write(tmp_path, network))
-    z = torch.randn(2, 8)
-    assert torch.equal(loaded(z, noise_mode="random"), model(z, noise_mode="none"))
+                layer = state(network, f"synthesis.{block}.{name}")
+                layer["use_noise"] = False
+                del layer["_parameters"]["noise_strength"], layer["_buffers"]["noise_const"]
+    loaded, z = generator_from_official(write(tmp_path, network)), torch.randn(2, 8)
+    assert torch.equal(loaded(z, noise_mode="random"), model.eval()(z, noise_mode="none"))
+
+
+def state(network, path=""):
+    """The attributes of a network, or of its layer at `path`."""
+    for name in path.split(".") if path else ():
+        network = network.meta["state"]["_modules"][name]
+    return network.meta["state"]
 
 
 def alter(network, path, **attributes):
     """The network with these attributes in its layer at `path`."""
-    layer = network
-    for name in path.split("."):
-        layer = layer.meta["state"]["_modules"][name]
-    assert all(layer.meta["state"][name] != value for name, value in attributes.items())
-    layer.meta["state"].update(attributes)
+    assert all(state(network, path)[name] != value for name, value in attributes.items())
+    state(network, path).update(attributes)
     return network
 
 
-LAYERS_2 = [
-    ("synthesis.b8.conv0", {"activation": "linear"}),
-    ("synthesis.b4.conv1", {"activation": "relu"}),
-    ("synthesis.b8.conv0", {"up": 1}),
-    ("synthesis.b8.conv1", {"up": 2}),
-    ("synthesis.b16.conv1", {"act_gain": 1.0}),
-    ("synthesis.b16.conv1", {"padding": 0}),
-    ("synthesis.b16.conv1", {"conv_clamp": 5.0}),
-    ("synthesis.b8.torgb", {"conv_clamp": 5.0}),
-    ("synthesis.b16.torgb", {"conv_clamp": None}),
-    ("synthesis.b8.torgb", {"weight_gain": 1.0}),
-    ("synthesis.b16.skip", {"up": 1}),
-    ("synthesis.b16.skip", {"conv_clamp": 256.0}),
-    ("synthesis.b8.conv0.affine", {"activation": "lrelu"}),
-    ("synthesis.b8.torgb.affine", {"weight_gain": 1.0}),
-    ("mapping.fc0", {"weight_gain": 1.0}),
-    ("mapping.fc1", {"bias_gain": 1.0}),
-    ("mapping.fc1", {"activation": "linear"}),
-    ("mapping.embed", {"activation": "lrelu"}),
-    ("mapping.embed", {"weight_gain": True}),
-]
+SKIP = StyleGAN2Generator, {"mapping_depth": 2, "num_classes": 3, "clamp": 256.0}
+RESNET = StyleGAN2Generator, SKIP[1] | {"architecture": "resnet"}
+ALIAS_FREE = StyleGAN3Generator, {"clamp": 256.0}
+CRITIC = StyleGANDiscriminator, {"num_classes": 3, "class_mapping_depth": 2, "clamp": 256.0}
+# a layer whose attribute is another than ours computes with, in a network of this class
+LAYERS = """
+SKIP synthesis.b8.conv0 activation linear
+SKIP synthesis.b4.conv1 activation relu
+SKIP synthesis.b8.conv0 up 1
+SKIP synthesis.b8.conv1 up 2
+SKIP synthesis.b16.conv1 act_gain 1.0
+SKIP synthesis.b16.conv1 padding 0
+SKIP synthesis.b16.conv1 conv_clamp 5.0
+SKIP synthesis.b8.torgb conv_clamp 5.0
+SKIP synthesis.b16.torgb conv_clamp None
+SKIP synthesis.b8.torgb weight_gain 1.0
+RESNET synthesis.b16.skip up 1
+RESNET synthesis.b16.skip conv_clamp 256.0
+SKIP synthesis.b8.conv0.affine activation lrelu
+SKIP synthesis.b8.torgb.affine weight_gain 1.0
+SKIP mapping.fc0 weight_gain 1.0
+SKIP mapping.fc1 bias_gain 1.0
+SKIP mapping.fc1 activation linear
+SKIP mapping.embed activation lrelu
+SKIP mapping.embed weight_gain True
+ALIAS_FREE synthesis.{3} conv_clamp 5.0
+ALIAS_FREE synthesis.{0} conv_clamp None
+ALIAS_FREE synthesis.{14} magnitude_ema_beta 0.5
+ALIAS_FREE synthesis.{2}.affine activation lrelu
+ALIAS_FREE synthesis.input.affine weight_gain 1.0
+CRITIC b16.fromrgb activation linear
+CRITIC b16.fromrgb conv_clamp None
+CRITIC b16.conv0 activation linear
+CRITIC b16.conv0 down 2
+CRITIC b8.conv1 down 1
+CRITIC b8.conv1 up 2
+CRITIC b8.conv1 conv_clamp 5.0
+CRITIC b8.conv1 weight_gain 1.0
+CRITIC b16.skip activation lrelu
+CRITIC b16.skip down 1
+CRITIC b16.skip conv_clamp 256.0
+CRITIC b4.conv act_gain 1.0
+CRITIC b4.conv activation linear
+CRITIC b4.fc activation linear
+CRITIC b4.fc weight_gain 1.0
+CRITIC b4.out activation lrelu
+CRITIC b4.out bias_gain 0.5
+CRITIC mapping.fc0 weight_gain 1.0
+CRITIC mapping.embed activation lrelu
+"""
 
 
-@pytest.mark.parametrize(("path", "attributes"), LAYERS_2, ids=str)
-def test_generator_with_a_layer_that_ours_does_not_compute(tmp_path, path, attributes):
-    architecture = "resnet" if path.endswith("skip") else "skip"
-    model = StyleGAN2Generator(
-        16, **SMALL, mapping_depth=2, num_classes=3, clamp=256.0, architecture=architecture
-    )
-    network = alter(official_format.generator(model), path, **attributes)
-    (name, value), *_ = attributes.items()
-    with pytest.raises(ValueError, match=rf"^{path} has {name} {value!r}; ours computes with"):
-        generator_from_official(write(tmp_path, network))
+def create_small(kind, resolution=16, **options):
+    """A small network, its twin in the official format, and the function that reads it."""
+    torch.manual_seed(0)
+    if kind is StyleGANDiscriminator:
+        model = kind(resolution, channel_base=256, max_channels=16, **options)
+        return model, official_format.discriminator(model), discriminator_from_official
+    model = kind(**{"resolution": resolution, **SMALL, **options})
+    return model, official_format.generator(model), generator_from_official
 
 
-LAYERS_D = [
-    ("b16.fromrgb", {"activation": "linear"}),
-    ("b16.fromrgb", {"conv_clamp": None}),
-    ("b16.conv0", {"activation": "linear"}),
-    ("b16.conv0", {"down": 2}),
-    ("b8.conv1", {"down": 1}),
-    ("b8.conv1", {"up": 2}),
-    ("b8.conv1", {"conv_clamp": 5.0}),
-    ("b8.conv1", {"weight_gain": 1.0}),
-    ("b16.skip", {"activation": "lrelu"}),
-    ("b16.skip", {"down": 1}),
-    ("b16.skip", {"conv_clamp": 256.0}),
-    ("b4.conv", {"act_gain": 1.0}),
-    ("b4.conv", {"activation": "linear"}),
-    ("b4.fc", {"activation": "linear"}),
-    ("b4.fc", {"weight_gain": 1.0}),
-    ("b4.out", {"activation": "lrelu"}),
-    ("b4.out", {"bias_gain": 0.5}),
-    ("mapping.fc0", {"weight_gain": 1.0}),
-    ("mapping.embed", {"activation": "lrelu"}),
-]
-
-
-@pytest.mark.parametrize(("path", "attributes"), LAYERS_D, ids=str)
-def test_discriminator_with_a_layer_that_ours_does_not_compute(tmp_path, path, attributes):
-    model = StyleGANDiscriminator(
-        16, channel_base=256, max_channels=16, num_classes=3, class_mapping_depth=2, clamp=256.0
-    )
-    network = alter(official_format.discriminator(model), path, **attributes)
-    (name, value), *_ = attributes.items()
-    with pytest.raises(ValueError, match=rf"^{path} has {name} {value!r}; ours computes with"):
-        discriminator_from_official(write(tmp_path, network))
-
-
-@pytest.mark.parametrize(
-    ("layer", "part", "attributes"),
-    [
-        (3, "", {"conv_clamp": 5.0}),
-        (0, "", {"conv_clamp": None}),
-        (-1, "", {"magnitude_ema_beta": 0.5}),
-        (2, ".affine", {"activation": "lrelu"}),
-        (None, "input.affine", {"weight_gain": 1.0}),
-    ],
-    ids=str,
-)
-def test_alias_free_generator_with_a_layer_that_ours_does_not_compute(
-    tmp_path, layer, part, attributes
-):
-    network = official_format.generator(make_generator(clamp=256.0))
-    names = network.meta["state"]["_modules"]["synthesis"].meta["state"]["layer_names"]
-    alter(
-        network,
-        "synthesis." + part if layer is None else f"synthesis.{names[layer]}{part}",
-        **attributes,
-    )
-    with pytest.raises(ValueError, match=r"^synthesis\..* has .*; ours computes with"):
-        generator_from_official(write(tmp_path, network))
+@pytest.mark.parametrize("line", LAYERS.strip().splitlines())
+def test_layer_that_ours_does_not_compute_is_refused(tmp_path, line):
+    case, path, name, word = line.split()
+    kind, options = globals()[case]
+    _, network, read = create_small(kind, 32 if kind is StyleGAN3Generator else 16, **options)
+    if kind is StyleGAN3Generator:
+        path = path.format(*state(network, "synthesis")["layer_names"])
+    value = word if word.isalpha() and word.islower() else ast.literal_eval(word)
+    alter(network, path, **{name: value})
+    where = rf"{re.escape(path)} has {name} {value!r}"
+    if path == "synthesis.L0_36_16":  # the first layer's clamp is taken for that of all others
+        where = rf"synthesis\.L1_36_16 has {name} 256\.0"
+    with pytest.raises(ValueError, match=rf"^{where}; ours computes with"):
+        read(write(tmp_path, network))
 
 
 @pytest.mark.parametrize(
@@ -318,20 +291,15 @@ def test_alias_free_generator_with_a_layer_that_ours_does_not_compute(
     ],
 )
 def test_widths_that_no_tensor_has_ask_for_no_memory(tmp_path, kind, name):
-    if kind is StyleGANDiscriminator:
-        model = kind(16, channel_base=256, max_channels=16, num_classes=3)
-        network, read = official_format.discriminator(model), discriminator_from_official
-    else:
-        model = kind(resolution=16, **SMALL, mapping_depth=2, num_classes=3)
-        network, read = official_format.generator(model), generator_from_official
-    network.meta["state"][name] = 10**11
+    _, network, read = create_small(kind, num_classes=3)
+    state(network)[name] = 10**11
     with pytest.raises(ValueError, match="the network's own attributes give"):
         read(write(tmp_path, network))
 
 
 def test_maps_and_layers_that_no_tensor_has_ask_for_no_memory(tmp_path):
-    model = StyleGANDiscriminator(16, channel_base=256, max_channels=16)
-    network = alter(official_format.discriminator(model), "b4.mbstd", num_channels=10**11)
+    _, network, _ = create_small(StyleGANDiscriminator)
+    alter(network, "b4.mbstd", num_channels=10**11)
     with pytest.raises(ValueError, match="the network's own attributes give"):
         discriminator_from_official(write(tmp_path, network))
     network = alter(official_format.generator(make_generator()), "synthesis", num_layers=10**11)
@@ -339,47 +307,37 @@ def test_maps_and_layers_that_no_tensor_has_ask_for_no_memory(tmp_path):
         generator_from_official(write(tmp_path, network))
 
 
-@pytest.mark.parametrize("path", ["synthesis.b8", "b8"])
-def test_half_precision_below_full_is_refused(tmp_path, path):
-    if path == "b8":
-        model = StyleGANDiscriminator(
-            16, channel_base=256, max_channels=16, num_reduced_resolutions=0
-        )
-        network, read = official_format.discriminator(model), discriminator_from_official
-    else:
-        model = StyleGAN2Generator(16, **SMALL, mapping_depth=2, num_reduced_resolutions=0)
-        network, read = official_format.generator(model), generator_from_official
+@pytest.mark.parametrize(
+    ("kind", "path"), [(StyleGAN2Generator, "synthesis.b8"), (StyleGANDiscriminator, "b8")]
+)
+def test_half_precision_below_full_is_refused(tmp_path, kind, path):
+    _, network, read = create_small(kind, num_reduced_resolutions=0)
     with pytest.raises(ValueError, match="ours reduces the highest ones"):
         read(write(tmp_path, alter(network, path, use_fp16=True)))
 
 
 def test_another_filter_is_refused(tmp_path):
-    network = official_format.generator(make_generator())
-    synthesis = network.meta["state"]["_modules"]["synthesis"].meta["state"]
-    synthesis["_modules"][synthesis["layer_names"][3]].meta["state"]["_buffers"]["up_filter"][
-        2
-    ] += 1e-3
+    _, network, _ = create_small(StyleGAN3Generator, 32)
+    name = state(network, "synthesis")["layer_names"][3]
+    state(network, f"synthesis.{name}")["_buffers"]["up_filter"][2] += 1e-3
     with pytest.raises(ValueError, match="another up_filter"):
         generator_from_official(write(tmp_path, network))
 
 
 def test_another_schedule_is_refused(tmp_path):
-    stored = write(tmp_path, official_format.generator(make_generator()))
-    synthesis = stored.state["_modules"]["synthesis"]
-    synthesis.state["_init_kwargs"]["first_stopband"] = 6.0
+    _, network, _ = create_small(StyleGAN3Generator, 32)
+    state(network, "synthesis")["_init_kwargs"]["first_stopband"] = 6.0
     with pytest.raises(ValueError, match="the constructor's arguments give"):
-        generator_from_official(stored)
+        generator_from_official(write(tmp_path, network))
 
 
 def test_generator_of_another_project_is_refused(tmp_path):
     network = official_format.Persistent("Generator", modules={}, z_dim=8, img_resolution=32)
     with pytest.raises(ValueError, match="lacks parts of StyleGAN's"):
         generator_from_official(write(tmp_path, network))
-    model = make_generator()
-    network = official_format.generator(model)
-    network.meta["state"]["_modules"]["synthesis"].meta["state"]["_modules"]["extra"] = (
-        official_format.linear(model.mapping_network.layers[0])
-    )
+    model, network, _ = create_small(StyleGAN3Generator, 32)
+    extra = official_format.linear(model.mapping_network.layers[0])
+    state(network, "synthesis")["_modules"]["extra"] = extra
     with pytest.raises(ValueError, match=r"unknown \['synthesis.extra"):
         generator_from_official(write(tmp_path, network))
 

@@ -9,6 +9,27 @@ import math
 
 import torch
 import torch.nn.functional as F
+import yaml
+
+
+def write_checkpoint(folder, weights, target, params, name="model"):
+    """Write a Lightning checkpoint and its yaml, as the original trainings do; return its path."""
+    path = folder / f"{name}.ckpt"
+    contents = {"epoch": 3, "global_step": 7, "state_dict": weights, "callbacks": {"x": 1}}
+    torch.save(contents | {"optimizer_states": [{"state": torch.ones(5)}]}, path)
+    model = {"target": target, "params": params}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model}))
+    return path
+
+
+def deviation(value, expected):
+    """Return the largest difference, relative to the expected output's deviation."""
+    return float((value - expected).abs().max() / expected.std())
+
+
+def rms(value, expected):
+    """Return the root mean square of the difference, relative to the output's deviation."""
+    return float((value - expected).square().mean().sqrt() / expected.std())
 
 
 class Shapes(dict):
