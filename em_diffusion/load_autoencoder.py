@@ -1,17 +1,9 @@
 """Load an autoencoder for grey images from a folder, the Hub or an original checkpoint."""
 
 import json
-import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from diffusers import AutoencoderKL, VQModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
 
 from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
@@ -19,6 +11,7 @@ from em_diffusion.grey import fold_to_grey
 from em_diffusion.original.dalle import find_dalle
 from em_diffusion.original.load import load_official_autoencoder
 from em_diffusion.pipeline_em_ldm import align_weights
+from em_hub.transport import HUB_ID, fetch_repository
 
 KINDS = {
     VQModel: "VQ",
@@ -32,7 +25,6 @@ KINDS = {
 CLASSES = {cls.__name__: cls for cls in KINDS}
 FOLDERS = ("", "autoencoder/vqvae", "pipeline/vqvae", "vqvae", "vae")
 """Where the autoencoder of a run, a pipeline or a model lies."""
-HUB_FOLDERS = ("", "vqvae", "vae")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -61,7 +53,9 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
     if path.is_file() or find_dalle(path) is not None:
         model = load_official_autoencoder(path, config, use_ema=use_ema)
     else:
-        folder = _find_folder(path) if path.is_dir() else _download(str(source), revision)
+        folder = (
+            _find_folder(path, str(path)) if path.is_dir() else _download(str(source), revision)
+        )
         cls = CLASSES[_read_class_name(folder / "config.json")]
         try:
             model = cls.from_pretrained(folder, use_safetensors=True)
@@ -73,17 +67,17 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
     return model.eval().to(device)
 
 
-def _find_folder(path: Path) -> Path:
-    for name in FOLDERS:
-        if _read_class_name(path / name / "config.json") in CLASSES:
-            return path / name
+def _find_folder(path: Path, name: str) -> Path:
+    for folder in FOLDERS:
+        if _read_class_name(path / folder / "config.json") in CLASSES:
+            return path / folder
     checkpoints = sorted(path.glob("*.ckpt"))
     if checkpoints:
         names = ", ".join(str(checkpoint) for checkpoint in checkpoints[:3])
-        raise ValueError(f"{path} holds original checkpoints; name one: {names}")
+        raise ValueError(f"{name} holds original checkpoints; name one: {names}")
     raise ValueError(
-        f"there is no autoencoder in {path}: expected the folder of a run, of a pipeline, or one "
-        f"with the config.json of a {' or '.join(CLASSES)}"
+        f"there is no autoencoder in {name}: expected a run, a pipeline, or the config.json of a "
+        f"{' or '.join(CLASSES)}"
     )
 
 
@@ -95,30 +89,12 @@ def _read_class_name(path: Path) -> str | None:
     return contents.get("_class_name") if isinstance(contents, dict) else None
 
 
-def _download(repository: str, revision) -> Path:
+def _download(name, revision) -> Path:
     """Return the cached folder with the autoencoder of a Hub repository."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(
-            f"there is no file or folder {repository}, and it is not a Hub id (owner/name)"
-        )
-    try:
-        for folder in HUB_FOLDERS:
-            options = {"subfolder": folder or None, "revision": revision}
-            try:
-                config = Path(hf_hub_download(repository, "config.json", **options))
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
-            if _read_class_name(config) in CLASSES:
-                hf_hub_download(repository, WEIGHTS, **options)
-                return config.parent
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{repository} is no file or folder, and cannot be downloaded from the Hub: {reason}"
-        ) from error
-    raise ValueError(
-        f"the Hub repository {repository} has no autoencoder: expected the config.json of a "
-        f"{' or '.join(CLASSES)} in it, or in its folder vqvae or vae."
-    )
+    if HUB_ID.fullmatch(name) is None:
+        raise ValueError(f"there is no file or folder {name}, and it is not a Hub id (owner/name)")
+    name = name if revision is None else f"{name}@{revision}"
+    configs = [str(PurePosixPath(folder) / "config.json") for folder in FOLDERS]
+    snapshot = fetch_repository(name, configs)
+    folder = _find_folder(snapshot, f"the Hub repository {name}").relative_to(snapshot)
+    return fetch_repository(name, [*configs, (folder / WEIGHTS).as_posix()]) / folder

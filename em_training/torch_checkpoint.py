@@ -155,7 +155,7 @@ def copy_tensor(tensor) -> torch.Tensor:
 
 
 def flatten_module(module, prefix="") -> dict:
-    """Return {dotted name: parameter or buffer} of a pickled module with its `__dict__` in `state`."""
+    """Return {dotted name: tensor} of a pickled module with its `__dict__` in `state`."""
     tensors = {
         prefix + name: value
         for kind in ("_parameters", "_buffers")

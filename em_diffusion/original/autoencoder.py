@@ -24,6 +24,13 @@ CLASSES = {
     "KL": (AutoencoderKL, EMTamingAutoencoderKL),
 }
 """Kind -> the stock class, and our class for what the stock class cannot represent."""
+STOCK = {
+    "stem_channels": None,
+    "resample_with_conv": True,
+    "tanh_output": False,
+    "z_channels": None,
+}
+"""What only our class can change."""
 
 
 def read_autoencoder(model):
@@ -41,18 +48,9 @@ def read_autoencoder(model):
         )
     kind, params = KINDS[name], section(model, "params")
     network = section(params, "ddconfig")
-    attention = network.get("attn_type", "vanilla")
-    if network.get("use_linear_attn") or attention not in ("vanilla", "none"):
-        raise ValueError(
-            f"attention of the type {network.get('attn_type', 'linear')!r} is not supported, only "
-            "'vanilla' and 'none'"
-        )
-    if network.get("give_pre_end"):
-        raise ValueError("give_pre_end, a decoder without its last layers, is not supported")
     double_z = flag(network, "double_z", True)
     if double_z != (kind == "KL"):
         raise ValueError(f"double_z is {double_z}, which a {name} cannot have")
-
     multipliers, stem = counts(network, "ch_mult", (1, 2, 4, 8)), count(network, "ch")
     encoder_attends, decoder_attends = _find_attention(network, len(multipliers))
     embed_dim, z_channels = count(params, "embed_dim"), count(network, "z_channels")
@@ -70,23 +68,21 @@ def read_autoencoder(model):
         "layers_per_block": count(network, "num_res_blocks", 64),
         "norm_num_groups": 32,
         "sample_size": count(network, "resolution"),
-        "mid_block_add_attention": attention == "vanilla",
+        "mid_block_add_attention": network.get("attn_type") != "none",
         "scaling_factor": 1.0,
     }
-    own = {}  # arguments that only our class has
-    if multipliers[0] != 1:
-        own["stem_channels"] = stem
-    if not flag(network, "resamp_with_conv", True):
-        own["resample_with_conv"] = False
-    if flag(network, "tanh_out", False):
-        own["tanh_output"] = True
+    own = {
+        "stem_channels": None if multipliers[0] == 1 else stem,
+        "resample_with_conv": flag(network, "resamp_with_conv", True),
+        "tanh_output": flag(network, "tanh_out", False),
+    }
     if kind == "KL":
         arguments |= {"latent_channels": embed_dim, "force_upcast": False}
-        if z_channels != embed_dim:
-            own["z_channels"] = z_channels
+        own["z_channels"] = None if z_channels == embed_dim else z_channels
     else:
         arguments |= {"latent_channels": z_channels, "vq_embed_dim": embed_dim}
         arguments["num_vq_embeddings"] = count(params, "n_embed")
+    own = {name: value for name, value in own.items() if value != STOCK[name]}
     stock, component = CLASSES[kind]
     return kind, component if own or stock is None else stock, arguments | own
 
@@ -97,8 +93,16 @@ def _find_attention(network, num_levels):
     `attn_resolutions` counts from `resolution`, which halves from level to level. The decoder
     counts from the smallest side up, so an odd `resolution` gives it other sides than the encoder.
     """
+    kind = network.get("attn_type", "vanilla")
+    if network.get("use_linear_attn") or kind not in ("vanilla", "none"):
+        kind = network.get("attn_type", "linear")
+        raise ValueError(
+            f"attention of the type {kind!r} is not supported, only 'vanilla' and 'none'"
+        )
+    if network.get("give_pre_end"):
+        raise ValueError("give_pre_end, a decoder without its last layers, is not supported")
     resolution, attending = count(network, "resolution"), counts(network, "attn_resolutions")
-    if network.get("attn_type") == "none":
+    if kind == "none":
         attending = ()
     smallest = resolution // 2 ** (num_levels - 1)
     encoder = [resolution // 2**level in attending for level in range(num_levels)]

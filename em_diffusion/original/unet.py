@@ -50,12 +50,6 @@ def read_unet(params):
         raise ValueError(
             f"channel_mult begins with {multipliers[0]}, which the original U-Net itself cannot run"
         )
-    channels = count(unet, "in_channels")
-    if count(unet, "out_channels") != channels:
-        raise ValueError(
-            f"its U-Net takes {channels} channels and gives {unet['out_channels']}: it is "
-            "conditional, which is not supported"
-        )
     blocks = unet.get("num_res_blocks")
     if isinstance(blocks, list) and len(set(blocks)) == 1:
         unet = unet | {"num_res_blocks": blocks[0]}
@@ -71,8 +65,8 @@ def read_unet(params):
         "sample_size": tuple(size)
         if isinstance(size, list)
         else count({"image_size": size}, "image_size"),
-        "in_channels": channels,
-        "out_channels": channels,
+        "in_channels": count(unet, "in_channels"),
+        "out_channels": count(unet, "out_channels"),
         "down_block_types": tuple("AttnDownBlock2D" if a else plain[0] for a in attends),
         "up_block_types": tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(attends)),
         "block_out_channels": tuple(count(unet, "model_channels") * m for m in multipliers),
@@ -104,6 +98,12 @@ def _read_heads(unet):
                 f"its U-Net has {what} ({key}: {unet[key]}), which an unconditional U-Net cannot "
                 "represent"
             )
+    channels = count(unet, "in_channels")
+    if count(unet, "out_channels") != channels:
+        raise ValueError(
+            f"its U-Net takes {channels} channels and gives {unet['out_channels']}: it is "
+            "conditional, which is not supported"
+        )
     if unet.get("dims", 2) != 2:
         raise ValueError(f"its U-Net has dims: {unet['dims']}; only images (2) are supported")
     heads, width = (optional_count(unet, key) for key in ("num_heads", "num_head_channels"))
