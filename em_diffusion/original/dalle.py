@@ -62,7 +62,10 @@ def _read_half(path):
             f"{path} is missing: a DALL-E dVAE is encoder.pkl and decoder.pkl in one folder."
         )
     contents = read_torch_checkpoint(path)
-    tensors = flatten_module(contents) if isinstance(contents, Record) else contents
+    try:
+        tensors = flatten_module(contents) if isinstance(contents, Record) else contents
+    except (AttributeError, TypeError, RecursionError):  # such as a module within itself
+        tensors = None
     is_half = isinstance(tensors, dict) and all(
         isinstance(tensor, torch.Tensor) for tensor in tensors.values()
     )

@@ -30,7 +30,7 @@ def _convert(network, class_name, function):
         raise ValueError(f"the network is a {network.class_name}, not StyleGAN's {class_name}.")
     try:
         return function(_Source(network))
-    except (KeyError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
+    except (LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"the network is called {class_name} but lacks parts of StyleGAN's ({error!r})."
         ) from error

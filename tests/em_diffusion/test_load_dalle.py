@@ -171,6 +171,12 @@ def test_missing_swapped_and_foreign_halves(create, tmp_path):
     torch.save({"fc.weight": torch.ones(2)}, folder / "decoder.pkl")
     with pytest.raises(ValueError, match=r"decoder\.pkl is not a half"):
         load_official(folder)
+    for contents in (nn.Module(), [1, 2], torch.ones(2), {"blocks.input.w": 3}):
+        if isinstance(contents, nn.Module):
+            contents.add_module("itself", contents)
+        torch.save(contents, folder / "decoder.pkl")
+        with pytest.raises(ValueError, match=r"decoder\.pkl is not a half"):
+            load_official(folder)
     (folder / "decoder.pkl").write_bytes((folder / "encoder.pkl").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"decoder\.pkl cannot be read as a torch checkpoint"):
         load_official(folder)
