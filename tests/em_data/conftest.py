@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 
-from em_data import DataConfig
+from em_data import DataConfig, Tiles
+from em_data.cutting import cut
 from em_data.sources.base import Entry, Source
+from em_data.tiles import Cut
+from em_data.views import SYMMETRIES
 
 
 @pytest.fixture
@@ -10,7 +13,7 @@ def config(tmp_path):
     """A small recipe with a cache of its own; `config(symmetries="d4")` changes it."""
 
     def make(**changes):
-        return DataConfig(**{"resolution": 16, "cache_dir": str(tmp_path / "cache"), **changes})
+        return DataConfig(**{"resolution": 16, "cache_dir": str(tmp_path / ".cache"), **changes})
 
     return make
 
@@ -30,9 +33,19 @@ def source_of():
     """A source of given micrographs, without files."""
 
     def make(micrographs):
-        entries = [
-            Entry(each.name, f"key of {each.name}", lambda each=each: each) for each in micrographs
-        ]
+        entries = [Entry(m.name, f"key of {m.name}", lambda m=m: m) for m in micrographs]
         return Source("given", entries, [])
+
+    return make
+
+
+@pytest.fixture
+def tiles_of(config, source_of, tmp_path):
+    """All views of given micrographs, cut into tmp_path / "cut"."""
+
+    def make(micrographs, symmetries="none", **changes):
+        cut(source_of(micrographs), config(**changes), tmp_path / "cut")
+        made = Cut(tmp_path / "cut")
+        return Tiles(made, np.arange(made.num_tiles * len(SYMMETRIES[symmetries])), symmetries)
 
     return make

@@ -17,17 +17,13 @@ def test_the_studys_micrographs_give_its_62400_views():
     assert num_tiles * len(SYMMETRIES["paper"]) == 62_400
 
 
-def test_cutter_cuts_what_the_count_says(config, noise, source_of, tmp_path):
-    """The study's set with every side an eighth of its own: 1/8 of 1024 and 2048 in tiles of 1/8 of
-    256.
-    """
+def test_cutter_cuts_what_the_count_says(noise, tiles_of):
+    """The study's set, an eighth as large: 1024, 2048 and 256 become 128, 256 and 32."""
     shapes = [(128, 128)] * 442 + [(256, 256)] * 52
     micrographs = [Micrograph(noise(i, shape), f"{i}") for i, shape in enumerate(shapes)]
-    cut(source_of(micrographs), config(resolution=32), tmp_path / "cut")
-    made = Cut(tmp_path / "cut")
-    tiles = Tiles(made, np.arange(made.num_tiles * 6), "paper")
+    tiles = tiles_of(micrographs, "paper", resolution=32)
     assert (tiles.num_tiles, tiles.num_views, len(tiles.rows)) == (10_400, 62_400, 10_400)
-    assert len(made.chunks) < 10
+    assert len(tiles.cut.chunks) < 10
 
 
 @pytest.mark.parametrize(
@@ -49,29 +45,21 @@ def test_area_average_equals_its_slow_twin(dtype, noise):
     fast = average_area(image, 3)
     assert fast.dtype == dtype
     assert fast.shape == (4, 6)
-    for i in range(4):
-        for j in range(6):
-            assert fast[i, j] == round(
-                float(np.mean(image[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].astype(float)))
-            )
+    for i, j in np.ndindex(4, 6):
+        square = image[3 * i : 3 * i + 3, 3 * j : 3 * j + 3]
+        assert fast[i, j] == round(float(np.mean(square.astype(float))))
     assert average_area(image, 1) is image
 
 
-def test_tiles_are_the_pixels_at_their_positions(config, noise, source_of, tmp_path):
-    micrographs = [
-        Micrograph(noise(i, (40, 70), np.uint16), f"m{i}", 0.5, f"s{i}") for i in range(3)
-    ]
-    cut(source_of(micrographs), config(), tmp_path / "cut")
-    made = Cut(tmp_path / "cut")
-    tiles = Tiles(made, np.arange(made.num_tiles), "none")
-    rows = tiles.rows.with_format("numpy")
+def test_tiles_are_the_pixels_at_their_positions(noise, tiles_of):
+    images = [noise(i, (40, 70), np.uint16) for i in range(3)]
+    micrographs = [Micrograph(image, f"m{i}", 0.5, f"s{i}") for i, image in enumerate(images)]
+    tiles = tiles_of(micrographs)
     assert tiles.num_tiles == 3 * 2 * 4
-    for i in range(tiles.num_tiles):
-        row = rows[i]
+    for i, row in enumerate(tiles.rows.with_format("numpy")):
         micrograph = micrographs[int(str(row["micrograph"])[1:])]
-        expected = micrograph.image[
-            row["row_px"] : row["row_px"] + 16, row["col_px"] : row["col_px"] + 16
-        ]
+        top, left = row["row_px"], row["col_px"]
+        expected = micrograph.image[top : top + 16, left : left + 16]
         assert np.array_equal(row["tile"], expected)
         assert np.array_equal(tiles.raw([i])[0], expected)
         assert (row["pixel_size_nm"], str(row["specimen"])) == (0.5, micrograph.specimen)
@@ -79,19 +67,15 @@ def test_tiles_are_the_pixels_at_their_positions(config, noise, source_of, tmp_p
     assert tiles.raw([0]).dtype == np.uint16
 
 
-def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(
-    config, noise, source_of, tmp_path
-):
+def test_downsampled_tiles_are_cut_from_the_average_and_know_their_pixel_size(noise, tiles_of):
     image = noise(0, (70, 101))
-    cut(source_of([Micrograph(image, "m", 0.5)]), config(downsample=2), tmp_path / "cut")
-    made = Cut(tmp_path / "cut")
-    rows = made.dataset.with_format("numpy")
-    assert made.num_tiles == 2 * 3
+    tiles = tiles_of([Micrograph(image, "m", 0.5)], downsample=2)
+    assert tiles.num_tiles == 2 * 3
     small = average_area(image, 2)
-    for i in range(6):
-        top, left = rows[i]["row_px"] // 2, rows[i]["col_px"] // 2
-        assert np.array_equal(made.tile(i), small[top : top + 16, left : left + 16])
-        assert rows[i]["pixel_size_nm"] == 1.0
+    for i, row in enumerate(tiles.rows.with_format("numpy")):
+        top, left = row["row_px"] // 2, row["col_px"] // 2
+        assert np.array_equal(tiles.cut.tile(i), small[top : top + 16, left : left + 16])
+        assert row["pixel_size_nm"] == 1.0
 
 
 def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source_of, tmp_path):
@@ -110,37 +94,27 @@ def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source
 
 
 @pytest.mark.parametrize("symmetries", SYMMETRIES)
-def test_a_batch_equals_its_slow_twin(symmetries, config, noise, source_of, tmp_path):
+def test_a_batch_equals_its_slow_twin(symmetries, noise, tiles_of):
     """View by view, from the micrograph, in float64."""
     micrographs = [Micrograph(noise(i, (40, 50), np.uint16), str(i)) for i in range(3)]
-    cut(
-        source_of(micrographs),
-        config(intensity="percentile", percentiles=(5, 95)),
-        tmp_path / "cut",
-    )
-    made = Cut(tmp_path / "cut")
+    tiles = tiles_of(micrographs, symmetries, intensity="percentile", percentiles=(5, 95))
     names = SYMMETRIES[symmetries]
-    tiles = Tiles(made, np.arange(made.num_tiles * len(names)), symmetries)
     views = np.random.default_rng(0).permutation(tiles.num_views)
     batch = tiles.batch(views)
     assert batch.shape == (tiles.num_views, 1, 16, 16)
     for view, image in zip(views, batch):
         row = tiles.rows[int(view) // len(names)]
-        pixels = micrographs[int(row["micrograph"])].image[row["row_px"] :, row["col_px"] :][
-            :16, :16
-        ]
+        image_of_row = micrographs[int(row["micrograph"])].image
+        pixels = image_of_row[row["row_px"] :, row["col_px"] :][:16, :16]
         expected = 2 * (pixels.astype(float) - row["low"]) / (row["high"] - row["low"]) - 1
         expected = apply_symmetry(np.clip(expected, -1, 1), names[int(view) % len(names)])
         np.testing.assert_allclose(image[0], expected, atol=3e-7)
 
 
-def test_two_sides_number_their_own_tiles(config, noise, source_of, tmp_path):
-    micrographs = [Micrograph(noise(i), str(i)) for i in range(3)]
-    cut(source_of(micrographs), config(), tmp_path / "cut")
-    made = Cut(tmp_path / "cut")
-    views = np.arange(made.num_tiles * 6).reshape(3, -1)  # by micrograph
-    middle = Tiles(made, views[1], "paper")
-    everything = Tiles(made, views.ravel(), "paper")
+def test_two_sides_number_their_own_tiles(noise, tiles_of):
+    everything = tiles_of([Micrograph(noise(i), str(i)) for i in range(3)], "paper")
+    views = np.arange(everything.num_views).reshape(3, -1)  # by micrograph
+    middle = Tiles(everything.cut, views[1], "paper")
     assert np.array_equal(middle.batch(range(12)), everything.batch(views[1][:12]))
     assert set(middle.rows["micrograph"]) == {"1"}
     assert middle.fingerprint != everything.fingerprint
@@ -177,22 +151,19 @@ def test_two_processes_that_cut_at_once_leave_one_whole_cut(config, noise, tmp_p
 
 def test_every_part_of_the_recipe_is_in_the_key(config, noise, source_of):
     source = source_of([Micrograph(noise(0), "a")])
-    same = config(
-        split="leaky", seed=7, symmetries="d4", on_bad_image="fail", held_out_fraction=0.3
-    )
+    others = {"split": "leaky", "seed": 7, "symmetries": "d4", "held_out_fraction": 0.3}
+    same = config(on_bad_image="fail", **others)
     assert make_cut_key(source, same) == make_cut_key(source, config())
     changes = [{"resolution": 8}, {"downsample": 2}, {"intensity": "full"}, {"label_bar": "keep"}]
-    changes += [
-        {"intensity": "percentile"},
-        {"intensity": "percentile", "percentiles": (1.0, 99.0)},
-    ]
+    changes.append({"intensity": "percentile"})
+    changes.append({"intensity": "percentile", "percentiles": (1.0, 99.0)})
     keys = {make_cut_key(source, config(**change)) for change in [{}, *changes]}
     source.entries[0].key = "changed"
     assert len(keys | {make_cut_key(source, config())}) == len(changes) + 2
 
 
-def test_damaged_cut_is_not_read(config, noise, source_of, tmp_path):
-    cut(source_of([Micrograph(noise(0), "a")]), config(), tmp_path / "cut")
+def test_damaged_cut_is_not_read(noise, tiles_of, tmp_path):
+    tiles_of([Micrograph(noise(0), "a")])
     facts = json.loads((tmp_path / "cut" / "cut.json").read_text())
     assert facts["micrographs"][0]["num_tiles"] == 6
     with open(tmp_path / "cut" / "tiles.arrow", "ab") as file:
@@ -203,17 +174,12 @@ def test_damaged_cut_is_not_read(config, noise, source_of, tmp_path):
 
 @pytest.mark.parametrize("shape", [(9, 9), (8, 11)])
 def test_pixel_hash_is_shared_by_all_views_and_by_nothing_else(shape, noise):
-    for image in (
-        noise(0, shape),
-        np.ones(shape, np.uint8),
-        noise(0, shape) // 128,
-        noise(1, shape, np.uint16),
-    ):
+    images = [noise(0, shape), noise(0, shape) // 128, noise(1, shape, np.uint16)]
+    for image in [*images, np.ones(shape, np.uint8)]:
         assert len({hash_pixels(apply_symmetry(image, name)) for name in ELEMENTS}) == 1
         changed = image.copy()
         changed[3, 2] ^= 1
         assert hash_pixels(changed) != hash_pixels(image)
     image = noise(0, shape)
-    shuffled = image[::-1] if shape[0] == 1 else np.roll(image, 1, axis=0)
-    assert hash_pixels(shuffled) != hash_pixels(image)
+    assert hash_pixels(np.roll(image, 1, axis=0)) != hash_pixels(image)
     assert hash_pixels(image.astype(np.uint16)) != hash_pixels(image)

@@ -43,9 +43,8 @@ def listed(tmp_path):
     (root / "images.txt").write_text("\n".join(names) + "\n")
     (root / "bounding_boxes").mkdir()
     (root / "bounding_boxes" / "BF X500K, 06 (2).txt").write_text("10 20 30 50\n0 0 5 70\n")
-    (root / "bounding_boxes" / "grid1 100kx 3.txt").write_text(
-        "0 1 2 9 12\n1 30 30 36 36\n2 40 8 60 28\n"
-    )
+    boxes = "0 1 2 9 12\n1 30 30 36 36\n2 40 8 60 28\n"
+    (root / "bounding_boxes" / "grid1 100kx 3.txt").write_text(boxes)
     return tmp_path / "set"
 
 
@@ -61,9 +60,8 @@ def positive(tmp_path):
         write_image(root / "augmented" / f"a_{seed}.jpg", seed)
     header = " ,Area,Mean,Min,Max,XM,YM,Major,Minor,Angle,Length\n"
     (root / "labels").mkdir()
-    (root / "labels" / "a 300kx_dis.xls").write_text(
-        header + "1,5,1,0,9,242.77,100,40,20,90,0\n2,5,1,0,9,400,300,30,30,0,0\n"
-    )
+    rows = "1,5,1,0,9,242.77,100,40,20,90,0\n2,5,1,0,9,400,300,30,30,0,0\n"
+    (root / "labels" / "a 300kx_dis.xls").write_text(header + rows)
     (root / "labels" / "b 70kx.txt").write_text("1 1 10 20\n")
     return root
 
@@ -74,13 +72,8 @@ def read_all(folder, tmp_path):
 
 
 def test_pixel_sizes_follow_the_names():
-    for name, size in {
-        "BF X500K, 06 (2)": 0.2832,
-        "70kx a": 0.8805,
-        "100KX": 0.8691,
-        "g_300kx": 0.4785,
-        "On-Zone 2": 0.1416,
-    }.items():
+    sizes = {"BF X500K, 06 (2)": 0.2832, "70kx a": 0.8805, "100KX": 0.8691, "g_300kx": 0.4785}
+    for name, size in [*sizes.items(), ("On-Zone 2", 0.1416)]:
         assert pixel_size_from_name(name) == size
     assert pixel_size_from_name("grid 12") is None
     assert pixel_size_from_name("1500kx") is None
@@ -97,10 +90,8 @@ def test_layout_of_the_first_program(listed, tmp_path):
     assert "3 micrographs, the study has 494: 0 of 442 with 1024 x 1024 pixels" in text
     assert "3 with 64 x 64, which the study has not" in text
     untyped, typed = read["BF X500K, 06 (2).jpg"], read["grid1 100kx 3.jpg"]
-    assert [(d.kind, d.box_px) for d in untyped.defects] == [
-        ("loop", (20, 10, 50, 30)),
-        ("loop", (0, 0, 64, 5)),
-    ]
+    assert [defect.kind for defect in untyped.defects] == ["loop", "loop"]
+    assert [defect.box_px for defect in untyped.defects] == [(20, 10, 50, 30), (0, 0, 64, 5)]
     assert untyped.defects[0].diameter_nm == pytest.approx(30 * 0.2832)
     assert [(d.kind, d.box_px) for d in typed.defects] == [
         ("loop_111", (2, 1, 12, 9)), ("dot", (30, 30, 36, 36)), ("loop_100", (8, 40, 28, 60)),
@@ -139,12 +130,9 @@ def test_what_is_unknown_is_refused_politely(tmp_path, listed):
     with pytest.raises(ValueError, match=r"no known layout.*x\.jpg"):
         open_damaged_alloys(tmp_path / "other", DataConfig(), tmp_path)
     bad = listed / "Defect-Detection" / "bounding_boxes" / "onzone 7.txt"
-    for text, problem in (
-        ("1 2 3\n", "not a box"),
-        ("7 1 2 3 4\n", "not a box"),
-        ("90 90 99 99\n", "outside of the"),
-    ):
-        bad.write_text(text)
+    problems = {"1 2 3": "not a box", "7 1 2 3 4": "not a box", "90 90 99 99": "outside of the"}
+    for text, problem in problems.items():
+        bad.write_text(text + "\n")
         with pytest.raises(ValueError, match=f"line 1: .*{problem}"):
             read_all(listed, tmp_path)
 
@@ -162,9 +150,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.asked.append((path, self.headers.get("Range")))
         if path == "/search":
             offset = int(urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)["offset"][0])
-            return self.answer(
-                json.dumps(server.pages[min(offset, len(server.pages) - 1)]).encode()
-            )
+            page = server.pages[min(offset, len(server.pages) - 1)]
+            return self.answer(json.dumps(page).encode())
         if path not in server.files:
             return self.send_error(404)
         content, start = server.files[path], 0
@@ -209,15 +196,10 @@ def published(server, listed):
     with zipfile.ZipFile(packed, "w") as archive:
         for path in sorted((base / "bounding_boxes").iterdir()):
             archive.writestr(path.name, path.read_bytes())
-    contents = {
-        p.relative_to(base).as_posix(): p.read_bytes()
-        for p in base.rglob("*")
-        if p.is_file() and p.suffix != ".txt"
-    }
-    contents |= {
-        "images.txt": (base / "images.txt").read_bytes(),
-        "bounding_boxes.zip": packed.getvalue(),
-    }
+    paths = [path for path in base.rglob("*") if path.is_file() and path.suffix != ".txt"]
+    paths.append(base / "images.txt")
+    contents = {path.relative_to(base).as_posix(): path.read_bytes() for path in paths}
+    contents["bounding_boxes.zip"] = packed.getvalue()
     server.files = {ROOT + name: content for name, content in contents.items()}
     records = [
         {
@@ -229,18 +211,12 @@ def published(server, listed):
     ]
     mdf = {"source_id": module.SOURCE_ID}
     location = {"endpoint_path": f"globus://{module.ENDPOINT}{ROOT}"}
+    another = {"mdf": {"source_id": "another"}, "files": [{"url": "/no"}]}
     pages = [
-        [{"entries": [{"content": {"mdf": mdf, "data": location}}]}],
-        [
-            {
-                "content": [
-                    {"mdf": mdf, "files": records},
-                    {"mdf": {"source_id": "another"}, "files": [{"url": "/no"}]},
-                ]
-            }
-        ],
+        {"entries": [{"content": {"mdf": mdf, "data": location}}]},
+        {"content": [{"mdf": mdf, "files": records}, another]},
     ]
-    server.pages = [{"gmeta": gmeta, "total": 2} for gmeta in pages]
+    server.pages = [{"gmeta": [result], "total": 2} for result in pages]
     return server
 
 
@@ -299,16 +275,8 @@ def test_no_name_leads_outside_of_the_folder(published, tmp_path):
 def test_command(published, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = str(tmp_path / "fetched")
-    main(
-        [
-            folder,
-            "--download",
-            "--search-url",
-            f"{published.url}/search",
-            "--server-url",
-            published.url,
-        ]
-    )
+    urls = ["--search-url", f"{published.url}/search", "--server-url", published.url]
+    main([folder, "--download", *urls])
     assert "3 micrographs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere")])

@@ -33,9 +33,8 @@ def test_written_image_comes_back_exactly(bits, suffix, tmp_path):
     assert torch.equal(batch[0, 0], images)
     assert torch.equal(batch[1, 0], images)
     assert read_micrograph(tmp_path / f"b{suffix}").pixel_size_nm is None
-    assert (
-        sorted(path.name for path in tmp_path.iterdir()) == folder.names
-    )  # no remains of the atomic writing
+    # no remains of the atomic writing
+    assert sorted(path.name for path in tmp_path.iterdir()) == folder.names
 
 
 def test_pixel_size_stands_where_other_programs_look(tmp_path):
@@ -72,13 +71,11 @@ def test_folder_of_any_kind_gives_the_same_images(noise, tmp_path):
     """Files in subfolders, JPEGs, and both forms of a `datasets` folder; labels are left out."""
     levels = np.stack([noise(i, (12, 10), np.uint16) for i in range(3)])
     (tmp_path / "files" / "b" / "masks").mkdir(parents=True)
-    for name, image in zip(("a.png", "b/frame 2.png", "b/frame 10.png"), levels):
+    names = ["a.png", "b/frame 2.png", "b/frame 10.png"]
+    for name, image in zip([*names, "b/masks/1.png"], [*levels, levels[0]]):
         PIL.Image.fromarray(image).save(tmp_path / "files" / name)
-    PIL.Image.fromarray(levels[0]).save(tmp_path / "files" / "b" / "masks" / "1.png")
-    names = [
-        str(tmp_path / "files" / name) for name in ("a.png", "b/frame 2.png", "b/frame 10.png")
-    ]
-    columns = {"image": names, "pixel_size_nm": [0.5] * 3}
+    paths = [str(tmp_path / "files" / name) for name in names]
+    columns = {"image": paths, "pixel_size_nm": [0.5] * 3}
     images = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     images.save_to_disk(tmp_path / "images")
     array = datasets.Features({"levels": datasets.Array2D((12, 10), "uint16")})
@@ -91,7 +88,7 @@ def test_folder_of_any_kind_gives_the_same_images(noise, tmp_path):
         assert folder.shape == (12, 10)
         assert folder.pixel_size_nm == (0.5 if name == "images" else None)
     files = read_image_folder(tmp_path / "files")
-    assert files.names == ["a.png", "b/frame 2.png", "b/frame 10.png"]
+    assert files.names == names
     assert files.ignored == ["1 images in folder masks/: labels by their name"]
     (tmp_path / "photos").mkdir()
     PIL.Image.fromarray(np.full((8, 8), 51, np.uint8)).save(tmp_path / "photos" / "a.jpeg")

@@ -11,9 +11,8 @@ from em_data.label_bar import find_label_bar
 
 
 def make_micrograph(height=480, width=640, seed=0):
-    noise = PIL.Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    )
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+    noise = PIL.Image.fromarray(levels)
     smooth = np.asarray(noise.filter(PIL.ImageFilter.GaussianBlur(3)), np.float32)
     return np.clip((smooth - 128) * 6 + 128, 0, 255).astype(np.uint8)
 
@@ -22,12 +21,11 @@ def add_bar(image, num_rows, ground, ink, line=False):
     bar = PIL.Image.new("L", (image.shape[1], num_rows), ground)
     draw = PIL.ImageDraw.Draw(bar)
     draw.text((10, num_rows // 3), "HV 15.0 kV  mag 20 000 x  WD 5.1 mm   det ETD", fill=ink)
-    draw.rectangle(
-        (image.shape[1] - 220, num_rows // 2, image.shape[1] - 40, num_rows // 2 + 4), fill=ink
-    )
+    width, middle = image.shape[1], num_rows // 2
+    draw.rectangle((width - 220, middle, width - 40, middle + 4), fill=ink)
     if line:
-        draw.line((0, 0, image.shape[1], 0), fill=ink, width=2)
-        draw.line((image.shape[1] // 2, 0, image.shape[1] // 2, num_rows), fill=ink, width=2)
+        draw.line((0, 0, width, 0), fill=ink, width=2)
+        draw.line((width // 2, 0, width // 2, num_rows), fill=ink, width=2)
     return np.vstack([image, np.asarray(bar)])
 
 
@@ -54,9 +52,8 @@ def test_no_bar_is_seen_where_there_is_none():
     assert find_label_bar(np.minimum(image, 120)) == 0  # saturated here and there
     dark = image.copy()
     rows, columns = np.indices(dark.shape)
-    dark[rows > 380 + 30 * np.sin(columns / 40)] = (
-        0  # the edge of a specimen: dark below, but not straight
-    )
+    # the edge of a specimen: dark below, but not straight
+    dark[rows > 380 + 30 * np.sin(columns / 40)] = 0
     assert find_label_bar(dark) == 0
     assert find_label_bar(np.zeros((300, 300), np.uint8)) == 0
     two_grains = image.copy()

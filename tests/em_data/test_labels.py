@@ -65,12 +65,10 @@ def test_unlabelled_micrographs_are_refused(tmp_path):
 
 
 def test_the_contact_sheet_shows_boxes_in_the_colour_of_their_kind():
-    defects = [
-        Defect(kind, (4 + 14 * i, 20, 14 + 14 * i, 30)) for i, kind in enumerate(DEFECT_KINDS)
-    ]
-    micrographs = [
-        Micrograph(np.full((64, 64), 90, dtype=np.uint8), str(i), defects=defects) for i in range(3)
-    ]
+    boxes = [(x, 20, x + 10, 30) for x in range(4, 74, 14)]
+    defects = [Defect(kind, box) for kind, box in zip(DEFECT_KINDS, boxes)]
+    image = np.full((64, 64), 90, dtype=np.uint8)
+    micrographs = [Micrograph(image, str(i), defects=defects) for i in range(3)]
     sheet = draw_contact_sheet(micrographs)
     assert sheet.size == (128, 128)
     corners = [sheet.getpixel((4 + 14 * i, 20)) for i in range(4)]
@@ -80,20 +78,8 @@ def test_the_contact_sheet_shows_boxes_in_the_colour_of_their_kind():
 
 
 def test_the_command_writes_what_the_reader_reads(tmp_path, capsys):
-    main(
-        [
-            "--num",
-            "5",
-            "--out",
-            str(tmp_path),
-            "--size",
-            "64",
-            "--seed",
-            "2",
-            "--pixel-size-nm",
-            "0.8",
-        ]
-    )
+    options = ["--num", "5", "--size", "64", "--seed", "2", "--pixel-size-nm", "0.8"]
+    main([*options, "--out", str(tmp_path)])
     assert "5 micrographs" in capsys.readouterr().out
     coco = json.loads((tmp_path / "labels" / "coco.json").read_text())
     assert len({entry["specimen"] for entry in coco["images"]}) == 2

@@ -40,41 +40,40 @@ def tiff_with_thumbnail():
     return buffer.getvalue()
 
 
-EXACT = {
-    "tiff 8": (tiff(GREY8), GREY8),
-    "tiff 16": (tiff(GREY16), GREY16),
-    "tiff 16 big-endian": (tiff(GREY16, byteorder=">"), GREY16),
-    "tiff 16 LZW": (tiff(GREY16, compression="lzw", predictor=True), GREY16),
-    "tiff 16 deflate in tiles": (tiff(GREY16, compression="zlib", tile=(16, 16)), GREY16),
-    "tiff 8 packbits": (tiff(GREY8, compression="packbits"), GREY8),
-    "bigtiff": (tiff(GREY16, bigtiff=True), GREY16),
-    "tiff three equal channels 16": (tiff(three(GREY16), photometric="rgb"), GREY16),
-    "tiff planes of equal channels": (
-        tiff(np.stack([GREY8] * 3), photometric="rgb", planarconfig="separate"),
-        GREY8,
-    ),
-    "tiff white is zero": (tiff(65535 - GREY16, photometric="miniswhite"), GREY16),
-    "tiff one bit, white is zero": (
-        tiff(GREY8 > 99, photometric="miniswhite"),
-        np.where(GREY8 > 99, 0, 255),
-    ),
-    "tiff with a thumbnail": (tiff_with_thumbnail(), GREY16),
+EIGHT_BITS = {
+    "tiff": tiff(GREY8),
+    "tiff packbits": tiff(GREY8, compression="packbits"),
+    "tiff planes": tiff(np.stack([GREY8] * 3), photometric="rgb", planarconfig="separate"),
+    "png": pil(GREY8, "PNG"),
+    "png three equal channels": pil(three(GREY8), "PNG"),
+    "png opaque": pil(np.dstack([three(GREY8), np.full_like(GREY8, 255)]), "PNG"),
+    "png grey palette": pil(PIL.Image.fromarray(GREY8).convert("P"), "PNG"),
+    "bmp": pil(GREY8, "BMP"),
+    "bmp three equal channels": pil(three(GREY8), "BMP"),
+}
+OPAQUE_16 = np.dstack([GREY16, np.full_like(GREY16, 65535)])
+SIXTEEN_BITS = {
+    "tiff": tiff(GREY16),
+    "tiff big-endian": tiff(GREY16, byteorder=">"),
+    "tiff LZW": tiff(GREY16, compression="lzw", predictor=True),
+    "tiff deflate in tiles": tiff(GREY16, compression="zlib", tile=(16, 16)),
+    "bigtiff": tiff(GREY16, bigtiff=True),
+    "tiff three equal channels": tiff(three(GREY16), photometric="rgb"),
+    "tiff white is zero": tiff(65535 - GREY16, photometric="miniswhite"),
+    "tiff with a thumbnail": tiff_with_thumbnail(),
+    "tiff float of whole numbers": tiff(GREY16.astype(np.float32)),
+    "tiff one frame of a stack": tiff(GREY16[None], photometric="minisblack"),
+    "png": pil(GREY16, "PNG"),
+    "png three equal channels": imagecodecs.png_encode(three(GREY16)),
+    "png opaque": imagecodecs.png_encode(OPAQUE_16),
+}
+ONE_BIT = (GREY8 > 99).astype(np.uint8) * np.uint8(255)
+EXACT = {f"8 bits, {kind}": (data, GREY8) for kind, data in EIGHT_BITS.items()}
+EXACT |= {f"16 bits, {kind}": (data, GREY16) for kind, data in SIXTEEN_BITS.items()}
+EXACT |= {
     "tiff int16 of positive values": (tiff((GREY16 // 2).astype(np.int16)), GREY16 // 2),
-    "tiff float of whole numbers": (tiff(GREY16.astype(np.float32)), GREY16),
-    "tiff one frame of a stack": (tiff(GREY16[None], photometric="minisblack"), GREY16),
-    "png 8": (pil(GREY8, "PNG"), GREY8),
-    "png 16": (pil(GREY16, "PNG"), GREY16),
-    "png three equal channels 8": (pil(three(GREY8), "PNG"), GREY8),
-    "png three equal channels 16": (imagecodecs.png_encode(three(GREY16)), GREY16),
-    "png opaque": (pil(np.dstack([three(GREY8), np.full_like(GREY8, 255)]), "PNG"), GREY8),
-    "png 16 opaque": (
-        imagecodecs.png_encode(np.dstack([GREY16, np.full_like(GREY16, 65535)])),
-        GREY16,
-    ),
-    "png grey palette": (pil(PIL.Image.fromarray(GREY8).convert("P"), "PNG"), GREY8),
-    "png one bit": (pil(PIL.Image.fromarray(GREY8 > 127), "PNG"), np.where(GREY8 > 127, 255, 0)),
-    "bmp": (pil(GREY8, "BMP"), GREY8),
-    "bmp three equal channels": (pil(three(GREY8), "BMP"), GREY8),
+    "tiff one bit, white is zero": (tiff(GREY8 > 99, photometric="miniswhite"), 255 - ONE_BIT),
+    "png one bit": (pil(PIL.Image.fromarray(GREY8 > 99), "PNG"), ONE_BIT),
 }
 
 
@@ -84,9 +83,7 @@ def test_grey_levels_are_read_exactly(kind, tmp_path):
     path = tmp_path / "image.dat"  # told by content, not by suffix
     path.write_bytes(data)
     image = read_micrograph(path).image
-    assert image.dtype == (
-        np.uint8 if "uint8" in str(expected.dtype) or "one bit" in kind else np.uint16
-    )
+    assert image.dtype == expected.dtype
     assert np.array_equal(image, expected)
 
 
@@ -96,9 +93,8 @@ def test_jpeg_of_a_grey_image_is_read_as_pil_reads_it():
     image = read_micrograph(data, name="a.jpg").image
     assert image.dtype == np.uint8
     assert np.abs(image.astype(int) - smooth).max() <= 3
-    assert np.array_equal(
-        image, np.array(PIL.Image.open(io.BytesIO(pil(smooth, "JPEG", quality=95))))
-    )
+    grey = PIL.Image.open(io.BytesIO(pil(smooth, "JPEG", quality=95)))
+    assert np.array_equal(image, np.array(grey))
 
 
 COLOUR = three(GREY8).copy()
@@ -146,12 +142,8 @@ def test_bad_image_is_refused_by_name_with_the_reason(kind, tmp_path):
 
 
 def test_every_cut_of_a_file_is_refused_and_never_half_read():
-    for data in (
-        tiff(GREY16, compression="lzw"),
-        pil(GREY8, "PNG"),
-        pil(GREY16, "PNG"),
-        pil(GREY8, "BMP"),
-    ):
+    pngs = [pil(GREY8, "PNG"), pil(GREY16, "PNG")]
+    for data in [tiff(GREY16, compression="lzw"), *pngs, pil(GREY8, "BMP")]:
         for length in np.linspace(1, len(data) - 20, 23).astype(int):
             with pytest.raises(ValueError, match=r"^x: "):
                 read_micrograph(data[:length], name="x")
@@ -171,11 +163,8 @@ def test_nothing_is_printed_of_a_bad_tiff(capfd):
 
 
 def test_image_too_large_for_its_format_is_refused_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1500)
-    assert read_micrograph(pil(GREY8, "PNG"), name="x").image.shape == (
-        40,
-        56,
-    )  # the limit itself is PIL's, doubled
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1500)  # PIL refuses twice as many
+    assert read_micrograph(pil(GREY8, "PNG"), name="x").image.shape == (40, 56)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="save it as TIFF"):
         read_micrograph(pil(GREY8, "PNG"), name="x")
@@ -196,59 +185,60 @@ def test_float_image_is_scaled_to_16_bits_and_says_so():
 
 
 def png_with(chunk):
-    data = pil(GREY8, "PNG")
-    return (
-        data[:33]
-        + struct.pack(">I", len(chunk) - 4)
-        + chunk
-        + struct.pack(">I", zlib.crc32(chunk))
-        + data[33:]
-    )
+    data, length = pil(GREY8, "PNG"), struct.pack(">I", len(chunk) - 4)
+    return data[:33] + length + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
 
 
-OME = {
-    "axes": "YX",
-    "PhysicalSizeX": 0.00125,
-    "PhysicalSizeXUnit": "µm",
-    "PhysicalSizeY": 1.25,
-    "PhysicalSizeYUnit": "nm",
+def png_with_size(*values):
+    return png_with(b"pHYs" + struct.pack(">IIB", *values))
+
+
+def tiff_of_gatan(unit, size):
+    return tiff(GREY8, extratags=[(65003, 2, 3, unit, True), (65009, 12, 1, size, True)])
+
+
+def tiff_with_resolution(x, y, unit):
+    return tiff(GREY8, resolution=(x, y), resolutionunit=unit)
+
+
+def tiff_of_imagej(resolution, unit):
+    return tiff(GREY8, imagej=True, resolution=(resolution,) * 2, metadata={"unit": unit})
+
+
+OME = {"PhysicalSizeX": 0.00125, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 1.25}
+OME |= {"PhysicalSizeYUnit": "nm", "axes": "YX"}
+STATED = {  # 1.25 nm
+    "png pHYs": png_with_size(800_000_000, 800_000_000, 1),
+    "tiff per centimetre": tiff_with_resolution(8e6, 8e6, "CENTIMETER"),
+    "tiff per inch": tiff_with_resolution(2.54e7 / 1.25, 2.54e7 / 1.25, "INCH"),
+    "imagej": tiff_of_imagej(0.8, "nm"),
+    "imagej um": tiff_of_imagej(800, "um"),
+    "ome": tiff(GREY8, ome=True, metadata=OME),
+    "gatan": tiff_of_gatan("nm", 1.25),
+    "gatan um": tiff_of_gatan("um", 0.00125),
 }
-SIZES = {
-    "png pHYs": (png_with(b"pHYs" + struct.pack(">IIB", 800_000_000, 800_000_000, 1)), 1.25),
-    "png of a screen": (png_with(b"pHYs" + struct.pack(">IIB", 2835, 2835, 1)), None),
-    "png ratio only": (png_with(b"pHYs" + struct.pack(">IIB", 1, 1, 0)), None),
-    "png without": (pil(GREY8, "PNG"), None),
-    "tiff per centimetre": (tiff(GREY8, resolution=(8e6, 8e6), resolutionunit="CENTIMETER"), 1.25),
-    "tiff per inch": (
-        tiff(GREY8, resolution=(2.54e7 / 1.25, 2.54e7 / 1.25), resolutionunit="INCH"),
-        1.25,
-    ),
-    "tiff of a printer": (tiff(GREY8, resolution=(300, 300), resolutionunit="INCH"), None),
-    "tiff not square": (tiff(GREY8, resolution=(8e6, 4e6), resolutionunit="CENTIMETER"), None),
-    "imagej": (tiff(GREY8, imagej=True, resolution=(0.8, 0.8), metadata={"unit": "nm"}), 1.25),
-    "imagej um": (tiff(GREY8, imagej=True, resolution=(800, 800), metadata={"unit": "um"}), 1.25),
-    "imagej in pixels": (
-        tiff(GREY8, imagej=True, resolution=(1, 1), metadata={"unit": "pixel"}),
-        None,
-    ),
-    "ome": (tiff(GREY8, ome=True, metadata=OME), 1.25),
-    "gatan": (tiff(GREY8, extratags=[(65003, 2, 3, "nm", True), (65009, 12, 1, 1.25, True)]), 1.25),
-    "gatan um": (
-        tiff(GREY8, extratags=[(65003, 2, 3, "um", True), (65009, 12, 1, 0.00125, True)]),
-        1.25,
-    ),
+UNKNOWN = {
+    "png of a screen": png_with_size(2835, 2835, 1),
+    "png ratio only": png_with_size(1, 1, 0),
+    "png without": pil(GREY8, "PNG"),
+    "tiff of a printer": tiff_with_resolution(300, 300, "INCH"),
+    "tiff not square": tiff_with_resolution(8e6, 4e6, "CENTIMETER"),
+    "imagej in pixels": tiff_of_imagej(1, "pixel"),
 }
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("kind", STATED)
 def test_pixel_size_is_read_where_the_file_states_one(kind):
-    data, expected = SIZES[kind]
-    pixel_size_nm = read_micrograph(data, name="x").pixel_size_nm
-    assert pixel_size_nm == (None if expected is None else pytest.approx(expected, rel=1e-6))
+    assert read_micrograph(STATED[kind], name="x").pixel_size_nm == pytest.approx(1.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_pixel_size_is_unknown_where_the_file_states_none(kind):
+    assert read_micrograph(UNKNOWN[kind], name="x").pixel_size_nm is None
 
 
 def test_printers_resolution_is_said_to_be_none():
-    notices = read_micrograph(SIZES["tiff of a printer"][0], name="x").metadata["notices"]
+    notices = read_micrograph(UNKNOWN["tiff of a printer"], name="x").metadata["notices"]
     assert any("300 dpi" in notice for notice in notices)
 
 

@@ -50,9 +50,8 @@ def test_a_seed_is_a_picture_whatever_ran_before(micrographs):
     again = synthesise_micrograph(3_000_004, size=256)
     assert np.array_equal(again.image, micrographs[4].image)
     assert [d.box_px for d in again.defects] == [d.box_px for d in micrographs[4].defects]
-    assert all(
-        np.array_equal(a.mask, b.mask) for a, b in zip(again.defects, micrographs[4].defects)
-    )
+    for defect, other in zip(again.defects, micrographs[4].defects):
+        assert np.array_equal(defect.mask, other.mask)
     assert again.name == micrographs[4].name
 
 
@@ -155,9 +154,8 @@ def test_loops_along_the_cube_axis_have_their_closed_form():
     for normal in NORMALS_111:
         ratio, angle = project_loop(normal, (1, 0, 0), rotation)
         assert ratio == pytest.approx(1 / np.sqrt(3))
-        assert angle_between(2 * angle, 2 * rotation + np.pi / 2) == pytest.approx(
-            0, abs=1e-9
-        )  # 45 degrees off <010>
+        # 45 degrees off <010>
+        assert angle_between(2 * angle, 2 * rotation + np.pi / 2) == pytest.approx(0, abs=1e-9)
     shapes = [project_loop(normal, (1, 0, 0), rotation) for normal in NORMALS_100]
     assert [ratio for ratio, _ in shapes] == pytest.approx([1, 0, 0])  # one face-on, two edge-on
     assert angle_between(shapes[1][1], rotation + np.pi / 2) == pytest.approx(0, abs=1e-9)
@@ -178,11 +176,8 @@ def test_projection_is_that_of_a_circle_in_space(seed):
     v = np.cross(normal / np.linalg.norm(normal), u)
     phi = np.linspace(0, 2 * np.pi, 720, endpoint=False)[:, None]
     circle = np.cos(phi) * u + np.sin(phi) * v
-    x = (
-        np.array([0, 1, 0]) - beam * beam[1]
-        if abs(beam[1]) < 0.9
-        else np.array([0, 0, 1]) - beam * beam[2]
-    )
+    axis = 1 if abs(beam[1]) < 0.9 else 2
+    x = np.eye(3)[axis] - beam * beam[axis]
     x /= np.linalg.norm(x)
     y = np.cross(beam, x)
     expected_ratio, expected_angle = principal_axes(np.stack([circle @ x, circle @ y], axis=1))
@@ -222,9 +217,8 @@ def test_number_densities_are_the_specimens():
 def test_diameters_are_log_normal():
     specimen = Specimen(loop_median_nm=18, loop_spread=0.3, dots_per_um2=0, lines_per_um2=0)
     pictures = [synthesise_micrograph(seed, 160, 1.0, specimen=specimen) for seed in range(10)]
-    logs = np.log(
-        [d.diameter_nm for m in pictures for d in has_kind(m, "loop") if is_centred_inside(d, 160)]
-    )
+    loops = [d for m in pictures for d in has_kind(m, "loop") if is_centred_inside(d, 160)]
+    logs = np.log([d.diameter_nm for d in loops])
     n = len(logs)
     assert n > 80
     assert abs(logs.mean() - np.log(18)) < 4 * 0.3 / np.sqrt(n)
@@ -267,9 +261,8 @@ def test_grain_of_a_picture_falls_with_the_dose():
 
 
 def test_the_ends_of_the_scale_are_clear_and_the_scale_is_used(micrographs):
-    for image in [m.image for m in micrographs] + [
-        synthesise_micrograph(s, 64).image for s in range(8)
-    ]:
+    small = [synthesise_micrograph(seed, 64) for seed in range(8)]
+    for image in [m.image for m in [*micrographs, *small]]:
         assert np.mean(image == 0) < 1e-3
         assert np.mean(image == 255) < 1e-3
         assert image.std() > 15
@@ -297,14 +290,14 @@ def integral(drawing, pixel_size_nm):
     return drawing.contrast.sum() * pixel_size_nm**2, drawing.mask.sum() * pixel_size_nm**2
 
 
-@pytest.mark.parametrize("draw", [draw_loop, draw_dot, draw_line])
-def test_a_drawing_does_not_depend_on_the_pixel_size(draw):
-    if draw is draw_loop:
-        keywords = LOOP
-    elif draw is draw_dot:
-        keywords = dict(diameter_nm=8.0, g_angle=0.3, strength=0.5)
-    else:
-        keywords = dict(length_nm=90.0, direction=0.7, strength=0.5)
+DOT = dict(diameter_nm=8.0, g_angle=0.3, strength=0.5)
+LINE = dict(length_nm=90.0, direction=0.7, strength=0.5)
+
+
+@pytest.mark.parametrize(
+    ("draw", "keywords"), [(draw_loop, LOOP), (draw_dot, DOT), (draw_line, LINE)]
+)
+def test_a_drawing_does_not_depend_on_the_pixel_size(draw, keywords):
     fine, coarse = (draw(rng_of(2), (40.3, 50.6), pixel_size_nm=p, **keywords) for p in (0.25, 0.5))
     assert integral(coarse, 0.5) == pytest.approx(integral(fine, 0.25), rel=0.06)
 
@@ -318,12 +311,8 @@ def test_a_drawing_moves_with_its_centre():
 
 
 def test_a_loop_is_an_open_dark_ring_with_two_faint_stretches():
-    drawing = draw_loop(
-        rng_of(4),
-        (64.0, 64.0),
-        pixel_size_nm=0.25,
-        **(LOOP | {"axis_ratio": 1.0, "diameter_nm": 30.0}),
-    )
+    keywords = LOOP | {"axis_ratio": 1.0, "diameter_nm": 30.0}
+    drawing = draw_loop(rng_of(4), (64.0, 64.0), pixel_size_nm=0.25, **keywords)
     x0, y0 = drawing.origin
     centre = drawing.contrast[64 - y0, 64 - x0]
     phi = np.linspace(0, 2 * np.pi, 180, endpoint=False)
@@ -331,10 +320,8 @@ def test_a_loop_is_an_open_dark_ring_with_two_faint_stretches():
     ring = drawing.contrast[np.rint(y - y0).astype(int), np.rint(x - x0).astype(int)]
     assert centre < 0.25 * ring.max()  # open: the middle is as the matrix or brighter
     assert ring.min() > centre
-    second = np.abs(np.fft.rfft(ring))
-    assert (
-        np.argmax(second[1:5]) + 1 == 2
-    )  # contrast goes twice round the ring: cos^2 of the angle to g
+    # contrast goes twice round the ring: cos^2 of the angle to g
+    assert np.argmax(np.abs(np.fft.rfft(ring))[1:5]) + 1 == 2
     assert np.abs(drawing.contrast[[0, -1]]).max() < 0.02  # nothing is cut off by the window
     assert np.abs(drawing.contrast[:, [0, -1]]).max() < 0.02
 
