@@ -7,7 +7,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from em_data.images import write_image
+from em_data.files import write_atomically
+from em_data.images import encode_png, write_image
 from em_data.intensity import from_uint
 from em_data.micrograph import DEFECT_KINDS, Defect
 
@@ -33,7 +34,6 @@ def write_labelled(micrographs, folder):
     """
     folder = Path(folder)
     coco = make_coco(micrographs)
-    (folder / "labels").mkdir(parents=True, exist_ok=True)
     for micrograph, entry in zip(micrographs, coco["images"]):
         write_image(
             from_uint(micrograph.image),
@@ -41,10 +41,9 @@ def write_labelled(micrographs, folder):
             bits=8 * micrograph.image.itemsize,
             pixel_size_nm=micrograph.pixel_size_nm,
         )
-        mask = folder / "masks" / entry["file_name"]
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(draw_instance_mask(micrograph)).save(mask)
-    (folder / "labels" / "coco.json").write_text(json.dumps(coco) + "\n")
+        mask = encode_png(draw_instance_mask(micrograph))
+        write_atomically(folder / "masks" / entry["file_name"], mask)
+    write_atomically(folder / "labels" / "coco.json", json.dumps(coco) + "\n")
     draw_contact_sheet(micrographs).save(folder / "labels" / "contact_sheet.png")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_right
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,14 @@ class Tiles:
         digest = hashlib.sha256(f"{cut.key}:{symmetries}:".encode())
         digest.update(views.tobytes())
         self.fingerprint = digest.hexdigest()[:32]
-        self._rows = None
 
     def __len__(self) -> int:
         return self.num_views
 
-    @property
+    @cached_property
     def rows(self) -> Any:
-        if self._rows is None:
-            is_whole = self.num_tiles == self.cut.num_tiles
-            self._rows = self.cut.dataset if is_whole else self.cut.dataset.select(self._tiles)
-        return self._rows
+        is_whole = self.num_tiles == self.cut.num_tiles
+        return self.cut.dataset if is_whole else self.cut.dataset.select(self._tiles)
 
     def locate(self, view_ids: Ids) -> tuple[np.ndarray, np.ndarray]:
         """Return (tile ids, symmetries) of views, two int64 arrays [B]."""

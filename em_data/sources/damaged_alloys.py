@@ -54,9 +54,7 @@ def open_damaged_alloys(folder, config, cache_dir) -> Source:
             micrograph = read_micrograph(path, label_bar=config.label_bar, name=name)
             micrograph.pixel_size_nm = pixel_size_from_name(path.stem) or micrograph.pixel_size_nm
             if label is not None:
-                shape, size = micrograph.image.shape, micrograph.pixel_size_nm
-                notices = micrograph.metadata["notices"]
-                micrograph.defects = read_defects(label, shape, size, notices)
+                micrograph.defects = read_defects(label, micrograph)
             return micrograph
 
         entries.append(Entry(name, key, read))
@@ -151,14 +149,11 @@ def compare_with_study(paths, labels) -> list[str]:
             unreadable.append(path.name)
     if dict(sizes) != STUDY_SIZES or unreadable:
         parts = [
-            f"{sizes[size]} of {num} with {size[0]} x {size[1]} pixels"
-            for size, num in STUDY_SIZES.items()
+            f"{sizes.pop((h, w), 0)} of {num} with {h} x {w} pixels"
+            for (h, w), num in STUDY_SIZES.items()
         ]
-        parts += [
-            f"{num} with {h} x {w}, which the study has not"
-            for (h, w), num in sorted(sizes.items())
-            if (h, w) not in STUDY_SIZES
-        ]
+        for (h, w), num in sorted(sizes.items()):
+            parts.append(f"{num} with {h} x {w}, which the study has not")
         if unreadable:
             parts.append(f"{len(unreadable)} unreadable, such as {unreadable[0]}")
         num = sum(STUDY_SIZES.values())

@@ -28,18 +28,35 @@ def find_labels(paths, folders):
     return {path: min(by_stem[path.stem])[1] for path in paths if path.stem in by_stem}
 
 
-def read_defects(label, shape, pixel_size_nm, notices) -> list[Defect]:
-    """Read the label file of an image of `shape` (H, W); append assumptions to `notices`.
+def read_defects(label, micrograph) -> list[Defect]:
+    """Read the label file of a micrograph; append assumptions to its notices.
 
     Three formats are known: .txt in a folder bounding_boxes with lines `[type] ymin xmin ymax xmax`
     (from 0), .txt elsewhere with lines `x y w h` (from 1), and .xls, which is comma-separated text
     of ImageJ. A loop without a type is a "loop".
     """
-    text = label.read_text(errors="replace")
-    if label.suffix.lower() == ".xls":
-        return _read_imagej(text, label, shape, pixel_size_nm, notices)
-    defects = []
-    for number, line in enumerate(text.splitlines(), 1):
+    (height, width), pixel_size_nm = micrograph.image.shape, micrograph.pixel_size_nm
+    is_table, defects = label.suffix.lower() == ".xls", []
+    objects = _read_ellipses(label, micrograph) if is_table else _read_boxes(label)
+    for number, kind, corners, diameter_px, metadata in objects:
+        x0, y0, x1, y1 = (round(corner) for corner in corners)
+        box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise ValueError(
+                f"{label}, line {number}: the box {(x0, y0, x1, y1)} lies outside of the "
+                f"{height} x {width} image"
+            )
+        if diameter_px is None:
+            diameter_px = max(x1 - x0, y1 - y0)
+        diameter_nm = diameter_px * pixel_size_nm if pixel_size_nm else None
+        defects.append(Defect(kind, box, diameter_nm=diameter_nm, metadata=metadata))
+    return defects
+
+
+def _read_boxes(label):
+    """Yield (line, kind, corners x0 y0 x1 y1, None, {}) of each box in a text file."""
+    is_corners = label.parent.name == "bounding_boxes"
+    for number, line in enumerate(label.read_text(errors="replace").splitlines(), 1):
         words = line.replace(",", " ").split()
         if not words:
             continue
@@ -51,34 +68,19 @@ def read_defects(label, shape, pixel_size_nm, notices) -> list[Defect]:
                 f"{label}, line {number}: not a box of four numbers with or without a type 0, 1, "
                 f"2: {line[:60]!r}"
             ) from None
-        is_corners = label.parent.name == "bounding_boxes"
         corners = (b, a, d, c) if is_corners else (a - 1, b - 1, a - 1 + c, b - 1 + d)
-        defects.append(_make(kind, corners, shape, pixel_size_nm, label, number))
-    return defects
+        yield number, kind, corners, None, {}
 
 
-def _make(kind, corners, shape, pixel_size_nm, label, number, diameter_px=None, **metadata):
-    """Return the defect of corners (x0, y0, x1, y1), clipped to the image."""
-    height, width = shape
-    x0, y0, x1, y1 = (round(corner) for corner in corners)
-    box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(
-            f"{label}, line {number}: the box {(x0, y0, x1, y1)} lies outside of the "
-            f"{height} x {width} image"
-        )
-    if diameter_px is None:
-        diameter_px = max(x1 - x0, y1 - y0)
-    diameter_nm = diameter_px * pixel_size_nm if pixel_size_nm else None
-    return Defect(kind, box, diameter_nm=diameter_nm, metadata=metadata)
+def _read_ellipses(label, micrograph):
+    """Yield (line, kind, corners x0 y0 x1 y1, major axis in pixels, metadata) of ImageJ's ellipses.
 
-
-def _read_imagej(text, label, shape, pixel_size_nm, notices):
-    """Read ImageJ's ellipses: full axes, angles in degrees counter-clockwise."""
-    lines = list(csv.reader(text.replace("\t", ",").splitlines()))
-    rows = [row for row in lines if any(cell.strip() for cell in row)][1:]
+    The file has full axes, and angles in degrees counter-clockwise.
+    """
+    text = label.read_text(errors="replace").replace("\t", ",")
+    rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
     values = []
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(rows[1:], 2):
         try:
             if len(row) != NUM_COLUMNS:
                 raise ValueError
@@ -87,15 +89,15 @@ def _read_imagej(text, label, shape, pixel_size_nm, notices):
             raise ValueError(
                 f"{label}, line {number}: not the {NUM_COLUMNS} numbers of an ImageJ table"
             ) from None
+    side = max(micrograph.image.shape)
     positions = [coordinate for row in values for coordinate in row[5:7]]
     scale = 1.0
-    if positions and max(shape) >= 1024 and max(positions) <= 485.54:
-        scale = UNIT_TO_PX * max(shape) / 1024
-        notices.append(
+    if positions and side >= 1024 and max(positions) <= 485.54:
+        scale = UNIT_TO_PX * side / 1024
+        micrograph.metadata["notices"].append(
             f"labels taken for lengths in an older unit of {scale:.4g} pixels: all positions are "
             "below 485.54"
         )
-    defects = []
     for number, row in enumerate(values, 2):
         x, y, major, minor = (scale * value for value in row[5:9])
         angle = radians(-row[9])  # y points down in the image
@@ -107,7 +109,4 @@ def _read_imagej(text, label, shape, pixel_size_nm, notices):
             "angle": angle % pi,
             "axis_ratio": minor / major if major else 1.0,
         }
-        defects.append(
-            _make("loop", corners, shape, pixel_size_nm, label, number, major, **metadata)
-        )
-    return defects
+        yield number, "loop", corners, major, metadata

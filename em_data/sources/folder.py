@@ -59,19 +59,21 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = Path(parent).relative_to(folder)
         label_folder = next((part for part in relative.parts if LABEL_FOLDER.match(part)), None)
-        for file in files:
+        for file in (name for name in files if not name.startswith(".")):
             suffix = Path(file).suffix.lower()
-            if file.startswith("."):
-                continue
             if OTHER_MICROSCOPY.fullmatch(suffix):
-                left_out["{} " + f"{suffix} files: not read. Export them as TIFF."] += 1
-            elif suffix in SUFFIXES and label_folder:
-                left_out["{} images in folder " + f"{label_folder}/: labels by their name"] += 1
-            elif suffix in SUFFIXES and LABEL_FILE.search(Path(file).stem):
-                left_out["{} images in files named as labels: labels by their name"] += 1
-            elif suffix in SUFFIXES:
+                reason = f"{suffix} files: not read. Export them as TIFF."
+            elif suffix not in SUFFIXES:
+                continue
+            elif label_folder:
+                reason = f"images in folder {label_folder}/: labels by their name"
+            elif LABEL_FILE.search(Path(file).stem):
+                reason = "images in files named as labels: labels by their name"
+            else:
                 paths.append(relative / file)
-    ignored = [sentence.replace("{}", str(num), 1) for sentence, num in left_out.items()]
+                continue
+            left_out[reason] += 1
+    ignored = [f"{num} {reason}" for reason, num in left_out.items()]
     ignored += [f"folder {error.filename}: {error.strerror}" for error in closed]
     if not paths:
         also = f" ({'; '.join(ignored)})" if ignored else ""

@@ -111,6 +111,7 @@ def _open_stream(name) -> Rows:
     compares.
     """
     import datasets
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if constants.HF_HUB_OFFLINE:
@@ -122,25 +123,23 @@ def _open_stream(name) -> Rows:
     if not files:
         raise ValueError(_say_no_parquet(name))
     paths = [f"datasets/{repo}@{commit}/{path}" for path in files]
-    schemas, num, known = [], 0, {}
+    tables = []
     with _explain_lost_stream(name):
         file_system = HfFileSystem(endpoint=constants.ENDPOINT)
         for path in paths:
             with file_system.open(path, block_size=BLOCK_BYTES) as file:
                 parquet = pq.ParquetFile(file, pre_buffer=False)
-                schemas.append(parquet.schema_arrow)
-                num += parquet.metadata.num_rows
-                names = [each for each in KNOWN_COLUMNS if each in schemas[0].names]
-                if names:
-                    for column, values in parquet.read(columns=names).to_pydict().items():
-                        known.setdefault(column, []).extend(values)
-    features = datasets.Features.from_arrow_schema(schemas[0])
-    content = _hash_content(files.values())
+                schema = parquet.schema_arrow
+                names = [column for column in KNOWN_COLUMNS if column in schema.names]
+                tables.append(parquet.read(columns=names))
+        known = pa.concat_tables(tables, promote_options="default")
 
     def read(names):
         return Replayed(lambda: _stream(name, paths, names))
 
-    return Rows(features, num, known, content, read)
+    features, content = datasets.Features.from_arrow_schema(schema), _hash_content(files.values())
+    num = sum(table.num_rows for table in tables)  # also without known columns
+    return Rows(features, num, known.to_pydict(), content, read)
 
 
 def _stream(name, paths, names):
