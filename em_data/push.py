@@ -111,8 +111,8 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
     facts, rows, num_bytes, num_shards = [], [], 0, 0
     is_quiet = not sys.stderr.isatty()
     for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=is_quiet):
-        rows.append(make_row(entry, labels, Path(config.folder)))
-        row = rows[-1]
+        row = make_row(entry, labels, Path(config.folder))
+        rows.append(row)
         num_bytes += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
         facts.append({key: row[key] for key in ("bits", "pixel_size_nm", "specimen")})
         facts[-1]["num_objects"] = len(row.get("objects", ()))
@@ -120,8 +120,7 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
             path = out / "data" / f"train-{num_shards:05d}.parquet"
             write_shard(rows, num_bytes, make_features(labels is not None), path)
             rows, num_bytes, num_shards = [], 0, num_shards + 1
-    card = make_card(config, source.name, facts, labels is not None)
-    (out / "README.md").write_text(card)
+    (out / "README.md").write_text(make_card(config, source.name, facts, labels is not None))
 
 
 def make_features(has_labels):
@@ -188,11 +187,8 @@ last two exclusive), and the whole mask of each as COCO's uncompressed run lengt
 labels have it. `mask` is an instance mask of 16 bits: 0 for the matrix, k for the k-th object.
 Later objects lie on top.
 """
-    licence = (
-        f"{config.license}."
-        if config.license
-        else "The publisher has not stated one. Ask before you use the images."
-    )
+    unstated = "The publisher has not stated one. Ask before you use the images."
+    licence = f"{config.license}." if config.license else unstated
     return f"""---
 {metadata.to_yaml()}
 ---

@@ -17,21 +17,13 @@ from em_data.views import SYMMETRIES, apply_symmetry
 
 
 class Cut:
-    """All tiles of a source, memory-mapped from the folder that `em_data.cutting.cut` wrote.
-
-    Attributes:
-        key: Hash of content and recipe, the folder's name.
-        micrographs: Facts of each micrograph, a list of dictionaries.
-        problems: Sentences on images that cannot be used.
-        dataset: `datasets.Dataset` of the tiles.
-        low, high, micrograph_of_tile: Columns of the data set as arrays.
-    """
+    """All tiles of a source, memory-mapped from the folder that `em_data.cutting.cut` wrote."""
 
     def __init__(self, folder):
         import datasets
 
         folder = Path(folder)
-        self.key = folder.name
+        self.key = folder.name  # hash of content and recipe
         facts = json.loads((folder / "cut.json").read_text())
         self.micrographs, self.problems = facts["micrographs"], facts["problems"]
         path = folder / "tiles.arrow"
