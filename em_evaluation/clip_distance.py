@@ -26,10 +26,7 @@ def cmmd_influence(a, b, block=2048) -> Distance:
                 f"CMMD needs embeddings of length 1; these have {lengths.min():.3g} to "
                 f"{lengths.max():.3g}. Use the extractor clip."
             )
-    distance = mmd_influence(a, b, _kernel, lambda x: np.ones(len(x)), block)
-    return Distance(
-        SCALE * distance.value, SCALE * distance.influence_a, SCALE * distance.influence_b
-    )
+    return mmd_influence(a, b, _kernel, lambda x: np.ones(len(x)), block).scaled(SCALE)
 
 
 def cmmd(a, b) -> float:

@@ -5,13 +5,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Literal
 
 from em_evaluation.distances import Distance, difference_interval
 from em_evaluation.feature_metrics import METRICS
-from em_evaluation.images import ImageSet
 from em_evaluation.interval import Interval
-from em_evaluation.levels import ReferenceLevel
+from em_evaluation.levels import ReferenceLevel, Sets
 
 Aspect = Literal["fidelity", "variety", "defects"]
 Outcome = Literal["as_real", "differs", "undecided", "not_measured"]
@@ -47,10 +47,6 @@ class AutoencoderShare:
     difference_to_half: Interval
     autoencoder_is: Literal["above", "below", "undecided"]
 
-    @property
-    def is_limit(self) -> bool:
-        return self.share > 0.5
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -78,24 +74,53 @@ class Verdict:
     measures: tuple[Measure, ...]
 
 
-def compare(
-    first: str,
-    second: str,
+def conclude(
+    rows: Mapping[str, Mapping[str, Mapping[str, Interval]]],
     distances: Mapping[str, Distance],
-    sets: Mapping[str, ImageSet],
-    reference: ImageSet,
+    sets: Sets,
+    microscopy: dict | None,
     seed: int,
-) -> Comparison:
-    """Compare the distances of two sets to the common reference."""
-    interval = difference_interval(
-        distances[first],
-        distances[second],
-        groups_first=sets[first].groups,
-        groups_second=sets[second].groups,
-        groups_reference=reference.groups,
-        seed=seed,
-    )
-    return Comparison(first, second, interval, order_of(interval))
+) -> dict[str, list]:
+    """Return the differences between sets, the autoencoders' shares, and the verdicts.
+
+    Args:
+        rows: Set -> side -> metric -> interval, with the first extractor.
+        distances: Set -> Frechet distance to the held-out images.
+        sets: The images.
+        microscopy: The report's section, or None.
+        seed: Seed of the intervals.
+    """
+    models = list(sets.generated)
+
+    def subtract(first: str, second: str, share: float = 1) -> Interval:
+        return difference_interval(
+            distances[first],
+            distances[second].scaled(share),
+            groups_first=sets.judged[first].groups,
+            groups_second=sets.judged[second].groups,
+            groups_reference=sets.held_out.groups,
+            seed=seed,
+        )
+
+    pairs = [*combinations(models, 2), *product(models, (level.key for level in sets.levels))]
+    comparisons = [
+        Comparison(*pair, difference, order_of(difference))
+        for pair in pairs
+        for difference in (subtract(*pair),)
+    ]
+    autoencoders = [
+        weigh_autoencoder(level, distances, sets.real, subtract(level.key, level.model, 0.5))
+        for level in sets.levels
+        if level.kind == "reconstruction" and distances[level.model].value > 0
+    ]
+    against_real = {each.first: each for each in comparisons if each.second == sets.real}
+    held_out = {key: row["held_out"] for key, row in rows.items()}
+    verdicts = [
+        verdict
+        for model in models
+        for verdict in judge_model(model, held_out, sets.real, against_real.get(model), microscopy)
+    ]
+    return {"comparisons": comparisons, "autoencoders": autoencoders, "verdicts": verdicts}
 
 
 def order_of(difference: Interval) -> Order:
@@ -104,35 +129,17 @@ def order_of(difference: Interval) -> Order:
 
 
 def weigh_autoencoder(
-    level: ReferenceLevel,
-    real: ReferenceLevel | None,
-    distances: Mapping[str, Distance],
-    sets: Mapping[str, ImageSet],
-    reference: ImageSet,
-    seed: int,
-) -> AutoencoderShare | None:
-    """Compare an autoencoder's distance with half of its model's; None for a distance of 0."""
-    score, own = distances[level.model], distances[level.key]
-    if score.value <= 0:
-        return None
-    half = Distance(score.value / 2, score.influence_a / 2, score.influence_b / 2)
-    interval = difference_interval(
-        own,
-        half,
-        groups_first=sets[level.key].groups,
-        groups_second=sets[level.model].groups,
-        groups_reference=reference.groups,
-        seed=seed,
-    )
-    where = "above" if interval.low > 0 else "below" if interval.high < 0 else "undecided"
+    level: ReferenceLevel, distances: Mapping[str, Distance], real: str | None, to_half: Interval
+) -> AutoencoderShare:
+    """Compare an autoencoder's distance with that of its model."""
+    own, score = distances[level.key].value, distances[level.model].value
+    where = "above" if to_half.low > 0 else "below" if to_half.high < 0 else "undecided"
     excess = None
-    if real is not None and score.value > distances[real.key].value:
-        best = distances[real.key].value
-        excess = (own.value - best) / (score.value - best)
+    if real is not None and score > distances[real].value:
+        best = distances[real].value
+        excess = (own - best) / (score - best)
         excess = excess if 0 <= excess <= 1 else None
-    return AutoencoderShare(
-        level.model, level.key, own.value / score.value, excess, interval, where
-    )
+    return AutoencoderShare(level.model, level.key, own / score, excess, to_half, where)
 
 
 def judge_model(

@@ -23,6 +23,9 @@ class Distance:
     influence_a: np.ndarray  # [N]
     influence_b: np.ndarray  # [M]
 
+    def scaled(self, factor: float) -> "Distance":
+        return Distance(factor * self.value, factor * self.influence_a, factor * self.influence_b)
+
 
 # ---------------------------------------------------------------- Frechet distance
 
@@ -200,12 +203,8 @@ def bootstrap_interval(
         level: Probability of the interval.
         num_replicates, seed: Of the bootstrap.
     """
-    rng = np.random.default_rng(seed)
-    replicates = np.full(num_replicates, distance.value)
-    for influence, groups in ((distance.influence_a, groups_a), (distance.influence_b, groups_b)):
-        replicates += _replicate(influence, groups, num_replicates, rng)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(distance.value, float(low), float(high))
+    parts = ((distance.influence_a, groups_a), (distance.influence_b, groups_b))
+    return _find_interval(distance.value, parts, level, num_replicates, seed)
 
 
 def difference_interval(
@@ -231,17 +230,11 @@ def difference_interval(
             started from; they are resampled together, in `groups_first`.
         level, num_replicates, seed: As of `bootstrap_interval`.
     """
-    rng = np.random.default_rng(seed)
-    value = first.value - second.value
-    replicates = np.full(num_replicates, value)
     sides = ((first.influence_a, groups_first), (-second.influence_a, groups_second))
     if paired:
         sides = ((first.influence_a - second.influence_a, groups_first),)
     parts = (*sides, (first.influence_b - second.influence_b, groups_reference))
-    for influence, groups in parts:
-        replicates += _replicate(influence, groups, num_replicates, rng)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
+    return _find_interval(first.value - second.value, parts, level, num_replicates, seed)
 
 
 def frechet_distance_interval(a: np.ndarray, b: np.ndarray, **options: Any) -> Interval:
@@ -252,6 +245,15 @@ def frechet_distance_interval(a: np.ndarray, b: np.ndarray, **options: Any) -> I
 def kernel_distance_interval(a: np.ndarray, b: np.ndarray, **options: Any) -> Interval:
     """Return the kernel distance of a [N, D] and b [M, D] with its `bootstrap_interval`."""
     return bootstrap_interval(kernel_influence(a, b), **options)
+
+
+def _find_interval(value, parts, level, num_replicates, seed):
+    rng = np.random.default_rng(seed)
+    replicates = np.full(num_replicates, value)
+    for influence, groups in parts:
+        replicates += _replicate(influence, groups, num_replicates, rng)
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def _replicate(influence, groups, num_replicates, rng):

@@ -2,26 +2,19 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from em_evaluation.blindness import find_blind_spots
-from em_evaluation.conclusions import (
-    compare,
-    judge_model,
-    weigh_autoencoder,
-)
+from em_evaluation.conclusions import conclude
 from em_evaluation.environment import describe_environment
 from em_evaluation.feature_cache import content_digest
 from em_evaluation.feature_metrics import check_metrics
 from em_evaluation.images import ImageSet, ModelImages, note_few_micrographs, read_images
 from em_evaluation.json_values import to_json
-from em_evaluation.levels import LEVELS, LevelName, ReferenceLevel, make_levels
-from em_evaluation.measure_features import FeatureMeasurement, measure_features
+from em_evaluation.levels import LEVELS, LevelName, Sets, make_levels
+from em_evaluation.measure_features import measure_features
 from em_evaluation.memorisation import measure_memorisation
 from em_evaluation.memorisation_report import make_gallery
 from em_evaluation.microscopy import measure_microscopy
@@ -77,20 +70,6 @@ class RealImages:
     summary: dict
 
 
-@dataclass(frozen=True)
-class Sets:
-    """The images that are compared, at equal numbers."""
-
-    held_out: ImageSet
-    train: ImageSet | None
-    generated: dict[str, ImageSet]
-    levels: tuple[ReferenceLevel, ...]
-
-    @property
-    def judged(self) -> dict[str, ImageSet]:
-        return self.generated | {level.key: level.images for level in self.levels}
-
-
 def evaluate_models(
     models: Sequence[ModelImages],
     real: RealImages,
@@ -124,48 +103,43 @@ def evaluate_models(
     protocol = protocol or Protocol()
     check_metrics(protocol.metrics, extractors)
     sets, notes = gather_sets(models, real, protocol)
-    caching = {name: getattr(protocol, name) for name in ("batch_size", "use_cache", "cache_dir")}
-    measure = partial(
-        measure_features, protocol=protocol, sets=sets, log=log, state=state, **caching
-    )
-    measurements = [measure(extractor) for extractor in extractors]
-    if measurements[0] is None:  # not the main process
+    options = {name: getattr(protocol, name) for name in ("batch_size", "use_cache", "cache_dir")}
+    options |= {"seed": protocol.seed, "log": log}
+    found = [
+        measure_features(extractor, sets, metrics=protocol.metrics, state=state, **options)
+        for extractor in extractors
+    ]
+    if found[0] is None:  # not the main process
         return None
-    measurements = [add_blind_spots(each, sets) for each in measurements]
-    notes += dict.fromkeys(note for each in measurements for note in each.notes)
-    sections, pairs = measure_sections(models, real, sets, extractors[0], protocol, log, caching)
+    measurements, distances, remarks = zip(*found)
+    notes += dict.fromkeys(note for each in remarks for note in each)
+    microscopy, memorisation, pairs = None, None, []
+    if protocol.microscopy:
+        microscopy = measure_microscopy(
+            sets, real.summary.get("pixel_size_nm"), seed=protocol.seed, log=log
+        )
+    if protocol.memorisation and real.train is not None:
+        memorisation, pairs = search_copies(
+            models, sets, real.train, extractor=extractors[0], **options
+        )
     report = {
         "format": FORMAT,
         "title": TITLE,
         "dataset": {key: value for key, value in real.summary.items() if key not in HIDDEN},
-        "protocol": describe_protocol(measurements, sets, real, protocol, notes),
+        "protocol": describe_protocol(measurements[0], sets, real, protocol, notes),
         "models": [describe_model(model, len(sets.held_out)) for model in models],
         "levels": [level.to_json() for level in sets.levels],
-        "measurements": [describe_measurement(each) for each in measurements],
-        **conclude(measurements[0], sets, sections["microscopy"], protocol.seed),
-        **sections,
+        "measurements": measurements,
+        **conclude(measurements[0]["rows"], distances[0], sets, microscopy, protocol.seed),
+        "microscopy": microscopy,
+        "memorisation": memorisation,
         "baselines": baselines,
         "environment": describe_environment(),
         "reproduce": list(reproduce),
         "evaluation_seconds": round(time.perf_counter() - start, 2),
     }
-    gallery = make_gallery(pairs, sections["memorisation"]) if pairs else []
+    gallery = make_gallery(pairs, memorisation) if pairs else []
     return to_json(report), choose_pictures(sets, protocol.num_pictures, gallery, protocol.seed)
-
-
-def measure_sections(models, real, sets, extractor, protocol, log, caching) -> tuple[dict, list]:
-    """Return the sections on microscopy and memorisation, each None if left out, and the pairs."""
-    microscopy, memorisation, pairs = None, None, []
-    if protocol.microscopy:
-        microscopy = measure_microscopy(
-            sets.held_out, sets.judged, tuple(sets.generated), sets.levels,
-            real.summary.get("pixel_size_nm"), protocol.seed, log,
-        )  # fmt: skip
-    if protocol.memorisation and real.train is not None:
-        memorisation, pairs = search_copies(
-            models, real, sets, extractor, protocol.seed, log, **caching
-        )
-    return {"microscopy": microscopy, "memorisation": memorisation}, pairs
 
 
 def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, list[str]]:
@@ -241,69 +215,25 @@ def refuse_sizes(expected: tuple[int, int], sets: dict[str, ImageSet]) -> None:
         )
 
 
-def add_blind_spots(measurement: FeatureMeasurement, sets: Sets) -> FeatureMeasurement:
-    rows, metrics = measurement.against_held_out, measurement.metrics
-    found = find_blind_spots(rows, metrics, tuple(sets.generated), sets.levels)
-    return replace(measurement, blind_spots=found)
-
-
-def search_copies(models, real: RealImages, sets: Sets, extractor, seed, log, **caching):
+def search_copies(models, sets: Sets, train, *, log, **options) -> tuple[dict | None, list]:
     """Return the report's section on memorisation and the closest pairs; None, [] if too small.
 
     Models with grain are searched without it, since it would hide copies.
     """
-    number = len(sets.held_out)
     bare = {
-        model.name: read_images(model.without_grain, number)
+        model.name: read_images(model.without_grain, len(sets.held_out))
         for model in models
         if model.without_grain is not None
     }
     searched = sets.generated | bare
-    section, pairs = measure_memorisation(
-        searched, sets.held_out, real.train, extractor=extractor, seed=seed, log=log, **caching
-    )
+    section, pairs = measure_memorisation(searched, sets.held_out, train, log=log, **options)
     if section is not None:
-        section["partial"] = measure_partial_copies(searched, sets.held_out, real.train, log=log)
+        section["partial"] = measure_partial_copies(searched, sets.held_out, train, log=log)
         section["without_grain"] = list(bare)
     return section, pairs
 
 
-def conclude(
-    measurement: FeatureMeasurement, sets: Sets, microscopy: dict | None, seed: int
-) -> dict[str, list]:
-    """Return the differences between sets, the autoencoders' shares, and the verdicts."""
-    models, levels = list(sets.generated), {level.key: level for level in sets.levels}
-    common = (measurement.distances, sets.judged, sets.held_out, seed)
-    pairs = [*combinations(models, 2), *((model, key) for model in models for key in levels)]
-    comparisons = [compare(first, second, *common) for first, second in pairs]
-    real = next((level for level in sets.levels if level.kind == "real"), None)
-    autoencoders = [
-        weigh_autoencoder(level, real, *common)
-        for level in sets.levels
-        if level.kind == "reconstruction"
-    ]
-    against_real = {
-        each.first: each for each in comparisons if real is not None and each.second == real.key
-    }
-    verdicts = [
-        verdict
-        for model in models
-        for verdict in judge_model(
-            model,
-            measurement.against_held_out,
-            None if real is None else real.key,
-            against_real.get(model),
-            microscopy,
-        )
-    ]
-    return {
-        "comparisons": comparisons,
-        "autoencoders": [each for each in autoencoders if each is not None],
-        "verdicts": verdicts,
-    }
-
-
-def describe_protocol(measurements, sets: Sets, real: RealImages, protocol, notes) -> dict:
+def describe_protocol(measurement, sets: Sets, real: RealImages, protocol, notes) -> dict:
     """Return what two reports must share to be compared, and what the reader must know."""
     number, groups = len(sets.held_out), sets.held_out.num_groups
     trained_on = "never trained on" if real.train is not None else "a folder of real images"
@@ -312,8 +242,8 @@ def describe_protocol(measurements, sets: Sets, real: RealImages, protocol, note
     num_tiles = min(number, getattr(real.held_out, "num_tiles", number))
     origin = "" if groups is None else f" of {groups} micrographs"
     return {
-        "extractor": measurements[0].identity,
-        "num_features": measurements[0].num_features,
+        "extractor": measurement["identity"],
+        "num_features": measurement["num_features"],
         "num_images": number,
         "resolution": sets.held_out.resolution[0],
         "grey_levels": "8 bit, generated and real alike",
@@ -328,20 +258,6 @@ def describe_protocol(measurements, sets: Sets, real: RealImages, protocol, note
         "seed": protocol.seed,
         "notes": notes,
     }
-
-
-def describe_measurement(measurement: FeatureMeasurement) -> dict:
-    """Return a measurement as JSON values; rows: set -> side -> metric -> interval."""
-    names = ("extractor", "identity", "num_features", "metrics", "blind_spots")
-    sides = {
-        "held_out": measurement.against_held_out,
-        "train": measurement.against_train,
-    }
-    rows = {
-        key: {side: rows[key] for side, rows in sides.items() if key in rows}
-        for key in measurement.against_held_out
-    }
-    return {name: getattr(measurement, name) for name in names} | {"rows": rows}
 
 
 def describe_model(model: ModelImages, num_images: int) -> dict:

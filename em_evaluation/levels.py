@@ -38,6 +38,25 @@ class ReferenceLevel:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class Sets:
+    """The images that are compared, at equal numbers."""
+
+    held_out: ImageSet
+    train: ImageSet | None
+    generated: dict[str, ImageSet]
+    levels: tuple[ReferenceLevel, ...]
+
+    @property
+    def judged(self) -> dict[str, ImageSet]:
+        return self.generated | {level.key: level.images for level in self.levels}
+
+    @property
+    def real(self) -> str | None:
+        """The key of the reference level "real"."""
+        return next((level.key for level in self.levels if level.kind == "real"), None)
+
+
 def make_levels(
     names: Sequence[str],
     models: Sequence[ModelImages],

@@ -1,90 +1,83 @@
 """All metrics of all sets with the features of one extractor."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-from em_evaluation.blindness import BlindSpot
+from em_evaluation.blindness import find_blind_spots
 from em_evaluation.distances import Distance
+from em_evaluation.extractor import Extractor
 from em_evaluation.feature_cache import compute_features
 from em_evaluation.feature_metrics import choose_metrics, measure
-from em_evaluation.interval import Interval
+from em_evaluation.levels import Sets
 
 
-@dataclass(frozen=True)
-class FeatureMeasurement:
-    """The metrics of all sets with one extractor.
-
-    metrics: their names. against_held_out, against_train: set -> metric -> interval.
-    blind_spots: what each metric does not tell apart. distances: set -> Frechet distance to the
-    held-out images with its influences, from which differences follow. notes: for the reader.
-    """
-
-    extractor: str
-    identity: str
-    num_features: int
-    metrics: tuple[str, ...]
-    against_held_out: dict[str, dict[str, Interval]]
-    against_train: dict[str, dict[str, Interval]]
-    blind_spots: tuple[BlindSpot, ...] = ()
-    distances: dict[str, Distance] = field(default_factory=dict, repr=False)
-    notes: tuple[str, ...] = ()
-
-
-def measure_features(extractor, *, protocol, sets, log, **caching) -> FeatureMeasurement | None:
+def measure_features(
+    extractor: Extractor,
+    sets: Sets,
+    *,
+    metrics: Sequence[str],
+    seed: int,
+    log: Callable[[str], object],
+    **options,
+) -> tuple[dict, dict[str, Distance], list[str]] | None:
     """Measure each set against the held-out images, and the models against training images, too.
 
-    protocol, sets: the evaluator's. caching: options of `compute_features`. Returns None on all
-    processes but the main one.
+    options: those of `compute_features`.
+
+    Returns:
+        The report's entry, with rows: set -> "held_out" or "train" -> metric -> interval; the
+        Frechet distance of each set to the held-out images, from which differences follow; and
+        notes for the reader. None on all processes but the main one.
     """
-    held_out, train = sets.held_out, sets.train
-    names, notes = choose_metrics(protocol.metrics, extractor, len(held_out))
+    names, notes = choose_metrics(metrics, extractor, len(sets.held_out))
+    references = {"held_out": sets.held_out, "train": sets.train}
     known = {}
-
-    def features_of(title, images):
-        if id(images) not in known:
-            known[id(images)] = _compute(title, images, extractor, log, **caching)
-        return known[id(images)]
-
-    reference = features_of("held-out images", held_out)
-    train_reference = None if train is None else features_of("training images", train)
-    found = {key: features_of(key, images) for key, images in sets.judged.items()}
-    if reference is None:
+    titles = {"held_out": "held-out images", "train": "training images"}
+    for key, images in (references | sets.judged).items():
+        if images is not None and id(images) not in known:
+            known[id(images)] = _compute(titles.get(key, key), images, extractor, log, **options)
+    if known[id(sets.held_out)] is None:
         return None
     began = time.perf_counter()
-    against_held_out, against_train, distances = {}, {}, {}
+    rows, distances = {}, {}
     for key, images in sets.judged.items():
-        options = {"groups_a": images.groups, "seed": protocol.seed}
-        against_held_out[key], influences = measure(
-            names, found[key], reference, groups_b=held_out.groups, **options
-        )
-        distances[key] = influences["frechet_distance"]
-        if key in sets.generated and train is not None:
-            against_train[key], _ = measure(
-                names, found[key], train_reference, groups_b=train.groups, **options
+        rows[key] = {}
+        for side, reference in references.items():
+            if side == "train" and (reference is None or key not in sets.generated):
+                continue
+            rows[key][side], influences = measure(
+                names,
+                known[id(images)],
+                known[id(reference)],
+                groups_a=images.groups,
+                groups_b=reference.groups,
+                seed=seed,
             )
+            if side == "held_out":
+                distances[key] = influences["frechet_distance"]
     seconds = time.perf_counter() - began
-    log(f"metrics of {len(sets.judged)} sets with {extractor.name}: {seconds:.1f} s")
-    return FeatureMeasurement(
-        extractor.name,
-        extractor.identity,
-        extractor.num_features,
-        names,
-        against_held_out,
-        against_train,
-        distances=distances,
-        notes=tuple(notes),
-    )
+    log(f"metrics of {len(rows)} sets with {extractor.name}: {seconds:.1f} s")
+    held_out = {key: row["held_out"] for key, row in rows.items()}
+    entry = {
+        "extractor": extractor.name,
+        "identity": extractor.identity,
+        "num_features": extractor.num_features,
+        "metrics": names,
+        "blind_spots": find_blind_spots(held_out, names, tuple(sets.generated), sets.levels),
+        "rows": rows,
+    }
+    return entry, distances, notes
 
 
-def _compute(title, images, extractor, log, **caching):
+def _compute(title, images, extractor, log, **options):
     began = time.perf_counter()
     with tqdm(
         total=len(images), desc=f"{extractor.name}: {title}", unit="img", leave=False, disable=None
     ) as bar:
         features = compute_features(
-            images, extractor, progress=lambda done: bar.update(done - bar.n), **caching
+            images, extractor, progress=lambda done: bar.update(done - bar.n), **options
         )
     log(f"features of {title}: {len(images):,} images in {time.perf_counter() - began:.1f} s")
     return features

@@ -27,9 +27,9 @@ from em_evaluation.defects import (
     histogram_by_image,
     sum_by_image,
 )
-from em_evaluation.images import ImageSet
 from em_evaluation.interval import Interval
 from em_evaluation.json_values import to_json
+from em_evaluation.levels import Sets
 from em_evaluation.metric import Metric
 from em_evaluation.micrograph_statistics import (
     dark_phase_threshold,
@@ -159,24 +159,23 @@ def _measure_defects(defects, shape, bins, pixel_size_nm):
     }
 
 
-def measure_microscopy(
-    held_out: ImageSet, sets, models, levels, pixel_size_nm, seed, log
-) -> dict | None:
-    """Return the report's section, or None if the images are too small. sets: key -> ImageSet."""
-    if min(held_out.resolution) < LEAST_SIDE:
+def measure_microscopy(sets: Sets, pixel_size_nm, *, seed, log) -> dict | None:
+    """Return the report's section, or None if the images are too small."""
+    height, width = sets.held_out.resolution
+    if min(height, width) < LEAST_SIDE:
         log(
-            f"electron microscopy is left out: images of {held_out.resolution[0]} x "
-            f"{held_out.resolution[1]} pixels are too small (at least {LEAST_SIDE})"
+            f"electron microscopy is left out: images of {height} x {width} pixels are too small "
+            f"(at least {LEAST_SIDE})"
         )
         return None
     start = time.perf_counter()
-    every = {"held_out": held_out, **sets}
+    every = {"held_out": sets.held_out, **sets.judged}
     section = compare_microscopy(
         {key: images.levels[:, 0] for key, images in every.items()},
         {key: images.groups for key, images in every.items()},
         pixel_size_nm,
-        models=models,
-        kinds={level.key: level.kind for level in levels},
+        models=tuple(sets.generated),
+        kinds={level.key: level.kind for level in sets.levels},
         seed=seed,
     )
     log(f"electron microscopy: {len(every)} sets in {time.perf_counter() - start:.1f} s")

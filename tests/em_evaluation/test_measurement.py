@@ -12,7 +12,7 @@ from em_evaluation.blindness import expect_order, find_blind_spots
 from em_evaluation.compare import compare_reports, find_differences
 from em_evaluation.conclusions import Comparison, judge_model, order_of
 from em_evaluation.distances import frechet_distance, kernel_distance
-from em_evaluation.evaluator import FORMAT, Sets
+from em_evaluation.evaluator import FORMAT
 from em_evaluation.extractor import Extractor
 from em_evaluation.feature_metrics import (
     METRICS,
@@ -24,7 +24,7 @@ from em_evaluation.feature_metrics import (
 from em_evaluation.images import ImageSet
 from em_evaluation.interval import Interval
 from em_evaluation.json_values import to_json
-from em_evaluation.levels import ReferenceLevel
+from em_evaluation.levels import ReferenceLevel, Sets
 from em_evaluation.pictures import choose_pictures, choose_unseen
 from em_evaluation.quiz import make_quiz
 from em_evaluation.wording import say_blind_spot, summarise_model
