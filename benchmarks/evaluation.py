@@ -29,8 +29,8 @@ from scipy import linalg
 from em_data import DataConfig, load_data, read_image_folder
 from em_evaluation.distances import frechet_distance
 from em_evaluation.feature_cache import compute_features
-from em_evaluation.features import Inception, load_pytorch_inception
 from em_evaluation.images import read_images
+from em_evaluation.inception import Inception, load_pytorch_inception
 
 
 def main():

@@ -7,6 +7,44 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from em_evaluation.extractor import Extractor, resize, sha256_of
+
+
+class EfficientNetLite0(Extractor):
+    """EfficientNet-Lite0 (Tan & Le 2019) with the ImageNet weights of its package: 1280 features.
+
+    Features are averages over positions after the last convolution. Grey is resized to `input_px`
+    (a multiple of 32; bicubic, anti-aliased) and becomes three equal channels (`scale_grey`).
+    fused: batch norm and padding are folded into the convolutions; a test holds it equal to the
+    package's own network.
+    """
+
+    name = "efficientnet-lite0"
+    num_features = 1280
+
+    def __init__(self, input_px=224, device="cpu", dtype=torch.float32, weights=None, fused=True):
+        super().__init__(device, dtype)
+        if input_px % 32 or input_px < 64:
+            raise ValueError(
+                f"input_px is {input_px}, but must be a multiple of 32 of at least 64 "
+                "(224 is the network's own)."
+            )
+        path = Path(weights or find_efficientnet_weights())
+        network = load_efficientnet(path, fused)
+        self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
+        self.input_px = input_px
+        self.identity = (
+            f"efficientnet-lite0, weights sha256 {sha256_of(path)[:16]}, pooled 1280, bicubic "
+            f"anti-aliased to {input_px} x {input_px} px, grey to three equal channels, "
+            f"(grey level - 127) / 128, {str(dtype).removeprefix('torch.')}"
+        )
+
+    def _features(self, images):
+        x = resize(images, (self.input_px, self.input_px))  # [B, 1, S, S]
+        x = scale_grey(x).expand(-1, 3, -1, -1)  # [B, 3, S, S]
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        return self.network.extract_features(x).float().mean((2, 3))  # [B, 1280]
+
 
 def find_efficientnet_weights() -> Path:
     """Return the weights' file that ships with the package."""
@@ -73,6 +111,8 @@ def fuse_efficientnet(network) -> None:
 def fold_input_channels(conv) -> None:
     """Make a convolution of three equal channels one of a single channel, in place."""
     conv = conv[-1] if isinstance(conv, nn.Sequential) else conv
+    if conv.in_channels != 3:
+        raise ValueError(f"the first convolution must read three channels, not {conv.in_channels}")
     conv.weight = nn.Parameter(conv.weight.sum(dim=1, keepdim=True), requires_grad=False)
     conv.in_channels = 1
 

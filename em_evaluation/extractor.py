@@ -1,6 +1,9 @@
 """The interface of feature extractors."""
 
+import hashlib
+
 import torch
+import torch.nn.functional as F
 
 
 class Extractor:
@@ -28,3 +31,17 @@ class Extractor:
 
     def _features(self, images):
         raise NotImplementedError
+
+
+def resize(images, size: tuple[int, int], mode="bicubic"):
+    """Resize images [B, C, H, W] in [-1, 1] to (height, width), anti-aliased and clipped."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    options = {} if mode == "nearest" else {"antialias": True, "align_corners": False}
+    return F.interpolate(images, size=size, mode=mode, **options).clamp(-1, 1)
+
+
+def sha256_of(path) -> str:
+    """Return the hexadecimal SHA-256 digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

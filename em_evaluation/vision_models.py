@@ -10,16 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from em_evaluation.extractor import Extractor
+from em_evaluation.extractor import Extractor, resize
 
 DINOV2 = "facebook/dinov2-base"
 CLIP = "openai/clip-vit-large-patch14-336"  # the network of the CMMD paper
-VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-)  # of a configuration, not of the function
+# of a configuration, not of the function
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -39,13 +35,9 @@ class VisionModel(Extractor):
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, std)
         )
-        with torch.inference_mode():
-            self.num_features = self._features(torch.zeros(1, 1, *side, device=self.device)).shape[
-                1
-            ]
-        setting = hashlib.sha256(
-            json.dumps(configuration, sort_keys=True, default=str).encode()
-        ).hexdigest()[:16]
+        self.num_features = self(torch.zeros(1, 1, *side)).shape[1]
+        text = json.dumps(configuration, sort_keys=True, default=str)
+        setting = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.identity = (
             f"{label}, weights sha256 {digest_weights(network)[:16]}, configuration {setting}, "
             f"{self.pooling} {self.num_features}, {interpolation} anti-aliased to {side[0]} x "
@@ -54,14 +46,7 @@ class VisionModel(Extractor):
         )
 
     def _features(self, images):
-        x = images
-        if tuple(x.shape[-2:]) != self.side:
-            options = (
-                {}
-                if self.interpolation == "nearest"
-                else {"antialias": True, "align_corners": False}
-            )
-            x = F.interpolate(x, size=self.side, mode=self.interpolation, **options).clamp(-1, 1)
+        x = resize(images, self.side, self.interpolation)
         x = ((x + 1) / 2 - self.mean) / self.std  # [B, 3, H, W]
         return self._embed(x.to(self.dtype)).float()
 
@@ -99,13 +84,9 @@ class TransformersModel(VisionModel):
                 "random ones would measure nothing. Use a checkpoint of the whole vision model."
             )
         self.has_pooler = not pooler
-        self.pooling = (
-            "embedding of length 1,"
-            if embedding
-            else "pooled"
-            if self._can_pool(network)
-            else "mean of the last"
-        )
+        self.pooling = "pooled" if self._can_pool(network) else "mean of the last"
+        if embedding:
+            self.pooling = "embedding of length 1,"
         configuration = {
             key: value for key, value in network.config.to_dict().items() if key not in VOLATILE
         }
@@ -162,21 +143,12 @@ class TimmModel(VisionModel):
         with _explain(label, "timm:local-dir:FOLDER"):
             network = timm.create_model(name, pretrained=pretrained, num_classes=0)
         data = timm.data.resolve_model_data_config(network)
-        configuration = {
-            "architecture": network.pretrained_cfg.get("architecture"),
-            "modules": str(network),
-        }
-        interpolation = (
-            data["interpolation"] if data["interpolation"] in INTERPOLATIONS.values() else "bicubic"
-        )
+        architecture = network.pretrained_cfg.get("architecture")
+        configuration = {"architecture": architecture, "modules": str(network)}
+        known = data["interpolation"] in INTERPOLATIONS.values()
+        interpolation, side = data["interpolation"] if known else "bicubic", data["input_size"][-2:]
         self._prepare(
-            label,
-            network,
-            tuple(data["input_size"][-2:]),
-            interpolation,
-            data["mean"],
-            data["std"],
-            configuration,
+            label, network, tuple(side), interpolation, data["mean"], data["std"], configuration
         )
 
     def _embed(self, x):
@@ -219,11 +191,7 @@ def _read_processor(processor, config):
     if isinstance(size, dict):
         edge = size.get("shortest_edge")
         size = (size.get("height", edge), size.get("width", edge))
-    side = (
-        (int(size), int(size))
-        if isinstance(size, int | float)
-        else tuple(int(each) for each in size)
-    )
+    side = tuple(int(each) for each in (size if np.ndim(size) else (size, size)))
     interpolation = INTERPOLATIONS.get(processor.get("resample", 3), "bicubic")
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not processor.get("do_normalize", True):
@@ -237,9 +205,8 @@ def _read_processor(processor, config):
 
 
 def _is_dinov2(network):
-    return (
-        "dinov2" in network.config.model_type
-    )  # its pooled output is the class token after the last norm
+    # its pooled output is the class token after the last norm
+    return "dinov2" in network.config.model_type
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Extractors against their packages, their weights over a real connection, and a cache that never mixes."""
 
+import hashlib
 import http.server
 import os
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from em_evaluation import features, weights
+from em_evaluation import inception
 from em_evaluation.feature_cache import compute_features
 from em_evaluation.features import EfficientNetLite0, Extractor, get_extractor
-from em_evaluation.fused_inception import fuse_inception
+from em_evaluation.inception import find_weights, fuse_inception
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ class StandIn(nn.Module):
 def torchscript_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "stand-in.pt"
     torch.manual_seed(0)
-    with features.ignore_torchscript_deprecation():
+    with inception.ignore_torchscript_deprecation():
         torch.jit.script(StandIn().eval()).save(str(path))
     return path
 
@@ -235,7 +236,7 @@ def test_legacy_inception_loads_a_state_dict_and_resizes_as_pytorch_fid(
     original = inception_pytorch.load_state_dict_from_url
     state = nn.Linear(3 * 64, 2048).state_dict()
     torch.save(state, tmp_path / "weights.pth")
-    found = features.Inception("legacy_pytorch", tmp_path / "weights.pth", fused=False)(images)
+    found = inception.Inception("legacy_pytorch", tmp_path / "weights.pth", fused=False)(images)
     resized = nn.functional.interpolate(
         (images + 1) / 2, size=(299, 299), mode="bilinear", align_corners=False
     )
@@ -323,10 +324,8 @@ def server(torchscript_file):
 
 def test_weights_are_downloaded_once_into_the_users_cache(server, images, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = weights.WeightsFile(
-        server.url, "inception.pt", weights.hashlib.sha256(server.content).hexdigest()[:8]
-    )
-    monkeypatch.setitem(features.INCEPTION_WEIGHTS, "clean", source)
+    source = server.url, hashlib.sha256(server.content).hexdigest()[:8]
+    monkeypatch.setitem(inception.INCEPTION_WEIGHTS, "clean", source)
     first = get_extractor("inception")(images)
     assert torch.equal(get_extractor("inception")(images), first)
     assert len(server.requests) == 1
@@ -336,38 +335,30 @@ def test_weights_are_downloaded_once_into_the_users_cache(server, images, tmp_pa
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
-    source, path = weights.WeightsFile(server.url, "w.pt"), tmp_path / "w.pt"
     server.stop_after = 1000
     with pytest.raises(ConnectionError, match=r"annot download http://127.*--weights"):
-        weights.download(source, path)
-    assert not path.exists()
+        find_weights(server.url, cache_dir=tmp_path)
+    assert not (tmp_path / "weights" / "inception.pt").exists()
     server.stop_after = None
-    weights.download(source, path)
-    assert path.read_bytes() == server.content
+    assert find_weights(server.url, cache_dir=tmp_path).read_bytes() == server.content
     assert server.requests == [None, "bytes=1000-"]
 
 
 def test_a_file_that_changed_meanwhile_is_not_pieced_together(server, tmp_path):
-    source, path = weights.WeightsFile(server.url, "w.pt"), tmp_path / "w.pt"
     server.stop_after = 1000
     with pytest.raises(ConnectionError):
-        weights.download(source, path)
+        find_weights(server.url, cache_dir=tmp_path)
     server.content, server.etag, server.stop_after = bytes(reversed(server.content)), '"2"', None
-    weights.download(source, path)
-    assert path.read_bytes() == server.content
+    assert find_weights(server.url, cache_dir=tmp_path).read_bytes() == server.content
 
 
 def test_a_wrong_digest_leaves_no_file(server, tmp_path):
-    path = tmp_path / "w.pt"
     with pytest.raises(ValueError, match="damaged or replaced"):
-        weights.download(weights.WeightsFile(server.url, "w.pt", "0" * 64), path)
-    assert not path.exists()
-    assert not path.with_name("w.pt.part").exists()
+        find_weights(server.url, "0" * 64, cache_dir=tmp_path)
+    assert not [path for path in (tmp_path / "weights").iterdir() if path.name[0] != "."]
 
 
 def test_without_a_network_the_error_names_url_and_flag(server, tmp_path):
     server.close()
     with pytest.raises(ConnectionError, match=rf"{server.url}.*--weights.*efficientnet-lite0"):
-        weights.find_weights(
-            weights.WeightsFile(server.url, "w.pt"), cache_dir=tmp_path, log=lambda text: None
-        )
+        find_weights(server.url, cache_dir=tmp_path, log=lambda text: None)
