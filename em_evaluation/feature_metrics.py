@@ -13,9 +13,12 @@ from em_evaluation.extrapolation import (
 )
 from em_evaluation.interval import Interval
 from em_evaluation.metric import Metric
-from em_evaluation.neighbours import measure_neighbour_intervals, measure_neighbours
+from em_evaluation.neighbours import (
+    NeighbourMetrics,
+    measure_neighbour_intervals,
+    measure_neighbours,
+)
 
-NEIGHBOURS = ("precision", "recall", "density", "coverage")
 METRICS = {
     "frechet_distance": Metric(
         "Frechet distance",
@@ -152,11 +155,11 @@ def measure(
         found["frechet_distance_infinite"] = frechet_distance_infinite_interval(
             a, b, seed=seed, finite=found.get("frechet_distance"), **groups
         )
-    if any(name in names for name in NEIGHBOURS):
+    if any(name in names for name in NeighbourMetrics._fields):
         four = measure_neighbour_intervals(
             a, b, groups_generated=groups_a, groups_real=groups_b, seed=seed
         )
-        found |= {name: getattr(four, name) for name in NEIGHBOURS}
+        found |= four._asdict()
     return {name: found[name] for name in names}, distances
 
 
@@ -165,7 +168,6 @@ def measure_values(names, a, b, *, seed=0) -> dict[str, float]:
     found = {name: INFLUENCES[name](a, b).value for name in names if name in INFLUENCES}
     if "frechet_distance_infinite" in names:
         found["frechet_distance_infinite"] = frechet_distance_infinite(a, b, seed=seed)
-    if any(name in names for name in NEIGHBOURS):
-        four = measure_neighbours(a, b)
-        found |= {name: getattr(four, name) for name in NEIGHBOURS}
+    if any(name in names for name in NeighbourMetrics._fields):
+        found |= measure_neighbours(a, b)._asdict()
     return {name: found[name] for name in names}

@@ -1,6 +1,6 @@
 """Precision, recall, density and coverage: fidelity and variety from nearest neighbours."""
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,14 +14,13 @@ MOST_IN_HALF = 2048
 TIE = 1e-9  # of a squared radius: rounding of images on the surface of a ball
 
 
-@dataclass(frozen=True)
-class NeighbourMetrics:
+class NeighbourMetrics(NamedTuple):
     """Numbers or intervals: precision, recall and coverage in [0, 1], density from 0 on."""
 
-    precision: float | Interval
-    recall: float | Interval
-    density: float | Interval
-    coverage: float | Interval
+    precision: Any
+    recall: Any
+    density: Any
+    coverage: Any
 
 
 def measure_neighbours(
@@ -37,23 +36,12 @@ def measure_neighbours(
     equal numbers of images. The memory is O(block x max(N, M)).
     """
     generated, real = _check(generated, real, num_manifold, num_density)
-    real_radii = _radii(real, (num_manifold, num_density), block)
-    (generated_radii,) = _radii(generated, (num_manifold,), block)
-    precise, num_balls = np.zeros(len(generated), bool), np.zeros(len(generated))
-    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for start in range(0, len(generated), block):
-        rows = slice(start, start + block)
-        squares = _squared_distances(generated[rows], real)  # [B, M]
-        precise[rows] = (squares <= real_radii[0] * (1 + TIE)).any(1)
-        recalled |= (squares <= generated_radii[rows, None] * (1 + TIE)).any(0)
-        inside = squares < real_radii[1] * (1 - TIE)
-        num_balls[rows] = inside.sum(1)
-        covered |= inside.any(0)
-    return NeighbourMetrics(
-        float(precise.mean()),
-        float(recalled.mean()),
-        float(num_balls.mean() / num_density),
-        float(covered.mean()),
+    blocks = [slice(start, start + block) for start in range(0, len(generated), block)]
+    return _measure(
+        _find_radii(generated, (num_manifold,), block)[0],
+        _find_radii(real, (num_manifold, num_density), block),
+        ((rows, _squared_distances(generated[rows], real)) for rows in blocks),
+        num_density,
     )
 
 
@@ -81,42 +69,34 @@ def measure_neighbour_intervals(
     values = measure_neighbours(generated, real, **options)
     least = 2 * (max(num_manifold, num_density) + 1)
     check_features(generated, real, least)
-    sides = ((generated, groups_generated), (real, groups_real))
-    whole = max(len(generated), len(real)) <= 2 * MOST_IN_HALF
     # the reference's halves are common to all models
     rngs = [np.random.default_rng([seed, side]) for side in range(2)]
     squares = None
-    if whole:
-        squares = [
-            _squared_distances(x, y)
-            for x, y in ((generated, generated), (real, real), (generated, real))
-        ]
-    halves, scale = [], 1.0
+    if max(len(generated), len(real)) <= 2 * MOST_IN_HALF:
+        pairs = ((generated, generated), (real, real), (generated, real))
+        squares = [_squared_distances(x, y) for x, y in pairs]
+        for within in squares[:2]:
+            np.fill_diagonal(within, 0.0)
+    halves = []
     for _ in range(num_halves):
-        (rows, scale_a), (columns, scale_b) = (
-            _draw_half(len(features), groups, least // 2 + 1, rng)
-            for (features, groups), rng in zip(sides, rngs)
-        )
-        if whole:
-            half = _measure_from_squares(
-                *(
-                    each[np.ix_(i, j)]
-                    for each, i, j in zip(squares, (rows, columns, rows), (rows, columns, columns))
-                ),
-                **options,
-            )
-        else:
+        rows, scale_a = _draw_half(len(generated), groups_generated, least // 2 + 1, rngs[0])
+        columns, scale_b = _draw_half(len(real), groups_real, least // 2 + 1, rngs[1])
+        if squares is None:
             half = measure_neighbours(generated[rows], real[columns], **options)
-        halves.append([half.precision, half.recall, half.density, half.coverage])
-        scale = max(scale_a, scale_b)
-    deviations = scale * np.std(halves, axis=0, ddof=1)
-    names = ("precision", "recall", "density", "coverage")
-    intervals = []
-    for name, half in zip(names, 1.96 * deviations):
-        value = getattr(values, name)
-        interval = Interval(value, value - half, value + half)
-        intervals.append(interval.limited(0.0, np.inf if name == "density" else 1.0))
-    return NeighbourMetrics(*intervals)
+        else:
+            half = _measure(
+                _take_radii(squares[0][np.ix_(rows, rows)], (num_manifold,))[0],
+                _take_radii(squares[1][np.ix_(columns, columns)], (num_manifold, num_density)),
+                [(slice(None), squares[2][np.ix_(rows, columns)])],
+                num_density,
+            )
+        halves.append(half)
+    deviations = 1.96 * (max(scale_a, scale_b) * np.std(halves, axis=0, ddof=1))
+    highest = NeighbourMetrics(1.0, 1.0, np.inf, 1.0)
+    return NeighbourMetrics(*(
+        Interval(value, value - half, value + half).limited(0.0, most)
+        for value, half, most in zip(values, deviations, highest)
+    ))  # fmt: skip
 
 
 def _check(generated, real, *num_neighbours):
@@ -130,31 +110,32 @@ def _squared_distances(x, y):
     return np.maximum(squares, 0.0, out=squares)
 
 
-def _radii(features, num_neighbours, block):
+def _find_radii(features, num_neighbours, block):
     """Return the squared distance to the k-th neighbour of each row, for each k: [K, N]."""
     parts = []
     for start in range(0, len(features), block):
         squares = _squared_distances(features[start : start + block], features)
         squares[np.arange(len(squares)), np.arange(start, start + len(squares))] = 0.0
-        parts.append(np.partition(squares, num_neighbours, axis=1)[:, num_neighbours].T)
+        parts.append(_take_radii(squares, num_neighbours))
     return np.concatenate(parts, 1)
 
 
-def _measure_from_squares(within_generated, within_real, across, *, num_manifold, num_density):
-    """The same four from matrices of squared distances [N, N], [M, M], [N, M]."""
-    for within in (within_generated, within_real):
-        np.fill_diagonal(within, 0.0)
-    generated_radius = np.partition(within_generated, num_manifold, axis=1)[:, num_manifold]
-    real_radii = np.partition(within_real, (num_manifold, num_density), axis=1)[
-        :, [num_manifold, num_density]
-    ].T
-    inside = across < real_radii[1] * (1 - TIE)
-    return NeighbourMetrics(
-        float((across <= real_radii[0] * (1 + TIE)).any(1).mean()),
-        float((across <= generated_radius[:, None] * (1 + TIE)).any(0).mean()),
-        float(inside.sum(1).mean() / num_density),
-        float(inside.any(0).mean()),
-    )
+def _take_radii(squares, num_neighbours):
+    return np.partition(squares, num_neighbours, axis=1)[:, num_neighbours].T
+
+
+def _measure(generated_radius, real_radii, blocks, num_density):
+    """Return the four metrics; blocks: generated rows, their squared distances to real [B, M]."""
+    precise, num_balls = np.zeros(len(generated_radius), bool), np.zeros(len(generated_radius))
+    recalled, covered = np.zeros((2, real_radii.shape[1]), bool)
+    for rows, squares in blocks:
+        precise[rows] = (squares <= real_radii[0] * (1 + TIE)).any(1)
+        recalled |= (squares <= generated_radius[rows, None] * (1 + TIE)).any(0)
+        inside = squares < real_radii[1] * (1 - TIE)
+        num_balls[rows] = inside.sum(1)
+        covered |= inside.any(0)
+    means = precise.mean(), recalled.mean(), num_balls.mean() / num_density, covered.mean()
+    return NeighbourMetrics(*(float(mean) for mean in means))
 
 
 def _draw_half(num, groups, least, rng):
