@@ -75,7 +75,7 @@ class Verdict:
 
 
 def conclude(
-    rows: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    measurement: dict,
     distances: Mapping[str, Distance],
     sets: Sets,
     microscopy: dict | None,
@@ -84,7 +84,7 @@ def conclude(
     """Return the differences between sets, the autoencoders' shares, and the verdicts.
 
     Args:
-        rows: Set -> side -> metric -> interval, with the first extractor.
+        measurement: What `measure_features` returns for the first extractor.
         distances: Set -> Frechet distance to the held-out images.
         sets: The images.
         microscopy: The report's section, or None.
@@ -114,7 +114,7 @@ def conclude(
         if level.kind == "reconstruction" and distances[level.model].value > 0
     ]
     against_real = {each.first: each for each in comparisons if each.second == sets.real}
-    held_out = {key: row["held_out"] for key, row in rows.items()}
+    held_out = {key: row["held_out"] for key, row in measurement["rows"].items()}
     verdicts = [
         verdict
         for model in models

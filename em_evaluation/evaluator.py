@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,23 +106,13 @@ def evaluate_models(
     sets, notes = gather_sets(models, real, protocol)
     options = {name: getattr(protocol, name) for name in ("batch_size", "use_cache", "cache_dir")}
     options |= {"seed": protocol.seed, "log": log}
-    found = [
-        measure_features(extractor, sets, metrics=protocol.metrics, state=state, **options)
-        for extractor in extractors
-    ]
+    measure = partial(measure_features, sets=sets, metrics=protocol.metrics, state=state)
+    found = [measure(extractor, **options) for extractor in extractors]
     if found[0] is None:  # not the main process
         return None
     measurements, distances, remarks = zip(*found)
     notes += dict.fromkeys(note for each in remarks for note in each)
-    microscopy, memorisation, pairs = None, None, []
-    if protocol.microscopy:
-        microscopy = measure_microscopy(
-            sets, real.summary.get("pixel_size_nm"), seed=protocol.seed, log=log
-        )
-    if protocol.memorisation and real.train is not None:
-        memorisation, pairs = search_copies(
-            models, sets, real.train, extractor=extractors[0], **options
-        )
+    sections, pairs = measure_sections(models, real, sets, extractors[0], protocol, **options)
     report = {
         "format": FORMAT,
         "title": TITLE,
@@ -130,16 +121,15 @@ def evaluate_models(
         "models": [describe_model(model, len(sets.held_out)) for model in models],
         "levels": [level.to_json() for level in sets.levels],
         "measurements": measurements,
-        **conclude(measurements[0]["rows"], distances[0], sets, microscopy, protocol.seed),
-        "microscopy": microscopy,
-        "memorisation": memorisation,
+        **conclude(measurements[0], distances[0], sets, sections["microscopy"], protocol.seed),
+        **sections,
         "baselines": baselines,
         "environment": describe_environment(),
         "reproduce": list(reproduce),
         "evaluation_seconds": round(time.perf_counter() - start, 2),
     }
-    gallery = make_gallery(pairs, memorisation) if pairs else []
-    return to_json(report), choose_pictures(sets, protocol.num_pictures, gallery, protocol.seed)
+    pictures = choose_pictures(sets, protocol.num_pictures, make_gallery(pairs), protocol.seed)
+    return to_json(report), pictures
 
 
 def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, list[str]]:
@@ -215,22 +205,27 @@ def refuse_sizes(expected: tuple[int, int], sets: dict[str, ImageSet]) -> None:
         )
 
 
-def search_copies(models, sets: Sets, train, *, log, **options) -> tuple[dict | None, list]:
-    """Return the report's section on memorisation and the closest pairs; None, [] if too small.
+def measure_sections(models, real: RealImages, sets: Sets, extractor, protocol, *, log, **options):
+    """Return the sections on microscopy and memorisation, None if left out, and closest pairs.
 
-    Models with grain are searched without it, since it would hide copies.
+    Copies of models with grain are sought without it, since it would hide them.
     """
-    bare = {
-        model.name: read_images(model.without_grain, len(sets.held_out))
-        for model in models
-        if model.without_grain is not None
-    }
-    searched = sets.generated | bare
-    section, pairs = measure_memorisation(searched, sets.held_out, train, log=log, **options)
-    if section is not None:
-        section["partial"] = measure_partial_copies(searched, sets.held_out, train, log=log)
-        section["without_grain"] = list(bare)
-    return section, pairs
+    microscopy, memorisation, pairs = None, None, []
+    if protocol.microscopy:
+        pixel_size_nm = real.summary.get("pixel_size_nm")
+        microscopy = measure_microscopy(sets, pixel_size_nm, seed=protocol.seed, log=log)
+    if protocol.memorisation and real.train is not None:
+        bare = {
+            model.name: read_images(model.without_grain, len(sets.held_out))
+            for model in models
+            if model.without_grain is not None
+        }
+        images = (sets.generated | bare, sets.held_out, real.train)
+        memorisation, pairs = measure_memorisation(*images, extractor=extractor, log=log, **options)
+        if memorisation is not None:
+            memorisation["partial"] = measure_partial_copies(*images, log=log)
+            memorisation["without_grain"] = list(bare)
+    return {"microscopy": microscopy, "memorisation": memorisation}, pairs
 
 
 def describe_protocol(measurement, sets: Sets, real: RealImages, protocol, notes) -> dict:

@@ -1,4 +1,4 @@
-"""Inception-v3 of the FID paper, from the weights and the code that clean-fid and pytorch-fid use."""
+"""Inception-v3 of the FID paper, with the code of clean-fid and the weights that it downloads."""
 
 import contextlib
 import importlib.metadata

@@ -60,16 +60,14 @@ def measure_memorisation(
         section["features"] = compare_distances(distances, few, seed) | {
             "extractor": extractor.identity
         }
+    scale = section["pixels"]["scale"]
     pairs = [
         pair
         for key in sets
-        for pair in choose_pairs(key, sets[key].levels[:, 0], nearest[key], tiles)
+        for pair in choose_pairs(key, sets[key].levels[:, 0], nearest[key], tiles, scale)
     ]
-    scale = section["pixels"]["scale"]
-    section["closest"] = [
-        {"set": pair["set"], "distance": pair["distance"], "ratio": pair["distance"] / scale}
-        for pair in pairs
-    ]
+    names = ("set", "distance", "ratio")
+    section["closest"] = [{name: pair[name] for name in names} for pair in pairs]
     log(
         f"memorisation: {len(tiles):,} training tiles searched in "
         f"{time.perf_counter() - start:.1f} s"
@@ -166,13 +164,14 @@ def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES,
     return distances
 
 
-def choose_pairs(key, levels, nearest, tiles, num_pairs=NUM_PAIRS):
+def choose_pairs(key, levels, nearest, tiles, scale, num_pairs=NUM_PAIRS):
     """Return the closest images of a set, each with its training tile, turned alike."""
     order = np.argsort(nearest.distance, kind="stable")[:num_pairs]
     return [
         {
             "set": key,
             "distance": float(nearest.distance[i]),
+            "ratio": float(nearest.distance[i]) / scale,
             "levels": np.stack(
                 [levels[i], align(tiles[nearest.tile[i : i + 1]][0], nearest.symmetry[i])]
             ),

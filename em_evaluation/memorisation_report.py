@@ -118,12 +118,12 @@ def draw_distances(section: dict, models: list[str], space: str) -> str:
     )
 
 
-def make_gallery(pairs: list[dict], section: dict) -> list[dict]:
+def make_gallery(pairs: list[dict]) -> list[dict]:
     """Return a picture of the closest pairs of each set: images above, training tiles below."""
-    pictures, scale = [], section["pixels"]["scale"]
+    pictures = []
     for key in dict.fromkeys(pair["set"] for pair in pairs):
         mine = [pair for pair in pairs if pair["set"] == key]
-        ratios = ", ".join(format_number(pair["distance"] / scale) for pair in mine)
+        ratios = ", ".join(format_number(pair["ratio"]) for pair in mine)
         rows = [np.stack([pair["levels"][row] for pair in mine]) for row in (0, 1)]
         pictures.append(
             {

@@ -69,7 +69,7 @@ def open_candidate(name: str, source: str) -> Candidate:
 def is_image_set(source: str) -> bool:
     """Return whether a source names images and not a model."""
     path = Path(source)
-    if source.startswith(DATASET_PREFIXES):
+    if str(source).startswith(DATASET_PREFIXES):
         return True
     if not path.is_dir() or any(
         (folder / "model_index.json").is_file() for folder in (path, path / "pipeline")

@@ -172,8 +172,8 @@ def test_copies_under_added_grain_are_sought_before_it_is_added(train, held_out)
 
 
 def test_the_gallery_shows_the_source_as_the_copy_lies(measured):
-    section, pairs = measured
-    pictures = make_gallery(pairs, section)
+    _, pairs = measured
+    pictures = make_gallery(pairs)
     assert [picture["title"] for picture in pictures] == [
         "Held-out micrographs",
         "copier",
