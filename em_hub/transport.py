@@ -271,69 +271,64 @@ def explain_hub_errors(name: str, doing: str):
     try:
         yield
     except Exception as error:
-        sentence = _explain(error, name, doing)
+        sentence = _explain(error)
         if sentence is None:
             raise
-        raise ValueError(sentence) from error
+        raise ValueError(f"{doing} {name}: {sentence}") from error
 
 
-def _explain(error, name, doing):
+def _explain(error: BaseException) -> str | None:
+    """Return what happened and what to do, by the error and its causes; None for other errors."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
         chain.append(cause)
     for each in chain:
         if isinstance(each, OSError) and each.errno in DISK_ERRORS:
-            where = each.filename or constants.HF_HUB_CACHE
             return (
-                f"{doing} {name}: {DISK_ERRORS[each.errno]} ({where}). Make room or set HF_HOME to "
-                "another disk, then run the same command again."
+                f"{DISK_ERRORS[each.errno]} ({each.filename or constants.HF_HUB_CACHE}). Make room "
+                "or set HF_HOME to another disk, then run the same command again."
             )
     for each in chain:
-        response = getattr(each, "response", None)
-        if isinstance(each, HfHubHTTPError) and response is not None:
-            return _explain_status(each, response, name, doing)
-    if any(isinstance(each, HFValidationError) for each in chain):
-        return f"{name} is not a name for a repository: {_first_line(error)}"
-    if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
-        return (
-            f"{doing} {name}: HF_HUB_OFFLINE forbids the network, and the cache does not hold it "
-            "whole. Unset it once."
-        )
-    is_network = any(
-        isinstance(each, ConnectionError | LocalEntryNotFoundError)
-        or type(each).__module__.split(".")[0].startswith(("httpx", "requests"))
-        for each in chain
-    )
-    if is_network:
-        return (
-            f"{doing} {name}: no connection to {constants.ENDPOINT} ({_first_line(chain[-1])}). "
-            "Check the network and run the same command again; what arrived is kept."
-        )
+        if isinstance(each, HfHubHTTPError) and getattr(each, "response", None) is not None:
+            return _explain_response(each)
+    for each in chain:
+        if isinstance(each, HFValidationError):
+            return f"this is not a name for a repository. {_first_line(error)}"
+        if isinstance(each, OfflineModeIsEnabled):
+            return (
+                "HF_HUB_OFFLINE forbids the network, and the cache does not hold it whole. Unset "
+                "it once."
+            )
+    for each in chain:
+        is_of_client = type(each).__module__.startswith(("httpx", "requests"))
+        if isinstance(each, ConnectionError | LocalEntryNotFoundError) or is_of_client:
+            return (
+                f"no connection to {constants.ENDPOINT} ({_first_line(chain[-1])}). Check the "
+                "network and run the same command again; what arrived is kept."
+            )
     return None
 
 
-def _explain_status(error, response, name, doing):
-    status, said = response.status_code, response.headers.get("X-Error-Message") or ""
+def _explain_response(error: HfHubHTTPError) -> str:
+    status, headers = error.response.status_code, error.response.headers
+    said = headers.get("X-Error-Message")
     again = "Run the same command again later; what arrived is kept."
     if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no such revision. Name a branch, a tag or a commit of it."
+        return "there is no such revision. Name a branch, a tag or a commit of it."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{doing} {name}: there is no such repository, or it is private and HF_TOKEN (or "
-            "`hf auth login`) may not see it."
+            "there is no such repository, or it is private and HF_TOKEN (or `hf auth login`) may "
+            "not see it."
         )
-    if status == 401:
-        return f"{doing} {name}: the Hub does not know the token. {_new_token()}."
-    if status == 403:
-        reason = said or "forbidden"
-        return f"{doing} {name}: the token has no right to do so ({reason}). {_new_token()}."
-    if status == 429:
-        wait = response.headers.get("Retry-After")
-        wait = f" {wait} seconds" if wait else ""
-        return f"{doing} {name}: the Hub asks to wait{wait} (429, too many requests). {again}"
     if status >= 500:
-        return f"{doing} {name}: the Hub has a fault of its own ({status}). {again}"
-    return f"{doing} {name}: the Hub refused ({status}: {said or _first_line(error)})"
+        return f"the Hub has a fault of its own ({status}). {again}"
+    wait = f" {headers['Retry-After']} seconds" if "Retry-After" in headers else ""
+    sentences = {
+        401: f"the Hub does not know the token. {_new_token()}.",
+        403: f"the token has no right to do so ({said or 'forbidden'}). {_new_token()}.",
+        429: f"the Hub asks to wait{wait} (429, too many requests). {again}",
+    }
+    return sentences.get(status, f"the Hub refused ({status}: {said or _first_line(error)}).")
 
 
 def _new_token() -> str:

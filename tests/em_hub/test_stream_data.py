@@ -154,7 +154,7 @@ def test_what_cannot_be_streamed_is_said(pushed, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="there is no such repository"):
         load("you/nothing")
-    with pytest.raises(ValueError, match="has no such revision"):
+    with pytest.raises(ValueError, match="there is no such revision"):
         load("you/set@v9")
     name = next(
         path for path in pushed.files("you/set", kind="datasets") if path.endswith("00001.parquet")
