@@ -6,7 +6,6 @@ checksum of each file finds later damage.
 """
 
 import json
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from em_data.files import flush_to_disk
+from em_data.files import replace_folder
 
 TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json"
 
@@ -32,26 +31,19 @@ def save_checkpoint(
     """
     folder = Path(folder)
     target = folder / f"{num_images_seen:012d}"
-    temporary = folder / f".tmp-{num_images_seen:012d}-{os.getpid()}"
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary, state)
-        if target.exists():
-            _remove(target)
-        temporary.rename(target)
-        flush_to_disk(folder)
+        with replace_folder(target) as temporary:
+            _write(temporary, state)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         last = list_checkpoints(folder)
         where = (
             f"The last good checkpoint is {last[-1]}." if last else "There is no checkpoint yet."
         )
         raise OSError(
-            f"The checkpoint {target} cannot be written: {error}. {where} Free space or repair the "
-            "disk and run the same command again."
+            f"The checkpoint {target} cannot be written: {error.__cause__ or error}. {where} Free "
+            "space or repair the disk and run the same command again."
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
         _remove(old)
@@ -92,8 +84,6 @@ def _write(folder: Path, state: dict) -> None:
     (folder / STATE).write_text(json.dumps(tree))
     checksums = {name: _checksum(folder / name) for name in (TENSORS, STATE)}
     (folder / CHECKSUMS).write_text(json.dumps(checksums))
-    for name in (TENSORS, STATE, CHECKSUMS):
-        flush_to_disk(folder / name)
 
 
 def _checksum(path: Path) -> int:
@@ -106,9 +96,7 @@ def _checksum(path: Path) -> int:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint, after renaming it: a kill must not leave half of it under its name."""
-    doomed = path.with_name(f".tmp-removed-{path.name}-{os.getpid()}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(path.rename(path.with_name(f".removed-{path.name}")))
 
 
 def _flatten(value, name: str, tensors: dict):

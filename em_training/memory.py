@@ -60,17 +60,11 @@ class MicroBatching:
                 ]
                 break
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise ValueError(_advise(f"{self.run.stage}: one image", error)) from error
+                for parameter in parameters:
+                    parameter.grad = None
+                size = halve_batch(size, error, f"{self.run.stage}: one image")
                 text = _first_line(error)
-            # outside of `except`, whose error holds the graph
-            for parameter in parameters:
-                parameter.grad = None
-            free_memory()
             _set_random_state(state)
-            size = max(1, size // 2)
         if size < largest:
             self.size = size
             self.run.say(
@@ -107,15 +101,29 @@ def run_in_parts(
             try:
                 results.append(function(*(tensor[start : start + size] for tensor in tensors)))
                 start += size
-                continue
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise ValueError(_advise("one image", error)) from error
-            free_memory()
-            size = max(1, size // 2)
+                size = halve_batch(size, error)
     return torch.cat(results)
+
+
+def halve_batch(count: int, error: BaseException, what: str = "one image") -> int:
+    """Return half of the `count` images that did not fit, and free their memory.
+
+    Raises:
+        ValueError: If not even `what` fits.
+        BaseException: `error` itself, if it is no lack of memory.
+    """
+    if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+        raise error
+    if count == 1:
+        raise ValueError(
+            f"Out of memory: {what} by itself does not fit ({_first_line(error)}). End other "
+            "programs on the device, lower --precision, turn on gradient checkpointing if the "
+            "stage has it, or choose a smaller model or resolution."
+        ) from error
+    error.__traceback__ = None  # it holds the tensors that did not fit
+    free_memory()
+    return count // 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -166,28 +174,3 @@ def _set_random_state(state) -> None:
 
 def _first_line(error) -> str:
     return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-
-
-def _advise(what: str, error) -> str:
-    return (
-        f"Out of memory: {what} by itself does not fit ({_first_line(error)}). End other programs "
-        "on the device, turn on gradient checkpointing if the stage has it, or choose a smaller "
-        "model or resolution."
-    )
-
-
-def halve_batch(count: int, error: BaseException) -> int:
-    """Return half of the `count` images that did not fit; re-raise what is not a lack of memory.
-
-    Raises `ValueError` if not even one image fits.
-    """
-    if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
-        raise error
-    if count == 1:
-        raise ValueError(
-            f"out of memory: not even one image fits ({_first_line(error)}). End other programs on "
-            "the device, or lower --precision."
-        ) from error
-    error.__traceback__ = None  # it holds the tensors that did not fit
-    free_memory()
-    return count // 2

@@ -455,7 +455,7 @@ def test_one_image_that_does_not_fit_is_an_error_and_others_stay_themselves(tmp_
         return raises
 
     monkeypatch.setattr(EMLatentDiffusionPipeline, "denoise", fail("CUDA out of memory"))
-    with pytest.raises(ValueError, match="not even one image fits"):
+    with pytest.raises(ValueError, match=r"one image by itself does not fit .* lower --precision"):
         sample(str(tmp_path / "ldm"), range(3))
     monkeypatch.setattr(EMLatentDiffusionPipeline, "denoise", fail("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -669,7 +669,7 @@ def test_images_of_a_diverged_model_are_refused(tmp_path):
     with torch.no_grad():
         next(pipeline.generator.synthesis_network.parameters()).fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "stylegan2")
-    with pytest.raises(ValueError, match="not finite: the model diverged"):
+    with pytest.raises(ValueError, match=r"not finite.*diverged"):
         generate_images(config_for(tmp_path / "stylegan2", tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.png"))
 
