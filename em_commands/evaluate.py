@@ -7,10 +7,7 @@ from em_training.cli import run_command
 from em_training.flags import parse_flags
 
 
-def run() -> None:
-    (config,) = parse_flags([EvaluationConfig], sys.argv[1:], command="evaluate.py")
-    evaluate_runs(config)
-
-
 def main() -> None:
-    run_command(run)
+    run_command(
+        lambda: evaluate_runs(*parse_flags([EvaluationConfig], sys.argv[1:], command="evaluate.py"))
+    )

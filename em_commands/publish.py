@@ -8,10 +8,11 @@ from em_training.flags import parse_flags
 
 
 def run() -> None:
-    (config,) = parse_flags(
-        [PublishConfig], sys.argv[1:], command="publish.py", positional=("run", "repo")
+    publish_run(
+        *parse_flags(
+            [PublishConfig], sys.argv[1:], command="publish.py", positional=("run", "repo")
+        )
     )
-    publish_run(config)
 
 
 def main() -> None:

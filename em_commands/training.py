@@ -5,76 +5,100 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from em_training.config import is_complete
+from em_training.family import Family
 from em_training.flags import parse_preset
 
 EPILOG = "--push-to-hub REPO publishes the finished run (--private: for you alone)."
+DESCRIPTION = f"""Train a {{noun}} on electron micrographs.
+
+  python {{script}} demo
+      the embedded synthetic micrographs, minutes on 2 CPU cores
+  python {{script}} small --data FOLDER --out runs/mine
+      your own micrographs (TIFF, PNG, JPEG, BMP; 8 or 16 bits)
+  accelerate launch {{script}} paper --data FOLDER
+      all GPUs of the machine
+
+The same command resumes a run that was stopped or killed.
+{EPILOG}
+`python {{script}} PRESET --help` shows the main flags of a preset."""
+# of any family; a preset's help shows those that it has
+MAIN_FLAGS = (
+    "data",
+    "out",
+    "tiles.resolution",
+    "tiles.downsample",
+    "tiles.pixel_size_nm",
+    "tiles.split",
+    "tiles.label_bar",
+    "autoencoder.num_images",
+    "autoencoder.batch_size",
+    "denoiser.num_images",
+    "denoiser.batch_size",
+    "last_stage",
+    "generator.architecture",
+    "training.num_images",
+    "training.batch_size",
+    "training.r1_gamma",
+    "training.augmentation.mode",
+    "precision",
+    "seed",
+)
 
 
-def run_training(
-    presets: Mapping[str, Callable[[], Any]],
-    find_train: Callable[[], Callable[[Any], object]],
-    *,
-    command: str,
-    description: str,
-    main_flags: tuple[str, ...],
-) -> None:
-    """Train as the command line asks, and say where the result is.
+def run_training(family: Family) -> None:
+    """Train a model of a family as the command line asks, and say where the result is.
 
-    find_train: imports the training function, and torch, only after the flags were read.
+    torch is imported only after the flags were read.
     """
-    chosen = {}
+    presets = family.import_presets()
+    push, argv = read_push_flags(sys.argv[1:])
+    config, preset = parse_preset(
+        presets,
+        argv,
+        command=family.script,
+        default="demo",
+        description=DESCRIPTION.format(noun=family.card.noun, script=family.script),
+        main_flags=MAIN_FLAGS,
+        epilog=EPILOG,
+    )
 
-    def parse(argv: list[str]) -> Any:
-        config, chosen["preset"] = parse_preset(
-            presets,
-            argv,
-            command=command,
-            default="demo",
-            description=description,
-            main_flags=main_flags,
-            epilog=EPILOG,
-        )
-        return config
-
-    def train(config: Any) -> None:
-        preset = chosen["preset"]
-        say_what_is_used(config, preset, presets, is_named=preset in sys.argv[1:2])
+    def train() -> None:
+        say_what_is_used(config, preset, presets, is_named=preset in argv[:1])
         if is_complete(config.out, config):
             say(f"The run in {config.out} is already complete.")
         else:
-            find_train()(config)
+            family.import_train()(config)
         if getattr(config, "makes_pipeline", True):
             say(
                 f"The trained model is in {Path(config.out) / 'pipeline'}. Next: python generate.py "
                 f"--model {config.out} --num-images 1000"
             )
 
-    train_and_publish(parse, train, sys.argv[1:])
+    train_and_publish(push, config, train)
 
 
-def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None:
-    """Train as the command line asks and, with --push-to-hub REPO, publish the finished run.
-
-    The token is tried before the training begins.
-
-    Args:
-        parse: The other words of the command line -> configuration with a field `out`.
-        train: Configuration -> run.
-    """
+def read_push_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of --push-to-hub and --private, and the other words."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--push-to-hub")
     flags.add_argument("--private", action="store_true")
-    push, argv = flags.parse_known_args(argv)
-    config = parse(argv)
+    return flags.parse_known_args(argv)
+
+
+def train_and_publish(push: argparse.Namespace, config: Any, train: Callable[[], object]) -> None:
+    """Train and, with --push-to-hub REPO, publish the finished run.
+
+    The token is tried before the training begins.
+    """
     if push.push_to_hub is None:
         if push.private:
             raise ValueError("--private needs --push-to-hub REPO.")
-        train(config)
+        train()
         return
     if not getattr(config, "makes_pipeline", True):
         raise ValueError(
@@ -85,7 +109,7 @@ def train_and_publish(parse: Callable, train: Callable, argv: list[str]) -> None
     from em_hub.transport import find_account
 
     repo = find_account(push.push_to_hub)
-    train(config)
+    train()
     if int(os.environ.get("RANK", "0")):
         return  # of several processes, the first publishes
     try:

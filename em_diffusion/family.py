@@ -172,4 +172,5 @@ FAMILY = Family(
     walk_help="The noise that images start from changes smoothly; frames have no grain.",
     script="train_ldm.py",
     presets="em_diffusion.presets:PRESETS",
+    train="em_diffusion.train:train_ldm",
 )

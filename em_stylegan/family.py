@@ -113,4 +113,5 @@ FAMILY = Family(
     walk_help="The style w changes smoothly, and the fine noise stands still.",
     script="train_gan.py",
     presets="em_stylegan.presets:PRESETS",
+    train="em_stylegan.train:train_gan",
 )

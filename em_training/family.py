@@ -112,6 +112,7 @@ class Family:
     walk_help: one sentence about the walk, for the demo page.
     script: the command that trains it, such as "train_ldm.py".
     presets: "module:name" of its presets, {name: function that returns a configuration}.
+    train: "module:function" of its training, configuration -> the run's folder.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Family:
     walk_help: str = ""
     script: str = ""
     presets: str = ""
+    train: str = ""
 
     @property
     def title(self) -> str:
@@ -148,6 +150,10 @@ class Family:
     def import_presets(self) -> Mapping[str, Callable]:
         """Import the presets of its training."""
         return _import(self.presets)
+
+    def import_train(self) -> Callable[[Any], Any]:
+        """Import its training."""
+        return _import(self.train)
 
 
 def _import(path: str) -> Any:

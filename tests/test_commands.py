@@ -233,18 +233,14 @@ def test_kill_9_at_random_moments_loses_at_most_the_work_since_the_last_checkpoi
 
 def test_what_a_training_will_do_is_said_before_and_after_it(tmp_path, monkeypatch, capsys):
     """Preset and data where none was named, the device, what the preset is made for, the end."""
-    from em_commands import train_ldm
     from em_commands.training import run_training
+    from em_diffusion.family import FAMILY
+
+    monkeypatch.setattr("em_diffusion.train.train_ldm", lambda config: None)
 
     def train(argv):
         monkeypatch.setattr("sys.argv", ["train_ldm.py", *argv, "--out", str(tmp_path / "run")])
-        run_training(
-            train_ldm.PRESETS,
-            lambda: lambda config: None,
-            command="train_ldm.py",
-            description="",
-            main_flags=(),
-        )
+        run_training(FAMILY)
         return capsys.readouterr().err
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

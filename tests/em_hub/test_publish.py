@@ -6,6 +6,7 @@ import os
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from em_commands.training import train_and_publish
+from em_commands.training import read_push_flags, train_and_publish
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import load_pipeline, read_model
@@ -191,7 +192,7 @@ def test_parts_load_by_stock_classes_and_at_a_revision(run, hub):
     scheduler = DDIMScheduler.from_pretrained("you/em-ldm", subfolder="scheduler", revision="v1")
     assert not scheduler.config.clip_sample
     np.testing.assert_array_equal(draw(load_pipeline("you/em-ldm@v1"), 0), draw(make_ldm(), 0))
-    with pytest.raises(ValueError, match="you/em-ldm@v2 has no such revision"):
+    with pytest.raises(ValueError, match="you/em-ldm@v2: there is no such revision"):
         load_pipeline("you/em-ldm@v2")
 
 
@@ -446,47 +447,48 @@ def test_a_busy_hub_at_the_download(run, hub, method, path, options, message):
 # ---------------------------------------------------------------- from the trainings
 
 
+def push_flags(*argv):
+    return read_push_flags(argv)[0]
+
+
 def test_a_training_publishes_its_run(tmp_path, hub):
     trained = []
+    config = SimpleNamespace(out=str(tmp_path / "gan"))
 
-    def train(config):
-        trained.append(make_run(Path(config.run), "stylegan"))
+    def train():
+        trained.append(make_run(tmp_path / "gan", "stylegan"))
 
-    def parse(argv):
-        assert argv == ["test", "--seed", "1"]
-        return type("Config", (), {"out": str(tmp_path / "gan"), "run": str(tmp_path / "gan")})()
-
-    train_and_publish(
-        parse, train, ["test", "--push-to-hub", "you/em-gan", "--seed", "1", "--private"]
-    )
+    words = ["test", "--push-to-hub", "you/em-gan", "--seed", "1", "--private"]
+    push, others = read_push_flags(words)
+    assert others == ["test", "--seed", "1"]
+    train_and_publish(push, config, train)
     assert hub.repos["models", "you/em-gan"].private
     np.testing.assert_array_equal(draw(load_pipeline("you/em-gan"), 0), draw(make_stylegan(), 0))
     os.environ.pop("HF_TOKEN")
     with pytest.raises(ValueError, match="no token"):
-        train_and_publish(parse, train, ["test", "--push-to-hub", "you/em-gan", "--seed", "1"])
+        train_and_publish(push_flags("--push-to-hub", "you/em-gan"), config, train)
     assert len(trained) == 1  # the token is tried before hours of training
     with pytest.raises(ValueError, match="--private needs"):
-        train_and_publish(parse, train, ["test", "--seed", "1", "--private"])
+        train_and_publish(push_flags("--private"), config, train)
 
 
 def test_a_run_that_stops_before_its_pipeline_is_not_to_be_pushed(hub):
     config = replace(PRESETS["test"](), last_stage="autoencoder")
     with pytest.raises(ValueError, match="--last-stage leaves this one unfinished"):
-        train_and_publish(lambda argv: config, pytest.fail, ["--push-to-hub", "you/em-ldm"])
+        train_and_publish(push_flags("--push-to-hub", "you/em-ldm"), config, pytest.fail)
 
 
 def test_a_push_that_fails_after_the_training_says_how_to_go_on(tmp_path, hub):
     run = tmp_path / "gan"
-    config = type("Config", (), {"out": str(run)})()
     hub.fail("POST", "/api/repos/create", status=500, times=9)
     with pytest.raises(
         ValueError,
         match=r"finished and saved\. Publish it later with `python publish\.py \S+ you/em-gan`",
     ):
         train_and_publish(
-            lambda argv: config,
-            lambda config: make_run(run, "stylegan"),
-            ["--push-to-hub", "em-gan"],
+            push_flags("--push-to-hub", "em-gan"),
+            SimpleNamespace(out=str(run)),
+            lambda: make_run(run, "stylegan"),
         )
 
 
