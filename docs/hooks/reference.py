@@ -153,7 +153,7 @@ def read_help(module):
     with arguments, plain, warnings.catch_warnings(), contextlib.redirect_stdout(out):
         warnings.simplefilter("ignore")
         with contextlib.suppress(SystemExit):
-            runpy.run_module(module, run_name="__main__")
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).strip()
     if not text:
         raise ValueError(f"python -m {module} --help prints nothing")

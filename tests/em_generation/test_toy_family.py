@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,25 @@ def test_it_is_published(toy, tmp_path):
     assert (Path(out) / "generator" / "diffusion_pytorch_model.bf16.safetensors").exists()
     model = read_model(out)
     assert (model.name, model.kind, model.num_images_seen) == ("my-toy", "toy", 8)
+
+
+def test_the_family_of_the_documentation_generates(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "adding-a-family.md").read_text()
+    for name, code in re.findall(r"^```python\n# (\S+)\n(.*?)^```", page, re.M | re.S):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    family = importlib.import_module("em_toy.family").FAMILY
+    model, out = tmp_path / "pipeline", tmp_path / "images"
+    family.import_pipeline()(toy_family.make_toy().generator, 0.5).save_pretrained(model)
+    FAMILIES.append(family)
+    try:
+        flags = ["--model", str(model), "--out", str(out), "--num-images", "5"]
+        record = generate_images(*command.parse([*flags, "--brightness", "0.5"]))
+    finally:
+        FAMILIES.remove(family)
+    assert record["settings"]["brightness"] == 0.5
+    assert len(list(out.glob("*.png"))) == 5
 
 
 @pytest.mark.filterwarnings(
