@@ -88,12 +88,9 @@ def _find_listed(parent):
     """Layout of the Faster R-CNN program: images.txt names the micrographs in images/."""
     lines = [line.strip() for line in (parent / "images.txt").read_text().splitlines()]
     listed = list(dict.fromkeys(filter(None, lines)))
-    there = {path.name: path for path in _list_images(parent / "images")}
-    by_stem = {path.stem: path for path in there.values()}
-    found = {
-        name: there.get(name) or by_stem.get(name) or by_stem.get(Path(name).stem)
-        for name in listed
-    }
+    images = _list_images(parent / "images")
+    there = {path.stem: path for path in images} | {path.name: path for path in images}
+    found = {name: there.get(name) or there.get(Path(name).stem) for name in listed}
     paths = list(dict.fromkeys(filter(None, found.values())))
     if not paths:
         raise ValueError(
@@ -101,19 +98,20 @@ def _find_listed(parent):
             "Copy the set again."
         )
     missing = [name for name, path in found.items() if path is None]
-    num_extra = len(set(there.values()) - set(paths))
+    num_extra = len(set(images) - set(paths))
     ignored = [
         f"layout of the Faster R-CNN program: {len(paths)} of {len(listed)} names in images.txt "
-        "have an image",
-        missing
-        and f"{len(missing)} names in images.txt without an image in images/, such as {missing[0]}",
-        num_extra
-        and f"{num_extra} images in images/ that images.txt does not list: augmented "
-        "copies or others",
-        *_count_elsewhere(parent, parent / "images"),
+        "have an image"
     ]
-    labels = find_labels(paths, [parent / "bounding_boxes"])
-    return paths, labels, list(filter(None, ignored))
+    if missing:
+        ignored.append(
+            f"{len(missing)} names in images.txt without an image in images/, such as {missing[0]}"
+        )
+    if num_extra:
+        what = "that images.txt does not list: augmented copies or others"
+        ignored.append(f"{num_extra} images in images/ {what}")
+    ignored += _count_elsewhere(parent, parent / "images")
+    return paths, find_labels(paths, [parent / "bounding_boxes"]), ignored
 
 
 def _find_positive(parent):
