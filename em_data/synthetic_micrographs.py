@@ -8,7 +8,6 @@ statistics of loops). A micrograph depends only on its arguments.
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from scipy import ndimage
@@ -106,8 +105,7 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
     rng = np.random.default_rng([seed, 0])
     log_transmission, visibility = make_background(rng, specimen, size, pixel_size_nm)
     contrast = np.zeros((size, size), dtype=np.float32)
-    draw = (_draw_lines, _draw_loops, _draw_dots)  # later ones lie on top
-    drawn = chain.from_iterable(each(rng, specimen, size, pixel_size_nm) for each in draw)
+    drawn = _draw_defects(rng, specimen, size, pixel_size_nm)
     defects = [_place(contrast, *each) for each in drawn]
     # the far strain field: two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
     reach = 2 * round(4.3 / pixel_size_nm) + 1
@@ -129,17 +127,12 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
     )
 
 
-def _find_field(specimen, size, pixel_size_nm):
-    """Return (side in nm, margin in nm, area in um2) of the field in which defects are drawn."""
-    # defects just outside the picture still reach into it
-    margin_nm = 2 * specimen.loop_median_nm
+def _draw_defects(rng, specimen, size, pixel_size_nm):
+    """Yield (kind, centre in pixels, metadata, Drawing) of each defect; later ones lie on top."""
+    margin_nm = 2 * specimen.loop_median_nm  # what is just outside the picture reaches into it
     side_nm = size * pixel_size_nm + 2 * margin_nm
-    return side_nm, margin_nm, (side_nm / 1000) ** 2
+    area_um2 = (side_nm / 1000) ** 2
 
-
-def _draw_lines(rng, specimen, size, pixel_size_nm):
-    """Yield (kind, centre in pixels, metadata, Drawing) of each dislocation line."""
-    side_nm, margin_nm, area_um2 = _find_field(specimen, size, pixel_size_nm)
     for _ in range(rng.poisson(specimen.lines_per_um2 * area_um2)):
         start = (rng.uniform(0, side_nm, size=2) - margin_nm) / pixel_size_nm - 0.5
         drawing = draw_line(
@@ -152,43 +145,30 @@ def _draw_lines(rng, specimen, size, pixel_size_nm):
         )
         yield "line", start, drawing.metadata, drawing
 
-
-def _draw_loops(rng, specimen, size, pixel_size_nm):
-    """Yield (kind, centre in pixels, metadata, Drawing) of each loop."""
-    side_nm, margin_nm, area_um2 = _find_field(specimen, size, pixel_size_nm)
+    in_picture = {"g_angle": specimen.g_angle, "pixel_size_nm": pixel_size_nm}
     num_loops = rng.poisson(specimen.loops_per_um2 * area_um2)
     diameters = rng.lognormal(np.log(specimen.loop_median_nm), specimen.loop_spread, size=num_loops)
-    centers = _spread_out(rng, diameters, side_nm)
+    centers = (_spread_out(rng, diameters, side_nm) - margin_nm) / pixel_size_nm - 0.5
     shapes = {
         kind: [project_loop(normal, specimen.beam, specimen.rotation) for normal in normals]
         for kind, normals in (("loop_100", NORMALS_100), ("loop_111", NORMALS_111))
     }
     micrograph_strength = rng.uniform(0.85, 1.15)
-    for (x, y), diameter in zip(centers.tolist(), diameters.tolist()):
+    for center, diameter in zip(centers.tolist(), diameters.tolist()):
         kind = "loop_100" if rng.random() < specimen.fraction_100 else "loop_111"
         axis_ratio, angle = shapes[kind][rng.integers(len(shapes[kind]))]
-        center = ((x - margin_nm) / pixel_size_nm - 0.5, (y - margin_nm) / pixel_size_nm - 0.5)
         strength = micrograph_strength * float(np.clip(rng.lognormal(np.log(0.8), 0.24), 0.4, 1.3))
         known = {"diameter_nm": diameter, "axis_ratio": axis_ratio, "angle": angle}
         known["strength"] = strength
-        drawing = draw_loop(
-            rng, center, g_angle=specimen.g_angle, pixel_size_nm=pixel_size_nm, **known
-        )
+        drawing = draw_loop(rng, center, **known, **in_picture)
         yield kind, center, known | drawing.metadata, drawing
 
-
-def _draw_dots(rng, specimen, size, pixel_size_nm):
-    """Yield (kind, centre in pixels, metadata, Drawing) of each black dot."""
-    side_nm, margin_nm, area_um2 = _find_field(specimen, size, pixel_size_nm)
     num_dots = rng.poisson(specimen.dots_per_um2 * area_um2)
     diameters = rng.lognormal(np.log(specimen.dot_median_nm), specimen.dot_spread, size=num_dots)
     for diameter in diameters.tolist():
         center = (rng.uniform(0, side_nm, size=2) - margin_nm) / pixel_size_nm - 0.5
         known = {"diameter_nm": diameter, "strength": rng.uniform(0.25, 0.65)}
-        drawing = draw_dot(
-            rng, center, g_angle=specimen.g_angle, pixel_size_nm=pixel_size_nm, **known
-        )
-        yield "dot", center, known, drawing
+        yield "dot", center, known, draw_dot(rng, center, **known, **in_picture)
 
 
 def _spread_out(rng, diameters, side_nm):
