@@ -1,12 +1,8 @@
-"""The Damaged Alloys set in both layouts, made up, and its download from a local server over a real
-connection.
-"""
+"""The Damaged Alloys set in both layouts, made up, and its download from a local server."""
 
 import hashlib
-import http.server
 import io
 import json
-import threading
 import urllib.parse
 import zipfile
 
@@ -21,6 +17,7 @@ from em_data.sources import damaged_alloys_download as module
 from em_data.sources.damaged_alloys import open_damaged_alloys, pixel_size_from_name
 from em_data.sources.damaged_alloys_download import download_damaged_alloys, query_index
 from em_data.sources.damaged_alloys_labels import UNIT_TO_PX
+from support.file_server import FileServer
 
 
 def write_image(path, seed, side=64):
@@ -31,9 +28,7 @@ def write_image(path, seed, side=64):
 
 @pytest.fixture
 def listed(tmp_path):
-    """Layout 1, one folder down; a name without an image, an image that is not listed, boxes with
-    and without a type.
-    """
+    """Layout 1, one folder down: a name without an image, an image not listed, two kinds of box."""
     root = tmp_path / "set" / "Defect-Detection"
     names = ["BF X500K, 06 (2).jpg", "grid1 100kx 3.jpg", "onzone 7.jpg", "lost.jpg"]
     for seed, name in enumerate(names[:3]):
@@ -50,9 +45,7 @@ def listed(tmp_path):
 
 @pytest.fixture
 def positive(tmp_path):
-    """Layout 2: ImageJ tables as .xls, 1-based boxes, a folder of augmented copies larger than the
-    set.
-    """
+    """Layout 2: ImageJ tables as .xls, 1-based boxes, more augmented copies than micrographs."""
     root = tmp_path / "matlab"
     write_image(root / "positive" / "a 300kx.jpg", 1, side=1024)
     write_image(root / "positive" / "b 70kx.jpg", 2)
@@ -140,49 +133,10 @@ def test_what_is_unknown_is_refused_politely(tmp_path, listed):
 # ---------------------------------------------------------------- download
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """The search index and the file server; breaks off the first answer for each file in `broken`,
-    once.
-    """
-
-    def do_GET(self):
-        server, path = self.server, urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        server.asked.append((path, self.headers.get("Range")))
-        if path == "/search":
-            offset = int(urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)["offset"][0])
-            page = server.pages[min(offset, len(server.pages) - 1)]
-            return self.answer(json.dumps(page).encode())
-        if path not in server.files:
-            return self.send_error(404)
-        content, start = server.files[path], 0
-        if (asked := self.headers.get("Range")) and self.headers.get("If-Range") == '"1"':
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
-        cut = len(content) // 2 if path in server.broken else len(content)
-        server.broken.discard(path)
-        return self.answer(content[start:], 206 if start else 200, cut)
-
-    def answer(self, content, status=200, cut=None):
-        self.send_response(status)
-        self.send_header("ETag", '"1"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[:cut])
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.files, server.broken = [], {}, set()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with FileServer({}) as server:
+        yield server
 
 
 ROOT = "/mdf_open/some place/"
@@ -217,6 +171,13 @@ def published(server, listed):
         {"content": [{"mdf": mdf, "files": records}, another]},
     ]
     server.pages = [{"gmeta": [result], "total": 2} for result in pages]
+
+    def search(query):
+        return json.dumps(
+            server.pages[min(int(query["offset"][0]), len(server.pages) - 1)]
+        ).encode()
+
+    server.files["/search"] = search
     return server
 
 
@@ -228,7 +189,7 @@ def fetch(server, folder):
 
 def test_download_resumes_checks_and_unpacks(published, listed, tmp_path):
     image = ROOT + "images/BF X500K, 06 (2).jpg"
-    published.broken = {image}
+    published.stop_after[image] = len(published.files[image]) // 2
     fetch(published, tmp_path / "fetched")
     ranges = [asked for path, asked in published.asked if path == image]
     assert ranges == [None, f"bytes={len(published.files[image]) // 2}-"]

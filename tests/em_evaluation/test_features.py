@@ -1,11 +1,9 @@
 """Extractors against their packages, their weights over a real connection, and a cache that never mixes."""
 
 import hashlib
-import http.server
 import os
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from em_evaluation import inception
 from em_evaluation.feature_cache import compute_features
 from em_evaluation.features import EfficientNetLite0, Extractor, get_extractor
 from em_evaluation.inception import find_weights, fuse_inception
+from support.file_server import FileServer
 
 
 @pytest.fixture(scope="module")
@@ -283,82 +282,51 @@ def test_folded_inception_reads_one_channel_and_equals_three():
 # ---------------------------------------------------------------- download
 
 
-class Server:
-    """A file over loopback HTTP with ranges and an ETag; `stop_after` cuts connections short."""
-
-    def __init__(self, content):
-        self.content, self.etag, self.stop_after, self.requests = content, '"1"', None, []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.headers.get("Range"))
-                start = 0
-                if self.headers.get("Range") and self.headers.get("If-Range") == outer.etag:
-                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-                body = outer.content[start:]
-                self.send_response(206 if start else 200)
-                self.send_header("ETag", outer.etag)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: outer.stop_after])
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/inception.pt"
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
+FILE = "/inception.pt"
 
 
 @pytest.fixture
 def server(torchscript_file):
-    server = Server(torchscript_file.read_bytes())
-    yield server
-    server.close()
+    with FileServer({FILE: torchscript_file.read_bytes()}) as server:
+        yield server
 
 
 def test_weights_are_downloaded_once_into_the_users_cache(server, images, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = server.url, hashlib.sha256(server.content).hexdigest()[:8]
+    source = server.url + FILE, hashlib.sha256(server.files[FILE]).hexdigest()[:8]
     monkeypatch.setitem(inception.INCEPTION_WEIGHTS, "clean", source)
     first = get_extractor("inception")(images)
     assert torch.equal(get_extractor("inception")(images), first)
-    assert len(server.requests) == 1
+    assert len(server.asked) == 1
     folder = tmp_path / "em-synthesis" / "weights"
-    assert (folder / "inception.pt").read_bytes() == server.content
+    assert (folder / "inception.pt").read_bytes() == server.files[FILE]
     assert not list(folder.glob("*.part"))
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
-    server.stop_after = 1000
+    server.stop_after[FILE] = 1000
     with pytest.raises(ConnectionError, match=r"annot download http://127.*--weights"):
-        find_weights(server.url, cache_dir=tmp_path)
+        find_weights(server.url + FILE, cache_dir=tmp_path)
     assert not (tmp_path / "weights" / "inception.pt").exists()
-    server.stop_after = None
-    assert find_weights(server.url, cache_dir=tmp_path).read_bytes() == server.content
-    assert server.requests == [None, "bytes=1000-"]
+    assert find_weights(server.url + FILE, cache_dir=tmp_path).read_bytes() == server.files[FILE]
+    assert server.asked == [(FILE, None), (FILE, "bytes=1000-")]
 
 
 def test_a_file_that_changed_meanwhile_is_not_pieced_together(server, tmp_path):
-    server.stop_after = 1000
+    server.stop_after[FILE] = 1000
     with pytest.raises(ConnectionError):
-        find_weights(server.url, cache_dir=tmp_path)
-    server.content, server.etag, server.stop_after = bytes(reversed(server.content)), '"2"', None
-    assert find_weights(server.url, cache_dir=tmp_path).read_bytes() == server.content
+        find_weights(server.url + FILE, cache_dir=tmp_path)
+    server.files[FILE], server.etag = bytes(reversed(server.files[FILE])), '"2"'
+    assert find_weights(server.url + FILE, cache_dir=tmp_path).read_bytes() == server.files[FILE]
 
 
 def test_a_wrong_digest_leaves_no_file(server, tmp_path):
     with pytest.raises(ValueError, match="damaged or replaced"):
-        find_weights(server.url, "0" * 64, cache_dir=tmp_path)
+        find_weights(server.url + FILE, "0" * 64, cache_dir=tmp_path)
     assert not [path for path in (tmp_path / "weights").iterdir() if path.name[0] != "."]
 
 
 def test_without_a_network_the_error_names_url_and_flag(server, tmp_path):
     server.close()
     with pytest.raises(ConnectionError, match=rf"{server.url}.*--weights.*efficientnet-lite0"):
-        find_weights(server.url, cache_dir=tmp_path, log=lambda text: None)
+        find_weights(server.url + FILE, cache_dir=tmp_path, log=lambda text: None)
