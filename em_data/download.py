@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -74,14 +75,14 @@ def find_mismatch(path, *, num_bytes=None, sha256=None, sha512=None) -> str | No
 def _fetch_part(url, part, etag_file, num_tries):
     for left in reversed(range(num_tries)):
         try:
-            return _fetch(url, part, etag_file)
+            _fetch(url, part, etag_file)
+            return
         except OSError as error:  # urllib's errors are OSErrors
             if not left or getattr(error, "code", None) in IS_FINAL:
                 raise ConnectionError(
                     f"cannot download {url} ({error}). Run the same command again to go on where "
                     "it stopped."
                 ) from error
-    return None
 
 
 def _fetch(url, part, etag_file):
@@ -97,7 +98,7 @@ def _fetch(url, part, etag_file):
         if error.code != 416 or not offset:  # 416: the range starts beyond the end
             raise
         part.unlink()
-        offset, response = 0, urllib.request.urlopen(url, timeout=TIMEOUT)
+        return _fetch(url, part, etag_file)
     with contextlib.closing(response):
         if response.status != 206:
             offset = 0
@@ -106,12 +107,11 @@ def _fetch(url, part, etag_file):
                 etag_file.write_text(etag)
         length = response.headers.get("Content-Length")
         total = None if length is None else offset + int(length)
-        bar = {"unit": "B", "unit_scale": True, "desc": part.stem, "leave": False}
+        bar = {"total": total, "initial": offset, "desc": part.stem, "leave": False}
         with (
             open(part, "ab" if offset else "wb") as file,
-            tqdm(total=total, initial=offset, **bar) as progress,
+            tqdm.wrapattr(response, "read", **bar) as body,
         ):
-            while block := response.read(1 << 20):
-                progress.update(file.write(block))
+            shutil.copyfileobj(body, file, 2**20)
     if total is not None and part.stat().st_size != total:
         raise ConnectionError(f"connection closed after {part.stat().st_size} of {total} bytes")
