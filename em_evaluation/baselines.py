@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import to_json
 
 
 def read_baselines(path) -> dict | None:

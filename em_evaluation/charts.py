@@ -7,13 +7,48 @@ import re
 
 import numpy as np
 
-from em_evaluation.curve_names import HIDDEN, name_curve
 from em_evaluation.numbers import format_interval
 from em_evaluation.wording import find_level, find_metric
 
 INK = "#010203"  # becomes the colour of the page's text
 ACCENTS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 PANEL_INCHES = (3.9, 2.6)
+HIDDEN = ("num_images_seen", "train_seconds", "images_per_second")  # of a log: no curves
+CURVES = {  # key: title, unit
+    "loss": ("Training loss", ""),
+    "l1": ("Reconstruction error (L1)", "grey levels in [-1, 1]"),
+    "l2": ("Reconstruction error (L2)", "grey levels squared"),
+    "perceptual": ("Perceptual error", ""),
+    "kl": ("KL divergence of the latents", "nats"),
+    "commitment": ("Commitment loss", ""),
+    "learning_rate": ("Learning rate", ""),
+    "gradient_norm": ("Norm of the gradient", ""),
+    "held_out_loss": ("Loss on held-out images", ""),
+    "held_out_loss_q1": ("Held-out loss, least noise", ""),
+    "held_out_loss_q2": ("Held-out loss, little noise", ""),
+    "held_out_loss_q3": ("Held-out loss, much noise", ""),
+    "held_out_loss_q4": ("Held-out loss, most noise", ""),
+    "held_out_l1": ("Held-out reconstruction error (L1)", "grey levels in [-1, 1]"),
+    "held_out_psnr": ("Held-out reconstruction (PSNR)", "dB"),
+    "held_out_ssim": ("Held-out reconstruction (SSIM)", "1 is perfect"),
+    "held_out_spectrum_error_db": ("Held-out error of the power spectrum", "dB"),
+    "held_out_frechet_distance": ("Frechet distance to held-out images", ""),
+    "codebook_usage": ("Share of codes in use", ""),
+    "codebook_perplexity": ("Codes in even use (perplexity)", "codes"),
+    "codes_revived": ("Unused codes that were replaced", "codes"),
+    "loss_G": ("Loss of the generator", ""),
+    "loss_D": ("Loss of the discriminator", ""),
+    "scores_real": ("Discriminator on real images", "logit"),
+    "scores_fake": ("Discriminator on generated images", "logit"),
+    "gradient_norm_G": ("Norm of the generator's gradient", ""),
+    "gradient_norm_D": ("Norm of the discriminator's gradient", ""),
+    "learning_rate_G": ("Learning rate of the generator", ""),
+    "learning_rate_D": ("Learning rate of the discriminator", ""),
+    "r1": ("Gradient penalty (R1)", ""),
+    "path_length": ("Path length of the generator", ""),
+    "path_length_penalty": ("Path length penalty", ""),
+    "augmentation_probability": ("Probability of augmentation", ""),
+}
 
 
 def colour_of(number: int) -> str:
@@ -23,8 +58,6 @@ def colour_of(number: int) -> str:
 
 def draw_distances(report: dict) -> str:
     """Draw the Frechet distances of models and levels with intervals, on a logarithmic axis."""
-    from matplotlib import ticker
-
     names = [(model["name"], model["name"], True) for model in report["models"]]
     names += [(level["key"], level["title"], False) for level in report["levels"]]
     rows = [(title, find_metric(report, key), is_model) for key, title, is_model in names]
@@ -45,10 +78,7 @@ def draw_distances(report: dict) -> str:
             )  # fmt: skip
         axes.set_yticks([])
         axes.set_ylim(-0.5, len(rows) - 0.2)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=9))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        _use_log_axis(axes, numticks=9)
         axes.set_xlabel("Frechet distance (lower is closer to real)")
         axes.grid(axis="x", which="major", alpha=0.2)
         axes.spines["left"].set_visible(False)
@@ -66,20 +96,17 @@ def draw_curves(lines: list[dict]) -> list[str]:
     for name in names:
         points = [(line.get("num_images_seen", i), line.get(name)) for i, line in enumerate(lines)]
         points = [(x, y) for x, y in points if isinstance(y, int | float)]
-        title, unit = name_curve(name)
+        title, unit = CURVES.get(name, (name.replace("_", " ").capitalize(), ""))
         x, y = np.array(points, float).T
+        # an axis from zero shows truly a curve that changes little
+        from_zero = bool(y.min() >= 0 and y.max() > 0 and y.min() > 0.5 * y.max())
         charts.append(
             draw_panel(
                 [("", x, y, {"color": ACCENTS[0]})], title=title, y_label=unit,
-                x_label="training images seen", from_zero=_is_flat(y), label=title,
+                x_label="training images seen", from_zero=from_zero, label=title,
             )
         )  # fmt: skip
     return charts
-
-
-def _is_flat(y) -> bool:
-    """Return whether a curve changes so little that an axis from zero shows it truly."""
-    return bool(y.min() >= 0 and y.max() > 0 and y.min() > 0.5 * y.max())
 
 
 def draw_panel(
@@ -97,10 +124,7 @@ def draw_panel(
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.2)
         if log_x:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            _use_log_axis(axes)
         else:
             axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
@@ -112,6 +136,15 @@ def draw_panel(
         if any(name for name, *_ in lines):
             axes.legend(frameon=False, fontsize=8)
         return _to_svg(figure, label)
+
+
+def _use_log_axis(axes, **options):
+    from matplotlib import ticker
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), **options))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def draw_overview(report: dict, pictures: list[dict], num_columns=4) -> bytes:

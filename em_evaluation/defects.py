@@ -85,20 +85,12 @@ def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
     settings = settings or DetectorSettings()
     unit_px = 1.0 if pixel_size_nm is None else 1.0 / pixel_size_nm
     factor = choose_factor(images.shape[1:], pixel_size_nm)
-    found = []
+    found, scale = [], unit_px / factor
     for start in range(0, max(len(images), 1), BLOCK):
         block = _average(images[start : start + BLOCK], factor)
-        found.append(
-            _measure(
-                *_segment(block, unit_px / factor, settings), unit_px / factor, settings, start
-            )
-        )
-    found = Defects(
-        *(
-            np.concatenate([getattr(each, name) for each in found])
-            for name in Defects.__dataclass_fields__
-        )
-    )
+        found.append(_measure(*_segment(block, scale, settings), scale, settings, start))
+    names = Defects.__dataclass_fields__
+    found = Defects(*(np.concatenate([getattr(each, name) for each in found]) for name in names))
     found.box_px[...] *= factor
     found.centre_px[...] = (found.centre_px + 0.5) * factor - 0.5
     return found
@@ -204,11 +196,7 @@ def _separate(dark, holes, num_steps):
     objects = holes.copy()
     for step in range(num_steps):
         footprint = IN_PLANE_4 if step % 2 else IN_PLANE_8
-        grown = (
-            ndimage.grey_dilation(objects, footprint=footprint[1:2])
-            if step % 2
-            else ndimage.maximum_filter(objects, (1, 3, 3))
-        )
+        grown = ndimage.grey_dilation(objects, footprint=footprint[1:2])
         objects = np.where((objects == 0) & dark, grown, objects)
     labels, _ = ndimage.label(dark & (objects == 0), IN_PLANE_8)
     return np.where(objects > 0, objects, np.where(labels > 0, labels + holes.max(), 0))
@@ -228,23 +216,20 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
     area = np.bincount(label, minlength=num)
     centre_y, centre_x = total(y) / area, total(x) / area
     dy, dx = y - centre_y[label], x - centre_x[label]
+    # 1 / 12 of whole pixels
     yy, xx, xy = (
         total(dy * dy) / area + 1 / 12,
         total(dx * dx) / area + 1 / 12,
         total(dx * dy) / area,
-    )  # of whole pixels
-    mean, half = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-    major, minor = (
-        4 * np.sqrt(mean + half) / unit_px,
-        4 * np.sqrt(np.maximum(mean - half, 0)) / unit_px,
     )
+    mean, half = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+    major = 4 * np.sqrt(mean + half) / unit_px
+    minor = 4 * np.sqrt(np.maximum(mean - half, 0)) / unit_px
     angle = (0.5 * np.arctan2(2 * xy, xx - yy)) % np.pi
-    box = np.zeros((num, 4), int)
-    box[:, :2] = (height, width)
-    np.minimum.at(box[:, 0], label, y)
-    np.minimum.at(box[:, 1], label, x)
-    np.maximum.at(box[:, 2], label, y + 1)
-    np.maximum.at(box[:, 3], label, x + 1)
+    boxes = [each for each in ndimage.find_objects(objects) if each]
+    sides = ((i.start, y.start, x.start, y.stop, x.stop) for i, y, x in boxes)
+    first, *box = np.array([*sides], int).reshape(-1, 5).T
+    box = np.stack(box, 1)
     is_cut = (box[:, :2] == 0).any(1) | (box[:, 2] == height) | (box[:, 3] == width)
     # unlike that of an ellipse, the width of a wavy line follows from its area
     diagonal = np.hypot(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]) / unit_px
@@ -256,23 +241,12 @@ def _measure(objects, num_with_hole, unit_px, settings, first_image):
         & (length / mean_width >= settings.slender)
     )
     is_dot = ~is_line & (major < settings.dot)
-    kind = np.select(
-        [is_line, is_dot], [KINDS.index("line"), KINDS.index("dot")], KINDS.index("loop")
-    )
+    loop, dot, line = range(len(KINDS))
+    kind = np.select([is_line, is_dot], [line, dot], loop)
     length = np.where(is_line, length, major)
-    first = np.zeros(num, int)
-    first[label] = image
-    found = Defects(
-        first + first_image,
-        kind,
-        box,
-        np.stack([centre_y, centre_x], 1),
-        major,
-        minor,
-        length,
-        angle,
-        is_cut,
-    )
+    centre = np.stack([centre_y, centre_x], 1)
+    image = first + first_image
+    found = Defects(image, kind, box, centre, major, minor, length, angle, is_cut)
     return found.select(np.argsort(found.image, kind="stable"))
 
 

@@ -13,7 +13,7 @@ from em_evaluation.environment import describe_environment
 from em_evaluation.feature_cache import content_digest
 from em_evaluation.feature_metrics import check_metrics
 from em_evaluation.images import ImageSet, ModelImages, note_few_micrographs, read_images
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import to_json
 from em_evaluation.levels import LEVELS, LevelName, Sets, make_levels
 from em_evaluation.measure_features import measure_features
 from em_evaluation.memorisation import measure_memorisation

@@ -1,9 +1,9 @@
 """The metrics that rest on features: what each is, and how it is measured with its interval."""
 
-from em_evaluation.clip_distance import cmmd_influence
 from em_evaluation.distances import (
     Distance,
     bootstrap_interval,
+    cmmd_influence,
     frechet_influence,
     kernel_influence,
 )

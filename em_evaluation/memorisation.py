@@ -9,8 +9,7 @@ from em_data.intensity import from_uint
 from em_data.views import ELEMENTS, apply_symmetry
 from em_evaluation.bootstrap import compare_means, histogram_of_values, resample_means
 from em_evaluation.feature_cache import compute_features
-from em_evaluation.interval import Interval
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import Interval, to_json
 from em_evaluation.nearest import MAX_SHIFT_PX, SMOOTHING_PX, TileReader, align, find_nearest
 
 COPY_RATIO = 0.5  # a copy is nearer than half of the median distance of held-out tiles

@@ -22,7 +22,3 @@ class Metric:
     least: int = 2
     needs_unit_norm: bool = False
     function: Callable | None = None
-
-    @property
-    def name_with_unit(self) -> str:
-        return f"{self.label}, {self.unit}" if self.unit else self.label

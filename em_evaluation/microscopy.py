@@ -27,8 +27,7 @@ from em_evaluation.defects import (
     histogram_by_image,
     sum_by_image,
 )
-from em_evaluation.interval import Interval
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import Interval, to_json
 from em_evaluation.levels import Sets
 from em_evaluation.metric import Metric
 from em_evaluation.micrograph_statistics import (

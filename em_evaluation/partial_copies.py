@@ -14,7 +14,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from em_data.views import ELEMENTS, apply_symmetry
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import to_json
 from em_evaluation.memorisation import share_interval
 from em_evaluation.nearest import SMOOTHING_PX, TileReader, _average, _standardise
 

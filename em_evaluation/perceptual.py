@@ -18,7 +18,25 @@ VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 BLOCKS_OF_LAYER = (1, 3, 5, 11)
 
 
-class PerceptualDistance(nn.Module):
+class FrozenDistance(nn.Module):
+    """A distance between feature maps, which is never trained."""
+
+    def forward(self, images, targets):
+        """Return the distance of `images` to `targets`, both [B, 1, H, W] in [-1, 1], a scalar.
+
+        It is the mean over images. No gradient flows to `targets`.
+        """
+        with torch.no_grad():
+            target_features = self.features(targets)
+        pairs = zip(self.features(images), target_features)
+        return self.average([(a - b).square() for a, b in pairs])
+
+    def train(self, mode=True):
+        """Stay in evaluation mode: nothing here is trained."""
+        return super().train(False)
+
+
+class PerceptualDistance(FrozenDistance):
     """Distance between feature maps of EfficientNet-Lite0 (ImageNet weights) of 1-channel images.
 
     At each of the first `num_layers` resolutions, the feature vector at every position is divided
@@ -52,22 +70,11 @@ class PerceptualDistance(nn.Module):
             features.append(F.normalize(x.float(), dim=1, eps=1e-6))
         return features
 
-    def forward(self, images, targets):
-        """Return the distance of `images` to `targets`, both [B, 1, H, W] in [-1, 1], a scalar.
-
-        No gradient flows to `targets`.
-        """
-        with torch.no_grad():
-            target_features = self.features(targets)
-        pairs = zip(self.features(images), target_features)
-        return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
-
-    def train(self, mode=True):
-        """Stay in evaluation mode: nothing here is trained."""
-        return super().train(False)
+    def average(self, squares):
+        return torch.stack([each.sum(dim=1).mean() for each in squares]).mean()
 
 
-class LPIPSDistance(nn.Module):
+class LPIPSDistance(FrozenDistance):
     """LPIPS (Zhang et al. 2018, arXiv:1801.03924, equation 1, version 0.1) on VGG16.
 
     A grey image fills the three channels. The channel weights come with the package `lpips`, the
@@ -101,19 +108,9 @@ class LPIPSDistance(nn.Module):
         maps = self.network(self.scaling(images.expand(-1, 3, -1, -1)))
         return [F.normalize(x.float(), dim=1, eps=1e-10) for x in maps]
 
-    def forward(self, images, targets):
-        """Return the distance of `images` to `targets`, both [B, 1, H, W] in [-1, 1], a scalar.
-
-        It is the mean over images. No gradient flows to `targets`.
-        """
-        with torch.no_grad():
-            target_features = self.features(targets)
-        pairs = zip(self.features(images), target_features, self.channel_weights)
-        return torch.stack([weigh((a - b).square()).float().mean() for a, b, weigh in pairs]).sum()
-
-    def train(self, mode=True):
-        """Stay in evaluation mode: nothing here is trained."""
-        return super().train(False)
+    def average(self, squares):
+        pairs = zip(squares, self.channel_weights)
+        return torch.stack([weigh(each).float().mean() for each, weigh in pairs]).sum()
 
 
 def _load_vgg16_features() -> dict:

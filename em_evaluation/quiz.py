@@ -32,11 +32,16 @@ def make_quiz(pictures, seed=0) -> dict | None:
     origins = [""] * (share * len(models)) + [name for name, _ in models for _ in range(share)]
     order = np.random.default_rng(seed).permutation(len(images))
     strip = np.concatenate([images[i] for i in order], axis=1)  # uint8 [H, N W]
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(strip, "L").save(buffer, "PNG", optimize=True)
     return {
-        "uri": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "uri": encode_png(strip, "L"),
         "height": strip.shape[0],
         "width": strip.shape[1] // len(images),
         "origins": [origins[i] for i in order],
     }
+
+
+def encode_png(pixels: np.ndarray, mode: str) -> str:
+    """Return pixels as a data URI with a PNG."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels, mode).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,14 +1,11 @@
 """The report: one self-contained page and the JSON that all of its numbers come from."""
 
-import base64
-import io
 import json
 import math
 from pathlib import Path
 
 import jinja2
 import numpy as np
-import PIL.Image
 
 from em_data.files import write_atomically
 from em_data.views import SYMMETRIES
@@ -24,7 +21,7 @@ from em_evaluation.numbers import (
     format_number,
     format_percent,
 )
-from em_evaluation.quiz import make_quiz
+from em_evaluation.quiz import encode_png, make_quiz
 
 GAP_PX = 1  # between the tiles of a grid
 FIRST_TABLE = ("frechet_distance", "precision", "recall")
@@ -168,12 +165,10 @@ def make_figure(picture: dict, pixel_size_nm, num_columns=4) -> dict:
         top, left = (i // num_columns) * step_y, (i % num_columns) * step_x
         grid[top : top + height, left : left + width, 0] = image
         grid[top : top + height, left : left + width, 1] = 255
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(grid, "LA").save(buffer, "PNG", optimize=True)
     title, caption = picture["title"], picture["caption"]
     return {
         **{key: picture[key] for key in ("key", "title", "caption")},
-        "uri": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "uri": encode_png(grid, "LA"),
         "width": grid.shape[1],
         "height": grid.shape[0],
         "alt": f"{num} images of {height} by {width} pixels: {title}, {caption}",

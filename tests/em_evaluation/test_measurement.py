@@ -22,8 +22,7 @@ from em_evaluation.feature_metrics import (
     measure_values,
 )
 from em_evaluation.images import ImageSet
-from em_evaluation.interval import Interval
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import Interval, to_json
 from em_evaluation.levels import ReferenceLevel, Sets
 from em_evaluation.pictures import choose_pictures, choose_unseen
 from em_evaluation.quiz import make_quiz

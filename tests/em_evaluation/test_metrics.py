@@ -4,9 +4,10 @@ import mpmath
 import numpy as np
 import pytest
 
-from em_evaluation.clip_distance import cmmd, cmmd_influence
 from em_evaluation.distances import (
     bootstrap_interval,
+    cmmd,
+    cmmd_influence,
     frechet_distance,
 )
 from em_evaluation.extrapolation import (

@@ -10,8 +10,8 @@ import pytest
 import scipy
 import torch
 
-from em_evaluation.clip_distance import cmmd
 from em_evaluation.distances import (
+    cmmd,
     frechet_distance,
     kernel_distance,
 )

@@ -18,7 +18,7 @@ from em_evaluation.charts import draw_overview
 from em_evaluation.evaluator import RealImages
 from em_evaluation.features import Extractor
 from em_evaluation.images import select_views
-from em_evaluation.json_values import to_json
+from em_evaluation.interval import to_json
 from em_evaluation.levels import LEVELS
 from em_evaluation.numbers import format_duration, format_interval, format_number
 from em_evaluation.report import make_scale_bar, render_page
