@@ -82,27 +82,21 @@ def encode_classes(class_labels, num_classes, batch_size, like):
     class_labels: Integers [B], one integer for all, or rows of weights [B, num_classes]. Raises
     `ValueError` if they are missing, out of range, or given to a network without classes.
     """
+    labels = torch.as_tensor([] if class_labels is None else class_labels, device=like.device)
     if num_classes == 0:
-        if class_labels is not None and torch.as_tensor(class_labels).numel() > 0:
+        if labels.numel() > 0:
             raise ValueError("This network has no classes. Leave class_labels out.")
         return None
-    wanted = (
-        f"class_labels are integers [B] from 0 to {num_classes - 1}, or rows [B, {num_classes}]"
-    )
-    if class_labels is None:
-        raise ValueError(
-            f"This network has {num_classes} classes. Give class_labels, integers [B]."
-        )
-    labels = torch.as_tensor(class_labels, device=like.device)
     if labels.ndim == 0:
         labels = labels.expand(batch_size)
-    if labels.ndim == 1 and not labels.is_floating_point():
-        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(f"{wanted}; got {labels.tolist()}.")
+    is_index = labels.ndim == 1 and labels.numel() > 0 and not labels.is_floating_point()
+    if is_index and 0 <= labels.min() <= labels.max() < num_classes:
         labels = F.one_hot(labels.long(), num_classes)
     if labels.shape != (batch_size, num_classes):
         raise ValueError(
-            f"{wanted}, for B = {batch_size}; got {list(labels.shape)} of {labels.dtype}."
+            f"This network has {num_classes} classes. Give class_labels as integers [{batch_size}] "
+            f"from 0 to {num_classes - 1}, or as rows [{batch_size}, {num_classes}]; got "
+            f"{class_labels}."
         )
     return labels.to(like.dtype)
 

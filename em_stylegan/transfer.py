@@ -1,9 +1,11 @@
 """Weights to start from: another run's, or an official checkpoint's that was converted."""
 
+from copy import deepcopy
 from pathlib import Path
 
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.networks import create_networks
 from em_training import list_checkpoints, load_checkpoint, load_config
 
 SIZES = ("mapping_depth", "z_dim", "w_dim", "channel_base", "max_channels")
@@ -45,99 +47,76 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     """
     folder = Path(config.init_from)
     if (folder / "stylegan" / "checkpoints").is_dir():
-        found = _from_run(folder)
+        found, note = _load_run(folder, type(model))
     else:
-        found = _from_converted(folder, type(model))
-    weights = {name: _fit(found[name], model, _generator_to_grey) for name in ("model", "ema")}
-    weights["discriminator"] = None
-    if found["discriminator"] is not None:
-        weights["discriminator"] = _fit(
-            found["discriminator"], discriminator, _discriminator_to_grey
-        )
-    problems = _compare(weights["ema"], model, "generator") + _compare(
-        weights["discriminator"], discriminator, "discriminator"
-    )
-    for name, network in (("generator", model), ("discriminator", discriminator)):
-        problems += _compare_options(found["options"].get(name, {}), network.config, name)
+        found, note = _load_converted(folder, type(model)), ""
+    weights: dict = {name: None for name in found}
+    problems = []
+    for name, ours, kind, to_grey in (
+        ("model", model, "generator", _generator_to_grey),
+        ("ema", model, "generator", _generator_to_grey),
+        ("discriminator", discriminator, "discriminator", _discriminator_to_grey),
+    ):
+        if found[name] is not None:
+            weights[name] = _fit(found[name].state_dict(), ours, to_grey)
+            if name != "model":  # it has the shapes of its average
+                problems += _compare(weights[name], ours, kind)
+                problems += _compare_options(found[name].config, ours.config, kind)
     if problems:
         raise ValueError(
-            f"init_from {folder} has other networks than this run: {'; '.join(problems)}."
-            f"{found['advice']}"
+            f"init_from {folder} has other networks than this run: {'; '.join(problems)}. "
+            f"Train with its sizes: {_list_flags(found['ema'], found['discriminator'])}"
         )
-    say(f"starting from the weights of {folder}{found['note']}")
+    say(f"starting from the weights of {folder}{note}")
     if weights["discriminator"] is None:
         say(f"{folder} has no discriminator (D): it starts at random")
     return weights
 
 
-def _from_run(folder):
+def _load_run(folder, generator_type):
+    """Return the networks of a run's last checkpoint, and what to say of it."""
     paths = list_checkpoints(folder / "stylegan" / "checkpoints")
     if not paths:
         raise ValueError(
             f"The run in {folder} has no checkpoint yet to start from. Let it train on, or give "
             "another --init-from."
         )
-    saved, config = load_checkpoint(paths[-1]), load_config(StyleGANConfig, folder / "config.json")
-    sizes = {
-        f"generator.{name}": getattr(config.generator, name) for name in ("architecture", *SIZES)
-    }
-    sizes |= {f"discriminator.{name}": getattr(config.discriminator, name) for name in SIZES[3:]}
-    return {
-        **{name: saved["state"][name] for name in ("model", "discriminator", "ema")},
-        "options": {
-            "generator": {},
-            "discriminator": {"architecture": config.discriminator.architecture},
-        },
-        "note": f" at {saved['num_images_seen']:,} images",
-        "advice": _advise({"tiles.resolution": config.tiles.resolution, **sizes}),
-    }
+    saved = load_checkpoint(paths[-1])
+    model, discriminator = create_networks(load_config(StyleGANConfig, folder / "config.json"))
+    _check_type(folder, type(model).__name__, generator_type)
+    found = {"model": model, "ema": deepcopy(model), "discriminator": discriminator}
+    for name, network in found.items():
+        network.load_state_dict(saved["state"][name])
+    return found, f" at {saved['num_images_seen']:,} images"
 
 
-def _from_converted(folder, generator_type):
-    def load(name, kind):
-        return (
-            kind.from_pretrained(folder / name)
-            if (folder / name / "config.json").is_file()
-            else None
-        )
-
-    average = _load_generator(folder / "G_ema", generator_type)
-    model = _load_generator(folder / "G", generator_type)
+def _load_converted(folder, generator_type):
+    """Return the networks of a folder that `load_official` has written."""
+    average, model = (_load(folder / name, generator_type) for name in ("G_ema", "G"))
     if average is None and model is None:
         raise ValueError(
             f"init_from {folder} is neither the folder of a run (with stylegan/checkpoints) nor a "
             "folder with G_ema, G or D, written by `python -m em_stylegan.load_official IN.pkl "
             "OUT_DIR`."
         )
-    average, model = average or model, model or average
-    discriminator = load("D", StyleGANDiscriminator)
-    config = average.config
-    sizes = {f"generator.{name}": config[name] for name in SIZES}
-    if discriminator is not None:
-        sizes |= {f"discriminator.{name}": discriminator.config[name] for name in SIZES[3:]}
-    return {
-        "model": model.state_dict(),
-        "ema": average.state_dict(),
-        "discriminator": None if discriminator is None else discriminator.state_dict(),
-        "options": {
-            "generator": dict(average.config),
-            "discriminator": {} if discriminator is None else dict(discriminator.config),
-        },
-        "note": "",
-        "advice": _advise({"tiles.resolution": config["resolution"], **sizes}),
-    }
+    discriminator = _load(folder / "D", StyleGANDiscriminator)
+    return {"model": model or average, "ema": average or model, "discriminator": discriminator}
 
 
-def _load_generator(path, generator_type):
+def _load(path, network_type):
+    """Load a network, or return None if there is none."""
     if not (path / "config.json").is_file():
         return None
-    name = generator_type.load_config(path)["_class_name"]
-    if name != generator_type.__name__:
+    _check_type(path, network_type.load_config(path)["_class_name"], network_type)
+    return network_type.from_pretrained(path)
+
+
+def _check_type(path, name, wanted):
+    if name != wanted.__name__:
         raise ValueError(
-            f"{path} holds a {name}, but this run trains a {generator_type.__name__}; set "
+            f"{path} holds a {name}, but this run trains a {wanted.__name__}; set "
             "generator.architecture."
         )
-    return generator_type.from_pretrained(path)
 
 
 def _fit(state, network, to_grey):
@@ -170,18 +149,16 @@ def _discriminator_to_grey(tensor, expected):
 
 def _compare(state, network, name):
     """List what differs between weights and a network, as at most one sentence."""
-    if state is None:
-        return []
     expected = network.state_dict()
     other = [key for key in state if key in expected and state[key].shape != expected[key].shape]
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if not (other or missing or unknown):
-        return []
     parts = [
         f"{len(keys)} tensors {what}"
         for keys, what in ((other, "of another shape"), (missing, "missing"), (unknown, "too many"))
         if keys
     ]
+    if not parts:
+        return []
     key = next(iter(other), None)
     example = (
         f" (such as {key}: {list(state[key].shape)} for {list(expected[key].shape)})" if key else ""
@@ -199,6 +176,14 @@ def _compare_options(theirs, ours, name):
     return [f"the {name} was made with {', '.join(sorted(differing))}"] if differing else []
 
 
-def _advise(sizes):
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
-    return f" Train with its sizes: {flags}"
+def _list_flags(generator, discriminator):
+    """Return the flags of a run whose networks have the sizes of these."""
+    options = generator.config
+    kind = type(generator).__name__.removesuffix("Generator").lower()
+    if kind == "stylegan3":
+        kind += "-r" if options.radial_filters else "-t"
+    sizes = {"tiles.resolution": options.resolution, "generator.architecture": kind}
+    sizes |= {f"generator.{name}": options[name] for name in SIZES}
+    if discriminator is not None:
+        sizes |= {f"discriminator.{name}": discriminator.config[name] for name in SIZES[3:]}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
