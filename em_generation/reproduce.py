@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from em_generation.candidates import Candidate
 
@@ -22,20 +23,12 @@ def list_commands(config, candidates: Sequence[Candidate]) -> list[str]:
         if candidate.model is not None:
             commands += list_training(candidate)
     words = ["python evaluate.py --models"]
-    words += [quote(f"{each.name}={hide_path(each.source)}") for each in candidates]
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, default in defaults.items():
-        value = getattr(config, name)
-        if name in LOCAL or (value == default and name != "num_images"):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            words.append(" ".join([f"--{flag}", *(quote(hide_path(each)) for each in value)]))
-        else:
-            words.append(f"--{flag} {quote(hide_path(str(value)))}")
-    return [*commands, " ".join([*words, "--out", quote(hide_path(config.out))])]
+    words += [to_text(f"{each.name}={each.source}") for each in candidates]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in LOCAL and (value != field.default or field.name == "num_images"):
+            words.append(to_flag(field.name, value))
+    return [*commands, " ".join([*words, to_flag("out", config.out)])]
 
 
 def list_training(candidate: Candidate) -> list[str]:
@@ -59,16 +52,9 @@ def list_training(candidate: Candidate) -> list[str]:
     nearest = min(presets, key=lambda preset: len(changes(preset)))
     words = [f"python {family.script} {nearest}"]
     if values.get("data"):
-        words.append(f"--data {quote(hide_path(str(values['data'])))}")
-    for key, value in changes(nearest).items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            section, _, last = flag.rpartition(".")
-            prefix = f"{section}." if section else ""
-            words.append(f"--{prefix}{'' if value else 'no-'}{last}")
-        else:
-            words.append(f"--{flag} {to_text(value)}")
-    return [" ".join([*words, "--out", quote(hide_path(candidate.source))])]
+        words.append(to_flag("data", values["data"]))
+    words += [to_flag(key, value) for key, value in changes(nearest).items()]
+    return [" ".join([*words, to_flag("out", candidate.source)])]
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -82,15 +68,20 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def to_text(value) -> str:
-    """Return a value as it stands on a command line."""
+def to_flag(name: str, value: Any) -> str:
+    """Return a field and its value as they stand on a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        section, dot, last = flag.rpartition(".")
+        return f"--{section}{dot}{'' if value else 'no-'}{last}"
+    return f"--{flag} {to_text(value)}".rstrip()
+
+
+def to_text(value: Any) -> str:
+    """Return a value as it stands on a command line, without private paths."""
     if isinstance(value, list | tuple):
         return " ".join(to_text(each) for each in value)
-    return quote(hide_path(str(value)))
-
-
-def quote(text: str) -> str:
-    return shlex.quote(text)
+    return shlex.quote(hide_path(str(value)))
 
 
 def hide_path(text: str) -> str:
