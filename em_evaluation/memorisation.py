@@ -5,10 +5,10 @@ import time
 import numpy as np
 from scipy import stats
 
-from em_data.intensity import from_uint
 from em_data.views import ELEMENTS, apply_symmetry
 from em_evaluation.bootstrap import compare_means, histogram_of_values, resample_means
 from em_evaluation.feature_cache import compute_features
+from em_evaluation.images import ImageSet
 from em_evaluation.interval import Interval, to_json
 from em_evaluation.nearest import MAX_SHIFT_PX, SMOOTHING_PX, TileReader, align, find_nearest
 
@@ -126,29 +126,16 @@ def share_interval(count, total, level=0.95):
     return Interval(count / total, float(low), float(high))
 
 
-class _Levels:
-    """uint8 images [N, H, W], read by their numbers, as batches for an extractor."""
-
-    def __init__(self, length, read):
-        self.length, self.read = length, read
-
-    def __len__(self):
-        return self.length
-
-    def batch(self, ids):
-        return from_uint(self.read(np.asarray(ids))).unsqueeze(1)
-
-
 def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES, **options):
     """Return the distance in features of the first images of each set to the nearest tile, [N].
 
     Each image is tried under all eight symmetries, so that a flipped copy is found, too.
     """
 
-    def features_of(length, read):
-        return compute_features(_Levels(length, read), extractor, **options).astype(np.float64)
+    def features_of(images):
+        return compute_features(images, extractor, **options).astype(np.float64)
 
-    known = features_of(len(tiles), lambda ids: tiles[ids])  # [T, D]
+    known = features_of(tiles)  # [T, D]
     known_squared = (known**2).sum(1)
     distances = {}
     for key, images in sets.items():
@@ -156,7 +143,7 @@ def nearest_in_features(sets, tiles, extractor, num_queries=NUM_FEATURE_QUERIES,
         nearest = np.full(len(levels), np.inf)
         for name in ELEMENTS:
             turned = np.ascontiguousarray(apply_symmetry(levels, name))
-            asked = features_of(len(turned), lambda ids, turned=turned: turned[ids])
+            asked = features_of(ImageSet(turned[:, None]))
             squared = (asked**2).sum(1)[:, None] + known_squared[None] - 2 * asked @ known.T
             nearest = np.minimum(nearest, squared.min(1))
         distances[key] = np.sqrt(np.maximum(nearest, 0))

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -141,20 +142,16 @@ def _measure_defects(defects, shape, bins, pixel_size_nm):
     is_loop, is_dot = (defects.kind == KINDS.index(kind) for kind in ("loop", "dot"))
     length = defects.length / 1000 if pixel_size_nm else defects.length
     has_direction = is_loop & (defects.minor < ELONGATED * defects.major)
-    edges = np.linspace(0, 180, NUM_ANGLE_BINS + 1)
+    totals = {"loop": weights, "dot": weights, "line": length}
+    histogram = partial(histogram_by_image, defects, weights=weights, num_images=num)
+    angles, edges = np.degrees(defects.angle), np.linspace(0, 180, NUM_ANGLE_BINS + 1)
     return {
-        "loop_density": sum_by_image(defects, "loop", weights, num)[:, None] / area,
-        "dot_density": sum_by_image(defects, "dot", weights, num)[:, None] / area,
-        "line_density": sum_by_image(defects, "line", length, num)[:, None] / area,
-        "loop_size": histogram_by_image(
-            defects, is_loop, defects.major, weights, bins["size"], num
-        ),
-        "dot_size": histogram_by_image(
-            defects, is_dot, defects.major, weights, bins["dot_size"], num
-        ),
-        "loop_direction": histogram_by_image(
-            defects, has_direction, np.degrees(defects.angle), weights, edges, num
-        ),
+        f"{kind}_density": sum_by_image(defects, kind, values, num)[:, None] / area
+        for kind, values in totals.items()
+    } | {
+        "loop_size": histogram(is_loop, defects.major, edges=bins["size"]),
+        "dot_size": histogram(is_dot, defects.major, edges=bins["dot_size"]),
+        "loop_direction": histogram(has_direction, angles, edges=edges),
     }
 
 

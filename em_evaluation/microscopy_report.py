@@ -1,7 +1,6 @@
 """The report's section on electron microscopy: a coloured table, sentences and charts."""
 
 from em_evaluation.charts import colour_of, draw_panel
-from em_evaluation.numbers import format_interval
 from em_evaluation.wording import join_words, name_sets
 
 MERGED = {"loop_size": 4, "loop_direction": 3}  # bins that a chart shows as one
@@ -36,35 +35,30 @@ def view_microscopy(report: dict) -> dict | None:
         "models": models,
         "shown": [*models, *levels],
         "outcomes": OUTCOMES,
-        "has_real": any(level["kind"] == "real" for level in report["levels"]),
         "real": next((e["key"] for e in report["levels"] if e["kind"] == "real"), None),
-        "sentences": conclude_microscopy(section, names, models),
+        "sentences": conclude_microscopy(section, names),
         "detector": say_detector(section),
         "charts": draw_microscopy(section, names, ["held_out", *models, *texture]),
-        "properties": list_properties(section),
+        "properties": name_properties(section),
     }
 
 
-def conclude_microscopy(section: dict, names: dict[str, str], models: list[str]) -> list[str]:
+def conclude_microscopy(section: dict, names: dict[str, str]) -> list[str]:
     """Return what the numbers allow to say beyond the table.
 
     names: key -> title of the sets.
     """
     labels = {key: metric["label"] for key, metric in section["metrics"].items()}
-    sentences = []
-    for first in models:
-        for second in models:
-            rows = [
-                row
-                for row in section["comparisons"]
-                if (row["first"], row["second"]) == (first, second)
+    sentences, comparisons = [], section["comparisons"]
+    for first, second in dict.fromkeys((row["first"], row["second"]) for row in comparisons):
+        for order, near, far in (("closer", first, second), ("farther", second, first)):
+            measures = [
+                labels[row["metric"]]
+                for row in comparisons
+                if (row["first"], row["second"], row["first_is"]) == (first, second, order)
             ]
-            closer = [labels[row["metric"]] for row in rows if row["first_is"] == "closer"]
-            farther = [labels[row["metric"]] for row in rows if row["first_is"] == "farther"]
-            if closer:
-                sentences.append(f"{first} is closer than {second} in {join_words(closer)}.")
-            if farther:
-                sentences.append(f"{second} is closer than {first} in {join_words(farther)}.")
+            if measures:
+                sentences.append(f"{near} is closer than {far} in {join_words(measures)}.")
     for key, blind in section["blind_spots"].items():
         sentences.append(
             f"Not told apart from real tiles: {names.get(key, key)}, by "
@@ -98,10 +92,10 @@ def say_detector(section: dict) -> str:
     )
 
 
-def list_properties(section: dict) -> list[dict]:
-    """Return the rows of the table of what each set shows: name and key."""
+def name_properties(section: dict) -> dict[str, str]:
+    """Return the label of each property that the page shows of every set."""
     area, metrics = section["area_unit"], section["metrics"]
-    labels = {
+    return {
         "loop_density": f"loops / {area}",
         "loop_size": f"mean long axis of loops, {section['unit']}",
         "dot_density": f"dots / {area}",
@@ -111,15 +105,6 @@ def list_properties(section: dict) -> list[dict]:
         "signal_to_noise": "signal-to-noise ratio",
         "dark_share": "share of dark pixels",
     }
-    return [{"name": label, "key": key} for key, label in labels.items()]
-
-
-def say_cell(section: dict, key: str, metric: str, real: str | None) -> str:
-    """Return the numbers of a cell: the distance of a set, and that of real tiles."""
-    own = format_interval(section["distances"][key][metric])
-    if real is None:
-        return own
-    return f"{own}; real tiles {format_interval(section['distances'][real][metric])}"
 
 
 def draw_microscopy(section: dict, names: dict[str, str], keys: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from scipy import fft, ndimage
 from tqdm import tqdm
 
 from em_data.images import Views
-from em_data.intensity import to_uint8
+from em_data.intensity import from_uint, to_uint8
 from em_data.views import ELEMENTS, apply_symmetry
 
 MAX_SHIFT_PX = 4
@@ -55,6 +55,10 @@ class TileReader:
         if self.views is None:
             return np.asarray(self.train[numbers])
         return to_uint8(self.train.batch(self.views[numbers]))[:, 0]
+
+    def batch(self, numbers):
+        """Return tiles as float32 [B, 1, H, W] in [-1, 1]."""
+        return from_uint(self[np.asarray(numbers)]).unsqueeze(1)
 
 
 def find_nearest(

@@ -13,7 +13,7 @@ from em_evaluation import wording
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.memorisation_report import view_memorisation
-from em_evaluation.microscopy_report import say_cell, view_microscopy
+from em_evaluation.microscopy_report import view_microscopy
 from em_evaluation.numbers import (
     format_count,
     format_duration,
@@ -94,7 +94,6 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         conclusions=wording.conclude(report),
         distances_svg=draw_distances(report),
         microscopy=view_microscopy(report),
-        say_cell=say_cell,
         memorisation=view_memorisation(report),
         closest_pairs=pairs,
         curves=[

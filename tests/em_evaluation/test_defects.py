@@ -197,6 +197,6 @@ def test_real_tiles_are_nearer_than_texture_without_structure():
     json.dumps(section, allow_nan=False)
     assert section["outcomes"]["copy"]["spectrum"] == "as_real"
     assert section["outcomes"]["surrogates"]["loop_density"] == "differs"
-    text = " ".join(conclude_microscopy(section, {"surrogates": "texture only"}, ["copy"]))
+    text = " ".join(conclude_microscopy(section, {"surrogates": "texture only"}))
     assert "Not told apart from real tiles: texture only, by power spectrum" in text
     assert "precision and recall of loops" in say_detector(section)
