@@ -76,17 +76,12 @@ def _cut_truth(defects, corner, resolution, least_line_px):
         box = np.clip([y0 - top, x0 - left, y1 - top, x1 - left], 0, resolution)
         if box[0] >= box[2] or box[1] >= box[3]:
             continue
-        y, x = np.nonzero(
-            defect.mask[
-                box[0] + top - y0 : box[2] + top - y0, box[1] + left - x0 : box[3] + left - x0
-            ]
-        )
+        rows, columns = box[[0, 2]] + top - y0, box[[1, 3]] + left - x0
+        y, x = np.nonzero(defect.mask[slice(*rows), slice(*columns)])
         if not len(y):
             continue
         seen = len(y) / np.count_nonzero(defect.mask)
-        box = np.array(
-            [y.min() + box[0], x.min() + box[1], y.max() + 1 + box[0], x.max() + 1 + box[1]]
-        )
+        box = np.array([y.min(), x.min(), y.max() + 1, x.max() + 1]) + np.tile(box[:2], 2)
         kind = "loop" if defect.kind.startswith("loop") else defect.kind
         if kind == "line":  # as long as it is seen
             seen = float(np.hypot(box[2] - box[0], box[3] - box[1]) >= least_line_px)
@@ -143,7 +138,7 @@ def _summarise(counts, pairs, seed):
         value = float(counts[:, above].sum() / counts[:, below].sum())
         return Interval(value, float(low), float(high)).to_json()
 
-    sized = [(d.diameter_nm, major) for d, major, _ in pairs if d.diameter_nm is not None]
+    sized = [major - d.diameter_nm for d, major, _ in pairs if d.diameter_nm is not None]
     turned = [
         abs((angle - d.metadata["angle"] + np.pi / 2) % np.pi - np.pi / 2)
         for d, _, angle in pairs
@@ -155,9 +150,7 @@ def _summarise(counts, pairs, seed):
         "num_matched": int(matched),
         "precision": share(2, 1),
         "recall": share(2, 0),
-        "size_bias_nm": float(np.median([major - true for true, major in sized]))
-        if sized
-        else None,
+        "size_bias_nm": float(np.median(sized)) if sized else None,
         "angle_error_deg": float(np.degrees(np.median(turned))) if turned else None,
     }
 

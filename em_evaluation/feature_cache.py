@@ -79,9 +79,8 @@ def compute_features(
     if use_cache and is_main:
         key = hashlib.sha256(f"{content_digest(images)}\n{extractor.identity}".encode()).hexdigest()
         path = find_cache_dir(cache_dir) / "features" / f"{key}.npy"
-        with contextlib.suppress(
-            FileNotFoundError, ValueError, EOFError
-        ):  # absent or damaged: computed again
+        # absent or damaged: computed again
+        with contextlib.suppress(FileNotFoundError, ValueError, EOFError):
             cached = np.load(path, allow_pickle=False)
             features = cached if cached.shape == (len(images), extractor.num_features) else None
     if _is_known(features, state):
@@ -107,9 +106,7 @@ def _is_known(features, state):
 
 def _compute_shares(images, extractor, batch_size, progress, state):
     """Compute each process's share of the features and gather all of them."""
-    num_processes, index = (
-        (state.num_processes, state.process_index) if state is not None else (1, 0)
-    )
+    num_processes, index = (state.num_processes, state.process_index) if state else (1, 0)
     images = as_images(images)
     share = -(-len(images) // num_processes)
     first, last = min(index * share, len(images)), min((index + 1) * share, len(images))

@@ -77,11 +77,8 @@ def make_levels(
     """
     levels = []
     if "real" in names and real is not None:
-        levels.append(
-            ReferenceLevel(
-                "real", "real", "real tiles", "other real images: what a perfect model scores", real
-            )
-        )
+        meaning = "other real images: what a perfect model scores"
+        levels.append(ReferenceLevel("real", "real", "real tiles", meaning, real))
     if "reconstruction" in names:
         levels += [
             make_reconstruction(model.name, part, apply, base)
@@ -99,15 +96,9 @@ def make_levels(
 
 def make_reconstruction(model: str, part: str, apply: Callable, base: ImageSet) -> ReferenceLevel:
     """Send real images through a part of a model, such as its autoencoder."""
-    return ReferenceLevel(
-        f"{part} of {model}",
-        "reconstruction",
-        f"{part} of {model}",
-        f"real images through the {part} and back: the model can hardly score better",
-        transform_images(base, apply),
-        model,
-        part,
-    )
+    name, images = f"{part} of {model}", transform_images(base, apply)
+    meaning = f"real images through the {part} and back: the model can hardly score better"
+    return ReferenceLevel(name, "reconstruction", name, meaning, images, model, part)
 
 
 def make_surrogates(base: ImageSet, seed: int) -> ReferenceLevel:

@@ -99,13 +99,8 @@ def find_nearest(
             _decide(image, *found, tiles, len(shifts), max_shift_px)
             for image, found in zip(smooth, zip(*candidates))
         ]
-    correlation, tile, symmetry, shift = zip(*best)
-    return Nearest(
-        np.sqrt(np.maximum(2 - 2 * np.array(correlation), 0)),
-        np.array(tile),
-        np.array(symmetry),
-        np.array(shift),
-    )
+    correlation, *rest = (np.array(each) for each in zip(*best))
+    return Nearest(np.sqrt(np.maximum(2 - 2 * correlation, 0)), *rest)
 
 
 def _smooth(images):
@@ -122,9 +117,8 @@ def _standardise(windows):
 
 def _average(windows, factor):
     """Return windows [B, H, W] averaged over squares of `factor` pixels."""
-    return F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(windows))[:, None], factor)[
-        :, 0
-    ].numpy()
+    windows = torch.from_numpy(np.ascontiguousarray(windows)).unsqueeze(1)
+    return F.avg_pool2d(windows, factor).squeeze(1).numpy()
 
 
 def _coarsen_tiles(tiles, margin, factor, name, block=512):
@@ -146,9 +140,8 @@ def _make_windows(images, shifts, margin, factor):
     for name in ELEMENTS:
         turned = apply_symmetry(images, name)
         for down, right in shifts:
-            window = turned[
-                :, margin + down : margin + down + inside, margin + right : margin + right + inside
-            ]
+            top, left = margin + down, margin + right
+            window = turned[:, top : top + inside, left : left + inside]
             rows.append(_average(window, factor).reshape(len(images), -1))
     return _standardise(np.stack(rows, 1))
 
@@ -170,12 +163,8 @@ def _decide(image, tile_numbers, windows, tiles, num_shifts, margin):
         found = correlate_by_fft(apply_symmetry(image, names[symmetry]), content, margin)
         down, right = np.unravel_index(found.argmax(), found.shape)
         if found[down, right] > best[0]:
-            best = (
-                float(found[down, right]),
-                int(tile),
-                symmetry,
-                (int(down) - margin, int(right) - margin),
-            )
+            shift = int(down) - margin, int(right) - margin
+            best = float(found[down, right]), int(tile), symmetry, shift
     return best
 
 

@@ -100,9 +100,7 @@ def find_nearest_halves(images, contents, factor) -> NearestHalf:
             f"The images {images.shape[1:]} and the training tiles must be squares of one size."
         )
     halves = list_halves(side)
-    coarse = [
-        _coarsen(contents[:, down, right]).T.contiguous() for down, right in halves
-    ]  # [D, T] each
+    coarse = [_coarsen(contents[:, *half]).T.contiguous() for half in halves]  # [D, T] each
     found = []
     for start in tqdm(range(0, len(images), BLOCK), "partial copies", unit="block", leave=False):
         block, _ = prepare(images[start : start + BLOCK])
@@ -112,24 +110,16 @@ def find_nearest_halves(images, contents, factor) -> NearestHalf:
             torch.stack(each, 1).flatten(1) for each in (scores, windows)
         )  # [B, 4 T]
         best = scores.topk(min(NUM_CANDIDATES, scores.shape[1]), 1).indices
-        for image, numbers, places in zip(turned, best, windows.gather(1, best)):
-            found.append(
-                max(
-                    _decide(image, int(n), int(w), contents, halves)
-                    for n, w in zip(numbers, places)
-                )
-            )
+        for image, *candidates in zip(turned, best.tolist(), windows.gather(1, best).tolist()):
+            found.append(max(_decide(image, *each, contents, halves) for each in zip(*candidates)))
     correlation, tile, symmetry, half = (np.array(each) for each in zip(*found))
     return NearestHalf(np.sqrt(np.maximum(2 - 2 * correlation, 0)), tile, symmetry, half)
 
 
 def list_halves(side) -> list[tuple[slice, slice]]:
     """Return rows and columns of the halves of a square: top, bottom, left, right."""
-    first, second = (
-        slice(MARGIN, side // 2 - MARGIN),
-        slice(side - side // 2 + MARGIN, side - MARGIN),
-    )
-    whole = slice(MARGIN, side - MARGIN)
+    middle, whole = side // 2, slice(MARGIN, side - MARGIN)
+    first, second = slice(MARGIN, middle - MARGIN), slice(side - middle + MARGIN, side - MARGIN)
     return [(first, whole), (second, whole), (whole, first), (whole, second)]
 
 

@@ -90,10 +90,8 @@ def summarise_model(report: dict, model: str) -> str:
         telling = [each for each in verdict["measures"] if each["outcome"] == "differs"]
         if telling:
             first = telling[0]
-            numbers = ", ".join(
-                format_number(first[side]["value"]) for side in ("value", "reference")
-            ).replace(", ", " against ")
-            outcome += f" ({first['label'].lower()} {numbers})"
+            own, real = (format_number(first[side]["value"]) for side in ("value", "reference"))
+            outcome += f" ({first['label'].lower()} {own} against {real})"
         parts.append(f"{verdict['aspect']} {outcome}")
     return f"{model}: {', '.join(parts)}. {say_for_detector(report, model)}"
 
@@ -113,10 +111,10 @@ def conclude(report: dict) -> list[str]:
 
 def conclude_model(report: dict, model: str) -> list[str]:
     """Return the sentences on the distance of one model."""
-    sentences = [say_structure(report, model)]
+    structure = say_structure(report, model)
     shares = [each for each in report["autoencoders"] if each["model"] == model]
-    sentences += [say_autoencoder(report, each) for each in shares if each["share"] <= 0.5]
-    return [sentence for sentence in sentences if sentence]
+    parts = [say_autoencoder(report, each) for each in shares if each["share"] <= 0.5]
+    return [structure, *parts] if structure else parts
 
 
 def warn(report: dict, model: str | None = None) -> list[str]:
@@ -204,10 +202,8 @@ def say_structure(report: dict, model: str) -> str | None:
 
 def say_autoencoder(report: dict, share: dict) -> str:
     """Say how much of a model's distance its autoencoder has alone."""
-    model, (level,) = (
-        share["model"],
-        [each for each in report["levels"] if each["key"] == share["level"]],
-    )
+    model = share["model"]
+    (level,) = [each for each in report["levels"] if each["key"] == share["level"]]
     alone, score = (format_interval(find_metric(report, key)) for key in (level["key"], model))
     sentence = (
         f"The {level['part']} of {model} alone scores {alone}, "
