@@ -11,7 +11,6 @@ Frequencies are in cycles per canvas.
 
 import math
 from dataclasses import dataclass
-from inspect import signature
 from itertools import pairwise
 
 import numpy as np
@@ -469,40 +468,25 @@ class LayerPlan:
         return design(num_taps, self.out_cutoff, 2 * self.out_half_width, self.middle_sampling_rate)
 
 
-def plan_layers(
-    resolution,
-    image_channels,
-    channel_base,
-    max_channels,
-    num_layers,
-    num_critical,
-    first_cutoff,
-    first_stopband,
-    last_stopband_ratio,
-    margin,
-    kernel_size,
-    filter_size,
-    lrelu_upsampling,
-    radial_filters,
-    num_reduced_resolutions,
-):
-    """Return the `LayerPlan` of each of the `num_layers` + 1 layers.
+def plan_layers(config):
+    """Return the `LayerPlan` of each of the `num_layers` + 1 layers of a `StyleGAN3Generator`.
 
     Cutoff and stopband grow geometrically up to the critically sampled last layers. A layer's
     sampling rate is the smallest power of two that holds its stopband (2021, section 3.2).
-    Arguments as in `StyleGAN3Generator`.
     """
+    resolution, num_layers = config.resolution, config.num_layers
     last_cutoff = resolution / 2
-    last_stopband = last_cutoff * last_stopband_ratio
-    progress = np.minimum(np.arange(num_layers + 1) / (num_layers - num_critical), 1)
-    cutoffs = first_cutoff * (last_cutoff / first_cutoff) ** progress
-    stopbands = first_stopband * (last_stopband / first_stopband) ** progress
+    last_stopband = last_cutoff * config.last_stopband_ratio
+    progress = np.minimum(np.arange(num_layers + 1) / (num_layers - config.num_critical), 1)
+    cutoffs = config.first_cutoff * (last_cutoff / config.first_cutoff) ** progress
+    stopbands = config.first_stopband * (last_stopband / config.first_stopband) ** progress
     sampling_rates = np.exp2(np.ceil(np.log2(np.minimum(stopbands * 2, resolution)))).astype(int)
     half_widths = np.maximum(stopbands, sampling_rates / 2) - cutoffs
-    sizes = sampling_rates + 2 * margin
+    sizes = sampling_rates + 2 * config.margin
     sizes[-2:] = resolution
-    channels = np.rint(np.minimum(channel_base / 2 / cutoffs, max_channels)).astype(int)
-    channels[-1] = image_channels
+    channels = np.minimum(config.channel_base / 2 / cutoffs, config.max_channels)
+    channels = np.rint(channels).astype(int)
+    channels[-1] = config.image_channels
     plans = []
     for i in range(num_layers + 1):
         before = max(i - 1, 0)
@@ -517,17 +501,17 @@ def plan_layers(
                 out_size=int(sizes[i]),
                 in_sampling_rate=int(sampling_rates[before]),
                 out_sampling_rate=int(sampling_rates[i]),
-                middle_sampling_rate=int(middle if to_image else middle * lrelu_upsampling),
+                middle_sampling_rate=int(middle if to_image else middle * config.lrelu_upsampling),
                 in_cutoff=float(cutoffs[before]),
                 out_cutoff=float(cutoffs[i]),
                 in_half_width=float(half_widths[before]),
                 out_half_width=float(half_widths[i]),
-                kernel_size=1 if to_image else kernel_size,
-                filter_size=filter_size,
+                kernel_size=1 if to_image else config.kernel_size,
+                filter_size=config.filter_size,
                 to_image=to_image,
                 # critical sampling needs the whole square of frequencies
-                radial=radial_filters and i < num_layers - num_critical,
-                reduced=bool(sampling_rates[i] * 2**num_reduced_resolutions > resolution),
+                radial=config.radial_filters and i < num_layers - config.num_critical,
+                reduced=bool(sampling_rates[i] * 2**config.num_reduced_resolutions > resolution),
             )
         )
     return plans
@@ -631,8 +615,7 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
             raise ValueError(f"channel_base is {channel_base}; give at least {resolution}.")
         if not 0 <= num_critical < num_layers:
             raise ValueError(f"num_critical is {num_critical}; give 0 to {num_layers - 1}.")
-        names = signature(plan_layers).parameters
-        self.plans = plan_layers(**{name: self.config[name] for name in names})
+        self.plans = plan_layers(self.config)
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
         self.synthesis_network = SynthesisNetwork(
             w_dim, self.plans, output_scale, clamp, magnitude_decay

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,7 +55,9 @@ def test_shapes_and_every_parameter_learns(options):
 
 def test_schedule_at_1024_is_the_papers():
     """Figure 4c of the paper: 14 layers, sampling rates from 16 to 1024, sizes with a margin of 10, the last two critically sampled."""
-    plans = plan_layers(1024, 3, 32768, 512, 14, 2, 2.0, 2**2.1, 2**0.3, 10, 3, 6, 2, False, 4)
+    defaults = signature(StyleGAN3Generator).parameters.values()
+    config = {parameter.name: parameter.default for parameter in defaults}
+    plans = plan_layers(SimpleNamespace(**{**config, "resolution": 1024, "image_channels": 3}))
     assert plans[0].in_sampling_rate == 16
     assert plans[-1].out_sampling_rate == 1024
     assert all(
