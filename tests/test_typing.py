@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # not finished: signatures of these packages are not complete yet
 OPEN = {
-    "em_diffusion",
     "em_generation",
     "em_stylegan",
 }
