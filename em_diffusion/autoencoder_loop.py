@@ -1,22 +1,25 @@
 """Training of the autoencoder: its losses, then the loop."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
-from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_data import BatchLoader, ImageSampler, Views, save_image_grid
 from em_data.files import write_atomically
 from em_diffusion.autoencoder import create_autoencoder, encode, has_codebook, is_trainable
 from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
+from em_diffusion.config import AutoencoderConfig
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
 from em_diffusion.validation import draw_validation_images, evaluate_reconstruction, reconstruct
-from em_diffusion.weights import save_model
+from em_diffusion.weights import save_from_main_process
 from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 from em_training import (
     EMA,
@@ -130,7 +133,14 @@ def backward_losses(part, share, model, perceptual, discriminator, config, accel
     return outputs
 
 
-def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple[Path, float]:
+def train_autoencoder(
+    config: AutoencoderConfig,
+    tiles: Views,
+    held_out: Views,
+    *,
+    accelerator: Accelerator,
+    out_dir: str | os.PathLike,
+) -> tuple[Path, float]:
     """Train the autoencoder on `tiles`, or resume from its last checkpoint.
 
     Logs the terms of the loss, the codebook's usage and perplexity over each window, and
@@ -142,12 +152,17 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
         The folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in
         seconds.
     """
+    folder = Path(out_dir) / "autoencoder" / "vqvae"
     model = build_autoencoder(config, tiles.resolution, accelerator)
     validation_images = draw_validation_images(held_out, config.num_validation_images)
+
+    def validate(model):
+        return evaluate_reconstruction(model, validation_images, accelerator, config.batch_size)
+
     if config.num_images == 0:
-        metrics = evaluate_reconstruction(model, validation_images, accelerator, config.batch_size)
-        write_only_line(Path(out_dir) / "autoencoder", metrics)
-        return save_autoencoder(model, out_dir, accelerator), 0.0
+        line = {"num_images_seen": 0, "train_seconds": 0.0} | validate(model)
+        write_atomically(Path(out_dir) / "autoencoder" / "stats.jsonl", json.dumps(line) + "\n")
+        return save_from_main_process(model, folder, accelerator), 0.0
     ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
     perceptual = create_perceptual_distance(config, accelerator.device)
@@ -155,19 +170,15 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
     parameters = list(model.parameters())
     parameters_D = list(discriminator.parameters()) if discriminator else []
     optimizer = create_optimizer(group_parameters(model, config), config)
-    monitor = create_monitor(model, config, accelerator.device)
+    monitor = None
+    if has_codebook(model):
+        num_codes, window = model.quantize.n_e, config.revive_after_images
+        monitor = CodebookMonitor(num_codes, window, accelerator.device)
     sampler = ImageSampler(tiles.num_views, seed_for(config.seed, "autoencoder data"))
 
     def backward(part, share):
-        return backward_losses(
-            part,
-            share,
-            model,
-            perceptual,
-            discriminator if adversarial else None,
-            config,
-            accelerator,
-        )
+        judge = discriminator if adversarial else None
+        return backward_losses(part, share, model, perceptual, judge, config, accelerator)
 
     with TrainingRun(out_dir, "autoencoder", config, accelerator) as run:
         micro_batching = MicroBatching(
@@ -216,16 +227,12 @@ def train_autoencoder(config, tiles, held_out, *, accelerator, out_dir) -> tuple
                     monitor.count(indices, accelerator)
                     end_window(run, monitor, model, ema, optimizer, latents, rng, num_images_seen)
                 if run.is_due(config.validate_every, num_images_seen):
-                    run.log(
-                        **evaluate_reconstruction(
-                            averaged, validation_images, accelerator, config.batch_size
-                        )
-                    )
+                    run.log(**validate(averaged))
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
                     save_samples(averaged, validation_images, run, num_images_seen)
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
-    return save_autoencoder(averaged, out_dir, accelerator), train_seconds
+    return save_from_main_process(averaged, folder, accelerator), train_seconds
 
 
 def build_autoencoder(config, resolution: int, accelerator):
@@ -240,32 +247,26 @@ def build_autoencoder(config, resolution: int, accelerator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(config.seed, "autoencoder"))
             model = create_autoencoder(config, resolution)
-    else:
-        with accelerator.main_process_first():  # the first may download it
-            model = load_autoencoder(config.init_from)
-        if config.num_images > 0 and not is_trainable(model):
-            raise ValueError(
-                f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which "
-                "cannot be trained here: only VQ models with nearest codes and KL models can. Use "
-                "it unchanged with --autoencoder.num-images 0."
-            )
-        changes = [
-            f"{name} {own} (not {asked})"
-            for name, (asked, own) in find_changes(config, model).items()
-        ]
-        if changes:
-            accelerator.print(
-                f"{config.init_from} keeps its own architecture: {', '.join(changes)}"
-            )
-        # statistics of other micrographs; measured anew
-        stale = [name for name in ("latents_mean", "latents_std") if name in model.config]
-        model.register_to_config(**dict.fromkeys(stale))
-        model.requires_grad_(True)
+        return model.to(accelerator.device, memory_format=torch.channels_last)
+    with accelerator.main_process_first():  # the first may download it
+        model = load_autoencoder(config.init_from)
+    if config.num_images > 0 and not is_trainable(model):
+        raise ValueError(
+            f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which "
+            "cannot be trained here: only VQ models with nearest codes and KL models can. Use "
+            "it unchanged with --autoencoder.num-images 0."
+        )
+    if changes := list_changes(config, model):
+        accelerator.print(f"{config.init_from} keeps its own architecture: {', '.join(changes)}")
+    # statistics of other micrographs; measured anew
+    stale = [name for name in ("latents_mean", "latents_std") if name in model.config]
+    model.register_to_config(**dict.fromkeys(stale))
+    model.requires_grad_(True)
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
-def find_changes(config, model) -> dict:
-    """Return {name: (in the configuration, in the model)} of differences in the architecture."""
+def list_changes(config, model) -> list[str]:
+    """Return where the model's architecture differs from the configuration's."""
     own = {
         "kind": "kl" if isinstance(model, AutoencoderKL) else "vq",
         "block_out_channels": tuple(model.config.get("block_out_channels", ())),
@@ -275,11 +276,11 @@ def find_changes(config, model) -> dict:
         "norm_num_groups": model.config.get("norm_num_groups"),
         "mid_attention": model.config.get("mid_block_add_attention"),
     }
-    return {
-        name: (getattr(config, name), value)
+    return [
+        f"{name} {value} (not {getattr(config, name)})"
         for name, value in own.items()
-        if value not in (None, ()) and getattr(config, name) != value
-    }
+        if value not in (None, (), getattr(config, name))
+    ]
 
 
 def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
@@ -334,17 +335,8 @@ def group_parameters(model, config):
         return [{"params": list(model.parameters())}]
     codebook = model.quantize.embedding.weight
     networks = [parameter for parameter in model.parameters() if parameter is not codebook]
-    return [
-        {"params": networks},
-        {"params": [codebook], "rate_scale": config.codebook_rate_scale},
-    ]
-
-
-def create_monitor(model, config, device):
-    """Create the `CodebookMonitor` of a model with a codebook, else None."""
-    if not has_codebook(model):
-        return None
-    return CodebookMonitor(model.quantize.n_e, config.revive_after_images, device)
+    codes = {"params": [codebook], "rate_scale": config.codebook_rate_scale}
+    return [{"params": networks}, codes]
 
 
 @torch.no_grad()
@@ -385,18 +377,3 @@ def save_samples(model, images, run, num_images_seen):
     originals = images[:NUM_GRID_COLUMNS]
     rows = torch.cat([originals, reconstruct(model, originals, run.accelerator)])
     save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
-
-
-def write_only_line(folder, metrics: dict):
-    """Write the log of a stage that does not train."""
-    line = {"num_images_seen": 0, "train_seconds": 0.0, **metrics}
-    write_atomically(folder / "stats.jsonl", json.dumps(line) + "\n")
-
-
-def save_autoencoder(model, out_dir, accelerator) -> Path:
-    """Save the model from the main process, when all are there; return its folder."""
-    path = Path(out_dir) / "autoencoder" / "vqvae"
-    if accelerator.is_main_process:
-        save_model(model.eval(), path)
-    accelerator.wait_for_everyone()
-    return path

@@ -1,19 +1,25 @@
 """Training of the denoiser: its loss, then the loop."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import ModelMixin
 
-from em_data import BatchLoader, ImageSampler, save_image_grid
+from em_data import BatchLoader, ImageSampler, Views, save_image_grid
 from em_data.batch import Batch
+from em_diffusion.config import DenoiserConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.em_grain import EMGrain
+from em_diffusion.latents import Latents
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import is_flow
 from em_diffusion.validation import choose_validation_views
-from em_diffusion.weights import hash_weights, save_model
+from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance
 from em_training import (
     EMA,
@@ -90,7 +96,15 @@ def draw_timesteps(count: int, num_train_timesteps: int, rng, density="uniform",
 
 
 def train_denoiser(
-    config, latents, held_out_latents, vqvae, *, accelerator, out_dir, held_out=None, grain=None
+    config: DenoiserConfig,
+    latents: Latents,
+    held_out_latents: Latents,
+    vqvae: ModelMixin,
+    *,
+    accelerator: Accelerator,
+    out_dir: str | os.PathLike,
+    held_out: Views | None = None,
+    grain: EMGrain | None = None,
 ) -> tuple[Path, float]:
     """Train the denoiser on `latents`, or resume from its last checkpoint.
 
@@ -100,10 +114,9 @@ def train_denoiser(
     best weights in `out_dir`/denoiser/best (`em_training.read_best`).
 
     Args:
-        latents, held_out_latents: `Latents`.
         vqvae: Decodes samples.
         held_out: Tiles that generated images are compared with.
-        grain: An `EMGrain` that is added to samples, or None.
+        grain: Added to samples.
 
     Returns:
         The folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in seconds.
@@ -124,10 +137,8 @@ def train_denoiser(
             losses = compute_denoising_loss(
                 network, scheduler, part.images, part.noise, part.timesteps
             )  # [B]
-        if config.min_snr_gamma:
-            losses = losses * compute_min_snr_weights(
-                scheduler, part.timesteps, config.min_snr_gamma
-            )
+        if gamma := config.min_snr_gamma:
+            losses = losses * compute_min_snr_weights(scheduler, part.timesteps, gamma)
         loss = losses.mean()
         accelerator.backward(loss * share)
         return {"loss": loss}
@@ -182,12 +193,8 @@ def train_denoiser(
                     save_image_grid(samples, run.samples_path(num_images_seen), num_columns=8)
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
-
-    path = Path(out_dir) / "denoiser" / "unet"
-    if accelerator.is_main_process:
-        save_model(ema.model, path)
-    accelerator.wait_for_everyone()
-    return path, train_seconds
+    folder = Path(out_dir) / "denoiser" / "unet"
+    return save_from_main_process(ema.model, folder, accelerator), train_seconds
 
 
 def build_denoiser(config, shape, device):

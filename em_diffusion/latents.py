@@ -5,12 +5,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
+from em_data import Views
 from em_data.files import write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.weights import hash_weights
@@ -28,12 +32,12 @@ class Latents:
         mean, std: C numbers each, measured over the training views.
     """
 
-    def __init__(self, array, mean, std):
+    def __init__(self, array: np.ndarray, mean: Sequence[float], std: Sequence[float]):
         self.array = array
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.array)
 
     @property
@@ -46,15 +50,22 @@ class Latents:
         """Channels, height and width of one latent."""
         return self.array.shape[1:]
 
-    def batch(self, view_ids):
+    def batch(self, view_ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """Return normalised latents of these views: float32 [B, C, h, w]."""
         raw = torch.from_numpy(self.array[np.asarray(view_ids)]).float()
         return (raw - self.mean) / self.std
 
 
 def encode_latents(
-    model, tiles, folder, *, accelerator, batch_size: int = 64, name: str = "train", view_ids=None
-):
+    model: ModelMixin,
+    tiles: Views,
+    folder: str | os.PathLike,
+    *,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    name: str = "train",
+    view_ids: Sequence[int] | np.ndarray | None = None,
+) -> tuple[np.ndarray, float]:
     """Encode views of `tiles` once and keep them in `folder`.
 
     An autoencoder does not commute with flips and turns: each view is encoded by itself. The file
@@ -150,13 +161,10 @@ def encode_missing(partial, done, model, tiles, view_ids, batch_size, accelerato
         for number in missing[accelerator.process_index :: accelerator.num_processes]:
             started = time.monotonic()
             rows = slice(number * size, min((number + 1) * size, len(view_ids)))
-            batches = range(rows.start, rows.stop, batch_size)
             try:
                 chunk = [
-                    encode_views(
-                        model, tiles, view_ids[i : min(i + batch_size, rows.stop)], accelerator
-                    )
-                    for i in batches
+                    encode_views(model, tiles, view_ids[rows][i : i + batch_size], accelerator)
+                    for i in range(0, rows.stop - rows.start, batch_size)
                 ]
             except ValueError as error:
                 failure = error

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -81,10 +81,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         self._kept_codes = None
         self._num_timesteps, self._interrupt = 0, False
         for component in (vqvae, unet, scheduler, grain):
-            if component is None:
-                continue
-            cls = type(getattr(component, "_orig_mod", component))
-            if cls.__module__.split(".")[0] != "diffusers":
+            if cls := _find_own_class(component):
                 _read_source(cls)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, grain=grain)
         self.register_to_config(
@@ -111,7 +108,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         add_grain: bool = True,
-    ):
+    ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images by `denoise` and `decode`; see there for other arguments.
 
         Args:
@@ -135,11 +132,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        images = (
-            latents
-            if output_type == "latent"
-            else self._convert(self.decode(latents, generator, add_grain), output_type)
-        )
+        images = latents
+        if output_type != "latent":
+            images = self._convert(self.decode(latents, generator, add_grain), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -153,7 +148,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
-    ):
+    ) -> torch.Tensor:
         """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
         The noise and the scheduler's arithmetic are float32 whatever the type of the models.
@@ -192,15 +187,13 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             model_input = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-            output = self.unet(
-                model_input.to(self.unet.dtype), timesteps_on_device[i]
-            ).sample.float()  # [B, C, h, w]
+            model_input = model_input.to(self.unet.dtype)
+            output = self.unet(model_input, timesteps_on_device[i]).sample.float()  # [B, C, h, w]
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get(
-                    "latents", latents
-                )
+                returned = callback_on_step_end(self, i, timestep, tensors) or {}
+                latents = returned.get("latents", latents)
         return _refuse_non_finite(self.denormalise_latents(latents), "latents")
 
     @property
@@ -216,10 +209,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(
         self,
-        latents,
+        latents: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         add_grain: bool = True,
-    ):
+    ) -> torch.Tensor:
         """Decode latents [B, C, h, w] in the autoencoder's scale to images.
 
         A VQ autoencoder decodes the nearest codes, which are searched in float32.
@@ -254,12 +247,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         images = _refuse_non_finite(images.float(), "decoded images").clamp(-1, 1)
         return self.grain(images, drawn=drawn).clamp(-1, 1) if add_grain else images
 
-    def normalise_latents(self, latents):
+    def normalise_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1."""
         mean, std = self._find_latent_statistics(latents.device)
         return (latents.float() - mean) / std
 
-    def denormalise_latents(self, latents):
+    def denormalise_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Put the denoiser's latents [B, C, h, w] back into the autoencoder's scale; float32."""
         mean, std = self._find_latent_statistics(latents.device)
         return latents.float() * std + mean
@@ -281,7 +274,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             indices = nearest_codes(vectors.reshape(-1, vectors.shape[-1]), codes)
             return codes[indices].reshape(vectors.shape).movedim(-1, 1).contiguous()
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> "EMLatentDiffusionPipeline":
         """Move or convert the models like `DiffusionPipeline.to`; a VQ's codes stay in float32."""
         with self._keep_codes():
             super().to(*args, **kwargs)
@@ -295,20 +288,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         yield
         if codes is not None:
             weight = self.vqvae.quantize.embedding.weight
-            is_narrow = weight.dtype != torch.float32
-            self._kept_codes = (
-                (weight, weight._version, codes.to(weight.device)) if is_narrow else None
-            )
+            self._kept_codes = None
+            if weight.dtype != torch.float32:
+                self._kept_codes = (weight, weight._version, codes.to(weight.device))
 
     def _find_latent_statistics(self, device):
         config = self.vqvae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return config.get("shift_factor") or 0.0, 1.0 / config.scaling_factor
-        shape = (1, -1, 1, 1)
-        return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(
-            shape
-        )
+        mean, std = (torch.tensor(each, device=device).view(1, -1, 1, 1) for each in (mean, std))
+        return mean, std
 
     def _prepare_scheduler(self, num_inference_steps, batch_size, generator):
         """Set the timesteps on the CPU, and seed schedulers that draw their own noise.
@@ -317,18 +307,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         nothing, and applies `shift` twice. Here they go from 1000 to 1000 / n, and then to 0.
         `DPMSolverSDEScheduler` takes no generator, but a seed for each image.
         """
-        scheduler = self.scheduler
-        num_steps = (
-            self.config.default_num_inference_steps
-            if num_inference_steps is None
-            else num_inference_steps
-        )
+        scheduler, num_steps = self.scheduler, num_inference_steps
+        if num_steps is None:
+            num_steps = self.config.default_num_inference_steps
         if num_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_steps}; it must be at least 1.")
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            scheduler.set_timesteps(
-                sigmas=[1 - i / num_steps for i in range(num_steps)], device="cpu"
-            )
+            sigmas = [1 - i / num_steps for i in range(num_steps)]
+            scheduler.set_timesteps(sigmas=sigmas, device="cpu")
         elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
             scheduler.set_timesteps(num_steps, device="cpu")
@@ -337,15 +323,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         if hasattr(scheduler, "noise_sampler_seed"):
-            scheduler.noise_sampler = None
-            scheduler.noise_sampler_seed = None
+            scheduler.noise_sampler = scheduler.noise_sampler_seed = None
             if generator is not None:
-                generators = (
-                    generator if isinstance(generator, list | tuple) else [generator] * batch_size
-                )
+                is_list = isinstance(generator, list | tuple)
                 scheduler.noise_sampler_seed = [
-                    int(torch.randint(2**63 - 1, (), generator=g, device=g.device))
-                    for g in generators
+                    int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
+                    for rng in (generator if is_list else [generator] * batch_size)
                 ]
 
     def _prepare_latents(self, batch_size, generator, latents, device):
@@ -400,8 +383,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return images if output_type == "np" else self.numpy_to_pil(images)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs
-    ):
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
         """Save the pipeline, also with a grain that was set after it was created.
 
         Options are those of `DiffusionPipeline.save_pretrained`.
@@ -417,30 +400,30 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         self.register_modules(grain=self.grain)
         super().save_pretrained(save_directory, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Write model_index.json, this file, and the file of each component of our own into its folder, so that the whole loads where
-        our packages are absent.
+    def save_config(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write model_index.json, and the files of all classes that are not diffusers'.
 
-        Folders on this machine from which components were loaded are not told to the world.
+        The folder can then be loaded without our packages. Local paths from which components were
+        loaded are removed.
         """
         super().save_config(save_directory, push_to_hub=False, **kwargs)
         folder = Path(save_directory)
-        index_path = folder / self.config_name
-        index = json.loads(index_path.read_text())
+        paths = [folder / name / "config.json" for name in self.components]
+        paths = [folder / self.config_name, *filter(Path.exists, paths)]
+        configs = [json.loads(path.read_text()) for path in paths]
+        index = configs[0]
         index["_class_name"] = _write_source(type(self), folder)
         for name, component in self.components.items():
-            cls = type(getattr(component, "_orig_mod", component))  # torch.compile wraps
-            if component is not None and cls.__module__.split(".")[0] != "diffusers":
+            if cls := _find_own_class(component):
                 index[name] = _write_source(cls, folder / name)
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for path in [index_path, *(folder / name / "config.json" for name in self.components)]:
-            if path.exists():
-                config = json.loads(path.read_text())
-                config.pop("_name_or_path", None)
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for path, config in zip(paths, configs):
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
         """Make a pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
 
         diffusers takes over only models of exactly the annotated class; ours is a base class.
@@ -451,56 +434,46 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a folder or Hub repository; options are those of `DiffusionPipeline.from_pretrained`.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "EMLatentDiffusionPipeline":
+        """Load a folder or Hub repository; options are `DiffusionPipeline.from_pretrained`'s.
 
-        The installed class loads components with installed code alone: it runs no code from the repository and needs no
-        `trust_remote_code`. `ValueError` for a component that this version does not know.
+        The installed class loads components with installed code alone: it runs no code from the
+        repository and needs no `trust_remote_code`.
+
+        Raises:
+            ValueError: For a component that this version does not have.
         """
-        if (
-            not cls._is_installed()
-        ):  # this file came with the repository, and so did the components'
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        source = pretrained_model_name_or_path
+        if not cls._is_installed():
+            return super().from_pretrained(source, **kwargs)
         kwargs.pop("trust_remote_code", None)
         kwargs.setdefault("use_safetensors", True)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        dtypes = (
-            dtype if isinstance(dtype, dict) else {"default": dtype}
-        )  # of each component, as diffusers takes them
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
 
         def find_dtype(name):
             found = dtypes.get(name, dtypes.get("default"))
             return found if isinstance(found, torch.dtype) else torch.float32
 
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options)
+        index = DiffusionPipeline.load_config(source, **hub_options)
         for name, value in index.items():
             if _is_own_component(name, value) and name not in kwargs:
-                component = _import_own_component(pretrained_model_name_or_path, name, *value)
-                options = hub_options | (
-                    {"variant": kwargs["variant"]} if kwargs.get("variant") else {}
-                )
-                is_wide = name == "vqvae" or find_dtype(name) == torch.float32
-                options |= {} if is_wide else {"torch_dtype": find_dtype(name)}
-                options |= {"subfolder": name, "use_safetensors": True}
-                try:
-                    kwargs[name] = component.from_pretrained(
-                        pretrained_model_name_or_path, **options
-                    )
-                except OSError:  # like diffusers: the variant of those components that have it
-                    if options.pop("variant", None) is None:
-                        raise
-                    kwargs[name] = component.from_pretrained(
-                        pretrained_model_name_or_path, **options
-                    )
-        if find_dtype("vqvae") == torch.float32:
-            return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+                component = _import_own_component(source, name, *value)
+                options = hub_options | {"subfolder": name, "use_safetensors": True}
+                if name != "vqvae" and find_dtype(name) != torch.float32:
+                    options["torch_dtype"] = find_dtype(name)
+                kwargs[name] = _load(component, source, kwargs.get("variant"), options)
+        narrow = find_dtype("vqvae")
+        if narrow == torch.float32:
+            return super().from_pretrained(source, dtype=dtype, **kwargs)
         wide = dtypes | {"vqvae": torch.float32}
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, dtype=wide, **kwargs)
+        pipeline = super().from_pretrained(source, dtype=wide, **kwargs)
         with pipeline._keep_codes():
-            torch.nn.Module.to(
-                pipeline.vqvae, find_dtype("vqvae")
-            )  # diffusers' own `to` warns of every narrower type
+            # diffusers' own `to` warns of every narrower type
+            torch.nn.Module.to(pipeline.vqvae, narrow)
         return pipeline
 
     @classmethod
@@ -571,6 +544,21 @@ def _is_own_component(name, value):
         and len(value) == 2
         and value[0] not in (None, "diffusers")
     )
+
+
+def _find_own_class(component):
+    """Return the class of a component that is not diffusers', compiled or not; else None."""
+    cls = type(getattr(component, "_orig_mod", component))
+    is_own = component is not None and cls.__module__.split(".")[0] != "diffusers"
+    return cls if is_own else None
+
+
+def _load(component, source, variant, options):
+    """Load a component; like diffusers, without the variant if it has none."""
+    if variant:
+        with contextlib.suppress(OSError):
+            return component.from_pretrained(source, variant=variant, **options)
+    return component.from_pretrained(source, **options)
 
 
 def _import_own_component(source, name, module, class_name):

@@ -24,6 +24,14 @@ def hash_weights(module: nn.Module, without: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
+def save_from_main_process(model, path, accelerator) -> Path:
+    """Save a trained model from the main process, while the others wait; return `path`."""
+    if accelerator.is_main_process:
+        save_model(model.eval(), path)
+    accelerator.wait_for_everyone()
+    return Path(path)
+
+
 def save_model(model, path) -> Path:
     """Save a model or pipeline by its `save_pretrained` in place of what `path` held."""
     with replace_folder(path) as folder:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -222,7 +223,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
 
     # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline.from_pipe
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
         """Make a pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
 
         diffusers takes over only models of exactly the annotated class; ours is a base class.
