@@ -83,9 +83,7 @@ class LDMDrawer:
         Noise that the sampler adds on the way is the same in all frames. Frames have no grain: it
         would flicker, or stand still in front of what moves.
         """
-        size = self.pipeline.unet.config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (1, self.pipeline.unet.config.in_channels, *size)
+        shape = (1, *self.pipeline.latent_shape)
         keys = [torch.randn(shape, generator=self._seed_rng(i)) for i in range(WALK_KEYS)]
         for noise in walk_noise(torch.cat(keys), frames_per_key).split(EXACT_BATCH):
             rngs = [self._seed_rng(0) for _ in noise]
@@ -103,21 +101,9 @@ class LDMDrawer:
                 self.on_progress(min(1.0, (step + 1) / self.num_steps))
             return tensors
 
-        latents = self.pipeline.denoise(
-            len(rngs),
-            rngs,
-            self.num_steps,
-            self.options.eta,
-            noise,
-            callback_on_step_end=report,
+        return self.pipeline.denoise(
+            len(rngs), rngs, self.num_steps, self.options.eta, noise, callback_on_step_end=report
         )
-        # a VQ decoder would turn NaN into some code, and so into an image
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                "the latents are not finite: the model diverged in training, or the sampler does "
-                "not suit it"
-            )
-        return latents
 
     def _decode(self, latents, rngs, add_grain: bool):
         """Decode in parts, and in smaller ones after an out-of-memory error.
@@ -154,8 +140,7 @@ def choose_decode_batch_size(pipeline, batch_size: int) -> int:
 
     An unknown autoencoder is taken for one of factor 8.
     """
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    _, height, width = pipeline.latent_shape
     factor = 2 ** (len(pipeline.vqvae.config.get("block_out_channels", range(4))) - 1)
     return max(1, min(batch_size, DECODED_PIXELS // (height * width * factor**2)))
 

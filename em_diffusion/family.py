@@ -97,9 +97,7 @@ def describe_for_card(pipeline) -> dict:
     import diffusers
     import torch
 
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = pipeline.unet.config.in_channels
+    channels, height, width = pipeline.latent_shape
     parts = [type(part) for part in pipeline.components.values()]
     stock = [cls.__name__ for cls in parts if cls.__module__.startswith("diffusers.")]
     blank = torch.zeros(1, channels, height, width, device=pipeline.device)

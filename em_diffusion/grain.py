@@ -5,6 +5,7 @@ import math
 import torch
 
 from em_diffusion.em_grain import EMGrain, noise_deviation
+from em_diffusion.reconstruction import check_shapes
 
 CHUNK = 64  # images at a time
 MAX_PIXELS = 2**26  # to measure on: 1,000 images of 256 x 256, which take about 1.5 GB of memory
@@ -31,18 +32,12 @@ def fit_grain(
     Raises:
         ValueError: If the shapes differ.
     """
-    if images.shape != reconstructions.shape or images.dim() != 4 or images.shape[1] != 1:
-        raise ValueError(
-            f"images and reconstructions must both be [N, 1, H, W], not {list(images.shape)} and "
-            f"{list(reconstructions.shape)}"
-        )
+    check_shapes(images, reconstructions)
     residuals = images - reconstructions
     grey_levels, deviations = measure_deviations(reconstructions, residuals, num_grey_levels)
+    parts = zip(residuals.split(CHUNK), reconstructions.split(CHUNK))
     relative = torch.cat(
-        [
-            r / noise_deviation(y, grey_levels, deviations).clamp(min=SMALLEST)
-            for r, y in zip(residuals.split(CHUNK), reconstructions.split(CHUNK))
-        ]
+        [r / noise_deviation(y, grey_levels, deviations).clamp(min=SMALLEST) for r, y in parts]
     )
     power = measure_power(relative)  # [H, W // 2 + 1]
     typical, strengths = measure_noise(relative, power)
@@ -51,12 +46,12 @@ def fit_grain(
     _, counts = frequency_rings(height, width)
     grain = EMGrain((height, width), len(grey_levels), num_strengths)
     mean_kept, mean_power = (float((each * counts).sum() / counts.sum()) for each in (kept, power))
+    if mean_power > 0:
+        deviations = deviations * (mean_kept / mean_power) ** 0.5
     values = {
         "amplitude": (kept / mean_kept).sqrt() if mean_kept > 0 else torch.zeros_like(kept),
         "grey_levels": grey_levels,
-        "deviations": deviations * (mean_kept / mean_power) ** 0.5
-        if mean_power > 0
-        else deviations,
+        "deviations": deviations,
         "strengths": torch.quantile(strengths, torch.linspace(0, 1, num_strengths)),
     }
     grain.load_state_dict(values)
@@ -112,14 +107,11 @@ def missing_share(images, reconstructions, residuals):
     """
     radius, counts = (each.flatten() for each in frequency_rings(*images.shape[-2:]))
 
-    def average(power):
-        return torch.bincount(radius, weights=power.flatten() * counts) / torch.bincount(
-            radius, weights=counts
-        )
+    def average(images):
+        power = torch.bincount(radius, weights=measure_power(images).flatten() * counts)
+        return power / torch.bincount(radius, weights=counts)
 
-    original, decoded, left = (
-        average(measure_power(each)) for each in (images, reconstructions, residuals)
-    )
+    original, decoded, left = map(average, (images, reconstructions, residuals))
     share = torch.where(left > 0, (original - decoded) / left.clamp(min=1e-30), 0.0).clamp(0, 1)
     return share[radius].float().view(images.shape[-2], -1)
 

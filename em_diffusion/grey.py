@@ -8,12 +8,10 @@ from torch import nn
 def fold_to_grey(model):
     """Give an autoencoder one channel at both ends, in place; return it.
 
-    A grey image g fills all channels, and the answer is their mean. Both are linear and happen at
-    the
-    ends, so they can go into the convolutions there: conv_in(g, g, g) = (sum of its weights over
-    inputs) g, and the mean of conv_out's outputs is a conv_out whose weights are averaged over
-    outputs. The result equals repeating and averaging, up to rounding. Where a nonlinearity follows
-    the last convolution, the component averages by itself (`average_output`).
+    The folded model gives what repeating a grey image in all channels and averaging the channels of
+    the answer would give, up to rounding. The weights of `conv_in` are summed over inputs, and
+    those of `conv_out` averaged over outputs. If a nonlinearity follows `conv_out`, the component
+    averages the images itself (`average_output`).
 
     Args:
         model: `VQModel`, `AutoencoderKL`, or a component of ours that is built like them. A model
@@ -48,11 +46,8 @@ def fold_to_grey(model):
 def _replace(old, weight, bias):
     """Return a convolution like `old` with this weight [out, in, k, k] and bias [out]."""
     new = nn.Conv2d(weight.shape[1], weight.shape[0], old.kernel_size, old.stride, old.padding)
-    new = (
-        new.to(weight.device, weight.dtype)
-        .requires_grad_(old.weight.requires_grad)
-        .train(old.training)
-    )
+    new = new.to(weight.device, weight.dtype).train(old.training)
+    new.requires_grad_(old.weight.requires_grad)
     new.weight.copy_(weight)
     new.bias.copy_(bias)
     return new

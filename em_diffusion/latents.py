@@ -148,9 +148,13 @@ def encode_missing(partial, done, model, tiles, view_ids, batch_size, accelerato
     missing = np.flatnonzero(seconds == 0)
     accelerator.wait_for_everyone()  # all read the same list before anyone marks a chunk
     size, failure = batch_size * BATCHES_PER_CHUNK, None
+
+    def count_done():
+        return min(np.count_nonzero(seconds) * size, len(view_ids))
+
     with tqdm(
         total=len(view_ids),
-        initial=len(view_ids) - min(len(view_ids), len(missing) * size),
+        initial=count_done(),
         desc=f"latents ({name})",
         unit="img",
         unit_scale=True,
@@ -171,10 +175,10 @@ def encode_missing(partial, done, model, tiles, view_ids, batch_size, accelerato
                 break
             chunk = torch.cat(chunk).numpy()
             write_chunk(latents, seconds, number, rows, chunk, time.monotonic() - started)
-            bar.update(min(np.count_nonzero(seconds) * size, len(view_ids)) - bar.n)
+            bar.update(count_done() - bar.n)
         failed = torch.tensor([float(failure is not None)], device=accelerator.device)
         failed = accelerator.reduce(failed, "sum")
-        bar.update(min(np.count_nonzero(seconds) * size, len(view_ids)) - bar.n)
+        bar.update(count_done() - bar.n)
     if failure is not None:
         raise failure
     if failed > 0:

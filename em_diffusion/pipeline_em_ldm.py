@@ -197,6 +197,13 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return _refuse_non_finite(self.denormalise_latents(latents), "latents")
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
     def num_timesteps(self) -> int:
         """Number of calls of the scheduler's `step` in the last or current denoising."""
         return self._num_timesteps
@@ -332,9 +339,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 ]
 
     def _prepare_latents(self, batch_size, generator, latents, device):
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, *self.latent_shape)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:

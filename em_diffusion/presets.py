@@ -62,10 +62,8 @@ def small() -> LDMConfig:
         autoencoder=AutoencoderConfig(
             block_out_channels=(64, 128, 128, 256),
             layers_per_block=1,
-            num_codes=8192,
             num_images=500_000,
             batch_size=16,
-            learning_rate=2e-4,
             discriminator_weight=0.75,
             discriminator_start_images=125_000,
             ema_half_life_images=10_000,
@@ -74,9 +72,7 @@ def small() -> LDMConfig:
             base_channels=128,
             channel_multipliers=(1, 2, 3, 4),
             attention_levels=(2, 3),
-            attention_head_dim=64,
             num_images=2_000_000,
-            batch_size=64,
             learning_rate=2e-4,
             warmup_images=20_000,
             ema_half_life_images=50_000,
@@ -85,8 +81,7 @@ def small() -> LDMConfig:
 
 
 def base() -> LDMConfig:
-    """256 x 256 tiles for one GPU of 24 GB: the autoencoder of `paper`, four-level U-Net of width
-    192.
+    """256 x 256 tiles for a GPU of 24 GB: autoencoder of `paper`, four-level U-Net of width 192.
 
     The U-Net has 201 million parameters. It predicts velocity and trains the middle timesteps more
     often. The run keeps the weights that come nearest to held-out tiles, stores what `python -m
@@ -103,15 +98,11 @@ def base() -> LDMConfig:
             base_channels=192,
             channel_multipliers=(1, 2, 3, 4),
             attention_levels=(1, 2, 3),
-            attention_head_dim=64,
             prediction_type="v_prediction",
             timestep_density="logit_normal",
             num_images=3_000_000,
-            batch_size=64,
-            learning_rate=1e-4,
             warmup_images=20_000,
             learning_rate_decay="inverse_sqrt",
-            learning_rate_reference_images=500_000,
             ema_half_life_images=50_000,
             posthoc_ema_every=187_500,
             evaluate_every=250_000,
@@ -126,13 +117,11 @@ def demo() -> LDMConfig:
     images with. The denoiser predicts velocity and trains the middle timesteps more often: with
     noise prediction and uniform timesteps, as in the study and in `paper`, minutes on a CPU are too
     short to learn dislocation loops. The default sampler draws fresh noise in each step, which
-    corrects
-    errors of a short training in the step before: rings close.
+    corrects errors of the step before: rings close even after a short training.
 
     Hardware: one or two CPU cores. Time: see README.md. Score to expect: see README.md.
     """
     return LDMConfig(
-        data="synthetic",
         out="runs/demo/ldm",
         tiles=DataConfig(resolution=64, symmetries="paper", held_out_fraction=0.33),
         autoencoder=AutoencoderConfig(
@@ -142,7 +131,6 @@ def demo() -> LDMConfig:
             num_codes=2048,
             norm_num_groups=8,
             mid_attention=False,
-            perceptual_layers=3,
             perceptual_weight=1.0,
             revive_after_images=512,
             num_images=9_600,
@@ -185,7 +173,6 @@ def test() -> LDMConfig:
     Hardware: one CPU core. Time: seconds. Score to expect: none.
     """
     return LDMConfig(
-        data="synthetic",
         out="runs/test/ldm",
         num_inference_steps=5,
         tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),

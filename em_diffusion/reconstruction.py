@@ -17,7 +17,7 @@ def psnr(images, reconstructions):
     It is 10 log10(range^2 / mean squared error) with a range of 2, and at most 106 dB, where the
     error is that of rounding. Both images are [N, 1, H, W] in [-1, 1].
     """
-    _check_shapes(images, reconstructions)
+    check_shapes(images, reconstructions)
     squared_error = (reconstructions.float() - images.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(DATA_RANGE**2 / squared_error.clamp(min=1e-10))
 
@@ -32,7 +32,7 @@ def ssim(images, reconstructions):
     Raises:
         ValueError: For images smaller than the window.
     """
-    _check_shapes(images, reconstructions)
+    check_shapes(images, reconstructions)
     if min(images.shape[-2:]) < SSIM_WINDOW_PX:
         raise ValueError(
             f"SSIM needs images of {SSIM_WINDOW_PX} x {SSIM_WINDOW_PX} pixels or more, not "
@@ -71,7 +71,7 @@ def spectrum_difference_db(images, reconstructions):
         Float64 [min(H, W) // 2]; the frequencies are `em_evaluation.micrograph_statistics.
         frequency_bins`.
     """
-    _check_shapes(images, reconstructions)
+    check_shapes(images, reconstructions)
     original, decoded = (
         torch.from_numpy(ring_powers(each[:, 0].cpu().numpy()).mean(0)).clamp(min=1e-12)
         for each in (images, reconstructions)
@@ -84,7 +84,8 @@ def spectrum_error_db(images, reconstructions) -> float:
     return float(spectrum_difference_db(images, reconstructions).abs().mean())
 
 
-def _check_shapes(images, reconstructions):
+def check_shapes(images, reconstructions):
+    """Refuse two batches that are not [N, 1, H, W] both."""
     if images.shape != reconstructions.shape or images.dim() != 4 or images.shape[1] != 1:
         raise ValueError(
             f"images and reconstructions must both be [N, 1, H, W], not {list(images.shape)} and "

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,23 +78,23 @@ def train_stages(config, accelerator, out):
             "--last-stage denoiser continues the run."
         )
         return
-    latents, held_out_latents, encoding = run_latents_stage(config, data, vqvae, accelerator, out)
+    latents, held_out_latents, seconds = run_latents_stage(config, data, vqvae, accelerator, out)
     grain = run_grain_stage(config, data, vqvae, accelerator, out)
     unet, denoiser = run_denoiser_stage(
         config, data, latents, held_out_latents, vqvae, accelerator, out, grain
     )
     if accelerator.is_main_process and not is_complete(out, config):
         save_pipeline(config, data, out, vqvae, unet, grain)
-        run = describe_run(config, data, out, autoencoder, encoding, denoiser)
+        run = describe_run(config, data, out, autoencoder, seconds, denoiser)
         write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 
-def describe_run(config, data, out, autoencoder, encoding, denoiser) -> dict:
+def describe_run(config, data, out, autoencoder, latents_seconds, denoiser) -> dict:
     """Return what run.json holds."""
     seconds = {
         "autoencoder": autoencoder["train_seconds"],
-        "latents": encoding["seconds"],
+        "latents": latents_seconds,
         "denoiser": denoiser["train_seconds"],
     }
     return {
@@ -157,32 +158,20 @@ def check_latent_size(config, accelerator):
 def run_latents_stage(config, data, vqvae, accelerator, out):
     """Encode all training views and the validation views, or read their latents.
 
-    Returns both as `Latents`, and {"seconds": of encoding}. Mean and deviation are measured on the
+    Returns both as `Latents`, and the seconds of encoding. Mean and deviation are measured on the
     training side alone.
     """
     validation = choose_validation_views(data.held_out, config.denoiser.num_validation_images)
-    (train, train_seconds), (held_out, held_out_seconds) = (
-        encode_latents(
-            vqvae,
-            tiles,
-            out / "latents",
-            accelerator=accelerator,
-            batch_size=config.autoencoder.batch_size,
-            name=name,
-            view_ids=view_ids,
-        )
-        for name, tiles, view_ids in (
-            ("train", data.train, None),
-            ("held_out", data.held_out, validation),
-        )
-    )
+    batch_size, folder = config.autoencoder.batch_size, out / "latents"
+    encode_side = partial(encode_latents, vqvae, accelerator=accelerator, batch_size=batch_size)
+    train, seconds = encode_side(data.train, folder, name="train")
+    held_out, more = encode_side(data.held_out, folder, name="held_out", view_ids=validation)
     mean, std = measure_latents(train)
     if accelerator.is_main_process:
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
-    seconds = {"seconds": train_seconds + held_out_seconds}
-    return Latents(train, mean, std), Latents(held_out, mean, std), seconds
+    return Latents(train, mean, std), Latents(held_out, mean, std), seconds + more
 
 
 def run_grain_stage(config, data, vqvae, accelerator, out):
