@@ -212,10 +212,17 @@ def measure(config, tiles, paths, vqvae, latents, accelerator, arguments, folder
     clock = make_clock(arguments.clock, accelerator.device)
     bare = BarePass(config, latents, accelerator)
     plain = PlainLoop(
-        create_denoiser(config, latents.shape[-1], latents.shape[0]), vqvae, create_scheduler(config), tiles, paths,
-        batch_size=config.batch_size, learning_rate=1e-4, latents_mean=latents.mean, latents_std=latents.std,
+        create_denoiser(config, latents.shape[-1], latents.shape[0]),
+        vqvae,
+        create_scheduler(config),
+        tiles,
+        paths,
+        batch_size=config.batch_size,
+        learning_rate=1e-4,
+        latents_mean=latents.mean,
+        latents_std=latents.std,
         generator=make_generator(0),
-    )  # fmt: skip
+    )
 
     def train():
         out_dir = Path(folder) / "run"

@@ -1,17 +1,21 @@
-"""The study's comparison of autoencoders (its Table 1) and what they make of micrographs (its Figure 5).
+"""The study's comparison of autoencoders (its Table 1) and their reconstructions (its Figure 5).
 
     python experiments/2024_gan_vs_ldm/autoencoders.py --scale small
-    python experiments/2024_gan_vs_ldm/autoencoders.py --scale study --data damaged-alloys:FOLDER --extractor inception \\
-        --candidates vqgan-f8-8192=CHECKPOINT vqgan-f16-1024=CHECKPOINT vqgan-f16-16384=CHECKPOINT dalle-dvae=FOLDER
+    python experiments/2024_gan_vs_ldm/autoencoders.py --scale study \\
+        --data damaged-alloys:FOLDER --extractor inception \\
+        --candidates vqgan-f8-8192=CHECKPOINT vqgan-f16-1024=CHECKPOINT \\
+        vqgan-f16-16384=CHECKPOINT dalle-dvae=FOLDER
 
-1,000 held-out tiles go through each autoencoder and back; results/autoencoders_SCALE.json has the Frechet distance between originals and
-reconstructions beside the study's reconstruction FID, and PSNR, SSIM and codes in use (the protocol of em_diffusion.select_autoencoder).
-results/autoencoders_SCALE.png is Figure 5. The study's text leaves open what Figure 5 shows beside the originals; we read: the same tiles
-through each autoencoder, and add the absolute errors.
+Each autoencoder reconstructs 1,000 held-out tiles (em_diffusion.select_autoencoder).
+results/autoencoders_SCALE.json has the Frechet distance between originals and reconstructions
+beside the study's reconstruction FID, and PSNR, SSIM and codes in use.
+results/autoencoders_SCALE.png is Figure 5. The study does not say what Figure 5 shows beside the
+originals; here it is the same tiles through each autoencoder, and the absolute errors.
 
-`--scale study` judges the pretrained autoencoders that `--candidates` names, those of the study by its names (above), and the one that
-the preset `paper` trains. `--scale small` trains all, 64 x 64, on the embedded micrographs: VQ with a factor of 4, 8 and 16 and two sizes
-of the codebook at f16, as the study has them, and a KL autoencoder. They are far smaller and trained for minutes.
+`--scale study` compares the pretrained autoencoders of `--candidates`, named as above, and the one
+that the preset `paper` trains. `--scale small` trains all at 64 x 64 on the embedded micrographs:
+VQ with a factor of 4, 8 and 16, two codebooks at f16, as in the study, and a KL autoencoder. They
+are far smaller and are trained for minutes.
 """
 
 import json
@@ -73,9 +77,12 @@ def make_config(variant: Variant, arguments):
     channels = (channels + channels[-1:] * num_levels)[:num_levels]
     num_images = SCALES[arguments.scale].ldm.autoencoder_images
     autoencoder = replace(
-        config.autoencoder, kind=variant.kind, num_codes=variant.num_codes, block_out_channels=channels,
-        **({} if num_images is None else {"num_images": num_images}),
-    )  # fmt: skip
+        config.autoencoder,
+        kind=variant.kind,
+        num_codes=variant.num_codes,
+        block_out_channels=channels,
+        num_images=config.autoencoder.num_images if num_images is None else num_images,
+    )
     return replace(
         config,
         data=arguments.data,
@@ -86,7 +93,7 @@ def make_config(variant: Variant, arguments):
 
 
 def train(variant: Variant, arguments) -> Path:
-    """Train a variant, or find it trained; returns its run's folder, from which `load_autoencoder` reads it."""
+    """Train a variant unless it is trained; return the run's folder."""
     config = make_config(variant, arguments)
     out = Path(config.out)
     if read_result(out / "autoencoder", config.autoencoder.num_images) is None:
@@ -100,7 +107,7 @@ def train(variant: Variant, arguments) -> Path:
 
 
 def find_variant(arguments) -> str:
-    """The autoencoder that the LDM experiments use: the one of `--autoencoder`, or the scale's f8, trained where it is missing."""
+    """Return the autoencoder of the LDM experiments: `--autoencoder`'s, or the scale's f8."""
     if arguments.autoencoder is not None:
         return arguments.autoencoder
     variants = VARIANTS[arguments.scale]
@@ -108,7 +115,10 @@ def find_variant(arguments) -> str:
 
 
 def describe(candidate, variant, source):
-    """(settings, the study's distance, what was measured) of a judged candidate; `variant` is None for a pretrained one."""
+    """Return the settings, the study's distance and the measured values of a candidate.
+
+    `variant` is None for a pretrained one.
+    """
     name = candidate["name"]
     like = name if variant is None else variant.like
     settings = {"name": name, "kind": candidate["kind"], "factor": candidate["downsampling_factor"]}
@@ -134,7 +144,7 @@ def describe(candidate, variant, source):
 
 
 def run_experiment(arguments) -> Path:
-    """Train what is missing, judge all on the same tiles, write the result files; returns the path of the JSON."""
+    """Train what is missing, compare all on the same tiles, write the results; return the JSON."""
     results = Results(arguments, "autoencoders", "Table 1: autoencoders", COLUMNS, ("ldm",))
     variants = {variant.name: variant for variant in VARIANTS[arguments.scale]}
     sources = {name: str(train(variant, arguments)) for name, variant in variants.items()}

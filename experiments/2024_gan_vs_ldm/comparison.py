@@ -1,21 +1,24 @@
-"""The study's comparison of its models (its Table 3) and their images beside real ones (its Figure 7).
+"""The study's comparison of its models (its Table 3) and their images (its Figure 7).
 
     python experiments/2024_gan_vs_ldm/comparison.py --scale small
-    python experiments/2024_gan_vs_ldm/comparison.py --scale study --data damaged-alloys:FOLDER --extractor inception \\
-        --autoencoder CHECKPOINT
+    python experiments/2024_gan_vs_ldm/comparison.py --scale study \\
+        --data damaged-alloys:FOLDER --extractor inception --autoencoder CHECKPOINT
 
-The LDM, StyleGAN2, StyleGAN3-T and StyleGAN3-R: distance to held-out tiles, time to train, time for 50,000 images, each beside the
-study's number and with the difference. results/comparison_SCALE.json and .md hold it (Table 3); results/comparison_SCALE.png is Figure 7.
-The study's text leaves the contents of Figure 7 open; we read: random images of each model in a row, under real tiles that no model was
-trained on. Images are not chosen: the first of each model.
+It measures the distance to held-out tiles, the time to train and the time for 50,000 images of the
+LDM, StyleGAN2, StyleGAN3-T and StyleGAN3-R, and gives the difference to the study's numbers. Table
+3 is results/comparison_SCALE.json and .md; Figure 7 is results/comparison_SCALE.png. The study does
+not say what Figure 7 shows. Here, it is the first images of each model in a row, below real tiles
+that no model was trained on.
 
-The models are those of the other recipes, trained where they are missing: the LDM with the preset's U-Net (ldm.py batch_size), the last
-point of gan.py kimg, and 3-T and 3-R with a mapping depth of 2, the study's best (gan.py mapping_depth). The study has no times for 3-T
-and 3-R; the LDM's time to train is without its autoencoder's, which the study took pretrained. The LDM samples with DDIM
-in 200 steps, as in the study, and with the sampler that our runs are saved with.
+The models are those of the other recipes, and are trained if they are missing: the LDM with the
+preset's U-Net (ldm.py batch_size), the last point of gan.py kimg, and 3-T and 3-R with a mapping
+depth of 2, the study's best (gan.py mapping_depth). The study has no times for 3-T and 3-R. The
+LDM's time to train is without its autoencoder's, which the study took pretrained. The LDM samples
+with DDIM in 200 steps, as in the study, and with the sampler that our runs are saved with.
 
-`--scale study` generates the study's 50,000 images. `--scale small` generates 300 and multiplies their time; the models' trainings differ
-in images seen and in feature maps (see those recipes), as the table says: it shows that the comparison runs, not which method is better.
+`--scale study` generates the study's 50,000 images. `--scale small` generates 300 and multiplies
+their time. Its models differ in images seen and in feature maps (see the recipes), as the table
+says: it shows that the comparison runs, not which method is better.
 """
 
 import argparse
@@ -49,7 +52,7 @@ NUM_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the table: `family` says which recipe trains it, `experiment` and `point` which of its trainings it is."""
+    """A row of the table: the recipe's family, experiment and point, and the study's numbers."""
 
     name: str
     family: str
@@ -69,7 +72,7 @@ def find_depth_2(architecture):
 
 
 def list_models(scale) -> tuple[Model, ...]:
-    """The rows of the table; the LDM is the batch-size experiment's point with the preset's own batch."""
+    """Return the rows of the table; the LDM's batch size is the preset's."""
     batch_size = ldm.PRESETS[SCALES[scale].ldm.preset]().denoiser.batch_size
     point = ldm.Point(batch_size=batch_size)
     alias_free = [
@@ -96,7 +99,7 @@ COLUMNS = {
 
 
 def train(model: Model, arguments) -> tuple:
-    """Train a model by its recipe, or find it trained: (folder with its pipeline, tiles' configuration, what its run says)."""
+    """Train a model unless it is trained; return its folder, tiles' configuration and run.json."""
     arguments = argparse.Namespace(**{**vars(arguments), "experiment": model.experiment})
     if model.family != "ldm":
         config, run = gan.train(model.point, arguments)
@@ -108,7 +111,7 @@ def train(model: Model, arguments) -> tuple:
 
 
 def generate(model: Model, folder, arguments, num_images) -> tuple:
-    """A model's images and the record of how long they took; kept under runs, and found there the next time."""
+    """Generate a model's images unless they exist; return them and the record of their time."""
     out = (
         Path(arguments.runs)
         / f"comparison_{arguments.scale}"
@@ -127,7 +130,7 @@ def generate(model: Model, folder, arguments, num_images) -> tuple:
 
 
 def compare_times(model: Model, run, record) -> dict:
-    """Seconds of the training and of 50,000 images, each {"study", "ours", "difference"}, and as text for the table."""
+    """Return the seconds of the training and of 50,000 images, as numbers and as text."""
     ours = {
         "train_seconds": run["train_seconds"],
         "sample_seconds_50000": NUM_STUDY_IMAGES / record["sample_images_per_second"],
@@ -140,15 +143,15 @@ def compare_times(model: Model, run, record) -> dict:
             "ours": seconds,
             "difference": None if study is None else seconds - study,
         }
-    texts = {
-        key: f"{times[name]['ours']:,.0f} ({'-' if times[name]['study'] is None else format(times[name]['study'], ',d')})"
-        for key, name in (("train_text", "train_seconds"), ("sample_text", "sample_seconds_50000"))
-    }
+    texts = {}
+    for key, name in (("train_text", "train_seconds"), ("sample_text", "sample_seconds_50000")):
+        study = times[name]["study"]
+        texts[key] = f"{times[name]['ours']:,.0f} ({'-' if study is None else format(study, ',d')})"
     return {"times": times, **texts, "num_images_timed": record["timed_images"]}
 
 
 def run_experiment(arguments) -> Path:
-    """Train and measure every model that the result file lacks, draw the picture; returns the JSON's path."""
+    """Train and measure every missing model, draw the picture, and return the JSON's path."""
     results = Results(arguments, "comparison", "Table 3: the models", COLUMNS)
     reference, rows = None, []
     for model in list_models(arguments.scale):
@@ -169,7 +172,8 @@ def run_experiment(arguments) -> Path:
     results.notes.append("The LDM's training is without its autoencoder's.")
     if arguments.scale == "small":
         results.notes.append(
-            "The trainings differ in images seen and in feature maps, and shared their core with other programs."
+            "The trainings differ in images seen and in feature maps, and shared their core with "
+            "other programs."
         )
     results.write()
     draw_rows([("held-out tiles", reference.images), *rows], results.path.with_suffix(".png"))
@@ -192,7 +196,7 @@ def count_parameters(folder) -> int:
 
 
 def draw_rows(rows, path):
-    """Draw the first images of each set [(name, ImageSet)] in a row of its own, a pixel a whole number of the picture's pixels."""
+    """Draw the first images of each set [(name, ImageSet)] in a row, without interpolation."""
     zoom = max(1, 96 // rows[0][1].resolution[1])
     strips = [(name, join(images.levels[:NUM_COLUMNS, 0], zoom)) for name, images in rows]
     height, width = strips[0][1].shape
@@ -215,7 +219,7 @@ def parse_arguments(argv=None):
     parser = create_parser(__doc__)
     parser.add_argument(
         "--autoencoder",
-        help="of the LDM: what load_autoencoder reads; left out, the f8 of autoencoders.py",
+        help="of the LDM: what load_autoencoder reads (default: the f8 of autoencoders.py)",
     )
     return parser.parse_args(argv)
 

@@ -14,8 +14,8 @@ images compared; each point takes hours on a GPU. `--scale small` trains the sam
 64 x 64 on the embedded micrographs, on a CPU, with 10 images per kimg and a 16th of the maps
 (mapping_depth, whose StyleGAN3 takes ten times as long: 3 images and a 64th). These distances are
 of other images by another network: they compare our points with each other, and the difference to
-the study means nothing (`comparable` says so). Ours are to held-out micrographs; the study's FID was to
-images that it had trained on.
+the study means nothing (`comparable` says so). Ours compare with held-out micrographs, the study's
+FID with images that it had trained on.
 
 If the study does not state a setting (the feature maps of its depth experiment), it is StyleGAN2's
 usual 512.

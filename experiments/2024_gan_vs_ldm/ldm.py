@@ -1,20 +1,23 @@
-"""The study's experiments with the latent diffusion model: levels of the U-Net (its Figure 6) and batch size.
+"""The study's LDM experiments: levels of the U-Net (its Figure 6) and batch size.
 
     python experiments/2024_gan_vs_ldm/ldm.py unet_levels --scale small
-    python experiments/2024_gan_vs_ldm/ldm.py batch_size --scale study --data damaged-alloys:FOLDER --extractor inception \\
-        --autoencoder CHECKPOINT
+    python experiments/2024_gan_vs_ldm/ldm.py batch_size --scale study \\
+        --data damaged-alloys:FOLDER --extractor inception --autoencoder CHECKPOINT
 
-unet_levels: a U-Net of 3 levels against one of 4, trained alike. batch_size: 8, 16, 32 and 64 images a step at an equal number of images.
-results/EXPERIMENT_SCALE.json has each training's distance to held-out tiles, last losses and time, and under `curves` its training
-loss, its loss on held-out latents and its distance while it trained; results/EXPERIMENT_SCALE.png draws them. The study reports no
-distance for these.
+unet_levels compares U-Nets of 3 and 4 levels, batch_size 8, 16, 32 and 64 images a step for equally
+many images. results/EXPERIMENT_SCALE.json has each training's distance to held-out tiles, last
+losses and time; its `curves` hold the training loss, the loss on held-out latents and the distance
+during training, which results/EXPERIMENT_SCALE.png draws. The study reports no distance for these.
 
-What the study's text leaves open, we read so. Figure 6 shows losses and distances over the images seen. A level is a resolution of the
-U-Net, and N levels are the first N of the multipliers 1, 2, 2, 4, 4, with attention on all but the finest. The learning rate is the
-preset's at every batch size. All points stand on one autoencoder, used as it is: that of `--autoencoder`, or the f8 of autoencoders.py.
-The distance is of the last averaged weights, by the sampler that runs are saved with; distances of the curves are of fewer images.
+The study's text leaves some things open. Here, Figure 6 shows losses and distances over the images
+seen. A level is a resolution of the U-Net; N levels are the first N of the multipliers 1, 2, 2, 4,
+4, with attention on all but the finest. The learning rate is the preset's for every batch size. All
+points use one autoencoder: `--autoencoder`'s, or the f8 of autoencoders.py. The distance is of the
+last averaged weights with the sampler that runs are saved with. Distances of the curves are of
+fewer images.
 
-`--scale study` trains with the preset `paper`: hours each on a GPU. `--scale small`: the preset `demo` with 2,400 images, on a CPU.
+`--scale study` trains the preset `paper`, which takes hours for each point on a GPU. `--scale
+small` trains the preset `demo` with 2,400 images on a CPU.
 """
 
 import json
@@ -76,7 +79,10 @@ NUM_MOMENTS = 4  # of a training, at which its curves have a point
 
 
 def make_config(point: Point, arguments) -> LDMConfig:
-    """The training of a point: the scale's preset on a finished autoencoder, without the grain, which the study did not add."""
+    """Return the training of a point: the scale's preset on a trained autoencoder.
+
+    It has no grain, which the study did not add.
+    """
     scale = SCALES[arguments.scale]
     config = PRESETS[scale.ldm.preset]()
     denoiser = config.denoiser
@@ -116,9 +122,10 @@ def name_run(point) -> str:
 
 
 def train(point: Point, arguments) -> tuple:
-    """Train a point, or find it trained: (its configuration, what its run.json holds, the pipeline of the last averaged weights).
+    """Train a point unless it is trained; return its configuration, run.json and pipeline.
 
-    The run's own pipeline has the weights that were nearest to the held-out tiles, an advantage that the GANs do not have.
+    The pipeline has the last averaged weights. The run's own has the weights that were nearest to
+    the held-out tiles, an advantage that the GANs do not have.
     """
     config = make_config(point, arguments)
     share_latents(config, arguments)
@@ -134,7 +141,7 @@ def train(point: Point, arguments) -> tuple:
 
 
 def share_latents(config, arguments):
-    """Let all points keep their latents in one folder: files are named by what was encoded by what, so that one is read by all."""
+    """Keep the latents of all points in one folder; a file's name says what was encoded by what."""
     common = (Path(arguments.runs) / f"latents_{arguments.scale}").absolute()
     folder = Path(config.out) / "latents"
     common.mkdir(parents=True, exist_ok=True)

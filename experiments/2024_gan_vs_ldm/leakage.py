@@ -1,12 +1,14 @@
-"""How much the leaky split, the training-set reference and the number of images move the Frechet distance.
+"""How the split, the reference and the number of images change the Frechet distance.
 
     python experiments/2024_gan_vs_ldm/leakage.py --scale small
-    python experiments/2024_gan_vs_ldm/leakage.py --scale study --data damaged-alloys:FOLDER --images LDM=FOLDER
+    python experiments/2024_gan_vs_ldm/leakage.py --scale study --data damaged-alloys:FOLDER \\
+        --images LDM=FOLDER
 
-The study drew its held-out views at random from all views (a leaky split), took training images as the reference and scored
-50,000 images; it has no values for what each of these does. Two generators whose honesty is known stand in for a model: one
-that has learnt training tiles by heart (turned, shifted by up to 4 pixels, with slight noise) and, on the embedded data, one
-that draws new micrographs of the same kind. Generated images of real models join with --images.
+The study drew its held-out views at random from all views (a leaky split), compared with training
+images, and scored 50,000 images. It does not report what each of these changes. Two generators
+stand in for a model: one copies training tiles (turned, shifted by up to 4 pixels, with slight
+noise); the other, on the embedded data, draws new micrographs of the same kind. Use --images to add
+images of real models.
 """
 
 import argparse
@@ -29,12 +31,12 @@ from em_evaluation.images import ImageSet, read_images
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ("micrograph", "leaky")
 REFERENCES = ("held_out", "train")
-FRESH_SEED = 5  # of the honest generator's micrographs; the data are made with seed 0
+FRESH_SEED = 5  # of the honest generator's micrographs; the data have seed 0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Tiles' side, where the micrographs come from, how many of them, and the numbers of images to score."""
+    """Side of the tiles, source and number of the micrographs, numbers of images to score."""
 
     resolution: int
     data: str
@@ -49,7 +51,7 @@ SCALES = {
 
 
 def learn_by_heart(train: ImageSet, seed=0, shift_px=4, noise=4.0) -> ImageSet:
-    """Return copies of training tiles, each under a random symmetry, shifted by up to `shift_px` and with slight noise."""
+    """Return copies of training tiles: turned, shifted by up to `shift_px`, with slight noise."""
     rng = np.random.default_rng([seed, 1])
     copies = []
     for tile in train.levels[:, 0]:
@@ -67,7 +69,7 @@ def learn_by_heart(train: ImageSet, seed=0, shift_px=4, noise=4.0) -> ImageSet:
 
 
 def draw_new(num, resolution, micrograph_px=512) -> ImageSet:
-    """Return views of tiles of embedded micrographs that no split has seen, drawn evenly from as many as the number takes."""
+    """Return views of tiles of embedded micrographs that no split contains."""
     corners = find_tile_positions((micrograph_px, micrograph_px), resolution)
     per_micrograph = max(1, len(corners) // 4)
     rng, tiles, groups = np.random.default_rng(FRESH_SEED), [], []
@@ -87,7 +89,10 @@ def draw_new(num, resolution, micrograph_px=512) -> ImageSet:
 def measure(
     source, config, nums_images, extractor, images=None, seed=0, log=print, **feature_options
 ):
-    """Return the rows of the experiment: split, reference, generator, number of images and Frechet distance with interval."""
+    """Return the rows of the experiment.
+
+    Each is a split, reference, generator and number of images, and the distance with its interval.
+    """
     rows, largest = [], max(nums_images)
     honest = (
         draw_new(largest, config.resolution, config.micrograph_size)
@@ -118,24 +123,15 @@ def measure(
             for name in generators:
                 for num in sorted({min(num, most, len(sets[name])) for num in nums_images}):
                     interval = frechet_distance_interval(
-                        features[name][:num], features[reference][:num], groups_a=cut(sets[name].groups, num),
-                        groups_b=cut(sets[reference].groups, num), seed=seed,
-                    )  # fmt: skip
-                    rows.append(
-                        {
-                            "split": split,
-                            "reference": reference,
-                            "generator": name,
-                            "num_images": num,
-                        }
-                        | {
-                            "frechet_distance": {
-                                "value": interval.value,
-                                "low": interval.low,
-                                "high": interval.high,
-                            }
-                        }
+                        features[name][:num],
+                        features[reference][:num],
+                        groups_a=cut(sets[name].groups, num),
+                        groups_b=cut(sets[reference].groups, num),
+                        seed=seed,
                     )
+                    row = {"split": split, "reference": reference, "generator": name}
+                    row |= {"num_images": num, "frechet_distance": interval.to_json()}
+                    rows.append(row)
     return rows
 
 
@@ -144,7 +140,7 @@ def cut(groups, num):
 
 
 def summarise(rows) -> list[dict]:
-    """Return, for each generator, its distance at most images by the honest protocol, and what each habit alone adds to it."""
+    """Return each generator's distance by the honest protocol, and what each habit adds to it."""
     summary = []
     for name in dict.fromkeys(row["generator"] for row in rows):
         mine = [row for row in rows if row["generator"] == name]
@@ -181,7 +177,7 @@ def summarise(rows) -> list[dict]:
 
 
 def conclude(summary) -> list[str]:
-    """Return what the summary allows to say: which habit moves the distance by more than its interval's half width."""
+    """Return which habits change the distance by more than its interval's half width."""
     habits = {
         "leaky_split_adds": "the leaky split",
         "training_reference_adds": "the training reference",
@@ -193,16 +189,19 @@ def conclude(summary) -> list[str]:
         moved = [habit for key, habit in habits.items() if abs(row[key]) > row["half_interval"]]
         still = [habit for habit in habits.values() if habit not in moved]
         sentences.append(
-            f"{row['generator']}, half width of the 95 % interval {row['half_interval']:.2f}: moved beyond it by "
-            f"{', '.join(moved) or 'nothing'}; not by {', '.join(still) or 'nothing'}."
+            f"{row['generator']}, half width of the 95 % interval {row['half_interval']:.2f}: "
+            f"moved beyond it by {', '.join(moved) or 'nothing'}; "
+            f"not by {', '.join(still) or 'nothing'}."
         )
     scores = {row["generator"]: row["honest_protocol"] for row in summary}
     if {"honest", "learnt by heart"} <= set(scores):
         better = "no worse than" if scores["learnt by heart"] <= scores["honest"] else "worse than"
         sentences.append(
-            f"By the honest protocol the generator that has learnt by heart scores {better} the honest one "
-            f"({scores['learnt by heart']:.2f} against {scores['honest']:.2f}): the distance is "
-            f"{'no' if better == 'no worse than' else 'not by itself a'} guard against copies; the report's memorisation section is."
+            "By the honest protocol the generator that has learnt by heart scores "
+            f"{better} the honest one ({scores['learnt by heart']:.2f} against "
+            f"{scores['honest']:.2f}): the distance is "
+            f"{'no' if better == 'no worse than' else 'not by itself a'} guard against copies; "
+            "the report's memorisation section is."
         )
     return sentences
 
@@ -212,12 +211,15 @@ def write_tables(result) -> str:
     lines = [
         f"# Leakage, scale {result['scale']}",
         "",
-        f"{result['data']}, tiles of {result['resolution']} pixels; {result['extractor'].split(',')[0]} features. "
+        f"{result['data']}, tiles of {result['resolution']} pixels; "
+        f"{result['extractor'].split(',')[0]} features. "
         f"`leakage_{result['scale']}.json` has every number; the study has none for this.",
         "",
-        "What each habit alone adds to the distance by the honest protocol (split by micrograph, held-out reference):",
+        "What each habit alone adds to the distance by the honest protocol (split by micrograph, "
+        "held-out reference):",
         "",
-        "| generator | images | honest protocol | leaky split | training reference | both, as the study | fewer images |",
+        "| generator | images | honest protocol | leaky split | training reference | "
+        "both, as the study | fewer images |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["summary"]:
@@ -242,16 +244,15 @@ def write_tables(result) -> str:
     for row in result["rows"]:
         metric = row["frechet_distance"]
         interval = f"{metric['value']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
-        lines.append(
-            f"| {row['split']} | {row['reference'].replace('_', '-')} | {row['generator']} | {row['num_images']:,} | {interval} |"
-        )
+        cells = [row["split"], row["reference"].replace("_", "-"), row["generator"]]
+        lines.append(f"| {' | '.join([*cells, format(row['num_images'], ','), interval])} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--data", help="micrographs; left out, the embedded data (small scale)")
+    parser.add_argument("--data", help="micrographs (default at scale small: embedded)")
     parser.add_argument(
         "--images",
         nargs="*",

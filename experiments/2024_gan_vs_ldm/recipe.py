@@ -1,9 +1,10 @@
-"""What the recipes of this folder share: their scales, the measurement, result files that go on, tables and pictures.
+"""What the recipes share: scales, the measurement, result files, tables and pictures.
 
-A result file results/EXPERIMENT_SCALE.json holds what must be equal to go on (`facts`), and a list of points: {"settings", "study",
-"ours", "low", "high", "difference", "comparable", ...}. `ours` is a Frechet distance with the 95 % interval [low, high], `study` the
-study's FID (None where it reports none), `difference` ours - study. EXPERIMENT_SCALE.md holds the same as a table with what it allows
-to say. Both are written after every point.
+A result file, results/EXPERIMENT_SCALE.json, holds the settings that must not change between two
+starts (`facts`) and a list of points: {"settings", "study", "ours", "low", "high", "difference",
+"comparable", ...}. `ours` is a Frechet distance with the 95 % interval [low, high]; `study` is the
+study's FID, None if it reports none; `difference` is ours - study. EXPERIMENT_SCALE.md holds the
+same as a table, and the conclusions. Both are written after every point.
 """
 
 import argparse
@@ -31,9 +32,8 @@ class GANScale:
     preset: str
     images_per_kimg: float  # images of training for each thousand of the study's
     channel_share: float  # of the study's feature maps
-    slow_images_per_kimg: (
-        float  # the same two for the experiment that has StyleGAN3's points, which take far longer
-    )
+    # the same two for the experiment with StyleGAN3, which takes far longer
+    slow_images_per_kimg: float
     slow_channel_share: float
 
 
@@ -71,12 +71,13 @@ SCALES = {
 FAMILIES = ("gan", "ldm")
 CAVEATS = (
     "Intervals hold the scatter of images, not that of trainings: each point is one training.",
-    "The study's numbers are of other images (256 px, Inception features): ours tell our points from each other only.",
+    "The study's numbers are of other images (256 px, Inception features): ours tell our points "
+    "from each other only.",
 )
 
 
 def create_parser(description, default_scale="small"):
-    """The flags of every recipe."""
+    """Create the parser with the flags of every recipe."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,13 +97,13 @@ def create_parser(description, default_scale="small"):
 
 
 def choose_tiles(tiles, arguments) -> dict:
-    """Fields of `DataConfig` that a scale and the command line decide."""
+    """Return the fields of `DataConfig` that a scale and the command line decide."""
     cache = {} if arguments.cache_dir is None else {"cache_dir": arguments.cache_dir}
     return {**vars(tiles), "resolution": SCALES[arguments.scale].resolution, **cache}
 
 
 def name_data(data: str) -> str:
-    """What the micrographs are called in a result file, without a path of the machine."""
+    """Return the name of the micrographs for a result file, without a local path."""
     return data.partition(":")[0] if ":" in data else Path(data).name
 
 
@@ -119,7 +120,10 @@ class Reference:
         self.features = compute_features(self.images, self.extractor, cache_dir=tiles.cache_dir)
 
     def measure(self, images) -> dict:
-        """Frechet distance of images (as many as the reference has) with its interval: {"ours", "low", "high", "num_images_compared"}."""
+        """Measure the Frechet distance of as many images as the reference has.
+
+        Returns {"ours", "low", "high", "num_images_compared"}.
+        """
         features = compute_features(images, self.extractor, use_cache=False)
         interval = frechet_distance_interval(features, self.features, groups_b=self.images.groups)
         distance = {"ours": interval.value, "low": interval.low, "high": interval.high}
@@ -127,11 +131,15 @@ class Reference:
 
 
 class Results:
-    """The result file of an experiment, which goes on where it was stopped.
+    """The result file of an experiment, which can be resumed.
 
-    title: first line of the table. columns: {key of a point: (heading, format)} for the table, after study, ours and difference.
-    families: those that the experiment trains, whose sizes must be equal to go on.
-    Raises `ValueError` when the file is of another experiment, of other sizes, data or extractor.
+    Args:
+        title: First line of the table.
+        columns: {key of a point: (heading, format)} of the table's last columns.
+        families: Families that the experiment trains; only a file with equal sizes is resumed.
+
+    Raises:
+        ValueError: If the file is of another experiment, or of other sizes, data or extractor.
     """
 
     def __init__(self, arguments, experiment, title, columns=None, families=FAMILIES):
@@ -152,11 +160,11 @@ class Results:
         self.points, self.notes = read_points(self.path, self.facts), []
 
     def find(self, settings):
-        """The point of these settings, or None."""
+        """Return the point of these settings, or None."""
         return next((point for point in self.points if point["settings"] == settings), None)
 
     def add(self, settings, study, measured: dict) -> dict:
-        """Keep a point: what was `measured`, with "ours" among it, beside the study's number."""
+        """Add a point with what was `measured`, which includes "ours", and write the file."""
         difference = None if study is None or measured["ours"] is None else measured["ours"] - study
         point = {
             "settings": settings,
@@ -182,7 +190,7 @@ class Results:
         write_atomically(self.path.with_suffix(".md"), self.format_table())
 
     def conclude(self) -> list[str]:
-        """What the points allow to say: the best, those that cannot be told apart from it, and the order beside the study's."""
+        """Return sentences on the best point, those close to it, and the study's order."""
         points = [point for point in self.points if point["ours"] is not None]
         if not points:
             return self.notes
@@ -202,7 +210,7 @@ class Results:
         return [sentence, *compare_order(points), *self.notes]
 
     def format_table(self) -> str:
-        """The points as Markdown."""
+        """Return the points as Markdown."""
         headings = [
             "point",
             "study",
@@ -210,7 +218,8 @@ class Results:
             "difference",
             *(name for name, _ in self.columns.values()),
         ]
-        facts = f"{self.facts['data']}, {self.facts['extractor']} features, scale {self.facts['scale']}."
+        data, extractor = self.facts["data"], self.facts["extractor"]
+        facts = f"{data}, {extractor} features, scale {self.facts['scale']}."
         lines = [
             f"# {self.title}",
             "",
@@ -233,7 +242,7 @@ class Results:
 
 
 def read_points(path, facts) -> list:
-    """The points that a result file holds already; ValueError when it is of another experiment."""
+    """Return the points of a result file; `ValueError` if it is of another experiment."""
     if not path.exists():
         return []
     found = json.loads(path.read_text())
@@ -244,7 +253,7 @@ def read_points(path, facts) -> list:
 
 
 def compare_order(points) -> list[str]:
-    """Say how many pairs of points our intervals hold apart, and of how many that the study ranks ours give the same order."""
+    """Say how many pairs of points have separate intervals, and how many have the study's order."""
     pairs = list(combinations(points, 2))
     apart = sum(are_apart(a, b) for a, b in pairs)
     sentences = (
@@ -252,7 +261,8 @@ def compare_order(points) -> list[str]:
     )
     if apart < len(pairs) / 2:
         sentences.append(
-            "So these trainings are too short, or their images too few, for an order that could be relied on."
+            "So these trainings are too short, or their images too few, for an order that could be "
+            "relied on."
         )
     ranked = [(a, b) for a, b in pairs if None not in (a["study"], b["study"])]
     alike = [
@@ -262,19 +272,20 @@ def compare_order(points) -> list[str]:
     ]
     if ranked:
         sentences.append(
-            f"Of the {len(ranked)} pairs that the study ranks, ours are in the same order in {len(alike)}, "
-            f"of which our intervals hold {sum(are_apart(*pair) for pair in alike)} apart."
+            f"Of the {len(ranked)} pairs that the study ranks, ours are in the same order in "
+            f"{len(alike)}, of which our intervals hold "
+            f"{sum(are_apart(*pair) for pair in alike)} apart."
         )
     return sentences
 
 
 def are_apart(a, b) -> bool:
-    """Whether the intervals of two points do not overlap."""
+    """Return True if the intervals of two points do not overlap."""
     return a["high"] < b["low"] or b["high"] < a["low"]
 
 
 def name_points(points) -> list[str]:
-    """Each point's name, or those of its settings in which the points differ."""
+    """Return each point's name, or the settings in which the points differ."""
     settings = [point["settings"] for point in points]
     if all("name" in each for each in settings):
         return [each["name"] for each in settings]
@@ -297,14 +308,14 @@ def say_interval(point) -> str:
 
 
 def save_figure(figure, path):
-    """Write a matplotlib figure as PNG, in place whole."""
+    """Write a matplotlib figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(Path(path), buffer.getvalue())
 
 
 def create_figure(**options):
-    """A matplotlib figure that no window shows."""
+    """Create a matplotlib figure without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -314,7 +325,7 @@ def create_figure(**options):
 
 
 def draw_points(points, labels, path):
-    """Draw our distances with their intervals on the left and the study's on the right, each with a scale of its own."""
+    """Draw our distances with intervals on the left and the study's on the right, each to scale."""
     figure = create_figure(figsize=(max(8, 1 + 1.1 * len(points)), 3.8))
     left, right = figure.subplots(1, 2)
     x = np.arange(len(points))
