@@ -75,7 +75,8 @@ def run_training(family: Family) -> None:
             family.import_train()(config)
         if getattr(config, "makes_pipeline", True):
             say(
-                f"The trained model is in {Path(config.out) / 'pipeline'}. Next: python generate.py "
+                f"The trained model is in {Path(config.out) / 'pipeline'}. Next: python "
+                f"generate.py "
                 f"--model {config.out} --num-images 1000"
             )
 

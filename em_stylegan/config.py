@@ -130,16 +130,17 @@ class StyleGANConfig:
     """A StyleGAN run: data, output folder, networks and training."""
 
     data: str = "synthetic"
-    """A folder of micrographs, or "synthetic" for the embedded ones. Also "hub:owner/name[@revision]"
-    (written by em_data.push), "hub-stream:owner/name[@revision]" (the same, read over the network;
-    only the tiles are kept on disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
+    """A folder of micrographs, or "synthetic" for the embedded ones. Also
+    "hub:owner/name[@revision]" (written by em_data.push), "hub-stream:owner/name[@revision]" (the
+    same, read over the network; only the tiles are kept on disk), "damaged-alloys:FOLDER" and
+    "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/stylegan2"
     """Folder of the run. The same command on it resumes the run."""
     seed: NotNegative = 0
     """Seed of the weights, the order of the data and the noise; the split has tiles.seed."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32). fp16
-    is for GPUs without bf16, with loss scaling and bounded feature maps."""
+    """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32).
+    fp16 is for GPUs without bf16, with loss scaling and bounded feature maps."""
     init_from: str | None = None
     """Start from trained weights: a run's folder, or a folder written by
     `em_stylegan.load_official`, with networks of the same sizes. With few micrographs, use

@@ -191,7 +191,9 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
 def test_kill_9_at_random_moments_loses_at_most_the_work_since_the_last_checkpoint(
     script, tmp_path
 ):
-    """Ten kills each, at least one checkpoint later each time; the end equals the uninterrupted run to the bit."""
+    """Ten kills each, at least one checkpoint later each time; the end equals the uninterrupted run
+    to the bit.
+    """
     flags = ["--tiles.cache-dir", tmp_path / "cache"]
     if script == "train_ldm.py":
         lengths = ["--autoencoder.num-images", "1600", "--denoiser.num-images", "3200"]

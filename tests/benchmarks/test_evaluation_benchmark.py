@@ -1,4 +1,6 @@
-"""The benchmark of the evaluation: both sides answer alike, and its lines have what those of the other benchmarks have."""
+"""The benchmark of the evaluation: both sides answer alike, and its lines have what those of the
+other benchmarks have.
+"""
 
 import json
 

@@ -36,8 +36,13 @@ def test_both_sides_are_one_network(config):
     finally:
         torch.set_default_dtype(default)
     assert set(differences) == {
-        "images", "logits", "gradients of loss_G", "gradients of loss_D", "gradients of R1", "gradients of path length",
-    }  # fmt: skip
+        "images",
+        "logits",
+        "gradients of loss_G",
+        "gradients of loss_D",
+        "gradients of R1",
+        "gradients of path length",
+    }
     assert all(value < 1e-9 for value in differences.values()), differences
 
 
@@ -56,8 +61,15 @@ def test_the_textbook_trains(config):
 
 def test_parts_are_weighed_as_in_training():
     rounds = [
-        {"plain": 1.0, "path length": 2.0, "r1 and path length": 4.0, "textbook main": 3.0, "textbook r1": 1.6, "textbook path length": 0.8}
-    ]  # fmt: skip
+        {
+            "plain": 1.0,
+            "path length": 2.0,
+            "r1 and path length": 4.0,
+            "textbook main": 3.0,
+            "textbook r1": 1.6,
+            "textbook path length": 0.8,
+        }
+    ]
     line = summarise({"images": 0.0}, rounds, {"device": "cpu"})
     assert line["ours"] == pytest.approx((14 * 1 + 2 + 4) / 16)
     assert line["baseline"] == pytest.approx(3 + 0.1 + 0.1)

@@ -1,4 +1,6 @@
-"""The sampler sweep and the sampling benchmark, on the smallest trained run: the rule, the results, what is stored."""
+"""The sampler sweep and the sampling benchmark, on the smallest trained run: the rule, the results,
+what is stored.
+"""
 
 import dataclasses
 import importlib.util
@@ -83,8 +85,12 @@ def test_a_sweep_measures_draws_and_stores_the_default(run, tmp_path, capsys):
     ]
     assert lines == result["points"]
     assert [(p["sampler"], p["num_inference_steps"], p["unet_evaluations"]) for p in lines] == [
-        ("ddim", 200, 200), ("dpm-solver++-karras", 2, 2), ("dpm-solver++-karras", 3, 3), ("heun", 2, 3), ("heun", 3, 5),
-    ]  # fmt: skip
+        ("ddim", 200, 200),
+        ("dpm-solver++-karras", 2, 2),
+        ("dpm-solver++-karras", 3, 3),
+        ("heun", 2, 3),
+        ("heun", 3, 5),
+    ]
     first = lines[0]
     assert first["difference_to_reference"] == {"value": 0, "low": 0, "high": 0}
     assert first["as_good"]
@@ -129,7 +135,9 @@ def test_a_trained_run_has_the_default_sampler(run):
 
 
 def test_the_benchmark_compares_the_same_images(run, capsys):
-    """With the same sampler and steps, ours and the stock pipeline draw the same images from the same noise."""
+    """With the same sampler and steps, ours and the stock pipeline draw the same images from the
+    same noise.
+    """
     benchmark = load_script("sampling")
     config = benchmark.BenchmarkConfig(
         model=run, num_images=20, batch_size=20, num_baseline_steps=3, cores=1

@@ -1,4 +1,6 @@
-"""The pure parts of the benchmark of a training step: that it times what it says, and equal work on both sides."""
+"""The pure parts of the benchmark of a training step: that it times what it says, and equal work on
+both sides.
+"""
 
 import dataclasses
 
@@ -117,9 +119,13 @@ def test_the_figures_are_ratios_of_the_same_rounds():
         "clip and optimizer": 0.5,
     }
     rounds = [
-        {"ours": 1.1 * slow, "plain": {k: v * slow for k, v in plain.items()}, "parts": {k: v * slow for k, v in parts.items()}}
+        {
+            "ours": 1.1 * slow,
+            "plain": {k: v * slow for k, v in plain.items()},
+            "parts": {k: v * slow for k, v in parts.items()},
+        }
         for slow in (1, 3, 1.5)
-    ]  # fmt: skip
+    ]
     step, bare, breakdown = summarise(rounds, {"device": "cpu"}, batch_size=8)
     assert step["ratio"] == pytest.approx(6 / 1.1, abs=1e-3)
     assert (

@@ -342,9 +342,19 @@ def test_embedded_data(config):
 
 @pytest.mark.parametrize(
     "change",
-    [{"symmetries": "c4"}, {"split": "random"}, {"resolution": 0}, {"held_out_fraction": 1.0}, {"percentiles": (99, 1)},
-     {"intensity": "stretch"}, {"on_bad_image": "ignore"}, {"label_bar": "blur"}, {"num_micrographs": 0}, {"downsample": 0}],
-)  # fmt: skip
+    [
+        {"symmetries": "c4"},
+        {"split": "random"},
+        {"resolution": 0},
+        {"held_out_fraction": 1.0},
+        {"percentiles": (99, 1)},
+        {"intensity": "stretch"},
+        {"on_bad_image": "ignore"},
+        {"label_bar": "blur"},
+        {"num_micrographs": 0},
+        {"downsample": 0},
+    ],
+)
 def test_impossible_configuration_is_refused(change):
     with refuses_config(f"tiles.{next(iter(change))} is .*Use --tiles."):
         DataConfig(**change)

@@ -6,9 +6,14 @@ from em_data.split import check_split, choose_groups, find_duplicates, split_vie
 
 def facts(num, specimens=None, hashes=None):
     return [
-        {"name": f"m{i}.tif", "group": f"m{i}.tif", "specimen": specimens and specimens[i], "pixel_hash": hashes[i] if hashes else str(i)}
+        {
+            "name": f"m{i}.tif",
+            "group": f"m{i}.tif",
+            "specimen": specimens and specimens[i],
+            "pixel_hash": hashes[i] if hashes else str(i),
+        }
         for i in range(num)
-    ]  # fmt: skip
+    ]
 
 
 def micrographs_of(views, micrograph_of_tile, num_symmetries=6):

@@ -1,4 +1,6 @@
-"""Encode 48 views, a process of them killed after so many chunks: run by test_latents.py under torchrun."""
+"""Encode 48 views, a process of them killed after so many chunks: run by test_latents.py under
+torchrun.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ from em_training import create_accelerator, leave_processes
 
 
 class CountedTiles:
-    """Random tiles that remember which of them were asked for in batches, after the one that tells the latents' shape."""
+    """Random tiles that remember which of them were asked for in batches, after the one that tells
+    the latents' shape.
+    """
 
     def __init__(self):
         self.images = torch.rand(48, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -1,4 +1,6 @@
-"""Load a saved pipeline as a stranger does, without our packages: run by test_pipeline_components.py in an isolated interpreter."""
+"""Load a saved pipeline as a stranger does, without our packages: run by
+test_pipeline_components.py in an isolated interpreter.
+"""
 
 import importlib.util
 import sys

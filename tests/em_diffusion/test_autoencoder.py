@@ -21,7 +21,9 @@ def make_latents(seed=0, shape=(3, 4, 5, 6)):
 
 
 def test_quantise_equals_the_slow_twin_and_its_gradients():
-    """Our quantiser against diffusers' VectorQuantizer(legacy=False), for values, loss and both gradients."""
+    """Our quantiser against diffusers' VectorQuantizer(legacy=False), for values, loss and both
+    gradients.
+    """
     beta = 0.25
     stock = VectorQuantizer(32, 4, beta=beta, legacy=False)
     torch.nn.init.normal_(stock.embedding.weight)
@@ -43,7 +45,9 @@ def test_quantise_equals_the_slow_twin_and_its_gradients():
 
 
 def test_codebook_and_commitment_gradients_have_their_closed_form():
-    """d/de mean (z - e)^2 = 2 (n_k e_k - sum of its z) / N, and only the encoder is moved by the commitment."""
+    """d/de mean (z - e)^2 = 2 (n_k e_k - sum of its z) / N, and only the encoder is moved by the
+    commitment.
+    """
     z = make_latents(2).requires_grad_()
     codebook = make_latents(3, (8, 4)).requires_grad_()
     ours = quantise(z, codebook)
@@ -86,7 +90,9 @@ def test_quantisation_is_float32_under_autocast():
 
 
 def test_stock_decode_agrees_with_our_quantiser(vqvae):
-    """`VQModel.decode` with its own quantiser, and its commitment loss with legacy off, are what we train."""
+    """`VQModel.decode` with its own quantiser, and its commitment loss with legacy off, are what we
+    train.
+    """
     latents = make_latents(6, (2, 4, 8, 8))
     ours = quantise(latents, vqvae.quantize.embedding.weight)
     with torch.no_grad():
@@ -231,7 +237,9 @@ def test_kl_latents_are_the_mean_of_the_posterior(kl_stage, tiles):
 
 
 def test_kl_is_its_integral_and_the_latents_are_of_the_posterior(kl_stage, tiles):
-    """The divergence against a numerical integral of q log(q / p), and the decoded sample of each noise."""
+    """The divergence against a numerical integral of q log(q / p), and the decoded sample of each
+    noise.
+    """
     model = create_autoencoder(kl_stage, 16)
     perceptual = create_perceptual_distance(kl_stage)
     images = tiles.batch(range(2))

@@ -126,7 +126,9 @@ def test_heads_of_one_number_are_counted_and_saved(config, tmp_path):
 
 
 def test_the_best_resumes_to_the_bit(config, train, held_out):
-    """Killed after the best at 48 was kept and before it was in a checkpoint: it is found again, by replay."""
+    """Killed after the best at 48 was kept and before it was in a checkpoint: it is found again, by
+    replay.
+    """
     stage = dataclasses.replace(
         config.denoiser, evaluate_every=16, num_evaluation_images=6, num_evaluation_steps=2
     )
@@ -147,7 +149,9 @@ def test_the_best_resumes_to_the_bit(config, train, held_out):
 
 
 def test_parts_and_recomputation_change_nothing_but_rounding(config, train):
-    """Weights after 8 steps, against those of the plain loop, and with a memory that holds 3 images."""
+    """Weights after 8 steps, against those of the plain loop, and with a memory that holds 3
+    images.
+    """
     plain = load_last(train(config.denoiser, "plain"))["model"]
     for name, changes in (
         ("micro", {"micro_batch_size": 3}),
@@ -173,7 +177,9 @@ def test_compiled_trains_as_it_is(config, train):
 
 
 def test_memory_that_runs_out_is_survived_and_resumed(config, train, monkeypatch, capfd):
-    """Where 3 images fit, the run goes on with parts of 2 and is said so once; resumed, it begins with them."""
+    """Where 3 images fit, the run goes on with parts of 2 and is said so once; resumed, it begins
+    with them.
+    """
 
     def small_memory(unet, scheduler, latents, noise, timesteps):
         if unet.training and len(latents) > 3:
@@ -191,7 +197,9 @@ def test_memory_that_runs_out_is_survived_and_resumed(config, train, monkeypatch
 
 
 class TestFloat16:
-    """The scaler on the CPU, in float32: a scale of a power of two changes no bit unless something overflows."""
+    """The scaler on the CPU, in float32: a scale of a power of two changes no bit unless something
+    overflows.
+    """
 
     @pytest.fixture
     def scaled(self, tmp_path):
@@ -215,7 +223,9 @@ class TestFloat16:
         assert load_last(half)["scaler"]["scale"] == 2.0**16
 
     def test_overflow_skips_steps_and_resumes_to_the_bit(self, config, train, scaled, monkeypatch):
-        """A loss of about 16 overflows at the first scales, and once more when the scale has grown again."""
+        """A loss of about 16 overflows at the first scales, and once more when the scale has grown
+        again.
+        """
         monkeypatch.setattr(
             denoiser_loop,
             "compute_denoising_loss",
@@ -270,7 +280,9 @@ def test_flow_draws_timesteps_between_the_integers(config):
 @pytest.mark.parametrize("num_levels", [3, 4, 5])
 @pytest.mark.parametrize("batch_size", [8, 16, 32, 64])
 def test_the_studys_variants_are_built_and_stepped(config, num_levels, batch_size):
-    """Three to five levels and batches of 8 to 64 at the study's 32 x 32 x 4 latents, narrow: every parameter gets a gradient."""
+    """Three to five levels and batches of 8 to 64 at the study's 32 x 32 x 4 latents, narrow: every
+    parameter gets a gradient.
+    """
     stage = dataclasses.replace(
         config.denoiser,
         base_channels=8,

@@ -1,4 +1,6 @@
-"""`EMUNet2DModel`: the stock U-Net with a fixed number of heads, against explicit attention and against the stock model."""
+"""`EMUNet2DModel`: the stock U-Net with a fixed number of heads, against explicit attention and
+against the stock model.
+"""
 
 import inspect
 
@@ -23,7 +25,9 @@ SHAPE = {
 
 
 class SlowAttention:
-    """Attention head by head: softmax(q k^T / sqrt(channels / heads)) v, from the paper's equation (arXiv:1706.03762, 1)."""
+    """Attention head by head: softmax(q k^T / sqrt(channels / heads)) v, from the paper's equation
+    (arXiv:1706.03762, 1).
+    """
 
     def __init__(self, num_heads):
         self.num_heads = num_heads

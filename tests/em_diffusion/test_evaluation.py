@@ -86,7 +86,9 @@ class Killed(Exception):
 
 
 def test_what_was_measured_otherwise_is_not_compared_with(tmp_path):
-    """With grain and without are two measures: the first distance after a change is the best so far."""
+    """With grain and without are two measures: the first distance after a change is the best so
+    far.
+    """
     run = SimpleNamespace(dir=tmp_path, accelerator=SimpleNamespace(is_main_process=True))
     distance = SimpleNamespace(num_images=10, measure=lambda generate: generate())
     best = BestWeights(distance, run, "unet", grain_sha256=None)
@@ -101,7 +103,9 @@ def test_what_was_measured_otherwise_is_not_compared_with(tmp_path):
 
 @pytest.mark.parametrize("moment", range(5))
 def test_a_kill_leaves_the_old_best_or_the_new(tmp_path, monkeypatch, moment):
-    """At every moment of the exchange the weights that are found belong to the record that is found."""
+    """At every moment of the exchange the weights that are found belong to the record that is
+    found.
+    """
     save_best(Model(1), tmp_path, {"frechet_distance": 1.0}, "unet")
     calls = 0
 
@@ -139,7 +143,9 @@ def test_there_is_no_best_without_a_record(tmp_path):
 
 
 def test_two_processes_measure_what_one_measures(tmp_path):
-    """Shares of unequal size, weights that stay equal, one best: two_processes.py, against the same stage in one process."""
+    """Shares of unequal size, weights that stay equal, one best: two_processes.py, against the same
+    stage in one process.
+    """
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",

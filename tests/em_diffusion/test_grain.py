@@ -1,4 +1,6 @@
-"""The grain that an autoencoder leaves out: measured on images of which it is known, and drawn again."""
+"""The grain that an autoencoder leaves out: measured on images of which it is known, and drawn
+again.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def mean_spectrum(images):
 
 @pytest.fixture(scope="module")
 def known():
-    """(decoded images, their grain): 0.05 to 0.15 by grey level, blurred, in half of the images three times as strong."""
+    """(decoded images, their grain): 0.05 to 0.15 by grey level, blurred, in half of the images
+    three times as strong.
+    """
     generator = torch.Generator().manual_seed(0)
     decoded = 0.3 * low_pass(torch.randn(600, 1, SIZE, SIZE, generator=generator), 0.1)
     noise = low_pass(torch.randn(600, 1, SIZE, SIZE, generator=generator), 0.35)
@@ -70,7 +74,9 @@ def test_images_that_lack_nothing_get_nothing(known):
 
 
 def test_structure_that_is_missing_is_not_made_up_for_by_noise():
-    """Reconstructions of too low a contrast lack power that is far above the residual's: no more is added than that has."""
+    """Reconstructions of too low a contrast lack power that is far above the residual's: no more is
+    added than that has.
+    """
     generator = torch.Generator().manual_seed(0)
     images = 0.3 * low_pass(torch.randn(200, 1, SIZE, SIZE, generator=generator), 0.1)
     decoded = 0.9 * images
@@ -80,7 +86,9 @@ def test_structure_that_is_missing_is_not_made_up_for_by_noise():
 
 
 def test_structure_that_some_images_lost_is_not_taken_for_noise():
-    """A tenth of the images lost smooth structure far stronger than the noise of all: no image is given more noise for it."""
+    """A tenth of the images lost smooth structure far stronger than the noise of all: no image is
+    given more noise for it.
+    """
     generator = torch.Generator().manual_seed(0)
     decoded = torch.zeros(400, 1, SIZE, SIZE)
     noise = 0.05 * torch.randn(400, 1, SIZE, SIZE, generator=generator)

@@ -78,7 +78,9 @@ class Killed(BaseException):
 def test_a_killed_encoding_goes_on_chunk_by_chunk(
     vqvae, tiles, accelerator, tmp_path, monkeypatch, killed_at
 ):
-    """Batches of 2 views, chunks of 8 of 24; stopped in the first chunk, in a write, between chunks, in the last chunk."""
+    """Batches of 2 views, chunks of 8 of 24; stopped in the first chunk, in a write, between
+    chunks, in the last chunk.
+    """
     whole, _ = encode_latents(
         vqvae, tiles, tmp_path / "whole", accelerator=accelerator, batch_size=2
     )
@@ -162,7 +164,9 @@ def run_two_processes(folder, killed_after):
 
 
 def test_two_processes_share_the_encoding_and_survive_a_kill(accelerator, tmp_path):
-    """SIGKILL of one process after two of its chunks; the second start encodes only what was not done, each view once."""
+    """SIGKILL of one process after two of its chunks; the second start encodes only what was not
+    done, each view once.
+    """
     killed = run_two_processes(tmp_path, 2)
     assert killed.returncode != 0
     assert not list((tmp_path / "latents").glob("*.npy"))

@@ -1,4 +1,6 @@
-"""Wrong, damaged and malicious checkpoints: one clear sentence with the way out, and nothing of them is run."""
+"""Wrong, damaged and malicious checkpoints: one clear sentence with the way out, and nothing of
+them is run.
+"""
 
 import contextlib
 import os
@@ -67,7 +69,8 @@ def test_missing_yaml(checkpoint):
     checkpoint.with_suffix(".yaml").unlink()
     assert_refused(
         checkpoint,
-        r"model\.ckpt needs the yaml that describes its model.*put it there, or name it with --config",
+        r"model\.ckpt needs the yaml that describes its model.*put it there, or name it with "
+        r"--config",
     )
 
 
@@ -158,7 +161,8 @@ def test_classifier(checkpoint):
     )
     assert_refused(
         checkpoint,
-        r"model\.ckpt is not the checkpoint of a VQ autoencoder: it holds 0\.weight, 0\.bias, 1\.weight and so on",
+        r"model\.ckpt is not the checkpoint of a VQ autoencoder: it holds 0\.weight, 0\.bias, "
+        r"1\.weight and so on",
     )
 
 

@@ -1,4 +1,6 @@
-"""DALL-E's dVAE from its two pickled networks: the numbers of a slow twin, and none of the classes that the pickles name."""
+"""DALL-E's dVAE from its two pickled networks: the numbers of a slow twin, and none of the classes
+that the pickles name.
+"""
 
 import sys
 import types
@@ -18,7 +20,9 @@ CONFIG = {"n_hid": 8, "n_init": 6, "n_blk": 2, "vocab_size": 50, "channels": 3}
 
 
 def build_module(weights, class_name):
-    """A network of classes in a package `dall_e`, such as the originals are pickled as, with these parameters."""
+    """A network of classes in a package `dall_e`, such as the originals are pickled as, with these
+    parameters.
+    """
     names = {"": class_name}
     modules = {}
 

@@ -1,4 +1,6 @@
-"""Original autoencoders loaded into diffusers models: the stored reference numbers, and a slow twin over many configurations."""
+"""Original autoencoders loaded into diffusers models: the stored reference numbers, and a slow twin
+over many configurations.
+"""
 
 import json
 import os
@@ -336,7 +338,9 @@ def test_states_of_the_training_do_not_matter(tmp_path, is_zip):
 @torch.no_grad()
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.name)
 def test_stored_reference_numbers(fixture):
-    """To 1e-5 of the deviation, as a root mean square: at single pixels, rounding puts the stored numbers 2e-5 from float64's."""
+    """To 1e-5 of the deviation, as a root mean square: at single pixels, rounding puts the stored
+    numbers 2e-5 from float64's.
+    """
     numbers = {
         name: torch.from_numpy(np.asarray(value))
         for name, value in np.load(f"{fixture}.npz").items()

@@ -1,4 +1,6 @@
-"""Original latent diffusion models: U-Nets that answer as a slow twin, their noise schedule, and whole pipelines."""
+"""Original latent diffusion models: U-Nets that answer as a slow twin, their noise schedule, and
+whole pipelines.
+"""
 
 import math
 
@@ -161,7 +163,9 @@ def test_answers_as_the_twin(tmp_path, case):
 
 @torch.no_grad()
 def test_the_stock_model_is_wrong_about_a_fixed_number_of_heads(tmp_path):
-    """Eight heads, which are 32 wide on one level and 64 on the next: a strict load as heads of one width, and another function."""
+    """Eight heads, which are 32 wide on one level and 64 on the next: a strict load as heads of one
+    width, and another function.
+    """
     config = UNET | {"model_channels": 32, "channel_mult": [1, 8, 16], "num_heads": 8}
     weights = twins.random_unet(config)
     for name in weights:
@@ -283,7 +287,9 @@ def test_stored_schedule_is_used_where_it_differs(tmp_path):
 
 
 def sample_by_the_original_ddim(predict, betas, x, num_steps, eta, noises):
-    """DDIM over every (T / n)-th timestep from 1 on; the last step goes to the first timestep's noise."""
+    """DDIM over every (T / n)-th timestep from 1 on; the last step goes to the first timestep's
+    noise.
+    """
     signal = torch.cumprod(1 - betas, 0)
     steps = torch.arange(0, len(betas), len(betas) // num_steps) + 1
     for i in reversed(range(num_steps)):
@@ -347,7 +353,8 @@ def test_whole_model_becomes_a_pipeline(tmp_path, stored):
     x, timesteps = noisy()
     expected = twins.unet(unet_weights, UNET, x, timesteps)
     assert deviation(pipeline.unet(x, timesteps).sample, expected) < 1e-5
-    # latents are divided by the scale and fall on the nearest codes, and the image is the mean of its colours
+    # latents are divided by the scale and fall on the nearest codes, and the image is the mean of
+    # its colours
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     codes, _ = twins.nearest_codes(weights, FIRST_STAGE, latents / 0.2)
     images = twins.taming_decode(weights, FIRST_STAGE, codes).mean(1, keepdim=True)

@@ -40,7 +40,9 @@ class Killed(Exception):
 
 
 def kill_at(tiles, num_batches):
-    """`tiles` that end the process, as it were, when the loop asks for one batch more than `num_batches`."""
+    """`tiles` that end the process, as it were, when the loop asks for one batch more than
+    `num_batches`.
+    """
     read, count = tiles.batch, 0
 
     def batch(view_ids):
@@ -89,7 +91,9 @@ def assert_same_run(whole, parts):
 
 
 def test_autoencoder_resumes_to_the_bit(config, tiles, held_out, accelerator, tmp_path):
-    """8 steps equal 4 + kill + 4, codebook window (every 32 images, so inside and at the cut) included."""
+    """8 steps equal 4 + kill + 4, codebook window (every 32 images, so inside and at the cut)
+    included.
+    """
     stage = dataclasses.replace(config.autoencoder, revive_after_images=24)
     train_autoencoder(stage, tiles, held_out, accelerator=accelerator, out_dir=tmp_path / "whole")
     restore = kill_at(tiles, 6)
@@ -145,7 +149,9 @@ def test_denoiser_resumes_to_the_bit(config, vqvae, accelerator, tmp_path):
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])
 def test_autoencoder_learns(config, tiles, accelerator, tmp_path, kind):
-    """On what it trains on, the error falls far below that of the mean image, and no code is left to die."""
+    """On what it trains on, the error falls far below that of the mean image, and no code is left
+    to die.
+    """
     stage = dataclasses.replace(
         config.autoencoder,
         kind=kind,
@@ -185,7 +191,9 @@ def test_denoising_loss_is_the_formula_and_reaches_every_parameter(config):
 
 
 def test_velocity_target_gives_the_latents_back(config):
-    """For a U-Net that answered the velocity itself, the loss is 0 and one DDIM step to the start gives the latents."""
+    """For a U-Net that answered the velocity itself, the loss is 0 and one DDIM step to the start
+    gives the latents.
+    """
     scheduler = create_scheduler(
         dataclasses.replace(config.denoiser, prediction_type="v_prediction")
     )
@@ -258,7 +266,9 @@ def test_learning_rate_counts_images(config):
 
 
 def test_resumed_moments_lie_as_their_parameters(config):
-    """The fused optimizer reads memory in order: contiguous moments of a channels-last weight would be shuffled."""
+    """The fused optimizer reads memory in order: contiguous moments of a channels-last weight would
+    be shuffled.
+    """
 
     def build():
         torch.manual_seed(0)
@@ -352,7 +362,9 @@ def with_discriminator(stage, **changes):
 def test_full_recipe_resumes_to_the_bit(
     config, tiles, held_out, accelerator, tmp_path, kind, killed_after
 ):
-    """Both players, both optimizers, average and codebook; killed before the discriminator's first step and after."""
+    """Both players, both optimizers, average and codebook; killed before the discriminator's first
+    step and after.
+    """
     stage = with_discriminator(
         config.autoencoder, checkpoint_every=16 if killed_after == 2 else 32, kind=kind
     )
@@ -386,7 +398,9 @@ def test_full_recipe_resumes_to_the_bit(
 def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
     config, tiles, held_out, accelerator, tmp_path, monkeypatch, capfd, kind
 ):
-    """Parts of 2 of a batch of 8, found by two halvings, give the weights of the whole batch but for rounding."""
+    """Parts of 2 of a batch of 8, found by two halvings, give the weights of the whole batch but
+    for rounding.
+    """
     stage = dataclasses.replace(
         config.autoencoder, kind=kind, num_images=24, checkpoint_every=24, validate_every=24
     )
@@ -426,7 +440,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])
 def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, kind):
-    """Without a discriminator the loss is a mean over images: gradients and outputs of parts are those of the batch."""
+    """Without a discriminator the loss is a mean over images: gradients and outputs of parts are
+    those of the batch.
+    """
     stage = dataclasses.replace(config.autoencoder, kind=kind, kl_weight=0.01)
     model, perceptual = build_autoencoder(stage, 16, accelerator), create_perceptual_distance(stage)
     parameters = list(model.parameters())
@@ -454,7 +470,9 @@ def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, kind):
 def test_training_goes_on_from_a_loaded_autoencoder(
     config, tiles, held_out, accelerator, tmp_path, capfd, kind
 ):
-    """Its weights and architecture, not the configuration's; the codebook stays where it is; resumable to the bit."""
+    """Its weights and architecture, not the configuration's; the codebook stays where it is;
+    resumable to the bit.
+    """
     torch.manual_seed(5)
     source = create_autoencoder(
         dataclasses.replace(config.autoencoder, kind=kind, latent_channels=3, num_codes=32), 16
@@ -570,7 +588,9 @@ def test_validated_and_saved_are_the_averaged_weights(
 
 
 def test_revived_codes_are_revived_in_the_average(config):
-    """A moved code stands in the average where it stands in the model, at once; the living ones go on trailing."""
+    """A moved code stands in the average where it stands in the model, at once; the living ones go
+    on trailing.
+    """
     model = torch.nn.Embedding(6, 4)
     ema = EMA(model, half_life_images=1e6, ramp_up=None)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""What the denoiser is trained for: targets, weights, schedules and timesteps, each against its closed form."""
+"""What the denoiser is trained for: targets, weights, schedules and timesteps, each against its
+closed form.
+"""
 
 import dataclasses
 import itertools
@@ -40,7 +42,9 @@ def make_scheduler(**changes):
 
 
 def test_flow_goes_straight_from_latents_to_noise():
-    """The target is the derivative of the path by s = t / T, and where the path is comes from the model's own input."""
+    """The target is the derivative of the path by s = t / T, and where the path is comes from the
+    model's own input.
+    """
     scheduler = make_scheduler(prediction_type="flow")
     latents, noise = draw()
     timesteps = torch.tensor([0.0, 250.0, 1000.0])
@@ -65,7 +69,9 @@ def compute_path(latents, noise, s):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 def test_a_perfect_model_has_no_loss(prediction_type):
-    """What answers from x_t and the one image there is; the sampler then gives that image from any noise, in any number of steps."""
+    """What answers from x_t and the one image there is; the sampler then gives that image from any
+    noise, in any number of steps.
+    """
     scheduler = make_scheduler(
         prediction_type=prediction_type, zero_terminal_snr=prediction_type == "v_prediction"
     )
@@ -105,7 +111,9 @@ def test_a_perfect_model_has_no_loss(prediction_type):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights_count_the_latents_error_min_snr_times(prediction_type):
-    """weight x (error of the answer)^2 = min(SNR, gamma) x (error of the latents that follows from it)^2, at every timestep."""
+    """weight x (error of the answer)^2 = min(SNR, gamma) x (error of the latents that follows from
+    it)^2, at every timestep.
+    """
     scheduler = make_scheduler(prediction_type=prediction_type)
     abar = scheduler.alphas_cumprod.double()
     timesteps = torch.arange(1000)
@@ -136,7 +144,9 @@ def test_min_snr_weights_at_known_snr():
 
 
 def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
-    """Algorithm 1 of Lin et al.: sqrt(abar) is shifted and scaled, so that its last is 0 and its first is kept."""
+    """Algorithm 1 of Lin et al.: sqrt(abar) is shifted and scaled, so that its last is 0 and its
+    first is kept.
+    """
     plain, rescaled = (
         make_scheduler(prediction_type="v_prediction", zero_terminal_snr=zero)
         .alphas_cumprod.double()

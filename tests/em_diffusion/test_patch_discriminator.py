@@ -26,7 +26,9 @@ from support.config import refuses_config
     ("num_layers", "side", "patch"), [(1, 32, 16), (2, 64, 34), (3, 128, 70), (3, 256, 70)]
 )
 def test_a_logit_sees_its_patch_and_no_more(num_layers, side, patch):
-    """The input's gradient of one logit spans the receptive field that the papers state, but for the norms' common view."""
+    """The input's gradient of one logit spans the receptive field that the papers state, but for
+    the norms' common view.
+    """
     discriminator = PatchDiscriminator(8, num_layers)
     for i, layer in enumerate(discriminator.layers):
         if isinstance(layer, torch.nn.GroupNorm):

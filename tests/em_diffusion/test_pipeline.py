@@ -327,7 +327,9 @@ def test_code_is_not_run_without_trust(pipeline, tmp_path):
 
 
 def test_folder_loads_where_our_packages_are_absent(pipeline, tmp_path):
-    """In an isolated process, from another folder: the same image, and the copy saved there loads again."""
+    """In an isolated process, from another folder: the same image, and the copy saved there loads
+    again.
+    """
     expected = pipeline(1, generators(0), num_inference_steps=3, output_type="np").images
     pipeline.save_pretrained(tmp_path / "pipe")
     program = f"""

@@ -1,4 +1,6 @@
-"""The pipeline with other components: KL autoencoders, U-Nets of our own, flow matching, solvers with noise of their own."""
+"""The pipeline with other components: KL autoencoders, U-Nets of our own, flow matching, solvers
+with noise of their own.
+"""
 
 import copy
 import json
@@ -86,7 +88,9 @@ def make_grain(strength=0.2):
 
 
 class StraightVelocity(torch.nn.Module):
-    """The exact velocity noise - latents of flow matching where all latents are one point: linear in x, dx/ds = (x - point) / s."""
+    """The exact velocity noise - latents of flow matching where all latents are one point: linear
+    in x, dx/ds = (x - point) / s.
+    """
 
     def __init__(self, unet, point):
         super().__init__()
@@ -179,7 +183,9 @@ def test_nearest_codes_are_those_of_training(pipeline):
 
 
 def test_codes_stay_float32_when_the_models_are_rounded(pipeline, tmp_path):
-    """Two codes that are one in bfloat16: the search still tells them apart, by either road to the narrower type."""
+    """Two codes that are one in bfloat16: the search still tells them apart, by either road to the
+    narrower type.
+    """
     near = torch.tensor([[1.0, 1, 1, 1], [1.001, 1.001, 1.001, 1.001]])
     assert torch.equal(near[0].bfloat16(), near[1].bfloat16())
     with torch.no_grad():
@@ -224,8 +230,13 @@ def test_own_components_come_back_without_running_the_folders_code(own, tmp_path
 
 @pytest.mark.parametrize(
     "entry",
-    [["os", "system"], ["em_unknown", "EMUNet2DModel"], ["em_unet2d_model", "Attention"], ["em_unet2d_model", "torch"]],
-)  # fmt: skip
+    [
+        ["os", "system"],
+        ["em_unknown", "EMUNet2DModel"],
+        ["em_unet2d_model", "Attention"],
+        ["em_unet2d_model", "torch"],
+    ],
+)
 def test_unknown_components_are_refused_and_not_imported(own, tmp_path, entry):
     own.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -242,9 +253,13 @@ def test_a_stranger_loads_own_components(own, tmp_path):
         Path(__file__).with_name("load_elsewhere.py").read_text()
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    # -S and a path of the site-packages alone: an editable install of our packages stays out of sight
+    # -S and a path of the site-packages alone: an editable install of our packages stays out of
+    # sight
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    program = (
+        f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0])"
+    )
     command = [
         sys.executable,
         "-I",
@@ -315,7 +330,9 @@ def test_a_pipeline_keeps_its_grain_or_that_it_has_none(own, tmp_path):
 @pytest.mark.parametrize("cls", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_steps_are_even_and_end_at_the_latents(pipeline, num_steps, cls, shift):
-    """dx/ds = (x - point) / s has straight paths: every solver arrives exactly, if its timesteps are 1000 s and its last is not wasted."""
+    """dx/ds = (x - point) / s has straight paths: every solver arrives exactly, if its timesteps
+    are 1000 s and its last is not wasted.
+    """
     point = torch.randn(1, 4, 8, 8)
     unet = StraightVelocity(pipeline.unet, point)
     pipeline.register_modules(unet=UNet2DModel.from_config(pipeline.unet.config))
@@ -338,7 +355,9 @@ def test_flow_steps_are_even_and_end_at_the_latents(pipeline, num_steps, cls, sh
 
 @pytest.mark.parametrize("flow", [False, True])
 def test_all_samplers_find_the_exact_answer_where_it_is_known(pipeline, flow):
-    """Latents of one Gaussian: the best prediction is linear in x, and the image is mean + deviation * noise."""
+    """Latents of one Gaussian: the best prediction is linear in x, and the image is mean +
+    deviation * noise.
+    """
     base = FlowMatchEulerDiscreteScheduler() if flow else pipeline.scheduler
     mean, std = 0.7, 0.4
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -371,7 +390,8 @@ def test_all_samplers_find_the_exact_answer_where_it_is_known(pipeline, flow):
                 pipeline.denoise(2, latents=noise, num_inference_steps=num_steps)
             )
             errors.append(float((latents - (mean + std * noise)).square().mean().sqrt() / std))
-        # evenly spaced timesteps leave much noise to the last step, whatever the order; Karras's and those of flow do not
+        # evenly spaced timesteps leave much noise to the last step, whatever the order; Karras's
+        # and those of flow do not
         assert errors[1] < (0.05 if flow or name.endswith("karras") else 0.16), (name, errors)
         assert errors[1] < 0.5 * errors[0], (name, errors)
 
@@ -427,7 +447,9 @@ def test_noisy_samplers_honour_each_images_generator(pipeline, name):
 
 
 def test_a_scheduler_that_knows_seeds_only_gets_one_of_each_generator(pipeline):
-    """As DPMSolverSDEScheduler, whose own package (torchsde) is not needed to see what it is told."""
+    """As DPMSolverSDEScheduler, whose own package (torchsde) is not needed to see what it is
+    told.
+    """
     scheduler = pipeline.scheduler
     scheduler.noise_sampler_seed, scheduler.noise_sampler, seen = 5, "used up", []
     step = scheduler.step

@@ -25,7 +25,9 @@ def test_psnr_of_a_known_error():
 
 
 def slow_ssim(x, y):
-    """SSIM window by window, as the paper writes it, of two float64 arrays [H, W] with a range of 2."""
+    """SSIM window by window, as the paper writes it, of two float64 arrays [H, W] with a range of
+    2.
+    """
     offsets = np.arange(11) - 5
     weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     weights /= weights.sum()

@@ -51,7 +51,9 @@ class Pooled(Extractor):
 
 
 class Copy(torch.nn.Linear):
-    """An autoencoder that returns its input plus `error` and uses the first two of its four codes."""
+    """An autoencoder that returns its input plus `error` and uses the first two of its four
+    codes.
+    """
 
     device, dtype, config = torch.device("cpu"), torch.float32, {"num_vq_embeddings": 4}
 
@@ -174,7 +176,8 @@ def test_a_perfect_autoencoder_has_no_distance_and_a_known_error_is_found(
     assert perfect["codes_used"] == 2
     assert perfect["perplexity"] == pytest.approx(2)
     assert perfect["num_parameters"] == 8
-    # 0.04 is 5.1 grey levels, which round to 5; a shift moves the means of 16 blocks and no deviation
+    # 0.04 is 5.1 grey levels, which round to 5; a shift moves the means of 16 blocks and no
+    # deviation
     shift = 5 / 127.5
     assert worse["psnr_db"] == pytest.approx(
         20 * np.log10(2 / shift), abs=0.05
@@ -317,7 +320,9 @@ def test_names_and_sources():
 
 
 def test_the_interval_of_pairs_has_the_scatter_of_repeated_draws():
-    """Drawing originals and reconstructions apart would overstate it: most of their scatter is common."""
+    """Drawing originals and reconstructions apart would overstate it: most of their scatter is
+    common.
+    """
     rng = np.random.default_rng(0)
 
     def draw():

@@ -71,7 +71,9 @@ def test_pipeline_of_a_run_generates(run):
 
 
 def test_latent_statistics_have_one_home(run):
-    """What normalises the denoiser's latents is measured on the training side and stored with the autoencoder."""
+    """What normalises the denoiser's latents is measured on the training side and stored with the
+    autoencoder.
+    """
     config, out = run
     data = load_data(config.data, config.tiles, log=lambda text: None)
     pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
@@ -308,7 +310,9 @@ def test_paper_preset_has_the_studys_sizes():
 
 @pytest.mark.parametrize("discriminator_weight", [0.0, 0.8])
 def test_two_processes_train_one_model(tmp_path, discriminator_weight):
-    """Two processes on half the batch each end where one process on the whole batch ends, but for noise and rounding."""
+    """Two processes on half the batch each end where one process on the whole batch ends, but for
+    noise and rounding.
+    """
     config = make_config(tmp_path)
     recipe = {
         "discriminator_weight": discriminator_weight,
@@ -325,7 +329,8 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
     )
     program = tmp_path / "train.py"
     program.write_text(
-        "import sys, torch\nfrom pathlib import Path\nfrom em_diffusion import LDMConfig, train_ldm\n"
+        "import sys, torch\nfrom pathlib import Path\nfrom em_diffusion import LDMConfig, "
+        "train_ldm\n"
         "from em_training import config_from_json, leave_processes\ntorch.set_num_threads(1)\n"
         "train_ldm(config_from_json(LDMConfig, Path(sys.argv[1]).read_text()))\nleave_processes()\n"
     )
@@ -444,7 +449,9 @@ def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_
 
 
 def test_a_finished_runs_autoencoder_is_used_as_it_is(run, tmp_path, monkeypatch):
-    """`init_from` with no images: the study's way, a pretrained autoencoder; a second start does not need it any more."""
+    """`init_from` with no images: the study's way, a pretrained autoencoder; a second start does
+    not need it any more.
+    """
     import shutil
 
     finished, source = run

@@ -1,4 +1,6 @@
-"""Train a denoiser in one process or two: run by test_evaluation.py as `torchrun two_processes.py OUT`."""
+"""Train a denoiser in one process or two: run by test_evaluation.py as `torchrun two_processes.py
+OUT`.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Compute features in one process or several: run by test_features.py as `torchrun features_in_processes.py OUT`."""
+"""Compute features in one process or several: run by test_features.py as `torchrun
+features_in_processes.py OUT`.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The detector of defects: drawn shapes, unbiased counting, and its calibration on embedded micrographs."""
+"""The detector of defects: drawn shapes, unbiased counting, and its calibration on embedded
+micrographs.
+"""
 
 import json
 
@@ -71,7 +73,9 @@ def test_images_are_searched_each_for_itself():
 
 
 def test_counting_is_unbiased_in_small_windows():
-    """Squares of two sizes thrown at random: the weighted number inside windows is that of the plane, size by size."""
+    """Squares of two sizes thrown at random: the weighted number inside windows is that of the
+    plane, size by size.
+    """
     rng = np.random.default_rng(4)
     sides = rng.choice([6, 30], size=60_000)
     field, window = 4000, 48
@@ -101,8 +105,8 @@ def test_counting_is_unbiased_in_small_windows():
 
 @pytest.mark.parametrize("window", [128, 130])  # whole squares of 4 pixels, and not
 def test_counting_is_unbiased_where_fine_pixels_are_averaged(window):
-    """Squares at every place along the diagonal, as squares of 4 pixels show them: a weight's root is its share of one axis, and all
-    together are the axis."""
+    """Squares at every place along the diagonal, as squares of 4 pixels show them: a weight's root
+    is its share of one axis, and all together are the axis."""
     side, pixel_size_nm = 50, 0.25
     low = np.arange(-side, window + side)
     searched = window // 4 * 4

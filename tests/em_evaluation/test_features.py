@@ -1,4 +1,6 @@
-"""Extractors against their packages, their weights over a real connection, and a cache that never mixes."""
+"""Extractors against their packages, their weights over a real connection, and a cache that never
+mixes.
+"""
 
 import hashlib
 import os
@@ -46,7 +48,9 @@ def test_folded_efficientnet_equals_the_packages_own(images):
 
 
 def test_efficientnet_preprocessing_is_that_of_its_weights(images):
-    """One image by hand: bicubic resize, three equal channels, (grey level - 127) / 128, pooling."""
+    """One image by hand: bicubic resize, three equal channels, (grey level - 127) / 128,
+    pooling.
+    """
     extractor = EfficientNetLite0(64, fused=False)
     resized = nn.functional.interpolate(images[:1], size=64, mode="bicubic", antialias=True).clamp(
         -1, 1
@@ -135,7 +139,9 @@ def test_damaged_cache_file_is_computed_again(images, tmp_path):
 
 
 def test_several_processes_share_the_images_and_find_what_one_finds(tmp_path):
-    """Shares of unequal size and one process without any: features_in_processes.py under torchrun, against one process."""
+    """Shares of unequal size and one process without any: features_in_processes.py under torchrun,
+    against one process.
+    """
     program = Path(__file__).with_name("features_in_processes.py")
     torchrun = [
         sys.executable,
@@ -171,7 +177,9 @@ def test_empty_and_non_finite_sets_are_refused(images, tmp_path):
 
 
 class StandIn(nn.Module):
-    """Answers like the published TorchScript network: `layers` maps [B, 3, 299, 299] to 2048 features."""
+    """Answers like the published TorchScript network: `layers` maps [B, 3, 299, 299] to 2048
+    features.
+    """
 
     def __init__(self):
         super().__init__()

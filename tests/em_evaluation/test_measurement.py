@@ -1,4 +1,6 @@
-"""Which metrics are measured, what each is blind to, which reports may be compared, and the quiz."""
+"""Which metrics are measured, what each is blind to, which reports may be compared, and the
+quiz.
+"""
 
 import base64
 import io

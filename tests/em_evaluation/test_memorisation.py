@@ -1,4 +1,6 @@
-"""A generator that copies is caught, an honest one is not, and the fast search finds what trying everything finds."""
+"""A generator that copies is caught, an honest one is not, and the fast search finds what trying
+everything finds.
+"""
 
 import copy as copy_module
 import json
@@ -46,7 +48,9 @@ HALVES = [np.s_[:32], np.s_[32:], np.s_[:, :32], np.s_[:, 32:]]
 
 
 class Pooled(Extractor):
-    """Means and deviations of the whole image and of its Laplacian: the same under every symmetry."""
+    """Means and deviations of the whole image and of its Laplacian: the same under every
+    symmetry.
+    """
 
     name, identity, num_features = "pooled", "pooled, 4 features", 4
 
@@ -103,7 +107,9 @@ def held_out():
 
 
 def copy(tiles, seed, deviation=6.0):
-    """Turned, flipped, shifted by up to 4 pixels in both directions (what comes in is the mirrored edge), and noisy."""
+    """Turned, flipped, shifted by up to 4 pixels in both directions (what comes in is the mirrored
+    edge), and noisy.
+    """
     rng = np.random.default_rng(seed)
     copies = []
     for i, tile in enumerate(tiles):
@@ -181,8 +187,13 @@ def test_the_gallery_shows_the_source_as_the_copy_lies(measured):
         "half",
     ]
     image, tile = (pictures[1]["levels"][i, 8:-8, 8:-8].astype(float) for i in (0, 6))
-    best = max(np.corrcoef(np.roll(image, (y, x), (0, 1))[4:-4, 4:-4].ravel(), tile[4:-4, 4:-4].ravel())[0, 1]
-               for y in range(-4, 5) for x in range(-4, 5))  # fmt: skip
+    best = max(
+        np.corrcoef(np.roll(image, (y, x), (0, 1))[4:-4, 4:-4].ravel(), tile[4:-4, 4:-4].ravel())[
+            0, 1
+        ]
+        for y in range(-4, 5)
+        for x in range(-4, 5)
+    )
     assert best > 0.9
 
 

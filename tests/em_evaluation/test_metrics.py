@@ -29,7 +29,9 @@ def normal(seed, num, dimensions, scale=1.0, shift=0.0):
 
 
 def test_fewer_images_than_dimensions_equal_40_digits():
-    """tr (S_a S_b)^(1/2) from the singular values of A B^T in mpmath, where scipy's matrix root loses half of its digits."""
+    """tr (S_a S_b)^(1/2) from the singular values of A B^T in mpmath, where scipy's matrix root
+    loses half of its digits.
+    """
     a, b = normal(0, 5, 12, 1.3, 0.2), normal(1, 7, 12)
     with mpmath.workdps(40):
         exact = []
@@ -49,7 +51,9 @@ def test_fewer_images_than_dimensions_equal_40_digits():
 
 
 def test_extrapolation_takes_away_the_bias_of_finite_samples():
-    """Two Gaussians at a known distance, 60 images of 24 dimensions: the plain distance is far too high, the line is not."""
+    """Two Gaussians at a known distance, 60 images of 24 dimensions: the plain distance is far too
+    high, the line is not.
+    """
     truth = frechet_distance_from_statistics(
         np.zeros(24), np.eye(24), np.full(24, 0.2), 1.44 * np.eye(24)
     )
@@ -118,7 +122,7 @@ def test_cmmd_is_unbiased_its_interval_covers_and_lengths_are_checked():
         cmmd(normal(0, 5, 6), embed(1, 5, 6))
 
 
-# ---------------------------------------------------------------- precision, recall, density, coverage
+# ---------------- precision, recall, density, coverage
 
 
 def test_neighbour_metrics_equal_their_definitions_in_any_block_and_order():

@@ -1,6 +1,5 @@
-"""Equal to the published packages on the same features: a development check, run as CONTRIBUTING.md says; skipped where a
-package is absent.
-"""
+"""Equal to the published packages on the same features: a development check, run as CONTRIBUTING.md
+says; skipped where a package is absent."""
 
 import importlib.util
 import warnings
@@ -61,7 +60,9 @@ def test_frechet_distance_is_that_of_the_packages(package, num_a, num_b, dimensi
 
 
 def test_kernel_distance_is_that_of_torch_fidelity():
-    """One subset of all images is the full estimate; over random subsets both means agree within their scatter."""
+    """One subset of all images is the full estimate; over random subsets both means agree within
+    their scatter.
+    """
     need("torch_fidelity")
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
@@ -99,9 +100,13 @@ def test_precision_and_recall_are_those_of_torch_fidelity(dimensions):
 
     generated, real = draw(0, 400, dimensions, 1.2, 0.1), draw(1, 350, dimensions)
     expected = prc_features_to_metric(
-        torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=3, prc_batch_size=100, verbose=False,
+        torch.from_numpy(generated),
+        torch.from_numpy(real),
+        prc_neighborhood=3,
+        prc_batch_size=100,
+        verbose=False,
         save_cpu_ram=True,
-    )  # fmt: skip
+    )
     found = measure_neighbours(generated, real)
     assert found.precision == pytest.approx(expected["precision"], abs=1e-6)
     assert found.recall == pytest.approx(expected["recall"], abs=1e-6)

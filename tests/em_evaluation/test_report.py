@@ -76,9 +76,17 @@ def blobs(count, generator, contrast=1.2):
 
 
 SUMMARY = {
-    "name": "blobs", "source": "/home/somebody/blobs", "num_micrographs": 12, "num_tiles": 160, "split": "micrograph",
-    "split_hash": "0123456789abcdef", "resolution": 16, "pixel_size_nm": 1.5, "held_out": ["m0"], "ignored": [],
-}  # fmt: skip
+    "name": "blobs",
+    "source": "/home/somebody/blobs",
+    "num_micrographs": 12,
+    "num_tiles": 160,
+    "split": "micrograph",
+    "split_hash": "0123456789abcdef",
+    "resolution": 16,
+    "pixel_size_nm": 1.5,
+    "held_out": ["m0"],
+    "ignored": [],
+}
 
 
 def evaluate(num_images=80, models=None, seed=0, held_out=None, **options):
@@ -199,7 +207,9 @@ def evaluate_ldm(amount, contrast=0.6, levels=LEVELS):
 
 @pytest.fixture(scope="module")
 def balance():
-    """The greatest amount of blur that stays below half of the LDM's distance, and the least above it, by bisection."""
+    """The greatest amount of blur that stays below half of the LDM's distance, and the least above
+    it, by bisection.
+    """
     low, high = 0.0, 1.0
     for _ in range(8):
         middle = (low + high) / 2
@@ -480,10 +490,16 @@ const lines = [];
 window.addEventListener("error", (event) => lines.push("error: " + event.message));
 setTimeout(() => {
   document.getElementById("quiz-image").scrollIntoView();
-  const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  for (let i = 0; i < 40 && !document.getElementById("quiz-score").children.length; i++) { press("Enter"); press("r"); }
-  lines.push(document.getElementById("quiz-status").textContent, document.getElementById("quiz-score").textContent);
-  lines.push("overflow " + (document.documentElement.scrollWidth > document.documentElement.clientWidth));
+  const press = (key) =>
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const find = (id) => document.getElementById(id);
+  for (let i = 0; i < 40 && !find("quiz-score").children.length; i++) {
+    press("Enter");
+    press("r");
+  }
+  lines.push(find("quiz-status").textContent, find("quiz-score").textContent);
+  const page = document.documentElement;
+  lines.push("overflow " + (page.scrollWidth > page.clientWidth));
   const result = document.createElement("output");
   result.textContent = lines.join("|");
   document.body.append(result);

@@ -63,8 +63,10 @@ def clip(tmp_path_factory):
         "intermediate_size": 64,
     }
     config = CLIPConfig(
-        text_config={**part, "vocab_size": 50}, vision_config={**part, "image_size": 28, "patch_size": 14}, projection_dim=16
-    )  # fmt: skip
+        text_config={**part, "vocab_size": 50},
+        vision_config={**part, "image_size": 28, "patch_size": 14},
+        projection_dim=16,
+    )
     return save(CLIPModel(config), tmp_path_factory.mktemp("clip"), size={"shortest_edge": 28})
 
 

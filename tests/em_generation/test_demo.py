@@ -164,7 +164,8 @@ def test_the_scale_bar_has_the_length_that_it_says(tmp_path):
     strip = picture[len(plain) :]
     bar = strip[(strip[:, 0] == 0).argmax()]
     length = int((bar == 255).argmax())
-    # 32 pixels of 0.5 nm are 16 nm: the longest round length within three quarters is 10 nm, 20 pixels
+    # 32 pixels of 0.5 nm are 16 nm: the longest round length within three quarters is 10 nm, 20
+    # pixels
     assert abs(length - 20 * factor) <= 1
     assert (strip[:, length + 1 :] < 128).any()  # its label
 

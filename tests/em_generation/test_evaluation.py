@@ -1,4 +1,6 @@
-"""What evaluate.py judges, by which micrographs, and what it prints; folders of images through the command."""
+"""What evaluate.py judges, by which micrographs, and what it prints; folders of images through the
+command.
+"""
 
 import json
 import os

@@ -401,8 +401,14 @@ def test_compiled_models_see_one_shape(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- out of memory
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError("none left"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        MemoryError("none left"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
 def test_out_of_memory_halves_the_batch_and_is_said_once(model, error, monkeypatch):
     whole, *_ = sample(model, range(40), batch_size=40)
     sizes = []
@@ -590,8 +596,20 @@ def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
     import datasets
 
     make_ldm().save_pretrained(tmp_path / "ldm")
-    flags = ["--model", tmp_path / "ldm", "--num-images", "1200", "--batch-size", "16", "--precision", "no", "--format", format,
-             "--num-inference-steps", "2"]  # fmt: skip
+    flags = [
+        "--model",
+        tmp_path / "ldm",
+        "--num-images",
+        "1200",
+        "--batch-size",
+        "16",
+        "--precision",
+        "no",
+        "--format",
+        format,
+        "--num-inference-steps",
+        "2",
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "generate.py", "--out", tmp_path / "killed", *flags]
     torchrun = [

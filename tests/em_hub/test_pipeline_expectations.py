@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from support.models import MAKERS, draw, make_ldm
 
 PROMPT = "ours take no prompt and have no text encoder"
+OFFLOADING = "test_offloading_brings_every_model_to_the_device_before_it_is_used"
 GUIDANCE = "ours have no guidance"
 STABLE_DIFFUSION = "a helper of Stable Diffusion's class, which ours are not"
 ACCELERATOR = "wants an accelerator"
@@ -46,10 +47,12 @@ COMMON = {  # diffusers' test: ours, or why there is none
     "test_karras_schedulers_shape": "test_a_swapped_scheduler_is_saved_and_overridden_at_loading",
     "test_attention_slicing_forward_pass": "test_sliced_attention_changes_nothing",
     "test_layerwise_casting_inference": "test_a_denoiser_stored_in_eight_bits",
-    "test_model_cpu_offload_forward_pass": "test_offloading_brings_every_model_to_the_device_before_it_is_used",
-    "test_cpu_offload_forward_pass_twice": "test_offloading_brings_every_model_to_the_device_before_it_is_used",
-    "test_sequential_cpu_offload_forward_pass": "diffusers' VQ models read their codebook past the hooks",
-    "test_sequential_offload_forward_pass_twice": "diffusers' VQ models read their codebook past the hooks",
+    "test_model_cpu_offload_forward_pass": OFFLOADING,
+    "test_cpu_offload_forward_pass_twice": OFFLOADING,
+    "test_sequential_cpu_offload_forward_pass": "diffusers' VQ models read their codebook past "
+    "the hooks",
+    "test_sequential_offload_forward_pass_twice": "diffusers' VQ models read their codebook past "
+    "the hooks",
     "test_pipeline_with_accelerator_device_map": "test_loaded_onto_a_device",
     "test_calling_mco_raises_error_device_mapped_pipeline": f"{ACCELERATOR}, or two",
     "test_calling_to_raises_error_device_mapped_pipeline": f"{ACCELERATOR}, or two",
@@ -75,9 +78,11 @@ COMMON = {  # diffusers' test: ours, or why there is none
     "test_vae_tiling": STABLE_DIFFUSION,
     "test_freeu": STABLE_DIFFUSION,
     "test_fused_qkv_projections": STABLE_DIFFUSION,
-    "test_pyramid_attention_broadcast": "a cache between the steps of transformers, which ours are not",
+    "test_pyramid_attention_broadcast": "a cache between the steps of transformers, which ours "
+    "are not",
     "test_fastercache_inference": "a cache between the steps of transformers, which ours are not",
-    "test_first_block_cache_inference": "a cache between the steps of transformers, which ours are not",
+    "test_first_block_cache_inference": "a cache between the steps of transformers, which ours "
+    "are not",
 }
 
 

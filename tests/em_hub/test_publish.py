@@ -354,7 +354,8 @@ def test_a_tampered_file_is_named_removed_and_fetched_again(run, hub):
     hub.tamper("you/em-ldm", "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"^unet/diffusion_pytorch_model\.safetensors of you/em-ldm came with another checksum",
+        match=r"^unet/diffusion_pytorch_model\.safetensors of you/em-ldm came with another "
+        r"checksum",
     ):
         load_pipeline("you/em-ldm")
     hub.served.clear()
@@ -362,7 +363,9 @@ def test_a_tampered_file_is_named_removed_and_fetched_again(run, hub):
 
 
 def test_a_disk_that_is_full_at_the_download(run, hub):
-    """Where no file may grow above 20 kB: the cache keeps nothing broken, and the second try succeeds."""
+    """Where no file may grow above 20 kB: the cache keeps nothing broken, and the second try
+    succeeds.
+    """
     publish(run, num_samples=0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

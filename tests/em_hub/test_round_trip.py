@@ -66,7 +66,10 @@ def strangers_images(published, tmp_path_factory):
     # -S and a path of the site-packages alone: an editable install of our packages stays out of
     # sight
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    program = (
+        f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0])"
+    )
     script = Path(__file__).with_name("stranger.py")
     names = [f"you/{name}@{commit}" for name, commit in commits.items()]
     result = subprocess.run(

@@ -1,4 +1,6 @@
-"""The demo as a Space: what the Hub needs to run it, pushed over a real connection, and started from what was pushed."""
+"""The demo as a Space: what the Hub needs to run it, pushed over a real connection, and started
+from what was pushed.
+"""
 
 import importlib.util
 import os
@@ -22,7 +24,9 @@ def publish(repo="demo", **options):
 
 
 def run_start(folder, **variables):
-    """Run the Space's own file in an interpreter that finds our packages in the Space alone, with a page that only tells."""
+    """Run the Space's own file in an interpreter that finds our packages in the Space alone, with a
+    page that only tells.
+    """
     (folder / "app.py").write_text("import os; print(os.environ['EM_MODELS'])")
     keep = {key: value for key, value in os.environ.items() if not key.startswith("EM_")}
     command = [sys.executable, "-S", "space.py"]

@@ -176,8 +176,10 @@ import json, resource, sys
 from em_data import DataConfig, load_data
 source, cache, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file on this disk may hold more
-data = load_data(source, DataConfig(resolution=64, downsample=4, cache_dir=cache, held_out_fraction=0.3), log=lambda text: None)
-print(json.dumps([data.summary["split_hash"], data.summary["num_tiles"], data.summary["pixel_size_nm"]]))
+config = DataConfig(resolution=64, downsample=4, cache_dir=cache, held_out_fraction=0.3)
+data = load_data(source, config, log=lambda text: None)
+names = ("split_hash", "num_tiles", "pixel_size_nm")
+print(json.dumps([data.summary[name] for name in names]))
 """
 
 

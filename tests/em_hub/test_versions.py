@@ -129,7 +129,10 @@ def test_a_stranger_runs_each_repositorys_own_code(tmp_path, hub):
     """
     names = push_versions(tmp_path)
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    program = (
+        f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0])"
+    )
     script = Path(__file__).with_name("stranger_of_versions.py")
 
     def draw_as_stranger(out, *names):

@@ -1,4 +1,6 @@
-"""Load a saved pipeline as a stranger does, without our packages: run by test_pipeline.py as `python -I load_elsewhere.py FOLDER OUT`."""
+"""Load a saved pipeline as a stranger does, without our packages: run by test_pipeline.py as
+`python -I load_elsewhere.py FOLDER OUT`.
+"""
 
 import importlib.util
 import sys

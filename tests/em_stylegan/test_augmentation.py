@@ -1,4 +1,6 @@
-"""Augmentation: what each part does, that p = 0 does nothing, that derivatives are right, and that nothing leaks below p = 0.8."""
+"""Augmentation: what each part does, that p = 0 does nothing, that derivatives are right, and that
+nothing leaks below p = 0.8.
+"""
 
 import json
 import math
@@ -130,12 +132,13 @@ def test_share_of_images_that_each_part_touches(p):
 
 
 def test_no_leak_below_p_of_0_8():
-    """An augmentation leaks when it maps two distributions to one, that is, when its operator has an eigenvalue 0 (2020 ADA, appendix C).
+    """An augmentation leaks when it maps two distributions to one, that is, when its operator has
+    an eigenvalue 0 (2020 ADA, appendix C).
 
-    Each part is a random element of a commutative group, and its eigenvalues are the Fourier coefficients of that element's
-    distribution: estimated here from draws, for every frequency, and compared with the bound 1 - p that holds for any distribution of
-    non-negative coefficients.
-    """
+    Each part is a random element of a commutative group, and its eigenvalues are the Fourier
+    coefficients of that element's
+    distribution: estimated here from draws, for every frequency, and compared with the bound 1 - p
+    that holds for any distribution of non-negative coefficients."""
     p, count = 0.8, 200_000
     draws = Draws(count, rng())
     flip, turns, shift = augmentation.draw_blit(draws, p, 64)

@@ -1,4 +1,6 @@
-"""StyleGAN3 commutes with shifts and turns, StyleGAN2 does not; and the measure is right where the answer is known."""
+"""StyleGAN3 commutes with shifts and turns, StyleGAN2 does not; and the measure is right where the
+answer is known.
+"""
 
 import math
 
@@ -110,7 +112,9 @@ def test_samples_of_a_known_image():
 def test_a_generator_that_ignores_its_input_scores_the_scatter_of_its_image(
     generators, monkeypatch
 ):
-    """EQ of images that do not move is the range against their own change under the shift: of white noise, twice its variance."""
+    """EQ of images that do not move is the range against their own change under the shift: of white
+    noise, twice its variance.
+    """
     generator = generators["t"]
     noise = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(generator, "synthesis", lambda ws, mode: noise)

@@ -1,4 +1,6 @@
-"""Networks read from official pickles give the numbers of the original networks; nothing in a pickle is ever run."""
+"""Networks read from official pickles give the numbers of the original networks; nothing in a
+pickle is ever run.
+"""
 
 import bz2
 import copy

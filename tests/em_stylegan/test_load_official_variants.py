@@ -1,4 +1,6 @@
-"""Every configuration that the official trainings write is read back equal, from files in their format."""
+"""Every configuration that the official trainings write is read back equal, from files in their
+format.
+"""
 
 import ast
 import math
@@ -168,7 +170,9 @@ def write(tmp_path, network):
 
 
 def test_schedule_that_only_the_constructor_knows(tmp_path):
-    """First and last band edges are attributes of no layer: they are read from the stored arguments."""
+    """First and last band edges are attributes of no layer: they are read from the stored
+    arguments.
+    """
     given = {"first_cutoff": 2.5, "first_stopband": 5.5, "lrelu_upsampling": 4}
     model, network, _ = create_small(StyleGAN3Generator, 32, **given, last_stopband_ratio=1.4)
     state(network, "synthesis")["_init_kwargs"] |= given | {"last_stopband_rel": 1.4}
@@ -359,7 +363,9 @@ def run(monkeypatch, module, *arguments):
 
 
 def test_converted_folder_stands_for_a_run(tmp_path, monkeypatch, capsys):
-    """Of the averaged generator: generate.py finds its pipeline, and so do the pictures; training finds all three networks."""
+    """Of the averaged generator: generate.py finds its pipeline, and so do the pictures; training
+    finds all three networks.
+    """
     torch.manual_seed(0)
     raw, average = (
         shake(StyleGAN2Generator(32, 3, **SMALL, mapping_depth=2, num_reduced_resolutions=i))

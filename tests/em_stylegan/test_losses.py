@@ -99,7 +99,9 @@ def test_blur_fades():
 
 
 def test_relativistic_losses_and_their_gradients():
-    """softplus of the difference of a pair; the derivative is the sigmoid, and the two sides pull against each other."""
+    """softplus of the difference of a pair; the derivative is the sigmoid, and the two sides pull
+    against each other.
+    """
     generator = torch.Generator().manual_seed(0)
     real, fake = (
         torch.randn(5, 1, generator=generator, dtype=torch.float64).requires_grad_()
@@ -125,7 +127,9 @@ def test_relativistic_losses_and_their_gradients():
 
 
 def test_gradients_of_r1_and_r2_of_a_quadratic_discriminator():
-    """D = a |x|^2: R1 + R2 = 4 a^2 (E|x|^2 + E|G|^2), whose derivative in a is twice that over a."""
+    """D = a |x|^2: R1 + R2 = 4 a^2 (E|x|^2 + E|G|^2), whose derivative in a is twice that over
+    a.
+    """
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
     real, fake = (

@@ -160,7 +160,9 @@ def test_mapping_depth(depth):
 
 
 def test_mapping_learns_a_hundred_times_more_slowly():
-    """The same relative step in weights moves w as a layer of multiplier 1 does: storage is 100 times larger."""
+    """The same relative step in weights moves w as a layer of multiplier 1 does: storage is 100
+    times larger.
+    """
     torch.manual_seed(0)
     layer = MappingNetwork(256, 256, 1).layers[0]
     effective = layer.weight * layer.weight_gain
@@ -176,7 +178,9 @@ def test_mapping_ignores_the_length_of_z():
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_demodulation_gives_unit_deviation_whatever_the_style(scale):
-    """Independent unit inputs come out with unit deviation in every sample and map (2020, section 2.2)."""
+    """Independent unit inputs come out with unit deviation in every sample and map (2020, section
+    2.2).
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = (
         torch.randn(2, 32, 64, 64, generator=generator),
@@ -360,9 +364,9 @@ class CountConvolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize("penalty", ["r1", "path length"])
 def test_penalties_have_no_more_convolutions_than_their_derivatives(penalty):
-    """Each convolution leads to one back and one for the weights; to the derivatives of the first, one forward again and one for the
-    weights; and of the forward pass where something is curved, one back. PyTorch's own second derivatives make one of each channel of
-    the fixed filters."""
+    """Each convolution leads to one back and one for the weights; to the derivatives of the first,
+    one forward again and one for the weights; and of the forward pass where something is curved,
+    one back. PyTorch's own second derivatives make one of each channel of the fixed filters."""
     generator, discriminator = make_generator(), make_discriminator()
     images = torch.rand(4, 1, 16, 16)
     with CountConvolutions() as forward:

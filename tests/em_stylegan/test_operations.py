@@ -30,8 +30,8 @@ def draw(*shape, seed=0):
 
 
 def compare(f, g, inputs):
-    """f and g agree in value, in gradients, and in the gradients of the squared gradients (of the squared
-    output, since most of these are linear)."""
+    """f and g agree in value, in gradients, and in the gradients of the squared gradients (of the
+    squared output, since most of these are linear)."""
     results = []
     for function, context in ((f, nullcontext()), (g, torch._C.DisableTorchFunction())):
         with context:  # g has PyTorch's convolutions

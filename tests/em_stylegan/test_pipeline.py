@@ -57,7 +57,9 @@ def test_image_depends_on_its_generator_alone(pipe, noise_mode):
 
 
 def test_noise_is_fresh_unless_latents_are_given(pipe):
-    """Images drawn are as in training and as `generate.py` makes them; those of a walk share their noise."""
+    """Images drawn are as in training and as `generate.py` makes them; those of a walk share their
+    noise.
+    """
     drawn, random = (
         pipe(2, generator=seeds(0, 1), output_type="np", **mode).images
         for mode in ({}, {"noise_mode": "random"})
@@ -236,9 +238,13 @@ def test_stranger_loads_the_folder_without_our_packages(pipe, tmp_path):
     script = Path(__file__).with_name("load_elsewhere.py").read_text()
     (tmp_path / "load_elsewhere.py").write_text(script)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    # -S and a path of the site-packages alone: an editable install of our packages stays out of sight
+    # -S and a path of the site-packages alone: an editable install of our packages stays out of
+    # sight
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    program = f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    program = (
+        f"import sys, runpy; sys.path += {packages!r}; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0])"
+    )
     command = [
         sys.executable,
         "-I",

@@ -54,7 +54,9 @@ def test_shapes_and_every_parameter_learns(options):
 
 
 def test_schedule_at_1024_is_the_papers():
-    """Figure 4c of the paper: 14 layers, sampling rates from 16 to 1024, sizes with a margin of 10, the last two critically sampled."""
+    """Figure 4c of the paper: 14 layers, sampling rates from 16 to 1024, sizes with a margin of 10,
+    the last two critically sampled.
+    """
     defaults = signature(StyleGAN3Generator).parameters.values()
     config = {parameter.name: parameter.default for parameter in defaults}
     plans = plan_layers(SimpleNamespace(**{**config, "resolution": 1024, "image_channels": 3}))
@@ -88,7 +90,9 @@ def test_magnitudes_follow_the_inputs_in_training_alone():
 
 
 def test_settled_magnitudes_keep_activations_of_unit_size():
-    """Demodulation takes the styles' scale away, the magnitudes the inputs': what is left is the correlation of the inputs."""
+    """Demodulation takes the styles' scale away, the magnitudes the inputs': what is left is the
+    correlation of the inputs.
+    """
     generator = make_generator(magnitude_decay=0.0)
     ws = generator.mapping(torch.randn(16, 8))
     sizes = []

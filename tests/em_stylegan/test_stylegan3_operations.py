@@ -1,4 +1,6 @@
-"""StyleGAN3's filters against scipy, its operations against their slow twins, with gradients and second gradients, in float64."""
+"""StyleGAN3's filters against scipy, its operations against their slow twins, with gradients and
+second gradients, in float64.
+"""
 
 import numpy as np
 import pytest
@@ -48,8 +50,9 @@ def test_bessel_function_is_scipys():
 
 @pytest.mark.parametrize("num_taps", [12, 11])
 def test_radial_filter(num_taps):
-    """A jinc under a Kaiser window: symmetric under all eight turns and flips, nearly a function of the radius in frequency, with just
-    under half of the amplitude at the cutoff in every direction."""
+    """A jinc under a Kaiser window: symmetric under all eight turns and flips, nearly a function of
+    the radius in frequency, with just under half of the amplitude at the cutoff in every
+    direction."""
     cutoff, rate = 8.0, 64
     taps = fast.design_radial_filter(num_taps, cutoff, 16.0, rate)
     assert taps.sum() == pytest.approx(1)
@@ -65,7 +68,8 @@ def test_radial_filter(num_taps):
     at_cutoff = [response(cutoff, angle) for angle in angles]
     assert np.ptp(at_cutoff) < 0.02
     assert 0.4 < np.mean(at_cutoff) < 0.5
-    # a separable filter passes the diagonal's frequencies up to sqrt(2) the cutoff: at cutoff its amplitude there is higher
+    # a separable filter passes the diagonal's frequencies up to sqrt(2) the cutoff: at cutoff its
+    # amplitude there is higher
     line = fast.design_filter(num_taps, cutoff, 16.0, rate)
     separable = [
         (
@@ -193,7 +197,9 @@ def test_fourier_features():
 
 
 def test_activation_keeps_a_slow_wave_where_it_is():
-    """Without its kink and far from the border, the operation is the identity on waves below the cutoffs, in place and amplitude."""
+    """Without its kink and far from the border, the operation is the identity on waves below the
+    cutoffs, in place and amplitude.
+    """
     size, rate = 48, 16.0
     taps = fast.design_filter(12, 6.0, 6.0, 32.0)
     activation = fast.FilteredLeakyReLU(size, size, 2, 2, taps, taps, gain=1.0, slope=1.0)

@@ -40,7 +40,9 @@ from support.config import refuses_config
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The test preset: 8 steps of 8 images, R1 in every 4th, path length in every 2nd, distance, checkpoints after 4 and 8."""
+    """The test preset: 8 steps of 8 images, R1 in every 4th, path length in every 2nd, distance,
+    checkpoints after 4 and 8.
+    """
     config = PRESETS["test"]()
     training = replace(config.training, evaluate_every=32, num_evaluation_images=12)
     return replace(
@@ -127,7 +129,9 @@ def test_pipelines_before_and_after(finished, config):
 def test_resumed_run_equals_the_whole_run_to_the_bit(
     finished, config, tmp_path, monkeypatch, steps_lost
 ):
-    """Stopped dead after 4 steps, or two steps past the checkpoint at 4; then the same command again."""
+    """Stopped dead after 4 steps, or two steps past the checkpoint at 4; then the same command
+    again.
+    """
 
     class Killed(BaseException):
         pass
@@ -171,7 +175,9 @@ def test_resumed_run_equals_the_whole_run_to_the_bit(
 
 
 def test_measured_images_have_noise_of_their_own(config):
-    """Where noise places the structures, one noise for all images would put them at the same places in each."""
+    """Where noise places the structures, one noise for all images would put them at the same places
+    in each.
+    """
     generator = gan_loop.create_networks(config)[0].eval()
     for name, parameter in generator.named_parameters():
         if name.endswith("style.weight"):
@@ -336,7 +342,9 @@ def test_two_processes_share_the_work(tmp_path):
 
 
 def test_lazy_regularisation_leaves_the_optimiser_its_pace():
-    """lr and betas to the power c = k / (k + 1), so that k + 1 steps move as k plain ones do (2020, appendix B)."""
+    """lr and betas to the power c = k / (k + 1), so that k + 1 steps move as k plain ones do (2020,
+    appendix B).
+    """
     optimizer = gan_loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 16)
     options = optimizer.param_groups[0]
     assert options["lr"] * 17 == pytest.approx(0.0025 * 16)
@@ -363,8 +371,9 @@ def test_style_mixing_changes_w_once_a_picture_at_the_stated_rate(config):
 )
 @pytest.mark.parametrize("penalty", [False, True], ids=["main", "penalty"])
 def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
-    """Adam's first step without momentum moves each weight by the learning rate against the sign of its gradient. Convolutions leave
-    gradients in another layout than that of the weights, which the fused Adam would not notice."""
+    """Adam's first step without momentum moves each weight by the learning rate against the sign of
+    its gradient. Convolutions leave gradients in another layout than that of the weights, which the
+    fused Adam would not notice."""
     architecture = "stylegan2" if network == "discriminator" else network
     changed = replace(config, generator=replace(config.generator, architecture=architecture))
     model, discriminator = gan_loop.create_networks(changed)
@@ -415,8 +424,8 @@ def judged(monkeypatch):
 
 
 class TestFloat16:
-    """The scaler of the loss on the CPU, with float32 maps (a scale of a power of two changes no bit unless something overflows) and with
-    float16 ones."""
+    """The scaler of the loss on the CPU, with float32 maps (a scale of a power of two changes no
+    bit unless something overflows) and with float16 ones."""
 
     @pytest.fixture
     def run(self, config, tmp_path):
@@ -447,7 +456,8 @@ class TestFloat16:
             assert all(
                 torch.equal(plain[part][name], value) for name, value in scaled[part].items()
             )
-        # 8 steps of two updates, R1 in every 4th, path length in every 2nd: 22 updates, so two growths
+        # 8 steps of two updates, R1 in every 4th, path length in every 2nd: 22 updates, so two
+        # growths
         assert scaled["scaler"]["scale"] == 2.0**16
         assert scaled_lines[-1]["skipped_steps_G"] == scaled_lines[-1]["skipped_steps_D"] == 0
         assert plain_lines[-1]["gradient_norm_D"] == scaled_lines[-1]["gradient_norm_D"] > 0

@@ -1,4 +1,6 @@
-"""Training that starts from other weights: the same images at first, frozen layers that stay, sizes that do not fit."""
+"""Training that starts from other weights: the same images at first, frozen layers that stay, sizes
+that do not fit.
+"""
 
 from dataclasses import replace
 
@@ -110,7 +112,9 @@ def test_networks_that_compute_otherwise_are_refused(config, tmp_path):
 
 
 def test_colour_becomes_grey(config, converted):
-    """The image is the mean of the three channels, and a grey image is judged as its three equal channels were."""
+    """The image is the mean of the three channels, and a grey image is judged as its three equal
+    channels were.
+    """
     generator, discriminator = create_networks(config)
     start_from(
         replace(config, init_from=str(converted)),

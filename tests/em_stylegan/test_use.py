@@ -109,8 +109,22 @@ def test_grids(model, generator, tmp_path, monkeypatch):
     ws = styles.draw_ws(generator, 0, 2)
     assert np.array_equal(grid[:32, 34:], to_uint8(generator.synthesis(ws, "const"))[0, 0])
     monkeypatch.setattr(
-        sys, "argv", ["", "mixing", str(model), str(tmp_path / "m.png"), "--num-rows", "1", "--num-columns", "1", "--layers", "0", "8"]
-    )  # fmt: skip
+        sys,
+        "argv",
+        [
+            "",
+            "mixing",
+            str(model),
+            str(tmp_path / "m.png"),
+            "--num-rows",
+            "1",
+            "--num-columns",
+            "1",
+            "--layers",
+            "0",
+            "8",
+        ],
+    )
     interpolate.main()
     grid = np.asarray(Image.open(tmp_path / "m.png"))
     assert (grid[:32, :32] == 255).all()
@@ -145,7 +159,9 @@ def test_mp4_is_encoded_where_there_is_an_encoder_and_refused_where_not(tmp_path
 
 
 def test_noise_regularisation_is_the_autocorrelation_over_scales():
-    """Of stripes along x: -1 to the side and 1 down at the finest scale, nothing once halved. Of white noise: about nothing."""
+    """Of stripes along x: -1 to the side and 1 down at the finest scale, nothing once halved. Of
+    white noise: about nothing.
+    """
     stripes = ((-1.0) ** torch.arange(16)).expand(16, 16)
     assert noise_regularization(stripes).item() == pytest.approx(1 + 1)
     constant = torch.ones(16, 16)
@@ -167,7 +183,9 @@ def test_learning_rate_ramps():
 
 
 def test_projection_finds_an_image_of_the_generator_itself(generator):
-    """Against another of its images: what is found is nearer than the mean image, and the noise maps stay normal."""
+    """Against another of its images: what is found is nearer than the mean image, and the noise
+    maps stay normal.
+    """
     w = styles.draw_ws(generator, 7, 1)[:, 0]
     target = generator.synthesis(w.unsqueeze(1).expand(-1, generator.num_ws, -1), "const")
     config = ProjectionConfig(num_steps=60, num_w_samples=200, pixel_weight=1.0)
@@ -189,7 +207,9 @@ def test_projection_finds_an_image_of_the_generator_itself(generator):
 
 @pytest.mark.parametrize("kind", [StyleGAN1Generator, StyleGAN3Generator])
 def test_projection_leaves_every_kind_of_generator_as_it_was(kind):
-    """StyleGAN3 has no noise maps, and running magnitudes that must not follow what projection tries."""
+    """StyleGAN3 has no noise maps, and running magnitudes that must not follow what projection
+    tries.
+    """
     torch.manual_seed(0)
     generator = (
         kind(16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8)

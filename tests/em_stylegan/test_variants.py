@@ -1,4 +1,6 @@
-"""The architectures of generator and discriminator, composed from the slow twins as figure 7 of the 2020 paper draws them."""
+"""The architectures of generator and discriminator, composed from the slow twins as figure 7 of the
+2020 paper draws them.
+"""
 
 import math
 

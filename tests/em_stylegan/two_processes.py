@@ -1,4 +1,6 @@
-"""Train a few steps in two processes and compare them: run by test_train.py as `torchrun two_processes.py OUT`."""
+"""Train a few steps in two processes and compare them: run by test_train.py as `torchrun
+two_processes.py OUT`.
+"""
 
 import sys
 from dataclasses import replace
@@ -19,7 +21,8 @@ accelerator = create_accelerator(out, "no")
 assert accelerator.num_processes == 2
 rank = accelerator.process_index
 
-# the reduced gradient is the gradient of the mean loss: rank r pulls the bias to r, together they pull it to 1/2
+# the reduced gradient is the gradient of the mean loss: rank r pulls the bias to r, together they
+# pull it to 1/2
 model = torch.nn.Linear(1, 1)
 torch.nn.init.zeros_(model.bias)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -52,7 +55,8 @@ untrained = torch.cat(
 assert torch.isfinite(weights).all()
 assert not torch.equal(weights, untrained)
 
-# StyleGAN3's running magnitudes are those of all images: equal in both processes, in the model that trains as in its average
+# StyleGAN3's running magnitudes are those of all images: equal in both processes, in the model that
+# trains as in its average
 config = replace(
     config,
     generator=replace(config.generator, architecture="stylegan3-t", magnitude_half_life_images=50),

@@ -24,7 +24,8 @@ class Memory:
         self.sizes.append(len(part))
         if len(part) > self.room:
             raise self.error(
-                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                "8.00 GiB"
             )
         losses = (self.model(part.images) - part.noise).square().mean(dim=1)
         (losses.mean() * share).backward()
@@ -69,7 +70,9 @@ def take_whole(model):
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 8, 100])
 def test_parts_have_the_gradients_of_the_whole(model, run, size):
-    """Also with a last part smaller than the others; loss and outputs are those of the whole batch."""
+    """Also with a last part smaller than the others; loss and outputs are those of the whole
+    batch.
+    """
     losses, gradients = take_whole(model)
     micro_batching = MicroBatching(size, run=run, flag="--micro-batch-size")
     compute = Memory(model)
@@ -96,7 +99,9 @@ def test_out_of_memory_halves_goes_on_and_is_said_once(model, run):
 
 
 def test_a_part_that_fails_late_leaves_nothing_behind(model, run):
-    """The gradients of the parts before it are dropped, and random numbers are drawn again as they were."""
+    """The gradients of the parts before it are dropped, and random numbers are drawn again as they
+    were.
+    """
     batch = draw()
     calls = []
 
@@ -191,7 +196,8 @@ images, noise = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for
 whole = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 say = lambda text, from_any_process=False: print(f"rank {rank}: {text}")
-micro_batching = MicroBatching(0, run=SimpleNamespace(stage="toy", say=say, accelerator=accelerator), flag="--flag")
+run = SimpleNamespace(stage="toy", say=say, accelerator=accelerator)
+micro_batching = MicroBatching(0, run=run, flag="--flag")
 def backward(part, share):
     if rank == 1 and len(part) > 1:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -17,7 +17,9 @@ BATCH = 8
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.25, 12**-0.5])
 def test_gamma_has_that_deviation(sigma_rel):
-    """The deviation of tau under p(tau) = (gamma + 1) tau^gamma on [0, 1], from its moments (gamma + 1) / (gamma + 1 + k)."""
+    """The deviation of tau under p(tau) = (gamma + 1) tau^gamma on [0, 1], from its moments (gamma
+    + 1) / (gamma + 1 + k).
+    """
     gamma = sigma_rel_to_gamma(sigma_rel)
     mean, square = ((gamma + 1) / (gamma + 1 + k) for k in (1, 2))
     assert (square - mean**2) ** 0.5 == pytest.approx(sigma_rel, rel=1e-6)
@@ -84,7 +86,9 @@ def test_stored_averages_are_their_definition(tmp_path):
     ("sigma_rel", "tolerance"), [(0.03, 0.04), (0.07, 0.005), (0.15, 0.01), (0.2, 0.03)]
 )
 def test_other_widths_are_met_after_the_fact(tmp_path, sigma_rel, tolerance):
-    """Against the average computed directly, relative to how far the weights move; sixteen snapshots."""
+    """Against the average computed directly, relative to how far the weights move; sixteen
+    snapshots.
+    """
     weights = walk(320)
     record(weights, tmp_path, 20)
     expected = average_directly(weights, sigma_rel)

@@ -119,7 +119,8 @@ def test_kill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path):
         "import sys, torch; from em_training import save_checkpoint, list_checkpoints\n"
         "n = int(list_checkpoints(sys.argv[1])[-1].name) if list_checkpoints(sys.argv[1]) else 0\n"
         "while True:\n"
-        "    n += 1; save_checkpoint(sys.argv[1], n, {'n': n, 'x': torch.full((200_000,), float(n))})\n"
+        "    n += 1; save_checkpoint(sys.argv[1], n, {'n': n, 'x': torch.full((200_000,), "
+        "float(n))})\n"
     )
     save_checkpoint(folder, 0, {"n": 0, "x": torch.zeros(200_000)})
     rng = random.Random(0)
@@ -179,7 +180,9 @@ def test_a_folder_is_locked_once_and_freed(tmp_path):
     "handler", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"]
 )
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error, handler):
-    """Between the last step's look and the end of the stage: the stage is whole, and what comes next does not begin."""
+    """Between the last step's look and the end of the stage: the stage is whole, and what comes
+    next does not begin.
+    """
     before = signal.signal(
         signal.SIGINT, handler
     )  # ignored: as in what a shell has started in the background

@@ -1,4 +1,6 @@
-"""Files of `torch.save` give their tensors and containers; everything else stays a record, and nothing is run."""
+"""Files of `torch.save` give their tensors and containers; everything else stays a record, and
+nothing is run.
+"""
 
 import argparse
 import builtins
@@ -243,7 +245,8 @@ def test_malicious_call_runs_nothing(tmp_path, kind, name, place, capsys):
     path = save(contents, tmp_path / "evil.ckpt", kind)
     with pytest.raises(
         ValueError,
-        match=r"evil\.ckpt cannot be read as a torch checkpoint: it would call .*nothing of it was run",
+        match=r"evil\.ckpt cannot be read as a torch checkpoint: it would call .*nothing of it "
+        r"was run",
     ):
         read_torch_checkpoint(path)
     assert not target.exists()

@@ -33,7 +33,8 @@ def stop_one(num_images_seen):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-# each process has seen other losses by the checkpoint at 16, and the line at 24 is the mean of all: to the bit the same
+# each process has seen other losses by the checkpoint at 16, and the line at 24 is the mean of all:
+# to the bit the same
 whole = train(out / "whole", 64, log_every=24)
 with contextlib.suppress(Killed):
     train(out / "parts", 64, log_every=24, before_step=kill)
@@ -44,7 +45,8 @@ assert read_log("whole") == read_log("parts"), (read_log("whole"), read_log("par
 assert [line["num_images_seen"] for line in read_log("whole")] == [24, 48, 64]
 assert abs(read_log("whole")[0]["rank"] - 1 / 6) < 1e-6
 
-# one process is asked to stop in the last step, which is none of those at which they agree: both stop
+# one process is asked to stop in the last step, which is none of those at which they agree: both
+# stop
 try:
     train(out / "stopped", 20, before_step=stop_one)
 except TrainingInterrupted as stop:

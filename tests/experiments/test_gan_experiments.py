@@ -95,10 +95,29 @@ def test_a_slow_experiment_trains_all_its_points_alike(gan):
 def test_augmentation_is_the_only_difference_and_both_curves_are_kept(load_recipe, tmp_path):
     ada = load_recipe("ada/run.py")
     arguments = ada.parse_arguments(
-        ["--preset", "test", "--num-images", "32", "--evaluate-every", "16", "--num-evaluation-images", "8",
-         "--num-train", "1", "--num-held-out", "3", "--downsample", "4",
-         "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
-    )  # fmt: skip
+        [
+            "--preset",
+            "test",
+            "--num-images",
+            "32",
+            "--evaluate-every",
+            "16",
+            "--num-evaluation-images",
+            "8",
+            "--num-train",
+            "1",
+            "--num-held-out",
+            "3",
+            "--downsample",
+            "4",
+            "--runs",
+            str(tmp_path / "runs"),
+            "--results",
+            str(tmp_path),
+            "--cache-dir",
+            str(tmp_path / "cache"),
+        ]
+    )
     result = ada.run_experiment(arguments)
     assert json.loads((tmp_path / "ada.json").read_text()) == result
     assert [[point[0] for point in result["curves"][mode]] for mode in ada.MODES] == [[16, 32]] * 2

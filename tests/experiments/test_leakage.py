@@ -64,8 +64,11 @@ def test_every_combination_is_measured_and_summarised(leakage, tmp_path):
         )
     summary = {row["generator"]: row for row in leakage.summarise(rows)}
     by_heart = summary["learnt by heart"]
-    found = {(row["split"], row["reference"]): row["frechet_distance"]["value"] for row in rows if row["num_images"] == 30
-             and row["generator"] == "learnt by heart"}  # fmt: skip
+    found = {
+        (row["split"], row["reference"]): row["frechet_distance"]["value"]
+        for row in rows
+        if row["num_images"] == 30 and row["generator"] == "learnt by heart"
+    }
     assert by_heart["both_add"] == pytest.approx(
         found["leaky", "train"] - found["micrograph", "held_out"]
     )

@@ -48,7 +48,8 @@ def test_the_conclusion_counts_pairs_and_overlaps(recipe, arguments, monkeypatch
     )
     assert apart == "Our intervals hold 3 of the 6 pairs of points apart."
     assert order.startswith(
-        "Of the 3 pairs that the study ranks, ours are in the same order in 1, of which our intervals hold 0 apart"
+        "Of the 3 pairs that the study ranks, ours are in the same order in 1, of which our "
+        "intervals hold 0 apart"
     )
     table = results.path.with_suffix(".md").read_text()
     assert "| a | 10.00 | 5.00 [4.00, 6.00] | -5.00 |" in table
@@ -91,8 +92,11 @@ def test_the_reference_is_held_out_and_a_set_is_at_no_distance_from_itself(recip
 def test_table_1_and_figure_5(load_recipe, arguments, tmp_path):
     autoencoders = load_recipe("2024_gan_vs_ldm/autoencoders.py")
     assert autoencoders.STUDY_DISTANCES == {
-        "dalle-dvae": 116.64, "vqgan-f8-8192": 31.15, "vqgan-f16-1024": 82.19, "vqgan-f16-16384": 60.26
-    }  # fmt: skip
+        "dalle-dvae": 116.64,
+        "vqgan-f8-8192": 31.15,
+        "vqgan-f16-1024": 82.19,
+        "vqgan-f16-16384": 60.26,
+    }
     pretrained = autoencoders.parse_arguments(["--scale", "test", *arguments])
     source = autoencoders.train(autoencoders.VARIANTS["test"][0], pretrained)
     asked = ["--candidates", f"vqgan-f16-1024={source}", f"nothing={tmp_path / 'nothing'}"]

@@ -1,4 +1,6 @@
-"""The Frechet distance from means and covariances, and streaming moments: slow twins of em_evaluation."""
+"""The Frechet distance from means and covariances, and streaming moments: slow twins of
+em_evaluation.
+"""
 
 import numpy as np
 from scipy import linalg
@@ -7,10 +9,10 @@ from scipy import linalg
 def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b) -> float:
     """Return the Frechet distance of two Gaussians from means [D] and covariances [D, D].
 
-    tr (S_a S_b)^(1/2) is the sum of the roots of the eigenvalues of S_b S_a, which are those of the symmetric matrix
-    L^T S_b L with S_a = L L^T (Cholesky). Where the rounding of an eigenvalue could be felt in that sum (singular or nearly
-    singular covariances), it is the sum of the singular values of L_a^T L_b instead, slower and exact there too.
-    `ValueError` for unequal D.
+    tr (S_a S_b)^(1/2) is the sum of the roots of the eigenvalues of S_b S_a, which are those of the
+    symmetric matrix L^T S_b L with S_a = L L^T (Cholesky). Where the rounding of an eigenvalue
+    could be felt in that sum (singular or nearly singular covariances), it is the sum of the
+    singular values of L_a^T L_b instead, slower and exact there too. `ValueError` for unequal D.
     """
     mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
     covariance_a, covariance_b = (
@@ -19,7 +21,8 @@ def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
     )
     if mean_a.shape != mean_b.shape or covariance_a.shape != covariance_b.shape:
         raise ValueError(
-            f"the statistics have {mean_a.size} and {mean_b.size} dimensions: they come from different extractors"
+            f"the statistics have {mean_a.size} and {mean_b.size} dimensions: they come from "
+            f"different extractors"
         )
     nuclear_norm = sum_roots_of_eigenvalues(covariance_a, covariance_b)
     if nuclear_norm is None:
@@ -30,10 +33,11 @@ def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
 
 
 def sum_roots_of_eigenvalues(covariance_a, covariance_b, tolerance=1e-8):
-    """tr (S_a S_b)^(1/2) from eigenvalues, or None where their rounding may move it by more than `tolerance` of itself.
+    """tr (S_a S_b)^(1/2) from eigenvalues, or None where their rounding may move it by more than
+    `tolerance` of itself.
 
-    An eigenvalue of a symmetric matrix is off by about eps times the largest, hence its root by eps max / (2 root).
-    """
+    An eigenvalue of a symmetric matrix is off by about eps times the largest, hence its root by eps
+    max / (2 root)."""
     try:
         eigenvalues = linalg.eigh(
             covariance_b, covariance_a, type=2, eigvals_only=True, driver="gv"
@@ -65,12 +69,11 @@ def sum_up(mean_difference, trace_a, trace_b, nuclear_norm):
 
 
 class FeatureStatistics:
-    """Mean and covariance of features in float64, gathered batch by batch and merged exactly (Chan, Golub & LeVeque
-    1983).
+    """Mean and covariance of features in float64, gathered batch by batch and merged exactly (Chan,
+    Golub & LeVeque 1983).
 
-    `update` takes [B, D]; `merge` adds another's, such as another process's; the result depends on batches and order by
-    rounding only.
-    """
+    `update` takes [B, D]; `merge` adds another's, such as another process's; the result depends on
+    batches and order by rounding only."""
 
     def __init__(self, num_features: int):
         self.num_images = 0
@@ -96,7 +99,8 @@ class FeatureStatistics:
     def merge(self, other: "FeatureStatistics") -> None:
         if len(other.mean) != len(self.mean):
             raise ValueError(
-                f"statistics of {len(self.mean)} and {len(other.mean)} features come from different extractors"
+                f"statistics of {len(self.mean)} and {len(other.mean)} features come from "
+                f"different extractors"
             )
         if other.num_images:
             self._add(other.num_images, other.mean, other.scatter)

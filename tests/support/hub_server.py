@@ -131,7 +131,12 @@ class HubServer:
 
     def store(self, content: bytes, large: bool) -> Entry:
         sha256 = hashlib.sha256(content).hexdigest() if large else None
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
+        lines = (
+            "version https://git-lfs.github.com/spec/v1",
+            f"oid sha256:{sha256}",
+            f"size {len(content)}",
+        )
+        pointer = "".join(f"{line}\n" for line in lines).encode()
         oid = git_sha1(pointer if large else content)
         self.blobs[sha256 or oid] = content
         return Entry(len(content), oid, sha256)

@@ -96,7 +96,7 @@ def halve(x):
     ) / 4
 
 
-# ---------------------------------------------------------------- taming-transformers: encoder, decoder, codes
+# ---------------- taming-transformers: encoder, decoder, codes
 
 
 def taming_block(weights, name, x, out):

@@ -1,4 +1,6 @@
-"""The slow, obvious twins of the operations, step by step as the papers write them; tests hold the fast ones equal to these."""
+"""The slow, obvious twins of the operations, step by step as the papers write them; tests hold the
+fast ones equal to these.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ def insert_zeros(x):
 
 
 def filter_image(x, kernel, padding, gain=1.0):
-    """Convolve every channel with `kernel` [4, 4], tap by tap, after padding by (left, right, top, bottom) zeros."""
+    """Convolve every channel with `kernel` [4, 4], tap by tap, after padding by (left, right, top,
+    bottom) zeros.
+    """
     x = F.pad(x, padding)
     height, width = x.shape[2] - 3, x.shape[3] - 3
     y = x.new_zeros(*x.shape[:2], height, width)
@@ -38,8 +42,8 @@ def downsample(x, kernel):
 def modulated_conv2d(x, weight, styles, *, demodulate=True, kernel=None, gain=1.0):
     """Scale the weights of each sample (2020, equations 1 and 3) and convolve samples one by one.
 
-    When the side doubles, zeros are put between the pixels, the weights are convolved over them, then the filter.
-    """
+    When the side doubles, zeros are put between the pixels, the weights are convolved over them,
+    then the filter."""
     outputs = []
     for sample, style in zip(x, styles, strict=True):
         w = weight * style[None, :, None, None]  # [O, I, k, k]
@@ -69,7 +73,9 @@ def equalized_conv2d(x, weight, bias=None, *, kernel=None, activation=True, gain
 
 
 def minibatch_standard_deviation(x, group_size, num_maps=1):
-    """For each group (images i, i + n, i + 2n, ... of n = B / G groups), the means of the deviations, as `num_maps` more channels."""
+    """For each group (images i, i + n, i + 2n, ... of n = B / G groups), the means of the
+    deviations, as `num_maps` more channels.
+    """
     B, _, H, W = x.shape
     num_groups = B // min(group_size or B, B)
     maps = []
@@ -91,8 +97,9 @@ def adaptive_instance_norm(x, scale, shift):
 
 
 def resample(x, taps, up, down, padding):
-    """Put up - 1 zeros after every sample of x [B, C, S, S], pad by (left, right) on both sides (negative: crop), convolve with `taps`
-    [n] along both sides or [n, n], keep every `down`-th sample. No gain."""
+    """Put up - 1 zeros after every sample of x [B, C, S, S], pad by (left, right) on both sides
+    (negative: crop), convolve with `taps` [n] along both sides or [n, n], keep every `down`-th
+    sample. No gain."""
     B, C, H, W = x.shape
     y = x.new_zeros(B, C, H, up, W, up)
     y[:, :, :, 0, :, 0] = x
@@ -113,7 +120,9 @@ def filtered_leaky_relu(x, bias, up_taps, down_taps, *, up, down, padding, gain,
 
 
 def alias_free_modulated_conv2d(x, weight, styles, *, demodulate=True, input_gain=1.0):
-    """StyleGAN3's: weights scaled per sample and normed, the input's gain after that, a full convolution of sample by sample."""
+    """StyleGAN3's: weights scaled per sample and normed, the input's gain after that, a full
+    convolution of sample by sample.
+    """
     outputs = []
     for sample, style in zip(x, styles, strict=True):
         w = weight * style[None, :, None, None]  # [O, I, k, k]
