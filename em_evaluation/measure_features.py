@@ -45,7 +45,7 @@ def measure_features(
     for key, images in sets.judged.items():
         rows[key] = {}
         for side, reference in references.items():
-            if side == "train" and (reference is None or key not in sets.generated):
+            if reference is None or (side == "train" and key not in sets.generated):
                 continue
             rows[key][side], influences = measure(
                 names,

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from em_training.config import describe_error
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """Call `main`, and turn what stops it into a sentence and an exit code.
 
     A user's mistake ends with code 2, a stop by a signal with 130, a diverged training with 1.

@@ -353,9 +353,24 @@ def test_the_command_ends_with_an_error_when_no_candidate_is_left(saved, cache, 
     ]
     tiles = [f"--tiles.{key.replace('_', '-')}={value}" for key, value in TILES.items()]
     result = subprocess.run(
-        [*command, "--data", "synthetic", "--num-images", "4", "--out", tmp_path, *tiles, "--tiles.cache-dir", cache],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            *command,
+            "--data",
+            "synthetic",
+            "--num-images",
+            "4",
+            "--out",
+            tmp_path,
+            *tiles,
+            "--tiles.cache-dir",
+            cache,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 2
     assert "no candidate could be judged: a: " in result.stderr
     assert "Traceback" not in result.stderr
