@@ -13,7 +13,7 @@ class Batch:
 
     Args:
         images: Float32 [B, C, H, W]: micrographs in [-1, 1], or their standardised latents.
-        ids: Int64 [B], the views that the images are.
+        ids: Int64 [B], ids of the views within their side of the split.
         class_labels: Int64 [B], or None where the data have no classes.
         masks: Float32 [B, K, H, W] in [0, 1], one channel a kind of defect, or None.
         noise: Float32, what the training step adds or samples with, or None.

@@ -51,21 +51,23 @@ def load_data(
     """
     cache_dir = find_cache_dir(config.cache_dir)
     opened = open_source(source, config, cache_dir)
-    tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = _summarise_problems(tiles.problems, opened, config.on_bad_image)
-    views = split_views(tiles.micrographs, tiles.micrograph_of_tile, config)
-    train, held_out = (Tiles(tiles, each, config.symmetries) for each in views)
+    cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log)
+    problems = _summarise_problems(cut_tiles.problems, opened, config.on_bad_image)
+    views = split_views(cut_tiles.micrographs, cut_tiles.micrograph_of_tile, config)
+    train, held_out = (Tiles(cut_tiles, view_ids, config.symmetries) for view_ids in views)
     summary = {"name": opened.name, "source": str(source)}
-    summary |= _describe(tiles, train, held_out, config)
-    summary |= _describe_micrographs(tiles.micrographs, config)
-    summary["ignored"] = tiles.problems + opened.ignored
+    summary |= _describe(cut_tiles, train, held_out, config)
+    summary |= _describe_micrographs(cut_tiles.micrographs, config)
+    summary["ignored"] = cut_tiles.problems + opened.ignored
     for sentence in [*filter(None, [problems]), *opened.ignored, *summary["notices"]]:
         log(sentence)
     log(
-        f"{opened.name}: {len(tiles.micrographs)} micrographs, {tiles.num_tiles} tiles of "
+        f"{opened.name}: {len(cut_tiles.micrographs)} micrographs, {cut_tiles.num_tiles} tiles of "
         f"{config.resolution} px, {train.num_views} views to train on and {held_out.num_views} "
         f"held out (split by {config.split})"
     )
+    if summary["held_out"]:
+        log(f"held out: {name_some(summary['held_out'])}")
     return Data(train, held_out, summary)
 
 
@@ -100,17 +102,17 @@ def _summarise_problems(problems, opened, on_bad_image) -> str | None:
     return text
 
 
-def _describe(tiles, train, held_out, config) -> dict:
+def _describe(cut_tiles, train, held_out, config) -> dict:
     """Return what the summary says about the tiles and the split."""
-    micrographs = [tiles.micrographs[i] for i in held_out.micrographs]
+    micrographs = [cut_tiles.micrographs[i] for i in held_out.micrographs]
     is_leaky = config.split == "leaky"
     hashes = sorted(each["pixel_hash"] for each in micrographs)
     held = config.split + (held_out.fingerprint if is_leaky else "".join(hashes))
     names = ("symmetries", "split", "resolution", "downsample", "intensity")
     return {name: getattr(config, name) for name in names} | {
-        "num_micrographs": len(tiles.micrographs),
+        "num_micrographs": len(cut_tiles.micrographs),
         "num_held_out_micrographs": len(micrographs),
-        "num_tiles": tiles.num_tiles,
+        "num_tiles": cut_tiles.num_tiles,
         "num_train_tiles": train.num_tiles,
         "num_held_out_tiles": held_out.num_tiles,
         "num_views": train.num_views + held_out.num_views,
@@ -118,8 +120,8 @@ def _describe(tiles, train, held_out, config) -> dict:
         "num_held_out_views": held_out.num_views,
         "split_hash": hashlib.sha256(held.encode()).hexdigest()[:16],
         "held_out": [] if is_leaky else sorted({each["name"] for each in micrographs}),
-        "bits": 8 * tiles.dtype.itemsize,
-        "fingerprint": tiles.key,
+        "bits": 8 * cut_tiles.dtype.itemsize,
+        "fingerprint": cut_tiles.key,
     }
 
 

@@ -52,12 +52,16 @@ class Tiles:
     leaky split, which draws views instead of tiles, views are numbered in rising order without
     gaps; `locate` returns the tile and the symmetry of any view.
 
+    The argument `views` holds ids in the whole cut. All methods take ids in this side: 0 to
+    num_views - 1, or 0 to num_tiles - 1.
+
     Attributes:
         num_tiles, num_views, num_symmetries, resolution: Numbers.
         rows: `datasets.Dataset` with one row per tile: tile, micrograph, micrograph_index, row_px,
             col_px, pixel_size_nm, specimen, low, high.
         micrographs: Sorted numbers of the micrographs that the tiles come from.
-        fingerprint: Hash of content and recipe.
+        fingerprint: Hash of the cut and of this side's views. `summary["fingerprint"]` is another:
+            the key of the whole cut.
     """
 
     def __init__(self, cut: Cut, views: Ids, symmetries: str = "paper"):
@@ -98,9 +102,10 @@ class Tiles:
     def batch(self, view_ids: Ids) -> torch.Tensor:
         """Return views as float32 [B, 1, R, R] in [-1, 1], scaled by their micrographs' levels."""
         tile_ids, symmetry = self.locate(view_ids)
-        rows = self._tiles[tile_ids]
+        cut_tile_ids = self._tiles[tile_ids]
         pixels = self._gather(tile_ids, symmetry)
-        return from_uint(pixels, self.cut.low[rows], self.cut.high[rows]).unsqueeze(1)
+        low, high = self.cut.low[cut_tile_ids], self.cut.high[cut_tile_ids]
+        return from_uint(pixels, low, high).unsqueeze(1)
 
     def _gather(self, tile_ids, symmetry):
         pixels = np.empty((len(tile_ids), self.resolution, self.resolution), self.cut.dtype)
