@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -59,7 +60,15 @@ def run() -> None:
     record = generate_images(config, model)
     preview = write_preview(config.out)
     print(f"{record['num_images']:,} images in {config.out}, the first ones in {preview}")
-    print(f"Next: python evaluate.py --models {config.model} judges the model by such images.")
+    if record["num_images"] > config.num_images:
+        print(
+            f"{config.out} held more images than --num-images {config.num_images} asks for; all "
+            "of them are kept."
+        )
+    print(
+        f"Next: judge the model by such images: python evaluate.py --models "
+        f"{shlex.quote(config.model)}"
+    )
 
 
 def main() -> None:

@@ -1,17 +1,21 @@
 """What the two training commands share: flags, then the training, then what to do next."""
 
 import argparse
+import dataclasses
 import inspect
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_training.config import is_complete
+from em_generation.families import FAMILIES
+from em_training.config import TEST_NOTE, OtherRunError, is_complete, read_preset, save_preset
 from em_training.family import Family
-from em_training.flags import parse_preset
+from em_training.flags import UsageError, parse_preset
 
 EPILOG = "--push-to-hub REPO publishes the finished run (--private: for you alone)."
 DESCRIPTION = f"""Train a {{noun}} on electron micrographs.
@@ -72,15 +76,47 @@ def run_training(family: Family) -> None:
         if is_complete(config.out, config):
             say(f"The run in {config.out} is already complete.")
         else:
-            family.import_train()(config)
+            refuse_other_family(config.out, family)
+            if not int(os.environ.get("RANK", "0")):
+                save_preset(config.out, preset)
+            try:
+                family.import_train()(config)
+            except OtherRunError as error:
+                before = read_preset(config.out)
+                if before in (None, preset):
+                    raise
+                raise OtherRunError(
+                    f"The run was made with preset {before}, this is {preset}. {error}"
+                ) from error
+        if (read_preset(config.out) or preset) == "test":
+            say(TEST_NOTE)
         if getattr(config, "makes_pipeline", True):
+            out = Path(config.out)
+            run, images = (shlex.quote(str(path)) for path in (out, f"{out}-images"))
             say(
-                f"The trained model is in {Path(config.out) / 'pipeline'}. Next: python "
-                f"generate.py "
-                f"--model {config.out} --num-images 1000"
+                f"The trained model is in {out / 'pipeline'}. Next: python generate.py "
+                f"--model {run} --out {images} --num-images 1000"
             )
 
     train_and_publish(push, config, train)
+
+
+def refuse_other_family(out: str, family: Family) -> None:
+    """Refuse a folder with a run of another family, which would look like unknown keys."""
+    try:
+        keys = set(json.loads((Path(out) / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return
+
+    def knows_keys(each: Family) -> bool:
+        config = each.import_presets()["test"]()
+        return keys <= {field.name for field in dataclasses.fields(config)}
+
+    for other in FAMILIES:
+        if other is not family and knows_keys(other) and not knows_keys(family):
+            raise UsageError(
+                f"{out} holds a {other.card.noun} run; choose another folder with --out."
+            )
 
 
 def read_push_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

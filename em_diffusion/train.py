@@ -25,6 +25,7 @@ from em_diffusion.weights import hash_weights, save_model
 from em_evaluation.feature_metrics import check_metrics
 from em_training import (
     create_accelerator,
+    describe_preset,
     list_checkpoints,
     load_config,
     lock_folder,
@@ -100,6 +101,7 @@ def describe_run(config, data, out, autoencoder, latents_seconds, denoiser) -> d
     return {
         "name": out.name,
         "family": "ldm",
+        **describe_preset(out),
         "train_seconds": sum(seconds.values()),
         "train_seconds_by_stage": seconds,
         "num_images_seen": denoiser["num_images_seen"],

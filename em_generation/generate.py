@@ -18,7 +18,7 @@ from em_data import read_image_folder, save_image_grid
 from em_data.files import lock, write_atomically
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
-from em_generation.store import create_store, holds_images, remove_remains
+from em_generation.store import create_store, remove_remains, scan_names
 from em_training import create_process_state, default_precision
 
 RECORD = "generation.json"
@@ -103,6 +103,7 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
     config = dataclasses.replace(config, options=options)
     state = create_process_state()
     out = Path(config.out)
+    refuse_foreign_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     message = (
         f"Another process generates into {out}. Wait for it, or choose another folder with --out."
@@ -112,6 +113,19 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
         lock(out / ".lock", message) if state.is_main_process else contextlib.nullcontext(),
     ):
         return _generate(config, model, state, out)
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """Refuse a folder that holds anything but generated images, before anything is written.
+
+    Hidden files do not count: a killed process may leave some.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file. Choose a new folder with --out.")
+    if not out.exists() or (out / RECORD).exists():
+        return
+    if any(not name.startswith(".") for name in scan_names(out)):
+        raise ValueError(f"{out} holds other files; choose a new folder with --out.")
 
 
 def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
@@ -206,11 +220,6 @@ def _read_matching_record(out: Path, record: dict) -> dict | None:
     """Return the folder's record; `ValueError` if its images are not of the same settings."""
     path = out / RECORD
     if not path.exists():
-        if holds_images(out):
-            raise ValueError(
-                f"{out} holds images of unknown origin (no {RECORD}). Choose another folder with "
-                "--out."
-            )
         return None
     try:
         before = json.loads(path.read_text())
@@ -221,8 +230,8 @@ def _read_matching_record(out: Path, record: dict) -> dict | None:
     changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if changed:
         raise ValueError(
-            f"{out} holds images made with other settings ({', '.join(changed)} differ). Choose "
-            "another folder with --out."
+            f"{out} holds images made with other settings ({', '.join(changed)} "
+            f"{'differs' if len(changed) == 1 else 'differ'}). Choose another folder with --out."
         )
     return before
 

@@ -175,12 +175,6 @@ def remove_remains(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def holds_images(folder: Path) -> bool:
-    """Return whether a folder holds files with the names that are given here."""
-    pattern = re.compile(rf"\d{{6,}}\.(png|tif)|{SHARD_NAME}")
-    return any(pattern.fullmatch(name) for name in scan_names(folder))
-
-
 def cut_into_shards(numbers: list[int], size: int = SHARD_IMAGES) -> list[range]:
     """Cut sorted numbers into runs without a gap that do not cross a multiple of `size`."""
     shards: list[range] = []

@@ -80,6 +80,9 @@ def publish_run(config: PublishConfig, *, say: Callable[[str], object] = say) ->
             f"There is no folder {config.run}. Give a run's folder, or one with a saved pipeline."
         )
     model = read_model(config.run)
+    note = make_record(model).get("note")
+    if note:
+        say(f"Warning: {note}")
     if config.dry_run is not None:
         out = check_dry_run_folder(config.dry_run)
         build_repository(config, model, out)
@@ -205,8 +208,10 @@ def make_record(model: Model) -> dict:
     if is_public(source):
         config["data"] = source
     known = ("name", "family", "train_seconds", "num_images_seen")
+    optional = ("preset", "note")
     return {
         **{key: content.get(key) for key in known},
+        **{key: content[key] for key in optional if content.get(key)},
         **{key: value for key, value in content.items() if key.endswith("_weights")},
         "stages": stages,
         "has_stages": len(stages) > 1,

@@ -13,6 +13,7 @@ from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.transfer import start_from
 from em_training import (
     create_accelerator,
+    describe_preset,
     lock_folder,
     read_best,
     refuse_other_data,
@@ -101,6 +102,7 @@ def save_run(config, data, path, train_seconds, out):
     run = {
         "name": out.name,
         "family": config.generator.architecture,
+        **describe_preset(out),
         "train_seconds": train_seconds,
         "train_seconds_by_stage": {"stylegan": train_seconds},
         "num_images_seen": -(-training.num_images // training.batch_size) * training.batch_size,

@@ -10,6 +10,7 @@ from .config import config_from_dict as config_from_dict
 from .config import config_from_json as config_from_json
 from .config import config_to_json as config_to_json
 from .config import describe_error as describe_error
+from .config import describe_preset as describe_preset
 from .config import is_complete as is_complete
 from .config import load_config as load_config
 from .config import refuse_other_data as refuse_other_data

@@ -18,7 +18,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from em_data.files import write_atomically
 
 MAY_CHANGE = "may change"
+MOST_CHANGES = 3  # named in one message
+PRESET_FILE = "preset.txt"
+TEST_NOTE = "A run of preset test checks that the software works. Its images mean nothing."
 Config = TypeVar("Config")
+
+
+class OtherRunError(ValueError):
+    """The folder holds a run with another configuration."""
 
 
 def strict(section: str | None = None) -> ConfigDict:
@@ -126,10 +133,30 @@ def refuse_other_run(
         if name not in may_change and not is_allowed(name, old, new)
     ]
     if refused:
-        raise ValueError(
-            f"{out} holds a run with another configuration: {'; '.join(refused)}. Train in "
+        rest = len(refused) - MOST_CHANGES
+        listed = "; ".join(refused[:MOST_CHANGES]) + (f"; and {rest} more" if rest > 0 else "")
+        raise OtherRunError(
+            f"{out} holds a run with another configuration: {listed}. Train in "
             "another folder with --out, remove this one, or resume with the old values."
         )
+
+
+def save_preset(out: str | Path, preset: str) -> None:
+    """Write the name of a new run's preset into its folder; a run that began keeps its own."""
+    if not (Path(out) / "config.json").exists():
+        write_atomically(Path(out) / PRESET_FILE, preset + "\n")
+
+
+def read_preset(out: str | Path) -> str | None:
+    """Return the name of the preset that a run began with; None if it is unknown."""
+    path = Path(out) / PRESET_FILE
+    return path.read_text().strip() if path.is_file() else None
+
+
+def describe_preset(out: str | Path) -> dict[str, str | None]:
+    """Return what run.json says about the preset: its name and, for `test`, a warning."""
+    preset = read_preset(out)
+    return {"preset": preset} | ({"note": TEST_NOTE} if preset == "test" else {})
 
 
 def is_complete(out: str | Path, config: Any) -> bool:

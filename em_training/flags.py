@@ -124,6 +124,7 @@ def parse_flags(
             fields.append((field.name, hint, default))
             flags.append(Flag(field.name.replace("_", "-"), field.default, text))
     _refuse_unknown(flags, argv, f"`python {command} --help` lists all flags.")
+    _refuse_missing(fields, argv, positional, command)
     shape = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
     description = description or inspect.cleandoc(classes[0].__doc__ or "")
     with _plain_errors(command):
@@ -208,6 +209,22 @@ def _refuse_unknown(flags: Sequence[Flag], argv: Sequence[str], advice: str) -> 
         raise UsageError(
             f"There is no flag --{name}.{' Did you mean:' + hint if hint else ''}\n{advice}"
         )
+
+
+def _refuse_missing(fields, argv: Sequence[str], positional: Sequence[str], command: str) -> None:
+    """Refuse a command line without a flag that has no default."""
+    given = {word.partition("=")[0].replace("_", "-") for word in argv}
+    if {"--help", "-h"} & given:
+        return
+    for name, _, default in fields:
+        has_default = not (
+            default.default is dataclasses.MISSING
+            and default.default_factory is dataclasses.MISSING
+        )
+        flag = "--" + name.replace("_", "-")
+        if not has_default and name not in positional and flag not in given:
+            value = "FOLDER" if name == "out" else name.upper()
+            raise UsageError(f"Give {flag} {value}. See `python {command} --help`.")
 
 
 @contextlib.contextmanager

@@ -152,7 +152,17 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
     flags = ["--data", data, "--out", tmp_path / "gan", "--generator.channel-base", "256", *tiles]
     last_line = run("train_gan.py", "test", *flags).stderr.splitlines()[-1]
     assert str(tmp_path / "gan" / "pipeline") in last_line
-    assert f"Next: python generate.py --model {tmp_path / 'gan'}" in last_line
+    command = f"generate.py --model {tmp_path / 'gan'} --out {tmp_path / 'gan'}-images"
+    assert f"Next: python {command} --num-images 1000" in last_line
+    assert "images mean nothing" in ldm.stderr.splitlines()[-2]
+    assert json.loads((tmp_path / "ldm" / "run.json").read_text())["preset"] == "test"
+    drawn = run(*command.split(), "--num-images", "2").stdout  # the line runs as it is printed
+    assert f"Next: judge the model by such images: python evaluate.py --models {tmp_path}" in drawn
+    other = run("train_gan.py", "test", "--data", data, "--out", tmp_path / "ldm", check=False)
+    assert "ldm holds a latent diffusion model run; choose another folder" in other.stderr
+    other = run("train_gan.py", "demo", "--data", data, "--out", tmp_path / "gan", check=False)
+    assert "The run was made with preset test, this is demo." in other.stderr
+    assert re.search(r"; and \d+ more\. Train in", other.stderr)
     index = tmp_path / "gan" / "pipeline" / "model_index.json"
     written = index.stat().st_mtime_ns
     again = run("train_gan.py", "test", *flags)

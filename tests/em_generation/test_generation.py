@@ -100,7 +100,7 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
         generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(16)]
         images = pipeline(16, generators, 2, output_type="np", add_grain=grain).images
         assert np.abs(read(tmp_path / str(grain)) - (images[..., 0] * 255).round()).max() <= 1
-    with pytest.raises(ValueError, match="grain differ"):
+    with pytest.raises(ValueError, match="grain differs"):
         generate_images(config_for(tmp_path / "ldm", config.out, num_images=16, batch_size=16))
     difference = read(tmp_path / "True") - read(tmp_path / "False")
     assert (
@@ -155,7 +155,7 @@ def test_images_of_a_class(tmp_path):
     ).images
     assert np.abs(read(tmp_path / "2") - (images[..., 0] * 255).round()).max() <= 1
     assert not np.array_equal(read(tmp_path / "0"), read(tmp_path / "2"))
-    with pytest.raises(ValueError, match="class_label differ"):
+    with pytest.raises(ValueError, match="class_label differs"):
         generate_images(config_for(config.model, config.out, class_label=0))
     with pytest.raises(ValueError, match="has 3 classes"):
         generate_images(config_for(config.model, tmp_path / "none"))
@@ -213,10 +213,10 @@ def test_two_processes_make_the_same_folder(model, tmp_path):
 def test_a_folder_never_mixes_settings_or_models(model, tmp_path):
     config = config_for(model, tmp_path / "images")
     generate_images(config)
-    with pytest.raises(ValueError, match=r"other settings \(seed differ\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed differs\)"):
         generate_images(replace(config, seed=3))
     if "ldm" in Path(model).name:
-        with pytest.raises(ValueError, match=r"other settings \(grain differ\)"):
+        with pytest.raises(ValueError, match=r"other settings \(grain differs\)"):
             generate_images(config_for(model, config.out, grain=False))
     other = tmp_path / "other"
     (make_ldm(1) if "ldm" in Path(model).name else make_stylegan(1)).save_pretrained(other)
@@ -225,8 +225,12 @@ def test_a_folder_never_mixes_settings_or_models(model, tmp_path):
     stray = tmp_path / "stray"
     stray.mkdir()
     Image.new("L", (16, 16)).save(stray / "000000.png")
-    with pytest.raises(ValueError, match="unknown origin"):
-        generate_images(replace(config, out=str(stray)))
+    Image.new("L", (16, 16)).save(stray / "Chip-4.png")
+    for name in ("000000.png", "Chip-4.png"):
+        with pytest.raises(ValueError, match="stray holds other files; choose a new folder"):
+            generate_images(replace(config, out=str(stray)))
+        assert not [path for path in stray.iterdir() if path.suffix != ".png"]  # nothing written
+        (stray / name).unlink()
 
 
 def test_a_model_without_its_grain_is_another_model(tmp_path):

@@ -515,3 +515,15 @@ def test_evaluate_and_generate_name_revisions_too(run, hub):
         load_pipeline("no-such-thing")
     config = replace(GenerationConfig("you/em-ldm@main", "out"), model="you/em-ldm@main")
     assert read_model(config.model).weights_sha256 == read_model(str(run)).weights_sha256
+
+
+def test_a_run_of_preset_test_is_published_with_a_warning(run, tmp_path):
+    content = json.loads((run / "run.json").read_text())
+    note = "A run of preset test checks that the software works. Its images mean nothing."
+    (run / "run.json").write_text(json.dumps(content | {"preset": "test", "note": note}))
+    said = []
+    config = PublishConfig(str(run), "you/m", num_samples=0, dry_run=str(tmp_path / "repository"))
+    publish_run(config, say=said.append)
+    assert f"Warning: {note}" in said
+    record = json.loads((tmp_path / "repository" / "run.json").read_text())
+    assert (record["preset"], record["note"]) == ("test", note)

@@ -9,7 +9,13 @@ from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from em_training import strict
-from em_training.flags import UsageError, find_nearest_flags, list_flags, parse_preset
+from em_training.flags import (
+    UsageError,
+    _refuse_missing,
+    find_nearest_flags,
+    list_flags,
+    parse_preset,
+)
 
 
 @dataclass(frozen=True, config=strict("tiles"))
@@ -119,3 +125,9 @@ def test_the_nearest_flags_come_first():
     for word, name in (("resolutoin", "tiles.resolution"), ("tiles.sise", "tiles.resolution")):
         assert find_nearest_flags(word, flags)[0].name == name
     assert find_nearest_flags("qqqq", flags) == []
+
+
+def test_a_missing_flag_is_asked_for():
+    with pytest.raises(UsageError, match="Give --out FOLDER"):
+        _refuse_missing([("out", str, field())], [], (), "x.py")
+    _refuse_missing([("out", str, field())], ["--out=a"], (), "x.py")
