@@ -3,7 +3,7 @@
 `em_evaluation.wording` puts them into words.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Literal
@@ -15,6 +15,7 @@ from em_evaluation.levels import ReferenceLevel, Sets
 
 Aspect = Literal["fidelity", "variety", "defects"]
 Outcome = Literal["as_real", "differs", "undecided", "not_measured"]
+Blindness = Literal["nothing_found", "passed_by_noise"]
 Order = Literal["closer", "farther", "undecided"]
 METRICS_OF_ASPECT = {"fidelity": ("precision", "density"), "variety": ("recall", "coverage")}
 DEFECT_METRICS = ("loop_density", "loop_size", "dot_density", "line_density")
@@ -53,7 +54,7 @@ class Measure:
     """One number of a verdict, beside that of real images.
 
     metric: its key. reference: the same of real images: of the level "real", or of the held-out
-    images for defects.
+    images for defects. blind: why "as real" would show nothing, None if it would.
     """
 
     metric: str
@@ -62,6 +63,7 @@ class Measure:
     value: Interval | None
     reference: Interval | None
     outcome: Outcome
+    blind: Blindness | None = None
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,19 @@ def conclude(
     ]
     against_real = {each.first: each for each in comparisons if each.second == sets.real}
     held_out = {key: row["held_out"] for key, row in measurement["rows"].items()}
+    spots = microscopy["blind_spots"] if microscopy else {}
+    blind = {
+        metric
+        for level in sets.levels
+        if level.kind in ("surrogates", "noise", "untrained")
+        for metric in spots.get(level.key, ())
+    }
     verdicts = [
         verdict
         for model in models
-        for verdict in judge_model(model, held_out, sets.real, against_real.get(model), microscopy)
+        for verdict in judge_model(
+            model, held_out, sets.real, against_real.get(model), microscopy, blind
+        )
     ]
     return {"comparisons": comparisons, "autoencoders": autoencoders, "verdicts": verdicts}
 
@@ -148,6 +159,7 @@ def judge_model(
     real: str | None,
     comparison: Comparison | None,
     microscopy: dict | None,
+    blind: Collection[str] = (),
 ) -> list[Verdict]:
     """Return the verdicts on a model: fidelity, variety, defects.
 
@@ -157,6 +169,7 @@ def judge_model(
         real: The key of the level "real".
         comparison: The model against real images, by the Frechet distance.
         microscopy: What `compare_microscopy` returns.
+        blind: Measures of defects that noise, texture only or an untrained model pass.
     """
     own, best = rows[model], rows.get(real, {})
     aspects = {
@@ -171,9 +184,9 @@ def judge_model(
         distance = "frechet_distance"
         outcome = judge_excess(comparison.difference, best[distance])
         aspects["fidelity"] = [make_measure(distance, own[distance], best[distance], outcome)]
-    aspects["defects"] = judge_defects(model, real, microscopy)
+    aspects["defects"] = judge_defects(model, real, microscopy, blind)
     return [
-        Verdict(model, aspect, combine([each.outcome for each in measures]), tuple(measures))
+        Verdict(model, aspect, combine(measures), tuple(measures))
         for aspect, measures in aspects.items()
     ]
 
@@ -202,8 +215,13 @@ def judge_loss(loss: Interval) -> Outcome:
     return "as_real" if loss.high <= TOLERANCE else "undecided"
 
 
-def judge_defects(model: str, real: str | None, section: dict | None) -> list[Measure]:
-    """Return the measures of defects from the report's section on microscopy."""
+def judge_defects(
+    model: str, real: str | None, section: dict | None, blind: Collection[str]
+) -> list[Measure]:
+    """Return the measures of defects from the report's section on microscopy.
+
+    A measure that would pass noise cannot say "as real": it is undecided. It may say "differs".
+    """
     if section is None or real is None:
         return []
     measures = []
@@ -214,12 +232,24 @@ def judge_defects(model: str, real: str | None, section: dict | None) -> list[Me
         outcome = section["outcomes"][model][metric]
         if own is not None and held_out is not None and outcome != "not_measured":
             about = section["metrics"][metric]
-            measures.append(Measure(metric, about["label"], about["unit"], own, held_out, outcome))
+            why: Blindness | None = None
+            if outcome == "as_real" and own.value == held_out.value == 0:
+                why = "nothing_found"
+            elif outcome == "as_real" and metric in blind:
+                why = "passed_by_noise"
+            outcome = "undecided" if why else outcome
+            label, unit = about["label"], about["unit"]
+            measures.append(Measure(metric, label, unit, own, held_out, outcome, why))
     return measures
 
 
-def combine(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return the outcome of an aspect: one measure that differs is enough to differ."""
+def combine(measures: Sequence[Measure]) -> Outcome:
+    """Return the outcome of an aspect: one measure that differs is enough to differ.
+
+    Blind measures count only if there are no others.
+    """
+    outcomes = [each.outcome for each in measures if each.blind is None]
+    outcomes = outcomes or [each.outcome for each in measures]
     for outcome in ("differs", "undecided", "as_real"):
         if outcome in outcomes:
             return outcome

@@ -10,8 +10,12 @@ OUTCOMES = {
     "defects": {"as_real": "as real", "differs": "differ from real"},
 }
 COMMON = {"undecided": "cannot tell", "not_measured": "not measured"}
+BLIND = {
+    "nothing_found": "none found on either side, which shows nothing",
+    "passed_by_noise": "images without defects would pass, too",
+}
 EFFECTS = {
-    "fidelity": "would learn from images that resemble no real tile",
+    "fidelity": "would learn from images that are less like real ones than real tiles are",
     "variety": "would miss part of what real micrographs show",
     "defects": "would learn the wrong number or size of defects",
 }
@@ -34,9 +38,23 @@ def find_level(report: dict, kind: str, model: str | None = None) -> dict | None
 
 def name_sets(report: dict) -> dict[str, str]:
     """Return {key: title} of all sets of a report."""
-    names = {"held_out": "held-out micrographs", "train": "training tiles"}
+    names = {"held_out": name_reference(report), "train": "training tiles"}
     names |= {model["name"]: model["name"] for model in report["models"]}
     return names | {level["key"]: level["title"] for level in report["levels"]}
+
+
+def name_reference(report: dict) -> str:
+    """Return what models are compared with: held-out micrographs, or images of --reference."""
+    is_folder = "dataset" in report and report["dataset"].get("split") is None
+    return "reference images" if is_folder else "held-out micrographs"
+
+
+def name_real(report: dict, aspect: str) -> str:
+    """Return which real images stand beside a model's measures of an aspect."""
+    if aspect == "defects":
+        return name_reference(report)
+    digest = report.get("protocol", {}).get("train_digest")
+    return "other reference images" if digest is None else "training tiles"
 
 
 def find_verdicts(report: dict, model: str) -> list[dict]:
@@ -48,37 +66,65 @@ def say_outcome(verdict: dict) -> str:
     return (OUTCOMES[verdict["aspect"]] | COMMON)[verdict["outcome"]]
 
 
-def say_measures(verdict: dict) -> list[str]:
+def say_reason(verdict: dict) -> str:
+    """Return why a verdict on defects is open although no difference was found, else ""."""
+    measures = verdict["measures"]
+    if measures and all(each.get("blind") for each in measures):
+        return "the detector does not distinguish noise from real tiles here"
+    return ""
+
+
+def say_measures(report: dict, verdict: dict) -> list[str]:
     """Return the numbers of a verdict, those of real images beside them."""
     if not verdict["measures"]:
         return ["needs real images to compare with, and enough images of enough pixels"]
     return [
         f"{each['label'].capitalize()}{', ' + each['unit'] if each['unit'] else ''}: "
-        f"{format_interval(each['value'])}; real {format_interval(each['reference'])}"
+        f"{format_interval(each['value'])}; {name_real(report, verdict['aspect'])} "
+        f"{format_interval(each['reference'])}"
+        f"{'; ' + BLIND[each['blind']] if each.get('blind') else ''}"
         for each in verdict["measures"]
     ]
 
 
 def say_for_detector(report: dict, model: str) -> str:
     """Return what the verdicts mean for a detector that is trained on the model's images."""
-    verdicts = find_verdicts(report, model)
-    wrong = [each["aspect"] for each in verdicts if each["outcome"] == "differs"]
+    verdicts, caveat = find_verdicts(report, model), say_caveat(report)
+    wrong = [each for each in verdicts if each["outcome"] == "differs"]
     open_ = [
         each["aspect"] for each in verdicts if each["outcome"] in ("undecided", "not_measured")
     ]
     if wrong:
-        effects = join_words([EFFECTS[aspect] for aspect in wrong])
-        return f"A detector trained on these images alone {effects}."
+        effects = join_words([EFFECTS[each["aspect"]] for each in wrong])
+        shares = "".join(say_share(report, each) for each in wrong)
+        return f"A detector trained on these images alone {effects}.{shares}{caveat}"
     if open_:
         return (
             f"These numbers do not show whether a detector can be trained on these images: "
             f"{join_words(open_)} {'is' if open_ in (['fidelity'], ['variety']) else 'are'} open. "
-            "Use more images or more held-out micrographs."
+            f"Use more images or more held-out micrographs.{caveat}"
         )
     return (
         "Nothing measured here speaks against training a detector on these images. "
-        "Test it on real micrographs."
+        f"Test it on real micrographs.{caveat}"
     )
+
+
+def say_share(report: dict, verdict: dict) -> str:
+    """Say which share of the images resembles no real tile, if that is what differs."""
+    for each in verdict["measures"]:
+        if each["metric"] == "precision" and each["outcome"] == "differs":
+            own, real = (100 * (1 - each[side]["value"]) for side in ("value", "reference"))
+            beside = name_real(report, verdict["aspect"])
+            return f" {own:.0f} % of the images resemble no real tile ({beside}: {real:.0f} %)."
+    return ""
+
+
+def say_caveat(report: dict) -> str:
+    """Return the sentence that goes with verdicts that rest on one micrograph, else ""."""
+    if report.get("protocol", {}).get("reference_num_micrographs") != 1:
+        return ""
+    return " This rests on one held-out micrograph and may be chance: hold out more."
 
 
 def summarise_model(report: dict, model: str) -> str:
@@ -91,7 +137,11 @@ def summarise_model(report: dict, model: str) -> str:
         if telling:
             first = telling[0]
             own, real = (format_number(first[side]["value"]) for side in ("value", "reference"))
-            outcome += f" ({first['label'].lower()} {own} against {real})"
+            unit = f" {first['unit']}" if first["unit"] else ""
+            beside = name_real(report, verdict["aspect"])
+            outcome += f" ({first['label'].lower()} {own} against {real}{unit} of {beside})"
+        elif say_reason(verdict):
+            outcome += f" ({say_reason(verdict)})"
         parts.append(f"{verdict['aspect']} {outcome}")
     return f"{model}: {', '.join(parts)}. {say_for_detector(report, model)}"
 
@@ -113,7 +163,7 @@ def conclude_model(report: dict, model: str) -> list[str]:
     """Return the sentences on the distance of one model."""
     structure = say_structure(report, model)
     shares = [each for each in report["autoencoders"] if each["model"] == model]
-    parts = [say_autoencoder(report, each) for each in shares if each["share"] <= 0.5]
+    parts = [say_autoencoder(report, each) for each in shares if not is_limit(each)]
     return [structure, *parts] if structure else parts
 
 
@@ -126,8 +176,16 @@ def warn(report: dict, model: str | None = None) -> list[str]:
     return [
         f"{say_autoencoder(report, each)} {way_out}"
         for each in report["autoencoders"]
-        if each["share"] > 0.5 and model in (None, each["model"])
+        if is_limit(each) and model in (None, each["model"])
     ]
+
+
+def is_limit(share: dict) -> bool:
+    """Return whether an autoencoder has most of its model's distance above that of real tiles.
+
+    Without a level of real tiles the whole distance counts.
+    """
+    return (share["share"] if share["excess"] is None else share["excess"]) > 0.5
 
 
 def list_notes(report: dict) -> list[str]:
@@ -209,20 +267,19 @@ def say_autoencoder(report: dict, share: dict) -> str:
         f"The {level['part']} of {model} alone scores {alone}, "
         f"{100 * share['share']:.0f} % of {model}'s {score}"
     )
-    if share["share"] <= 0.5:
-        side = "less than half of it"
-    else:
-        sure = share["autoencoder_is"] == "above" and (share["excess"] or 1) > 0.5
-        side = f"so the autoencoder {'limits' if sure else 'may limit'} the model"
-    if share["autoencoder_is"] == "undecided":
-        side += " (its difference to one half is not significant)"
-    sentence += f": {side}." if share["share"] <= 0.5 else f", {side}."
+    unsure = share["autoencoder_is"] == "undecided"
+    doubt = " (its difference to one half is not significant)" if unsure else ""
     if share["excess"] is not None:
         sentence += (
-            f" Of {model}'s distance above that of real tiles, the autoencoder has "
-            f"{100 * share['excess']:.0f} %."
+            f". Real tiles have a distance, too. Of {model}'s distance above theirs, the "
+            f"autoencoder has {100 * share['excess']:.0f} %"
         )
-    return sentence
+    if is_limit(share):
+        verb = "limits" if share["autoencoder_is"] == "above" else "may limit"
+        return f"{sentence}, so the autoencoder {verb} the model{doubt}."
+    if share["excess"] is None:
+        return f"{sentence}: less than half of it{doubt}."
+    return f"{sentence}: less than half of it, so the autoencoder is not what limits the model."
 
 
 def say_scope(report: dict) -> str:

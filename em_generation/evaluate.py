@@ -306,8 +306,8 @@ def print_summary(report: dict, page: Path, candidates: Sequence[Candidate]) -> 
     levels = [(level["key"], level["title"]) for level in report["levels"]]
     rows = [(model["name"], model["name"]) for model in report["models"]] + levels
     width = max(len(title) for _, title in rows)
-    number = report["protocol"]["num_images"]
-    print(f"\nFrechet distance to held-out images ({number:,} of each set, 95 % interval)")
+    number, beside = report["protocol"]["num_images"], wording.name_reference(report)
+    print(f"\nFrechet distance to {beside} ({number:,} of each set, 95 % interval)")
     for key, title in rows:
         print(f"  {title:{width}}  {format_interval(wording.find_metric(report, key))}")
     print()

@@ -12,7 +12,7 @@ import pytest
 
 from em_evaluation.blindness import expect_order, find_blind_spots
 from em_evaluation.compare import compare_reports, find_differences
-from em_evaluation.conclusions import Comparison, judge_model, order_of
+from em_evaluation.conclusions import DEFECT_METRICS, Comparison, judge_model, order_of
 from em_evaluation.distances import frechet_distance, kernel_distance
 from em_evaluation.evaluator import FORMAT
 from em_evaluation.extractor import Extractor
@@ -161,7 +161,7 @@ def test_lost_variety_is_not_hidden_by_a_good_distance():
     assert outcomes == {"fidelity": "as_real", "variety": "differs", "defects": "not_measured"}
     report = {"models": [{"name": "M"}], "verdicts": to_json(verdicts)}
     said = summarise_model(report, "M")
-    assert "variety lower than real (recall 0.0600 against 0.770)" in said
+    assert "variety lower than real (recall 0.0600 against 0.770 of" in said
     assert "A detector trained on these images alone would miss part of what real" in said
 
 
@@ -182,6 +182,7 @@ def test_defects_are_judged_beside_the_held_out_images():
         "metrics": {name: {"label": name, "unit": "/ µm²"} for name in metrics},
         "levels": {key: metrics | {"loop_density": near(value).to_json()}
                    for key, value in (("M", 4.0), ("held_out", 23.0))},
+        "blind_spots": {},
         "outcomes": {"M": dict.fromkeys(metrics, "not_measured") | {"loop_density": "differs"}},
     }  # fmt: skip
     outcomes, verdicts = judge(REAL, REAL, section)
@@ -190,6 +191,36 @@ def test_defects_are_judged_beside_the_held_out_images():
     assert (measure_.value.value, measure_.reference.value) == (4.0, 23.0)
     report = {"models": [{"name": "M"}], "verdicts": to_json(verdicts)}
     assert "wrong number or size of defects" in summarise_model(report, "M")
+
+
+@pytest.mark.parametrize(
+    ("found", "blind", "outcome", "why"),
+    [
+        (0.0, (), "undecided", "nothing_found"),
+        (4.0, ("loop_density",), "undecided", "passed_by_noise"),
+        (4.0, (), "as_real", None),
+    ],
+)
+def test_defects_are_not_as_real_by_a_measure_that_noise_passes(found, blind, outcome, why):
+    name, value = "loop_density", Interval(found, found, found).to_json()
+    section = {
+        "metrics": {name: {"label": "Number of loops", "unit": "/ µm²"}},
+        "levels": {key: {name: value} for key in ("M", "held_out")},
+        "outcomes": {"M": dict.fromkeys(DEFECT_METRICS, "not_measured") | {name: "as_real"}},
+    }
+    (*_, verdict) = judge_model("M", {"M": {}}, "real", None, section, blind)
+    assert (verdict.outcome, verdict.measures[0].blind) == (outcome, why)
+    said = summarise_model({"verdicts": to_json([verdict])}, "M")
+    assert ("does not distinguish noise from real tiles here" in said) == (why is not None)
+
+
+def test_lost_fidelity_is_told_as_a_share_and_one_micrograph_as_a_caveat():
+    own = REAL | {"precision": near(0.61)}
+    verdicts = to_json(judge(own, REAL | {"precision": near(0.94)})[1])
+    protocol = {"reference_num_micrographs": 1, "train_digest": "t"}
+    said = summarise_model({"verdicts": verdicts, "protocol": protocol}, "M")
+    assert "39 % of the images resemble no real tile (training tiles: 6 %)" in said
+    assert "one held-out micrograph" in said
 
 
 # ---------------------------------------------------------------- comparison
