@@ -16,7 +16,8 @@ class Batch:
         ids: Int64 [B], ids of the views within their side of the split.
         class_labels: Int64 [B], or None where the data have no classes.
         masks: Float32 [B, K, H, W] in [0, 1], one channel a kind of defect, or None.
-        noise: Float32, what the training step adds or samples with, or None.
+        noise: Float32, or None. In the denoiser it has the images' shape and is added to them; in
+            the autoencoder it has the latents' shape and the posterior is sampled with it.
         timesteps: Int64 [B] or float32 [B], the noise levels of a denoiser, or None.
         first_row: Where this part of a batch begins in the whole batch.
     """

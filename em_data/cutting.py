@@ -67,9 +67,9 @@ def cut(source, config, folder):
                         f"{entry.name}: constant after averaging over {config.downsample} pixels"
                     )
                     continue
-                rows, facts = cut_micrograph(entry, micrograph, image, config)
-                for row in rows:
-                    writer.write(row | {"micrograph_index": len(micrographs)})
+                records, facts = cut_micrograph(entry, micrograph, image, config)
+                for record in records:
+                    writer.write(record | {"micrograph_index": len(micrographs)})
                 micrographs.append(facts)
             writer.finish()
         facts = {"micrographs": micrographs, "problems": problems}
@@ -104,10 +104,12 @@ def refuse_unusable(micrograph, min_side_px):
 
 
 def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
-    """Return the rows of the tiles of a micrograph, and the facts of the whole.
+    """Return one record per tile, for `TileWriter.write`, and the facts of the whole micrograph.
 
-    `image` has its pixels after downsampling. Labels (`micrograph.defects`) are not cut yet: their
-    masks would be another column of `make_features`, and `Batch.masks` has room for them.
+    The tiles keep their grey levels: `low` and `high` are only stored here, and `Tiles.batch`
+    scales by them. `image` has the pixels after downsampling. Labels (`micrograph.defects`) are not
+    cut yet: their masks would be another column of `make_features`, and `Batch.masks` has room for
+    them.
     """
     low, high, clipped = find_levels(image, config.intensity, config.percentiles)
     notices = list(micrograph.metadata.get("notices", ()))
@@ -125,11 +127,11 @@ def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
         "low": low,
         "high": high,
     }
-    rows = []
+    records = []
     for row_px, col_px in find_tile_positions(shape, config.resolution, config.downsample):
         row, col = row_px // config.downsample, col_px // config.downsample
         tile = image[row : row + config.resolution, col : col + config.resolution]
-        rows.append({"tile": tile, "row_px": row_px, "col_px": col_px} | common)
+        records.append({"tile": tile, "row_px": row_px, "col_px": col_px} | common)
     facts = {
         "name": entry.name,
         "group": entry.group,
@@ -138,11 +140,11 @@ def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
         "dtype": str(micrograph.image.dtype),
         "pixel_size_nm": common["pixel_size_nm"],
         "pixel_hash": hash_pixels(micrograph.image),
-        "num_tiles": len(rows),
+        "num_tiles": len(records),
         "fraction_clipped": clipped,
         "notices": notices,
     }
-    return rows, facts
+    return records, facts
 
 
 class TileWriter:
@@ -160,18 +162,18 @@ class TileWriter:
         from datasets.arrow_writer import ArrowWriter
 
         self.dtype = dtype
-        self.rows_per_write = max(1, WRITE_BYTES // (self.resolution**2 * dtype.itemsize))
+        self.records_per_write = max(1, WRITE_BYTES // (self.resolution**2 * dtype.itemsize))
         self.writer = ArrowWriter(
             path=str(self.path),
             features=make_features(self.resolution, dtype),
-            writer_batch_size=self.rows_per_write,
+            writer_batch_size=self.records_per_write,
         )
 
-    def write(self, row):
-        """Append a row: a dictionary with the columns of `make_features`."""
-        if row["tile"].dtype.itemsize > self.dtype.itemsize:
+    def write(self, record):
+        """Append a record: a dictionary with the columns of `make_features`."""
+        if record["tile"].dtype.itemsize > self.dtype.itemsize:
             self._widen()
-        self.writer.write(row | {"tile": row["tile"].astype(self.dtype, copy=False)})
+        self.writer.write(record | {"tile": record["tile"].astype(self.dtype, copy=False)})
 
     def finish(self):
         self.writer.finalize()
@@ -186,7 +188,7 @@ class TileWriter:
         written = self.path.rename(self.path.with_suffix(".8bit"))
         self._open(np.dtype(np.uint16))
         tiles = datasets.Dataset.from_file(str(written)).with_format("arrow")
-        for table in tiles.iter(self.rows_per_write):
+        for table in tiles.iter(self.records_per_write):
             self.writer.write_table(table)
         written.unlink()
 

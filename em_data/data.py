@@ -1,4 +1,14 @@
-"""From the name of a source to the two sides of a split, in one call."""
+"""From the name of a source to the two sides of a split, in one call.
+
+Three kinds of sentence tell the user about the data:
+
+- problems: One per image that cannot be used, from `em_data.cutting.cut`. They are kept with the
+  cut. They are logged, or with `on_bad_image="fail"` raised together as a `ValueError`.
+- ignored: What the source also holds and what is not looked at, such as label images. It comes from
+  `Source.ignored`. `summary["ignored"]` lists the problems first and then these sentences.
+- notices: What was done to images that are used, such as a cropped label bar, and warnings about
+  the whole. Each micrograph has its own; `summary["notices"]` merges them and adds the warnings.
+"""
 
 import hashlib
 import re
@@ -27,7 +37,11 @@ class Data:
 
     @property
     def identity(self) -> dict:
-        """What must not change in the middle of a run: the tiles and their split."""
+        """What must not change in the middle of a run: the tiles and their split.
+
+        `fingerprint` is `Cut.key`, the hash of the whole cut. It is not `Tiles.fingerprint`, which
+        also depends on the side of the split and the symmetries.
+        """
         return {key: self.summary[key] for key in ("fingerprint", "split_hash", "num_micrographs")}
 
 
@@ -104,7 +118,7 @@ def _summarise_problems(problems, opened, on_bad_image) -> str | None:
 
 def _describe(cut_tiles, train, held_out, config) -> dict:
     """Return what the summary says about the tiles and the split."""
-    micrographs = [cut_tiles.micrographs[i] for i in held_out.micrographs]
+    micrographs = [cut_tiles.micrographs[i] for i in held_out.micrograph_ids]
     is_leaky = config.split == "leaky"
     hashes = sorted(each["pixel_hash"] for each in micrographs)
     held = config.split + (held_out.fingerprint if is_leaky else "".join(hashes))

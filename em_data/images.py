@@ -46,6 +46,21 @@ class Views(Images, Protocol):
         """Return the tile and the symmetry of each view, two int64 arrays [B]."""
 
 
+class TrainingViews(Protocol):
+    """Views to train on. `Tiles` and `em_diffusion.latents.Latents` follow it."""
+
+    @property
+    def num_views(self) -> int:
+        """Number of views."""
+
+    def batch(self, view_ids: Ids) -> torch.Tensor:
+        """Return these views as float32 [B, C, H, W]: images in [-1, 1], or latents.
+
+        Args:
+            view_ids: Integers from 0 to num_views - 1.
+        """
+
+
 class ImageArray:
     """Images in memory: a tensor or an array of floats [N, 1, H, W] in [-1, 1]."""
 

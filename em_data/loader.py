@@ -1,11 +1,11 @@
 """Batches for training."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from em_data.batch import Batch
+from em_data.images import TrainingViews
 from em_data.sampler import ImageSampler
 
 FEW_MICROGRAPHS, MANY_REPEATS = 20, 200
@@ -36,7 +36,7 @@ class BatchLoader:
     less time than a training step; worker processes are not needed.
 
     Args:
-        tiles: Has num_views and batch(view ids) -> images, float32 [B, C, H, W].
+        views: `Tiles` or latents of them.
         sampler: `ImageSampler` over the same views.
         batch_size: Global batch size; a process's batch is batch_size // world_size.
         start: Images seen before the first batch.
@@ -44,7 +44,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        tiles: Any,
+        views: TrainingViews,
         sampler: ImageSampler,
         *,
         batch_size: int,
@@ -58,11 +58,11 @@ class BatchLoader:
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, but there are {world_size} processes")
-        if sampler.num_views != tiles.num_views:
+        if sampler.num_views != views.num_views:
             raise ValueError(
-                f"the sampler has {sampler.num_views} views, but the tiles {tiles.num_views}"
+                f"the sampler has {sampler.num_views} views, but the data {views.num_views}"
             )
-        self.tiles, self.sampler = tiles, sampler
+        self.views, self.sampler = views, sampler
         self.batch_size, self.start = batch_size, start
         self.rank, self.world_size = rank, world_size
 
@@ -71,5 +71,5 @@ class BatchLoader:
         position = self.start + self.rank * local_size
         while True:
             ids = self.sampler.indices(position, local_size)
-            yield Batch(images=self.tiles.batch(ids), ids=torch.from_numpy(ids))
+            yield Batch(images=self.views.batch(ids), ids=torch.from_numpy(ids))
             position += self.batch_size

@@ -92,6 +92,7 @@ def _decode(data):
 
 
 def _decode_tiff(data):
+    """Return what `_decode` does, for the first image of a TIFF: [H, W] or [H, W, channels]."""
     notices = []
     with _collect_warnings(notices), tifffile.TiffFile(io.BytesIO(data)) as tif:
         if not tif.pages:

@@ -17,13 +17,27 @@ from em_data.views import SYMMETRIES, apply_symmetry
 
 
 class Cut:
-    """All tiles of a source, memory-mapped from the folder that `em_data.cutting.cut` wrote."""
+    """All tiles of a source, memory-mapped from the folder that `em_data.cutting.cut` wrote.
 
-    def __init__(self, folder):
+    Attributes:
+        key: Hash of the source's content and of the recipe (`em_data.cutting.make_cut_key`).
+        micrographs: One dictionary per micrograph: the facts of `em_data.cutting.cut_micrograph`.
+        problems: One sentence per image that cannot be used.
+        dataset: `datasets.Dataset` with one row per tile.
+        num_tiles: Number of tiles.
+        resolution: Side of a tile in pixels.
+        dtype: Type of the tiles: uint8 or uint16.
+        chunks: Read-only arrays [n, R, R] of that type, grey levels as stored.
+        starts: Number of the first tile of each chunk, and `num_tiles` at the end.
+        low, high: int32 [num_tiles], grey levels as stored that become -1 and 1.
+        micrograph_of_tile: int32 [num_tiles], index into `micrographs`.
+    """
+
+    def __init__(self, folder: str | Path):
         import datasets
 
         folder = Path(folder)
-        self.key = folder.name  # hash of content and recipe
+        self.key = folder.name
         facts = json.loads((folder / "cut.json").read_text())
         self.micrographs, self.problems = facts["micrographs"], facts["problems"]
         path = folder / "tiles.arrow"
@@ -33,14 +47,14 @@ class Cut:
         table, tile = self.dataset.data.table, self.dataset.features["tile"]
         self.num_tiles, self.resolution = len(table), tile.shape[0]
         self.dtype = np.dtype(tile.dtype)
-        self.chunks = [chunk.to_numpy() for chunk in table.column("tile").chunks]  # each [n, R, R]
+        self.chunks = [chunk.to_numpy() for chunk in table.column("tile").chunks]
         self.starts = list(accumulate(map(len, self.chunks), initial=0))
         self.low, self.high, self.micrograph_of_tile = (
             table.column(name).to_numpy() for name in ("low", "high", "micrograph_index")
         )
 
-    def tile(self, index):
-        """Return one tile [R, R], a read-only view of the memory map."""
+    def tile(self, index: int) -> np.ndarray:
+        """Return one tile [R, R] as stored, a read-only view of the memory map."""
         chunk = bisect_right(self.starts, index) - 1
         return self.chunks[chunk][index - self.starts[chunk]]
 
@@ -59,9 +73,9 @@ class Tiles:
         num_tiles, num_views, num_symmetries, resolution: Numbers.
         rows: `datasets.Dataset` with one row per tile: tile, micrograph, micrograph_index, row_px,
             col_px, pixel_size_nm, specimen, low, high.
-        micrographs: Sorted numbers of the micrographs that the tiles come from.
-        fingerprint: Hash of the cut and of this side's views. `summary["fingerprint"]` is another:
-            the key of the whole cut.
+        micrograph_ids: int64 [n], sorted indices into `Cut.micrographs` of this side's tiles.
+        fingerprint: Hash of the cut and of this side's views. `summary["fingerprint"]` is not
+            this hash, but `Cut.key`.
     """
 
     def __init__(self, cut: Cut, views: Ids, symmetries: str = "paper"):
@@ -74,7 +88,7 @@ class Tiles:
         self._tiles, local = np.unique(views // self.num_symmetries, return_inverse=True)
         self._views = local * self.num_symmetries + views % self.num_symmetries
         self.num_tiles, self.num_views = len(self._tiles), len(self._views)
-        self.micrographs = np.unique(cut.micrograph_of_tile[self._tiles])
+        self.micrograph_ids = np.unique(cut.micrograph_of_tile[self._tiles]).astype(np.int64)
         digest = hashlib.sha256(f"{cut.key}:{symmetries}:".encode())
         digest.update(views.tobytes())
         self.fingerprint = digest.hexdigest()[:32]

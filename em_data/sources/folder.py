@@ -24,6 +24,9 @@ FRESH_NS = 2_000_000_000  # a file changed so recently may change again within i
 def open_folder(folder, config, cache_dir=None) -> Source:
     """List the images below a folder. Images that are labels by their name are left out.
 
+    The first start reads every byte of the images to hash them, which takes minutes for large data.
+    Later starts read only files that changed.
+
     Without a folder for the hashes, `cache_dir`, the entries have their paths as keys.
     """
     folder = Path(folder)
