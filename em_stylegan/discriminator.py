@@ -1,6 +1,7 @@
 """Discriminator of StyleGAN2 and 3 (Karras et al. 2018 and 2020)."""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -172,13 +173,19 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
             )
         self.out = EqualizedLinear(last, width if num_classes > 0 else 1)
 
-    def freezable_layers(self):
+    def freezable_layers(self) -> Iterator[nn.Module]:
         """Yield the layers from the image on, in the order of Freeze-D (Mo et al. 2020)."""
         for block in self.blocks:
             layers = (block.from_image, block.conv0, block.conv1, block.skip)
             yield from (layer for layer in layers if layer is not None)
 
-    def forward(self, image, class_labels=None, compute_dtype=None, num_batches=1):
+    def forward(
+        self,
+        image: torch.Tensor,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        compute_dtype: torch.dtype | None = None,
+        num_batches: int = 1,
+    ) -> torch.Tensor:
         dtype = self.out.weight.dtype
         expected = (self.config.image_channels, self.config.resolution, self.config.resolution)
         if image.shape[1:] != expected:

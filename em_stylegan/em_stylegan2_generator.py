@@ -8,6 +8,7 @@ convolution, mapping, synthesis, `StyleGAN2Generator`.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -486,11 +487,17 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         )
 
     @property
-    def num_ws(self):
+    def num_ws(self) -> int:
         """Number of style inputs: one for each convolution and one for the last image layer."""
         return self.synthesis_network.num_ws
 
-    def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
+    def mapping(
+        self,
+        z: torch.Tensor,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> torch.Tensor:
         """Map z [B, z_dim] to ws [B, num_ws, w_dim], truncated (2019, section 2 and appendix B).
 
         w' = w_mean + psi (w - w_mean) in the first `truncation_cutoff` layers, by default in all.
@@ -504,19 +511,25 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
             return truncated
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
 
-    def synthesis(self, ws, noise_mode="random", generator=None, compute_dtype=None):
+    def synthesis(
+        self,
+        ws: torch.Tensor,
+        noise_mode: str = "random",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1]."""
         return self.synthesis_network(ws, noise_mode, generator, compute_dtype)
 
     def forward(
         self,
-        z,
-        class_labels=None,
+        z: torch.Tensor,
+        class_labels: torch.Tensor | list[int] | int | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str = "random",
-        generator=None,
-    ):
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
         """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
         Args:
@@ -528,7 +541,7 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
         return self.synthesis(ws, noise_mode, generator)
 
-    def enable_layerwise_casting(self, *args, **kwargs):
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
         raise NotImplementedError(
             "Layerwise casting has no effect on this network, whose layers are its own. Use "

@@ -12,6 +12,7 @@ Frequencies are in cycles per canvas.
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -622,12 +623,18 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         )
 
     @property
-    def num_ws(self):
+    def num_ws(self) -> int:
         """Number of style inputs: one for the Fourier features and one for each layer."""
         return self.synthesis_network.num_ws
 
     # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.mapping
-    def mapping(self, z, class_labels=None, truncation_psi=1.0, truncation_cutoff=None):
+    def mapping(
+        self,
+        z: torch.Tensor,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> torch.Tensor:
         """Map z [B, z_dim] to ws [B, num_ws, w_dim], truncated (2019, section 2 and appendix B).
 
         w' = w_mean + psi (w - w_mean) in the first `truncation_cutoff` layers, by default in all.
@@ -642,8 +649,13 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
 
     def synthesis(
-        self, ws, noise_mode="none", generator=None, compute_dtype=None, update_magnitudes=False
-    ):
+        self,
+        ws: torch.Tensor,
+        noise_mode: str = "none",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        compute_dtype: torch.dtype | None = None,
+        update_magnitudes: bool = False,
+    ) -> torch.Tensor:
         """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1].
 
         StyleGAN3 has no noise inputs: `noise_mode` and `generator` have no effect.
@@ -656,13 +668,13 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        z,
-        class_labels=None,
+        z: torch.Tensor,
+        class_labels: torch.Tensor | list[int] | int | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str = "random",
-        generator=None,
-    ):
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
         """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
         Arguments as in `StyleGAN2Generator.forward`; `noise_mode` and `generator` have no effect.
@@ -671,7 +683,7 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         return self.synthesis(ws, noise_mode, generator)
 
     # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
-    def enable_layerwise_casting(self, *args, **kwargs):
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
         raise NotImplementedError(
             "Layerwise casting has no effect on this network, whose layers are its own. Use "

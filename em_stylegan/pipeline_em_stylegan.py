@@ -62,7 +62,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ):
+    ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images. There are no steps, and so there is no progress bar.
 
         Args:
@@ -123,7 +123,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
             if value not in choices:
                 raise ValueError(f'`{name}` is "{value}"; choose one of {", ".join(choices)}.')
 
-    def check_finite(self, values):
+    def check_finite(self, values: torch.Tensor) -> torch.Tensor:
         """Return `values`, or raise `ValueError` if a NaN or infinity is among them."""
         if not torch.isfinite(values).all():
             raise ValueError(
@@ -155,7 +155,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
         return images if output_type == "np" else self.numpy_to_pil(images)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does; weights are always safetensors."""
         if not (args[0] if args else kwargs.get("safe_serialization", True)):
             raise ValueError(
@@ -164,7 +164,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_config(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write model_index.json and the code, so that the folder loads without our packages.
 
         The index names the pipeline's file and the generator's, such as
@@ -185,7 +187,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "EMStyleGANPipeline":
         """Load a folder or Hub repository; see `DiffusionPipeline.from_pretrained` for the options.
 
         The installed class loads the generator with installed code. It runs no code from the

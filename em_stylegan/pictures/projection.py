@@ -95,6 +95,22 @@ def measure_w(generator, num_samples, rng, class_label=None):
     return mean, (w - mean).square().sum(dim=1).mean().sqrt()
 
 
+def draw_noises(generator, rng):
+    """Draw a noise map [r, r] for each layer that has one: {name of its buffer: map}."""
+    return {
+        name: torch.randn(buffer.shape, generator=rng).requires_grad_()
+        for name, buffer in generator.synthesis_network.named_buffers()
+        if name.endswith("noise_const")
+    }
+
+
+@torch.no_grad()
+def normalize_noises(noises):
+    """Give each noise map mean 0 and mean square 1, in place."""
+    for noise in noises.values():
+        noise.sub_(noise.mean()).mul_(noise.square().mean().rsqrt())
+
+
 def project(generator, target, config=None, distance=None, class_label=None):
     """Optimise w and the noise maps until the generator's image is near `target`.
 
@@ -112,12 +128,7 @@ def project(generator, target, config=None, distance=None, class_label=None):
     rng = make_generator(config.seed, stream="projection")
     w_mean, w_deviation = measure_w(generator, config.num_w_samples, rng, class_label)
     w = w_mean.clone().requires_grad_()
-    buffers = dict(generator.synthesis_network.named_buffers())
-    noises = {
-        name: torch.randn(buffer.shape, generator=rng).requires_grad_()
-        for name, buffer in buffers.items()
-        if name.endswith("noise_const")
-    }
+    noises = draw_noises(generator, rng)
     optimizer = torch.optim.Adam([w, *noises.values()], lr=config.learning_rate)
 
     def synthesise(w):
@@ -148,9 +159,7 @@ def project(generator, target, config=None, distance=None, class_label=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            for noise in noises.values():
-                noise.sub_(noise.mean()).mul_(noise.square().mean().rsqrt())
+        normalize_noises(noises)
         distances.append(perceptual.item())
         bar.set_postfix(distance=f"{distances[-1]:.4f}", refresh=False)
     with torch.no_grad():
