@@ -1,6 +1,7 @@
 from .config import DataConfig as DataConfig
 from .data import Data as Data
 from .data import load_data as load_data
+from .data import load_tiles as load_tiles
 from .image_folders import ImageFolder as ImageFolder
 from .image_folders import read_image_folder as read_image_folder
 from .images import ImageArray as ImageArray

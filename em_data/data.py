@@ -14,7 +14,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,27 @@ def load_data(
     if summary["held_out"]:
         log(f"held out: {name_some(summary['held_out'])}")
     return Data(train, held_out, summary)
+
+
+def load_tiles(
+    source: str | Path, config: DataConfig, *, log: Callable[[str], object] = print
+) -> Tiles:
+    """Cut all micrographs of a source into tiles, each as recorded, without a split.
+
+    Args:
+        source, config, log: As of `load_data`.
+
+    Raises:
+        ValueError: There is no usable image.
+    """
+    config = replace(config, num_micrographs=None)
+    cache_dir = find_cache_dir(config.cache_dir)
+    opened = open_source(source, config, cache_dir)
+    cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log)
+    problems = _summarise_problems(cut_tiles.problems, opened, config.on_bad_image)
+    for sentence in [*filter(None, [problems]), *opened.ignored]:
+        log(sentence)
+    return Tiles(cut_tiles, np.arange(cut_tiles.num_tiles), "none")
 
 
 def _load_cut(opened, config, folder, log):

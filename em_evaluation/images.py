@@ -81,13 +81,13 @@ class ImageSet:
 def read_images(images, count, seed=0, batch_size=256, first=0) -> ImageSet:
     """Read `count` images as 8-bit grey levels.
 
-    Of tiles, views are drawn at random by `select_views`. Of other sets, the images from number
-    `first` on are taken.
+    Of tiles, views are drawn at random by `select_views`. The first `first` images, or views
+    drawn, are passed over.
     """
     groups, ids = None, np.arange(first, first + count)
     if isinstance(images, Views):
         tile_of_view, _ = images.locate(np.arange(len(images)))
-        ids = select_views(tile_of_view, count, seed)
+        ids = select_views(tile_of_view, first + count, seed)[first:]
         groups = find_micrographs(images, tile_of_view[ids])
     batches = iterate_batches(images, batch_size, ids)
     return ImageSet(np.concatenate([to_uint8(batch) for batch in batches]), groups)

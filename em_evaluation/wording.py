@@ -168,12 +168,18 @@ def conclude_model(report: dict, model: str) -> list[str]:
 
 
 def warn(report: dict, model: str | None = None) -> list[str]:
-    """Return what limits the models and how to fix it: autoencoders with most of a distance."""
+    """Return what limits the models: preset test, autoencoders with most of a distance."""
     way_out = (
         "Train the autoencoder longer (--autoencoder.num-images) or compare others: "
         "python -m em_diffusion.select_autoencoder."
     )
-    return [
+    tests = [
+        f"{each['name']} was made with preset test: it checks the software, and its images mean "
+        "nothing."
+        for each in report["models"]
+        if each.get("info", {}).get("preset") == "test" and model in (None, each["name"])
+    ]
+    return tests + [
         f"{say_autoencoder(report, each)} {way_out}"
         for each in report["autoencoders"]
         if is_limit(each) and model in (None, each["model"])

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from em_data import DataConfig, load_data, read_image_folder
+from em_data import DataConfig, load_data, load_tiles, read_image_folder
 from em_data.files import find_cache_dir, make_folder_name
+from em_data.tiles import Tiles
 from em_evaluation import ModelImages, Protocol, evaluate_models, wording, write_report
 from em_evaluation.baselines import read_baselines
 from em_evaluation.compare import compare_reports
@@ -34,14 +35,16 @@ class EvaluationConfig:
     models: tuple[str, ...] = ()
     """What to judge: runs, saved pipelines, Hub ids (owner/name, owner/name@revision), folders of
     images (PNG, TIFF, JPEG; 8 or 16 bit), datasets folders, or data sets on the Hub
-    (hub:owner/name). NAME=MODEL gives one a name in the report."""
+    (hub:owner/name). NAME=MODEL gives one a name in the report. Images must be as large as the
+    tiles; larger ones beside a run are cut into tiles like its micrographs."""
     out: str = "runs/evaluation"
     """Folder for the report. Generated images are kept in images/ below it for the next time."""
     data: str | None = None
     """Micrographs to compare with, as in training. Default: those of the first run."""
     reference: str | None = None
     """Real images to compare with instead of held-out tiles: a folder, a datasets folder or
-    hub:owner/name. Memorisation then needs --data, too."""
+    hub:owner/name. Memorisation then needs --data, too. Images as large as the run's tiles are
+    compared as they are; larger ones are cut into tiles like the run's micrographs."""
     num_images: int = 1000
     """Images of every set: of each model, each reference level, and the reference."""
     tiles: tuple[str, ...] = ()
@@ -105,11 +108,20 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     state = create_process_state()
     candidates = name_candidates(config.models)
     baselines = read_baselines(config.baselines)
+    tiles = find_tiles(config, candidates)
     if state.is_main_process:
         check_writable(config.out, "--out")
         check_writable(find_cache_dir(config.cache_dir), "--cache-dir")
     with state.main_process_first():
         real = load_real_images(config, candidates, log=state.print)
+        candidates = [
+            each
+            if each.images is None
+            else dataclasses.replace(
+                each, images=cut_large(each.name, each.source, each.images, tiles, state.print)
+            )
+            for each in candidates
+        ]
     with state.main_process_first():
         extractors = create_extractors(config, real.summary["resolution"], state.device)
     evaluated = evaluate_models(
@@ -165,19 +177,58 @@ def load_real_images(config, candidates: Sequence[Candidate], log=print) -> Real
     elif config.tiles:
         raise ValueError("--tiles cuts micrographs. Give --data, or leave out --tiles.")
     images = read_image_folder(config.reference)
+    tiling = find_tiles(config, candidates)
+    images = cut_large("--reference", config.reference, images, tiling, log)
+    is_cut = isinstance(images, Tiles)
     return RealImages(
         images,
         train,
         {
             "name": Path(config.reference).name,
             "num_images": len(images),
-            "resolution": images.shape[0],
-            "pixel_size_nm": images.pixel_size_nm or (summary or {}).get("pixel_size_nm"),
+            "resolution": images.resolution if is_cut else images.shape[0],
+            "pixel_size_nm": (None if is_cut else images.pixel_size_nm)
+            or (summary or {}).get("pixel_size_nm"),
             "split": None,
             "split_hash": None,
             "fingerprint": None,
         },
     )
+
+
+def find_tiles(config, candidates: Sequence[Candidate]) -> DataConfig | None:
+    """Return the tiling of the first run, to cut folders of whole micrographs; None without one."""
+    runs = [each.model for each in candidates if each.model is not None and each.model.config]
+    if not runs:
+        return None
+    values = dict(runs[0].config["tiles"]) | parse_pairs(config.tiles)
+    return config_from_dict(DataConfig, values | {"cache_dir": config.cache_dir})
+
+
+def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
+    """Return images of the size of a run's tiles; larger ones are cut as its micrographs are.
+
+    Raises:
+        ValueError: The images are larger or smaller than the tiles and cannot be cut.
+    """
+    size = "" if tiles is None else f"tiles of {tiles.resolution} px"
+    if tiles is None or images.shape == (tiles.resolution, tiles.resolution):
+        return images
+    height, width = images.shape
+    factor = tiles.downsample
+    if min(height, width) < tiles.resolution * factor:
+        raise ValueError(
+            f"{name} has images of {height} x {width} px, but the run has {size}"
+            f"{f', averaged {factor} x {factor}' if factor > 1 else ''}. Give images of "
+            f"{tiles.resolution} x {tiles.resolution} px, or micrographs of at least "
+            f"{tiles.resolution * factor} px a side, which are then cut."
+        )
+    cut = load_tiles(source, tiles, log=log)
+    log(
+        f"{name}: {len(images):,} images of {height} x {width} px, cut into {len(cut):,} {size}"
+        + (f", averaged {factor} x {factor}" if factor > 1 else "")
+    )
+    return cut
 
 
 def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]:
@@ -276,7 +327,8 @@ def make_model(config, candidate: Candidate, options, device) -> ModelImages:
         sample_seconds=record.get("sample_seconds"),
         sample_images_per_second=record.get("sample_images_per_second"),
         curves={stage.name: read_stats(stage) for stage in stages if stage.exists()},
-        info={key: value for key, value in record["settings"].items() if key != "format"},
+        info={key: value for key, value in record["settings"].items() if key != "format"}
+        | ({"preset": model.preset} if model.preset else {}),
         without_grain=without_grain,
         reconstructions={level.part: level.apply for level in levels},
         **starts,
@@ -313,6 +365,8 @@ def print_summary(report: dict, page: Path, candidates: Sequence[Candidate]) -> 
     print()
     for model in report["models"]:
         print(wording.summarise_model(report, model["name"]))
+    for warning in wording.warn(report):
+        print(f"Warning: {warning}")
     for note in wording.list_notes(report):
         print(f"Note: {note}")
     print(f"\nReport: {page}")

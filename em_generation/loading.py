@@ -26,7 +26,8 @@ class Model:
         family, kind: What it is, such as "stylegan3-t" of the StyleGANs.
         pipeline_folder: Where model_index.json lies.
         folder: The local folder of the run; None for a Hub repository.
-        train_seconds, num_images_seen, data, config: From run.json; None or empty if unknown.
+        train_seconds, num_images_seen, data, config, preset: From run.json; None or empty if
+            unknown.
     """
 
     source: str
@@ -39,6 +40,7 @@ class Model:
     num_images_seen: int | None = None
     data: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
+    preset: str | None = None
 
     @property
     def title(self) -> str:
@@ -94,6 +96,7 @@ def read_model(source: str) -> Model:
         content.get("num_images_seen"),
         content.get("data") or {},
         content.get("config") or {},
+        content.get("preset"),
     )
 
 

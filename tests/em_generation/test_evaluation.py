@@ -30,6 +30,7 @@ from em_generation.candidates import (
 from em_generation.evaluate import (
     EvaluationConfig,
     check_writable,
+    cut_large,
     evaluate_runs,
     find_data,
     parse_pairs,
@@ -343,3 +344,21 @@ def test_commands_hold_no_private_path(monkeypatch, tmp_path):
         "python evaluate.py --models 'my model=a' --data set --num-images 1000 "
         "--tiles resolution=64 --no-microscopy --out runs/evaluation"
     )
+
+
+def test_a_folder_of_whole_micrographs_is_cut_like_the_tiles_of_a_run(tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (64, 64), np.uint8)).save(folder / f"{i}.png")
+    images, said = read_image_folder(folder), []
+    config = DataConfig(resolution=16, downsample=2, cache_dir=str(tmp_path / "cache"))
+    tiles = cut_large("theirs", str(folder), images, config, said.append)
+    assert tiles.batch(range(2)).shape == (2, 1, 16, 16)
+    assert "3 images of 64 x 64 px, cut into 12 tiles of 16 px, averaged 2 x 2" in said[-1]
+    same = replace(config, resolution=64)
+    assert cut_large("theirs", str(folder), images, same, said.append) is images
+    too_large = replace(config, resolution=128)
+    with pytest.raises(ValueError, match="at least 256 px a side"):
+        cut_large("theirs", str(folder), images, too_large, said.append)
