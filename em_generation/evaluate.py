@@ -108,20 +108,12 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     state = create_process_state()
     candidates = name_candidates(config.models)
     baselines = read_baselines(config.baselines)
-    tiles = find_tiles(config, candidates)
     if state.is_main_process:
         check_writable(config.out, "--out")
         check_writable(find_cache_dir(config.cache_dir), "--cache-dir")
     with state.main_process_first():
         real = load_real_images(config, candidates, log=state.print)
-        candidates = [
-            each
-            if each.images is None
-            else dataclasses.replace(
-                each, images=cut_large(each.name, each.source, each.images, tiles, state.print)
-            )
-            for each in candidates
-        ]
+        candidates = cut_candidates(config, candidates, log=state.print)
     with state.main_process_first():
         extractors = create_extractors(config, real.summary["resolution"], state.device)
     evaluated = evaluate_models(
@@ -203,6 +195,19 @@ def find_tiles(config, candidates: Sequence[Candidate]) -> DataConfig | None:
         return None
     values = dict(runs[0].config["tiles"]) | parse_pairs(config.tiles)
     return config_from_dict(DataConfig, values | {"cache_dir": config.cache_dir})
+
+
+def cut_candidates(config, candidates: Sequence[Candidate], log) -> list[Candidate]:
+    """Return the candidates, those of images as large as the tiles of the first run."""
+    tiles = find_tiles(config, candidates)
+    return [
+        each
+        if each.images is None
+        else dataclasses.replace(
+            each, images=cut_large(each.name, each.source, each.images, tiles, log)
+        )
+        for each in candidates
+    ]
 
 
 def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
