@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["em-train-ldm", "em-train-gan", "em-generate", "em-evaluate", "em-publish"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-PACKAGES = [*sorted(path.name for path in ROOT.glob("em_*") if path.is_dir()), "model_cards"]
+PACKAGES = [*sorted(path.parent.name for path in ROOT.glob("em_*/__init__.py")), "model_cards"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ def test_the_autoencoder_is_trained_as_long_as_asked(tmp_path, monkeypatch):
         json.loads((tmp_path / "shared/autoencoder/result.json").read_text())["num_images_seen"]
         == 16
     )
-    with pytest.raises(ValueError, match="choose another --out"):
+    with pytest.raises(ValueError, match="Use another --out"):
         prepare(parse_arguments(command))
 
 
