@@ -24,6 +24,10 @@ stopped."""
 
 def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
     """Read the command line: --model first, then the flags that a model of its family takes."""
+    argv = [
+        "tiff" if (before, word) == ("--format", "tif") else word
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model")
     source = finder.parse_known_args(argv)[0].model

@@ -72,7 +72,13 @@ def run_training(family: Family) -> None:
     )
 
     def train() -> None:
-        say_what_is_used(config, preset, presets, is_named=preset in argv[:1])
+        say_what_is_used(
+            config,
+            preset,
+            presets,
+            is_named=preset in argv[:1],
+            has_data=any(w.split("=")[0] == "--data" for w in argv),
+        )
         if is_complete(config.out, config):
             say(f"The run in {config.out} is already complete.")
         else:
@@ -158,14 +164,15 @@ def train_and_publish(push: argparse.Namespace, config: Any, train: Callable[[],
         ) from error
 
 
-def say_what_is_used(config: Any, preset: str, presets: Mapping, *, is_named: bool) -> None:
+def say_what_is_used(
+    config: Any, preset: str, presets: Mapping, *, is_named: bool, has_data: bool = True
+) -> None:
     """Say which preset, data and device a new run uses, and whether the device suits it."""
-    if not is_named and not (Path(config.out) / "config.json").exists():
-        data = "the embedded synthetic data" if config.data == "synthetic" else config.data
-        say(
-            f"No preset was named: preset {preset} on {data}. Give --data FOLDER for your own "
-            f"micrographs. Presets: {', '.join(presets)}."
-        )
+    is_new = not (Path(config.out) / "config.json").exists()
+    if is_new and config.data == "synthetic" and not has_data:
+        say("No --data given: training on the embedded synthetic micrographs.")
+    if not is_named and is_new:
+        say(f"No preset was named: preset {preset}. Presets: {', '.join(presets)}.")
     from em_training.precision import describe_device, use_cpu
 
     say(f"Device: {describe_device()}.")

@@ -39,6 +39,8 @@ class DataConfig:
     """Number of synthetic micrographs, or use only the first so many of other data."""
     micrograph_size: Annotated[int, Gt(0)] = 512
     """Side of a synthetic micrograph in pixels."""
+    pixel_size_nm: Annotated[float, Gt(0)] | None = None
+    """Side of a pixel in nm, before downsampling, of micrographs that do not state it."""
     specimen_pattern: str | None = None
     """Regular expression whose first group (or whole match) in a file's path names its specimen.
     Default: the file's folder is its specimen."""

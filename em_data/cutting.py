@@ -47,6 +47,8 @@ def make_cut_key(source, config) -> str:
         "percentiles": list(config.percentiles) if config.intensity == "percentile" else None,
         "label_bar": config.label_bar,
     }
+    if config.pixel_size_nm is not None:  # keys from before this option stay as they were
+        recipe["pixel_size_nm"] = config.pixel_size_nm
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -119,7 +121,7 @@ def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
             notices.append(
                 "a few hot or dead pixels take most of the range; see --tiles.intensity percentile"
             )
-    size, shape = micrograph.pixel_size_nm, micrograph.image.shape
+    size, shape = micrograph.pixel_size_nm or config.pixel_size_nm, micrograph.image.shape
     common = {
         "micrograph": entry.name,
         "pixel_size_nm": size and float(size) * config.downsample,

@@ -13,6 +13,7 @@ Three kinds of sentence tell the user about the data:
 import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,11 +76,7 @@ def load_data(
     summary["ignored"] = cut_tiles.problems + opened.ignored
     for sentence in [*filter(None, [problems]), *opened.ignored, *summary["notices"]]:
         log(sentence)
-    log(
-        f"{opened.name}: {len(cut_tiles.micrographs)} micrographs, {cut_tiles.num_tiles} tiles of "
-        f"{config.resolution} px, {train.num_views} views to train on and {held_out.num_views} "
-        f"held out (split by {config.split})"
-    )
+    log(f"{opened.name}: {_describe_sides(summary)}")
     if summary["held_out"]:
         log(f"held out: {name_some(summary['held_out'])}")
     return Data(train, held_out, summary)
@@ -104,6 +101,19 @@ def load_tiles(
     for sentence in [*filter(None, [problems]), *opened.ignored]:
         log(sentence)
     return Tiles(cut_tiles, np.arange(cut_tiles.num_tiles), "none")
+
+
+def _describe_sides(summary: dict) -> str:
+    """Return a sentence about the two sides of the split."""
+    num, num_out = summary["num_micrographs"], summary["num_held_out_micrographs"]
+    sides = f"{num - num_out} for training, {num_out} held out"
+    if summary["split"] == "leaky":
+        sides = "both sides show the same ones"
+    return (
+        f"{num:,} micrographs: {sides}; {summary['num_tiles']:,} tiles of "
+        f"{summary['resolution']} px; {summary['num_train_views']:,} views to train on and "
+        f"{summary['num_held_out_views']:,} held out (split by {summary['split']})"
+    )
 
 
 def _load_cut(opened, config, folder, log):
@@ -169,7 +179,7 @@ def _describe_micrographs(micrographs, config) -> dict:
     clipped = np.average([each["fraction_clipped"] for each in micrographs], weights=num_tiles)
     notices = _merge_notices(micrographs) + _list_intensity_notices(micrographs, clipped, config)
     if not sizes:
-        notices.append("no file states its pixel size: unknown")
+        notices.append("no file states its pixel size; give it with --tiles.pixel-size-nm")
     elif not agree:
         notices.append(
             f"pixel sizes differ or are partly unknown ({sizes[0]:.4g} to {sizes[-1]:.4g} nm): "
@@ -180,6 +190,8 @@ def _describe_micrographs(micrographs, config) -> dict:
         notices.append(
             f"exact duplicates (rotated and flipped copies count): {name_some(duplicates)}"
         )
+    if config.split == "micrograph":
+        notices += _list_series_notices(micrographs)
     if config.split == "leaky":
         notices.append(
             "leaky split: training and held-out views show the same micrographs, so scores are "
@@ -191,6 +203,18 @@ def _describe_micrographs(micrographs, config) -> dict:
         "specimens": sorted({each["specimen"] for each in micrographs} - {None}),
         "notices": notices,
     }
+
+
+def _list_series_notices(micrographs) -> list[str]:
+    """Return a hint per series of frames: names that differ only in a frame's number."""
+    frames = (re.fullmatch(r"(.*frame[-_ ]*)\d+", Path(m["name"]).stem, re.I) for m in micrographs)
+    series = Counter(frame[1] for frame in frames if frame)
+    return [
+        f"{num} micrographs look like frames of one series ({name}*). If so, use --tiles.split "
+        "specimen, with --tiles.specimen-pattern."
+        for name, num in series.items()
+        if num > 1
+    ]
 
 
 def _merge_notices(micrographs) -> list[str]:

@@ -147,8 +147,13 @@ def _make_png_options(pixel_size_nm):
     return {"pnginfo": info, "dpi": (pixels_per_metre * 0.0254,) * 2}
 
 
-def save_image_grid(images: Array, path: str | Path, num_columns: int | None = None) -> None:
-    """Write images [N, 1, H, W] in [-1, 1] as one 8-bit PNG, with two white pixels between them."""
+def save_image_grid(
+    images: Array, path: str | Path, num_columns: int | None = None, *, min_width: int = 1
+) -> None:
+    """Write images [N, 1, H, W] in [-1, 1] as one 8-bit PNG, with two white pixels between them.
+
+    A grid narrower than `min_width` pixels is enlarged by a whole factor: each pixel is repeated.
+    """
     pixels = to_uint8(images)
     if pixels.ndim != 4 or pixels.shape[1] != 1 or not len(pixels):
         raise ValueError(f"a grid is made of images [N, 1, H, W], not {list(pixels.shape)}.")
@@ -159,4 +164,5 @@ def save_image_grid(images: Array, path: str | Path, num_columns: int | None = N
     for i, image in enumerate(pixels[:, 0]):
         top, left = (i // num_columns) * (height + 2), (i % num_columns) * (width + 2)
         grid[top : top + height, left : left + width] = image
-    write_atomically(path, encode_png(grid))
+    factor = math.ceil(min_width / grid.shape[1])
+    write_atomically(path, encode_png(grid.repeat(factor, axis=0).repeat(factor, axis=1)))

@@ -244,7 +244,7 @@ def write_preview(out) -> Path:
     out = Path(out).resolve()
     images = read_image_folder(out)
     path = out.with_name(f"{out.name}-preview.png")
-    save_image_grid(images.batch(range(min(PREVIEW_IMAGES, len(images)))), path)
+    save_image_grid(images.batch(range(min(PREVIEW_IMAGES, len(images)))), path, min_width=512)
     return path
 
 

@@ -122,6 +122,10 @@ def find_pipeline_folder(source: str) -> Path | None:
     for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():
             return folder
+    if path.is_dir() and not (path / "config.json").exists():
+        suffixes = {each.suffix.lower() for each in path.iterdir()}
+        if suffixes & {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}:
+            raise ValueError(f"{source} holds images, not a run. Give a run's folder.")
     if path.exists():
         raise ValueError(
             f"{source} holds no finished model (no model_index.json). Finish its training first, "

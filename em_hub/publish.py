@@ -144,7 +144,9 @@ def build_repository(config: PublishConfig, model: Model, out: Path) -> None:
     pipeline = model.load()
     record = make_record(model)
     if config.num_samples:
-        save_image_grid(draw_samples(pipeline, config.num_samples), out / "samples.png")
+        save_image_grid(
+            draw_samples(pipeline, config.num_samples), out / "samples.png", min_width=512
+        )
     card = make_card(
         pipeline,
         repo_id=config.repo,

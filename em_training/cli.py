@@ -2,7 +2,9 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -44,8 +46,17 @@ def _report(error: Exception) -> None:
     if "EM_TRACEBACK" in os.environ:
         raise error
     text = describe_error(error) if isinstance(error, ValidationError) else str(error)
-    hint = "" if kind == "UsageError" else "\n(EM_TRACEBACK=1 shows where)"
+    hint = "" if _is_expected(error) else "\n(EM_TRACEBACK=1 shows where)"
     _fail(f"error: {text}{hint}", 2)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Say whether our own code raised the error on purpose, with a sentence for the user."""
+    if isinstance(error, ValidationError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(last.filename).parent.name.startswith("em_") or "/em_data/" in last.filename
+    return is_ours and (last.line or "").startswith("raise ")
 
 
 def _fail(text: str, code: int) -> None:

@@ -72,6 +72,8 @@ def parse_preset(
     if name is None:
         print(_describe_presets(presets, description))
         raise SystemExit(0)
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(f"{argv[0]!r} is no flag; did you mean --data {argv[0]}?")
     config = presets[name]()
     prog = f"{command} {name}"
     if "--help" in argv or "-h" in argv:

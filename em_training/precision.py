@@ -34,7 +34,8 @@ def use_cpu() -> bool:
 def describe_device() -> str:
     """Return the device that a run will use, such as "NVIDIA H200" or "CPU, 2 threads"."""
     if use_cpu():
-        return f"CPU, {torch.get_num_threads()} threads"
+        num = torch.get_num_threads()
+        return f"CPU, {num} thread{'' if num == 1 else 's'}"
     if not torch.cuda.is_available():
         return torch.accelerator.current_accelerator().type
     count = torch.cuda.device_count()

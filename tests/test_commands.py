@@ -84,6 +84,7 @@ def test_help_of_a_preset_fits_on_two_screens(script):
         ),
         (["test", "--resolution=64"], r"no flag --resolution. Did you mean:\n  --tiles.resolution"),
         (["--preset", "small"], r"the preset is the first word, as in `python train_\w+.py demo"),
+        (["test", "mine"], r"did you mean --data mine\?"),
         (["smal"], r"no preset 'smal'. Did you mean small\?"),
         (["test", "--tiles.split", "foo"], r"invalid choice 'foo' for argument '--tiles.split'"),
         (["test", "--tiles.seed", "-1"], r"tiles.seed is -1, but must be at least 0. Use --tiles."),
@@ -113,7 +114,8 @@ def test_mistakes_are_one_line(script, tmp_path):
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "nowhere" in result.stderr.splitlines()[-2]
+    assert "nowhere" in result.stderr.splitlines()[-1]
+    assert "EM_TRACEBACK" not in result.stderr
     (tmp_path / "empty").mkdir()
     result = run(
         script, "test", "--data", tmp_path / "empty", "--out", tmp_path / "run", check=False
@@ -257,7 +259,8 @@ def test_what_a_training_will_do_is_said_before_and_after_it(tmp_path, monkeypat
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     unnamed = train([])
-    assert "preset demo on the embedded synthetic data. Give --data FOLDER" in unnamed
+    assert unnamed.startswith("No --data given: training on the embedded synthetic micrographs.")
+    assert "No preset was named: preset demo. Presets: " in unnamed
     assert "Device: CPU" in unnamed
     assert "made for" not in unnamed
     assert f"Next: python generate.py --model {tmp_path / 'run'}" in unnamed.splitlines()[-1]

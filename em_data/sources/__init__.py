@@ -31,7 +31,9 @@ def open_source(source, config, cache_dir) -> Source:
         )
     num, most = len(opened.entries), config.num_micrographs
     if most is not None and num > most:
-        beyond = f"{num - most} images beyond the first {most} (--tiles.num-micrographs)"
-        opened.ignored.append(beyond)
+        opened.ignored.append(
+            f"Only the first {most} of {num} micrographs are used: --tiles.num-micrographs is "
+            f"{most}."
+        )
         opened.entries = opened.entries[:most]
     return opened

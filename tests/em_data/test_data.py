@@ -181,7 +181,7 @@ def test_nothing_usable_is_an_error_that_names_all(tmp_path, config):
     problems = r"(?s)2 of 2 images.*a\.tif.*b\.png.*Nothing is left"
     with pytest.raises(ValueError, match=problems):
         load(tmp_path, config)
-    problems = r"(?s)1 of 1 images.*not looked at: 1 images beyond the first 1 \(--tiles.num-micro"
+    problems = r"(?s)1 of 1 images.*not looked at: Only the first 1 of 2 micrographs are used"
     with pytest.raises(ValueError, match=problems):
         load(tmp_path, config, num_micrographs=1)
 
@@ -289,7 +289,13 @@ def test_first_so_many_micrographs_in_natural_order(tmp_path, noise, config):
     data, said = load(tmp_path, config, num_micrographs=2)
     used = set(data.train.rows["micrograph"]) | set(data.held_out.rows["micrograph"])
     assert used == {"frame 1.png", "frame 2.png"}
-    assert any("1 images beyond the first 2" in line for line in said)
+    assert "Only the first 2 of 3 micrographs are used: --tiles.num-micrographs is 2." in said
+    assert any("3 micrographs look like" in line for line in load(tmp_path, config)[1])
+    assert not any("frames" in line for line in load(tmp_path, config, split="leaky")[1])
+    data, said = load(tmp_path, config, pixel_size_nm=0.5, downsample=2)
+    assert data.summary["pixel_size_nm"] == 1.0
+    last = [line for line in said if " for training, " in line]
+    assert "3 micrographs: 2 for training, 1 held out; 3 tiles of 16 px" in last[0]
 
 
 def test_dataset_of_images_keeps_16_bits(tmp_path, noise, config):

@@ -682,7 +682,7 @@ def test_the_preview_lies_beside_the_images_and_is_none_of_them(tmp_path):
         path = write_preview(out)
         assert path == tmp_path / form / "images-preview.png"
         with Image.open(path) as picture:
-            assert picture.size == (52, 34)  # 3 by 2 of 16 pixels, with gaps of 2
+            assert picture.size == (520, 340)  # 3 by 2 of 16 pixels, gaps of 2, enlarged
         assert len(read_image_folder(out)) == 5
 
 
@@ -737,3 +737,16 @@ def test_names_from_outside_become_safe_folders():
     ]
     assert len(set(names)) == len(names)
     assert not any("/" in name or name.startswith(".") or not name for name in names)
+
+
+def test_a_folder_of_images_is_no_model_and_tif_is_tiff(model, tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="holds images, not a run"):
+        find_pipeline_folder(str(tmp_path))
+    config, _ = command.parse(["--model", model, "--out", "x", "--format", "tif"])
+    assert config.format == "tiff"
+
+
+def test_a_narrow_preview_is_enlarged(tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    assert Image.open(write_preview(tmp_path)).size == (512, 512)
