@@ -749,4 +749,5 @@ def test_a_folder_of_images_is_no_model_and_tif_is_tiff(model, tmp_path):
 
 def test_a_narrow_preview_is_enlarged(tmp_path):
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
-    assert Image.open(write_preview(tmp_path)).size == (512, 512)
+    with Image.open(write_preview(tmp_path)) as preview:
+        assert preview.size == (512, 512)
