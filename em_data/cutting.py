@@ -66,7 +66,8 @@ def cut(source, config, folder):
                 image = average_area(micrograph.image, config.downsample)
                 if image.min() == image.max():
                     problems.append(
-                        f"{entry.name}: constant after averaging over {config.downsample} pixels"
+                        f"{micrograph.name}: constant after averaging over "
+                        f"{config.downsample} pixels"
                     )
                     continue
                 records, facts = cut_micrograph(entry, micrograph, image, config)
@@ -83,14 +84,17 @@ def read_all(entries, min_side_px, problems):
     """Yield (entry, micrograph) of usable entries; append a sentence per other one to problems."""
     for entry in entries:
         try:
-            micrograph = entry.read()
-            refuse_unusable(micrograph, min_side_px)
+            for micrograph in entry.frames():
+                try:
+                    refuse_unusable(micrograph, min_side_px)
+                except ValueError as error:
+                    problems.append(str(error))
+                else:
+                    yield entry, micrograph
         except SourceLost:
             raise
         except ValueError as error:
             problems.append(str(error))
-        else:
-            yield entry, micrograph
 
 
 def refuse_unusable(micrograph, min_side_px):
@@ -123,7 +127,7 @@ def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
             )
     size, shape = micrograph.pixel_size_nm or config.pixel_size_nm, micrograph.image.shape
     common = {
-        "micrograph": entry.name,
+        "micrograph": micrograph.name,
         "pixel_size_nm": size and float(size) * config.downsample,
         "specimen": entry.specimen or micrograph.specimen,
         "low": low,
@@ -135,7 +139,7 @@ def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
         tile = image[row : row + config.resolution, col : col + config.resolution]
         records.append({"tile": tile, "row_px": row_px, "col_px": col_px} | common)
     facts = {
-        "name": entry.name,
+        "name": micrograph.name,
         "group": entry.group,
         "specimen": common["specimen"],
         "shape": list(shape),

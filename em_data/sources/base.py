@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+
+from em_data.micrograph import Micrograph
 
 
 class SourceLost(ValueError):
@@ -10,16 +13,23 @@ class SourceLost(ValueError):
 
 @dataclass
 class Entry:
-    """One micrograph that is not read yet."""
+    """One micrograph, or one stack of frames, that is not read yet."""
 
     name: str  # unique in its source
     key: str  # hash of its content
-    read: Callable  # returns the `Micrograph`, or raises `ValueError` with the reason
+    frames: Callable  # returns an iterable of `Micrograph`; it raises `ValueError` with the reason
     specimen: str | None = None
     group: str | None = None  # shared by pieces of one micrograph; by default the name
 
     def __post_init__(self):
         self.group = self.group or self.name
+
+    def read(self) -> Micrograph:
+        """Return the only micrograph; raise a `ValueError` if it cannot be used or is a stack."""
+        first, *others = islice(self.frames(), 2)
+        if others:
+            raise ValueError(f"{self.name}: a stack of frames. Save each frame to a file.")
+        return first
 
 
 @dataclass

@@ -50,14 +50,14 @@ def open_damaged_alloys(folder, config, cache_dir) -> Source:
         if label is not None:  # other labels make another entry
             key += f"-{label.stat().st_size}-{label.stat().st_mtime_ns}"
 
-        def read(path=path, name=name, label=label):
+        def frames(path=path, name=name, label=label):
             micrograph = read_micrograph(path, label_bar=config.label_bar, name=name)
             micrograph.pixel_size_nm = pixel_size_from_name(path.stem) or micrograph.pixel_size_nm
             if label is not None:
                 micrograph.defects = read_defects(label, micrograph)
-            return micrograph
+            yield micrograph
 
-        entries.append(Entry(name, key, read))
+        entries.append(Entry(name, key, frames))
     return Source("damaged-alloys", entries, ignored + compare_with_study(paths, labels))
 
 

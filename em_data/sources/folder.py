@@ -7,10 +7,11 @@ import re
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from em_data.files import write_atomically
-from em_data.reading import SUFFIXES, natural_key, read_micrograph
+from em_data.reading import SUFFIXES, natural_key, read_micrographs
 from em_data.sources.base import Entry, Source
 
 LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segmentations?)"
@@ -39,10 +40,14 @@ def open_folder(folder, config, cache_dir=None) -> Source:
         name = path.as_posix().encode(errors="replace").decode()
         specimen = find_specimen(Path(name), config.specimen_pattern)
 
-        def read(path=folder / path, name=name, specimen=specimen):
-            return read_micrograph(path, label_bar=config.label_bar, name=name, specimen=specimen)
-
-        entries.append(Entry(name, key, read, specimen))
+        frames = partial(
+            read_micrographs,
+            folder / path,
+            label_bar=config.label_bar,
+            name=name,
+            specimen=specimen,
+        )
+        entries.append(Entry(name, key, frames, specimen))
     return Source(folder.resolve().name, entries, ignored)
 
 

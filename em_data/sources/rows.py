@@ -55,14 +55,14 @@ def open_dataset(source, config) -> Source:
         facts = {key: values[i] for key, values in rows.known.items()}
         name = f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}"
 
-        def read(i=i, name=name, facts=facts):
+        def frames(i=i, name=name, facts=facts):
             row = content[i]
             micrograph = _read_image(row[column], dtype, name, facts, config.label_bar)
             _read_labels(row, micrograph)
-            return micrograph
+            yield micrograph
 
         group = facts.get("micrograph") and str(facts["micrograph"])
-        entries.append(Entry(name, f"{rows.content}-{i}", read, facts.get("specimen"), group))
+        entries.append(Entry(name, f"{rows.content}-{i}", frames, facts.get("specimen"), group))
     name = source.split("@")[0] if source.startswith((FETCHED, STREAMED)) else source
     return Source(Path(name.removeprefix(NAMED).rstrip("/")).name, entries, ignored)
 

@@ -18,8 +18,12 @@ def open_synthetic(config) -> Source:
         Entry(
             name=f"synthetic_{i:05d}",
             key=f"{sample}-{config.seed}-{size}-{i}-of-{num}",
-            read=partial(synthesise_micrograph, seed, size),
+            frames=partial(_draw, seed, size),
         )
         for i, seed in enumerate(list_seeds(num, config.seed))
     ]
     return Source("synthetic", entries, [])
+
+
+def _draw(seed, size):
+    yield synthesise_micrograph(seed, size)

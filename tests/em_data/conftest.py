@@ -33,7 +33,7 @@ def source_of():
     """A source of given micrographs, without files."""
 
     def make(micrographs):
-        entries = [Entry(m.name, f"key of {m.name}", lambda m=m: m) for m in micrographs]
+        entries = [Entry(m.name, f"key of {m.name}", lambda m=m: [m]) for m in micrographs]
         return Source("given", entries, [])
 
     return make

@@ -82,9 +82,9 @@ def test_8_and_16_bits_side_by_side_keep_their_grey_levels(config, noise, source
     eight, sixteen = noise(0), noise(1, dtype=np.uint16)
     source = source_of([Micrograph(eight, "eight"), Micrograph(sixteen, "sixteen")])
     for entry in source.entries:
-        entry.read = mock.Mock(wraps=entry.read)
+        entry.frames = mock.Mock(wraps=entry.frames)
     cut(source, config(), tmp_path / "cut")
-    assert [entry.read.call_count for entry in source.entries] == [1, 1]
+    assert [entry.frames.call_count for entry in source.entries] == [1, 1]
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["cut.json", "tiles.arrow"]
     made = Cut(tmp_path / "cut")
     tiles = Tiles(made, np.arange(made.num_tiles), "none")
@@ -128,7 +128,7 @@ def test_killed_cut_leaves_nothing_that_looks_whole(config, noise, tmp_path, sou
     def die():
         raise KeyboardInterrupt
 
-    source.entries[1].read = die
+    source.entries[1].frames = die
     with pytest.raises(KeyboardInterrupt):
         cut(source, config(), tmp_path / "tiles" / "key")
     assert list((tmp_path / "tiles").iterdir()) == []
@@ -136,14 +136,14 @@ def test_killed_cut_leaves_nothing_that_looks_whole(config, noise, tmp_path, sou
 
 def test_two_processes_that_cut_at_once_leave_one_whole_cut(config, noise, tmp_path, source_of):
     source, folder = source_of([Micrograph(noise(0), "a")]), tmp_path / "tiles" / "key"
-    read = source.entries[0].read
+    read = source.entries[0].frames
     other = source_of([Micrograph(noise(0), "a")])
 
     def read_while_another_finishes():
         cut(other, config(), folder)
         return read()
 
-    source.entries[0].read = read_while_another_finishes
+    source.entries[0].frames = read_while_another_finishes
     cut(source, config(), folder)
     assert Cut(folder).num_tiles == 6
     assert [path.name for path in folder.parent.iterdir()] == ["key"]

@@ -1,0 +1,26 @@
+"""What every format gives: images as they are stored in a file, one after the other."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Refusal(ValueError):
+    """A file, or an image of it, that is not used: the reason and a remedy, without its name."""
+
+
+@dataclass
+class Stored:
+    """One image as its file stores it.
+
+    Args:
+        array: [H, W] or [H, W, 1..4], of any type.
+        metadata: What the file says about the image; "format", and "notices" for the user.
+        pixel_size_nm: Side of a pixel in nm; None if unknown.
+        frame: Number of the image in a stack, from 0; None if the file holds one micrograph.
+    """
+
+    array: np.ndarray
+    metadata: dict
+    pixel_size_nm: float | None = None
+    frame: int | None = None
