@@ -12,7 +12,7 @@ from em_data.intensity import find_levels
 from em_data.sources.base import SourceLost
 from em_data.views import hash_pixels
 
-FORMAT = 1  # of the cached folder; a change makes all cached tiles invalid
+FORMAT = 2  # of the cached folder; a change makes all cached tiles invalid
 WRITE_BYTES = 32 * 2**20  # tiles are written so many bytes at a time
 
 
@@ -46,9 +46,8 @@ def make_cut_key(source, config) -> str:
         "intensity": config.intensity,
         "percentiles": list(config.percentiles) if config.intensity == "percentile" else None,
         "label_bar": config.label_bar,
+        "pixel_size_nm": config.pixel_size_nm,
     }
-    if config.pixel_size_nm is not None:  # keys from before this option stay as they were
-        recipe["pixel_size_nm"] = config.pixel_size_nm
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 

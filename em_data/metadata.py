@@ -1,22 +1,60 @@
 """What an image file says about itself, above all the pixel size."""
 
 import io
+import re
+import unicodedata
 
 import tifffile
 from PIL.PngImagePlugin import PngImageFile
 
+from em_data.refusal import Refusal
+
 # a coarser resolution comes from a printer or a screen: 72 dpi is 352,778 nm
 MAX_PIXEL_SIZE_NM = 10_000.0
+_METRES = {"": 1e9, "c": 1e7, "m": 1e6, "u": 1e3, "μ": 1e3, "n": 1.0, "p": 1e-3, "f": 1e-6}
+_LONG = {"": 1e9, "centi": 1e7, "milli": 1e6, "micro": 1e3, "nano": 1.0, "pico": 1e-3}
 UNITS_NM = {
-    "m": 1e9, "cm": 1e7, "mm": 1e6, "um": 1e3, "µm": 1e3, "μm": 1e3, "\\u00b5m": 1e3,
-    "micron": 1e3, "microns": 1e3, "micrometer": 1e3, "nm": 1.0, "nanometer": 1.0,
-    "a": 0.1, "å": 0.1, "angstrom": 0.1, "pm": 1e-3, "inch": 2.54e7, "in": 2.54e7,
+    **{f"{prefix}m": factor for prefix, factor in _METRES.items()},
+    **{f"{prefix}met{er}": factor for prefix, factor in _LONG.items() for er in ("er", "re")},
+    "micron": 1e3, "inch": 2.54e7, "in": 2.54e7,
+    "a": 0.1, "å": 0.1, "ang": 0.1, "angstrom": 0.1, "angstroem": 0.1, "ångström": 0.1,
 }  # fmt: skip
+ANGLES = ("rad", "mrad", "urad", "μrad", "radian", "milliradian", "degree", "deg", "°")
 
 
 def unit_to_nm(unit) -> float | None:
-    """Return one unit of length ("um", "nm", "m", ...) in nanometres, or None if it is unknown."""
-    return UNITS_NM.get(str(unit).strip().lower())
+    """Return one unit of length in nanometres, or None if it is unknown.
+
+    Args:
+        unit: Such as "nm", "µm", "Å", "nanometers", "micron"; in upper or lower case.
+    """
+    return UNITS_NM.get(_normalise(unit)) or UNITS_NM.get(_normalise(unit).removesuffix("s"))
+
+
+def refuse_diffraction(unit) -> None:
+    """Refuse an image whose axes have no unit of length, but one of reciprocal space or of angle.
+
+    Args:
+        unit: Such as "1/nm", "nm^-1", "1/Å" or "mrad". Anything else passes.
+
+    Raises:
+        Refusal: The image is a diffraction pattern or a Fourier transform.
+    """
+    text = _normalise(unit)
+    inverse = re.fullmatch(r"(?:1 ?/|/|per ) ?(.+)|(.+?) ?\^? ?\(?[-−]1\)?", text)
+    base = inverse and (inverse[1] or inverse[2]).strip("() ")
+    is_inverse = base is not None and (unit_to_nm(base) or base in ("px", "pixel", "pixels"))
+    if is_inverse or text in ANGLES or text.removesuffix("s") in ANGLES:
+        raise Refusal(
+            f"a diffraction pattern or Fourier transform: its scale is in {str(unit).strip()}, "
+            "which is no length. Remove it from the micrographs."
+        )
+
+
+def _normalise(unit):
+    """Return a unit as text in one spelling: lower case, one kind of micro sign."""
+    text = str(unit).replace("\\u00b5", "µ").replace("\\u00B5", "µ").replace("Âµ", "µ")
+    return " ".join(unicodedata.normalize("NFKC", text).replace("\0", "").lower().split())
 
 
 def square_pixel_size(sizes, notices) -> float | None:

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-class Refusal(ValueError):
-    """A file, or an image of it, that is not used: the reason and a remedy, without its name."""
+from em_data.refusal import Refusal as Refusal
 
 
 @dataclass
