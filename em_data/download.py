@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from em_data.files import lock
+from em_data.files import flush_to_disk, lock
 
 NUM_TRIES = 3
 TIMEOUT = 30.0  # seconds without an answer before a connection counts as broken
@@ -55,6 +55,7 @@ def download_file(
         if mismatch is not None:
             part.unlink()
             raise ValueError(f"{url} has {mismatch}: it was damaged or replaced. Try again.")
+        flush_to_disk(part)
         os.replace(part, path)
 
 

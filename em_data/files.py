@@ -41,7 +41,7 @@ def write_atomically(path, data: bytes | str) -> None:
     A reader, also after a power cut, sees the old file or the new one, whole.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with _name_full_disk(path), os.fdopen(handle, "wb") as file:
@@ -70,14 +70,37 @@ def _name_full_disk(path: Path) -> Iterator[None]:
 
 
 def flush_to_disk(path) -> None:
-    """Flush a file, or the names in a folder, to the disk; Windows cannot flush a folder."""
-    if os.name == "nt" and Path(path).is_dir():
+    """Flush a file, or the names in a folder, to the disk.
+
+    Windows and some network disks cannot flush a folder.
+    """
+    is_folder = Path(path).is_dir()
+    if os.name == "nt" and is_folder:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def flush_folder(folder) -> None:
+    """Flush a folder with all that it holds to the disk."""
+    for path in Path(folder).rglob("*"):
+        flush_to_disk(path)
+    flush_to_disk(folder)
+
+
+def make_folder(path) -> None:
+    """Make a folder and its missing parents; their names are flushed to the disk."""
+    path = Path(path)
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush_to_disk(path.parent)
 
 
 @contextmanager
@@ -89,35 +112,39 @@ def build_folder(folder) -> Iterator[Path]:
     """
     with _make_beside(folder, ".building-", DAY) as temporary:
         yield temporary
+        flush_folder(temporary)
         try:
             os.rename(temporary, folder)
         except OSError:
             if not Path(folder).is_dir():
                 raise
+        flush_to_disk(Path(folder).parent)
 
 
 @contextmanager
 def replace_folder(folder) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `folder` at the end.
 
-    A kill leaves the old folder, the new one or, for a moment, none: nothing half written.
+    A kill or a power cut leaves the old folder, the new one or, for a moment, none: nothing half
+    written.
     """
     folder = Path(folder)
     with _make_beside(folder, f".{folder.name}.", 0) as temporary:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                flush_to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        flush_folder(temporary)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(temporary, folder)
         flush_to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def _make_beside(folder, prefix, max_age):
     """Yield a new folder that does not outlive the block; remove remains older than `max_age` s."""
     parent = Path(folder).parent
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     for remains in parent.glob(f"{prefix}*"):
         if remains.is_dir() and time.time() - remains.stat().st_mtime >= max_age:
             shutil.rmtree(remains, ignore_errors=True)
@@ -138,7 +165,7 @@ def lock(path, message: str | None = None) -> Iterator[None]:
     wait for it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         held = filelock.FileLock(path, timeout=-1 if message is None else 0).acquire()
     except filelock.Timeout as error:

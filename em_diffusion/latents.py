@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from em_data import Views
-from em_data.files import write_atomically
+from em_data.files import flush_to_disk, make_folder, write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.weights import hash_weights
 from em_training import run_in_parts
@@ -93,7 +93,7 @@ def encode_latents(
     key = "\n".join([tiles.fingerprint, views, weights, accelerator.mixed_precision])
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}-{key}.npy"
-    if not path.exists():
+    if not is_whole(path):
         partial = path.with_suffix(".partial")
         done = path.with_suffix(f".done-{batch_size * BATCHES_PER_CHUNK}")
         shape = encode_views(model, tiles, view_ids[:1], accelerator).shape[1:]
@@ -108,10 +108,27 @@ def encode_latents(
     return np.load(path, mmap_mode="r"), seconds
 
 
+def is_whole(path) -> bool:
+    """Say whether finished latents and their record can be read."""
+    try:
+        json.loads(path.with_suffix(".json").read_text())["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return read_shape(path) is not None
+
+
+def read_shape(path) -> tuple[int, ...] | None:
+    """Return the shape of an array on the disk; None if it is absent or damaged."""
+    try:
+        return np.load(path, mmap_mode="r").shape
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def begin(partial, done, shape, chunk_size: int):
     """Create the two files, unless a killed start left them; remove latents of other weights."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    is_begun = partial.exists() and done.exists()
+    make_folder(partial.parent)
+    is_begun = read_shape(partial) == shape and read_shape(done) is not None
     for stale in partial.parent.glob(f"{partial.name.rsplit('-', 1)[0]}-*"):
         if not (is_begun and stale in (partial, done)):
             stale.unlink()
@@ -136,6 +153,7 @@ def finish(partial, done, path, num_processes: int):
     record = json.dumps({"seconds": seconds.sum() / num_processes})
     write_atomically(path.with_suffix(".json"), record + "\n")
     os.replace(partial, path)
+    flush_to_disk(path.parent)
     done.unlink()
 
 

@@ -185,7 +185,7 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
         return None
     path, record = out / "grain", out / "grain" / "measured.json"
     made_for = {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)}
-    is_measured = record.exists() and json.loads(record.read_text()) == made_for
+    is_measured = record.exists() and record.read_text() == json.dumps(made_for) + "\n"
     if accelerator.is_main_process and not is_measured:
         num_images = min(config.grain_images, max(1, MAX_PIXELS // config.tiles.resolution**2))
         images = draw_validation_images(data.train, num_images)

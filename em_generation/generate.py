@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from em_data import read_image_folder, save_image_grid
-from em_data.files import lock, write_atomically
+from em_data.files import lock, make_folder, write_atomically
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
 from em_generation.store import create_store, remove_remains, scan_names
@@ -104,7 +104,7 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
     state = create_process_state()
     out = Path(config.out)
     refuse_foreign_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     message = (
         f"Another process generates into {out}. Wait for it, or choose another folder with --out."
     )

@@ -146,6 +146,7 @@ class ArrowStore:
             writer.finalize()
         flush_to_disk(temporary)
         temporary.replace(path)
+        flush_to_disk(self.out)
 
 
 def create_store(out: Path, format: str, bits: int, pixel_size_nm: float | None):

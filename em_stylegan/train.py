@@ -73,10 +73,13 @@ def train_and_save(config, accelerator, out):
 
 def is_finished(config, out) -> bool:
     """Return True if the run in `out` has seen all images and has saved its pipeline."""
-    path = out / "run.json"
-    if not path.is_file() or not (out / "pipeline" / "model_index.json").is_file():
+    if not (out / "pipeline" / "model_index.json").is_file():
         return False
-    return json.loads(path.read_text())["num_images_seen"] >= config.training.num_images
+    try:
+        run = json.loads((out / "run.json").read_text())
+        return run["num_images_seen"] >= config.training.num_images
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: written again
+        return False
 
 
 def save_untrained(config, pixel_size_nm, accelerator, out):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from em_data.files import flush_to_disk
+from em_data.files import flush_folder, flush_to_disk, write_atomically
 
 
 class BestWeights:
@@ -53,17 +53,16 @@ class BestWeights:
 def save_best(model: Any, folder: str | Path, record: dict, name: str) -> None:
     """Keep `model` as `folder`/best/`name` with `record` as best.json, in place of what was there.
 
-    After a kill, `read_best` finds the old weights or the new ones.
+    After a kill or a power cut, `read_best` finds the old weights or the new ones.
     """
     folder = Path(folder)
     new, old, best = folder / ".best-new", folder / ".best-old", folder / "best"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(new / name)
+    flush_folder(new)
     # written last: with it, the folder is complete
-    (new / "best.json").write_text(json.dumps(record, indent=2) + "\n")
-    for path in new.rglob("*"):
-        flush_to_disk(path)
+    write_atomically(new / "best.json", json.dumps(record, indent=2) + "\n")
     if best.exists():
         os.replace(best, old)
     os.replace(new, best)

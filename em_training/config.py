@@ -66,13 +66,32 @@ def save_config(config: Any, path: str | Path) -> None:
 
 def load_config(cls: type[Config], path: str | Path) -> Config:
     """Read the configuration class `cls` from the JSON file `path`; errors name the file."""
+    text = read_json_text(path, "if the command has the configuration that the run began with")
     try:
-        return config_from_json(cls, Path(path).read_text())
+        return config_from_json(cls, text)
     except ValueError as error:
         raise ValueError(
             f"{path}: {error} If another version wrote this file, correct it there, "
             "or start a new run in another folder."
         ) from error
+
+
+def read_json_text(path: str | Path, condition: str) -> str:
+    """Return the text of a JSON file of a run.
+
+    Raises:
+        ValueError: It is no JSON object. It can be removed under a condition, such as "if ...".
+    """
+    try:
+        text = Path(path).read_text()
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove it to go on with the run, {condition}, or train "
+            "in another folder with --out."
+        ) from error
+    return text
 
 
 def describe_error(error: ValidationError, cls: type | None = None) -> str:
@@ -168,7 +187,7 @@ def is_complete(out: str | Path, config: Any) -> bool:
     try:
         record = json.loads((out / "run.json").read_text())["config"]
         before = config_from_dict(type(config), record)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     changes = changed_fields(before, config)
     free = {"out", "tiles.cache_dir"} | ({"precision"} if config.precision == "auto" else set())
@@ -189,10 +208,7 @@ def refuse_other_data(out: str | Path, identity: dict) -> None:
     if not path.exists():
         write_atomically(path, json.dumps(identity, indent=2) + "\n")
         return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Train in another folder.") from error
+    before = json.loads(read_json_text(path, "if the data are those that the run began with"))
     changes = [
         f"{key} was {before.get(key)}, is now {value}"
         for key, value in identity.items()

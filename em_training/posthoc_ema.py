@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from em_data.files import flush_to_disk
+from em_data.files import flush_to_disk, make_folder
 
 SIGMA_RELS = (0.05, 0.10)  # the paper's
 LARGEST_SIGMA_REL = 12**-0.5  # the plain mean of all weights, gamma = 0
@@ -57,7 +57,7 @@ class PosthocEMA:
 
     def save_snapshot(self, num_images_seen: int) -> None:
         """Write the averages atomically, one file each."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for sigma_rel, averages in self.averages.items():
             largest = max(float(average.abs().max()) for average in averages)
             dtype = torch.float16 if largest < 6e4 else torch.float32
@@ -70,6 +70,7 @@ class PosthocEMA:
             save_file(tensors, partial)
             flush_to_disk(partial)
             os.replace(partial, path)
+        flush_to_disk(self.folder)
 
     def drop_snapshots_after(self, num_images_seen: int) -> None:
         """Remove snapshots of steps after the checkpoint that a run resumes from."""

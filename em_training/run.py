@@ -16,7 +16,7 @@ import accelerate
 import torch
 from tqdm.auto import tqdm
 
-from em_data.files import lock
+from em_data.files import flush_to_disk, lock
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from em_training.optimizer import match_memory_format
 from em_training.stats import cut_stats
@@ -209,6 +209,8 @@ class TrainingRun:
                 "pending": pending,
                 "state": {name: part.state_dict() for name, part in self._state.items()},
             }
+            if (self.dir / "stats.jsonl").exists():
+                flush_to_disk(self.dir / "stats.jsonl")
             folder = self.dir / "checkpoints"
             save_checkpoint(folder, num_images_seen, content, keep=self.num_checkpoints)
         self._last_saved = num_images_seen
