@@ -28,7 +28,8 @@ class DataConfig:
     """Share of the micrographs (specimens, views) that training never sees; at least one."""
     intensity: Literal["auto", "full", "percentile"] = "auto"
     """Grey levels that become -1 and 1: "full" (0 and the type's largest value), "percentile" (of
-    each micrograph) or "auto" (full for 8 bits, each micrograph's own range for 16 bits)."""
+    each micrograph) or "auto" (full for 8 bits; for 16 bits the least and largest level of each
+    micrograph without spikes, which are isolated outliers such as hot pixels)."""
     percentiles: tuple[float, float] = (0.1, 99.9)
     """The two percentiles of a micrograph that become -1 and 1 with intensity "percentile"."""
     on_bad_image: Literal["skip", "fail"] = "skip"

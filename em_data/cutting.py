@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from em_data.files import build_folder
-from em_data.intensity import find_levels
+from em_data.intensity import describe_spikes, find_levels
 from em_data.sources.base import SourceLost
+from em_data.spikes import iterate_slabs
 from em_data.views import hash_pixels
 
 FORMAT = 2  # of the cached folder; a change makes all cached tiles invalid
@@ -27,13 +28,22 @@ def find_tile_positions(shape, resolution, downsample=1) -> list[tuple[int, int]
     return [(row, col) for row in rows for col in columns]
 
 
-def average_area(image, factor):
-    """Return the rounded means over squares of `factor` x `factor` pixels, in the image's type."""
+def average_area(image, factor, low=None, high=None):
+    """Return the rounded means over squares of `factor` x `factor` pixels, in the image's type.
+
+    With `low` and `high`, grey levels are clipped to them first.
+    """
     if factor == 1:
         return image
     height, width = image.shape[0] // factor, image.shape[1] // factor
-    squares = image[: height * factor, : width * factor].reshape(height, factor, width, factor)
-    return np.rint(squares.mean(axis=(1, 3), dtype=np.float64)).astype(image.dtype)
+    averaged = np.empty((height, width), image.dtype)
+    for rows in iterate_slabs(image[: height * factor : factor]):
+        slab = image[rows.start * factor : rows.stop * factor][: height * factor, : width * factor]
+        if low is not None:
+            slab = np.clip(slab, low, high)
+        squares = slab.reshape(-1, factor, width, factor)
+        averaged[rows] = np.rint(squares.mean(axis=(1, 3), dtype=np.float64))
+    return averaged
 
 
 def make_cut_key(source, config) -> str:
@@ -62,14 +72,14 @@ def cut(source, config, folder):
         path = building / "tiles.arrow"
         with closing(TileWriter(path, config.resolution)) as writer:
             for entry, micrograph in read_all(source.entries, side_px, problems):
-                image = average_area(micrograph.image, config.downsample)
+                image, levels = downsample(micrograph.image, config)
                 if image.min() == image.max():
                     problems.append(
                         f"{micrograph.name}: constant after averaging over "
                         f"{config.downsample} pixels"
                     )
                     continue
-                records, facts = cut_micrograph(entry, micrograph, image, config)
+                records, facts = cut_micrograph(entry, micrograph, image, levels, config)
                 for record in records:
                     writer.write(record | {"micrograph_index": len(micrographs)})
                 micrographs.append(facts)
@@ -108,22 +118,34 @@ def refuse_unusable(micrograph, min_side_px):
         raise ValueError(f"{micrograph.name}: constant: every pixel is {int(image.min())}")
 
 
-def cut_micrograph(entry, micrograph, image, config) -> tuple[list[dict], dict]:
+def downsample(image, config) -> tuple[np.ndarray, tuple[int, int, float]]:
+    """Return an image averaged over squares, and its levels as of `find_levels`.
+
+    Spikes are found and clipped before they are averaged with their neighbours.
+    """
+    if config.intensity != "auto" or config.downsample == 1 or image.dtype == np.uint8:
+        image = average_area(image, config.downsample)
+        return image, find_levels(image, config.intensity, config.percentiles)
+    low, high, clipped = find_levels(image, "auto")
+    image = average_area(image, config.downsample, low, high)
+    return image, (int(image.min()), int(image.max()), clipped)
+
+
+def cut_micrograph(entry, micrograph, image, levels, config) -> tuple[list[dict], dict]:
     """Return one record per tile, for `TileWriter.write`, and the facts of the whole micrograph.
 
     The tiles keep their grey levels: `low` and `high` are only stored here, and `Tiles.batch`
-    scales by them. `image` has the pixels after downsampling. Labels (`micrograph.defects`) are not
-    cut yet: their masks would be another column of `make_features`, and `Batch.masks` has room for
-    them.
+    scales by them. `image` has the pixels after downsampling, `levels` are its levels as of
+    `find_levels`. Labels (`micrograph.defects`) are not cut yet: their masks would be another
+    column of `make_features`, and `Batch.masks` has room for them.
     """
-    low, high, clipped = find_levels(image, config.intensity, config.percentiles)
+    low, high, clipped = levels
     notices = list(micrograph.metadata.get("notices", ()))
-    if config.intensity == "auto" and image.dtype == np.uint16:
-        dark, bright, _ = find_levels(image, "percentile", (0.1, 99.9))
-        if high - low > 3 * (bright - dark):
-            notices.append(
-                "a few hot or dead pixels take most of the range; see --tiles.intensity percentile"
-            )
+    if config.intensity == "auto" and clipped:
+        num_pixels = micrograph.image.size
+        spikes = describe_spikes(round(clipped * num_pixels), num_pixels)
+        notices.append(f"{spikes} outside of {low} to {high}: clipped")
+    clipped += micrograph.metadata.get("num_spikes", 0) / micrograph.image.size
     size, shape = micrograph.pixel_size_nm or config.pixel_size_nm, micrograph.image.shape
     common = {
         "micrograph": micrograph.name,

@@ -235,7 +235,8 @@ def _list_intensity_notices(micrographs, clipped, config) -> list[str]:
     num_16_bit = sum(each["dtype"] == "uint16" for each in micrographs)
     if num_16_bit and config.intensity == "auto":
         notices.append(
-            f"{num_16_bit} micrographs of 16 bits: each scaled by its least and largest grey level"
+            f"{num_16_bit} micrographs of 16 bits: each scaled by its least and largest grey "
+            f"level, spikes apart ({100 * clipped:.2g} % of the pixels clipped)"
         )
     if 0 < num_16_bit < len(micrographs):
         num_8_bit = len(micrographs) - num_16_bit

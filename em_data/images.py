@@ -124,7 +124,7 @@ def _encode_tiff(pixels, full, pixel_size_nm):
         "max": float(full),
         "Info": f"Grey levels 0 to {full} are the range [-1, 1] of the model. They are not counts: "
         "the training data were scaled to this range, 16-bit micrographs each by its own least and "
-        "largest count, or by percentiles if the run says so.",
+        "largest count without spikes, or by percentiles if the run says so.",
     }
     per_nm = None
     if pixel_size_nm is not None:

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from em_data.spikes import find_range, iterate_slabs
+
 FULL_RANGE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 SLAB_PIXELS = 65_536  # converted at a time, so that all passes stay in the processor's cache
 Levels = float | np.ndarray | None
@@ -74,14 +76,17 @@ def _to_uint(images, dtype):
 def find_levels(image, intensity="auto", percentiles=(0.1, 99.9)) -> tuple[int, int, float]:
     """Return the grey levels of an image that become -1 and 1, and the fraction of pixels outside.
 
-    "auto" is "full" for 8 bits, and the least and the largest level for 16 bits.
+    "auto" is "full" for 8 bits. For 16 bits it is the least and the largest level, spikes apart.
     """
     full = FULL_RANGE[image.dtype]
     if intensity == "full" or (intensity == "auto" and full == 255):
         return 0, full, 0.0
     if intensity == "auto":
-        return int(image.min()), int(image.max()), 0.0
-    counts = np.bincount(image.ravel(), minlength=full + 1)
+        low, high, spikes = find_range(image)
+        return int(low), int(high), len(spikes) / image.size
+    counts = np.zeros(full + 1, np.int64)
+    for rows in iterate_slabs(image):
+        counts += np.bincount(image[rows].ravel(), minlength=full + 1)
     shares = np.cumsum(counts) / image.size
     low = int(np.searchsorted(shares, percentiles[0] / 100))
     high = min(int(np.searchsorted(shares, percentiles[1] / 100)), full)
@@ -90,18 +95,53 @@ def find_levels(image, intensity="auto", percentiles=(0.1, 99.9)) -> tuple[int, 
     return low, high, float(1 - counts[low : high + 1].sum() / image.size)
 
 
-def float_to_uint16(image):
-    """Return a finite image scaled to uint16, and the values that became 0 and 65535.
+def describe_spikes(num, num_pixels) -> str:
+    """Return words for the spikes of an image of so many pixels."""
+    share = 100 * num / num_pixels
+    return f"{num} spike{'s' if num > 1 else ''} (isolated outliers, {share:.2g} % of the pixels)"
 
-    They are its least and largest value, but whole numbers with a span of at most 16 bits are kept
-    if they lie in 0 to 65535, and shifted otherwise. A constant image of fractions becomes 0.
+
+def float_to_uint16(image):
+    """Return an image scaled to uint16, the values that became 0 and 65535, and the spikes.
+
+    The values are the least and the largest one, spikes apart, to which spikes are clipped. But
+    whole numbers with a span of at most 16 bits are kept if they lie in 0 to 65535, and shifted
+    otherwise. A constant image of fractions becomes 0.
+
+    Args:
+        image: [H, W] of integers or floats without NaN; infinite values can be spikes.
+
+    Returns:
+        uint16 [H, W], the two values, and the flat indices of the spikes (int64 [n]).
+
+    Raises:
+        ValueError: Infinite values are no spikes.
     """
-    low, high = float(image.min()), float(image.max())
-    is_whole = np.issubdtype(image.dtype, np.integer) or np.all(image == np.round(image))
+    offset = 0
+    if image.dtype.kind in "iu" and image.dtype.itemsize == 8:  # more digits than a float64 has
+        offset = int(image.min())
+        image = image.astype(np.uint64) - np.uint64(offset % 2**64)
+    low, high, spikes = find_range(image)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("infinite values are no spikes")
+    slabs = list(iterate_slabs(image))
+    is_whole = image.dtype.kind in "iu" or all(
+        np.array_equal(slab, np.rint(slab))
+        for slab in (np.clip(image[rows], low, high) for rows in slabs)
+    )
+    scaled = np.empty(image.shape, np.uint16)
     if high - low <= 65535 and is_whole:
-        low = 0.0 if low >= 0 and high <= 65535 else low
-        return (image.astype(np.float64) - low).astype(np.uint16), low, low + 65535.0
-    if high == low:
-        return np.zeros(image.shape, np.uint16), low, high
-    scaled = (image.astype(np.float64) - low) * (65535 / (high - low))
-    return np.rint(scaled).astype(np.uint16), low, high
+        first = low
+        if low + offset >= 0 and high + offset <= 65535:
+            first = -float(offset)
+        for rows in slabs:
+            scaled[rows] = np.clip(image[rows].astype(np.float64), low, high) - first
+        return scaled, first + offset, first + offset + 65535.0, spikes
+    # differences of values at either end of the range of float64 stay finite
+    exponent = np.frexp(max(abs(low), abs(high)))[1]
+    first, last = np.ldexp(low, -exponent), np.ldexp(high, -exponent)
+    factor = 65535 / (last - first) if last > first else 0.0
+    for rows in slabs:
+        values = np.ldexp(np.clip(image[rows].astype(np.float64), low, high), -exponent)
+        scaled[rows] = np.rint((values - first) * factor)
+    return scaled, low + offset, high + offset, spikes

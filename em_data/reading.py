@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from em_data.formats import Refusal, decode
-from em_data.intensity import float_to_uint16
+from em_data.intensity import describe_spikes, float_to_uint16
 from em_data.label_bar import find_label_bar
 from em_data.micrograph import Micrograph
 
@@ -45,7 +45,8 @@ def read_micrographs(
 
     The format is found by the content of the file, not by its suffix. The image is grey or has
     three equal channels. 8 and 16 bits are kept as they are; floats and wider integers are scaled
-    to 16 bits by their least and largest value. What was done is listed in metadata["notices"].
+    to 16 bits by their least and largest value, spikes apart. What was done is listed in
+    metadata["notices"].
 
     Args:
         path: A TIFF, PNG, JPEG or BMP file, or its bytes.
@@ -131,16 +132,25 @@ def to_uint(image, metadata):
         return image.astype(np.uint8) * np.uint8(255)
     if image.dtype.kind not in "iuf":
         raise Refusal(f"pixels of type {stored}. Export real, not complex, values as TIFF.")
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        num_bad = np.count_nonzero(~np.isfinite(image))
-        raise Refusal(f"{num_bad} pixels are NaN or infinite. Replace them before use.")
-    image, low, high = float_to_uint16(image)
+    if image.dtype.kind == "f" and np.isnan(image).any():
+        raise Refusal(f"{np.isnan(image).sum()} pixels are NaN. Replace them before use.")
+    try:
+        scaled, low, high, spikes = float_to_uint16(image)
+    except ValueError:
+        num_bad = np.isinf(image).sum()
+        raise Refusal(f"{num_bad} pixels are infinite. Replace them before use.") from None
+    if len(spikes):
+        metadata["num_spikes"] = len(spikes)
+        most = np.abs(image[np.unravel_index(spikes, image.shape)].astype(np.float64)).max()
+        metadata["notices"].append(
+            f"{describe_spikes(len(spikes), image.size)}, of up to {most:.6g}: clipped"
+        )
     if (low, high) != (0.0, 65535.0):
         metadata["scaled_from"] = [low, high]
         metadata["notices"].append(
             f"{stored} scaled to 16 bits: {low:.6g} to 0, {high:.6g} to 65535"
         )
-    return image
+    return scaled
 
 
 def _crop(image, num_rows, metadata, label_bar, reason=""):

@@ -179,7 +179,9 @@ def read_tile(path, resolution, row, column, downsample=1, intensity="auto"):
             f"{height} x {width}; choose --row and --column, or a smaller --downsample"
         )
     low, high, _ = find_levels(micrograph.image, intensity)
-    tile = average_area(micrograph.image[row : row + side, column : column + side], downsample)
+    tile = micrograph.image[row : row + side, column : column + side]
+    limits = (low, high) if intensity == "auto" else ()
+    tile = average_area(tile, downsample, *limits)
     return from_uint(tile, low, high)[None, None]
 
 

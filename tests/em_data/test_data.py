@@ -239,14 +239,16 @@ def test_label_folders_and_other_files_are_left_out_and_said(folder, config, noi
         assert any(part in line for line in said)
 
 
-def test_hot_pixel_that_takes_the_range_is_said(tmp_path, noise, config):
+def test_hot_pixels_are_clipped_and_said(tmp_path, noise, config):
     for i in range(2):
         image = noise(i, (64, 64), np.uint16) // 64
         image[3, 3] = 65535
         tifffile.imwrite(tmp_path / f"{i}.tif", image)
-    data, said = load(tmp_path, config)
-    assert any("hot or dead pixels" in line for line in said)
-    assert data.summary["fraction_clipped"] == 0
+    for downsample in (1, 2):
+        data, said = load(tmp_path, config, downsample=downsample)
+        assert any("1 spike (isolated outliers, 0.024 %" in line for line in said)
+        assert data.summary["fraction_clipped"] == 1 / 64**2
+        assert data.train.batch([0]).std() > 0.2
     data, said = load(tmp_path, config, intensity="percentile")
     assert 0 < data.summary["fraction_clipped"] < 0.002
     assert any("% clipped" in line for line in said)

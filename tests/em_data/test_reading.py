@@ -104,7 +104,7 @@ HALF_ALPHA = pil(np.dstack([three(GREY8), GREY8]), "PNG")
 NAN = GREY16.astype(np.float32)
 NAN[2, 3] = np.nan
 INF = GREY16.astype(np.float32)
-INF[2, 3] = np.inf
+INF[2:9, 3:9] = np.inf
 CMYK = pil(PIL.Image.fromarray(COLOUR).convert("CMYK"), "JPEG")
 REFUSED = {
     "coloured png": (pil(COLOUR, "PNG"), "coloured"),
@@ -115,8 +115,8 @@ REFUSED = {
     "cmyk": (CMYK, "CMYK"),
     "stack": (STACK, "stack of 2 frames"),
     "half transparent": (HALF_ALPHA, "transparent"),
-    "nan": (tiff(NAN), "1 pixels are NaN or infinite"),
-    "infinite": (tiff(INF), "1 pixels are NaN or infinite"),
+    "nan": (tiff(NAN), "1 pixels are NaN"),
+    "infinite": (tiff(INF), "42 pixels are infinite"),
     "complex": (tiff(GREY8.astype(np.complex64)), "complex"),
     "empty": (b"", "empty file"),
     "zeros": (bytes(500), "zero bytes"),
@@ -182,6 +182,15 @@ def test_float_image_is_scaled_to_16_bits_and_says_so():
     assert (micrograph.image.min(), micrograph.image.max()) == (0, 65535)
     assert micrograph.metadata["scaled_from"] == [-3.0, 5.0]
     assert any("scaled to 16 bits" in notice for notice in micrograph.metadata["notices"])
+
+
+def test_one_outlier_of_a_float_image_is_clipped_and_said():
+    values = GREY8 / np.float32(3)
+    kept = values.copy()
+    values[7, 9], kept[7, 9] = np.inf, kept.max()
+    micrograph = read_micrograph(tiff(values), name="x")
+    np.testing.assert_allclose(micrograph.image, kept / 85 * 65535, atol=1)
+    assert any(notice.startswith("1 spike") for notice in micrograph.metadata["notices"])
 
 
 def png_with(chunk):
