@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from em_data.formats import Refusal, decode
+from em_data.formats import Refusal, decode, microscopes
 from em_data.intensity import describe_spikes, float_to_uint16
 from em_data.label_bar import find_label_bar
 from em_data.micrograph import Micrograph
 
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", *microscopes.SUFFIXES)
 JPEG_TOLERANCE = 2  # grey levels by which JPEG compression makes the channels of grey differ
 
 
@@ -49,7 +49,7 @@ def read_micrographs(
     metadata["notices"].
 
     Args:
-        path: A TIFF, PNG, JPEG or BMP file, or its bytes.
+        path: A TIFF, PNG, JPEG or BMP file, a file of a microscope, or the bytes of one.
         label_bar: What to do with a label bar at the bottom: "crop", "keep" or "refuse".
         name: Name in messages. Default: the path.
         specimen: Name of the specimen.
@@ -58,18 +58,17 @@ def read_micrographs(
         ValueError: The file cannot be used. The message names the file, the reason and a remedy.
     """
     if isinstance(path, bytes):
-        data, name = path, name or "image"
+        source: bytes | Path = path
+        name = name or "image"
     else:
-        name = name or str(path)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
+        source, name = Path(path), name or str(path)
     try:
-        for stored in decode(data):
+        for stored in decode(source):
             yield _finish(stored, label_bar, name, specimen)
     except Refusal as refusal:
         raise ValueError(f"{name}: {refusal}") from refusal.__cause__
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def _finish(stored, label_bar, name, specimen):
@@ -81,6 +80,8 @@ def _finish(stored, label_bar, name, specimen):
     image = to_uint(image, metadata)
     num_rows = 0 if label_bar == "keep" else find_label_bar(image)
     image = _crop(image, num_rows, metadata, label_bar)
+    if stored.name is not None:
+        name = f"{name}#{stored.name}"
     if stored.frame is not None:
         metadata["frame"] = stored.frame
         name = f"{name}#{stored.frame:04d}"

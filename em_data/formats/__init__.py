@@ -1,8 +1,10 @@
 """Decoders, one module per group of formats; `decode` chooses by the content of a file."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from em_data.formats.base import Refusal, Stored
+from em_data.formats.microscopes import decode_microscope, find_format
 from em_data.formats.pictures import decode_bmp, decode_jpeg, decode_png
 from em_data.formats.tiff import decode_tiff
 
@@ -17,23 +19,45 @@ DECODERS = {  # first bytes of a file: what decodes it
 }
 
 
-def decode(data: bytes) -> Iterator[Stored]:
-    """Yield the images of the bytes of a file as they are stored.
+START_BYTES = 1024
+
+
+def decode(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
+    """Yield the images of a file as they are stored.
+
+    Args:
+        source: The path of the file, or its bytes.
+        frame_step: Every how many frames of a stack are read.
 
     Raises:
         Refusal: The file cannot be used.
+        OSError: The file cannot be opened.
     """
-    if not data:
+    if isinstance(source, bytes):
+        start, suffix = source[:START_BYTES], ""
+    else:
+        with open(source, "rb") as file:
+            start, suffix = file.read(START_BYTES), source.suffix
+    if not start:
         raise Refusal("empty file (0 bytes). Copy it again from the microscope.")
-    decoders = [each for start, each in DECODERS.items() if data.startswith(start)]
-    if not decoders:
-        if not data.strip(b"\0"):
-            raise Refusal("unreadable: nothing but zero bytes. Copy it again.")
-        raise Refusal("not a TIFF, PNG, JPEG or BMP file by its content. Export it as TIFF.")
+    decoders = [each for magic, each in DECODERS.items() if start.startswith(magic)]
+    form = None if decoders else find_format(start, suffix)
     try:
-        yield from decoders[0](data)
+        if form and start.strip(b"\0"):
+            yield from decode_microscope(source, form, frame_step)
+            return
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        if decoders:
+            yield from decoders[0](data)
+            return
     except Refusal:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
         first = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
         raise Refusal(f"unreadable or truncated ({first}). Copy it again.") from error
+    if not data.strip(b"\0"):
+        raise Refusal("unreadable: nothing but zero bytes. Copy it again.")
+    raise Refusal(
+        "not a TIFF, PNG, JPEG or BMP file, nor one of a microscope, by its content. "
+        "Export it as TIFF."
+    )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from em_data.files import write_atomically
+from em_data.formats.microscopes import NOT_MICROGRAPHS
 from em_data.reading import SUFFIXES, natural_key, read_micrographs
 from em_data.sources.base import Entry, Source
 
@@ -18,7 +19,7 @@ LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segm
 LABEL_FOLDER = re.compile(rf"^{LABEL_WORDS}(\d*|[-_ ].*)$", re.IGNORECASE)
 LABEL_FILE = re.compile(rf"[-_ .]{LABEL_WORDS}\d*$", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
-OTHER_MICROSCOPY = re.compile(r"\.(dm[34]|emd|ser|mrcs?|hdf5|h5|np[yz]|gif|webp)")
+OTHER_MICROSCOPY = re.compile(r"\.(np[yz]|gif|webp)")
 FRESH_NS = 2_000_000_000  # a file changed so recently may change again within its time stamp
 
 
@@ -71,6 +72,8 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
             suffix = Path(file).suffix.lower()
             if OTHER_MICROSCOPY.fullmatch(suffix):
                 reason = f"{suffix} files: not read. Export them as TIFF."
+            elif suffix in NOT_MICROGRAPHS:
+                reason = f"{suffix} files: {NOT_MICROGRAPHS[suffix]}, not micrographs"
             elif suffix not in SUFFIXES:
                 continue
             elif label_folder:
@@ -86,7 +89,8 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
     if not paths:
         also = f" ({'; '.join(ignored)})" if ignored else ""
         raise ValueError(
-            f"{folder} holds no TIFF, PNG, JPEG or BMP image{also}. Give a folder of images."
+            f"{folder} holds no TIFF, PNG, JPEG or BMP image and no file of a microscope{also}. "
+            "Give a folder of images."
         )
     return sorted(paths, key=natural_key), ignored
 

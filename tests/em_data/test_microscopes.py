@@ -1,0 +1,200 @@
+"""Files of electron microscopes: dm3, dm4, ser, mrc, emd, hspy and others, by RosettaSciIO."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from em_data.formats import Refusal, decode
+from em_data.formats.microscopes import SUFFIXES, find_format
+from em_data.reading import read_micrographs
+from em_data.sources.folder import list_images
+from support.microscope_files import DM_TYPES, MRC_MODES, make_dm, make_mrc, make_ser, write_velox
+
+RNG = np.random.default_rng(7)
+STACK = RNG.integers(0, 1000, (3, 20, 30)).astype(np.uint16)
+IMAGE = STACK[0]
+
+
+@pytest.fixture(autouse=True)
+def extra():
+    reason = 'RosettaSciIO is not installed: pip install "em-synthesis[microscopes]"'
+    pytest.importorskip("rsciio", reason=reason)
+    pytest.importorskip("h5py", reason=reason)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Return a function that writes a file and lists its images as they are stored."""
+
+    def read(name, data, **options):
+        path = tmp_path / name
+        if data is not None:
+            path.write_bytes(data)
+        return list(decode(path, **options))
+
+    return read
+
+
+def write_hspy(path, array, units, navigate=(), title="", signal_type=""):
+    from rsciio.hspy import file_writer
+
+    axes = [
+        {
+            "name": f"axis {i}",
+            "size": size,
+            "index_in_array": i,
+            "scale": 0.5,
+            "offset": 0.0,
+            "units": unit,
+            "navigate": i in navigate,
+            "_type": "UniformDataAxis",
+        }
+        for i, (size, unit) in enumerate(zip(array.shape, units))
+    ]
+    signal = {
+        "data": array,
+        "axes": axes,
+        "metadata": {"General": {"title": title}, "Signal": {"signal_type": signal_type}},
+        "original_metadata": {},
+        "attributes": {"_lazy": False, "ragged": False},
+        "learning_results": {},
+        "tmp_parameters": {},
+        "models": {},
+        "package_info": {"package": "", "package_version": ""},
+    }
+    file_writer(str(path), signal)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("dtype", DM_TYPES)
+def test_dm_keeps_pixels_and_scale_of_every_type(version, dtype, store):
+    array = (IMAGE - 100 * (dtype in ("int16", "int32", "float32", "float64"))).astype(dtype)
+    facts = {"scale": 0.02, "unit": "µm", "name": "HAADF"}
+    data = make_dm([(array, facts)], version, thumbnail=np.zeros((4, 5), np.uint8))
+    (stored,) = store(f"a.dm{version}", data)
+    assert stored.array.dtype == dtype
+    np.testing.assert_array_equal(stored.array, array)
+    assert stored.pixel_size_nm == pytest.approx(20.0)
+    assert (stored.name, stored.frame) == (None, None)
+    assert stored.metadata["title"] == "HAADF"
+
+
+def test_content_decides_not_the_suffix(store):
+    for name in ("a.tif", "a.ser", "a.dm3", "a"):
+        (stored,) = store(name, make_dm([(IMAGE, {})]))
+        np.testing.assert_array_equal(stored.array, IMAGE)
+    (stored,) = store("b.tif", make_ser(IMAGE[None]))
+    np.testing.assert_array_equal(stored.array, IMAGE)
+    (stored,) = decode(make_ser(IMAGE[None]))
+    np.testing.assert_array_equal(stored.array, IMAGE)
+    assert find_format(make_mrc(IMAGE)[:1024], ".tif").name == "MRC"
+    with pytest.raises(Refusal, match="by its content"):
+        store("c.tif", b"no image at all" * 10)
+
+
+@pytest.mark.parametrize("kind", ["a.dm4", "a.ser", "a.mrc", "a.emd", "a.hspy"])
+def test_stacks_are_read_frame_by_frame(kind, store, tmp_path):
+    data = {
+        "a.dm4": make_dm([(STACK, {"scale": 1.0, "unit": "nm"})]),
+        "a.ser": make_ser(STACK),
+        "a.mrc": make_mrc(STACK, (300.0, 200.0, 30.0)),
+    }.get(kind)
+    if kind == "a.emd":
+        write_velox(tmp_path / kind, {"HAADF": (np.moveaxis(STACK, 0, -1), 1e-9)})
+    elif kind == "a.hspy":
+        write_hspy(tmp_path / kind, STACK, ["s", "nm", "nm"], navigate=[0])
+    frames = store(kind, data)
+    assert [frame.frame for frame in frames] == [0, 1, 2]
+    np.testing.assert_array_equal([frame.array for frame in frames], STACK)
+    assert {frame.pixel_size_nm for frame in frames} == {0.5 if kind == "a.hspy" else 1.0}
+    assert [frame.frame for frame in store(kind, None, frame_step=2)] == [0, 2]
+
+
+@pytest.mark.parametrize("dtype", set(MRC_MODES) - {"complex64", "int8"})
+def test_mrc_keeps_pixels_of_every_mode(dtype, store):
+    (stored,) = store("a.rec", make_mrc(IMAGE.astype(dtype)))
+    np.testing.assert_array_equal(stored.array, IMAGE.astype(dtype))
+    assert stored.array.dtype == dtype
+
+
+def test_channels_of_velox_are_micrographs_of_their_own(tmp_path):
+    channels = {"HAADF": (STACK[0][..., None], 2e-9), "BF": (STACK[1][..., None], 2e-9)}
+    channels["Fe"] = (STACK[2][..., None], 2e-9)
+    write_velox(tmp_path / "a.emd", channels)
+    haadf, bf = read_micrographs(tmp_path / "a.emd", name="a.emd")
+    assert [haadf.name, bf.name] == ["a.emd#HAADF", "a.emd#BF"]
+    np.testing.assert_array_equal(haadf.image, STACK[0])
+    np.testing.assert_array_equal(bf.image, STACK[1])
+    assert haadf.pixel_size_nm == bf.pixel_size_nm == pytest.approx(2.0)
+    assert haadf.metadata["voltage_kV"] == 200.0
+    assert haadf.metadata["instrument"] == "Talos"
+    assert haadf.metadata["notices"] == ["not used: an X-ray map (Fe), not a micrograph"]
+
+
+def test_what_is_no_micrograph_is_refused_by_its_name(store, tmp_path):
+    cube = RNG.random((4, 5, 6)).astype(np.float32)
+    set_4d = np.stack([cube, cube])
+    kinds = {
+        "spectrum image": (cube, ["nm", "nm", "eV"], [0, 1], ""),
+        "4D-STEM set of diffraction": (set_4d, ["nm", "nm", "1/nm", "1/nm"], [0, 1], ""),
+        "a diffraction pattern": (cube[0], ["1/nm", "1/nm"], [], ""),
+        r"a diffraction pattern \(5 x 6\)": (cube[0], ["", ""], [], "electron_diffraction"),
+        "spectrum or line profile": (cube[0, 0], ["eV"], [], ""),
+        "line of spectra": (cube[0], ["nm", "eV"], [0], "EELS"),
+        "complex": (cube[0] * 1j, ["nm", "nm"], [], ""),
+        "axes do not say": (cube, ["", "", ""], [], ""),
+    }
+    for i, (reason, (array, units, navigate, signal_type)) in enumerate(kinds.items()):
+        write_hspy(tmp_path / f"{i}.hspy", array, units, navigate, signal_type=signal_type)
+        with pytest.raises(Refusal, match=reason):
+            store(f"{i}.hspy", None)
+    with pytest.raises(Refusal, match="diffraction pattern"):
+        store("a.dm4", make_dm([(IMAGE, {"scale": 0.1, "unit": "1/nm"})]))
+    with pytest.raises(Refusal, match=r"diffraction pattern.*1/m"):
+        store("a.ser", make_ser(IMAGE[None], scale_m=1e8))
+
+
+def test_a_header_that_announces_more_than_the_file_holds_is_refused(store):
+    with pytest.raises(Refusal, match="truncated: 4000000000 images"):
+        store("a.ser", make_ser(STACK, num_announced=4_000_000_000))
+    with pytest.raises(Refusal, match="truncated: 100000 x 100000"):
+        store("a.mrc", make_mrc(IMAGE, shape=(100_000, 100_000, 100_000)))
+    with pytest.raises(Refusal, match="truncated"):
+        store("a.dm4", make_dm([(IMAGE, {})])[:-600])
+
+
+def test_hdf5_files_do_not_have_other_files_read(store, tmp_path):
+    import h5py
+
+    (tmp_path / "secret").write_bytes(bytes(range(256)) * 3)
+    with h5py.File(tmp_path / "a.emd", "w", libver="latest") as file:
+        group = file.create_group("data")
+        group.attrs["emd_group_type"] = 1
+        group.attrs["version_major"] = 0
+        outside = [(str(tmp_path / "secret"), 0, 600)]
+        group.create_dataset("data", (20, 30), np.uint8, external=outside)
+    with pytest.raises(Refusal, match="lies in another file"):
+        store("a.emd", None)
+    with h5py.File(tmp_path / "b.emd", "w") as file:
+        file["data"] = h5py.ExternalLink("a.emd", "/data")
+    with pytest.raises(Refusal, match="lies in another file"):
+        store("b.emd", None)
+
+
+def test_without_the_extra_the_message_names_it(store, monkeypatch, tmp_path):
+    write_velox(tmp_path / "b.emd", {"HAADF": (IMAGE[..., None], 1e-9)})
+    for name in ("rsciio.digitalmicrograph", "h5py"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, data in (("a.dm4", make_dm([(IMAGE, {})])), ("b.emd", None)):
+        with pytest.raises(Refusal, match=r'pip install "em-synthesis\[microscopes\]"'):
+            store(name, data)
+
+
+def test_folder_lists_files_of_microscopes_and_names_the_others(tmp_path):
+    for suffix in [*SUFFIXES, ".blo", ".msa"]:
+        (tmp_path / f"a{suffix}").write_bytes(b"x")
+    paths, ignored = list_images(tmp_path)
+    assert {path.suffix for path in paths} == set(SUFFIXES)
+    assert "1 .blo files: 4D-STEM sets of diffraction patterns, not micrographs" in ignored
+    assert "1 .msa files: spectra, not micrographs" in ignored
