@@ -1,7 +1,6 @@
 """Models, images and micrographs -> one report: joins the models to the evaluation."""
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from em_generation.families import make_options
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import read_model
 from em_generation.reproduce import list_commands
-from em_training import config_from_dict, create_process_state, read_stats
+from em_training import config_from_dict, create_process_state, parse_pairs, read_stats
 
 STARTS = {"untrained": "untrained", "transferred": "start"}  # kind of level: folder of a run
 
@@ -189,12 +188,17 @@ def load_real_images(config, candidates: Sequence[Candidate], log=print) -> Real
 
 
 def find_tiles(config, candidates: Sequence[Candidate]) -> DataConfig | None:
-    """Return the tiling of the first run, to cut folders of whole micrographs; None without one."""
+    """Return the tiling of the first run, changed as the flags say; None without a run."""
     runs = [each.model for each in candidates if each.model is not None and each.model.config]
-    if not runs:
-        return None
-    values = dict(runs[0].config["tiles"]) | parse_pairs(config.tiles)
-    return config_from_dict(DataConfig, values | {"cache_dir": config.cache_dir})
+    return change_tiles(config, runs[0].config["tiles"]) if runs else None
+
+
+def change_tiles(config, values: dict) -> DataConfig:
+    """Return a tiling from these values and those of --tiles and --cache-dir."""
+    values = values | parse_pairs(config.tiles, "--tiles", "resolution=64")
+    if config.cache_dir is not None:
+        values["cache_dir"] = config.cache_dir
+    return config_from_dict(DataConfig, values)
 
 
 def cut_candidates(config, candidates: Sequence[Candidate], log) -> list[Candidate]:
@@ -238,39 +242,19 @@ def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
 
 def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]:
     """Return the source and the tiling of the micrographs: the flags', else the first run's."""
-    runs = [each.model for each in candidates if each.model is not None and each.model.config]
-    told = [run.config["data"] for run in runs if run.config.get("data")]
+    configs = [each.model.config or {} for each in candidates if each.model is not None]
+    told = [each["data"] for each in configs if each.get("data")]
     if config.data is None and not told:
         raise ValueError(
             "These models do not say which micrographs they were trained on. Name real images "
             "with --data MICROGRAPHS or --reference FOLDER."
         )
     source = config.data if config.data is not None else told[0]
-    if runs:
-        values = dict(runs[0].config["tiles"])
-    else:
-        values = dataclasses.asdict(DataConfig())
+    tiles = find_tiles(config, candidates)
+    if tiles is None:
         sizes = [each.images.shape[0] for each in candidates if each.images is not None]
-        if sizes:
-            values["resolution"] = sizes[0]
-    values |= parse_pairs(config.tiles)
-    if config.cache_dir is not None:
-        values["cache_dir"] = config.cache_dir
-    return source, config_from_dict(DataConfig, values)
-
-
-def parse_pairs(pairs: Sequence[str]) -> dict:
-    """Return {key: value} of KEY=VALUE texts; a value is read as JSON if it is JSON."""
-    values = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--tiles takes KEY=VALUE, such as resolution=64, not {pair!r}.")
-        try:
-            values[key.replace("-", "_")] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key.replace("-", "_")] = text
-    return values
+        tiles = change_tiles(config, {"resolution": sizes[0]} if sizes else {})
+    return source, tiles
 
 
 def refuse_other_splits(candidates: Sequence[Candidate], summary: dict) -> None:

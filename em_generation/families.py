@@ -47,18 +47,10 @@ def make_options(families: Iterable[Family], pairs: Sequence[str]) -> dict[str, 
     Each family takes the keys that it has. Raises `ValueError` for a key that none of `families`
     has, and for a value of a wrong type or outside its range.
     """
-    from em_training import config_from_dict
+    from em_training import config_from_dict, parse_pairs
 
     by_name = {family.name: family for family in families}
-    values = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"sampling options are KEY=VALUE, such as eta=0.5, not {pair!r}")
-        try:
-            values[key.replace("-", "_")] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key.replace("-", "_")] = text
+    values = parse_pairs(pairs, "--sampling", "eta=0.5")
     known = {
         name: {field.name for field in dataclasses.fields(family.options)}
         for name, family in by_name.items()

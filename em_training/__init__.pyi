@@ -13,6 +13,7 @@ from .config import describe_error as describe_error
 from .config import describe_preset as describe_preset
 from .config import is_complete as is_complete
 from .config import load_config as load_config
+from .config import parse_pairs as parse_pairs
 from .config import refuse_other_data as refuse_other_data
 from .config import refuse_other_run as refuse_other_run
 from .config import save_config as save_config

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +57,23 @@ def config_from_json(cls: type[Config], text: str) -> Config:
 def config_from_dict(cls: type[Config], values: dict) -> Config:
     """Build `cls` from plain values as JSON has them; errors as in `config_from_json`."""
     return config_from_json(cls, json.dumps(values))
+
+
+def parse_pairs(pairs: Sequence[str], flag: str, example: str) -> dict[str, Any]:
+    """Return {key: value} of the KEY=VALUE texts of a flag; a value is read as JSON if it is JSON.
+
+    flag, example: What the error names, such as "--tiles" and "resolution=64".
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} takes KEY=VALUE, such as {example}, not {pair!r}.")
+        try:
+            values[key.replace("-", "_")] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key.replace("-", "_")] = text
+    return values
 
 
 def save_config(config: Any, path: str | Path) -> None:

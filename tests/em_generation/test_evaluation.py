@@ -13,13 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import VQModel
 from PIL import Image
 
 import em_stylegan
 from em_data import DataConfig, read_image_folder, write_image
 from em_data.synthetic_micrographs import synthesise_micrographs
-from em_diffusion.drawing import reconstruct
 from em_generation import candidates as candidates_module
 from em_generation.candidates import (
     Candidate,
@@ -33,7 +31,6 @@ from em_generation.evaluate import (
     cut_large,
     evaluate_runs,
     find_data,
-    parse_pairs,
     refuse_other_splits,
 )
 from em_generation.extractors import create_extractors, pair_weights
@@ -96,18 +93,8 @@ def test_data_is_that_of_the_run_unless_flags_say_else(runs):
         find_data(EvaluationConfig(models=()), name_candidates(("c/gan",)))
     with pytest.raises(ValueError, match="Did you mean 'resolution'"):
         find_data(EvaluationConfig(models=(), tiles=("resolutoin=32",)), models)
-
-
-def test_pairs_are_read_as_json_where_they_are_json():
-    assert parse_pairs(("a=64", "b=true", "c=null", "d=paper", "e=[1, 2]")) == {
-        "a": 64,
-        "b": True,
-        "c": None,
-        "d": "paper",
-        "e": [1, 2],
-    }
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        parse_pairs(("resolution",))
+    with pytest.raises(ValueError, match="--tiles takes KEY=VALUE, such as resolution=64"):
+        find_data(EvaluationConfig(models=(), tiles=("resolution",)), models)
 
 
 def test_a_model_of_another_split_is_refused(runs):
@@ -115,23 +102,6 @@ def test_a_model_of_another_split_is_refused(runs):
     refuse_other_splits(models, {"name": "set", "split_hash": "1"})
     with pytest.raises(ValueError, match="another split"):
         refuse_other_splits(models, {"name": "set", "split_hash": "2"})
-
-
-def test_reconstruction_quantises():
-    torch.manual_seed(0)
-    vqvae = VQModel(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=2,
-        num_vq_embeddings=4,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-    )
-    images = torch.rand(2, 1, 16, 16) * 2 - 1
-    with torch.no_grad():
-        codes = vqvae.quantize(vqvae.encode(images).latents)[0]
-        expected = vqvae.decode(codes, force_not_quantize=True).sample.clamp(-1, 1)
-    torch.testing.assert_close(reconstruct(vqvae, images), expected)
 
 
 def test_weights_go_to_the_extractor_that_they_name():

@@ -11,6 +11,7 @@ from em_training import (
     config_from_json,
     config_to_json,
     load_config,
+    parse_pairs,
     refuse_other_data,
     refuse_other_run,
     save_config,
@@ -75,6 +76,19 @@ def test_mistakes_are_named(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json(: | is damaged)"):
         load_config(Outer, tmp_path / "config.json")
+
+
+def test_pairs_are_read_as_json_where_they_are_json():
+    pairs = ("a=64", "b=true", "c=null", "d-d=paper", "e=[1, 2]")
+    assert parse_pairs(pairs, "--f", "a=1") == {
+        "a": 64,
+        "b": True,
+        "c": None,
+        "d_d": "paper",
+        "e": [1, 2],
+    }
+    with pytest.raises(ValueError, match="--f takes KEY=VALUE, such as a=1, not 'resolution'"):
+        parse_pairs(("resolution",), "--f", "a=1")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
