@@ -36,7 +36,7 @@ from em_diffusion.presets import PRESETS
 from em_diffusion.samplers import create_sampler, is_flow
 from em_generation.loading import load_pipeline
 from em_generation.sampling import draw_images
-from em_training import create_process_state, seed_for
+from em_training import create_process_state, make_image_rng
 from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def run_by_turns(drawer, baseline, config: BenchmarkConfig, num_images: int):
 
 def sample_stock(baseline, numbers, config: BenchmarkConfig, num_steps: int):
     """Return the stock pipeline's images, float32 [B, 1, H, W] in [-1, 1]."""
-    generators = [torch.Generator().manual_seed(seed_for(config.seed, i)) for i in numbers]
+    generators = [make_image_rng(config.seed, i) for i in numbers]
     images = baseline(
         len(numbers), generators, num_inference_steps=num_steps, output_type="np"
     ).images

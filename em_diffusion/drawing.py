@@ -8,7 +8,7 @@ import torch
 
 from em_diffusion.autoencoder import decode, encode
 from em_diffusion.samplers import create_sampler
-from em_training import seed_for
+from em_training import make_image_rng
 from em_training.family import EXACT_BATCH, WALK_KEYS
 from em_training.memory import halve_batch
 from em_training.walk import walk_noise
@@ -74,7 +74,7 @@ class LDMDrawer:
 
     def draw(self, numbers: list[int]) -> torch.Tensor:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
-        rngs = [self._seed_rng(number) for number in numbers]
+        rngs = [make_image_rng(self.seed, number) for number in numbers]
         return self._decode(self._denoise(rngs), rngs, self.options.grain)
 
     def walk(self, frames_per_key: int) -> Iterator[torch.Tensor]:
@@ -84,13 +84,11 @@ class LDMDrawer:
         would flicker, or stand still in front of what moves.
         """
         shape = (1, *self.pipeline.latent_shape)
-        keys = [torch.randn(shape, generator=self._seed_rng(i)) for i in range(WALK_KEYS)]
+        rngs = [make_image_rng(self.seed, i) for i in range(WALK_KEYS)]
+        keys = [torch.randn(shape, generator=rng) for rng in rngs]
         for noise in walk_noise(torch.cat(keys), frames_per_key).split(EXACT_BATCH):
-            rngs = [self._seed_rng(0) for _ in noise]
+            rngs = [make_image_rng(self.seed, 0) for _ in noise]
             yield self._decode(self._denoise(rngs, noise), rngs, add_grain=False)
-
-    def _seed_rng(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_for(self.seed, number))
 
     def _denoise(self, rngs, noise=None):
         """Return latents [B, C, h, w] in the autoencoder's scale."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from em_stylegan.pictures.styles import mix_styles
-from em_training import seed_for
+from em_training import make_image_rng
 from em_training.family import EXACT_BATCH, WALK_KEYS
 from em_training.walk import walk
 
@@ -50,10 +50,10 @@ class StyleGANDrawer:
     @torch.no_grad()
     def draw(self, numbers: list[int]) -> torch.Tensor:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
-        rngs = [self._seed_rng(self.seed, number) for number in numbers]
+        rngs = [make_image_rng(self.seed, number) for number in numbers]
         ws = self._map(rngs)
         if self.options.mix_seed is not None:
-            other = self._map([self._seed_rng(self.options.mix_seed, 0)])
+            other = self._map([make_image_rng(self.options.mix_seed, 0)])
             layers = find_layers(ws.shape[1], self.options.mix_layers)
             ws = mix_styles(ws, other, layers)[:, 0]
         return self._synthesise(ws, NOISE_MODE, rngs)
@@ -61,12 +61,9 @@ class StyleGANDrawer:
     @torch.no_grad()
     def walk(self, frames_per_key: int) -> Iterator[torch.Tensor]:
         """Yield batches of frames of a closed walk through w of the first images."""
-        keys = self._map([self._seed_rng(self.seed, i) for i in range(WALK_KEYS)])
+        keys = self._map([make_image_rng(self.seed, i) for i in range(WALK_KEYS)])
         for ws in walk(keys, frames_per_key).split(EXACT_BATCH):
             yield self._synthesise(ws, "const", None)
-
-    def _seed_rng(self, seed: int, number: int) -> torch.Generator:
-        return torch.Generator(self.pipeline.device).manual_seed(seed_for(seed, number))
 
     def _map(self, rngs):
         """Return w of every layer, float32 [B, num_ws, w_dim]."""

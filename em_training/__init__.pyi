@@ -37,5 +37,6 @@ from .run import TrainingInterrupted as TrainingInterrupted
 from .run import TrainingRun as TrainingRun
 from .run import lock_folder as lock_folder
 from .seeding import make_generator as make_generator
+from .seeding import make_image_rng as make_image_rng
 from .seeding import seed_for as seed_for
 from .stats import read_stats as read_stats

@@ -25,3 +25,11 @@ def make_generator(
     share numbers, such as "noise" and "mixing".
     """
     return torch.Generator(device).manual_seed(seed_for(seed, rank, num_images_seen, stream))
+
+
+def make_image_rng(seed: int, number: int) -> torch.Generator:
+    """Return the random generator of image `number`; on the CPU, so that any device gets its noise.
+
+    Every `Drawer` draws from it.
+    """
+    return torch.Generator().manual_seed(seed_for(seed, number))

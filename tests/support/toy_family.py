@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
-from em_training import seed_for
+from em_training import make_image_rng
 from em_training.family import WALK_KEYS, Card, Control, Family, ReferenceLevel, check_options
 
 
@@ -57,7 +57,7 @@ class ToyDrawer:
         return {"contrast": self.options.contrast}
 
     def draw(self, numbers):
-        rngs = [torch.Generator().manual_seed(seed_for(self.seed, i)) for i in numbers]
+        rngs = [make_image_rng(self.seed, i) for i in numbers]
         noise = self.pipeline.draw_noise(rngs)
         return self.pipeline.decode(noise, self.options.contrast).float()
 
