@@ -94,7 +94,7 @@ def test_options_of_several_families_are_given_as_pairs():
         make_options([find_family("stylegan")], ["eta=1"])
     with pytest.raises(ValueError, match=r"--eta is 2\.0, but must be 0 to 1"):
         make_options(FAMILIES, ["eta=2"])
-    with pytest.raises(ValueError, match="--sampling takes KEY=VALUE, such as eta=0.5"):
+    with pytest.raises(ValueError, match=r"--sampling takes KEY=VALUE, such as eta=0\.5"):
         make_options(FAMILIES, ["eta"])
 
 
