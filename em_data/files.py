@@ -35,6 +35,16 @@ def make_folder_name(name: str) -> str:
     return f"{safe or 'model'}-{hashlib.sha256(str(name).encode()).hexdigest()[:8]}"
 
 
+def printable(name: str | Path) -> str:
+    """Return the name of a file for people: control characters, and bytes without text, escaped."""
+    text = str(name)
+    if text.isprintable():
+        return text
+    undecoded = {chr(0xDC00 + byte): f"\\x{byte:02x}" for byte in range(0x80, 0x100)}
+    escaped = (c if c.isprintable() else undecoded.get(c) or repr(c)[1:-1] for c in text)
+    return "".join(escaped)
+
+
 def write_atomically(path, data: bytes | str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 

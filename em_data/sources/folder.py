@@ -4,22 +4,18 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
-from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from em_data.files import write_atomically
-from em_data.formats.microscopes import NOT_MICROGRAPHS
-from em_data.reading import SUFFIXES, natural_key, read_micrographs
+from em_data.files import printable, write_atomically
+from em_data.reading import read_micrographs
 from em_data.sources.base import Entry, Source
+from em_data.sources.listing import list_images
 
-LABEL_WORDS = r"(masks?|labels?|annotations?|annotated|ground[-_ ]?truth|gt|segmentations?)"
-LABEL_FOLDER = re.compile(rf"^{LABEL_WORDS}(\d*|[-_ ].*)$", re.IGNORECASE)
-LABEL_FILE = re.compile(rf"[-_ .]{LABEL_WORDS}\d*$", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
-OTHER_MICROSCOPY = re.compile(r"\.(np[yz]|gif|webp)")
 FRESH_NS = 2_000_000_000  # a file changed so recently may change again within its time stamp
 
 
@@ -38,7 +34,7 @@ def open_folder(folder, config, cache_dir=None) -> Source:
         keys = hash_files([folder / path for path in paths], cache_dir)
     entries = []
     for path, key in zip(paths, keys):
-        name = path.as_posix().encode(errors="replace").decode()
+        name = printable(path.as_posix())
         specimen = find_specimen(Path(name), config.specimen_pattern)
 
         frames = partial(
@@ -50,49 +46,6 @@ def open_folder(folder, config, cache_dir=None) -> Source:
         )
         entries.append(Entry(name, key, frames, specimen))
     return Source(folder.resolve().name, entries, ignored)
-
-
-def list_images(folder) -> tuple[list[Path], list[str]]:
-    """Return the images below a folder, relative to it and in natural order, and what is left out.
-
-    Raises:
-        ValueError: There is no image.
-    """
-    paths, left_out = [], Counter()
-    closed, visited = [], set()
-    for parent, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
-        if os.path.realpath(parent) in visited:  # a link may lead back
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(parent).relative_to(folder)
-        label_folder = next((part for part in relative.parts if LABEL_FOLDER.match(part)), None)
-        for file in (name for name in files if not name.startswith(".")):
-            suffix = Path(file).suffix.lower()
-            if OTHER_MICROSCOPY.fullmatch(suffix):
-                reason = f"{suffix} files: not read. Export them as TIFF."
-            elif suffix in NOT_MICROGRAPHS:
-                reason = f"{suffix} files: {NOT_MICROGRAPHS[suffix]}, not micrographs"
-            elif suffix not in SUFFIXES:
-                continue
-            elif label_folder:
-                reason = f"images in folder {label_folder}/: labels by their name"
-            elif LABEL_FILE.search(Path(file).stem):
-                reason = "images in files named as labels: labels by their name"
-            else:
-                paths.append(relative / file)
-                continue
-            left_out[reason] += 1
-    ignored = [f"{num} {reason}" for reason, num in left_out.items()]
-    ignored += [f"folder {error.filename}: {error.strerror}" for error in closed]
-    if not paths:
-        also = f" ({'; '.join(ignored)})" if ignored else ""
-        raise ValueError(
-            f"{folder} holds no TIFF, PNG, JPEG or BMP image and no file of a microscope{also}. "
-            "Give a folder of images."
-        )
-    return sorted(paths, key=natural_key), ignored
 
 
 def find_specimen(path: Path, pattern: str | None) -> str | None:
@@ -108,24 +61,34 @@ def hash_files(paths, cache_dir) -> list[str]:
     """Return a hash of the content of each file.
 
     Hashes are remembered by path, size and time of change. A file that changed within the last two
-    seconds is not remembered. The hash of an unreadable file is the error.
+    seconds is not remembered. The hash of a file that cannot be read is the reason. Pipes and
+    devices are not opened.
     """
     memo_path = Path(cache_dir) / "file_hashes.json"
     try:
         memo = json.loads(memo_path.read_text())
     except (OSError, ValueError):
         memo = {}
-    hashes, is_changed = [], False
+    hashes, is_changed, real_folders = [], False, {}
     for path in paths:
+        parent, file = os.path.split(path)
+        if parent not in real_folders:
+            real_folders[parent] = os.path.realpath(parent)
+        name = os.path.join(real_folders[parent], file)
         try:
-            stat, name = path.stat(), str(path.resolve())
+            status = os.stat(path)
             known = memo.get(name)
-            if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            if known and known[:2] == [status.st_size, status.st_mtime_ns]:
                 hashes.append(known[2])
                 continue
-            hashes.append(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
-            if time.time_ns() - stat.st_mtime_ns > FRESH_NS:
-                memo[name] = [stat.st_size, stat.st_mtime_ns, hashes[-1]]
+            if not stat.S_ISREG(status.st_mode):
+                hashes.append("not a regular file")
+                continue
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16))
+            hashes.append(digest.hexdigest())
+            if time.time_ns() - status.st_mtime_ns > FRESH_NS:
+                memo[name] = [status.st_size, status.st_mtime_ns, hashes[-1]]
                 is_changed = True
         except OSError as error:
             hashes.append(f"unreadable: {error.strerror}")

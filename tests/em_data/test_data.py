@@ -11,7 +11,8 @@ import tifffile
 
 import em_data.sources.folder
 from em_data import DataConfig, load_data, to_uint8
-from em_data.sources.folder import LABEL_FOLDER, hash_files
+from em_data.sources.file_types import LABEL_FOLDER
+from em_data.sources.folder import hash_files
 from support.config import refuses_config
 
 
