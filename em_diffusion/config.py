@@ -180,6 +180,10 @@ class DenoiserConfig:
     width can be made after the training by `python -m em_diffusion.posthoc_ema` (Karras et al.
     2024, arXiv:2312.02696, section 3). A sixteenth of the run is enough; 0 keeps none. Needs the
     memory of two more sets of weights."""
+    guide_images: Annotated[int, Ge(0), MAY_CHANGE] = 500_000
+    """Images after which a copy of the averaged weights is kept as the guide, a weaker model for
+    guidance (Karras et al. 2024, arXiv:2406.02507; see em_diffusion.choose_guidance). An eighth of
+    the run is enough; 0 keeps none."""
     num_validation_images: Positive = 512
     num_sample_images: Positive = 16
     num_sample_steps: Positive = 20

@@ -111,7 +111,7 @@ def train_denoiser(
     Logs the loss, and the loss of the averaged weights on held-out latents, always with the same
     noise and timesteps. Sample grids come from the averaged weights and always the same noise. With
     `config.evaluate_every`, logs the distance of generated images to held-out tiles, and keeps the
-    best weights in `out_dir`/denoiser/best (`em_training.read_best`).
+    best weights in `out_dir`/denoiser/best. Keeps an early average in `out_dir`/denoiser/guide.
 
     Args:
         vqvae: Decodes samples.
@@ -180,8 +180,7 @@ def train_denoiser(
                 step = step_optimizer(accelerator, optimizer, parameters, config.max_grad_norm)
                 num_images_seen += config.batch_size
                 ema.update(model, num_images_seen, config.batch_size)
-                if posthoc_ema:
-                    update_posthoc_ema(posthoc_ema, run, config, num_images_seen)
+                keep_averages(ema, posthoc_ema, run, config, num_images_seen)
 
                 run.log(**outputs, learning_rate=learning_rate, **step)
                 if run.is_due(config.validate_every, num_images_seen):
@@ -205,8 +204,12 @@ def build_denoiser(config, shape, device):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def update_posthoc_ema(posthoc_ema, run, config, num_images_seen):
-    """Move the averages towards the model, and save a snapshot when due."""
+def keep_averages(ema, posthoc_ema, run, config, num_images_seen):
+    """Save the guide at its moment; update the post-hoc averages, and save snapshots when due."""
+    if num_images_seen - config.batch_size < config.guide_images <= num_images_seen:
+        save_from_main_process(ema.model, run.dir / "guide", run.accelerator)
+    if posthoc_ema is None:
+        return
     posthoc_ema.update(num_images_seen, config.batch_size)
     is_due = run.is_due(config.posthoc_ema_every, num_images_seen)
     if is_due and run.accelerator.is_main_process:

@@ -45,7 +45,7 @@ class LDMDrawer:
         else:
             scheduler = create_sampler(options.scheduler, pipeline.scheduler)
         self.pipeline.register_modules(scheduler=scheduler)
-        for model in (pipeline.unet, pipeline.vqvae):
+        for model in filter(None, (pipeline.unet, pipeline.guide, pipeline.vqvae)):
             model.to(memory_format=torch.channels_last)
         self.decode_batch_size = options.decode_batch_size or choose_decode_batch_size(
             pipeline, batch_size
@@ -54,6 +54,8 @@ class LDMDrawer:
             # freezing packs the weights as a CPU reads them
             frozen = {"freezing": True} if pipeline.device.type == "cpu" else None
             self.pipeline.unet = torch.compile(pipeline.unet, options=frozen)
+            if pipeline.guide is not None:
+                self.pipeline.guide = torch.compile(pipeline.guide, options=frozen)
 
     def describe(self) -> dict:
         """Return the settings that decide the images."""
@@ -65,7 +67,11 @@ class LDMDrawer:
             if not key.startswith("_") and value != defaults.get(key)
         }
         grain = {} if self.pipeline.grain is None else {"grain": self.options.grain}
-        return grain | {
+        scale, start, stop = self._find_guidance()
+        guidance = {} if scale == 1 else {"guidance_scale": scale}
+        if guidance and (start, stop) != (0, 1):
+            guidance |= {"guidance_start": start, "guidance_stop": stop}
+        return (grain | guidance) | {
             "scheduler": type(scheduler).__name__,
             "scheduler_options": json.dumps(changed, sort_keys=True),
             "num_inference_steps": self.num_steps,
@@ -99,9 +105,24 @@ class LDMDrawer:
                 self.on_progress(min(1.0, (step + 1) / self.num_steps))
             return tensors
 
+        scale, start, stop = self._find_guidance()
         return self.pipeline.denoise(
-            len(rngs), rngs, self.num_steps, self.options.eta, noise, callback_on_step_end=report
+            len(rngs),
+            rngs,
+            self.num_steps,
+            self.options.eta,
+            noise,
+            callback_on_step_end=report,
+            guidance_scale=scale,
+            guidance_start=start,
+            guidance_stop=stop,
         )
+
+    def _find_guidance(self) -> list[float]:
+        """Return scale, start and stop of the guidance: the options', else the pipeline's."""
+        names = ("guidance_scale", "guidance_start", "guidance_stop")
+        values = ((getattr(self.options, name), self.pipeline.config[name]) for name in names)
+        return [saved if given is None else given for given, saved in values]
 
     def _decode(self, latents, rngs, add_grain: bool):
         """Decode in parts, and in smaller ones after an out-of-memory error.

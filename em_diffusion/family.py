@@ -47,6 +47,13 @@ class LDMOptions:
     all but the last two."""
     eta: float = 0.0
     """Noise added back in each step of ddim: 0 (deterministic) to 1 (as noisy as ddpm)."""
+    guidance_scale: float | None = None
+    """Guidance by the weaker U-Net that the model holds: 1 is none, more trades variety for
+    fidelity. Default: the scale saved with the model."""
+    guidance_start: float | None = None
+    """Fraction of the steps at which the guidance begins. Default: that saved with the model."""
+    guidance_stop: float | None = None
+    """Fraction of the steps at which the guidance ends. Default: that saved with the model."""
     grain: bool = True
     """Add the noise of micrographs that the autoencoder does not reproduce, if the model has it."""
     decode_batch_size: int | None = None
@@ -60,6 +67,9 @@ class LDMOptions:
             self,
             num_inference_steps=(1, float("inf")),
             eta=(0, 1),
+            guidance_scale=(-100, 100),
+            guidance_start=(0, 1),
+            guidance_stop=(0, 1),
             decode_batch_size=(1, float("inf")),
         )
         if self.scheduler is not None and self.scheduler not in get_args(SamplerName):
@@ -106,6 +116,7 @@ def describe_for_card(pipeline) -> dict:
         "latents": {"channels": channels, "height": height, "width": width},
         "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,
+        "guidance_scale": pipeline.config.guidance_scale,
         "stock": [name for name in stock if hasattr(diffusers, name)],
     }
 
@@ -118,6 +129,16 @@ def list_controls(pipeline) -> tuple[Control, ...]:
     saved_steps = pipeline.config.default_num_inference_steps
     names = list_samplers(pipeline.scheduler)
     steps = {saved: saved_steps} | {name: DEMO_STEPS[name] for name in names}
+    guidance = Control(
+        "guidance_scale",
+        "Guidance",
+        "slider",
+        pipeline.config.guidance_scale,
+        help="1 is none. More follows typical images more closely and varies less.",
+        minimum=1,
+        maximum=4,
+        step=0.25,
+    )
     return (
         Control(
             "scheduler",
@@ -137,6 +158,7 @@ def list_controls(pipeline) -> tuple[Control, ...]:
             minimum=1,
             maximum=max(250, saved_steps),
         ),
+        *([] if pipeline.guide is None else [guidance]),
     )
 
 

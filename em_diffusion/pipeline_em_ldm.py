@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -27,6 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PACKAGE = "em_diffusion"  # where this file and the components that it may load are installed
+_MOVED: dict[str, Any] = {}  # modules of repositories by their first name, see `_read_source`
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB in float32
 
@@ -62,10 +64,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         pixel_size_nm: Side of a pixel in nanometres; None if unknown.
         default_num_inference_steps: Denoising steps, unless the call says otherwise.
         grain: An `EMGrain`, which adds the noise that the autoencoder removes; None adds none.
+        guide: A weaker U-Net of the same prediction, such as an early snapshot of `unet`, for
+            autoguidance (Karras et al. 2024, arXiv:2406.02507); None cannot guide.
+        guidance_scale, guidance_start, guidance_stop: The guidance of a call that does not say
+            otherwise; see `denoise`.
     """
 
     model_cpu_offload_seq = "unet->vqvae->grain"
-    _optional_components: ClassVar[list[str]] = ["grain"]
+    _optional_components: ClassVar[list[str]] = ["grain", "guide"]
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -76,17 +82,24 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         pixel_size_nm: float | None = None,
         default_num_inference_steps: int = 50,
         grain: ModelMixin | None = None,
+        guide: ModelMixin | None = None,
+        guidance_scale: float = 1.0,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
     ):
         super().__init__()
         self._kept_codes = None
         self._num_timesteps, self._interrupt = 0, False
-        for component in (vqvae, unet, scheduler, grain):
+        for component in (vqvae, unet, scheduler, grain, guide):
             if cls := _find_own_class(component):
                 _read_source(cls)
-        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, grain=grain)
+        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, grain=grain, guide=guide)
         self.register_to_config(
             pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm),
             default_num_inference_steps=int(default_num_inference_steps),
+            guidance_scale=float(guidance_scale),
+            guidance_start=float(guidance_start),
+            guidance_stop=float(guidance_stop),
         )
 
     def __setattr__(self, name, value):
@@ -108,6 +121,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         add_grain: bool = True,
+        guidance_scale: float | None = None,
+        guidance_start: float | None = None,
+        guidance_stop: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images by `denoise` and `decode`; see there for other arguments.
 
@@ -131,6 +147,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             latents,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            guidance_scale,
+            guidance_start,
+            guidance_stop,
         )
         images = latents
         if output_type != "latent":
@@ -148,11 +167,13 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        guidance_scale: float | None = None,
+        guidance_start: float | None = None,
+        guidance_stop: float | None = None,
     ) -> torch.Tensor:
         """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
         The noise and the scheduler's arithmetic are float32 whatever the type of the models.
-        Timesteps stay on the CPU, so that no step waits for the device.
 
         Args:
             generator: One for the batch, or a list of `batch_size`. With a list, image i depends on
@@ -166,20 +187,22 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 step. The latents that it returns replace the step's. They are in the denoiser's
                 scale, see `denormalise_latents`. It can set `pipe._interrupt = True` to skip the
                 other steps.
+            guidance_scale: The prediction is guide + scale (unet - guide); 1 skips the guide.
+            guidance_start, guidance_stop: Fractions of the steps between which that holds.
 
         Raises:
             ValueError: For arguments that do not fit, or if the model diverged.
         """
         self._check_inputs(batch_size, generator, callback_on_step_end_tensor_inputs)
-        device = self._execution_device
-        latents = self._prepare_latents(batch_size, generator, latents, device)  # [B, C, h, w]
+        scale, start, stop = self._check_guidance(guidance_scale, guidance_start, guidance_stop)
+        latents = self._prepare_latents(batch_size, generator, latents)  # [B, C, h, w]
         self._prepare_scheduler(num_inference_steps, batch_size, generator)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         step_arguments = self._find_step_arguments(generator, eta)
         timesteps = self.scheduler.timesteps
-        timesteps_on_device = timesteps.to(device)
-        self._num_timesteps = len(timesteps)
-        self._interrupt = False
+        timesteps_on_device = timesteps.to(latents.device)
+        guided_steps = range(int(start * len(timesteps)), int(stop * len(timesteps)))
+        self._num_timesteps, self._interrupt = len(timesteps), False
 
         for i, timestep in enumerate(self.progress_bar(timesteps)):
             if self._interrupt:
@@ -187,14 +210,22 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             model_input = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-            model_input = model_input.to(self.unet.dtype)
-            output = self.unet(model_input, timesteps_on_device[i]).sample.float()  # [B, C, h, w]
+            guided = scale if i in guided_steps else 1.0
+            output = self._predict(model_input, timesteps_on_device[i], guided)  # [B, C, h, w]
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, i, timestep, tensors) or {}
                 latents = returned.get("latents", latents)
         return _refuse_non_finite(self.denormalise_latents(latents), "latents")
+
+    def _predict(self, latents, timestep, scale):
+        """Return the guided prediction for scaled noisy latents [B, C, h, w]; float32."""
+        output = self.unet(latents.to(self.unet.dtype), timestep).sample.float()
+        if scale == 1:
+            return output
+        weaker = self.guide(latents.to(self.guide.dtype), timestep).sample.float()
+        return weaker + scale * (output - weaker)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -338,8 +369,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                     for rng in (generator if is_list else [generator] * batch_size)
                 ]
 
-    def _prepare_latents(self, batch_size, generator, latents, device):
-        shape = (batch_size, *self.latent_shape)
+    def _prepare_latents(self, batch_size, generator, latents):
+        shape, device = (batch_size, *self.latent_shape), self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
@@ -369,6 +400,26 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 "given."
             )
 
+    def _check_guidance(self, scale, start, stop):
+        """Return scale, start and stop, those of the pipeline for None."""
+        config = self.config
+        scale = config.guidance_scale if scale is None else scale
+        start = config.guidance_start if start is None else start
+        stop = config.guidance_stop if stop is None else stop
+        if not math.isfinite(scale):
+            raise ValueError(f"`guidance_scale` is {scale}; it must be a finite number.")
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(
+                f"`guidance_start` is {start} and `guidance_stop` {stop}; they must be rising "
+                "fractions of the steps, from 0 to 1."
+            )
+        if scale != 1 and self.guide is None:
+            raise ValueError(
+                f"`guidance_scale` is {scale}, but this pipeline has no guide; leave it at 1, or "
+                "set `pipe.guide` to a weaker U-Net."
+            )
+        return scale, start, stop
+
     def _check_generators(self, batch_size, generator):
         """Return a generator as it is, and a sequence of `batch_size` generators as a list."""
         if not isinstance(generator, list | tuple):
@@ -390,7 +441,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Save the pipeline, also with a grain that was set after it was created.
+        """Save the pipeline, also with a grain or guide that was set after it was created.
 
         Options are those of `DiffusionPipeline.save_pretrained`.
 
@@ -402,7 +453,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 "safe_serialization=False would write pickled weights, which this pipeline does "
                 "not load. Leave it at True, which writes safetensors."
             )
-        self.register_modules(grain=self.grain)
+        self.register_modules(grain=self.grain, guide=self.guide)
         super().save_pretrained(save_directory, **kwargs)
 
     def save_config(
@@ -596,17 +647,19 @@ def _read_source(cls):
     replaces a first one's of the same name, in the module that already runs, too. So the class
     keeps its source from the first call on, and a class that came with a repository moves with its
     module to a name of its own. The compiled file goes, since Python may take it for the second
-    file's if both have one size.
+    file's if both have one size. A second component from the same file is a class of the module
+    that has just moved.
     """
     if "_source" in vars(cls):
         return cls._source
-    module = sys.modules[cls.__module__]
+    module = sys.modules.get(cls.__module__) or _MOVED[cls.__module__]
     path = Path(inspect.getsourcefile(module))
     cls._source = (path.stem, path.read_bytes())
     if cls.__module__.startswith("diffusers_modules."):
         with contextlib.suppress(OSError):
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-        sys.modules.pop(cls.__module__)
+        _MOVED[cls.__module__] = module
+        sys.modules.pop(cls.__module__, None)
         cls.__module__ = f"{cls.__module__}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
         sys.modules[cls.__module__] = module
     return cls._source

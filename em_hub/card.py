@@ -20,6 +20,7 @@ SAMPLING = (
     "scheduler",
     "num_inference_steps",
     "eta",
+    "guidance_scale",
     "truncation_psi",
     "noise_mode",
     "grain",

@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 NOISE_MODES = ("random", "const", "none")
 PACKAGE = "em_stylegan"  # where this file and the components that it may load are installed
+_MOVED: dict[str, Any] = {}  # modules of repositories by their first name, see `_read_source`
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
@@ -322,17 +323,19 @@ def _read_source(cls):
     replaces a first one's of the same name, in the module that already runs, too. So the class
     keeps its source from the first call on, and a class that came with a repository moves with its
     module to a name of its own. The compiled file goes, since Python may take it for the second
-    file's if both have one size.
+    file's if both have one size. A second component from the same file is a class of the module
+    that has just moved.
     """
     if "_source" in vars(cls):
         return cls._source
-    module = sys.modules[cls.__module__]
+    module = sys.modules.get(cls.__module__) or _MOVED[cls.__module__]
     path = Path(inspect.getsourcefile(module))
     cls._source = (path.stem, path.read_bytes())
     if cls.__module__.startswith("diffusers_modules."):
         with contextlib.suppress(OSError):
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-        sys.modules.pop(cls.__module__)
+        _MOVED[cls.__module__] = module
+        sys.modules.pop(cls.__module__, None)
         cls.__module__ = f"{cls.__module__}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
         sys.modules[cls.__module__] = module
     return cls._source

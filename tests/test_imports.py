@@ -25,7 +25,9 @@ PACKAGES = [*LIBRARY, COMMANDS]
 # modules that import nothing of ours but each other and that every package may import
 GROUND_FLOOR = {"em_data.files", "em_data.download", "em_hub.transport"}
 # modules of a family that may call em_evaluation: they judge images while a model is made
-JUDGES = re.compile(r"em_\w+\.(\w*loop|train|family|reconstruction|select_autoencoder)")
+JUDGES = re.compile(
+    r"em_\w+\.(\w*loop|train|family|reconstruction|select_autoencoder|choose_guidance)"
+)
 # a published component is one file
 PUBLISHED = sorted(
     [*ROOT.glob("em_*/em_*.py"), *ROOT.glob("em_*/pipeline_em_*.py")], key=lambda path: path.name

@@ -80,13 +80,14 @@ def test_samplers_leave_the_saved_one_in_place(ldm):
     assert dict(ldm.pipeline.config) == config
     assert seen == [0.25, 0.5, 0.75, 1.0]
     assert not torch.equal(a.images, b.images)
-    assert b.settings == {"Seed": 0, "Sampler": "DDIM, as saved", "Steps": 3}
+    assert b.settings == {"Seed": 0, "Sampler": "DDIM, as saved", "Steps": 3, "Guidance": 1.25}
     with pytest.raises(ValueError, match="Sampler is flow-euler; choose one of DDIM, as saved"):
         demo.draw(ldm, 0, 1, {"scheduler": "flow-euler"})
 
 
 def test_the_choice_of_a_sampler_sets_its_steps(ldm):
-    sampler, steps = ldm.controls
+    sampler, steps, guidance = ldm.controls
+    assert guidance.value == 1.25
     assert set(sampler.sets) == set(sampler.choices)
     assert sampler.sets[sampler.value] == {"num_inference_steps": steps.value} != {}
     assert sampler.sets["ddim"] == {"num_inference_steps": 50}
@@ -280,7 +281,7 @@ def test_the_interface_draws_and_offers_a_download(ldm, stylegan, tmp_path):
     shows = [each.fn for each in page.fns.values() if each.fn.__name__ == "show"]
     assert len(shows) == 4  # two models, each by its button and by the comparison
     values = {
-        "ldm": (ldm.source, "ddim", 2),
+        "ldm": (ldm.source, "ddim", 2, 1.5),
         "stylegan": (stylegan.source, 0.5, "", "coarse"),
     }
     for show, family in zip(shows, values, strict=False):

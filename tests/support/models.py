@@ -11,7 +11,7 @@ from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 
 
 def make_ldm(seed=0):
-    """A latent diffusion model of 16 x 16 pixels, with a U-Net of our own, a codebook and grain."""
+    """A latent diffusion model of 16 x 16 pixels: codebook, U-Net and guide of our own, grain."""
     torch.manual_seed(seed)
     blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     kinds = {
@@ -24,11 +24,20 @@ def make_ldm(seed=0):
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
-    unet = EMUNet2DModel(8, 2, 2, num_attention_heads=2, **kinds, **blocks)
+    unet, guide = (
+        EMUNet2DModel(8, 2, 2, num_attention_heads=2, **kinds, **blocks).eval() for _ in range(2)
+    )
     grain = EMGrain(sample_size=(16, 16), num_grey_levels=2, num_strengths=2)
     grain.load_state_dict(grain.state_dict() | {"deviations": torch.tensor([0.05, 0.1])})
     pipeline = EMLatentDiffusionPipeline(
-        vqvae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), 0.5, 3, grain
+        vqvae.eval(),
+        unet,
+        DDIMScheduler(clip_sample=False),
+        pixel_size_nm=0.5,
+        default_num_inference_steps=3,
+        grain=grain,
+        guide=guide,
+        guidance_scale=1.25,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
