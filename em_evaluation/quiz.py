@@ -1,10 +1,8 @@
 """The page's quiz, real or generated, with images that the page shows nowhere else."""
 
-import base64
-import io
-
 import numpy as np
-import PIL.Image
+
+from em_data.figures import make_data_uri
 
 NUM_QUIZ_IMAGES = 24  # at most, half of them real
 FEWEST = 4  # of either kind
@@ -33,15 +31,8 @@ def make_quiz(pictures, seed=0) -> dict | None:
     order = np.random.default_rng(seed).permutation(len(images))
     strip = np.concatenate([images[i] for i in order], axis=1)  # uint8 [H, N W]
     return {
-        "uri": encode_png(strip, "L"),
+        "uri": make_data_uri(strip),
         "height": strip.shape[0],
         "width": strip.shape[1] // len(images),
         "origins": [origins[i] for i in order],
     }
-
-
-def encode_png(pixels: np.ndarray, mode: str) -> str:
-    """Return pixels as a data URI with a PNG."""
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(pixels, mode).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

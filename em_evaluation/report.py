@@ -1,12 +1,11 @@
 """The report: one self-contained page and the JSON that all of its numbers come from."""
 
 import json
-import math
 from pathlib import Path
 
 import jinja2
-import numpy as np
 
+from em_data.figures import make_figure
 from em_data.files import write_atomically
 from em_data.views import SYMMETRIES
 from em_evaluation import wording
@@ -21,9 +20,9 @@ from em_evaluation.numbers import (
     format_number,
     format_percent,
 )
-from em_evaluation.quiz import encode_png, make_quiz
+from em_evaluation.quiz import make_quiz
 
-GAP_PX = 1  # between the tiles of a grid
+TEMPLATES = ("em_evaluation", "em_data")  # the style of all pages lies in em_data
 FIRST_TABLE = ("frechet_distance", "precision", "recall")
 
 
@@ -55,7 +54,7 @@ def write_report(report: dict, pictures: list[dict], out_dir: str | Path) -> Pat
 def render_page(report: dict, pictures: list[dict]) -> str:
     """Render the page from the JSON's content and the grids of images."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("em_evaluation"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(each) for each in TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -149,41 +148,3 @@ def list_data(dataset: dict) -> list[tuple[str, str]]:
             value = format_number(value)
         rows.append((DATA_LABELS[key], value))
     return rows
-
-
-def make_figure(picture: dict, pixel_size_nm, num_columns=4) -> dict:
-    """Return a picture's grid as a data URI, with a scale bar if the pixel size is known."""
-    levels = picture["levels"]  # uint8 [N, H, W]
-    num, height, width = levels.shape
-    num_columns = min(num, num_columns)
-    num_rows = math.ceil(num / num_columns)
-    step_y, step_x = height + GAP_PX, width + GAP_PX
-    shape = (num_rows * step_y - GAP_PX, num_columns * step_x - GAP_PX, 2)
-    grid = np.zeros(shape, np.uint8)  # grey and alpha: the gaps are transparent
-    for i, image in enumerate(levels):
-        top, left = (i // num_columns) * step_y, (i % num_columns) * step_x
-        grid[top : top + height, left : left + width, 0] = image
-        grid[top : top + height, left : left + width, 1] = 255
-    title, caption = picture["title"], picture["caption"]
-    return {
-        **{key: picture[key] for key in ("key", "title", "caption")},
-        "uri": encode_png(grid, "LA"),
-        "width": grid.shape[1],
-        "height": grid.shape[0],
-        "alt": f"{num} images of {height} by {width} pixels: {title}, {caption}",
-        "scale_bar": make_scale_bar(pixel_size_nm, width, grid.shape[1]),
-    }
-
-
-def make_scale_bar(pixel_size_nm, tile_px, grid_px) -> dict | None:
-    """Return a round length near half a tile and its width in percent of the grid.
-
-    None for an unknown pixel size.
-    """
-    if not pixel_size_nm:
-        return None
-    longest = pixel_size_nm * tile_px * 0.75
-    power = 10.0 ** math.floor(math.log10(longest))
-    length_nm = next(factor * power for factor in (5, 2, 1) if factor * power <= longest)
-    label = f"{length_nm:g} nm" if length_nm < 1000 else f"{length_nm / 1000:g} µm"
-    return {"label": label, "percent": round(100 * length_nm / pixel_size_nm / grid_px, 3)}

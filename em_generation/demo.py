@@ -20,8 +20,8 @@ import PIL.ImageFont
 import torch
 
 from em_data import DataConfig, load_data, save_image_grid
+from em_data.figures import make_scale_bar
 from em_data.files import make_folder_name
-from em_evaluation.report import make_scale_bar
 from em_generation.generate import DTYPES
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images

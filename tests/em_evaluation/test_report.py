@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from em_data.figures import make_scale_bar
 from em_evaluation import ModelImages, Protocol, evaluate_models, write_report
 from em_evaluation.baselines import read_baselines
 from em_evaluation.charts import draw_overview
@@ -21,7 +22,7 @@ from em_evaluation.images import select_views
 from em_evaluation.interval import to_json
 from em_evaluation.levels import LEVELS
 from em_evaluation.numbers import format_duration, format_interval, format_number
-from em_evaluation.report import make_scale_bar, render_page
+from em_evaluation.report import render_page
 from em_evaluation.wording import conclude, find_level, find_metric, list_notes, warn
 
 
