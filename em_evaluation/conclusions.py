@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Literal
 
@@ -15,11 +15,12 @@ from em_evaluation.levels import ReferenceLevel, Sets
 
 Aspect = Literal["fidelity", "variety", "defects"]
 Outcome = Literal["as_real", "differs", "undecided", "not_measured"]
-Blindness = Literal["nothing_found", "passed_by_noise"]
+Blindness = Literal["nothing_found", "passed_by_noise", "narrow"]
 Order = Literal["closer", "farther", "undecided"]
 METRICS_OF_ASPECT = {"fidelity": ("precision", "density"), "variety": ("recall", "coverage")}
 DEFECT_METRICS = ("loop_density", "loop_size", "dot_density", "line_density")
 TOLERANCE = 0.1  # a share that is at most this far below that of real images counts as real
+NARROW = 0.5  # a model with less than this share of real images' recall is narrow
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def judge_model(
         ]
         for aspect, metrics in METRICS_OF_ASPECT.items()
     }
+    if is_narrow(own, best):
+        aspects["fidelity"] = [doubt_narrow(each) for each in aspects["fidelity"]]
     if comparison is not None and not aspects["fidelity"]:  # the distance is all there is
         distance = "frechet_distance"
         outcome = judge_excess(comparison.difference, best[distance])
@@ -193,6 +196,21 @@ def judge_model(
 
 def make_measure(metric: str, value, reference, outcome: Outcome) -> Measure:
     return Measure(metric, METRICS[metric].label, METRICS[metric].unit, value, reference, outcome)
+
+
+def is_narrow(own: Mapping[str, Interval], real: Mapping[str, Interval]) -> bool:
+    """Return whether a model's recall is far below that of real images, intervals apart."""
+    if "recall" not in own or "recall" not in real:
+        return False
+    recall, best = own["recall"], real["recall"]
+    return recall.value < NARROW * best.value and recall.high < best.low
+
+
+def doubt_narrow(measure: Measure) -> Measure:
+    """Take back "as real": images that are all typical have a high precision and density."""
+    if measure.outcome != "as_real":
+        return measure
+    return replace(measure, outcome="undecided", blind="narrow")
 
 
 def judge_excess(difference: Interval | None, real: Interval | None) -> Outcome:

@@ -13,6 +13,7 @@ COMMON = {"undecided": "cannot tell", "not_measured": "not measured"}
 BLIND = {
     "nothing_found": "none found on either side, which shows nothing",
     "passed_by_noise": "images without defects would pass, too",
+    "narrow": "a model that draws only typical images would pass, too",
 }
 EFFECTS = {
     "fidelity": "would learn from images that are less like real ones than real tiles are",
@@ -67,9 +68,14 @@ def say_outcome(verdict: dict) -> str:
 
 
 def say_reason(verdict: dict) -> str:
-    """Return why a verdict on defects is open although no difference was found, else ""."""
-    measures = verdict["measures"]
-    if measures and all(each.get("blind") for each in measures):
+    """Return why a verdict is open although no difference was found, else ""."""
+    blind = {each.get("blind") for each in verdict["measures"]}
+    if verdict["outcome"] == "undecided" and "narrow" in blind:
+        return (
+            "the recall is below half that of real images, and a model that draws only typical "
+            "images has a high precision"
+        )
+    if blind and None not in blind and "narrow" not in blind:
         return "the detector does not distinguish noise from real tiles here"
     return ""
 
@@ -132,18 +138,21 @@ def summarise_model(report: dict, model: str) -> str:
     verdicts = find_verdicts(report, model)
     parts = []
     for verdict in verdicts:
-        outcome = say_outcome(verdict)
-        telling = [each for each in verdict["measures"] if each["outcome"] == "differs"]
+        reasons = [say_reason(verdict)] if say_reason(verdict) else []
+        telling = [each for each in verdict["measures"] if each["outcome"] == verdict["outcome"]]
         if telling:
-            first = telling[0]
-            own, real = (format_number(first[side]["value"]) for side in ("value", "reference"))
-            unit = f" {first['unit']}" if first["unit"] else ""
-            beside = name_real(report, verdict["aspect"])
-            outcome += f" ({first['label'].lower()} {own} against {real}{unit} of {beside})"
-        elif say_reason(verdict):
-            outcome += f" ({say_reason(verdict)})"
+            reasons.insert(0, say_numbers(report, verdict, telling[0]))
+        outcome = say_outcome(verdict) + (f" ({'; '.join(reasons)})" if reasons else "")
         parts.append(f"{verdict['aspect']} {outcome}")
     return f"{model}: {', '.join(parts)}. {say_for_detector(report, model)}"
+
+
+def say_numbers(report: dict, verdict: dict, measure: dict) -> str:
+    """Return a measure of a model beside that of real images, without intervals."""
+    own, real = (format_number(measure[side]["value"]) for side in ("value", "reference"))
+    unit = f" {measure['unit']}" if measure["unit"] else ""
+    beside = name_real(report, verdict["aspect"])
+    return f"{measure['label'].lower()} {own} against {real}{unit} of {beside}"
 
 
 def conclude(report: dict) -> list[str]:

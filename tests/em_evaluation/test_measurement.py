@@ -156,13 +156,33 @@ REAL = {"frechet_distance": near(50, 10), "precision": near(0.8), "recall": near
 
 
 def test_lost_variety_is_not_hidden_by_a_good_distance():
-    own = {"frechet_distance": near(52, 10), "precision": near(0.82), "recall": near(0.06)}
+    own = {"frechet_distance": near(52, 10), "precision": near(0.82), "recall": near(0.5)}
     outcomes, verdicts = judge(own, REAL)
     assert outcomes == {"fidelity": "as_real", "variety": "differs", "defects": "not_measured"}
     report = {"models": [{"name": "M"}], "verdicts": to_json(verdicts)}
     said = summarise_model(report, "M")
-    assert "variety lower than real (recall 0.0600 against 0.770 of" in said
+    assert "fidelity as real (precision 0.820 against 0.800 of" in said
+    assert "variety lower than real (recall 0.500 against 0.770 of" in said
     assert "A detector trained on these images alone would miss part of what real" in said
+
+
+@pytest.mark.parametrize(
+    ("recall", "precision", "fidelity"),
+    [
+        (near(0.06), near(0.85), "undecided"),
+        (near(0.06), near(0.6), "differs"),
+        (near(0.37), near(0.85), "undecided"),
+        (near(0.40), near(0.85), "as_real"),  # more than half of 0.77
+        (near(0.30, 0.45), near(0.85), "as_real"),  # the intervals overlap
+    ],
+)
+def test_precision_of_a_narrow_model_is_not_fidelity(recall, precision, fidelity):
+    own = REAL | {"precision": precision, "recall": recall}
+    outcomes, verdicts = judge(own, REAL)
+    assert outcomes["fidelity"] == fidelity
+    said = summarise_model({"verdicts": to_json(verdicts)}, "M")
+    assert ("draws only typical images has a high precision" in said) == (fidelity == "undecided")
+    assert f"precision {precision.value:.3f} against 0.800" in said
 
 
 def test_a_verdict_needs_an_interval_that_excludes_the_alternative():

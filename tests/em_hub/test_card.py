@@ -170,7 +170,8 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
         "lower than real",
     ):
         assert absent not in page
-    assert "StyleGAN2: fidelity as real, variety as real, defects as real." in page
+    beside = "(precision 0.500 against 0.500 of other reference images)"
+    assert f"StyleGAN2: fidelity as real {beside}, variety as real {beside}, defects" in page
     assert "num inference steps 7" in page
     assert ("VQModel.from_pretrained" in page) == (family == "ldm")
     assert ("EMUNet2DModel.from_pretrained" in page) is False  # ours is no stock class
