@@ -116,7 +116,7 @@ def base() -> LDMConfig:
 def demo() -> LDMConfig:
     """The embedded micrographs at 64 x 64 with 8 x 8 x 8 latents: a whole run in minutes.
 
-    A third of the micrographs is held out, so that there are enough real tiles to compare 1,000
+    A third of the micrographs is held out, so that there are enough real images to compare 1,000
     images with. The denoiser predicts velocity and trains the middle timesteps more often: with
     noise prediction and uniform timesteps, as in the study and in `paper`, minutes on a CPU are too
     short to learn dislocation loops. The default sampler draws fresh noise in each step, which

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from em_evaluation.numbers import format_interval
-from em_evaluation.wording import find_level, find_metric
+from em_evaluation.wording import find_level, find_metric, name_reference
 
 INK = "#010203"  # becomes the colour of the page's text
 ACCENTS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -148,7 +148,7 @@ def _use_log_axis(axes, **options):
 
 
 def draw_overview(report: dict, pictures: list[dict], num_columns=4) -> bytes:
-    """Draw real tiles and each model's images side by side, with their distances, as a PNG."""
+    """Draw real images and each model's images side by side, with their distances, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -167,13 +167,13 @@ def draw_overview(report: dict, pictures: list[dict], num_columns=4) -> bytes:
             axes.set_title(picture["title"], fontsize=12, fontweight="bold")
             metric = distances[picture["key"]]
             if metric is not None:
-                who = "real tiles: " if picture["role"] == "real" else ""
+                who = "real images: " if picture["role"] == "real" else ""
                 text = f"{who}{format_interval(metric)}"
                 axes.text(
                     0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=9
                 )
         figure.supxlabel(
-            "Frechet distance to held-out micrographs with 95 % interval (lower is closer)",
+            f"Frechet distance to {name_reference(report)} with 95 % interval (lower is closer)",
             fontsize=9,
         )
         buffer = io.BytesIO()

@@ -111,8 +111,7 @@ def _tabulate(reports, index):
     (best, a), (second, b) = ((name, row["frechet_distance"]) for name, row in rows[:2])
     if a["high"] < b["low"]:
         lines.append(
-            f"{best} is closer to the held-out micrographs than {second}: the intervals do not "
-            "overlap."
+            f"{best} is closer to the reference than {second}: the intervals do not overlap."
         )
     else:
         lines.append(

@@ -161,7 +161,7 @@ def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, lis
 
 def agree_on_number(models, real: RealImages, num_images: int) -> tuple[int, list[str]]:
     """Return the number of images of every set, and a note if it is smaller than asked for."""
-    counts = {"held-out images": len(real.held_out)}
+    counts = {"reference images": len(real.held_out)}
     if real.train is not None:
         counts["training views"] = len(real.train)
     for model in models:
@@ -194,12 +194,12 @@ def refuse_names(names: list[str], reserved: list[str]) -> None:
 
 
 def refuse_sizes(expected: tuple[int, int], sets: dict[str, ImageSet]) -> None:
-    """Raise `ValueError` for sets whose images differ from the held-out images in size."""
+    """Raise `ValueError` for sets whose images differ from the reference in size."""
     sizes = {key: images.resolution for key, images in sets.items()}
     wrong = [f"{key} ({h} x {w})" for key, (h, w) in sizes.items() if (h, w) != expected]
     if wrong:
         raise ValueError(
-            f"The held-out images have {expected[0]} x {expected[1]} pixels, but not "
+            f"The real images have {expected[0]} x {expected[1]} pixels, but not "
             f"{', '.join(wrong)}. Cut the micrographs to the size of the generated images "
             "(--tiles resolution=...), or generate images of the size of the tiles."
         )
@@ -231,18 +231,24 @@ def measure_sections(models, real: RealImages, sets: Sets, extractor, protocol, 
 def describe_protocol(measurement, sets: Sets, real: RealImages, protocol, notes) -> dict:
     """Return what two reports must share to be compared, and what the reader must know."""
     number, groups = len(sets.held_out), sets.held_out.num_groups
-    trained_on = "never trained on" if real.train is not None else "a folder of real images"
-    if real.summary.get("split") == "leaky":
-        trained_on = "of micrographs that were trained on (leaky split): every distance is too good"
+    split = real.summary.get("split")
     num_tiles = min(number, getattr(real.held_out, "num_tiles", number))
     origin = "" if groups is None else f" of {groups} micrographs"
+    if split is None:
+        reference = f"{number:,} real images{origin}; whether models trained on them is not known"
+    else:
+        reference = f"{number:,} views of {num_tiles:,} held-out tiles{origin}, " + (
+            "of micrographs that were trained on (leaky split): every distance is too good"
+            if split == "leaky"
+            else "never trained on"
+        )
     return {
         "extractor": measurement["identity"],
         "num_features": measurement["num_features"],
         "num_images": number,
         "resolution": sets.held_out.resolution[0],
         "grey_levels": "8 bit, generated and real alike",
-        "reference": f"{number:,} views of {num_tiles:,} held-out tiles{origin}, {trained_on}",
+        "reference": reference,
         "reference_num_tiles": num_tiles,
         "reference_num_micrographs": groups,
         "reference_digest": content_digest(sets.held_out)[:16],

@@ -126,13 +126,13 @@ def find_micrographs(tiles, tile_ids) -> np.ndarray | None:
 
 
 def note_few_micrographs(groups) -> list[str]:
-    """Return a note if the held-out tiles come from too few micrographs for a sound interval."""
+    """Return a note if the reference comes from too few micrographs for a sound interval."""
     number = ENOUGH_MICROGRAPHS if groups is None else len(np.unique(groups))
     if number >= ENOUGH_MICROGRAPHS:
         return []
-    few = "one held-out micrograph" if number == 1 else f"{number} held-out micrographs"
+    few = "one micrograph" if number == 1 else f"{number} micrographs"
     return [
         f"The reference is {few}. The intervals hardly contain the scatter between micrographs "
-        "and are too narrow. Hold out more micrographs in training "
-        "(--tiles.held-out-fraction) before you trust a small difference."
+        "and are too narrow. Use more micrographs (--tiles.held-out-fraction of the training, or "
+        "--reference) before you trust a small difference."
     ]

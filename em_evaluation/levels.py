@@ -78,7 +78,7 @@ def make_levels(
     levels = []
     if "real" in names and real is not None:
         meaning = "other real images: what a perfect model scores"
-        levels.append(ReferenceLevel("real", "real", "real tiles", meaning, real))
+        levels.append(ReferenceLevel("real", "real", "real images", meaning, real))
     if "reconstruction" in names:
         levels += [
             make_reconstruction(model.name, part, apply, base)

@@ -46,6 +46,8 @@ MAX_DEFECT_PIXELS = 20e6  # searched for defects in each set: about 20 s
 MAX_PIXELS_AT_ONCE = 2**27  # of sets measured in parallel: 16 bytes each, 2 GB
 LEAST_SIDE = 32  # pixels
 ELONGATED = 0.8  # minor over major axis below which a loop has a direction
+LEAST_LOOPS = 10  # for a histogram of one set
+COUNTS = {"loop_size": "loops", "loop_direction": "loops_with_direction"}  # of a histogram
 NUM_SIZE_BINS, NUM_ANGLE_BINS, NUM_VALUE_BINS = 120, 36, 512
 
 
@@ -145,14 +147,21 @@ def _measure_defects(defects, shape, bins, pixel_size_nm):
     totals = {"loop": weights, "dot": weights, "line": length}
     histogram = partial(histogram_by_image, defects, weights=weights, num_images=num)
     angles, edges = np.degrees(defects.angle), np.linspace(0, 180, NUM_ANGLE_BINS + 1)
-    return {
-        f"{kind}_density": sum_by_image(defects, kind, values, num)[:, None] / area
-        for kind, values in totals.items()
-    } | {
-        "loop_size": histogram(is_loop, defects.major, edges=bins["size"]),
-        "dot_size": histogram(is_dot, defects.major, edges=bins["dot_size"]),
-        "loop_direction": histogram(has_direction, angles, edges=edges),
-    }
+    return (
+        {
+            f"{kind}_density": sum_by_image(defects, kind, values, num)[:, None] / area
+            for kind, values in totals.items()
+        }
+        | {
+            name: np.bincount(defects.image[mine & (weights > 0)], minlength=num)[:, None]
+            for name, mine in (("loops", is_loop), ("loops_with_direction", has_direction))
+        }
+        | {
+            "loop_size": histogram(is_loop, defects.major, edges=bins["size"]),
+            "dot_size": histogram(is_dot, defects.major, edges=bins["dot_size"]),
+            "loop_direction": histogram(has_direction, angles, edges=edges),
+        }
+    )
 
 
 def measure_microscopy(sets: Sets, pixel_size_nm, *, seed, log) -> dict | None:
@@ -211,12 +220,13 @@ def compare_microscopy(
         for key, row in distances.items()
     }
     outcomes = judge_sets(distances, intervals, kinds)
+    num_searched = {key: count_searched(levels) for key, levels in sets.items()}
     return to_json({
         "pixel_size_nm": pixel_size_nm,
         "unit": unit,
         "area_unit": area_unit,
         "num_images": {key: len(levels) for key, levels in sets.items()},
-        "num_images_searched": min(count_searched(levels) for levels in sets.values()),
+        "num_images_searched": min(num_searched.values()),
         "dark_threshold": threshold,
         "metrics": {
             name: {each: getattr(m, each) for each in ("label", "unit", "definition", "source")}
@@ -227,7 +237,7 @@ def compare_microscopy(
         "outcomes": outcomes,
         "comparisons": compare_models(distances, models),
         "blind_spots": find_blind_spots(outcomes, kinds),
-        "curves": _make_curves(means, pixel_size_nm, bins, reference.shape[1:]),
+        "curves": _make_curves(means, num_searched, pixel_size_nm, bins, reference.shape[1:]),
         "calibration": calibrate_detector(
             min(reference.shape[1:]), pixel_size_nm, num_micrographs=num_calibration
         ),
@@ -331,8 +341,11 @@ def find_blind_spots(outcomes, kinds) -> dict[str, list[str]]:
     return {key: names for key, names in blind.items() if names}
 
 
-def _make_curves(means, pixel_size_nm, bins, shape):
-    """Return what the charts draw: axis and mean of every set, for the metrics that are curves."""
+def _make_curves(means, num_searched, pixel_size_nm, bins, shape):
+    """Return what the charts draw: axis and mean of every set, for the metrics that are curves.
+
+    A histogram of loops needs `LEAST_LOOPS`; few: set -> number, for sets that have fewer.
+    """
     frequencies, angle = frequency_bins(shape), 180 / NUM_ANGLE_BINS
     size = bins["size"][:-1] + bins["size"][1] / 2
     scale = pixel_size_nm or 1
@@ -346,10 +359,16 @@ def _make_curves(means, pixel_size_nm, bins, shape):
     }
     curves = {}
     for name, (x, label) in axes.items():
-        lines = {}
+        lines, few = {}, {}
         for key, mean in means.items():
             y = mean[name][0]
-            total = y.sum() if name in ("loop_size", "loop_direction") else 1
-            lines[key] = [float(f"{value:.5g}") for value in y / total] if total > 0 else None
-        curves[name] = {"x": [float(f"{value:.5g}") for value in x], "label": label, "lines": lines}
+            if name in COUNTS:
+                number = round(float(mean[COUNTS[name]][0, 0]) * num_searched[key])
+                if number < LEAST_LOOPS:
+                    few[key] = number
+                    continue
+                y = y / y.sum()
+            lines[key] = [float(f"{value:.5g}") for value in y]
+        x = [float(f"{value:.5g}") for value in x]
+        curves[name] = {"x": x, "label": label, "lines": lines, "few": few}
     return curves

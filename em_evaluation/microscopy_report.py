@@ -1,6 +1,7 @@
 """The report's section on electron microscopy: a coloured table, sentences and charts."""
 
 from em_evaluation.charts import colour_of, draw_panel
+from em_evaluation.microscopy import LEAST_LOOPS
 from em_evaluation.wording import join_words, name_sets
 
 MERGED = {"loop_size": 4, "loop_direction": 3}  # bins that a chart shows as one
@@ -29,6 +30,7 @@ def view_microscopy(report: dict) -> dict | None:
     levels = [level["key"] for level in report["levels"]]
     texture = [level["key"] for level in report["levels"] if level["kind"] == "surrogates"]
     names = name_sets(report)
+    drawn = ["held_out", *models, *texture]
     return {
         "section": section,
         "names": names,
@@ -38,7 +40,8 @@ def view_microscopy(report: dict) -> dict | None:
         "real": next((e["key"] for e in report["levels"] if e["kind"] == "real"), None),
         "sentences": conclude_microscopy(section, names),
         "detector": say_detector(section),
-        "charts": draw_microscopy(section, names, ["held_out", *models, *texture]),
+        "charts": draw_microscopy(section, names, drawn),
+        "not_drawn": say_not_drawn(section, names, drawn),
         "properties": name_properties(section),
     }
 
@@ -61,7 +64,7 @@ def conclude_microscopy(section: dict, names: dict[str, str]) -> list[str]:
                 sentences.append(f"{near} is closer than {far} in {join_words(measures)}.")
     for key, blind in section["blind_spots"].items():
         sentences.append(
-            f"Not told apart from real tiles: {names.get(key, key)}, by "
+            f"Not told apart from real images: {names.get(key, key)}, by "
             f"{join_words([labels[name] for name in blind])}. "
             "A good value of these measures alone shows nothing."
         )
@@ -113,12 +116,14 @@ def draw_microscopy(section: dict, names: dict[str, str], keys: list[str]) -> li
     for name, (title, y_label) in CHARTS.items():
         curve, lines = section["curves"][name], []
         for i, key in enumerate(keys):
-            if curve["lines"].get(key) is None:
+            if key not in curve["lines"]:
                 continue
             x, y = merge_bins(curve["x"], curve["lines"][key], MERGED.get(name, 1))
             style = {"color": colour_of(i), "linestyle": DASHES[i % len(DASHES)]}
             style |= {"drawstyle": "steps-mid"} if name in MERGED else {}
             lines.append((names.get(key, key), x, y, style))
+        if not lines:
+            continue
         charts.append(
             draw_panel(
                 lines, title=title, x_label=curve["label"], y_label=y_label,
@@ -126,6 +131,23 @@ def draw_microscopy(section: dict, names: dict[str, str], keys: list[str]) -> li
             )
         )  # fmt: skip
     return charts
+
+
+def say_not_drawn(section: dict, names: dict[str, str], keys: list[str]) -> list[str]:
+    """Say which sets `keys` have too few loops for a line in a chart, a sentence per chart."""
+    sentences = []
+    for name, (title, _) in CHARTS.items():
+        few = [
+            f"{names.get(key, key)} ({number})"
+            for key, number in section["curves"][name]["few"].items()
+            if key in keys
+        ]
+        if few:
+            sentences.append(
+                f"{title}: not drawn for sets with fewer than {LEAST_LOOPS} such loops: "
+                f"{join_words(few)}."
+            )
+    return sentences
 
 
 def merge_bins(x, y, factor):

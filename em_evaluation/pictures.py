@@ -18,7 +18,9 @@ def choose_pictures(sets, num_pictures: int, gallery=(), seed=0) -> list[dict]:
         levels = images.levels[:num_pictures, 0]
         return {"key": key, "title": title, "caption": caption, "levels": levels, "role": role}
 
-    held_out = picture("held_out", "Real", "held-out, never trained on", sets.held_out, "real")
+    held_out = picture(
+        "held_out", "Real", "what the models are compared with", sets.held_out, "real"
+    )
     pictures = [held_out]
     pictures += [
         picture(name, name, "generated", images, "model") for name, images in sets.generated.items()

@@ -16,7 +16,7 @@ BLIND = {
     "narrow": "a model that draws only typical images would pass, too",
 }
 EFFECTS = {
-    "fidelity": "would learn from images that are less like real ones than real tiles are",
+    "fidelity": "would learn from images that are less like real ones than real images are",
     "variety": "would miss part of what real micrographs show",
     "defects": "would learn the wrong number or size of defects",
 }
@@ -76,7 +76,7 @@ def say_reason(verdict: dict) -> str:
             "images has a high precision"
         )
     if blind and None not in blind and "narrow" not in blind:
-        return "the detector does not distinguish noise from real tiles here"
+        return "the detector does not distinguish noise from real images here"
     return ""
 
 
@@ -108,7 +108,7 @@ def say_for_detector(report: dict, model: str) -> str:
         return (
             f"These numbers do not show whether a detector can be trained on these images: "
             f"{join_words(open_)} {'is' if open_ in (['fidelity'], ['variety']) else 'are'} open. "
-            f"Use more images or more held-out micrographs.{caveat}"
+            f"Use more images or more {name_reference(report)}.{caveat}"
         )
     return (
         "Nothing measured here speaks against training a detector on these images. "
@@ -117,12 +117,12 @@ def say_for_detector(report: dict, model: str) -> str:
 
 
 def say_share(report: dict, verdict: dict) -> str:
-    """Say which share of the images resembles no real tile, if that is what differs."""
+    """Say which share of the images resembles no real image, if that is what differs."""
     for each in verdict["measures"]:
         if each["metric"] == "precision" and each["outcome"] == "differs":
             own, real = (100 * (1 - each[side]["value"]) for side in ("value", "reference"))
             beside = name_real(report, verdict["aspect"])
-            return f" {own:.0f} % of the images resemble no real tile ({beside}: {real:.0f} %)."
+            return f" {own:.0f} % of the images resemble no real image ({beside}: {real:.0f} %)."
     return ""
 
 
@@ -130,7 +130,7 @@ def say_caveat(report: dict) -> str:
     """Return the sentence that goes with verdicts that rest on one micrograph, else ""."""
     if report.get("protocol", {}).get("reference_num_micrographs") != 1:
         return ""
-    return " This rests on one held-out micrograph and may be chance: hold out more."
+    return " This rests on one real micrograph and may be chance: compare with more."
 
 
 def summarise_model(report: dict, model: str) -> str:
@@ -196,9 +196,9 @@ def warn(report: dict, model: str | None = None) -> list[str]:
 
 
 def is_limit(share: dict) -> bool:
-    """Return whether an autoencoder has most of its model's distance above that of real tiles.
+    """Return whether an autoencoder has most of its model's distance above that of real images.
 
-    Without a level of real tiles the whole distance counts.
+    Without a level of real images the whole distance counts.
     """
     return (share["share"] if share["excess"] is None else share["excess"]) > 0.5
 
@@ -211,7 +211,7 @@ def list_notes(report: dict) -> list[str]:
     distance = find_metric(report, real["key"]) if real else None
     if distance and number is not None and number < 5:
         notes.append(
-            f"Real tiles themselves score {format_interval(distance)} against "
+            f"Real images themselves score {format_interval(distance)} against "
             f"{'this one micrograph' if number == 1 else f'these {number} micrographs'}: a perfect "
             "model would score no better here. Judge the models by their distance to this level."
         )
@@ -227,14 +227,14 @@ def list_notes(report: dict) -> list[str]:
         if better:
             notes.append(
                 f"{join_words(better)} {'scores' if len(better) == 1 else 'score'} better than "
-                "real tiles: the held-out micrographs are unlike the other real ones. Hold out "
-                "more micrographs."
+                f"real images: the {name_reference(report)} are unlike the other real ones. Use "
+                "more of them."
             )
     return notes
 
 
 def say_closer(report: dict, comparison: dict) -> str:
-    """Say which of two models is closer to the held-out micrographs."""
+    """Say which of two models is closer to the reference."""
     first, second = comparison["first"], comparison["second"]
     if comparison["first_is"] == "farther":
         first, second = second, first
@@ -248,9 +248,9 @@ def say_closer(report: dict, comparison: dict) -> str:
             f"{format_number(difference['high'])})."
         )
     return (
-        f"{first} is closer to the held-out micrographs than {second}: {numbers}. The difference "
-        f"of {format_number(abs(difference['value']))} is significant (its 95 % interval "
-        "excludes 0)."
+        f"{first} is closer to the {name_reference(report)} than {second}: {numbers}. The "
+        f"difference of {format_number(abs(difference['value']))} is significant (its 95 % "
+        "interval excludes 0)."
     )
 
 
@@ -286,7 +286,7 @@ def say_autoencoder(report: dict, share: dict) -> str:
     doubt = " (its difference to one half is not significant)" if unsure else ""
     if share["excess"] is not None:
         sentence += (
-            f". Real tiles have a distance, too. Of {model}'s distance above theirs, the "
+            f". Real images have a distance, too. Of {model}'s distance above theirs, the "
             f"autoencoder has {100 * share['excess']:.0f} %"
         )
     if is_limit(share):

@@ -7,7 +7,7 @@
 It measures the distance to held-out tiles, the time to train and the time for 50,000 images of the
 LDM, StyleGAN2, StyleGAN3-T and StyleGAN3-R, and gives the difference to the study's numbers. Table
 3 is results/comparison_SCALE.json and .md; Figure 7 is results/comparison_SCALE.png. The study does
-not say what Figure 7 shows. Here, it is the first images of each model in a row, below real tiles
+not say what Figure 7 shows. Here, it is the first images of each model in a row, below real images
 that no model was trained on.
 
 The models are those of the other recipes, and are trained if they are missing: the LDM with the

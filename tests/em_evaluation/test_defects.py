@@ -201,6 +201,9 @@ def test_real_tiles_are_nearer_than_texture_without_structure():
     json.dumps(section, allow_nan=False)
     assert section["outcomes"]["copy"]["spectrum"] == "as_real"
     assert section["outcomes"]["surrogates"]["loop_density"] == "differs"
+    curves = section["curves"]["loop_size"]
+    assert set(curves["lines"]) == set(sets) - set(curves["few"])
+    assert "surrogates" in curves["few"]
     text = " ".join(conclude_microscopy(section, {"surrogates": "texture only"}))
-    assert "Not told apart from real tiles: texture only, by power spectrum" in text
+    assert "Not told apart from real images: texture only, by power spectrum" in text
     assert "precision and recall of loops" in say_detector(section)

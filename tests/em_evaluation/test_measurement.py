@@ -231,7 +231,7 @@ def test_defects_are_not_as_real_by_a_measure_that_noise_passes(found, blind, ou
     (*_, verdict) = judge_model("M", {"M": {}}, "real", None, section, blind)
     assert (verdict.outcome, verdict.measures[0].blind) == (outcome, why)
     said = summarise_model({"verdicts": to_json([verdict])}, "M")
-    assert ("does not distinguish noise from real tiles here" in said) == (why is not None)
+    assert ("does not distinguish noise from real images here" in said) == (why is not None)
 
 
 def test_lost_fidelity_is_told_as_a_share_and_one_micrograph_as_a_caveat():
@@ -239,8 +239,8 @@ def test_lost_fidelity_is_told_as_a_share_and_one_micrograph_as_a_caveat():
     verdicts = to_json(judge(own, REAL | {"precision": near(0.94)})[1])
     protocol = {"reference_num_micrographs": 1, "train_digest": "t"}
     said = summarise_model({"verdicts": verdicts, "protocol": protocol}, "M")
-    assert "39 % of the images resemble no real tile (training tiles: 6 %)" in said
-    assert "one held-out micrograph" in said
+    assert "39 % of the images resemble no real image (training tiles: 6 %)" in said
+    assert "rests on one real micrograph" in said
 
 
 # ---------------------------------------------------------------- comparison
@@ -274,7 +274,7 @@ def test_reports_of_one_protocol_are_put_beside_each_other(tmp_path):
     text = compare_reports([far / "report.json", near])
     assert text.index(f"A ({near})") < text.index(f"A ({far / 'report.json'})")
     assert "9.0 (8.0 to 10.0)" in text
-    assert f"A ({near}) is closer to the held-out micrographs than" in text
+    assert f"A ({near}) is closer to the reference than" in text
     close = write(tmp_path, "close", report(distance=6.0))
     assert "cannot be told apart" in compare_reports([near, close])
 

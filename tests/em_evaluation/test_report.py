@@ -297,7 +297,7 @@ def test_texture_without_structure_does_not_beat_the_surrogates():
 
 @pytest.mark.parametrize(
     ("num_micrographs", "said"),
-    [(1, "is one held-out micrograph"), (3, "is 3 held-out micrographs"), (6, None)],
+    [(1, "is one micrograph"), (3, "is 3 micrographs"), (6, None)],
 )
 def test_too_few_held_out_micrographs_are_said(num_micrographs, said):
     models = [ModelImages("LDM", blobs(80, torch.Generator().manual_seed(0)))]
