@@ -121,14 +121,15 @@ def _load_cut(opened, config, folder, log):
     if (folder / "cut.json").is_file():
         try:
             return Cut(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log(f"the cached tiles are damaged ({error}): cutting again")
             shutil.rmtree(folder, ignore_errors=True)
     try:
         cut(opened, config, folder)
     except OSError as error:  # of the cache; an image that cannot be read is a ValueError
         raise ValueError(
-            f"The tiles cannot be written to {folder.parent} ({error}). Use --tiles.cache-dir."
+            f"The tiles cannot be written to {folder.parent} ({error.strerror or error}). Repair "
+            "that or free space there, or use another folder with --tiles.cache-dir."
         ) from error
     return Cut(folder)
 

@@ -14,6 +14,26 @@ from pathlib import Path
 import filelock
 
 DAY = 86_400  # seconds
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FullDiskError(OSError):
+    """A file cannot be written since the disk or a quota is full."""
+
+    def __init__(self, path, number: int = errno.ENOSPC):
+        super().__init__(number, os.strerror(number), str(path))
+
+    def __str__(self):
+        return (
+            f"{self.filename} cannot be written: {self.strerror}. What was saved before is whole. "
+            "Free space and run the same command again."
+        )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Say whether an error, also one of a library that writes by itself, means a full disk."""
+    is_rust = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) in FULL or bool(is_rust and int(is_rust[1]) in FULL)
 
 
 def find_cache_dir(cache_dir=None) -> Path:
@@ -54,7 +74,7 @@ def write_atomically(path, data: bytes | str) -> None:
     make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with _name_full_disk(path), os.fdopen(handle, "wb") as file:
+        with name_full_disk(path), os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -67,16 +87,14 @@ def write_atomically(path, data: bytes | str) -> None:
 
 
 @contextmanager
-def _name_full_disk(path: Path) -> Iterator[None]:
-    """Raise a lack of space, also that of libraries with errors of their own, with the path."""
+def name_full_disk(path) -> Iterator[None]:
+    """Raise a lack of space during the block as `FullDiskError` with this path."""
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+        if not is_full_disk(error):
             raise
-        text = "No space left on the disk. What was saved before is whole; free space and repeat"
-        raise OSError(errno.ENOSPC, text, str(path)) from error
+        raise FullDiskError(path, getattr(error, "errno", None) or errno.ENOSPC) from error
 
 
 def flush_to_disk(path) -> None:
@@ -161,7 +179,7 @@ def _make_beside(folder, prefix, max_age):
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
         os.chmod(temporary, 0o777 & ~_UMASK)
-        with _name_full_disk(Path(folder)):
+        with name_full_disk(folder):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

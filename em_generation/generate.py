@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from em_data import read_image_folder, save_image_grid
-from em_data.files import lock, make_folder, write_atomically
+from em_data.files import lock, make_folder, name_full_disk, write_atomically
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
 from em_generation.store import create_store, remove_remains, scan_names
@@ -25,7 +24,6 @@ RECORD = "generation.json"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
 PREVIEW_IMAGES = 16
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 ImageFormat = Literal["png", "tiff", "arrow"]
 Precision = Literal["auto", "bf16", "fp16", "no"]
@@ -91,7 +89,8 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
 
     Raises:
         ValueError: The folder holds images of other settings or of another model, another process
-            writes into it, the model diverged, or the disk is full.
+            writes into it, or the model diverged.
+        OSError: The disk is full. Images written so far are whole.
     """
     model = read_model(config.model) if model is None else model
     options = model.family.options() if config.options is None else config.options
@@ -109,7 +108,7 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
         f"Another process generates into {out}. Wait for it, or choose another folder with --out."
     )
     with (
-        explain_full_disk(out),
+        name_full_disk(out),
         lock(out / ".lock", message) if state.is_main_process else contextlib.nullcontext(),
     ):
         return _generate(config, model, state, out)
@@ -251,17 +250,3 @@ def write_preview(out) -> Path:
 def say(text: str) -> None:
     """Print a message above the progress bar."""
     tqdm.write(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def explain_full_disk(out: Path):
-    """Turn the error of a full disk into a sentence that says what is safe."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise ValueError(
-            f"{out}: {error.strerror}. The images written so far are safe. Make room and run the "
-            "same command again to go on."
-        ) from error

@@ -41,8 +41,9 @@ def save_checkpoint(
         where = (
             f"The last good checkpoint is {last[-1]}." if last else "There is no checkpoint yet."
         )
+        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"The checkpoint {target} cannot be written: {error.__cause__ or error}. {where} Free "
+            f"The checkpoint {target} cannot be written: {reason}. {where} Free "
             "space or repair the disk and run the same command again."
         ) from error
     for old in list_checkpoints(folder)[:-keep]:

@@ -2,22 +2,27 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from em_data.files import FullDiskError, is_full_disk
 from em_training.config import describe_error
+
+TOO_LARGE = (MemoryError, OverflowError, RecursionError)
 
 
 def run_command(main: Callable[[], object]) -> None:
     """Call `main`, and turn what stops it into a sentence and an exit code.
 
-    A user's mistake ends with code 2, a stop by a signal with 130, a diverged training with 1.
-    Output that nobody reads any more (`| head`) is dropped, and the work goes on.
+    A user's mistake ends with code 2, a stop by a signal with 130, a diverged training or a fault
+    of our own with 1. Output that nobody reads any more (`| head`) is dropped; the work goes on.
     """
     sys.stdout, sys.stderr = _IgnoreClosedPipe(sys.stdout), _IgnoreClosedPipe(sys.stderr)
+    threading.excepthook = _report_of_thread
     try:
         main()
         if "torch" in sys.modules:
@@ -35,24 +40,57 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def _report(error: Exception) -> None:
-    """End the process with one sentence, or let an error that is not the user's through."""
+    """End the process with one sentence, or with the traceback of an error that is our own."""
     kind = type(error).__name__
     if kind == "TrainingInterrupted":
         _fail(str(error), 130)
     if kind == "NonFiniteLossError":
         _fail(f"error: {error}", 1)
-    if not isinstance(error, ValueError | OSError) and kind != "SafetensorError":
-        raise error
-    if "EM_TRACEBACK" in os.environ:
-        raise error
-    text = describe_error(error) if isinstance(error, ValidationError) else str(error)
+    text = _describe(error)
+    if text is None or "EM_TRACEBACK" in os.environ:
+        traceback.print_exception(error)
+    if text is None:
+        _fail("error: this is a fault in EM Synthesis. Please report it with the lines above.", 1)
     hint = "" if _is_expected(error) else "\n(EM_TRACEBACK=1 shows where)"
     _fail(f"error: {text}{hint}", 2)
 
 
+def _describe(error: Exception) -> str | None:
+    """Return what the user can do something about as a sentence; None for a fault of our own."""
+    if isinstance(error, ValidationError):
+        return describe_error(error)
+    if is_full_disk(error) and not isinstance(error, FullDiskError):
+        return str(FullDiskError(getattr(error, "filename", None) or "a file"))
+    if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
+        return str(error) or type(error).__name__
+    if isinstance(error, TOO_LARGE) or _is_out_of_memory(error):
+        reason = str(error).strip().split("\n")[0] or "the memory is full"
+        return (
+            f"This is too large for this machine or a number is too large ({reason}). Use smaller "
+            "images, batches or networks, or fewer images."
+        )
+    if isinstance(error, ImportError):
+        return f"{error}. Install what is missing, as docs/ say for this function."
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from em_training.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _report_of_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Leave a full disk to the main thread, which meets it as well."""
+    if arguments.exc_value is None or not is_full_disk(arguments.exc_value):
+        threading.__excepthook__(arguments)
+
+
 def _is_expected(error: Exception) -> bool:
     """Say whether our own code raised the error on purpose, with a sentence for the user."""
-    if isinstance(error, ValidationError):
+    if isinstance(error, ValidationError) or is_full_disk(error):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(last.filename).parent.name.startswith("em_") or "/em_data/" in last.filename

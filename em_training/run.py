@@ -16,7 +16,7 @@ import accelerate
 import torch
 from tqdm.auto import tqdm
 
-from em_data.files import flush_to_disk, lock
+from em_data.files import flush_to_disk, lock, name_full_disk
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from em_training.optimizer import match_memory_format
 from em_training.stats import cut_stats
@@ -290,7 +290,8 @@ class TrainingRun:
         if elapsed > 0:
             line["images_per_second"] = (num_images_seen - self._start_count) / elapsed
         if self.accelerator.is_main_process:
-            with (self.dir / "stats.jsonl").open("a") as file:
+            path = self.dir / "stats.jsonl"
+            with name_full_disk(path), path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         for tracker in self.accelerator.trackers:
             named = {f"{self.stage}/{name}": value for name, value in line.items()}

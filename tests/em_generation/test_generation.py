@@ -707,7 +707,7 @@ def test_a_full_disk_is_a_sentence_and_a_closed_output_changes_nothing(tmp_path,
 
     with monkeypatch.context() as patched:
         patched.setattr(FileStore, "write", full)
-        with pytest.raises(ValueError, match="images written so far are safe"):
+        with pytest.raises(OSError, match=r"out cannot be written.*saved before is whole"):
             generate_images(config)
 
     flags = ["--model", config.model, "--out", config.out, "--num-images", "7", "--precision", "no"]

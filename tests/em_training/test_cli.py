@@ -56,7 +56,16 @@ def test_errors_end_as_a_sentence_and_a_code(capsys, tmp_path):
             2,
             "error: [Errno 2] No such file: 'x.tif'",
         ),
-        (SafetensorError("No space left on device"), 2, "error: No space left on device"),
+        (SafetensorError("file is damaged"), 2, "error: file is damaged"),
+        (
+            OSError(28, "No space left on device", "x.png"),
+            2,
+            "error: x.png cannot be written: No space left on device. What was saved before is",
+        ),
+        (MemoryError(), 2, "error: This is too large for this machine"),
+        (OverflowError("int too large"), 2, "error: This is too large"),
+        (RecursionError("maximum recursion depth"), 2, "error: This is too large"),
+        (ImportError("No module named lpips"), 2, "error: No module named lpips. Install"),
         (NonFiniteLossError("loss is not finite"), 1, "error: loss is not finite"),
         (TrainingInterrupted("saved"), 130, "saved"),
         (KeyboardInterrupt(), 130, "stopped"),
@@ -70,5 +79,9 @@ def test_errors_end_as_a_sentence_and_a_code(capsys, tmp_path):
         assert stop.value.code == code
         assert capsys.readouterr().err.startswith(text)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(SystemExit, match="1"):
         run_command(lambda: {}["a bug"])
+    text = capsys.readouterr().err
+    assert "Traceback" in text
+    assert "KeyError: 'a bug'" in text
+    assert text.splitlines()[-1].startswith("error: this is a fault in EM Synthesis. Please report")

@@ -1,8 +1,8 @@
 """Power cuts, kills and full disks at any moment of a block of code, without root.
 
 An audit hook sees every file that Python opens for writing, renames or removes, in whatever
-library; `os.fsync` and the flush of a memory map are wrapped. Files that a library writes in C or
-Rust are seen when they are flushed, which is what counts here.
+library. `os.fsync`, the flush of a memory map and what opens files in Rust (safetensors) and C++
+(pyarrow) are wrapped.
 """
 
 import errno
@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import safetensors.torch
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 NAMES = {"os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0}  # the path that changes
@@ -172,13 +174,30 @@ def watch(watcher: Watcher):
             with _lock:
                 watcher.flushed(Path(array.filename))
 
+    serialize, open_file = safetensors.torch.serialize_file, pyarrow.OSFile
+
+    def serialize_seen(tensors, path, *arguments, **options):
+        try:
+            _see("open", (path, "wb", 0))
+        except OSError as error:
+            raise safetensors.SafetensorError(
+                f"Error while serializing: I/O error: No space left on device (os error 28): {path}"
+            ) from error
+        return serialize(tensors, path, *arguments, **options)
+
+    def open_file_seen(path, mode="r", **options):
+        _see("open", (path, mode, 0))
+        return open_file(path, mode, **options)
+
     os.fsync, np.memmap.flush = fsync_seen, flush_seen
+    safetensors.torch.serialize_file, pyarrow.OSFile = serialize_seen, open_file_seen
     _watchers.append(watcher)
     try:
         yield watcher
     finally:
         _watchers.remove(watcher)
         os.fsync, np.memmap.flush = fsync, flush
+        safetensors.torch.serialize_file, pyarrow.OSFile = serialize, open_file
 
 
 def _see(event: str, arguments: tuple) -> None:
