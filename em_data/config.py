@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -14,9 +14,9 @@ STRICT = ConfigDict(title="tiles", extra="forbid", strict=True, allow_inf_nan=Fa
 class DataConfig:
     """How micrographs become tiles and tiles become batches."""
 
-    resolution: Annotated[int, Gt(0)] = 256
+    resolution: Annotated[int, Gt(0), Le(65_536)] = 256
     """Side of a tile in pixels."""
-    downsample: Annotated[int, Gt(0)] = 1
+    downsample: Annotated[int, Gt(0), Le(65_536)] = 1
     """Average squares of this many pixels a side before cutting."""
     symmetries: Literal["paper", "d4", "none"] = "paper"
     """Views of each tile: "paper" (identity, three quarter turns, two flips), "d4" (all eight
@@ -36,9 +36,9 @@ class DataConfig:
     """What to do with an image that cannot be used: skip it with a message, or fail."""
     label_bar: Literal["crop", "keep", "refuse"] = "crop"
     """The label bar below an image: crop it, keep it, or refuse the image."""
-    num_micrographs: Annotated[int, Gt(0)] | None = None
+    num_micrographs: Annotated[int, Gt(0), Le(10_000_000)] | None = None
     """Number of synthetic micrographs, or use only the first so many of other data."""
-    micrograph_size: Annotated[int, Gt(0)] = 512
+    micrograph_size: Annotated[int, Gt(0), Le(65_536)] = 512
     """Side of a synthetic micrograph in pixels."""
     pixel_size_nm: Annotated[float, Gt(0)] | None = None
     """Side of a pixel in nm, before downsampling, of micrographs that do not state it."""

@@ -9,14 +9,13 @@ from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
 from em_training import MAY_CHANGE, strict
+from em_training.config import Depth, NotNegative, Positive, Size
 
-Positive = Annotated[int, Gt(0)]
 PositiveFloat = Annotated[float, Gt(0)]
-NotNegative = Annotated[int, Ge(0)]
 NotNegativeFloat = Annotated[float, Ge(0)]
 Beta = Annotated[float, Ge(0), Lt(1)]
-Interval = Annotated[int, Gt(0), MAY_CHANGE]
-IntervalOrNever = Annotated[int, Ge(0), MAY_CHANGE]
+Interval = Annotated[Positive, MAY_CHANGE]
+IntervalOrNever = Annotated[NotNegative, MAY_CHANGE]
 # configurations of version 0.1 have `family` in place of `kind`
 NAMED_FAMILY_IN_0_1 = Field(validation_alias=AliasChoices("kind", "family"))
 
@@ -36,14 +35,14 @@ class AutoencoderConfig:
     kind: Annotated[Literal["vq", "kl"], NAMED_FAMILY_IN_0_1] = "vq"
     """"vq": each latent is the nearest of num_codes vectors (van den Oord et al. 2017); "kl":
     continuous latents, drawn towards a standard normal by kl_weight."""
-    block_out_channels: tuple[Positive, ...] = (128, 256, 256, 512)
+    block_out_channels: tuple[Size, ...] = (128, 256, 256, 512)
     """Channels of each level, finest first; each level after the first halves the side (3 levels:
     f4, 4 levels: f8)."""
-    layers_per_block: Positive = 2
-    latent_channels: Positive = 4
-    num_codes: Positive = 8192
+    layers_per_block: Depth = 2
+    latent_channels: Size = 4
+    num_codes: Annotated[int, Gt(0), Le(2**24)] = 8192
     """vq only: vectors in the codebook, each of latent_channels numbers."""
-    norm_num_groups: Positive = 32
+    norm_num_groups: Size = 32
     mid_attention: bool = True
     """Self-attention at the coarsest level. Its cost grows with the fourth power of the side of the
     latents."""
@@ -73,9 +72,9 @@ class AutoencoderConfig:
     discriminator."""
     discriminator_start_images: NotNegative = 250_000
     """Images after which the discriminator starts."""
-    discriminator_channels: Positive = 64
+    discriminator_channels: Size = 64
     """Channels of its first layer; they double from layer to layer, up to eight times."""
-    discriminator_layers: Positive = 3
+    discriminator_layers: Depth = 3
     """Its layers of stride 2: a patch has 16, 34, 70, 142 pixels a side for 1 to 4 layers."""
     discriminator_learning_rate: PositiveFloat = 2e-4
     """Follows the same schedule as learning_rate."""
@@ -84,9 +83,9 @@ class AutoencoderConfig:
 
     num_images: NotNegative = 1_000_000
     """Images that the autoencoder is trained on, repetitions counted."""
-    batch_size: Positive = 32
+    batch_size: Size = 32
     """Images of one step, over all processes."""
-    micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    micro_batch_size: Annotated[NotNegative, MAY_CHANGE] = 0
     """Images that one process computes at once, with accumulated gradients; 0 for its whole batch.
     Halved automatically when the memory is full. The discriminator's adaptive weight is then
     computed for each part."""
@@ -96,12 +95,12 @@ class AutoencoderConfig:
     """"cosine" (to zero at num_images) or "constant"."""
     adam_betas: tuple[Beta, Beta] = (0.9, 0.99)
     max_grad_norm: PositiveFloat = 1.0
-    num_validation_images: Positive = 256
+    num_validation_images: Size = 256
     log_every: Interval = 5_000
     validate_every: Interval = 25_000
     sample_every: Interval = 50_000
     checkpoint_every: Interval = 100_000
-    seed: NotNegative = 0
+    seed: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self):
         if self.num_images == 0 and self.init_from is None:
@@ -121,17 +120,17 @@ class AutoencoderConfig:
 class DenoiserConfig:
     """The U-Net that denoises latents and its training. Lengths and intervals count images."""
 
-    base_channels: Positive = 256
-    channel_multipliers: tuple[Positive, ...] = (1, 2, 2, 4, 4)
-    layers_per_block: Positive = 2
+    base_channels: Size = 256
+    channel_multipliers: tuple[Size, ...] = (1, 2, 2, 4, 4)
+    layers_per_block: Depth = 2
     attention_levels: tuple[NotNegative, ...] = (1, 2, 3, 4)
     """Levels with self-attention, 0 is the finest; the middle block always has it."""
-    attention_head_dim: Positive = 64
+    attention_head_dim: Size = 64
     """Channels of one attention head, the same at all levels."""
-    num_attention_heads: NotNegative = 0
+    num_attention_heads: Annotated[int, Ge(0), Le(65_536)] = 0
     """Number of heads at all levels, instead of attention_head_dim; makes the U-Net an
     `EMUNet2DModel`. 0: use attention_head_dim and diffusers' `UNet2DModel`."""
-    norm_num_groups: Positive = 32
+    norm_num_groups: Size = 32
 
     prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     """What the U-Net predicts: "epsilon", the noise (the study's choice); "v_prediction",
@@ -147,7 +146,7 @@ class DenoiserConfig:
     timestep_density: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the trained timesteps: "uniform", or "logit_normal", which prefers the middle
     (Esser et al. 2024, arXiv:2403.03206, section 3.1)."""
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Size = 1000
     beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
     """"scaled_linear": sqrt(beta) is linear in t, as in latent diffusion; or "linear"."""
     beta_start: Annotated[float, Gt(0), Le(1)] = 0.0015
@@ -155,10 +154,10 @@ class DenoiserConfig:
 
     num_images: Positive = 5_000_000
     """Latents that the denoiser is trained on, repetitions counted."""
-    batch_size: Positive = 64
+    batch_size: Size = 64
     """Latents of one step, over all processes."""
     learning_rate: PositiveFloat = 1e-4
-    micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    micro_batch_size: Annotated[NotNegative, MAY_CHANGE] = 0
     """Images that one process computes at once, with accumulated gradients; 0 for its whole batch.
     Halved automatically when the memory is full."""
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
@@ -180,19 +179,19 @@ class DenoiserConfig:
     width can be made after the training by `python -m em_diffusion.posthoc_ema` (Karras et al.
     2024, arXiv:2312.02696, section 3). A sixteenth of the run is enough; 0 keeps none. Needs the
     memory of two more sets of weights."""
-    guide_images: Annotated[int, Ge(0), MAY_CHANGE] = 500_000
+    guide_images: Annotated[NotNegative, MAY_CHANGE] = 500_000
     """Images after which a copy of the averaged weights is kept as the guide, a weaker model for
     guidance (Karras et al. 2024, arXiv:2406.02507; see em_diffusion.choose_guidance). An eighth of
     the run is enough; 0 keeps none."""
-    num_validation_images: Positive = 512
-    num_sample_images: Positive = 16
-    num_sample_steps: Positive = 20
+    num_validation_images: Size = 512
+    num_sample_images: Size = 16
+    num_sample_steps: Size = 20
     evaluate_every: IntervalOrNever = 0
     """Interval in images for comparing the averaged weights' images with held-out tiles (Frechet
     distance, efficientnet-lite0). The best weights are kept in best/unet and go into the pipeline.
     0: never, and the last weights go into the pipeline."""
-    num_evaluation_images: Positive = 500
-    num_evaluation_steps: Positive = 20
+    num_evaluation_images: Size = 500
+    num_evaluation_steps: Size = 20
     evaluation_metrics: Annotated[tuple[str, ...], MAY_CHANGE] = ()
     """More metrics at these moments, for the curves of the report: kernel_distance, precision,
     recall, density, coverage, frechet_distance_infinite. The Frechet distance chooses the
@@ -201,7 +200,7 @@ class DenoiserConfig:
     validate_every: Interval = 100_000
     sample_every: Interval = 100_000
     checkpoint_every: Interval = 200_000
-    seed: NotNegative = 0
+    seed: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self):
         _check_groups(self.block_out_channels, self.norm_num_groups, "denoiser")
@@ -225,7 +224,7 @@ class LDMConfig:
     "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/ldm"
     """Folder of the run. The same command on it resumes the run."""
-    seed: NotNegative = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the weights, the order of the data and the noise; the split has tiles.seed."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32).
@@ -234,7 +233,7 @@ class LDMConfig:
     """Sampler that the pipeline is saved with: ddim, dpm-solver++, dpm-solver++-sde, ... (see
     em_diffusion.samplers). Default: the fastest one without loss of quality. generate.py can use
     another one."""
-    num_inference_steps: Annotated[Positive | None, MAY_CHANGE] = None
+    num_inference_steps: Annotated[Size | None, MAY_CHANGE] = None
     """Denoising steps that the pipeline is saved with. Default: those of the default sampler, or 50
     for another sampler."""
     grain_images: IntervalOrNever = 1000

@@ -65,12 +65,12 @@ class LDMOptions:
     def __post_init__(self):
         check_options(
             self,
-            num_inference_steps=(1, float("inf")),
+            num_inference_steps=(1, 65_536),
             eta=(0, 1),
             guidance_scale=(-100, 100),
             guidance_start=(0, 1),
             guidance_stop=(0, 1),
-            decode_batch_size=(1, float("inf")),
+            decode_batch_size=(1, 65_536),
         )
         if self.scheduler is not None and self.scheduler not in get_args(SamplerName):
             raise ValueError(

@@ -19,10 +19,11 @@ from em_evaluation.numbers import format_interval
 from em_generation.candidates import Candidate, name_candidates
 from em_generation.extractors import create_extractors
 from em_generation.families import make_options
-from em_generation.generate import GenerationConfig, generate_images
+from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
 from em_generation.loading import read_model
 from em_generation.reproduce import list_commands
 from em_training import config_from_dict, create_process_state, parse_pairs, read_stats
+from em_training.family import check_options
 
 STARTS = {"untrained": "untrained", "transferred": "start"}  # kind of level: folder of a run
 
@@ -85,6 +86,15 @@ class EvaluationConfig:
     """Folder for features and tiles. Default: em-synthesis in the user's cache folder."""
     compare: tuple[str, ...] = ()
     """Two or more report.json to compare instead of evaluating."""
+
+    def __post_init__(self):
+        check_options(
+            self,
+            num_images=(2, MOST_IMAGES),
+            seed=(0, 2**63),
+            batch_size=(1, 65_536),
+            input_px=(32, 4096),
+        )
 
 
 def evaluate_runs(config: EvaluationConfig) -> Path | None:

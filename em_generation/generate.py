@@ -19,11 +19,13 @@ from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
 from em_generation.store import create_store, remove_remains, scan_names
 from em_training import create_process_state, default_precision
+from em_training.family import check_options
 
 RECORD = "generation.json"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
 PREVIEW_IMAGES = 16
+MOST_IMAGES = 10_000_000  # of one folder
 
 ImageFormat = Literal["png", "tiff", "arrow"]
 Precision = Literal["auto", "bf16", "fp16", "no"]
@@ -57,10 +59,7 @@ class GenerationConfig:
     the family's."""
 
     def __post_init__(self):
-        for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {getattr(self, name)}, but must be at least 1.")
+        check_options(self, num_images=(1, MOST_IMAGES), seed=(0, 2**63), batch_size=(1, 65_536))
         for name, kind in (
             ("format", ImageFormat),
             ("bits", Literal[8, 16]),

@@ -18,6 +18,7 @@ from em_evaluation.environment import describe_environment
 from em_generation.loading import Model, find_pipeline_folder, read_model, read_run_file
 from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
+from em_training.family import check_options
 
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -61,8 +62,7 @@ class PublishConfig:
                 f"--license {self.license} is not a licence's name on the Hub. Write it like "
                 "apache-2.0, cc-by-4.0 or other."
             )
-        if self.num_samples < 0:
-            raise ValueError(f"--num-samples is {self.num_samples}, but must be at least 0.")
+        check_options(self, num_samples=(0, 10_000))
 
 
 def publish_run(config: PublishConfig, *, say: Callable[[str], object] = say) -> str:

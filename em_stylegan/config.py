@@ -8,10 +8,9 @@ from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
 from em_training import MAY_CHANGE, strict
+from em_training.config import Depth, NotNegative, Positive, Size
 
-Positive = Annotated[int, Gt(0)]
 PositiveFloat = Annotated[float, Gt(0)]
-NotNegative = Annotated[int, Ge(0)]
 NotNegativeFloat = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 
@@ -23,13 +22,13 @@ class GeneratorConfig:
     architecture: Literal["stylegan2", "stylegan3-t", "stylegan3-r", "stylegan1"] = "stylegan2"
     """"stylegan2"; "stylegan3-t", equivariant to translation; "stylegan3-r", also equivariant to
     rotation, with twice the feature maps; or "stylegan1" of 2019, for comparison."""
-    z_dim: Positive = 512
-    w_dim: Positive = 512
-    mapping_depth: Positive = 4
+    z_dim: Size = 512
+    w_dim: Size = 512
+    mapping_depth: Depth = 4
     """Layers of the mapping network. The study compares 2, 4 and 8."""
-    channel_base: Positive = 32768
+    channel_base: Size = 32768
     """A layer with side r has min(channel_base // r, max_channels) feature maps."""
-    max_channels: Positive = 1024
+    max_channels: Size = 1024
     """Largest number of feature maps. The study compares 256, 512 and 1024."""
     clamp: PositiveFloat | None = None
     """Bound on the feature maps, for half precision. Default: none for StyleGAN2, 256 for
@@ -47,9 +46,9 @@ class DiscriminatorConfig:
 
     architecture: Literal["resnet", "orig", "skip"] = "resnet"
     """"resnet", "orig" or "skip" (StyleGAN2 paper, figure 7)."""
-    channel_base: Positive = 32768
-    max_channels: Positive = 1024
-    group_size: Positive = 4
+    channel_base: Size = 32768
+    max_channels: Size = 1024
+    group_size: Size = 4
     """Images that the minibatch standard deviation compares; must divide a process's batch."""
     clamp: PositiveFloat | None = None
     """Bound on the feature maps, for half precision. Default: none, and 256 in fp16."""
@@ -73,7 +72,7 @@ class AugmentationConfig:
     """Mean sign of the real images' logits that ADA aims at."""
     images_to_one: PositiveFloat = 500_000
     """Images in which the probability can rise from 0 to 1."""
-    every_steps: Positive = 4
+    every_steps: Size = 4
 
 
 @dataclass(frozen=True, config=strict("training"))
@@ -82,9 +81,9 @@ class GANTrainingConfig:
 
     num_images: Positive = 1_200_000
     """Real images shown to the discriminator."""
-    batch_size: Positive = 32
+    batch_size: Size = 32
     """Real images of one step, over all processes."""
-    micro_batch_size: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    micro_batch_size: Annotated[NotNegative, MAY_CHANGE] = 0
     """Images of a process that are computed at a time, with accumulated gradients; 0 for its whole
     batch. It is halved when the memory is full. The minibatch standard deviation then compares
     images of one part."""
@@ -105,7 +104,7 @@ class GANTrainingConfig:
     path_length_decay: Share = 0.01
     style_mixing_probability: Share = 0.9
     w_mean_decay: Share = 0.998
-    blur_initial_sigma_px: NotNegativeFloat = 0.0
+    blur_initial_sigma_px: Annotated[float, Ge(0), Le(1000)] = 0.0
     """Standard deviation of the blur of the discriminator's images at the start, in pixels;
     StyleGAN3-R uses 10 (StyleGAN3 paper, appendix E)."""
     blur_fade_images: NotNegativeFloat = 200_000
@@ -114,15 +113,15 @@ class GANTrainingConfig:
     ema_ramp_up: PositiveFloat | None = 0.05
     """The EMA's half-life is at most this share of the images seen; None for no such limit."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    evaluate_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    evaluate_every: Annotated[NotNegative, MAY_CHANGE] = 0
     """Interval in images for comparing the averaged generator with held-out tiles (Frechet
     distance, efficientnet-lite0). The best weights are kept in best/generator and go into the
     pipeline. 0: never, and the last weights go into the pipeline."""
-    num_evaluation_images: Positive = 500
-    num_sample_images: Positive = 16
-    log_every: Annotated[int, Gt(0), MAY_CHANGE] = 4_000
-    sample_every: Annotated[int, Ge(0), MAY_CHANGE] = 40_000
-    checkpoint_every: Annotated[int, Gt(0), MAY_CHANGE] = 100_000
+    num_evaluation_images: Size = 500
+    num_sample_images: Size = 16
+    log_every: Annotated[Positive, MAY_CHANGE] = 4_000
+    sample_every: Annotated[NotNegative, MAY_CHANGE] = 40_000
+    checkpoint_every: Annotated[Positive, MAY_CHANGE] = 100_000
 
 
 @dataclass(frozen=True, config=strict())
@@ -136,7 +135,7 @@ class StyleGANConfig:
     "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/stylegan2"
     """Folder of the run. The same command on it resumes the run."""
-    seed: NotNegative = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the weights, the order of the data and the noise; the split has tiles.seed."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32).

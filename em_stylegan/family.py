@@ -26,7 +26,9 @@ class StyleGANOptions:
     fine ones the texture."""
 
     def __post_init__(self):
-        check_options(self, truncation_psi=(-10, 10), class_label=(0, float("inf")))
+        check_options(
+            self, truncation_psi=(-10, 10), class_label=(0, 2**31 - 1), mix_seed=(0, 2**63)
+        )
         if self.mix_layers not in get_args(LayerGroup):
             raise ValueError(
                 f"--mix-layers is {self.mix_layers}; choose {', '.join(get_args(LayerGroup))}"

@@ -11,13 +11,20 @@ import json
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from em_data.files import write_atomically
 
 MAY_CHANGE = "may change"
+MOST_IMAGES = 10**11  # names of checkpoints hold 12 digits
+# whole numbers of configurations: of images, of sizes (channels, batches, steps), of layers
+Positive = Annotated[int, Gt(0), Le(MOST_IMAGES)]
+NotNegative = Annotated[int, Ge(0), Le(MOST_IMAGES)]
+Size = Annotated[int, Gt(0), Le(65_536)]
+Depth = Annotated[int, Gt(0), Le(32)]
 MOST_CHANGES = 3  # named in one message
 PRESET_FILE = "preset.txt"
 TEST_NOTE = "A run of preset test checks that the software works. Its images mean nothing."
