@@ -1,7 +1,4 @@
-"""Read files of electron microscopes with RosettaSciIO, the library of the field.
-
-RosettaSciIO is the extra `microscopes`; it is imported when the first such file is read.
-"""
+"""Read a file of a microscope with RosettaSciIO, which is imported at the first such file."""
 
 import importlib
 import logging
@@ -11,13 +8,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from em_data.formats.base import Refusal, Stored
-from em_data.formats.microscope_headers import check_header, find_hdf5_format
-from em_data.formats.microscope_signals import describe
+from em_data.formats.microscopes.checks import check_header
+from em_data.formats.microscopes.hdf5 import find_hdf5_format
+from em_data.formats.microscopes.mrc import correct_mrc, read_mrc_header
+from em_data.formats.microscopes.signals import describe
+from em_data.formats.microscopes.tia import find_emi, read_emi
 
 MISSING = (
     'needs RosettaSciIO: pip install "em-synthesis[microscopes]". Or export the image as TIFF.'
@@ -104,6 +105,24 @@ def find_format(start: bytes, suffix: str) -> Format | None:
     return known or SUFFIXES.get(suffix.lower())
 
 
+def find_companions(path: Path) -> list[Path]:
+    """Return the other files that belong to a file: without them, or if they change, it changes.
+
+    These are the header `NAME.emi` of `NAME_1.ser`, the pixels `NAME.raw` of `NAME.rpl` and the
+    later parts of a TVIPS series.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".ser":
+        emi = find_emi(path)
+        return [emi] if emi else []
+    if suffix == ".rpl":
+        return [each for each in (path.with_suffix(".raw"),) if each.is_file()]
+    if suffix == ".tvips" and path.stem.endswith("_000"):
+        parts = (path.with_name(f"{path.stem[:-3]}{i:03d}{path.suffix}") for i in range(1, 1000))
+        return list(takewhile(Path.is_file, parts))
+    return []
+
+
 def decode_microscope(source: bytes | Path, form: Format, frame_step: int = 1) -> Iterator[Stored]:
     """Yield the images of a file of a microscope: 2-D images, and the frames of stacks.
 
@@ -121,10 +140,12 @@ def decode_microscope(source: bytes | Path, form: Format, frame_step: int = 1) -
     with _as_file(source, form) as path:
         form = HDF5_FORMATS[find_hdf5_format(path, MISSING)] if form is HDF5 else form
         check_header(path, form.name)
+        emi = find_emi(source) if form is TIA and isinstance(source, Path) else None
+        facts = read_emi(emi) if emi else {}
         pictures, others = [], []
         for signal in _read_signals(path, form):
             try:
-                pictures.append(describe(signal, form.name, path))
+                pictures.append(describe(signal, form.name))
             except Refusal as refusal:
                 others.append(str(refusal))
         if not pictures:
@@ -133,6 +154,7 @@ def decode_microscope(source: bytes | Path, form: Format, frame_step: int = 1) -
             f"not used: {other.removesuffix('.')}" for other in dict.fromkeys(others)
         ]
         for picture, name in zip(pictures, _make_names(pictures)):
+            picture.metadata |= facts
             yield from picture.read(name, frame_step)
 
 
@@ -162,6 +184,11 @@ def _read_signals(path, form):
             f"{size / 1024**3:.3g} GB, but {form.name} files are read as a whole, up to 2 GB. "
             "Export it in parts."
         )
+    if form is MRC:
+        header = read_mrc_header(path, size)
+        with quiet():
+            (signal,) = module.file_reader(str(path), lazy=True, endianness=header.order)
+        return [correct_mrc(signal, header)]
     with quiet():
         try:
             return module.file_reader(str(path), lazy=form.is_lazy, **form.options)

@@ -60,7 +60,7 @@ class Picture:
             notices = []
 
 
-def describe(signal: dict, format_name: str, path) -> Picture:
+def describe(signal: dict, format_name: str) -> Picture:
     """Return the image or the stack of a dictionary of RosettaSciIO.
 
     Raises:
@@ -99,7 +99,7 @@ def _compute(data):
     array = np.asarray(data.compute(scheduler="synchronous") if hasattr(data, "dask") else data)
     if array.dtype.names:
         array = np.stack([array[name] for name in array.dtype.names], axis=-1)
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _drop_single(data, axes):
