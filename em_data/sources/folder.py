@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from em_data.files import printable, write_atomically
+from em_data.formats.microscopes import find_companions
 from em_data.reading import read_micrographs
 from em_data.sources.base import Entry, Source
 from em_data.sources.listing import list_images
@@ -31,7 +32,9 @@ def open_folder(folder, config, cache_dir=None) -> Source:
     paths, ignored = list_images(folder)
     keys = [str(path) for path in paths]
     if cache_dir is not None:
-        keys = hash_files([folder / path for path in paths], cache_dir)
+        files = {path: [folder / path, *find_companions(folder / path)] for path in paths}
+        hashes = iter(hash_files([each for group in files.values() for each in group], cache_dir))
+        keys = ["+".join(next(hashes) for _ in group) for group in files.values()]
     entries = []
     for path, key in zip(paths, keys):
         name = printable(path.as_posix())
@@ -44,8 +47,13 @@ def open_folder(folder, config, cache_dir=None) -> Source:
             name=name,
             specimen=specimen,
         )
-        entries.append(Entry(name, key, frames, specimen))
+        entries.append(Entry(name, key, frames, specimen, group_of(name)))
     return Source(folder.resolve().name, entries, ignored)
+
+
+def group_of(name: str) -> str:
+    """Return what files of one acquisition share: TIA writes each channel to NAME_1.ser and on."""
+    return re.sub(r"_\d+\.ser$", ".ser", name, flags=re.IGNORECASE)
 
 
 def find_specimen(path: Path, pattern: str | None) -> str | None:

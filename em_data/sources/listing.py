@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 from em_data.files import printable
+from em_data.formats.microscopes import find_companions
 from em_data.reading import SUFFIXES, natural_key
 from em_data.sources.file_types import (
     LABEL_FILE,
@@ -30,7 +31,7 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
     Raises:
         ValueError: There is no image.
     """
-    paths, left_out = [], {}
+    folder, paths, left_out = Path(folder), [], {}
     closed, visited = [], set()
     for parent, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
         real = os.path.realpath(parent)
@@ -50,7 +51,12 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
                 paths.append(relative / file)
             elif reason:
                 left_out.setdefault(reason, []).append(relative / file)
-    ignored = [_say(reason, sorted(names)) for reason, names in left_out.items()]
+    used = {each for path in paths for each in find_companions(folder / path)}
+    paths = [path for path in paths if folder / path not in used]
+    left_out = {
+        why: [n for n in names if folder / n not in used] for why, names in left_out.items()
+    }
+    ignored = [_say(reason, sorted(names)) for reason, names in left_out.items() if names]
     ignored += [f"folder {printable(error.filename)}: {error.strerror}" for error in closed]
     if not paths:
         also = f" ({'; '.join(ignored)})" if ignored else ""

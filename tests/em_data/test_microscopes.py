@@ -5,10 +5,11 @@ import sys
 import numpy as np
 import pytest
 
+from em_data.config import DataConfig
 from em_data.formats import Refusal, decode
 from em_data.formats.microscopes import SUFFIXES, find_format
 from em_data.reading import read_micrographs
-from em_data.sources.folder import list_images
+from em_data.sources.folder import list_images, open_folder
 from support.microscope_files import DM_TYPES, MRC_MODES, make_dm, make_mrc, make_ser, write_velox
 
 RNG = np.random.default_rng(7)
@@ -162,6 +163,101 @@ def test_a_header_that_announces_more_than_the_file_holds_is_refused(store):
         store("a.mrc", make_mrc(IMAGE, shape=(100_000, 100_000, 100_000)))
     with pytest.raises(Refusal, match="truncated"):
         store("a.dm4", make_dm([(IMAGE, {})])[:-600])
+    with pytest.raises(Refusal, match="take 2400 bytes, but 1200 are stored"):
+        store("a.dm3", make_dm([(IMAGE, {"shape": (40, 30)})], 3))
+
+
+def test_mrc_bytes_are_signed_as_the_header_says(store):
+    signed = RNG.integers(-100, 100, (20, 30)).astype(np.int8)
+    unsigned = signed.view(np.uint8)
+    for imod, expected in ((None, signed), (1, signed), (0, unsigned)):
+        (stored,) = store("a.mrc", make_mrc(signed, imod=imod))
+        np.testing.assert_array_equal(stored.array, expected)
+        assert stored.array.dtype == expected.dtype
+    data = bytearray(make_mrc(signed))
+    data[76:84] = np.array([3, 250], "<f4").tobytes()  # least and largest value
+    (stored,) = store("a.mrc", bytes(data))
+    np.testing.assert_array_equal(stored.array, unsigned)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "float32"])
+def test_mrc_of_the_other_order_of_bytes(dtype, store):
+    stack = (STACK - 300.0).clip(0 if dtype == "uint16" else None).astype(dtype)
+    frames = store("a.mrc", make_mrc(stack, (90.0, 60.0, 3.0), order=">"))
+    np.testing.assert_array_equal([frame.array for frame in frames], stack)
+    assert {frame.array.dtype for frame in frames} == {np.dtype(dtype)}
+    assert [frame.pixel_size_nm for frame in frames] == [pytest.approx(0.3)] * 3
+
+
+def test_mrc_without_a_cell_has_no_pixel_size(store):
+    data = bytearray(make_mrc(IMAGE, (300.0, 200.0, 1.0)))
+    assert store("a.mrc", bytes(data))[0].pixel_size_nm == pytest.approx(1.0)
+    assert store("a.mrc", make_mrc(IMAGE))[0].pixel_size_nm is None
+    data[28:36] = bytes(8)  # no samples along the cell
+    assert store("a.mrc", bytes(data))[0].pixel_size_nm is None
+    (stored,) = store("a.mrc", bytes(data) + bytes(77))
+    assert stored.metadata["notices"] == ["77 bytes behind the pixels that the header announces"]
+
+
+def test_hdf5_data_that_was_never_written_is_not_read_as_zeros(store, tmp_path):
+    import h5py
+
+    write_velox(tmp_path / "a.emd", {"HAADF": (np.moveaxis(STACK, 0, -1), 1e-9)})
+    with h5py.File(tmp_path / "a.emd", "a") as file:
+        group = file["Data/Image/" + "0" * 32]
+        del group["Data"]
+        data = group.create_dataset("Data", (20, 30, 3), np.uint16, chunks=(20, 30, 1))
+        data[:, :, 0] = IMAGE
+    with pytest.raises(Refusal, match="1 of 3 parts of Data are written"):
+        store("a.emd", None)
+
+
+EMI = (
+    "<ObjectInfo><ExperimentalDescription><Root>"
+    "<Data><Label>Mode</Label><Value> {}</Value></Data>"
+    "<Data><Label>Microscope</Label><Value>Microscope Talos 200 kV</Value></Data>"
+    "<Data><Label>High tension</Label><Value>200</Value><Unit>kV</Unit></Data>"
+    "</Root></ExperimentalDescription></ObjectInfo>"
+)
+
+
+def test_emi_file_tells_of_its_series(store, tmp_path):
+    (tmp_path / "a.emi").write_bytes(b"\0JJ" + EMI.format("STEM nP SA Zoom Diffraction").encode())
+    (tmp_path / "a_2.ser").write_bytes(make_ser(STACK[1:2]))
+    (stored,) = store("a_1.ser", make_ser(IMAGE[None]))
+    assert stored.metadata["voltage_kV"] == 200.0
+    assert stored.metadata["instrument"] == "Talos 200 kV"
+    source = open_folder(tmp_path, DataConfig(), tmp_path / "hashes")
+    assert [entry.name for entry in source.entries] == ["a_1.ser", "a_2.ser"]
+    assert {entry.group for entry in source.entries} == {"a.ser"}
+    assert source.ignored == []
+    keys = [entry.key for entry in source.entries]
+    (tmp_path / "a.emi").write_bytes(EMI.format("TEM uP SA Zoom Diffraction").encode())
+    source = open_folder(tmp_path, DataConfig(), tmp_path / "hashes")
+    assert not {entry.key for entry in source.entries} & set(keys)
+    with pytest.raises(ValueError, match=r"a_1\.ser: a diffraction pattern: a\.emi"):
+        source.entries[0].read()
+    (tmp_path / "a.emi").write_bytes(b"<ExperimentalDescription>no xml</ExperimentalDescription>")
+    (stored,) = store("a_1.ser", None)
+    np.testing.assert_array_equal(stored.array, IMAGE)
+
+
+def test_pixels_beside_the_header_of_ripple_are_part_of_the_file(tmp_path):
+    fields = {"width": 30, "height": 20, "depth": 1, "offset": 0, "data-length": 2}
+    fields |= {"data-type": "unsigned", "byte-order": "little-endian", "record-by": "dont-care"}
+    text = "".join(f"{key}\t{value}\n" for key, value in {"key": "value", **fields}.items())
+    (tmp_path / "a.rpl").write_text(text)
+    (tmp_path / "a.raw").write_bytes(IMAGE.tobytes())
+    source = open_folder(tmp_path, DataConfig(), tmp_path / "hashes")
+    (entry,) = source.entries
+    np.testing.assert_array_equal(entry.read().image, IMAGE)
+    assert source.ignored == []
+    (tmp_path / "a.raw").write_bytes(IMAGE[::-1].tobytes())
+    (changed,) = open_folder(tmp_path, DataConfig(), tmp_path / "hashes").entries
+    assert changed.key != entry.key
+    (tmp_path / "a.raw").write_bytes(IMAGE.tobytes()[:-1])
+    with pytest.raises(ValueError, match=r"1200 bytes are announced, 1199 are in a\.raw"):
+        changed.read()
 
 
 def test_hdf5_files_do_not_have_other_files_read(store, tmp_path):

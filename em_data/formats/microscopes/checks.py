@@ -1,6 +1,7 @@
 """Checks of a file before RosettaSciIO reads it: what its header announces must be in it."""
 
 import bz2
+import math
 import re
 import struct
 from pathlib import Path
@@ -52,6 +53,22 @@ def _check_jeol(path, size):
         )
 
 
+def _check_ripple(path, size):
+    """The header is text, a key and a value in a line; the pixels are in a file beside it."""
+    lines = (line.split("\t") for line in path.read_text("latin-1").splitlines())
+    facts = {line[0].strip().lower(): line[1].strip() for line in lines if len(line) > 1}
+    raw = path.with_suffix(".raw")
+    if not raw.is_file():
+        raise Refusal(f"its pixels, {raw.name}, are missing. Copy them beside it.")
+    num_values = math.prod(int(facts.get(key, 1)) for key in ("width", "height", "depth"))
+    needed = int(facts.get("offset", 0)) + num_values * int(facts.get("data-length", 1))
+    if needed != raw.stat().st_size:
+        raise Refusal(
+            f"truncated or damaged: {needed} bytes are announced, {raw.stat().st_size} are in "
+            f"{raw.name}. Copy both again."
+        )
+
+
 def _check_phenom(path, size):
     """RosettaSciIO waits without end for the rest of a file that is cut short."""
     unpacker, num_bytes = bz2.BZ2Decompressor(), 0
@@ -77,5 +94,6 @@ CHECKS = {
     "TIA": check_ser,
     "JEOL": _check_jeol,
     "Phenom": _check_phenom,
+    "Ripple": _check_ripple,
     "TVIPS": _check_tvips,
 }

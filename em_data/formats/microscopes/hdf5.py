@@ -1,6 +1,8 @@
 """Which format an HDF5 file holds, and whether all of its data lies in it."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 from em_data.formats.base import Refusal
@@ -9,6 +11,14 @@ MAX_DEPTH = 30
 MAX_CHUNK_BYTES = 2**30
 NOT_IMAGES = ("Metadata",)  # of Velox: reserved for all frames, written for some
 ELSEWHERE = "an HDF5 file whose {} lies in another file. Copy the data into it."
+# reads all that is not data, in a process of its own: some damaged files send HDF5 round in circles
+PROBE = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r") as file:
+    list(file.attrs.items())
+    file.visititems(lambda name, item: list(item.attrs.items()) and None)
+"""
+PROBE_SECONDS = 10
 
 
 def find_hdf5_format(path: Path, missing: str) -> str:
@@ -25,6 +35,7 @@ def find_hdf5_format(path: Path, missing: str) -> str:
         import h5py
     except ModuleNotFoundError as error:
         raise Refusal(missing) from error
+    _probe(path)
     with h5py.File(path, "r") as file:
         _check_group(file, h5py, 0)
         if "Experiments" in file:
@@ -38,6 +49,20 @@ def find_hdf5_format(path: Path, missing: str) -> str:
         if any(str(name).removeprefix("b'").startswith("NX") for name in classes):
             return "NeXus"
     raise Refusal("an HDF5 file of an unknown layout. Export its images as TIFF.")
+
+
+def _probe(path):
+    """Refuse a file whose headers HDF5 does not come to the end of, or on which it crashes."""
+    command = [sys.executable, "-P", "-c", PROBE, str(path)]
+    try:
+        code = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS).returncode
+    except subprocess.TimeoutExpired:
+        raise Refusal(
+            f"a damaged HDF5 file: its headers take more than {PROBE_SECONDS} seconds. "
+            "Copy it again."
+        ) from None
+    if code < 0:  # an error of Python is raised again when the file is read
+        raise Refusal("a damaged HDF5 file, on which HDF5 itself crashes. Copy it again.")
 
 
 def _check_group(group, h5py, depth):

@@ -89,4 +89,4 @@ def correct_mrc(signal: dict, header: MrcHeader) -> dict:
     if not (header.has_fei and 0 < float(x["scale"]) < math.inf):
         for axis, length in zip((x, y), header.size_nm or (0, 0)):
             axis |= {"scale": length, "units": "nm" if header.size_nm else ""}
-    return signal | {"data": data}
+    return signal | {"data": data, "notices": header.notices}

@@ -76,6 +76,7 @@ STARTS = {  # first bytes of a file: its format, whatever its name
 }
 # suffixes of the field that hold no micrographs: what they hold
 NOT_MICROGRAPHS = {
+    ".emi": "headers whose .ser files are missing",
     ".blo": "4D-STEM sets of diffraction patterns",
     ".mib": "sets of diffraction patterns",
     ".app5": "4D-STEM sets of diffraction patterns",

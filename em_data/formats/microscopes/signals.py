@@ -67,7 +67,7 @@ def describe(signal: dict, format_name: str) -> Picture:
         Refusal: It is none: a spectrum, a diffraction pattern, a set of more dimensions.
     """
     data, axes = signal["data"], list(signal["axes"])
-    metadata: dict = {"format": format_name, "notices": []}
+    metadata: dict = {"format": format_name, "notices": list(signal.get("notices", ()))}
     general = signal["metadata"].get("General", {})
     title = " ".join(str(general.get("title") or "").split())
     if data.dtype.kind == "c":
