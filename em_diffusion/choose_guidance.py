@@ -110,6 +110,8 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     draw_scales(tried, best, run / "guidance.png")
     store(pipeline, guide, best, run)
     log(f"{format_scales(tried, best)}\n\n{run / 'guidance.png'}")
+    if best == tried[-1]["scale"] and len(tried) > 1:
+        log(f"{best:g} is the largest scale that was tried. Try larger ones, too, with --scales.")
     log(f"{run / 'pipeline'} now {say_guided(best)}. Next: python generate.py --model {run}")
     return result
 
