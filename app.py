@@ -153,12 +153,12 @@ def _add_results(gr, family, by_source, choice, inputs, shared, out):
     name = family.name
     with gr.Row():
         generate = gr.Button("Generate", elem_id=f"{name}-generate")
-        wander = gr.Button("Latent walk", elem_id=f"{name}-walk", visible=family.walk is not None)
+        wander = gr.Button("Latent walk", elem_id=f"{name}-walk", visible=bool(family.walk_help))
     picture = _add_picture(gr, "Images", f"{name}-picture")
     caption = gr.Markdown(elem_id=f"{name}-caption")
     download = gr.DownloadButton("Download", interactive=False, elem_id=f"{name}-download")
-    film = _add_picture(gr, "Walk (GIF)", f"{name}-film", visible=family.walk is not None)
-    if family.walk is not None:
+    film = _add_picture(gr, "Walk (GIF)", f"{name}-film", visible=bool(family.walk_help))
+    if family.walk_help:
         gr.Markdown(family.walk_help)
     drawn = gr.State()
 
@@ -199,7 +199,7 @@ def _add_results(gr, family, by_source, choice, inputs, shared, out):
     sources = [shared[key] for key in ("seed", "num_images", "format")] + own
     outputs = [picture, caption, drawn, download]
     generate.click(show, sources, outputs, api_name=f"{name}_generate")
-    if family.walk is not None:
+    if family.walk_help:
         walk_sources = [shared["seed"], shared["frames_per_image"], *own]
         wander.click(show_walk, walk_sources, film, api_name=f"{name}_walk")
     shared["format"].change(offer, [drawn, shared["format"]], download, api_visibility="private")

@@ -1,10 +1,11 @@
 """The latent diffusion model as a `Family`: what the commands need to know about it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
-from em_training.family import Card, Control, Family, ReferenceLevel, check_options
+from em_training.family import Card, Control, Family, check_options
 
 SamplerName = Literal[
     "ddim",
@@ -83,14 +84,7 @@ class LDMOptions:
             )
 
 
-def start(pipeline, options: LDMOptions, **settings):
-    """Return the `Drawer` of a pipeline; see `em_diffusion.drawing.LDMDrawer`."""
-    from em_diffusion.drawing import LDMDrawer
-
-    return LDMDrawer(pipeline, options, **settings)
-
-
-def find_reference_levels(pipeline, options: LDMOptions, seed: int) -> tuple[ReferenceLevel, ...]:
+def find_reconstructions(pipeline, options: LDMOptions, seed: int) -> dict[str, Callable]:
     """Return the reconstruction by the autoencoder, with the grain if images are drawn with it."""
     from em_diffusion.drawing import reconstruct
     from em_training import make_generator
@@ -98,8 +92,7 @@ def find_reference_levels(pipeline, options: LDMOptions, seed: int) -> tuple[Ref
     grain = pipeline.grain if options.grain else None
     rng = make_generator(seed, stream="grain")
     part = "autoencoder" if grain is None else "autoencoder and grain"
-    apply = partial(reconstruct, pipeline.vqvae, grain=grain, generator=rng)
-    return (ReferenceLevel(part, apply),)
+    return {part: partial(reconstruct, pipeline.vqvae, grain=grain, generator=rng)}
 
 
 def describe_for_card(pipeline) -> dict:
@@ -168,11 +161,6 @@ def find_codebook(pipeline) -> tuple:
     return () if codes is None else (codes,)
 
 
-def walk(drawer, frames_per_key: int):
-    """Yield batches of frames of a closed walk through the noise of the first images."""
-    return drawer.walk(frames_per_key)
-
-
 FAMILY = Family(
     name="ldm",
     titles={"ldm": "LDM"},
@@ -182,13 +170,12 @@ FAMILY = Family(
     card=Card(
         "ldm.md.j2", "em_diffusion", "latent-diffusion", "latent diffusion model", describe_for_card
     ),
-    start=start,
+    drawer="em_diffusion.drawing:LDMDrawer",
     read_kind=lambda folder: "ldm",
-    reference_levels=find_reference_levels,
+    reconstructions=find_reconstructions,
     without_grain=lambda options: replace(options, grain=False),
     find_exact_modules=find_codebook,
     controls=list_controls,
-    walk=walk,
     walk_help="The noise that images start from changes smoothly; frames have no grain.",
     script="train_ldm.py",
     presets="em_diffusion.presets:PRESETS",

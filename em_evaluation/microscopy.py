@@ -236,7 +236,7 @@ def compare_microscopy(
         "levels": {key: describe_set(mean, bins) for key, mean in means.items()},
         "outcomes": outcomes,
         "comparisons": compare_models(distances, models),
-        "blind_spots": find_blind_spots(outcomes, kinds),
+        "blind_spots": find_passed_metrics(outcomes, kinds),
         "curves": _make_curves(means, num_searched, pixel_size_nm, bins, reference.shape[1:]),
         "calibration": calibrate_detector(
             min(reference.shape[1:]), pixel_size_nm, num_micrographs=num_calibration
@@ -330,7 +330,7 @@ def compare_models(distances, models) -> list[dict]:
     ]
 
 
-def find_blind_spots(outcomes, kinds) -> dict[str, list[str]]:
+def find_passed_metrics(outcomes, kinds) -> dict[str, list[str]]:
     """Return {reference level: metrics that do not find it farther than real images are}."""
     wrong = ("as_real", "undecided")
     blind = {

@@ -185,11 +185,11 @@ def walk(
     """Draw a closed walk of `WALK_KEYS` x `frames_per_key` frames through the seed's images."""
     _check("Frames per image", frames_per_key, MAX_FRAMES // WALK_KEYS)
     options, images = read_options(model, values or {}), []
-    if model.model.family.walk is None:
+    if not model.model.family.walk_help:
         raise ValueError(f"A {model.model.title} has no walk.")
     with model.lock:
         drawer = _start(model, options, seed, WALK_KEYS, None)
-        for batch in model.model.family.walk(drawer, frames_per_key):
+        for batch in drawer.walk(frames_per_key):
             images.append(batch.float().cpu())
             if progress is not None:
                 progress(sum(map(len, images)) / (WALK_KEYS * frames_per_key))

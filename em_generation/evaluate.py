@@ -307,9 +307,9 @@ def make_model(config, candidate: Candidate, options, device) -> ModelImages:
     if config.memorisation and family.without_grain and record["settings"].get("grain"):
         bare = family.without_grain(options)
         without_grain, _ = generate(config, candidate, bare, folder="images-without-grain")
-    levels = ()
+    reconstructions = {}
     if "reconstruction" in config.levels:
-        levels = family.reference_levels(model.load(device=device), options, config.seed)
+        reconstructions = family.reconstructions(model.load(device=device), options, config.seed)
     starts = {}
     for kind, start in STARTS.items():
         if model.folder is not None and (model.folder / start / "model_index.json").exists():
@@ -329,7 +329,7 @@ def make_model(config, candidate: Candidate, options, device) -> ModelImages:
         info={key: value for key, value in record["settings"].items() if key != "format"}
         | ({"preset": model.preset} if model.preset else {}),
         without_grain=without_grain,
-        reconstructions={level.part: level.apply for level in levels},
+        reconstructions=reconstructions,
         **starts,
     )
 

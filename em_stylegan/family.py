@@ -35,13 +35,6 @@ class StyleGANOptions:
             )
 
 
-def start(pipeline, options: StyleGANOptions, **settings):
-    """Return the `Drawer` of a pipeline; see `em_stylegan.drawing.StyleGANDrawer`."""
-    from em_stylegan.drawing import StyleGANDrawer
-
-    return StyleGANDrawer(pipeline, options, **settings)
-
-
 def read_kind(folder: Path) -> str:
     """Return stylegan1, stylegan2, stylegan3-t or stylegan3-r: what the saved generator is."""
     module = json.loads((folder / "model_index.json").read_text())["generator"][0]
@@ -85,11 +78,6 @@ def list_controls(pipeline) -> tuple[Control, ...]:
     )
 
 
-def walk(drawer, frames_per_key: int):
-    """Yield batches of frames of a closed walk through w of the first images."""
-    return drawer.walk(frames_per_key)
-
-
 FAMILY = Family(
     name="stylegan",
     titles={
@@ -108,10 +96,9 @@ FAMILY = Family(
         "StyleGAN",
         lambda pipeline: {"resolution": pipeline.generator.config.resolution},
     ),
-    start=start,
+    drawer="em_stylegan.drawing:StyleGANDrawer",
     read_kind=read_kind,
     controls=list_controls,
-    walk=walk,
     walk_help="The style w changes smoothly, and the fine noise stands still.",
     script="train_gan.py",
     presets="em_stylegan.presets:PRESETS",

@@ -32,17 +32,10 @@ class Drawer(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the settings that decide the images, as JSON values for the record."""
 
-
-@dataclass(frozen=True)
-class ReferenceLevel:
-    """A limit that a part of a model sets: real images sent through that part.
-
-    part: what the images pass, such as "autoencoder". apply: images float [B, 1, H, W] in [-1, 1]
-    -> float32 [B, 1, H, W] in [-1, 1] on the CPU.
-    """
-
-    part: str
-    apply: Callable[[Any], Any]
+    def walk(self, frames_per_key: int) -> Iterator[Any]:
+        """Yield batches of frames [B, 1, H, W] in [-1, 1] on a closed path through images 0 to
+        `WALK_KEYS` - 1. Only drawers of a family with `walk_help` need it.
+        """
 
 
 @dataclass(frozen=True)
@@ -96,20 +89,18 @@ class Family:
     options: frozen dataclass of its sampling options; the fields are the flags of generate.py.
     stages: folders of a run that hold training curves.
     card: how its model card is written.
-    start: (pipeline, options, *, seed, batch_size, say, on_progress) -> `Drawer`. `say` gets
-        messages, `on_progress` the fraction of a batch that is done. The pipeline given is not
-        changed but for the memory layout of its weights.
+    drawer: "module:class" of its `Drawer`, imported when it is used.
     read_kind: folder with model_index.json -> kind; reads no weights.
-    reference_levels: (pipeline, options, seed) -> the levels that the model brings.
+    reconstructions: (pipeline, options, seed) -> {part of the model, such as "autoencoder":
+        function that sends real images through it, float [B, 1, H, W] in [-1, 1] -> float32 on
+        the CPU}. Each becomes a reference level: the limit that this part sets.
     without_grain: options -> options without noise that is added after the model. Copies of
         training images are sought in such images, since grain would hide them. None if the
         family has no grain.
     find_exact_modules: pipeline -> modules whose `weight` stays float32 when the rest is
         published in a narrower type.
     controls: pipeline -> what the demo page shows.
-    walk: (drawer, frames_per_key) -> batches of frames [B, 1, H, W] in [-1, 1] on a closed path
-        through images 0 to `WALK_KEYS` - 1. None if there is none.
-    walk_help: one sentence about the walk, for the demo page.
+    walk_help: one sentence about the drawer's walk, for the demo page; "" if it has none.
     script: the command that trains it, such as "train_ldm.py".
     presets: "module:name" of its presets, {name: function that returns a configuration}.
     train: "module:function" of its training, configuration -> the run's folder.
@@ -121,13 +112,12 @@ class Family:
     options: type
     stages: tuple[str, ...]
     card: Card
-    start: Callable[..., Drawer]
+    drawer: str
     read_kind: Callable[[Path], str]
-    reference_levels: Callable[[Any, Any, int], tuple[ReferenceLevel, ...]] = lambda *_: ()
+    reconstructions: Callable[[Any, Any, int], Mapping[str, Callable]] = lambda *_: {}
     without_grain: Callable[[Any], Any] | None = None
     find_exact_modules: Callable[[Any], tuple[Any, ...]] = lambda pipeline: ()
     controls: Callable[[Any], tuple[Control, ...]] = lambda pipeline: ()
-    walk: Callable[[Drawer, int], Iterator[Any]] | None = None
     walk_help: str = ""
     script: str = ""
     presets: str = ""
@@ -146,6 +136,17 @@ class Family:
     def import_pipeline(self) -> type:
         """Import the pipeline's class."""
         return _import(self.pipeline)
+
+    def start(self, pipeline: Any, options: Any, **settings: Any) -> Drawer:
+        """Return the drawer of a pipeline.
+
+        Args:
+            pipeline: Not changed but for the memory layout of its weights.
+            options: Sampling options.
+            settings: `seed`, `batch_size`, `say` (gets messages) and `on_progress` (gets the
+                fraction of a batch that is done).
+        """
+        return _import(self.drawer)(pipeline, options, **settings)
 
     def import_presets(self) -> Mapping[str, Callable]:
         """Import the presets of its training."""

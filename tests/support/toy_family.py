@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
 from em_training import make_image_rng
-from em_training.family import WALK_KEYS, Card, Control, Family, ReferenceLevel, check_options
+from em_training.family import WALK_KEYS, Card, Control, Family, check_options
 
 
 class ToyPipeline(DiffusionPipeline):
@@ -61,10 +61,9 @@ class ToyDrawer:
         noise = self.pipeline.draw_noise(rngs)
         return self.pipeline.decode(noise, self.options.contrast).float()
 
-
-def walk(drawer, frames_per_key):
-    """Yield the keys, each as many times as there are frames: a toy does not wander."""
-    yield drawer.draw(list(range(WALK_KEYS))).repeat_interleave(frames_per_key, dim=0)
+    def walk(self, frames_per_key):
+        """Yield the keys, each as many times as there are frames: a toy does not wander."""
+        yield self.draw(list(range(WALK_KEYS))).repeat_interleave(frames_per_key, dim=0)
 
 
 def reconstruct(pipeline, images):
@@ -80,15 +79,14 @@ FAMILY = Family(
     options=ToyOptions,
     stages=("toy",),
     card=Card("stylegan.md.j2", "support", "toy", "toy", lambda pipeline: {"resolution": 32}),
-    start=ToyDrawer,
+    drawer="support.toy_family:ToyDrawer",
     read_kind=lambda folder: "toy",
-    reference_levels=lambda pipeline, options, seed: (
-        ReferenceLevel("autoencoder", lambda images: reconstruct(pipeline, images)),
-    ),
+    reconstructions=lambda pipeline, options, seed: {
+        "autoencoder": lambda images: reconstruct(pipeline, images)
+    },
     controls=lambda pipeline: (
         Control("contrast", "Contrast", "slider", 1.0, minimum=0, maximum=10, step=0.1),
     ),
-    walk=walk,
     walk_help="A toy does not wander.",
 )
 
