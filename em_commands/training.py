@@ -1,9 +1,7 @@
 """What the two training commands share: flags, then the training, then what to do next."""
 
 import argparse
-import dataclasses
 import inspect
-import json
 import os
 import re
 import shlex
@@ -12,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_generation.families import FAMILIES
 from em_training.config import TEST_NOTE, OtherRunError, is_complete, read_preset, save_preset
 from em_training.family import Family
-from em_training.flags import UsageError, parse_preset
+from em_training.flags import parse_preset
 
 EPILOG = "--push-to-hub REPO publishes the finished run (--private: for you alone)."
 DESCRIPTION = f"""Train a {{noun}} on electron micrographs.
@@ -82,7 +79,6 @@ def run_training(family: Family) -> None:
         if is_complete(config.out, config):
             say(f"The run in {config.out} is already complete.")
         else:
-            refuse_other_family(config.out, family)
             if not int(os.environ.get("RANK", "0")):
                 save_preset(config.out, preset)
             try:
@@ -105,24 +101,6 @@ def run_training(family: Family) -> None:
             )
 
     train_and_publish(push, config, train)
-
-
-def refuse_other_family(out: str, family: Family) -> None:
-    """Refuse a folder with a run of another family, which would look like unknown keys."""
-    try:
-        keys = set(json.loads((Path(out) / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return
-
-    def knows_keys(each: Family) -> bool:
-        config = each.import_presets()["test"]()
-        return keys <= {field.name for field in dataclasses.fields(config)}
-
-    for other in FAMILIES:
-        if other is not family and knows_keys(other) and not knows_keys(family):
-            raise UsageError(
-                f"{out} holds a {other.card.noun} run; choose another folder with --out."
-            )
 
 
 def read_push_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -177,18 +177,17 @@ def conclude_model(report: dict, model: str) -> list[str]:
 
 
 def warn(report: dict, model: str | None = None) -> list[str]:
-    """Return what limits the models: preset test, autoencoders with most of a distance."""
+    """Return what limits the models: what their runs note, autoencoders with most of a distance."""
     way_out = (
         "Train the autoencoder longer (--autoencoder.num-images) or compare others: "
         "python -m em_diffusion.select_autoencoder."
     )
-    tests = [
-        f"{each['name']} was made with preset test: it checks the software, and its images mean "
-        "nothing."
+    told = [
+        f"{each['name']}: {each['info']['note']}"
         for each in report["models"]
-        if each.get("info", {}).get("preset") == "test" and model in (None, each["name"])
+        if each.get("info", {}).get("note") and model in (None, each["name"])
     ]
-    return tests + [
+    return told + [
         f"{say_autoencoder(report, each)} {way_out}"
         for each in report["autoencoders"]
         if is_limit(each) and model in (None, each["model"])

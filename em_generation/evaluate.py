@@ -327,7 +327,7 @@ def make_model(config, candidate: Candidate, options, device) -> ModelImages:
         sample_images_per_second=record.get("sample_images_per_second"),
         curves={stage.name: read_stats(stage) for stage in stages if stage.exists()},
         info={key: value for key, value in record["settings"].items() if key != "format"}
-        | ({"preset": model.preset} if model.preset else {}),
+        | model.about,
         without_grain=without_grain,
         reconstructions=reconstructions,
         **starts,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ class Model:
         family, kind: What it is, such as "stylegan3-t" of the StyleGANs.
         pipeline_folder: Where model_index.json lies.
         folder: The local folder of the run; None for a Hub repository.
-        train_seconds, num_images_seen, data, config, preset: From run.json; None or empty if
-            unknown.
+        train_seconds, num_images_seen, data, config: From run.json; None or empty if unknown.
+        about: The preset and the note of run.json, where it has them.
     """
 
     source: str
@@ -40,7 +40,7 @@ class Model:
     num_images_seen: int | None = None
     data: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
-    preset: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -96,7 +96,7 @@ def read_model(source: str) -> Model:
         content.get("num_images_seen"),
         content.get("data") or {},
         content.get("config") or {},
-        content.get("preset"),
+        {key: content[key] for key in ("preset", "note") if content.get(key)},
     )
 
 

@@ -169,6 +169,7 @@ def refuse_other_run(
     path = Path(out) / "config.json"
     if not path.exists():
         return
+    refuse_other_kind(out, path, config)
     may_change = find_marked(type(config), MAY_CHANGE)
     refused = [
         f"{name} was {old!r}, is now {new!r}"
@@ -181,6 +182,21 @@ def refuse_other_run(
         raise OtherRunError(
             f"{out} holds a run with another configuration: {listed}. Train in "
             "another folder with --out, remove this one, or resume with the old values."
+        )
+
+
+def refuse_other_kind(out: str | Path, path: Path, config: Any) -> None:
+    """Refuse a run of another kind of model, whose sections would look like unknown keys."""
+    try:
+        stored = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):  # damaged, as `load_config` tells
+        return
+    fields = [field.name for field in dataclasses.fields(config)]
+    sections = {name for name in fields if dataclasses.is_dataclass(getattr(config, name))}
+    strange = {key for key, value in stored.items() if isinstance(value, dict)} - set(fields)
+    if strange and sections - stored.keys():
+        raise OtherRunError(
+            f"{out} holds a run of another kind of model; choose another folder with --out."
         )
 
 

@@ -161,7 +161,7 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
     drawn = run(*command.split(), "--num-images", "2").stdout  # the line runs as it is printed
     assert f"Next: judge the model by such images: python evaluate.py --models {tmp_path}" in drawn
     other = run("train_gan.py", "test", "--data", data, "--out", tmp_path / "ldm", check=False)
-    assert "ldm holds a latent diffusion model run; choose another folder" in other.stderr
+    assert "ldm holds a run of another kind of model; choose another folder" in other.stderr
     other = run("train_gan.py", "demo", "--data", data, "--out", tmp_path / "gan", check=False)
     assert "The run was made with preset test, this is demo." in other.stderr
     assert re.search(r"; and \d+ more\. Train in", other.stderr)

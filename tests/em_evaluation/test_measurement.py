@@ -28,7 +28,7 @@ from em_evaluation.interval import Interval, to_json
 from em_evaluation.levels import ReferenceLevel, Sets
 from em_evaluation.pictures import choose_pictures, choose_unseen
 from em_evaluation.quiz import make_quiz
-from em_evaluation.wording import say_blind_spot, summarise_model
+from em_evaluation.wording import say_blind_spot, summarise_model, warn
 
 
 class Plain(Extractor):
@@ -241,6 +241,13 @@ def test_lost_fidelity_is_told_as_a_share_and_one_micrograph_as_a_caveat():
     said = summarise_model({"verdicts": verdicts, "protocol": protocol}, "M")
     assert "39 % of the images resemble no real image (training tiles: 6 %)" in said
     assert "rests on one real micrograph" in said
+
+
+def test_the_note_of_a_run_is_a_warning():
+    models = [{"name": "M", "info": {"preset": "test", "note": "Means nothing."}}, {"name": "N"}]
+    report = {"models": models, "autoencoders": []}
+    assert warn(report) == warn(report, "M") == ["M: Means nothing."]
+    assert warn(report, "N") == []
 
 
 # ---------------------------------------------------------------- comparison

@@ -1,3 +1,4 @@
+import json
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
@@ -117,6 +118,16 @@ def test_only_marked_fields_may_change_in_a_run(tmp_path):
     refuse_other_run(
         tmp_path, wider, lambda name, old, new: (name, old, new) == ("inner.width", 3, 4)
     )
+
+
+def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"name": "a", "generator": {"depth": 2}}))
+    with pytest.raises(ValueError, match="holds a run of another kind of model; choose another"):
+        refuse_other_run(tmp_path, Outer("a"))
+    stored = {"name": "a", "inner": {}, "removed": {}}  # another version of this kind
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="Unknown key 'removed'"):
+        refuse_other_run(tmp_path, Outer("a"))
 
 
 def test_other_data_is_refused_and_the_same_is_not(tmp_path):
