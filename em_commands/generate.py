@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -69,10 +70,26 @@ def run() -> None:
             f"{config.out} held more images than --num-images {config.num_images} asks for; all "
             "of them are kept."
         )
-    print(
-        f"Next: judge the model by such images: python evaluate.py --models "
-        f"{shlex.quote(config.model)}"
-    )
+    if model.config and model.config.get("data"):  # else evaluate.py asks for real images
+        print(f"Next: judge the model by such images: {say_evaluation(config)}")
+
+
+def say_evaluation(config: GenerationConfig) -> str:
+    """Return the command that evaluates a model with the same sampling options."""
+    words = ["python", "evaluate.py", "--models", config.model]
+    changed = {
+        field.name: getattr(config.options, field.name)
+        for field in dataclasses.fields(config.options)
+        if getattr(config.options, field.name) != field.default
+    }
+    if changed:
+        words += ["--sampling", *(f"{key}={to_json(value)}" for key, value in changed.items())]
+    return shlex.join(words)
+
+
+def to_json(value: object) -> str:
+    """Return a value as `KEY=VALUE` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Models, images and micrographs -> one report: joins the models to the evaluation."""
 
 import dataclasses
-import os
+import re
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -371,5 +372,6 @@ def print_summary(report: dict, page: Path, candidates: Sequence[Candidate]) -> 
     print(f"\nReport: {page}")
     runs = [each.source for each in candidates if each.model and each.model.folder]
     if runs:
-        command = f"python publish.py {runs[0]} NAME --evaluation {os.path.join(page.parent, '')}"
-        print(f"Next: publish a model with its numbers: {command.rstrip('/')}")
+        name = re.sub(r"[^a-zA-Z0-9]+", "-", Path(runs[0]).resolve().name).strip("-") or "model"
+        words = ["python", "publish.py", runs[0], name, "--evaluation", str(page.parent)]
+        print(f"Next: publish a model with its numbers: {shlex.join([*words, '--private'])}")

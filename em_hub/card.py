@@ -246,15 +246,15 @@ def make_eval_results(evaluation: dict) -> list[EvalResult]:
             metric_type=metric["key"],
             metric_name=f"{metric['label']} ({extractor})",
             metric_value=metric["value"]["value"],
-            metric_args=describe_interval(metric["value"], protocol),
+            metric_args=describe_interval(metric["value"]),
         )
         for metric in list_metrics(evaluation)
     ]
 
 
-def describe_interval(metric, protocol) -> dict | None:
-    """Return low, high and kind of a metric's interval, or None if it has none."""
+def describe_interval(metric) -> dict | None:
+    """Return low and high of a metric's 95 % interval, or None if it has none."""
     bounds = {key: metric.get(key) for key in ("low", "high")}
     if any(bound is None or not math.isfinite(bound) for bound in bounds.values()):
         return None
-    return bounds | {"intervals": protocol["intervals"]}
+    return bounds | {"interval": "95 %"}

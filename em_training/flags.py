@@ -244,7 +244,8 @@ def _plain_errors(prog: str) -> Iterator[None]:
             raise error from None
         if stop.code in (0, None):
             raise
-        raise UsageError(f"{_read_box(written.getvalue())} See `python {prog} --help`.") from None
+        text = _say_expected(_read_box(written.getvalue()))
+        raise UsageError(f"{text} See `python {prog} --help`.") from None
 
 
 def _read_box(text: str) -> str:
@@ -256,6 +257,18 @@ def _read_box(text: str) -> str:
             break
         words.append(inner)
     return " ".join(words).rstrip(".") + "."
+
+
+def _say_expected(text: str) -> str:
+    """Return tyro's error on a value that is no number in plain words; other errors as they are."""
+    found = re.fullmatch(
+        r"Error parsing (\S+): (invalid literal for int|could not).*: (.*)\.", text
+    )
+    if not found:
+        return text
+    flag, problem, value = found.groups()
+    number = "a whole number" if problem.startswith("invalid") else "a number"
+    return f"{flag} is {value}, but must be {number}."
 
 
 def _describe_presets(presets, description) -> str:

@@ -89,7 +89,8 @@ def test_help_of_a_preset_fits_on_two_screens(script):
         (["test", "--tiles.split", "foo"], r"invalid choice 'foo' for argument '--tiles.split'"),
         (["test", "--tiles.seed", "-1"], r"tiles.seed is -1, but must be at least 0. Use --tiles."),
         (["test", "--tiles.resolution", "0"], r"tiles.resolution is 0, but must be greater than 0"),
-        (["test", "--seed", "x"], r"--seed"),
+        (["test", "--seed", "x"], r"--seed is 'x', but must be a whole number\. See"),
+        (["test", "--tiles.held-out-fraction", "x"], r"is .x., but must be a number"),
     ],
 )
 def test_a_typo_is_told_at_once_with_the_nearest_flag(script, words, message):

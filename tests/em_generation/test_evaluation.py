@@ -4,6 +4,7 @@ command.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 
 import em_stylegan
+from em_commands.generate import say_evaluation
 from em_data import DataConfig, read_image_folder, write_image
 from em_data.synthetic_micrographs import synthesise_micrographs
+from em_diffusion.family import LDMOptions
 from em_generation import candidates as candidates_module
 from em_generation.candidates import (
     Candidate,
@@ -34,10 +37,13 @@ from em_generation.evaluate import (
     refuse_other_splits,
 )
 from em_generation.extractors import create_extractors, pair_weights
-from em_generation.families import find_family
+from em_generation.families import find_family, make_options
+from em_generation.generate import GenerationConfig
 from em_generation.loading import Model
 from em_generation.reproduce import hide_path, list_commands
+from em_hub.publish import PublishConfig
 from em_stylegan import train_gan
+from em_training.flags import parse_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -274,7 +280,11 @@ def test_a_folder_is_judged_beside_a_run(tmp_path):
     assert training.endswith("--out run")
     assert evaluation.startswith("python evaluate.py --models theirs=theirs StyleGAN2=run")
     assert str(tmp_path) not in json.dumps(report["reproduce"])
-    assert "Next: publish a model with its numbers: python publish.py run" in done.stdout
+    command = "python publish.py run run --evaluation out --private"
+    assert f"Next: publish a model with its numbers: {command}" in done.stdout
+    words = shlex.split(command)[2:]
+    (publish,) = parse_flags([PublishConfig], words, command="", positional=("run", "repo"))
+    assert (publish.repo, publish.evaluation, publish.private) == ("run", "out", True)
 
 
 @pytest.mark.parametrize(
@@ -332,3 +342,15 @@ def test_a_folder_of_whole_micrographs_is_cut_like_the_tiles_of_a_run(tmp_path):
     too_large = replace(config, resolution=128)
     with pytest.raises(ValueError, match="at least 256 px a side"):
         cut_large("theirs", str(folder), images, too_large, said.append)
+
+
+def test_the_next_command_after_generation_samples_alike():
+    options = LDMOptions(num_inference_steps=20, scheduler="ddim", grain=False)
+    config = GenerationConfig("runs/my ldm", "out", options=options)
+    words = shlex.split(say_evaluation(config))
+    assert words[:2] == ["python", "evaluate.py"]
+    (evaluation,) = parse_flags([EvaluationConfig], words[2:], command="evaluate.py")
+    assert evaluation.models == ("runs/my ldm",)
+    assert make_options([find_family("ldm")], evaluation.sampling)["ldm"] == options
+    bare = GenerationConfig("run", "out", options=LDMOptions())
+    assert say_evaluation(bare) == "python evaluate.py --models run"

@@ -224,7 +224,7 @@ def test_the_hub_reads_the_evaluation_off_the_card(tmp_path, hub):
     results = {result.metric_type: result for result in card.data.eval_results}
     distance = results["frechet_distance"]
     assert distance.metric_value == 36.125
-    assert (distance.metric_args["low"], distance.metric_args["high"]) == (35.125, 37.125)
+    assert distance.metric_args == {"low": 35.125, "high": 37.125, "interval": "95 %"}
     assert distance.dataset_args["num_images"] == 2000
     assert results["kernel_distance"].metric_value == pytest.approx(0.36125)
     (index,) = card.data.to_dict()["model-index"]
