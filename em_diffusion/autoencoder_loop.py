@@ -18,7 +18,7 @@ from em_diffusion.config import AutoencoderConfig
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
-from em_diffusion.validation import draw_validation_images, evaluate_reconstruction, reconstruct
+from em_diffusion.validation import evaluate_reconstruction, read_spaced_images, reconstruct
 from em_diffusion.weights import save_from_main_process
 from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 from em_training import (
@@ -154,7 +154,7 @@ def train_autoencoder(
     """
     folder = Path(out_dir) / "autoencoder" / "vqvae"
     model = build_autoencoder(config, tiles.resolution, accelerator)
-    validation_images = draw_validation_images(held_out, config.num_validation_images)
+    validation_images = read_spaced_images(held_out, config.num_validation_images)
 
     def validate(model):
         return evaluate_reconstruction(model, validation_images, accelerator, config.batch_size)

@@ -18,7 +18,7 @@ from em_diffusion.latents import Latents
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import is_flow
-from em_diffusion.validation import choose_validation_views
+from em_diffusion.validation import choose_spaced_views
 from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance
 from em_training import (
@@ -242,8 +242,7 @@ def update_best(best, model, generate, config, num_images_seen) -> dict:
         return generate(numbers, config.num_evaluation_steps, "evaluation")
 
     value = best.update(model, generate_evaluation, num_images_seen)
-    further = {f"held_out_{name}": value for name, value in best.distance.further.items()}
-    return {"held_out_frechet_distance": value} | further
+    return {"held_out_frechet_distance": value} | best.distance.curves
 
 
 def draw_batches(latents, sampler, config, accelerator, num_images_seen):
@@ -259,11 +258,11 @@ def draw_batches(latents, sampler, config, accelerator, num_images_seen):
     )
     for batch in loader:
         rng = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen)
-        yield add_noise(batch, config, rng)
+        yield draw_noise(batch, config, rng)
         num_images_seen += config.batch_size
 
 
-def add_noise(batch: Batch, config, rng) -> Batch:
+def draw_noise(batch: Batch, config, rng) -> Batch:
     """Return the batch with noise and a timestep for each image, as `config` draws them."""
     noise = torch.randn(batch.images.shape, generator=rng)
     timesteps = draw_timesteps(
@@ -278,9 +277,9 @@ def add_noise(batch: Batch, config, rng) -> Batch:
 
 def draw_validation_batch(latents, config) -> Batch:
     """Return held-out latents with the noise and timesteps of every validation of this seed."""
-    ids = torch.from_numpy(choose_validation_views(latents, config.num_validation_images))
+    ids = torch.from_numpy(choose_spaced_views(latents, config.num_validation_images))
     rng = make_generator(config.seed, stream="validation")
-    batch = add_noise(Batch(latents.batch(ids), ids), config, rng)
+    batch = draw_noise(Batch(latents.batch(ids), ids), config, rng)
     order = torch.randperm(len(batch), generator=rng)
     return replace(batch, timesteps=batch.timesteps[order])
 

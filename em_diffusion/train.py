@@ -20,7 +20,7 @@ from em_diffusion.latents import Latents, encode_latents, measure_latents, store
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
-from em_diffusion.validation import choose_validation_views, draw_validation_images, reconstruct
+from em_diffusion.validation import choose_spaced_views, read_spaced_images, reconstruct
 from em_diffusion.weights import hash_weights, save_model
 from em_evaluation.feature_metrics import check_metrics
 from em_training import (
@@ -163,7 +163,7 @@ def run_latents_stage(config, data, vqvae, accelerator, out):
     Returns both as `Latents`, and the seconds of encoding. Mean and deviation are measured on the
     training side alone.
     """
-    validation = choose_validation_views(data.held_out, config.denoiser.num_validation_images)
+    validation = choose_spaced_views(data.held_out, config.denoiser.num_validation_images)
     batch_size, folder = config.autoencoder.batch_size, out / "latents"
     encode_side = partial(encode_latents, vqvae, accelerator=accelerator, batch_size=batch_size)
     train, seconds = encode_side(data.train, folder, name="train")
@@ -188,7 +188,7 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
     is_measured = record.exists() and record.read_text() == json.dumps(made_for) + "\n"
     if accelerator.is_main_process and not is_measured:
         num_images = min(config.grain_images, max(1, MAX_PIXELS // config.tiles.resolution**2))
-        images = draw_validation_images(data.train, num_images)
+        images = read_spaced_images(data.train, num_images)
         grain = fit_grain(images, reconstruct(vqvae, images, accelerator))
         accelerator.print(
             f"grain: the autoencoder removes noise of {100 * grain.deviations.mean() / 2:.1f} % of "

@@ -8,15 +8,15 @@ from em_diffusion.reconstruction import SSIM_WINDOW_PX, psnr, spectrum_error_db,
 from em_training import run_in_parts
 
 
-def choose_validation_views(tiles, count: int):
+def choose_spaced_views(tiles, count: int):
     """Return the ids of up to `count` views, evenly spaced over all: int64 [N]."""
     spaced = np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views))
     return np.unique(spaced.astype(np.int64))
 
 
-def draw_validation_images(tiles, count: int):
+def read_spaced_images(tiles, count: int):
     """Return up to `count` views, evenly spaced over all: float32 [N, 1, R, R]."""
-    return tiles.batch(choose_validation_views(tiles, count))
+    return tiles.batch(choose_spaced_views(tiles, count))
 
 
 def reconstruct(model, images, accelerator, batch_size: int = 32):

@@ -68,6 +68,11 @@ class HeldOutDistance:
             images = read_images(held_out, self.num_images, seed % 2**32)
             self.reference = compute_features(images, self.extractor, use_cache=False)
 
+    @property
+    def curves(self) -> dict[str, float]:
+        """The further metrics of the last measurement by their names in a training log."""
+        return {f"held_out_{name}": value for name, value in self.further.items()}
+
     def measure(self, generate) -> float:
         """Measure the images that `generate` draws: numbers -> float32 [N, 1, H, W] in [-1, 1]."""
         accelerator = self.accelerator

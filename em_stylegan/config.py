@@ -118,6 +118,10 @@ class GANTrainingConfig:
     distance, efficientnet-lite0). The best weights are kept in best/generator and go into the
     pipeline. 0: never, and the last weights go into the pipeline."""
     num_evaluation_images: Size = 500
+    evaluation_metrics: Annotated[tuple[str, ...], MAY_CHANGE] = ()
+    """More metrics at these moments, for the curves of the report: kernel_distance, precision,
+    recall, density, coverage, frechet_distance_infinite. The Frechet distance chooses the
+    weights."""
     num_sample_images: Size = 16
     log_every: Annotated[Positive, MAY_CHANGE] = 4_000
     sample_every: Annotated[NotNegative, MAY_CHANGE] = 40_000

@@ -282,7 +282,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
                 if best and run.is_due(training.evaluate_every, num_images_seen):
                     generate = partial(generate_images, ema.model, config)
                     distance = best.update(ema.model, generate, num_images_seen)
-                    run.log(held_out_frechet_distance=distance)
+                    run.log(held_out_frechet_distance=distance, **best.distance.curves)
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
                     samples = generate_images(ema.model, config, range(training.num_sample_images))
                     save_image_grid(samples, run.samples_path(num_images_seen))
@@ -349,9 +349,14 @@ def share_magnitudes(model, accelerator) -> None:
 
 def create_best_weights(held_out, config, run):
     """Create what measures images against `held_out` and keeps the best generator."""
-    seed = seed_for(config.seed, "held-out distance")
-    num_images = config.training.num_evaluation_images
-    distance = HeldOutDistance(held_out, num_images, seed, accelerator=run.accelerator, say=run.say)
+    distance = HeldOutDistance(
+        held_out,
+        config.training.num_evaluation_images,
+        seed_for(config.seed, "held-out distance"),
+        accelerator=run.accelerator,
+        metrics=config.training.evaluation_metrics,
+        say=run.say,
+    )
     return BestWeights(distance, run, "generator")
 
 

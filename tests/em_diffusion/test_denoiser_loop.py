@@ -14,8 +14,8 @@ from em_data.batch import Batch
 from em_diffusion import denoiser_loop
 from em_diffusion.denoiser import create_denoiser, create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import (
-    add_noise,
     compute_denoising_loss,
+    draw_noise,
     draw_validation_batch,
     evaluate_denoising,
     train_denoiser,
@@ -272,7 +272,7 @@ def test_validation_is_the_loss_by_quarters_of_the_timesteps(config, accelerator
 def test_flow_draws_timesteps_between_the_integers(config):
     stage = dataclasses.replace(config.denoiser, prediction_type="flow")
     batch = Batch(torch.zeros(64, 4, 8, 8), torch.arange(64))
-    timesteps = add_noise(batch, stage, make_generator(0)).timesteps
+    timesteps = draw_noise(batch, stage, make_generator(0)).timesteps
     assert timesteps.dtype == torch.float32
     assert (timesteps != timesteps.round()).any()
 
@@ -292,7 +292,7 @@ def test_the_studys_variants_are_built_and_stepped(config, num_levels, batch_siz
     )
     unet, scheduler = create_denoiser(stage, 32, 4), create_scheduler(stage)
     latents = torch.randn(batch_size, 4, 32, 32, generator=make_generator(0))
-    batch = add_noise(Batch(latents, torch.arange(batch_size)), stage, make_generator(1))
+    batch = draw_noise(Batch(latents, torch.arange(batch_size)), stage, make_generator(1))
     losses = compute_denoising_loss(unet, scheduler, latents, batch.noise, batch.timesteps)
     assert losses.shape == (batch_size,)
     losses.mean().backward()

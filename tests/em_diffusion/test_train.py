@@ -17,7 +17,7 @@ from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, posthoc_
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.grain import fit_grain
-from em_diffusion.validation import choose_validation_views
+from em_diffusion.validation import choose_spaced_views
 from em_diffusion.weights import hash_weights
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
 from support.config import refuses_config
@@ -427,7 +427,7 @@ def test_grain_is_measured_on_training_views_and_may_be_left_out_later(run, tmp_
     config, out = run
     pipe = EMLatentDiffusionPipeline.from_pretrained(out / "pipeline")
     data = load_data(config.data, config.tiles, log=lambda text: None)
-    images = data.train.batch(choose_validation_views(data.train, config.grain_images))
+    images = data.train.batch(choose_spaced_views(data.train, config.grain_images))
     expected = fit_grain(images, reconstruct(pipe.vqvae, images)).state_dict()
     for name, value in pipe.grain.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0.02, atol=1e-3)

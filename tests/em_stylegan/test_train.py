@@ -44,7 +44,12 @@ def config(tmp_path_factory):
     checkpoints after 4 and 8.
     """
     config = PRESETS["test"]()
-    training = replace(config.training, evaluate_every=32, num_evaluation_images=12)
+    training = replace(
+        config.training,
+        evaluate_every=32,
+        num_evaluation_images=12,
+        evaluation_metrics=("recall",),
+    )
     return replace(
         config,
         precision="no",
@@ -92,6 +97,7 @@ def test_run_folder(finished, config):
     assert all(expected <= set(line) for line in lines)
     distances = {line["num_images_seen"]: line.get("held_out_frechet_distance") for line in lines}
     assert [value is not None for value in distances.values()] == [False, True, False, True]
+    assert ["held_out_recall" in line for line in lines] == [False, True, False, True]
     best = read_best(finished / "stylegan")
     assert (
         best["frechet_distance"]
