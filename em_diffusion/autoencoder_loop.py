@@ -1,7 +1,6 @@
 """Training of the autoencoder: its losses, then the loop."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
-from em_data import BatchLoader, ImageSampler, Views, save_image_grid
+from em_data import BatchLoader, ImageSampler, Tiles, save_image_grid
 from em_data.files import write_atomically
 from em_diffusion.autoencoder import create_autoencoder, encode, has_codebook, is_trainable
 from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
@@ -135,11 +134,11 @@ def backward_losses(part, share, model, perceptual, discriminator, config, accel
 
 def train_autoencoder(
     config: AutoencoderConfig,
-    tiles: Views,
-    held_out: Views,
+    tiles: Tiles,
+    held_out: Tiles,
     *,
     accelerator: Accelerator,
-    out_dir: str | os.PathLike,
+    out_dir: str | Path,
 ) -> tuple[Path, float]:
     """Train the autoencoder on `tiles`, or resume from its last checkpoint.
 

@@ -1,6 +1,5 @@
 """Training of the denoiser: its loss, then the loop."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def train_denoiser(
     vqvae: ModelMixin,
     *,
     accelerator: Accelerator,
-    out_dir: str | os.PathLike,
+    out_dir: str | Path,
     held_out: Views | None = None,
     grain: EMGrain | None = None,
 ) -> tuple[Path, float]:
@@ -280,6 +279,7 @@ def draw_validation_batch(latents, config) -> Batch:
     ids = torch.from_numpy(choose_spaced_views(latents, config.num_validation_images))
     rng = make_generator(config.seed, stream="validation")
     batch = draw_noise(Batch(latents.batch(ids), ids), config, rng)
+    assert batch.timesteps is not None  # just drawn
     order = torch.randperm(len(batch), generator=rng)
     return replace(batch, timesteps=batch.timesteps[order])
 
@@ -301,6 +301,8 @@ def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> di
         with accelerator.autocast():
             return compute_denoising_loss(unet, scheduler, images, noise, timesteps)
 
+    assert batch.noise is not None
+    assert batch.timesteps is not None
     tensors = (batch.images, batch.noise, batch.timesteps)
     losses = run_in_parts(compute_losses, *tensors, size=config.batch_size)  # [N]
     quarters = (batch.timesteps * 4 / config.num_train_timesteps).long().clamp(max=3)  # [N]

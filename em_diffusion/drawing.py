@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -52,10 +53,11 @@ class LDMDrawer:
         )
         if options.compile:
             # freezing packs the weights as a CPU reads them
-            frozen = {"freezing": True} if pipeline.device.type == "cpu" else None
-            self.pipeline.unet = torch.compile(pipeline.unet, options=frozen)
+            frozen = partial(torch.compile, options={"freezing": True})
+            compile_model = frozen if pipeline.device.type == "cpu" else torch.compile
+            self.pipeline.unet = compile_model(pipeline.unet)
             if pipeline.guide is not None:
-                self.pipeline.guide = torch.compile(pipeline.guide, options=frozen)
+                self.pipeline.guide = compile_model(pipeline.guide)
 
     def describe(self) -> dict:
         """Return the settings that decide the images."""

@@ -31,7 +31,7 @@ class EMTamingVQModel(VQModel):
     The other arguments are those of `VQModel`; `scaling_factor` is 1 by default.
     """
 
-    quantizer_class = None  # the stock one
+    quantizer_class: type[torch.nn.Module] | None = None  # the stock one
 
     @register_to_config
     def __init__(

@@ -98,7 +98,7 @@ def set_attention_heads(model: torch.nn.Module, num_heads: int) -> None:
         module.scale = (module.inner_dim // num_heads) ** -0.5
 
 
-def remove_resampling_convolutions(model: torch.nn.Module) -> None:
+def remove_resampling_convolutions(model: UNet2DModel) -> None:
     """Replace every convolution between two levels by 2 x 2 means or repeated pixels."""
     for block in [*model.down_blocks, *model.up_blocks]:
         for name, layer in (("downsamplers", Downsample2D), ("upsamplers", Upsample2D)):

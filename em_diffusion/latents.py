@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from em_data import Views
+from em_data import Tiles
 from em_data.files import flush_to_disk, make_folder, write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.weights import hash_weights
@@ -58,7 +58,7 @@ class Latents:
 
 def encode_latents(
     model: ModelMixin,
-    tiles: Views,
+    tiles: Tiles,
     folder: str | os.PathLike,
     *,
     accelerator: Accelerator,

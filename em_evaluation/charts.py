@@ -232,6 +232,8 @@ def _to_svg(figure, label) -> str:
     svg = svg.replace("xlink:href", "href").replace(INK, "currentColor")
     prefix = "c" + hashlib.sha256(svg.encode()).hexdigest()[:8]
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    width = float(re.search(r'width="([\d.]+)pt"', svg).group(1)) * 4 / 3  # points to CSS pixels
+    points = re.search(r'width="([\d.]+)pt"', svg)
+    assert points is not None  # matplotlib writes it
+    width = float(points[1]) * 4 / 3  # points to CSS pixels
     size = f'role="img" aria-label="{html.escape(label)}" style="max-width:{width:.0f}px"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: size, svg, count=1)

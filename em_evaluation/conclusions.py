@@ -11,13 +11,17 @@ from typing import Literal
 from em_evaluation.distances import Distance, difference_interval
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.interval import Interval
-from em_evaluation.levels import ReferenceLevel, Sets
+from em_evaluation.levels import Sets
 
 Aspect = Literal["fidelity", "variety", "defects"]
 Outcome = Literal["as_real", "differs", "undecided", "not_measured"]
 Blindness = Literal["nothing_found", "passed_by_noise", "narrow"]
 Order = Literal["closer", "farther", "undecided"]
-METRICS_OF_ASPECT = {"fidelity": ("precision", "density"), "variety": ("recall", "coverage")}
+Side = Literal["above", "below", "undecided"]
+METRICS_OF_ASPECT: dict[Aspect, tuple[str, ...]] = {
+    "fidelity": ("precision", "density"),
+    "variety": ("recall", "coverage"),
+}
 DEFECT_METRICS = ("loop_density", "loop_size", "dot_density", "line_density")
 TOLERANCE = 0.1  # a share that is at most this far below that of real images counts as real
 NARROW = 0.5  # a model with less than this share of real images' recall is narrow
@@ -47,7 +51,7 @@ class AutoencoderShare:
     share: float
     excess: float | None
     difference_to_half: Interval
-    autoencoder_is: Literal["above", "below", "undecided"]
+    autoencoder_is: Side
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,11 @@ def conclude(
         for difference in (subtract(*pair),)
     ]
     autoencoders = [
-        weigh_autoencoder(level, distances, sets.real, subtract(level.key, level.model, 0.5))
+        weigh_autoencoder(
+            level.key, level.model, distances, sets.real, subtract(level.key, level.model, 0.5)
+        )
         for level in sets.levels
-        if level.kind == "reconstruction" and distances[level.model].value > 0
+        if level.kind == "reconstruction" and level.model and distances[level.model].value > 0
     ]
     against_real = {each.first: each for each in comparisons if each.second == sets.real}
     held_out = {key: row["held_out"] for key, row in measurement["rows"].items()}
@@ -141,17 +147,17 @@ def order_of(difference: Interval) -> Order:
 
 
 def weigh_autoencoder(
-    level: ReferenceLevel, distances: Mapping[str, Distance], real: str | None, to_half: Interval
+    level: str, model: str, distances: Mapping[str, Distance], real: str | None, to_half: Interval
 ) -> AutoencoderShare:
-    """Compare an autoencoder's distance with that of its model."""
-    own, score = distances[level.key].value, distances[level.model].value
-    where = "above" if to_half.low > 0 else "below" if to_half.high < 0 else "undecided"
+    """Compare the distance of an autoencoder, the key of its level, with that of its model."""
+    own, score = distances[level].value, distances[model].value
+    where: Side = "above" if to_half.low > 0 else "below" if to_half.high < 0 else "undecided"
     excess = None
     if real is not None and score > distances[real].value:
         best = distances[real].value
         excess = (own - best) / (score - best)
         excess = excess if 0 <= excess <= 1 else None
-    return AutoencoderShare(level.model, level.key, own / score, excess, to_half, where)
+    return AutoencoderShare(model, level, own / score, excess, to_half, where)
 
 
 def judge_model(
@@ -172,8 +178,8 @@ def judge_model(
         microscopy: What `compare_microscopy` returns.
         blind: Measures of defects that noise, texture only or an untrained model pass.
     """
-    own, best = rows[model], rows.get(real, {})
-    aspects = {
+    own, best = rows[model], {} if real is None else rows.get(real, {})
+    aspects: dict[Aspect, list[Measure]] = {
         aspect: [
             make_measure(metric, own[metric], best[metric], judge_loss(best[metric] - own[metric]))
             for metric in metrics
@@ -247,7 +253,7 @@ def judge_defects(
         own, held_out = (
             Interval.from_json(section["levels"][key].get(metric)) for key in (model, "held_out")
         )
-        outcome = section["outcomes"][model][metric]
+        outcome: Outcome = section["outcomes"][model][metric]
         if own is not None and held_out is not None and outcome != "not_measured":
             about = section["metrics"][metric]
             why: Blindness | None = None

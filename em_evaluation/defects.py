@@ -85,12 +85,13 @@ def detect_defects(images, pixel_size_nm=None, settings=None) -> Defects:
     settings = settings or DetectorSettings()
     unit_px = 1.0 if pixel_size_nm is None else 1.0 / pixel_size_nm
     factor = choose_factor(images.shape[1:], pixel_size_nm)
-    found, scale = [], unit_px / factor
+    blocks, scale = [], unit_px / factor
     for start in range(0, max(len(images), 1), BLOCK):
         block = _average(images[start : start + BLOCK], factor)
-        found.append(_measure(*_segment(block, scale, settings), scale, settings, start))
+        objects, num_with_hole = _segment(block, scale, settings)
+        blocks.append(_measure(objects, num_with_hole, scale, settings, start))
     names = Defects.__dataclass_fields__
-    found = Defects(*(np.concatenate([getattr(each, name) for each in found]) for name in names))
+    found = Defects(*(np.concatenate([getattr(each, name) for each in blocks]) for name in names))
     found.box_px[...] *= factor
     found.centre_px[...] = (found.centre_px + 0.5) * factor - 0.5
     return found

@@ -267,9 +267,9 @@ def difference_interval(
             started from; they are resampled together, in `groups_first`.
         level, num_replicates, seed: As of `bootstrap_interval`.
     """
-    sides = ((first.influence_a, groups_first), (-second.influence_a, groups_second))
+    sides = [(first.influence_a, groups_first), (-second.influence_a, groups_second)]
     if paired:
-        sides = ((first.influence_a - second.influence_a, groups_first),)
+        sides = [(first.influence_a - second.influence_a, groups_first)]
     parts = (*sides, (first.influence_b - second.influence_b, groups_reference))
     return _find_interval(first.value - second.value, parts, level, num_replicates, seed)
 

@@ -169,7 +169,7 @@ def agree_on_number(models, real: RealImages, num_images: int) -> tuple[int, lis
         for kind in ("untrained", "transferred"):
             if getattr(model, kind) is not None:
                 counts[f"images of {model.name} ({kind})"] = len(getattr(model, kind))
-    scarcest = min(counts, key=counts.get)
+    scarcest = min(counts, key=lambda name: counts[name])
     if counts[scarcest] < 2:
         raise ValueError(
             f"There are {counts[scarcest]} {scarcest}, but a distance needs at least 2 of each set."

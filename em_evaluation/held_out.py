@@ -87,7 +87,7 @@ class HeldOutDistance:
         features = accelerator.gather(features.to(accelerator.device))
         features = features[: self.num_images]  # without the padding of the last share
         values = torch.zeros(1 + len(self.metrics), device=accelerator.device)
-        if accelerator.is_main_process:
+        if self.reference is not None:  # on the main process
             features = features.cpu().numpy()
             further = measure_values(self.metrics, features, self.reference)
             values += torch.tensor(

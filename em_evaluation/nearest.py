@@ -94,10 +94,10 @@ def find_nearest(
     for start in tqdm(range(0, len(images), per_block), name, unit="block", leave=False):
         smooth = _smooth(images[start : start + per_block])
         windows = _make_windows(smooth, shifts, max_shift_px, factor)  # [B, S, D]
-        candidates = _find_candidates(windows, coarse)
+        candidates, where = _find_candidates(windows, coarse)  # [B, K] both
         best += [
-            _decide(image, *found, tiles, len(shifts), max_shift_px)
-            for image, found in zip(smooth, zip(*candidates))
+            _decide(image, numbers, own, tiles, len(shifts), max_shift_px)
+            for image, numbers, own in zip(smooth, candidates, where)
         ]
     correlation, *rest = (np.array(each) for each in zip(*best))
     return Nearest(np.sqrt(np.maximum(2 - 2 * correlation, 0)), *rest)

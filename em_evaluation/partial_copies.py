@@ -105,13 +105,15 @@ def find_nearest_halves(images, contents, factor) -> NearestHalf:
     for start in tqdm(range(0, len(images), BLOCK), "partial copies", unit="block", leave=False):
         block, _ = prepare(images[start : start + BLOCK])
         turned = np.stack([apply_symmetry(block, name) for name in ELEMENTS], 1)  # [B, 8, S, S]
-        scores, windows = zip(*(_score(turned, half, each) for half, each in zip(halves, coarse)))
-        scores, windows = (
-            torch.stack(each, 1).flatten(1) for each in (scores, windows)
-        )  # [B, 4 T]
+        by_half = [_score(turned, half, each) for half, each in zip(halves, coarse)]
+        scores, windows = (torch.stack(each, 1).flatten(1) for each in zip(*by_half))  # [B, 4 T]
         best = scores.topk(min(NUM_CANDIDATES, scores.shape[1]), 1).indices
-        for image, *candidates in zip(turned, best.tolist(), windows.gather(1, best).tolist()):
-            found.append(max(_decide(image, *each, contents, halves) for each in zip(*candidates)))
+        where = windows.gather(1, best)
+        for image, *candidates in zip(turned, best.tolist(), where.tolist()):
+            decided = (
+                _decide(image, i, window, contents, halves) for i, window in zip(*candidates)
+            )
+            found.append(max(decided))
     correlation, tile, symmetry, half = (np.array(each) for each in zip(*found))
     return NearestHalf(np.sqrt(np.maximum(2 - 2 * correlation, 0)), tile, symmetry, half)
 

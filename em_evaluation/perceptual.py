@@ -53,11 +53,13 @@ class PerceptualDistance(FrozenDistance):
         if not 1 <= num_layers <= len(BLOCKS_OF_LAYER):
             raise ValueError(f"num_layers is {num_layers}; choose 1 to {len(BLOCKS_OF_LAYER)}.")
         network = load_efficientnet()
-        fold_input_channels(network._conv_stem)  # a grey image has three equal channels
-        self.stem = nn.Sequential(network._conv_stem, nn.ReLU6())
+        stem = network.get_submodule("_conv_stem")
+        fold_input_channels(stem)  # a grey image has three equal channels
+        self.stem = nn.Sequential(stem, nn.ReLU6())
+        blocks = list(network.get_submodule("_blocks").children())
         ends = (0, *BLOCKS_OF_LAYER[:num_layers])
         self.stages = nn.ModuleList(
-            nn.Sequential(*network._blocks[start:end]) for start, end in itertools.pairwise(ends)
+            nn.Sequential(*blocks[start:end]) for start, end in itertools.pairwise(ends)
         )
         self.eval().requires_grad_(False)
 

@@ -261,7 +261,7 @@ def say_structure(report: dict, model: str) -> str | None:
         for each in report["comparisons"]
         if level and (each["first"], each["second"]) == (model, level["key"])
     ]
-    if not found:
+    if level is None or not found:
         return None
     scores = f"which scores {format_interval(find_metric(report, level['key']))}"
     texture = f"texture without structure, {scores}"

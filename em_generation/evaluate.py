@@ -4,7 +4,7 @@ import dataclasses
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from em_generation.candidates import Candidate, name_candidates
 from em_generation.extractors import create_extractors
 from em_generation.families import make_options
 from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
-from em_generation.loading import read_model
+from em_generation.loading import Model, read_model
 from em_generation.reproduce import list_commands
 from em_training import config_from_dict, create_process_state, parse_pairs, read_stats
 from em_training.family import check_options
@@ -200,8 +200,9 @@ def load_real_images(config, candidates: Sequence[Candidate], log=print) -> Real
 
 def find_tiles(config, candidates: Sequence[Candidate]) -> DataConfig | None:
     """Return the tiling of the first run, changed as the flags say; None without a run."""
-    runs = [each.model for each in candidates if each.model is not None and each.model.config]
-    return change_tiles(config, runs[0].config["tiles"]) if runs else None
+    configs = [each.model.config for each in candidates if each.model is not None]
+    tiles = [each["tiles"] for each in configs if each]
+    return change_tiles(config, tiles[0]) if tiles else None
 
 
 def change_tiles(config, values: dict) -> DataConfig:
@@ -295,30 +296,30 @@ def make_models(config, candidates: Sequence[Candidate], device) -> list[ModelIm
     return [
         ModelImages(each.name, each.images, family_title="images of a folder")
         if each.model is None
-        else make_model(config, each, options[each.model.family.name], device)
+        else make_model(config, each.name, each.model, options[each.model.family.name], device)
         for each in candidates
     ]
 
 
-def make_model(config, candidate: Candidate, options, device) -> ModelImages:
+def make_model(config, name: str, model: Model, options, device) -> ModelImages:
     """Return the images of a model, and what its run and its family bring."""
-    model, family = candidate.model, candidate.model.family
-    images, record = generate(config, candidate, options)
+    family = model.family
+    images, record = generate(config, name, model, options)
     without_grain = None
     if config.memorisation and family.without_grain and record["settings"].get("grain"):
         bare = family.without_grain(options)
-        without_grain, _ = generate(config, candidate, bare, folder="images-without-grain")
-    reconstructions = {}
+        without_grain, _ = generate(config, name, model, bare, kind="images-without-grain")
+    reconstructions: Mapping[str, Callable] = {}
     if "reconstruction" in config.levels:
         reconstructions = family.reconstructions(model.load(device=device), options, config.seed)
     starts = {}
     for kind, start in STARTS.items():
         if model.folder is not None and (model.folder / start / "model_index.json").exists():
-            first = dataclasses.replace(candidate, model=read_model(str(model.folder / start)))
-            starts[kind], _ = generate(config, first, options, folder=f"images-{start}")
+            first = read_model(str(model.folder / start))
+            starts[kind], _ = generate(config, name, first, options, kind=f"images-{start}")
     stages = [model.folder / stage for stage in family.stages] if model.folder else []
     return ModelImages(
-        candidate.name,
+        name,
         images,
         family=model.kind,
         family_title=model.title,
@@ -335,12 +336,12 @@ def make_model(config, candidate: Candidate, options, device) -> ModelImages:
     )
 
 
-def generate(config, candidate: Candidate, options, folder: str = "images") -> tuple:
+def generate(config, name: str, model: Model, options, kind: str = "images") -> tuple:
     """Return the images of a model and the record of their generation."""
-    folder = Path(config.out) / folder / make_folder_name(candidate.name)
+    folder = Path(config.out) / kind / make_folder_name(name)
     record = generate_images(
         GenerationConfig(
-            model=candidate.model.source,
+            model=model.source,
             out=str(folder),
             num_images=config.num_images,
             seed=config.seed,
@@ -348,7 +349,7 @@ def generate(config, candidate: Candidate, options, folder: str = "images") -> t
             precision=config.precision,
             options=options,
         ),
-        candidate.model,
+        model,
     )
     return read_image_folder(folder), record
 

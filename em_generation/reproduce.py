@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from em_generation.candidates import Candidate
+from em_generation.loading import Model
 
 LOCAL = ("models", "out", "compare", "weights", "cache_dir")  # fields that need care, or none
 
@@ -21,7 +22,7 @@ def list_commands(config, candidates: Sequence[Candidate]) -> list[str]:
     commands = []
     for candidate in candidates:
         if candidate.model is not None:
-            commands += list_training(candidate)
+            commands += list_training(candidate.model)
     words = ["python evaluate.py --models"]
     words += [to_text(f"{each.name}={each.source}") for each in candidates]
     for field in dataclasses.fields(config):
@@ -31,9 +32,9 @@ def list_commands(config, candidates: Sequence[Candidate]) -> list[str]:
     return [*commands, " ".join([*words, to_flag("out", config.out)])]
 
 
-def list_training(candidate: Candidate) -> list[str]:
+def list_training(model: Model) -> list[str]:
     """Return the command that trained a model, as far as its run says."""
-    family, config = candidate.model.family, candidate.model.config
+    family, config = model.family, model.config
     if not config or not family.script:
         return []
     values = flatten(config)
@@ -54,7 +55,7 @@ def list_training(candidate: Candidate) -> list[str]:
     if values.get("data"):
         words.append(to_flag("data", values["data"]))
     words += [to_flag(key, value) for key, value in changes(nearest).items()]
-    return [" ".join([*words, to_flag("out", candidate.source)])]
+    return [" ".join([*words, to_flag("out", model.source)])]
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

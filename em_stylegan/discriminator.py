@@ -176,6 +176,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
     def freezable_layers(self) -> Iterator[nn.Module]:
         """Yield the layers from the image on, in the order of Freeze-D (Mo et al. 2020)."""
         for block in self.blocks:
+            assert isinstance(block, DiscriminatorBlock)
             layers = (block.from_image, block.conv0, block.conv1, block.skip)
             yield from (layer for layer in layers if layer is not None)
 
@@ -192,13 +193,14 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
             raise ValueError(f"image must be {['B', *expected]}; got {list(image.shape)}.")
         if self.class_mapping is None:
             encode_classes(class_labels, 0, len(image), image)  # raises if there are any
-        x = None
+        x: torch.Tensor | None = None
         for i, block in enumerate(self.blocks):
             block_dtype = compute_dtype or dtype if i < self.num_reduced else dtype
             x = x if x is None else x.to(block_dtype)
             x = block(x, image.to(block_dtype))  # [B, C', R/2, R/2]
             if self.from_image is not None:  # [B, image_channels, R/2, R/2]
                 image = blur(image, self.kernel, padding=1, stride=2)
+        assert x is not None  # there are blocks
         x = x.to(dtype)
         if self.from_image is not None:
             x = x + self.from_image(image.to(dtype))  # [B, C, 4, 4]

@@ -295,6 +295,8 @@ class MappingNetwork(nn.Module):
     `batch_size`. `w_mean` is the running mean of w for truncation; only `update_w_mean` moves it.
     """
 
+    w_mean: torch.Tensor
+
     def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
         super().__init__()
         self.num_classes = num_classes

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from em_data.files import write_atomically
 
@@ -144,7 +145,7 @@ def find_marked(cls: type, marker: str, prefix: str = "") -> set[str]:
     """Return the dotted names of the fields of `cls` whose `Annotated` holds `marker`."""
     found = set()
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found |= find_marked(hint, marker, f"{prefix}{name}.")
         elif marker in getattr(hint, "__metadata__", ()):
             found.add(prefix + name)
@@ -262,7 +263,7 @@ def refuse_other_data(out: str | Path, identity: dict) -> None:
         )
 
 
-def _describe_problem(problem: dict, prefix: str, cls) -> str:
+def _describe_problem(problem: ErrorDetails, prefix: str, cls) -> str:
     kind, location = problem["type"], problem["loc"]
     if kind == "value_error":  # from a __post_init__, in its own words
         return str(problem["ctx"]["error"])

@@ -116,10 +116,11 @@ def parse_flags(
             if hints[field.name] is Any:
                 continue
             text = " ".join(texts.get(field.name, "").split())
-            hint = Annotated[hints[field.name], tyro.conf.arg(help=text)]
+            about = [tyro.conf.arg(help=text)]
             if field.name in positional:
-                metavar = tyro.conf.arg(help=text, metavar=field.name.upper())
-                hint = tyro.conf.Positional[Annotated[hints[field.name], metavar]]
+                metavar = field.name.upper()
+                about = [tyro.conf.arg(help=text, metavar=metavar), tyro.conf.Positional]
+            hint: Any = Annotated[hints[field.name], *about]
             default = dataclasses.field(
                 default=field.default, default_factory=field.default_factory
             )
@@ -323,9 +324,11 @@ def _width() -> int:
 def _read_help_texts(cls: type) -> dict[str, str]:
     """Return the strings under the fields of a class, by field."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
     texts = {}
     for statement, following in zip(body.body, body.body[1:]):
-        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and is_text:
+        if not isinstance(following, ast.Expr) or not isinstance(following.value, ast.Constant):
+            continue
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             texts[statement.target.id] = str(following.value.value)
     return texts

@@ -37,7 +37,9 @@ def describe_device() -> str:
         num = torch.get_num_threads()
         return f"CPU, {num} thread{'' if num == 1 else 's'}"
     if not torch.cuda.is_available():
-        return torch.accelerator.current_accelerator().type
+        device = torch.accelerator.current_accelerator()
+        assert device is not None  # else `use_cpu`
+        return device.type
     count = torch.cuda.device_count()
     return torch.cuda.get_device_name() + (f" ({count} devices)" if count > 1 else "")
 

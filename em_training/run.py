@@ -71,7 +71,7 @@ class TrainingRun:
         self._stop_signal: int | None = None
         self._seconds_before = 0.0
         self._last_saved: int | None = None
-        self._bar = None
+        self._bar = tqdm(disable=True)  # until `resume`
         self._has_estimate = False
         self._old_handlers: dict = {}
         self._lock = lock_folder(self.dir, is_main_process=accelerator.is_main_process)
@@ -90,8 +90,7 @@ class TrainingRun:
     def __exit__(self, kind: type | None, *raised: object) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
@@ -313,8 +312,8 @@ class TrainingRun:
 
     def _gather_sums(self) -> dict:
         """Return the sums of each process, so that a resumed run logs the same next line."""
-        totals = [float(total) for total, _ in self._sums.values()]
-        totals = torch.tensor(totals, dtype=torch.float64)
+        sums = [float(total) for total, _ in self._sums.values()]
+        totals = torch.tensor(sums, dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.gather(totals.to(self.accelerator.device)).cpu()
         by_name = totals.view(self.accelerator.num_processes, -1).T.tolist()  # [names][processes]

@@ -61,7 +61,8 @@ class Record(list, metaclass=_Kind):
     def __init__(self, *args, **kwargs):
         super().__init__()
 
-    __eq__, __hash__ = object.__eq__, object.__hash__
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # unlike lists, a record can be a key
 
     def __setstate__(self, state):
         is_pair = isinstance(state, tuple) and len(state) == 2  # attributes and slots

@@ -183,7 +183,9 @@ def original_name(name: str, arguments) -> str:
         return f"{ENDS[name]}.{kind}"
     path, *parts = name.split(".")
     if path == "mid_block":
-        place = {("resnets", "0"): 0, ("attentions", "0"): 1, ("resnets", "1"): 2}[tuple(parts[:2])]
+        place = {("resnets", "0"): 0, ("attentions", "0"): 1, ("resnets", "1"): 2}[
+            parts[0], parts[1]
+        ]
         return f"middle_block.{place}.{_layer(parts[0], parts[2:])}.{kind}"
     level, what, index, *layer = parts
     num_blocks = arguments["layers_per_block"]
