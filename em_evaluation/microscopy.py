@@ -34,21 +34,19 @@ from em_evaluation.metric import Metric
 from em_evaluation.micrograph_statistics import (
     dark_phase_threshold,
     flatten_background,
-    frequency_bins,
     grey_level_histogram,
     noise_level,
     radial_power_spectrum,
     signal_to_noise,
     two_point_correlation,
 )
+from em_evaluation.microscopy_curves import NUM_ANGLE_BINS, draw_curves, list_curves
 
 MAX_DEFECT_PIXELS = 20e6  # searched for defects in each set: about 20 s
 MAX_PIXELS_AT_ONCE = 2**27  # of sets measured in parallel: 16 bytes each, 2 GB
 LEAST_SIDE = 32  # pixels
 ELONGATED = 0.8  # minor over major axis below which a loop has a direction
-LEAST_LOOPS = 10  # for a histogram of one set
-COUNTS = {"loop_size": "loops", "loop_direction": "loops_with_direction"}  # of a histogram
-NUM_SIZE_BINS, NUM_ANGLE_BINS, NUM_VALUE_BINS = 120, 36, 512
+NUM_SIZE_BINS, NUM_VALUE_BINS = 120, 512
 
 
 def make_metrics(unit: str, area_unit: str, bins: dict) -> dict[str, Metric]:
@@ -220,6 +218,7 @@ def compare_microscopy(
         for key, row in distances.items()
     }
     outcomes = judge_sets(distances, intervals, kinds)
+    curves = list_curves(pixel_size_nm, bins, reference.shape[1:])
     num_searched = {key: count_searched(levels) for key, levels in sets.items()}
     return to_json({
         "pixel_size_nm": pixel_size_nm,
@@ -237,7 +236,7 @@ def compare_microscopy(
         "outcomes": outcomes,
         "comparisons": compare_models(distances, models),
         "blind_spots": find_passed_metrics(outcomes, kinds),
-        "curves": _make_curves(means, num_searched, pixel_size_nm, bins, reference.shape[1:]),
+        "curves": draw_curves(curves, metrics, means, num_searched),
         "calibration": calibrate_detector(
             min(reference.shape[1:]), pixel_size_nm, num_micrographs=num_calibration
         ),
@@ -339,36 +338,3 @@ def find_passed_metrics(outcomes, kinds) -> dict[str, list[str]]:
         if kind not in ("real", "reconstruction")
     }
     return {key: names for key, names in blind.items() if names}
-
-
-def _make_curves(means, num_searched, pixel_size_nm, bins, shape):
-    """Return what the charts draw: axis and mean of every set, for the metrics that are curves.
-
-    A histogram of loops needs `LEAST_LOOPS`; few: set -> number, for sets that have fewer.
-    """
-    frequencies, angle = frequency_bins(shape), 180 / NUM_ANGLE_BINS
-    size = bins["size"][:-1] + bins["size"][1] / 2
-    scale = pixel_size_nm or 1
-    unit, pixel = ("nm", "nm") if pixel_size_nm else ("pixels", "pixel")
-    axes = {
-        "spectrum": (frequencies / scale, f"cycles per {pixel}"),
-        "grey_levels": (np.arange(256), "grey level"),
-        "two_point": (np.arange(min(shape) // 4 + 1) * scale, f"distance, {unit}"),
-        "loop_size": (size, f"long axis of loops, {unit}"),
-        "loop_direction": ((np.arange(NUM_ANGLE_BINS) + 0.5) * angle, "direction of loops, °"),
-    }
-    curves = {}
-    for name, (x, label) in axes.items():
-        lines, few = {}, {}
-        for key, mean in means.items():
-            y = mean[name][0]
-            if name in COUNTS:
-                number = round(float(mean[COUNTS[name]][0, 0]) * num_searched[key])
-                if number < LEAST_LOOPS:
-                    few[key] = number
-                    continue
-                y = y / y.sum()
-            lines[key] = [float(f"{value:.5g}") for value in y]
-        x = [float(f"{value:.5g}") for value in x]
-        curves[name] = {"x": x, "label": label, "lines": lines, "few": few}
-    return curves

@@ -1,18 +1,10 @@
 """The report's section on electron microscopy: a coloured table, sentences and charts."""
 
 from em_evaluation.charts import colour_of, draw_panel
-from em_evaluation.microscopy import LEAST_LOOPS
+from em_evaluation.microscopy_curves import LEAST_LOOPS
 from em_evaluation.wording import join_words, name_sets
 
-MERGED = {"loop_size": 4, "loop_direction": 3}  # bins that a chart shows as one
 DASHES = ("-", "--", ":", "-.")
-CHARTS = {  # metric: title, y axis
-    "spectrum": ("Power spectrum", "dB"),
-    "grey_levels": ("Grey levels", "share of pixels"),
-    "two_point": ("Two-point correlation", "S2, both pixels dark"),
-    "loop_size": ("Size of loops", "share of loops"),
-    "loop_direction": ("Direction of loops", "share of loops"),
-}
 OUTCOMES = {
     "as_real": "as real",
     "differs": "differs",
@@ -113,38 +105,34 @@ def name_properties(section: dict) -> dict[str, str]:
 def draw_microscopy(section: dict, names: dict[str, str], keys: list[str]) -> list[str]:
     """Draw the mean curves of the sets `keys`, one SVG per metric."""
     charts = []
-    for name, (title, y_label) in CHARTS.items():
-        curve, lines = section["curves"][name], []
+    for curve in section["curves"].values():
+        lines, merge = [], curve["merge"]
         for i, key in enumerate(keys):
             if key not in curve["lines"]:
                 continue
-            x, y = merge_bins(curve["x"], curve["lines"][key], MERGED.get(name, 1))
+            x, y = merge_bins(curve["x"], curve["lines"][key], merge)
             style = {"color": colour_of(i), "linestyle": DASHES[i % len(DASHES)]}
-            style |= {"drawstyle": "steps-mid"} if name in MERGED else {}
+            style |= {"drawstyle": "steps-mid"} if merge > 1 else {}
             lines.append((names.get(key, key), x, y, style))
-        if not lines:
-            continue
-        charts.append(
-            draw_panel(
-                lines, title=title, x_label=curve["label"], y_label=y_label,
-                log_x=name == "spectrum", label=f"{title} of each set",
-            )
-        )  # fmt: skip
+        if lines:
+            labels = {key: curve[key] for key in ("title", "x_label", "y_label")}
+            label = f"{curve['title']} of each set"
+            charts.append(draw_panel(lines, **labels, log_x=curve["log"], label=label))
     return charts
 
 
 def say_not_drawn(section: dict, names: dict[str, str], keys: list[str]) -> list[str]:
     """Say which sets `keys` have too few loops for a line in a chart, a sentence per chart."""
     sentences = []
-    for name, (title, _) in CHARTS.items():
+    for curve in section["curves"].values():
         few = [
             f"{names.get(key, key)} ({number})"
-            for key, number in section["curves"][name]["few"].items()
+            for key, number in curve["few"].items()
             if key in keys
         ]
         if few:
             sentences.append(
-                f"{title}: not drawn for sets with fewer than {LEAST_LOOPS} such loops: "
+                f"{curve['title']}: not drawn for sets with fewer than {LEAST_LOOPS} such loops: "
                 f"{join_words(few)}."
             )
     return sentences
