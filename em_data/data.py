@@ -178,7 +178,7 @@ def _describe_micrographs(micrographs, config) -> dict:
     agree = bool(sizes) and all_known and sizes[-1] - sizes[0] <= 0.01 * sizes[-1]
     num_tiles = [each["num_tiles"] for each in micrographs]
     clipped = np.average([each["fraction_clipped"] for each in micrographs], weights=num_tiles)
-    notices = _merge_notices(micrographs) + _list_intensity_notices(micrographs, clipped, config)
+    notices = merge_notices(micrographs) + _list_intensity_notices(micrographs, clipped, config)
     if not sizes:
         notices.append("no file states its pixel size; give it with --tiles.pixel-size-nm")
     elif not agree:
@@ -218,7 +218,7 @@ def _list_series_notices(micrographs) -> list[str]:
     ]
 
 
-def _merge_notices(micrographs) -> list[str]:
+def merge_notices(micrographs) -> list[str]:
     """Return notices of single micrographs; those that differ only in numbers are merged."""
     by_kind = {}
     for each in micrographs:

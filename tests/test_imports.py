@@ -34,6 +34,7 @@ PUBLISHED = sorted(
 )
 PUBLISHED_MAY_IMPORT = {"torch", "numpy", "diffusers", "PIL", *sys.stdlib_module_names}
 SCRIPTS = ["train_ldm", "train_gan", "generate", "evaluate", "publish"]
+PROGRAMS = [*SCRIPTS, "look"]  # a program without a root script is python -m em_data.look, too
 NEVER_IMPORTED = {*SCRIPTS, "app", "experiments", "benchmarks", "tests", "support"}
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 POSIX_ONLY |= {"crypt", "nis", "ossaudiodev", "spwd", "readline"}
@@ -139,7 +140,7 @@ def test_every_package_is_covered_and_in_the_wheel():
     assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["em_*", "model_cards"]
     assert {*packages} == set(project["tool"]["mypy"]["packages"])
     assert all((ROOT / package / "py.typed").is_file() for package in packages)
-    scripts = {name.replace("_", "-"): f"{COMMANDS}.{name}:main" for name in SCRIPTS}
+    scripts = {name.replace("_", "-"): f"{COMMANDS}.{name}:main" for name in PROGRAMS}
     assert project["project"]["scripts"] == {f"em-{key}": value for key, value in scripts.items()}
 
 

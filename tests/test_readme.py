@@ -26,6 +26,7 @@ NOT_RUN = {
 REPLACED = {
     " small ": " test ",
     " --data path/to/micrographs": "",
+    "em_data.look path/to/micrographs": "em_data.look synthetic",
     "--num-images 10000": "--num-images 6",
     "runs/demo/ldm": "runs/ldm",
     "--out runs/report": "--out runs/report --num-images 16",
@@ -67,7 +68,11 @@ def run(words, folder):
 
 def test_every_command_of_the_readme_is_run_or_has_a_reason():
     commands = read_commands()
-    assert {shlex.split(command)[1] for command in commands if is_run(command)} == {*SCRIPTS, "-c"}
+    assert {shlex.split(command)[1] for command in commands if is_run(command)} == {
+        *SCRIPTS,
+        "-c",
+        "-m",
+    }
     assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
     assert all(
         any(old.strip() in text for text in [*commands, *read_blocks("python")]) for old in REPLACED

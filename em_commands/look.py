@@ -1,0 +1,8 @@
+"""Look at micrographs before training."""
+
+from em_data.look import run
+from em_training.cli import run_command
+
+
+def main() -> None:
+    run_command(run)

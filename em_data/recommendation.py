@@ -1,0 +1,269 @@
+"""Which tiles suit a source: recommended flags, each with its reason."""
+
+import shlex
+from collections import Counter
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from em_data.config import DataConfig
+from em_data.survey import SERIES_NAME, Survey, find_series
+
+RESOLUTIONS = (64, 128, 256)
+LARGEST_DOWNSAMPLE = 64
+SHARES = (1 / 16, 1 / 3)  # of a tile's side that a typical structure may take
+BEST_SHARE = 1 / 7
+FEW_TILES = 200
+FEWEST_SPECIMENS = 3  # for a split by specimen
+SAME_SIZE = 0.01  # pixel sizes that differ by less are the same
+SERIES_PATTERN = r"(?i)^(.*?)[-_ ]*(?:frame[-_ ]*\d+)?\.\w+$"
+
+
+@dataclass
+class Advice:
+    """Recommended settings.
+
+    Attributes:
+        flags: {name of the field of `DataConfig`: value}, in the order of the command line.
+        reasons: [(flag, sentence)]; the flag is "" for what no flag changes.
+        warnings: Sentences.
+        size_px: Median, least and largest diameter of structures, or None if none stands out.
+        num_tiles: With the recommended settings.
+    """
+
+    flags: dict
+    reasons: list[tuple[str, str]]
+    warnings: list[str]
+    size_px: tuple[float, float, float] | None
+    num_tiles: int
+
+    @property
+    def words(self) -> str:
+        """The flags as they are pasted after a training command."""
+        return " ".join(
+            f"--tiles.{name.replace('_', '-')} {shlex.quote(_show(value))}"
+            for name, value in self.flags.items()
+        )
+
+    def apply(self, config: DataConfig) -> DataConfig:
+        """Return a configuration with the recommended flags."""
+        values = {each.name: getattr(config, each.name) for each in fields(config)}
+        return DataConfig(**(values | self.flags))
+
+
+def _show(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def advise(survey: Survey, config: DataConfig) -> Advice:
+    """Recommend settings for the micrographs of a survey; flags that the user gave are kept."""
+    advice = Advice({}, [], [], measure_range(survey), 0)
+    _advise_scale(survey, advice)
+    _advise_split(survey, config, advice)
+    _advise_pixel_size(survey, advice)
+    default = DataConfig()
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name not in advice.flags and value != getattr(default, each.name):
+            advice.flags[each.name] = value
+    return advice
+
+
+def measure_range(survey: Survey) -> tuple[float, float, float] | None:
+    """Return the median, the least and the largest diameter of structures in pixels."""
+    sizes = [each.size.diameter_px for each in survey.samples if each.size is not None]
+    return (float(np.median(sizes)), min(sizes), max(sizes)) if sizes else None
+
+
+def count_tiles(shapes, resolution: int, downsample: int) -> int:
+    """Return how many tiles micrographs of shapes (H, W) give."""
+    side = resolution * downsample
+    return sum((height // side) * (width // side) for height, width in shapes)
+
+
+def choose_scale(size_px: float, largest_px: float, shapes) -> tuple[int, int]:
+    """Return the resolution and the downsampling at which structures span a good part of a tile.
+
+    Args:
+        size_px: Diameter of a typical structure in pixels of the micrographs.
+        largest_px: That of large ones; they should fit into a tile, too.
+        shapes: (H, W) of the micrographs.
+    """
+    settings = [
+        (resolution, factor)
+        for resolution in RESOLUTIONS
+        for factor in range(1, LARGEST_DOWNSAMPLE + 1)
+        if count_tiles(shapes, resolution, factor)
+    ]
+
+    def judge(setting):
+        resolution, factor = setting
+        side = resolution * factor
+        num_used = sum(min(shape) >= side for shape in shapes)
+        num_tiles = count_tiles(shapes, resolution, factor)
+        is_outside = not SHARES[0] <= size_px / side <= SHARES[1]
+        misses = (num_used < 0.9 * len(shapes)) + is_outside + (largest_px > side / 2)
+        few = max(0.0, np.log2(FEW_TILES / max(num_tiles, 1))) / 2
+        loses_detail = 0.7 * (factor > 1 and resolution < RESOLUTIONS[-1])
+        cost = abs(np.log2(size_px / side / BEST_SHARE)) + few + loses_detail
+        return misses, cost, -resolution
+
+    return min(settings or [(RESOLUTIONS[0], 1)], key=judge)
+
+
+def _advise_scale(survey, advice):
+    shapes = [each["shape"] for each in survey.micrographs]
+    if advice.size_px is None:
+        resolution = next((r for r in RESOLUTIONS[::-1] if count_tiles(shapes, r, 1)), 64)
+        factor, shown = 1, "no size stands out in these micrographs; look at the tiles"
+    else:
+        typical = advice.size_px[0]
+        sizes = [each.size.diameter_px for each in survey.samples if each.size is not None]
+        large = float(np.percentile(sizes, 90))
+        resolution, factor = choose_scale(typical, large, shapes)
+        share = typical / (resolution * factor)
+        shown = (
+            f"structures of about {typical:.3g} px take {describe_share(share)} of the side of a "
+            f"tile of {resolution * factor} px"
+        )
+    advice.flags |= {"resolution": resolution, "downsample": factor}
+    advice.num_tiles = count_tiles(shapes, resolution, factor)
+    advice.reasons.append(("resolution", f"{shown[0].upper()}{shown[1:]}."))
+    if factor == 1:
+        text = "The micrographs keep their pixels."
+    else:
+        text = (
+            f"Squares of {factor} x {factor} pixels are averaged, so that a tile of {resolution} "
+            f"px shows {resolution * factor} px of the micrograph."
+        )
+    advice.reasons.append(("downsample", text))
+    tiles = f"{advice.num_tiles:,} tiles of {len(shapes):,} micrographs"
+    if advice.num_tiles < FEW_TILES:
+        advice.warnings.append(
+            f"Only {tiles}: a model will copy them rather than learn from them. Add micrographs."
+        )
+    advice.reasons.append(("", f"This gives {tiles}."))
+    num_small = sum(min(shape) < resolution * factor for shape in shapes)
+    if num_small:
+        advice.warnings.append(
+            f"{num_small} micrographs are smaller than a tile and are not used at this setting."
+        )
+    if advice.size_px and advice.size_px[2] > 3 * advice.size_px[1]:
+        advice.warnings.append(
+            f"Sizes differ much between micrographs ({advice.size_px[1]:.3g} to "
+            f"{advice.size_px[2]:.3g} px). If they show different things or magnifications, train "
+            "on folders of one kind."
+        )
+
+
+def describe_share(share: float) -> str:
+    """Return a share of a length as words, such as "a sixth"."""
+    if share > 0.9:
+        return f"{share:.2g} times the length"
+    words = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth", 6: "a sixth", 7: "a seventh"}
+    number = round(1 / share)
+    return words.get(number, f"1/{number}") if number > 1 else "most"
+
+
+def _advise_split(survey, config, advice):
+    """Recommend what is held out: specimens, micrographs, or last of all random views."""
+    micrographs = survey.micrographs
+    groups, series = _join_copies(survey), find_series(micrographs)
+    specimens = Counter(each["specimen"] for each in micrographs)
+    by_name = Counter(_match_series(each["name"]) for each in micrographs)
+    if config.specimen_pattern is not None:
+        advice.flags["specimen_pattern"] = config.specimen_pattern
+    if None not in specimens and _are_specimens(specimens):
+        split, text = (
+            "specimen",
+            f"{len(specimens)} specimens are named by folder, file name or data set",
+        )
+    elif series and _are_specimens(by_name):
+        split, text = "specimen", f"Names without the number of a frame give {len(by_name)} series"
+        advice.flags["specimen_pattern"] = SERIES_PATTERN
+    elif len(groups) > 1:
+        split, text = "micrograph", "Whole micrographs are held out"
+    else:
+        split, text = "leaky", "All images belong together, so that no independent one is left"
+        advice.warnings.append(
+            "Training and held-out views will show the same micrographs, so that scores look too "
+            "good. Add images of another area or specimen before you trust them."
+        )
+    if split == "micrograph" and series:
+        name, num = max(series.items(), key=lambda item: item[1])
+        advice.warnings.append(
+            f"{num} micrographs look like frames of one series ({name}*): held-out frames resemble "
+            "those of training, and scores look too good. Add another area or specimen."
+        )
+    if split == "micrograph" and None not in specimens and len(specimens) > 1:
+        text += (
+            f"; if the images of each of the {len(specimens)} folders show one specimen, "
+            "--tiles.split specimen is stricter"
+        )
+    advice.flags["split"] = split
+    place = next(i for i, each in enumerate(advice.reasons) if each[0] == "")
+    advice.reasons.insert(place, ("split", f"{text}."))
+    if split == "specimen" and "specimen_pattern" in advice.flags:
+        text = "A file's name without the number of its frame is its specimen."
+        advice.reasons.insert(place + 1, ("specimen_pattern", text))
+    order = ["resolution", "downsample", "split", "specimen_pattern"]
+    advice.flags = {name: advice.flags[name] for name in order if name in advice.flags}
+
+
+def _are_specimens(counts) -> bool:
+    """Return True if a grouping is fit for a split: enough groups, none with most of the images."""
+    num = sum(counts.values())
+    return FEWEST_SPECIMENS <= len(counts) < num and max(counts.values()) <= 0.6 * num
+
+
+def _match_series(name):
+    match = SERIES_NAME.match(name.partition("#")[0])
+    return match["series"] if match else name
+
+
+def _join_copies(survey) -> set[str]:
+    """Return the groups of micrographs that are left when copies are joined."""
+    group_of = {each["name"]: each["group"] for each in survey.micrographs}
+    for copies in survey.copies:
+        joined = {group_of[name] for name in copies}
+        first = min(joined)
+        group_of = {name: first if group in joined else group for name, group in group_of.items()}
+    return set(group_of.values())
+
+
+def list_pixel_sizes(micrographs: list[dict]) -> list[tuple[float | None, int]]:
+    """Return [(pixel size in nm or None, number of micrographs)], sizes within 1 % together."""
+    counts = Counter(each["pixel_size_nm"] for each in micrographs)
+    known = sorted((size, num) for size, num in counts.items() if size)
+    merged = []
+    for size, num in known:
+        if merged and size <= merged[-1][0] * (1 + SAME_SIZE):
+            merged[-1] = (merged[-1][0], merged[-1][1] + num)
+        else:
+            merged.append((size, num))
+    return merged + ([(None, counts[None])] if None in counts else [])
+
+
+def _advise_pixel_size(survey, advice):
+    sizes = list_pixel_sizes(survey.micrographs)
+    if sizes[0][0] is None:
+        advice.warnings.append(
+            "No file states its pixel size: lengths will be in pixels. Add --tiles.pixel-size-nm "
+            "NUMBER, or --tiles.pixel-size-pattern if the names tell it."
+        )
+    elif len(sizes) > 1:
+        known = [size for size, _ in sizes if size]
+        most = max((each for each in sizes if each[0]), key=lambda each: each[1])
+        unknown = f", {dict(sizes)[None]} unknown" if None in dict(sizes) else ""
+        if len(known) == 1:
+            advice.warnings.append(
+                f"{dict(sizes)[None]} of {len(survey.micrographs)} micrographs do not state their "
+                f"pixel size; the others have {known[0]:.4g} nm. If they have it, too, add "
+                f"--tiles.pixel-size-nm {known[0]:.4g}."
+            )
+            return
+        advice.warnings.append(
+            f"Pixel sizes differ ({known[0]:.4g} to {known[-1]:.4g} nm{unknown}): the same "
+            "structure has several sizes in the tiles, and lengths will be in pixels. Better train "
+            f"on one magnification: a folder with the {most[1]} micrographs of {most[0]:.4g} nm."
+        )

@@ -1,0 +1,182 @@
+"""What a source of micrographs holds, in one pass over all of its files."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from em_data.cutting import average_area, read_all
+from em_data.intensity import FULL_RANGE, find_levels
+from em_data.labels import read_labels
+from em_data.micrograph import Micrograph
+from em_data.sources.base import Source
+from em_data.split import find_duplicates
+from em_data.structure_size import StructureSize, measure_structure_size
+from em_data.views import hash_pixels
+
+MIN_SIDE_PX = 32  # smaller images cannot become tiles
+MOST_MEASURED = 32  # micrographs whose structures are measured; up to twice as many at the end
+MOST_KEPT = 6  # micrographs whose pixels are kept for pictures of tiles; up to twice as many
+KEPT_SIDE_PX = 4096
+THUMBNAIL_PX = 192
+HISTOGRAM_BINS = 64
+HISTOGRAM_PIXELS = 65_536  # of a micrograph, at most
+SERIES_NAME = re.compile(r"^(?P<series>.*?)[-_ ]*frame[-_ ]*\d+\.\w+$", re.IGNORECASE)
+
+
+@dataclass
+class Sampled:
+    """A micrograph whose structures are measured. `image` is kept of few, `thumbnail` of all."""
+
+    number: int  # in `Survey.micrographs`
+    size: StructureSize | None
+    thumbnail: np.ndarray  # uint8 [h, w], on the grey levels that a model sees
+    image: np.ndarray | None = None  # uint8 or uint16 [H, W]
+    levels: tuple[int, int] = (0, 255)
+
+
+@dataclass
+class Survey:
+    """What a source holds.
+
+    Attributes:
+        name: Name of the source.
+        num_files: Number of entries, read or not.
+        micrographs: One dictionary per micrograph: name, folder, group, specimen, frame, shape,
+            bits, pixel_size_nm, pixel_hash, share_darkest and share_brightest (of pixels at the
+            ends of the type), share_clipped, num_objects, num_masks, notices.
+        problems: One sentence per image that cannot be used.
+        ignored: Sentences on what else the source holds.
+        histogram: float64 [HISTOGRAM_BINS], share of pixels over the range that a model sees.
+        samples: Micrographs spread over the source.
+        copies: Lists of names of micrographs that are copies of each other.
+        num_labelled: Boxes in labels/coco.json, by kind.
+    """
+
+    name: str
+    num_files: int
+    micrographs: list[dict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS))
+    samples: list[Sampled] = field(default_factory=list)
+    copies: list[list[str]] = field(default_factory=list)
+    num_labelled: Counter = field(default_factory=Counter)
+
+
+def survey_source(
+    source: Source, config, folder: str | None = None, progress: Callable = lambda entries: entries
+) -> Survey:
+    """Read all micrographs of a source once.
+
+    Args:
+        source: As of `em_data.sources.open_source`.
+        config: `DataConfig`.
+        folder: The source's folder, if it is one, for its labels.
+        progress: Wraps the list of entries, as tqdm does.
+
+    Raises:
+        ValueError: No image can be used. The message lists the reasons.
+    """
+    survey = Survey(source.name, len(source.entries), ignored=source.ignored)
+    measured, kept = Spread(MOST_MEASURED), Spread(MOST_KEPT)
+    for entry, micrograph in read_all(progress(source.entries), MIN_SIDE_PX, survey.problems):
+        number = len(survey.micrographs)
+        levels = find_levels(micrograph.image, config.intensity, config.percentiles)
+        survey.micrographs.append(_list_facts(entry, micrograph, levels[2], config))
+        survey.histogram += _count_levels(micrograph.image, levels)
+        if measured.take(number):
+            is_kept = kept.take(number)
+            survey.samples.append(_sample(number, micrograph.image, levels[:2], is_kept))
+            survey.samples = [each for each in survey.samples if each.number % measured.step == 0]
+            for each in survey.samples:
+                if each.number % kept.step:
+                    each.image = None
+    if not survey.micrographs:
+        reasons = "".join(f"\n  {each}" for each in [*survey.problems, *survey.ignored])
+        raise ValueError(f"{source.name}: no image can be used.{reasons}")
+    survey.histogram /= len(survey.micrographs)
+    survey.copies = find_copies(survey.micrographs)
+    labels = read_labels(folder) if folder is not None else None
+    for objects in (labels or {}).values():
+        survey.num_labelled.update(each["kind"] for each in objects)
+    return survey
+
+
+def find_copies(micrographs: list[dict]) -> list[list[str]]:
+    """Return the names of micrographs that are copies of each other."""
+    return find_duplicates(micrographs)
+
+
+class Spread:
+    """Chooses evenly spread numbers of a series whose length is not known beforehand."""
+
+    def __init__(self, most: int):
+        self.most, self.step = most, 1
+
+    def take(self, number: int) -> bool:
+        """Return True if a number is taken; those that are no multiple of `step` are dropped."""
+        if number % self.step:
+            return False
+        if number // self.step >= 2 * self.most:
+            self.step *= 2
+        return number % self.step == 0
+
+
+def _list_facts(entry, micrograph: Micrograph, share_clipped, config) -> dict:
+    image, metadata = micrograph.image, micrograph.metadata
+    name = micrograph.name.partition("#")[0]
+    return {
+        "name": micrograph.name,
+        "folder": Path(name).parent.as_posix(),
+        "group": entry.group,
+        "specimen": entry.specimen or micrograph.specimen,
+        "frame": metadata.get("frame"),
+        "shape": image.shape,
+        "bits": 8 * image.itemsize,
+        "pixel_size_nm": micrograph.pixel_size_nm or config.pixel_size_nm,
+        "pixel_hash": hash_pixels(image),
+        "share_darkest": float((image == 0).mean()),
+        "share_brightest": float((image == FULL_RANGE[image.dtype]).mean()),
+        "share_clipped": share_clipped + metadata.get("num_spikes", 0) / image.size,
+        "num_objects": None if micrograph.defects is None else len(micrograph.defects),
+        "num_masks": sum(each.mask is not None for each in micrograph.defects or ()),
+        "notices": list(metadata.get("notices", ())),
+    }
+
+
+def _count_levels(image, levels):
+    """Return the share of pixels in each bin of the range of levels, float64 [HISTOGRAM_BINS]."""
+    low, high, _ = levels
+    step = max(1, int(np.ceil(np.sqrt(image.size / HISTOGRAM_PIXELS))))
+    pixels = np.clip(image[::step, ::step], low, high)
+    counts, _ = np.histogram(pixels, bins=HISTOGRAM_BINS, range=(low, max(high, low + 1)))
+    return counts / pixels.size
+
+
+def _sample(number, image, levels, is_kept):
+    size = measure_structure_size(image)
+    factor = max(1, min(max(image.shape) // THUMBNAIL_PX, min(image.shape)))
+    thumbnail = to_display(average_area(image, factor), levels)
+    sample = Sampled(number, size, thumbnail, levels=levels)
+    if is_kept:
+        top, left = (max(0, length - KEPT_SIDE_PX) // 2 for length in image.shape)
+        sample.image = image[top : top + KEPT_SIDE_PX, left : left + KEPT_SIDE_PX].copy()
+    return sample
+
+
+def to_display(image: np.ndarray, levels: tuple[int, int]) -> np.ndarray:
+    """Return uint8 or uint16 [H, W] as uint8, so that the two levels become 0 and 255."""
+    low, high = levels
+    scaled = (image.astype(np.float32) - low) * (255 / max(high - low, 1))
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def find_series(micrographs: list[dict]) -> dict[str, int]:
+    """Return {series: number of frames} of files whose names differ in the number of a frame."""
+    names = {each["name"].partition("#")[0] for each in micrographs}
+    found = Counter(match["series"] for match in map(SERIES_NAME.match, names) if match)
+    return {series: num for series, num in found.items() if num > 1}
