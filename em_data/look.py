@@ -82,8 +82,8 @@ def show_progress(entries):
 
 def run() -> None:
     """Read the command line and look."""
-    options = {"prog": "python -m em_data.look", "config": (tyro.conf.PositionalRequiredArgs,)}
-    look(tyro.cli(LookConfig, **options))
+    flags = (tyro.conf.PositionalRequiredArgs,)
+    look(tyro.cli(LookConfig, prog="python -m em_data.look", config=flags))
 
 
 def main():

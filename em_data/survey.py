@@ -68,7 +68,7 @@ class Survey:
 
 
 def survey_source(
-    source: Source, config, folder: str | None = None, progress: Callable = lambda entries: entries
+    source: Source, config, folder: Path | None = None, progress: Callable = lambda entries: entries
 ) -> Survey:
     """Read all micrographs of a source once.
 

@@ -9,6 +9,7 @@ import torch
 
 from em_data import load_data, warn_if_few
 from em_data.files import write_atomically
+from em_data.tile_size import warn_of_tile_size
 from em_diffusion.autoencoder import encode
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.config import LDMConfig
@@ -68,6 +69,8 @@ def train_stages(config, accelerator, out):
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
+    if accelerator.is_main_process:
+        warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
     if accelerator.is_main_process:
         refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from em_data import load_data, warn_if_few
 from em_data.files import replace_folder, write_atomically
+from em_data.tile_size import warn_of_tile_size
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.gan_loop import check_batch_size, train_stylegan
 from em_stylegan.networks import create_networks
@@ -54,6 +55,8 @@ def train_and_save(config, accelerator, out):
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
     warn_if_few(data.summary, len(data.train), config.training.num_images, accelerator.print)
+    if accelerator.is_main_process:
+        warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
     pixel_size_nm = data.summary.get("pixel_size_nm")
     if accelerator.is_main_process:
         refuse_other_data(out, data.identity)
