@@ -38,6 +38,8 @@ class DataConfig:
     """The label bar below an image: crop it, keep it, or refuse the image."""
     num_micrographs: Annotated[int, Gt(0), Le(10_000_000)] | None = None
     """Number of synthetic micrographs, or use only the first so many of other data."""
+    frame_step: Annotated[int, Gt(0), Le(1_000_000)] = 1
+    """Use every k-th frame of a stack. All frames of a stack lie on one side of the split."""
     micrograph_size: Annotated[int, Gt(0), Le(65_536)] = 512
     """Side of a synthetic micrograph in pixels."""
     pixel_size_nm: Annotated[float, Gt(0)] | None = None

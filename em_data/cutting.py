@@ -14,6 +14,7 @@ from em_data.spikes import iterate_slabs
 from em_data.views import hash_pixels
 
 FORMAT = 2  # of the cached folder; a change makes all cached tiles invalid
+MAX_PROBLEMS = 5  # of the frames of one stack that are told one by one
 WRITE_BYTES = 32 * 2**20  # tiles are written so many bytes at a time
 
 
@@ -58,6 +59,8 @@ def make_cut_key(source, config) -> str:
         "label_bar": config.label_bar,
         "pixel_size_nm": config.pixel_size_nm,
     }
+    if config.frame_step != 1:
+        recipe["frame_step"] = config.frame_step
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -72,7 +75,11 @@ def cut(source, config, folder):
         path = building / "tiles.arrow"
         with closing(TileWriter(path, config.resolution)) as writer:
             for entry, micrograph in read_all(source.entries, side_px, problems):
-                image, levels = downsample(micrograph.image, config)
+                try:
+                    image, levels = downsample(micrograph.image, config)
+                except MemoryError:
+                    problems.append(f"{micrograph.name}: needs more memory than there is")
+                    continue
                 if image.min() == image.max():
                     problems.append(
                         f"{micrograph.name}: constant after averaging over "
@@ -92,18 +99,24 @@ def cut(source, config, folder):
 def read_all(entries, min_side_px, problems):
     """Yield (entry, micrograph) of usable entries; append a sentence per other one to problems."""
     for entry in entries:
-        try:
-            for micrograph in entry.frames():
-                try:
-                    refuse_unusable(micrograph, min_side_px)
-                except ValueError as error:
-                    problems.append(str(error))
-                else:
-                    yield entry, micrograph
-        except SourceLost:
-            raise
-        except ValueError as error:
-            problems.append(str(error))
+        refused = []
+        frames = iter(entry.frames())
+        while True:
+            try:
+                micrograph = next(frames, None)
+                if micrograph is None:
+                    break
+                refuse_unusable(micrograph, min_side_px)
+            except SourceLost:
+                raise
+            except ValueError as error:  # of one frame; the others go on
+                refused.append(str(error))
+            else:
+                yield entry, micrograph
+        problems += refused[:MAX_PROBLEMS]
+        if len(refused) > MAX_PROBLEMS:
+            num = len(refused) - MAX_PROBLEMS
+            problems.append(f"{entry.name}: {num} more frames cannot be used")
 
 
 def refuse_unusable(micrograph, min_side_px):

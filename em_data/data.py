@@ -67,7 +67,7 @@ def load_data(
     cache_dir = find_cache_dir(config.cache_dir)
     opened = open_source(source, config, cache_dir)
     cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = _summarise_problems(cut_tiles.problems, opened, config.on_bad_image)
+    problems = _summarise_problems(cut_tiles, opened, config.on_bad_image)
     views = split_views(cut_tiles.micrographs, cut_tiles.micrograph_of_tile, config)
     train, held_out = (Tiles(cut_tiles, view_ids, config.symmetries) for view_ids in views)
     summary = {"name": opened.name, "source": str(source)}
@@ -97,7 +97,7 @@ def load_tiles(
     cache_dir = find_cache_dir(config.cache_dir)
     opened = open_source(source, config, cache_dir)
     cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = _summarise_problems(cut_tiles.problems, opened, config.on_bad_image)
+    problems = _summarise_problems(cut_tiles, opened, config.on_bad_image)
     for sentence in [*filter(None, [problems]), *opened.ignored]:
         log(sentence)
     return Tiles(cut_tiles, np.arange(cut_tiles.num_tiles), "none")
@@ -134,13 +134,14 @@ def _load_cut(opened, config, folder, log):
     return Cut(folder)
 
 
-def _summarise_problems(problems, opened, on_bad_image) -> str | None:
+def _summarise_problems(cut_tiles, opened, on_bad_image) -> str | None:
     """Return a summary of the images that cannot be used; raise it if they may not be skipped."""
+    problems = cut_tiles.problems
     if not problems:
         return None
-    num = len(opened.entries)
+    num = len(cut_tiles.micrographs) + len(problems)
     text = "\n  ".join([f"{len(problems)} of {num} images cannot be used:", *problems])
-    if len(problems) == num:
+    if not cut_tiles.micrographs:
         others = "".join(f"\n  not looked at: {each}" for each in opened.ignored)
         raise ValueError(f"{text}{others}\nNothing is left. The reasons are listed above.")
     if on_bad_image == "fail":

@@ -126,7 +126,8 @@ def _exact_size(header):
 
 def _read_ours(tif, page, metadata):
     """Files of `em_data.write_image`: ImageJ's header; older files have JSON."""
-    headers = [tif.imagej_metadata, *(tif.shaped_metadata or ())]
+    shaped = tif.shaped_metadata if len(tif.pages) == 1 else ()  # a walk through all pages
+    headers = [tif.imagej_metadata, *(shaped or ())]
     return next((size for size in map(_exact_size, headers) if size), None)
 
 

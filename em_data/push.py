@@ -109,17 +109,23 @@ def write_dataset(config: PushConfig, out: Path, say) -> None:
     labels = read_labels(config.folder)
     (out / "data").mkdir(parents=True, exist_ok=True)
     facts, rows, num_bytes, num_shards = [], [], 0, 0
-    is_quiet = not sys.stderr.isatty()
+    is_quiet, features = not sys.stderr.isatty(), make_features(labels is not None)
+
+    def make_path(shard):
+        return out / "data" / f"train-{shard:05d}.parquet"
+
     for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=is_quiet):
-        row = make_row(entry, labels, Path(config.folder))
-        rows.append(row)
-        num_bytes += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
-        facts.append({key: row[key] for key in ("bits", "pixel_size_nm", "specimen")})
-        facts[-1]["num_objects"] = len(row.get("objects", ()))
-        if num_bytes > SHARD_BYTES or entry is source.entries[-1]:
-            path = out / "data" / f"train-{num_shards:05d}.parquet"
-            write_shard(rows, num_bytes, make_features(labels is not None), path)
-            rows, num_bytes, num_shards = [], 0, num_shards + 1
+        for micrograph in entry.frames():
+            row = make_row(entry, micrograph, labels, Path(config.folder))
+            rows.append(row)
+            num_bytes += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
+            facts.append({key: row[key] for key in ("bits", "pixel_size_nm", "specimen")})
+            facts[-1]["num_objects"] = len(row.get("objects", ()))
+            if num_bytes > SHARD_BYTES:
+                write_shard(rows, num_bytes, features, make_path(num_shards))
+                rows, num_bytes, num_shards = [], 0, num_shards + 1
+    if rows:
+        write_shard(rows, num_bytes, features, make_path(num_shards))
     (out / "README.md").write_text(make_card(config, source.name, facts, labels is not None))
 
 
@@ -129,6 +135,7 @@ def make_features(has_labels):
 
     text, number = Value("string"), Value("float64")
     columns = {"image": Image(), "name": text, "specimen": text, "pixel_size_nm": number}
+    columns["micrograph"] = text  # the file, which frames of a stack share
     columns["bits"] = Value("int8")
     if has_labels:
         integers = List(Value("int32"))
@@ -147,22 +154,22 @@ def write_shard(rows, num_bytes, features, path) -> None:
     dataset.to_parquet(str(path), batch_size=max(1, len(rows) * ROW_GROUP_BYTES // num_bytes))
 
 
-def make_row(entry, labels, folder) -> dict:
-    """Return one micrograph as a row, with its pixels and its mask as PNG."""
-    micrograph = entry.read()
+def make_row(entry, micrograph, labels, folder) -> dict:
+    """Return one micrograph of an entry as a row, with its pixels and its mask as PNG."""
     row = {
         "image": {"bytes": encode_png(micrograph.image), "path": None},
-        "name": entry.name,
+        "name": micrograph.name,
+        "micrograph": entry.group,
         "specimen": micrograph.specimen,
         "pixel_size_nm": micrograph.pixel_size_nm,
         "bits": 8 * micrograph.image.itemsize,
     }
     if labels is None:
         return row
-    name = entry.name.removeprefix("images/")
+    name = micrograph.name.removeprefix("images/")
     if name not in labels:
         raise ValueError(
-            f"{entry.name} is not among the images of labels/coco.json. Label it or remove it."
+            f"{micrograph.name} is not among the images of labels/coco.json. Label it or remove it."
         )
     mask = folder / "masks" / name
     row["mask"] = {"bytes": mask.read_bytes(), "path": None} if mask.is_file() else None

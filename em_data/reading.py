@@ -6,13 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from em_data.formats import Refusal, decode, microscopes
+from em_data.formats import decode, microscopes
+from em_data.formats.base import Refusal, explain_failure, orient
+from em_data.formats.colour import refuse_overlay, to_grey
 from em_data.intensity import describe_spikes, float_to_uint16
 from em_data.label_bar import find_label_bar
 from em_data.micrograph import Micrograph
+from em_data.refusal import STACK
+from em_data.valid_area import remove_nan
 
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", *microscopes.SUFFIXES)
-JPEG_TOLERANCE = 2  # grey levels by which JPEG compression makes the channels of grey differ
+SUFFIXES = (
+    *(".tif", ".tiff", ".btf", ".tf8", ".tf2", ".ptif", ".png", ".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".bmp", *microscopes.SUFFIXES),
+)
 
 
 def read_micrograph(
@@ -30,7 +36,7 @@ def read_micrograph(
     frames = read_micrographs(path, label_bar=label_bar, name=name, specimen=specimen)
     micrograph = next(frames)
     if next(frames, None) is not None:
-        raise ValueError(f"{micrograph.name}: a stack of frames. Save each frame to a file.")
+        raise ValueError(f"{micrograph.name.rsplit('#', 1)[0]}: {STACK}")
     return micrograph
 
 
@@ -40,81 +46,85 @@ def read_micrographs(
     label_bar: str = "crop",
     name: str | None = None,
     specimen: str | None = None,
+    frame_step: int = 1,
 ) -> Iterator[Micrograph]:
-    """Yield the micrographs of a file: one, or one per frame of a stack.
+    """Return an iterator over the micrographs of a file: one, or one per frame of a stack.
 
     The format is found by the content of the file, not by its suffix. The image is grey or has
     three equal channels. 8 and 16 bits are kept as they are; floats and wider integers are scaled
-    to 16 bits by their least and largest value, spikes apart. What was done is listed in
-    metadata["notices"].
+    to 16 bits by their least and largest value, spikes apart. Of several images in a file, the
+    largest grey one is read. What was done is listed in metadata["notices"]. Memory holds one
+    frame at a time.
+
+    A frame that cannot be used raises a `ValueError`. The iterator then goes on with the next one.
 
     Args:
         path: A TIFF, PNG, JPEG or BMP file, a file of a microscope, or the bytes of one.
         label_bar: What to do with a label bar at the bottom: "crop", "keep" or "refuse".
         name: Name in messages. Default: the path.
         specimen: Name of the specimen.
+        frame_step: Every how many frames of a stack are read.
 
     Raises:
-        ValueError: The file cannot be used. The message names the file, the reason and a remedy.
+        ValueError: The file or a frame cannot be used. The message names the file, the reason and a
+            remedy.
     """
-    if isinstance(path, bytes):
-        source: bytes | Path = path
-        name = name or "image"
-    else:
-        source, name = Path(path), name or str(path)
-    try:
-        for stored in decode(source):
-            yield _finish(stored, label_bar, name, specimen)
-    except Refusal as refusal:
-        raise ValueError(f"{name}: {refusal}") from refusal.__cause__
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
+    return _Micrographs(path, label_bar, name, specimen, frame_step)
+
+
+class _Micrographs:
+    """Iterates over the micrographs of a file, and goes on after a frame that is refused."""
+
+    def __init__(self, path, label_bar, name, specimen, frame_step):
+        source = path if isinstance(path, bytes) else Path(path)
+        self.name = name or ("image" if isinstance(path, bytes) else str(path))
+        self.label_bar, self.specimen = label_bar, specimen
+        self.images = decode(source, frame_step)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        name = self.name
+        try:
+            stored = next(self.images)
+            name = _name_image(name, stored)
+            return _finish(stored, self.label_bar, name, self.specimen)
+        except OSError as error:
+            raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
+        except (Refusal, MemoryError, OverflowError) as error:
+            refusal = explain_failure(error)
+            raise ValueError(f"{name}: {refusal}") from refusal.__cause__
+
+
+def _name_image(name, stored):
+    """Return the name of an image of a file: FILE, FILE#0003, FILE#HAADF or FILE#HAADF#0003."""
+    name = name if stored.name is None else f"{name}#{stored.name}"
+    return name if stored.frame is None else f"{name}#{stored.frame:04d}"
 
 
 def _finish(stored, label_bar, name, specimen):
     """Return the micrograph of an image as it is stored."""
-    metadata = stored.metadata
-    image = _to_grey(stored.array, metadata)
+    if isinstance(stored.array, Refusal):
+        raise stored.array
+    metadata, notices = stored.metadata, stored.metadata["notices"]
+    image, overlay = to_grey(stored.array, stored.is_lossy, notices), stored.overlay
     num_rows = len(image) - metadata.get("scanned_rows", len(image))
     image = _crop(image, num_rows, metadata, label_bar, ", as the file's header says")
+    if stored.orientation != 1:
+        image = orient(image, stored.orientation)
+        overlay = overlay if overlay is None else orient(overlay, stored.orientation)
+        notices.append(f"turned as its orientation tag ({stored.orientation}) says")
+    if image.dtype.kind == "f":
+        image = remove_nan(image, notices)
     image = to_uint(image, metadata)
     num_rows = 0 if label_bar == "keep" else find_label_bar(image)
     image = _crop(image, num_rows, metadata, label_bar)
-    if stored.name is not None:
-        name = f"{name}#{stored.name}"
+    if overlay is not None:
+        refuse_overlay(overlay[: len(image)], notices)
     if stored.frame is not None:
         metadata["frame"] = stored.frame
-        name = f"{name}#{stored.frame:04d}"
     return Micrograph(image, name, stored.pixel_size_nm, specimen, metadata)
-
-
-def _to_grey(array, metadata):
-    """Return the grey image [H, W] of an array [H, W] or [H, W, 1..4]."""
-    if array.ndim == 3 and array.shape[-1] in (2, 4):
-        alpha = array[..., -1]
-        if alpha.min() != alpha.max():
-            raise Refusal("partly transparent. Export it without an alpha channel.")
-        array = array[..., :-1]
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim == 2:
-        return array
-    if array.ndim != 3 or array.shape[-1] != 3:
-        raise Refusal(f"shape {list(array.shape)}, but a micrograph is grey [height, width].")
-    if (array == array[..., :1]).all():
-        return np.ascontiguousarray(array[..., 0])
-    difference = array.max(axis=-1).astype(np.float64) - array.min(axis=-1)
-    largest = difference.max()
-    if array.dtype == np.uint8 and metadata["format"] == "JPEG" and largest <= JPEG_TOLERANCE:
-        metadata["notices"].append(
-            f"channels differ by up to {largest:.0f} grey levels (JPEG): their median is used"
-        )
-        return np.median(array, axis=-1).astype(array.dtype)
-    share = 100 * float((difference > 0).mean())
-    raise Refusal(
-        f"a coloured image: its channels differ on {share:.3g} % of the pixels, by up to "
-        f"{largest:.5g}. Export it in grey, without overlays."
-    )
 
 
 def to_uint(image, metadata):

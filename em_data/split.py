@@ -53,8 +53,11 @@ def list_groups(micrographs, split) -> list[str]:
     if len(groups) < 2:
         other = "leaky (both sides then see the same micrograph)"
         other = "micrograph or leaky" if split == "specimen" else other
+        num, kind = len(micrographs), split
+        if split == "micrograph" and num > 1:
+            kind = f"stack of {num} frames, which no split parts,"
         raise ValueError(
-            f"There is only one {split} ({groups[0]}), so none can be held out of training. Add "
+            f"There is only one {kind} ({groups[0]}), so none can be held out of training. Add "
             f"micrographs, or use --tiles.split {other}."
         )
     return groups

@@ -1,14 +1,14 @@
 """Decoders, one module per group of formats; `decode` chooses by the content of a file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from em_data.formats.base import Refusal, Stored
+from em_data.formats.base import Refusal, Stored, explain_failure
 from em_data.formats.microscopes import decode_microscope, find_format
 from em_data.formats.pictures import decode_bmp, decode_jpeg, decode_png
 from em_data.formats.tiff import decode_tiff
 
-DECODERS = {  # first bytes of a file: what decodes it
+DECODERS: dict[bytes, Callable[..., Iterator[Stored]]] = {  # first bytes: what decodes the file
     b"II*\0": decode_tiff,
     b"MM\0*": decode_tiff,
     b"II+\0": decode_tiff,
@@ -17,8 +17,6 @@ DECODERS = {  # first bytes of a file: what decodes it
     b"\xff\xd8": decode_jpeg,
     b"BM": decode_bmp,
 }
-
-
 START_BYTES = 1024
 
 
@@ -46,6 +44,9 @@ def decode(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
         if form and start.strip(b"\0"):
             yield from decode_microscope(source, form, frame_step)
             return
+        if decoders and decoders[0] is decode_tiff:
+            yield from decode_tiff(source, frame_step)
+            return
         data = source if isinstance(source, bytes) else source.read_bytes()
         if decoders:
             yield from decoders[0](data)
@@ -53,8 +54,7 @@ def decode(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
     except Refusal:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        first = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
-        raise Refusal(f"unreadable or truncated ({first}). Copy it again.") from error
+        raise explain_failure(error) from error
     if not data.strip(b"\0"):
         raise Refusal("unreadable: nothing but zero bytes. Copy it again.")
     raise Refusal(

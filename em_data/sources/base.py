@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from em_data.micrograph import Micrograph
+from em_data.refusal import STACK
 
 
 class SourceLost(ValueError):
@@ -17,7 +18,9 @@ class Entry:
 
     name: str  # unique in its source
     key: str  # hash of its content
-    frames: Callable  # returns an iterable of `Micrograph`; it raises `ValueError` with the reason
+    # returns an iterable of `Micrograph`; a `ValueError` names what cannot be used and the reason,
+    # and an iterator can go on with the next frame
+    frames: Callable
     specimen: str | None = None
     group: str | None = None  # shared by pieces of one micrograph; by default the name
 
@@ -28,7 +31,7 @@ class Entry:
         """Return the only micrograph; raise a `ValueError` if it cannot be used or is a stack."""
         first, *others = islice(self.frames(), 2)
         if others:
-            raise ValueError(f"{self.name}: a stack of frames. Save each frame to a file.")
+            raise ValueError(f"{self.name}: {STACK}")
         return first
 
 

@@ -46,6 +46,7 @@ def open_folder(folder, config, cache_dir=None) -> Source:
             label_bar=config.label_bar,
             name=name,
             specimen=specimen,
+            frame_step=config.frame_step,
         )
         entries.append(Entry(name, key, frames, specimen, group_of(name)))
     return Source(folder.resolve().name, entries, ignored)

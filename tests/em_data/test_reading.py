@@ -102,7 +102,7 @@ COLOUR[3:9, 5:9, 0] = 255 - COLOUR[3:9, 5:9, 0]
 STACK = tiff(np.stack([GREY16, GREY16 // 2]), photometric="minisblack")
 HALF_ALPHA = pil(np.dstack([three(GREY8), GREY8]), "PNG")
 NAN = GREY16.astype(np.float32)
-NAN[2, 3] = np.nan
+NAN[:, ::2] = np.nan
 INF = GREY16.astype(np.float32)
 INF[2:9, 3:9] = np.inf
 CMYK = pil(PIL.Image.fromarray(COLOUR).convert("CMYK"), "JPEG")
@@ -113,9 +113,9 @@ REFUSED = {
     "coloured jpeg": (pil(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG"), "coloured"),
     "coloured bmp": (pil(COLOUR, "BMP"), "coloured"),
     "cmyk": (CMYK, "CMYK"),
-    "stack": (STACK, "stack of 2 frames"),
+    "stack": (STACK, "a stack of frames, where one image is needed"),
     "half transparent": (HALF_ALPHA, "transparent"),
-    "nan": (tiff(NAN), "1 pixels are NaN"),
+    "nan": (tiff(NAN), "1120 pixels are NaN: the largest rectangle without them is 1.79 %"),
     "infinite": (tiff(INF), "42 pixels are infinite"),
     "complex": (tiff(GREY8.astype(np.complex64)), "complex"),
     "empty": (b"", "empty file"),

@@ -1,0 +1,93 @@
+"""Pixels without a value: the borders of aligned series, and dead pixels."""
+
+import numpy as np
+from scipy import ndimage
+
+from em_data.refusal import Refusal
+
+MAX_ISOLATED = 4  # pixels that touch each other
+MAX_ISOLATED_SHARE = 1e-4  # of the image
+MIN_AREA_SHARE = 0.5  # of the image, that must have values
+
+
+def remove_nan(image, notices) -> np.ndarray:
+    """Return an image without NaN: single dead pixels filled, borders cropped.
+
+    Groups of up to 4 pixels, 0.01 % of the image or 4 pixels in all, become the median of the
+    values in the 5 x 5 pixels around them. Else the largest rectangle with values is cropped out.
+
+    Args:
+        image: Float [H, W].
+        notices: What was done is appended to it.
+
+    Raises:
+        Refusal: The rectangle is less than half of the image.
+    """
+    is_bad = np.isnan(image)
+    num_bad = np.count_nonzero(is_bad)
+    if not num_bad:
+        return image
+    isolated = _find_isolated(is_bad)
+    num = len(isolated)
+    if 0 < num <= max(MAX_ISOLATED, MAX_ISOLATED_SHARE * image.size):
+        image = image.copy()
+        image[tuple(isolated.T)] = [_median_around(image, row, col) for row, col in isolated]
+        is_bad = np.isnan(image)
+        notices.append(f"{num} isolated NaN pixels replaced by the median around them")
+    if not is_bad.any():
+        return image
+    top, bottom, left, right = find_largest_rectangle(~is_bad)
+    share = (bottom - top) * (right - left) / image.size
+    height, width = image.shape
+    if share < MIN_AREA_SHARE:
+        raise Refusal(
+            f"{num_bad} pixels are NaN: the largest rectangle without them is {100 * share:.3g} % "
+            "of the image. Replace them or crop the image."
+        )
+    notices.append(
+        f"borders of NaN cropped: {bottom - top} x {right - left} of {height} x {width} pixels, "
+        f"from row {top} and column {left}"
+    )
+    return np.ascontiguousarray(image[top:bottom, left:right])
+
+
+def _find_isolated(is_bad):
+    """Return the positions [n, 2] of True pixels in groups of at most `MAX_ISOLATED`."""
+    labels, _ = ndimage.label(is_bad, np.ones((3, 3), bool))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = len(labels.ravel())
+    return np.argwhere(sizes[labels] <= MAX_ISOLATED)
+
+
+def _median_around(image, row, col):
+    around = image[max(0, row - 2) : row + 3, max(0, col - 2) : col + 3]
+    return np.nanmedian(around) if np.isfinite(around).any() else np.nan
+
+
+def find_largest_rectangle(mask) -> tuple[int, int, int, int]:
+    """Return (top, bottom, left, right) of the largest rectangle of True, the ends exclusive.
+
+    Exact: for each row, the highest column of True above each pixel is widened as far as all
+    columns are as high. All pixels of a row are widened at once.
+
+    Args:
+        mask: Bool [H, W].
+    """
+    width = mask.shape[1]
+    columns = np.arange(width)
+    num_above = np.zeros(width, np.int64)  # rows of True that end at this row
+    first = np.zeros(width, np.int64)  # left and right end of the columns as high
+    last = np.full(width, width)
+    best, rectangle = 0, (0, 0, 0, 0)
+    for row, is_valid in enumerate(mask):
+        start = np.maximum.accumulate(np.where(is_valid, 0, columns + 1))
+        stop = np.minimum.accumulate(np.where(is_valid, width, columns)[::-1])[::-1]
+        num_above = np.where(is_valid, num_above + 1, 0)
+        first = np.where(is_valid, np.maximum(first, start), 0)
+        last = np.where(is_valid, np.minimum(last, stop), width)
+        areas = np.where(is_valid, num_above * (last - first), 0)
+        i = int(areas.argmax())
+        if areas[i] > best:
+            best = areas[i]
+            rectangle = (row + 1 - int(num_above[i]), row + 1, int(first[i]), int(last[i]))
+    return rectangle
