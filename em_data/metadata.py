@@ -57,17 +57,21 @@ def _normalise(unit):
     return " ".join(unicodedata.normalize("NFKC", text).replace("\0", "").lower().split())
 
 
-def square_pixel_size(sizes, notices) -> float | None:
+def square_pixel_size(sizes, notices, limits_nm=None) -> float | None:
     """Return the pixel size in nm of sizes from a file; None, with a notice, if they are no use.
 
     sizes: None, or (x_nm, y_nm, field), where `field` names where the sizes were found.
+    limits_nm: Least and largest size of a microscope's header, which no printer writes.
     """
     if sizes is None:
         return None
     x, y, field = sizes
     if not (0 < x < float("inf") and 0 < y < float("inf")):
         return None
-    if max(x, y) > MAX_PIXEL_SIZE_NM:
+    if limits_nm and not limits_nm[0] <= min(x, y) <= max(x, y) <= limits_nm[1]:
+        notices.append(f"{field}: pixels of {x:.4g} nm are not plausible: pixel size unknown")
+        return None
+    if not limits_nm and max(x, y) > MAX_PIXEL_SIZE_NM:
         notices.append(
             f"{field} of {2.54e7 / x:.4g} dpi is a printer's, not a microscope's: "
             "pixel size unknown"

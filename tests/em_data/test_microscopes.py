@@ -1,5 +1,6 @@
 """Files of electron microscopes: dm3, dm4, ser, mrc, emd, hspy and others, by RosettaSciIO."""
 
+import struct
 import sys
 
 import numpy as np
@@ -276,6 +277,61 @@ def test_hdf5_files_do_not_have_other_files_read(store, tmp_path):
         file["data"] = h5py.ExternalLink("a.emd", "/data")
     with pytest.raises(Refusal, match="lies in another file"):
         store("b.emd", None)
+
+
+def mutate(data, rng):
+    """Return a file with flipped bits, a lying number or a missing end."""
+    data, kind = bytearray(data), rng.integers(3)
+    head = min(len(data), int(rng.choice([64, 1024, 10**9])))
+    if kind == 0:
+        return bytes(data[: rng.integers(1, len(data))])
+    for _ in range(rng.integers(1, 20)):
+        place = rng.integers(head - 4)
+        if kind == 1:
+            data[place] ^= 1 << rng.integers(8)
+        else:
+            number = int(rng.choice([0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1]))
+            data[place : place + 4] = number.to_bytes(4, ("little", "big")[rng.integers(2)])
+    return bytes(data)
+
+
+@pytest.mark.timeout(120)
+def test_damaged_files_are_refused_or_read_in_bounded_time(tmp_path):
+    write_velox(tmp_path / "whole.emd", {"HAADF": (np.moveaxis(STACK, 0, -1), 1e-9)})
+    write_hspy(tmp_path / "whole.hspy", STACK, ["s", "nm", "nm"], navigate=[0])
+    whole = {
+        "dm3": make_dm([(IMAGE, {"scale": 1.0, "unit": "nm"})], 3),
+        "dm4": make_dm([(STACK, {"scale": 1.0, "unit": "nm"}), (IMAGE, {})]),
+        "ser": make_ser(STACK),
+        "mrc": make_mrc(STACK, (30.0, 20.0, 3.0)),
+        "emd": (tmp_path / "whole.emd").read_bytes(),
+        "hspy": (tmp_path / "whole.hspy").read_bytes(),
+    }
+    rng, messages = np.random.default_rng(3), []
+    for i in range(120):
+        suffix = list(whole)[i % 4] if i % 12 else list(whole)[4 + i // 12 % 2]
+        path = tmp_path / f"{i}.{suffix}"
+        path.write_bytes(mutate(whole[suffix], rng))
+        try:
+            for micrograph in read_micrographs(path, name=path.name):
+                assert micrograph.image.size <= 10**7
+        except ValueError as error:
+            messages.append((path.name, str(error)))
+    assert len(messages) > 60
+    assert all(text.startswith(name) and "\n" not in text for name, text in messages)
+
+
+def test_a_lying_number_of_empty_values_does_not_fill_the_memory(store):
+    # an array of 2^40 structures without fields: no byte of the file, and an endless list
+    tag = b"\x15\0\1x" + b"%%%%" + struct.pack(">6q", 5, 20, 15, 0, 0, 2**40)
+    tag = tag[:4] + struct.pack(">q", len(tag)) + tag[4:]
+    data = make_dm([(IMAGE, {})])
+    root = 4 + 8 + 4
+    (num_tags,) = struct.unpack_from(">q", data, root + 2)
+    body = data[root + 10 :]
+    data = data[: root + 2] + struct.pack(">q", num_tags + 1) + tag + body
+    with pytest.raises(Refusal, match="1099511627776 values of 0 bytes"):
+        store("a.dm4", data)
 
 
 def test_without_the_extra_the_message_names_it(store, monkeypatch, tmp_path):

@@ -193,7 +193,9 @@ def _read_signals(path, form):
     with quiet():
         try:
             return module.file_reader(str(path), lazy=form.is_lazy, **form.options)
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
+            if "object dtype" in str(error):
+                raise Refusal("texts or objects, which are no grey levels.") from error
             # colour images, and some older files, are not read lazily
             if not form.is_lazy or ("azy" not in str(error) and "dask" not in str(error)):
                 raise

@@ -19,8 +19,10 @@ ELEMENTS = (
 )
 XRAY_MAP = re.compile(rf"({'|'.join(ELEMENTS.split())})([ -]?[KLMN][a-zα-ω]?\d?)?( ?map)?")
 XRAY_FORMATS = ("EMD", "JEOL", "Bruker", "Phenom")
+LIMITS_NM = (1e-3, 1e5)  # of a pixel
 MAX_TIA_NM = 1e6  # files of TIA do not say whether their scale is in m or in 1/m
 DIFFRACTION = "a diffraction pattern"
+MAX_PIXELS = 400_000_000  # of one image
 PATTERNS = "a 4D-STEM set of diffraction patterns"
 # where RosettaSciIO files what a microscope says: our key, the last part of its own
 PLAIN_KEYS = {
@@ -79,19 +81,22 @@ def describe(signal: dict, format_name: str) -> Picture:
     if len(axes) != data.ndim:
         raise Refusal(f"an array of shape {list(data.shape)} without axes, not an image.")
     data, axes = _drop_single(data, axes)
-    _refuse_others(data, axes, str(signal["metadata"].get("Signal", {}).get("signal_type", "")))
+    signal_type = str(signal["metadata"].get("Signal", {}).get("signal_type", ""))
+    _refuse_others(data, axes, format_name, signal_type)
     if format_name in XRAY_FORMATS and XRAY_MAP.fullmatch(title):
         raise Refusal(f"an X-ray map ({title}), not a micrograph.")
     data, axes = _put_frames_first(data, axes)
-    for axis in axes[-2:]:
-        refuse_diffraction(axis.get("units"))
+    height, width = data.shape[-2:]
+    if height * width > MAX_PIXELS:
+        most = MAX_PIXELS // 10**6
+        raise Refusal(f"{height} x {width} pixels, more than {most} million. Export it in parts.")
+    _refuse_diffraction(axes, format_name)
     sizes = _find_sizes(axes[-2:], format_name)
-    if format_name == "TIA" and sizes and max(sizes[:2]) > MAX_TIA_NM:
-        raise Refusal(f"{DIFFRACTION}: its scale of {sizes[0] / 1e9:.3g} per pixel is in 1/m.")
     if title:
         metadata["title"] = title
     metadata |= _find_facts(signal)
-    return Picture(title, data, metadata, square_pixel_size(sizes, metadata["notices"]))
+    size = square_pixel_size(sizes, metadata["notices"], LIMITS_NM)
+    return Picture(title, data, metadata, size)
 
 
 def _compute(data):
@@ -110,7 +115,7 @@ def _drop_single(data, axes):
     return data, axes
 
 
-def _refuse_others(data, axes, signal_type):
+def _refuse_others(data, axes, format_name, signal_type):
     """Refuse what is no image: spectra, diffraction patterns and sets of more dimensions."""
     shape = " x ".join(map(str, data.shape))
     if data.ndim < 2:
@@ -125,16 +130,23 @@ def _refuse_others(data, axes, signal_type):
         raise Refusal(f"{what} ({shape}), not a micrograph.")
     is_pattern = "diffraction" in signal_type.lower()
     if data.ndim > 3:
-        if not is_pattern:
-            try:
-                for axis in axes[-2:]:
-                    refuse_diffraction(axis.get("units"))
-            except Refusal:
-                is_pattern = True
+        try:
+            _refuse_diffraction(axes, format_name)
+        except Refusal:
+            is_pattern = True
         what = PATTERNS if is_pattern else f"a set of {data.ndim} dimensions"
         raise Refusal(f"{what} ({shape}), not a micrograph.")
     if is_pattern:
         raise Refusal(f"{DIFFRACTION} ({shape}), not a micrograph.")
+
+
+def _refuse_diffraction(axes, format_name):
+    """Refuse an image whose last two axes are not lengths but spatial frequencies or angles."""
+    for axis in axes[-2:]:
+        refuse_diffraction(axis.get("units"))
+    sizes = _find_sizes(axes[-2:], format_name)
+    if format_name == "TIA" and sizes and max(sizes[:2]) > MAX_TIA_NM:
+        raise Refusal(f"{DIFFRACTION}: its scale of {sizes[0] / 1e9:.3g} per pixel is in 1/m.")
 
 
 def _unit(axis):
