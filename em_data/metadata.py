@@ -195,7 +195,10 @@ def _read_ome(tif, page, metadata):
         return None
     metadata["instrument"] = "OME"
     images = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]
-    header = (images[0] if isinstance(images, list) else images)["Pixels"]
+    parts = [each["Pixels"] for each in (images if isinstance(images, list) else [images])]
+    shape = {"SizeX": page.imagewidth, "SizeY": page.imagelength}
+    same = (each for each in parts if all(each.get(key) == shape[key] for key in shape))
+    header = next(same, parts[0])
     sizes = [
         header[f"PhysicalSize{axis}"] * unit_to_nm(header.get(f"PhysicalSize{axis}Unit", "µm"))
         for axis in "XY"

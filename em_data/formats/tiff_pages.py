@@ -39,6 +39,10 @@ def check_page(page, file_size: int) -> None:
     bits = page.bitspersample
     if page.dtype is None or not isinstance(bits, int) or bits < 1:
         raise Refusal(f"pixels of {bits} bits, which no reader knows. Export it with 8 or 16 bits.")
+    if page.compression != 1 and page.compression not in tifffile.TIFF.DECOMPRESSORS:
+        raise Refusal(
+            f"compression {int(page.compression)}, which is not known. Save it without compression."
+        )
     if page.samplesperpixel > 4:
         raise Refusal(f"{page.samplesperpixel} channels, but a micrograph is grey.")
     if 0 in page.shape:

@@ -82,6 +82,21 @@ def test_every_grey_level_comes_back(folder, hub, tmp_path, monkeypatch):
     assert [entry.key for entry in again.entries] == [entry.key for entry in got.entries]
 
 
+def test_frames_of_a_stack_come_back_as_rows_that_no_split_parts(tmp_path, hub):
+    stacks = np.random.default_rng(1).integers(0, 2**16, (2, 3, 32, 48), dtype=np.uint16)
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for name, stack in zip("ab", stacks, strict=True):
+        tifffile.imwrite(folder / f"{name}.tif", stack, photometric="minisblack")
+    push(folder)
+    config = DataConfig(resolution=16, symmetries="none")
+    entries = open_source("hub:you/set", config, tmp_path).entries
+    assert [entry.group for entry in entries] == ["a.tif"] * 3 + ["b.tif"] * 3
+    assert [entry.name[:10] for entry in entries[:2]] == ["a.tif#0000", "a.tif#0001"]
+    for entry, frame in zip(entries, stacks.reshape(6, 32, 48), strict=True):
+        assert np.array_equal(entry.read().image, frame)
+
+
 def test_boxes_and_masks_come_along(tmp_path):
     import datasets
 

@@ -211,6 +211,11 @@ def test_whole_numbers_of_any_type_are_kept(dtype):
     assert np.array_equal(read(tiff(values)).image, GREY8 // 2)
 
 
+def test_compression_that_nobody_knows_is_told_right():
+    with pytest.raises(ValueError, match="x: compression 999, which is not known"):
+        read(retag(tiff(GREY8), 259, 999))
+
+
 def test_bits_that_nobody_knows_are_told_right():
     with pytest.raises(ValueError, match="x: pixels of 255 bits, which no reader knows"):
         read(retag(tiff(GREY8), 258, 255))

@@ -86,6 +86,17 @@ def test_largest_grey_image_is_read_and_the_others_are_named(kind):
     assert named in notice
 
 
+def test_pixel_size_is_that_of_the_image_that_is_read():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, ome=True) as writer:
+        for array, size in ((SMALL, 5.0), (IMAGE, 1.25)):
+            sizes = {f"PhysicalSize{axis}": size for axis in "XY"}
+            units = {f"PhysicalSize{axis}Unit": "nm" for axis in "XY"}
+            options = {"axes": "YX"} | sizes | units
+            writer.write(array, photometric="minisblack", metadata=options)
+    assert read_micrograph(buffer.getvalue(), name="x").pixel_size_nm == pytest.approx(1.25)
+
+
 def test_only_image_is_read_though_it_is_marked_reduced():
     assert np.array_equal(read_micrograph(pages((IMAGE, REDUCED)), name="x").image, IMAGE)
 
