@@ -105,8 +105,13 @@ def _decode_palette(image):
 
 
 def find_orientation(image: PIL.Image.Image) -> int:
-    """Return how an image is to be turned, 1 to 8, by its EXIF header."""
-    value = image.getexif().get(ORIENTATION)
+    """Return how an image is to be turned, 1 to 8, by its EXIF header; 1 if that is damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(ORIENTATION)
+    except Exception:  # a damaged header does not matter to the pixels
+        return 1
     return value if isinstance(value, int) and 1 < value < 9 else 1
 
 

@@ -68,6 +68,11 @@ def test_orientation_is_applied_as_pil_does(orientation):
     assert np.array_equal(read(turned).image, orient(read(jpeg).image, orientation))
 
 
+def test_damaged_exif_header_does_not_refuse_the_image():
+    for header in (exif(6)[:-9], b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"):
+        assert np.array_equal(read(pil(GREY8, "PNG", exif=header)).image, GREY8)
+
+
 def with_palette(indices, palette, kind):
     """An image of palette entries; palette: 8-bit values [256, 3]."""
     if kind == "TIFF":
