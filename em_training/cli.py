@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from em_data.files import FullDiskError, is_full_disk
+from em_data.files import FullDiskError, is_full_disk, printable
 from em_training.config import describe_error
 
 TOO_LARGE = (MemoryError, OverflowError, RecursionError)
@@ -98,7 +98,8 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _fail(text: str, code: int) -> None:
-    print(text, file=sys.stderr)
+    # names of files may hold control characters
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
     sys.exit(code)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import make_commands
+from support.commands import Command, make_commands
 from support.faults import Count, FullDisk, Kill, PowerCuts, replace_by
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a fork server")
@@ -99,6 +99,22 @@ def test_a_training_goes_on_after_kills_while_it_writes(commands, whole, tmp_pat
     for _ in range(5):
         commands["train_gan"].run(root, Kill(root, rng.randint(1, count)))
     assert_goes_on(commands["train_gan"], root, results, "kills")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_work_is_finished_when_nobody_reads_the_output(commands, whole, tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    assert commands[name].run(root, is_read=False).code == 0
+    assert commands[name].read_results(root) == whole(name)[0]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "publish"])
+def test_help_ends_well_when_nobody_reads_it(tmp_path, name):
+    assert Command(name, ["--help"], ()).run(tmp_path / "root", is_read=False).code == 0
+    done = Command(name, ["--help"], ()).run(tmp_path / "root")
+    assert done.code == 0
+    assert len(done.text.splitlines()) > 10
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def test_errors_end_as_a_sentence_and_a_code(capsys, tmp_path):
         (RecursionError("maximum recursion depth"), 2, "error: This is too large"),
         (ImportError("No module named lpips"), 2, "error: No module named lpips. Install"),
         (NonFiniteLossError("loss is not finite"), 1, "error: loss is not finite"),
+        (ValueError("a\x1b[2J.tif\nis bad"), 2, "error: a\\x1b[2J.tif\nis bad"),
         (TrainingInterrupted("saved"), 130, "saved"),
         (KeyboardInterrupt(), 130, "stopped"),
     ):

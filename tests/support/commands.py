@@ -40,19 +40,26 @@ class Command:
     words: Sequence[str]
     results: Sequence[str]
 
-    def start(self, root: Path, watcher: Watcher | None = None) -> "Started":
-        """Start it in a process of its own; `watcher` is told of what it does to files."""
+    def start(
+        self, root: Path, watcher: Watcher | None = None, *, is_read: bool = True
+    ) -> "Started":
+        """Start it in a process of its own.
+
+        watcher: is told of what it does to files. is_read: else nobody reads its output, as after
+        `| head -1`.
+        """
         log = root.with_name(f"{root.name}.log")
         words = [word.format(root=root) for word in self.words]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        process = context.Process(target=_run, args=(self.name, words, log, watcher))
+        arguments = self.name, words, log if is_read else None, watcher
+        process = context.Process(target=_run, args=arguments)
         process.start()
         return Started(process, log)
 
-    def run(self, root: Path, watcher: Watcher | None = None) -> "Started":
+    def run(self, root: Path, watcher: Watcher | None = None, *, is_read=True) -> "Started":
         """Start it and wait for its end."""
-        return self.start(root, watcher).wait()
+        return self.start(root, watcher, is_read=is_read).wait()
 
     def read_results(self, root: Path) -> dict[str, str]:
         """Return {path: hash of the content} of the files that must be equal in the end."""
@@ -103,16 +110,20 @@ def make_commands(models: Path) -> dict[str, Command]:
     }
 
 
-def _run(name: str, words: list[str], log: Path, watcher: Watcher | None) -> None:
-    """Be the command `name` in this process."""
+def _run(name: str, words: list[str], log: Path | None, watcher: Watcher | None) -> None:
+    """Be the command `name` in this process; without a log, its output is a closed pipe."""
     import importlib
 
     import torch
 
     torch.set_num_threads(1)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    if log is None:
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.chdir(ROOT)
     sys.argv = [f"{name}.py", *words]
