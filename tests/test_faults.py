@@ -6,6 +6,7 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -191,8 +192,10 @@ def test_copies_of_a_mounted_file_system_go_on(commands, whole, tmp_path, name):
             process = command.start(root)
             while process.process.is_alive() and copies < CUTS:
                 time.sleep(random.Random(copies).uniform(0.02, 0.2))
-                copies += 1
-                shutil.copyfile(image, tmp_path / f"copy-{copies}.img")
+                if freeze(process.process.pid):
+                    copies += 1
+                    shutil.copyfile(image, tmp_path / f"copy-{copies}.img")
+                    os.kill(process.process.pid, signal.SIGCONT)
             process.wait()
     for number in range(1, copies + 1):
         copy = tmp_path / f"copy-{number}.img"
@@ -200,6 +203,18 @@ def test_copies_of_a_mounted_file_system_go_on(commands, whole, tmp_path, name):
             assert_goes_on(command, root, results, copy.name)
         copy.unlink()
     print(f"{name}: {copies} of {copies} copies of a file system")
+
+
+def freeze(pid: int) -> bool:
+    """Stop a process, so that a copy is of one moment; return whether it was still there."""
+    os.kill(pid, signal.SIGSTOP)
+    state = ""
+    while state not in ("T", "Z", "X"):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+    return state == "T"
 
 
 def make_image(path: Path) -> None:
