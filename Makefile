@@ -1,6 +1,7 @@
 # make demo       train, generate, evaluate and report on the embedded micrographs, or on DATA=FOLDER
 # make test       lint and the fast tests
 # make test-slow  the tests that take minutes each
+# make test-faults  whole commands under kills, power cuts and full disks (an hour; all of it as root)
 # make test-isa   the fast tests with the instructions of older processors
 # make lint       format, lint and types
 # make docs       the documentation site, in site/
@@ -20,7 +21,7 @@ THREADS = OMP_NUM_THREADS=$(shell n=$$(( $(CORES) / $(DEMO_JOBS) )); echo $$(( n
 # glibc gives each large tensor back to the system and maps its pages anew; these two settings keep freed memory in the process
 TRAIN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(RUN)
 
-.PHONY: demo demo-ldm demo-gan test test-slow test-isa lint docs install clean
+.PHONY: demo demo-ldm demo-gan test test-slow test-faults test-isa lint docs install clean
 
 # The autoencoder trains on all cores. Then the denoiser and StyleGAN2 train side by side, each on half of the cores:
 # networks this small gain little from a second core. DEMO_JOBS=1 trains one after the other on all cores.
@@ -46,6 +47,9 @@ test: $(INSTALLED) lint
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m slow
+
+test-faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -m slow tests/test_faults.py
 
 # a bound that one processor happens to hold fails on another; a newer processor can act as an older one
 test-isa: $(INSTALLED)

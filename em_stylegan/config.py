@@ -8,10 +8,15 @@ from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
 from em_training import MAY_CHANGE, strict
-from em_training.config import Depth, NotNegative, Positive, Size
+from em_training.config import (
+    Depth,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Size,
+)
 
-PositiveFloat = Annotated[float, Gt(0)]
-NotNegativeFloat = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 
 
