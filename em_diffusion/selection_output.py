@@ -101,9 +101,8 @@ def draw_selection(selection, originals, reconstructions, path, num_columns):
         axes.set_axis_off()
 
     def write(text, left, top, **style):
-        figure.text(
-            left / figure_width, 1 - top / figure_height, text, va="top", parse_math=False, **style
-        )
+        x, y = left / figure_width, 1 - top / figure_height
+        figure.text(x, y, text, va="top", parse_math=False, **style)
 
     def label(name, facts, top):
         short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

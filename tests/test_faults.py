@@ -207,10 +207,10 @@ def test_copies_of_a_mounted_file_system_go_on(commands, whole, tmp_path, name):
 
 def freeze(pid: int) -> bool:
     """Stop a process, so that a copy is of one moment; return whether it was still there."""
-    os.kill(pid, signal.SIGSTOP)
     state = ""
     while state not in ("T", "Z", "X"):
         try:
+            os.kill(pid, signal.SIGSTOP)
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return False
@@ -218,10 +218,10 @@ def freeze(pid: int) -> bool:
 
 
 def make_image(path: Path) -> None:
-    """Make an empty ext4 image of 200 MB that commits only when asked to."""
+    """Make an empty ext4 image of 100 MB that commits only when asked to."""
     path.unlink(missing_ok=True)
     with path.open("wb") as file:
-        file.truncate(200 * 2**20)
+        file.truncate(100 * 2**20)
     subprocess.run(["mkfs.ext4", "-q", "-F", path], check=True)
 
 
