@@ -44,6 +44,10 @@ class DataConfig:
     """Side of a synthetic micrograph in pixels."""
     pixel_size_nm: Annotated[float, Gt(0)] | None = None
     """Side of a pixel in nm, before downsampling, of micrographs that do not state it."""
+    pixel_size_pattern: str | None = None
+    """Regular expression that finds the pixel size in the paths of such micrographs: a group `fov`
+    is the width of the field of view, a group `pixel` the pixel size, and a group `unit` its unit
+    (default nm). Example: "fov(?P<fov>\\d+)(?P<unit>nm|um)"."""
     specimen_pattern: str | None = None
     """Regular expression whose first group (or whole match) in a file's path names its specimen.
     Default: the file's folder is its specimen."""
@@ -53,13 +57,20 @@ class DataConfig:
     """Folder for the cut tiles. Default: em-synthesis in the user's cache folder."""
 
     def __post_init__(self):
-        try:
-            re.compile(self.specimen_pattern or "")
-        except re.error as error:
-            raise ValueError(
-                f"tiles.specimen_pattern is {self.specimen_pattern!r}, which is not a regular "
-                f"expression: {error}. Correct --tiles.specimen-pattern."
-            ) from error
+        for name in ("specimen_pattern", "pixel_size_pattern"):
+            pattern, flag = getattr(self, name), f"--tiles.{name.replace('_', '-')}"
+            try:
+                groups = set(re.compile(pattern or "").groupindex)
+            except re.error as error:
+                raise ValueError(
+                    f"tiles.{name} is {pattern!r}, which is not a regular expression: {error}. "
+                    f"Correct {flag}."
+                ) from error
+            if name == "pixel_size_pattern" and pattern and len(groups & {"fov", "pixel"}) != 1:
+                raise ValueError(
+                    f"tiles.{name} is {pattern!r}, but must have one group named fov or pixel. "
+                    f'Use {flag} such as "fov(?P<fov>\\d+)nm".'
+                )
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
             raise ValueError(

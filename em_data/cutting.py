@@ -9,6 +9,7 @@ import numpy as np
 
 from em_data.files import build_folder
 from em_data.intensity import describe_spikes, find_levels
+from em_data.metadata import pixel_size_from_path
 from em_data.sources.base import SourceLost
 from em_data.spikes import iterate_slabs
 from em_data.views import hash_pixels
@@ -58,6 +59,8 @@ def make_cut_key(source, config) -> str:
         "percentiles": list(config.percentiles) if config.intensity == "percentile" else None,
         "label_bar": config.label_bar,
         "pixel_size_nm": config.pixel_size_nm,
+        "pixel_size_pattern": config.pixel_size_pattern
+        and [config.pixel_size_pattern, source.name],
     }
     if config.frame_step != 1:
         recipe["frame_step"] = config.frame_step
@@ -75,6 +78,7 @@ def cut(source, config, folder):
         path = building / "tiles.arrow"
         with closing(TileWriter(path, config.resolution)) as writer:
             for entry, micrograph in read_all(source.entries, side_px, problems):
+                micrograph.pixel_size_nm = find_pixel_size(source, micrograph, config)
                 try:
                     image, levels = downsample(micrograph.image, config)
                 except MemoryError:
@@ -131,6 +135,15 @@ def refuse_unusable(micrograph, min_side_px):
         raise ValueError(f"{micrograph.name}: constant: every pixel is {int(image.min())}")
 
 
+def find_pixel_size(source, micrograph, config) -> float | None:
+    """Return the pixel size in nm: by the file, else by its path, else by the flag."""
+    size = micrograph.pixel_size_nm
+    if not size and config.pixel_size_pattern is not None:
+        path, width_px = f"{source.name}/{micrograph.name}", micrograph.image.shape[1]
+        size = pixel_size_from_path(path, config.pixel_size_pattern, width_px)
+    return size or config.pixel_size_nm
+
+
 def downsample(image, config) -> tuple[np.ndarray, tuple[int, int, float]]:
     """Return an image averaged over squares, and its levels as of `find_levels`.
 
@@ -159,7 +172,7 @@ def cut_micrograph(entry, micrograph, image, levels, config) -> tuple[list[dict]
         spikes = describe_spikes(round(clipped * num_pixels), num_pixels)
         notices.append(f"{spikes} outside of {low} to {high}: clipped")
     clipped += micrograph.metadata.get("num_spikes", 0) / micrograph.image.size
-    size, shape = micrograph.pixel_size_nm or config.pixel_size_nm, micrograph.image.shape
+    size, shape = micrograph.pixel_size_nm, micrograph.image.shape
     common = {
         "micrograph": micrograph.name,
         "pixel_size_nm": size and float(size) * config.downsample,

@@ -181,7 +181,10 @@ def _describe_micrographs(micrographs, config) -> dict:
     clipped = np.average([each["fraction_clipped"] for each in micrographs], weights=num_tiles)
     notices = merge_notices(micrographs) + _list_intensity_notices(micrographs, clipped, config)
     if not sizes:
-        notices.append("no file states its pixel size; give it with --tiles.pixel-size-nm")
+        notices.append(
+            "no file states its pixel size; give it with --tiles.pixel-size-nm, or with "
+            "--tiles.pixel-size-pattern if the paths hold it"
+        )
     elif not agree:
         notices.append(
             f"pixel sizes differ or are partly unknown ({sizes[0]:.4g} to {sizes[-1]:.4g} nm): "

@@ -155,6 +155,7 @@ def test_every_part_of_the_recipe_is_in_the_key(config, noise, source_of):
     same = config(on_bad_image="fail", **others)
     assert make_cut_key(source, same) == make_cut_key(source, config())
     changes = [{"resolution": 8}, {"downsample": 2}, {"intensity": "full"}, {"label_bar": "keep"}]
+    changes += [{"pixel_size_nm": 2.0}, {"pixel_size_pattern": "(?P<fov>)"}]
     changes.append({"intensity": "percentile"})
     changes.append({"intensity": "percentile", "percentiles": (1.0, 99.0)})
     keys = {make_cut_key(source, config(**change)) for change in [{}, *changes]}

@@ -255,6 +255,29 @@ def test_hot_pixels_are_clipped_and_said(tmp_path, noise, config):
     assert any("% clipped" in line for line in said)
 
 
+def test_pixel_size_by_pattern_is_that_of_files_without_one(tmp_path, noise, config):
+    folder = tmp_path / "fov96nm"  # 48 pixels wide
+    folder.mkdir()
+    save_images(folder, [noise(i) for i in range(2)])
+    pattern = r"fov(?P<fov>\d+)nm"
+    for source, changes, size in (
+        (tmp_path, {"pixel_size_pattern": pattern}, 2.0),
+        (folder, {"pixel_size_pattern": pattern}, 2.0),
+        (folder, {"pixel_size_pattern": pattern, "downsample": 2}, 4.0),
+        (folder, {"pixel_size_pattern": pattern, "pixel_size_nm": 3.0}, 2.0),
+        (folder, {"pixel_size_pattern": r"mag(?P<fov>\d+)", "pixel_size_nm": 3.0}, 3.0),
+    ):
+        assert load(source, config, **changes)[0].summary["pixel_size_nm"] == size
+    _, said = load(folder, config)
+    (line,) = [line for line in said if "no file states its pixel size" in line]
+    assert "--tiles.pixel-size-nm" in line
+    assert "--tiles.pixel-size-pattern" in line
+    size = {"resolution": (2e7, 2e7), "resolutionunit": 3}
+    tifffile.imwrite(folder / "2.tif", noise(2), **size)
+    data, _ = load(folder, config, pixel_size_pattern=pattern)
+    assert data.summary["pixel_size_nm"] is None  # 2 nm and 0.5 nm
+
+
 def test_the_same_notice_of_many_files_is_one_line(tmp_path, noise, config):
     for i in range(5):
         tifffile.imwrite(tmp_path / f"{i}.tif", noise(i) / np.float32(7 + i))
@@ -366,8 +389,10 @@ def test_embedded_data(config):
         {"label_bar": "blur"},
         {"num_micrographs": 0},
         {"downsample": 0},
+        {"pixel_size_pattern": "fov("},
+        {"pixel_size_pattern": r"fov(\d+)"},
     ],
 )
 def test_impossible_configuration_is_refused(change):
-    with refuses_config(f"tiles.{next(iter(change))} is .*Use --tiles."):
+    with refuses_config(f"tiles.{next(iter(change))} is .*(Use|Correct) --tiles."):
         DataConfig(**change)

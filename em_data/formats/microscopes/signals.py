@@ -19,7 +19,6 @@ ELEMENTS = (
 )
 XRAY_MAP = re.compile(rf"({'|'.join(ELEMENTS.split())})([ -]?[KLMN][a-zα-ω]?\d?)?( ?map)?")
 XRAY_FORMATS = ("EMD", "JEOL", "Bruker", "Phenom")
-LIMITS_NM = (1e-3, 1e5)  # of a pixel
 MAX_TIA_NM = 1e6  # files of TIA do not say whether their scale is in m or in 1/m
 DIFFRACTION = "a diffraction pattern"
 MAX_PIXELS = 400_000_000  # of one image
@@ -95,7 +94,7 @@ def describe(signal: dict, format_name: str) -> Picture:
     if title:
         metadata["title"] = title
     metadata |= _find_facts(signal)
-    size = square_pixel_size(sizes, metadata["notices"], LIMITS_NM)
+    size = square_pixel_size(sizes, metadata["notices"])
     return Picture(title, data, metadata, size)
 
 
