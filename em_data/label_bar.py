@@ -19,7 +19,16 @@ def find_label_bar(image) -> int:
     if height < 32 or width < 32:
         return 0
     band = image[int(height * (1 - MAX_SHARE)) - 16 :].astype(np.int32)
-    tolerance = 0 if image.dtype == np.uint16 else 3  # JPEG compression blurs a flat ground
+    num_rows = _find_sharp(band, height, image.dtype)
+    if image.dtype != np.uint8:
+        return num_rows
+    num_rows = num_rows or _find_blurred(band, height)
+    return num_rows + _count_blurred_lines(band[: len(band) - num_rows]) if num_rows else 0
+
+
+def _find_sharp(band, height, dtype):
+    """Find a bar whose ground has exactly one grey level."""
+    tolerance = 0 if dtype == np.uint16 else 3
     ground = int(np.bincount(band[-max(4, int(height * MIN_SHARE)) :].ravel()).argmax())
     share = (np.abs(band - ground) <= tolerance).mean(axis=1)  # [rows] of the ground's level
     is_line = (np.abs(band - band[:, :1]) <= tolerance).mean(axis=1) > 0.98
@@ -38,3 +47,37 @@ def find_label_bar(image) -> int:
     is_flat = np.all((share[edge] > 0.9) | is_line[edge]) and share[top:].mean() > 0.5
     is_new = share[top - 8 : top].mean() < 0.1 and np.all(share[top - 2 : top] < 0.3)
     return num_rows if is_flat and is_new else 0
+
+
+def _find_blurred(band, height):
+    """Find a bar in an image that was compressed by JPEG, which blurs its edge and its text.
+
+    In blocks of 8 x 8 pixels that hold neither edge nor text, the ground still has one level. The
+    bar begins where the shares of the rows' pixels near this level, less a threshold, have the
+    largest sum.
+    """
+    levels = np.bincount(band[-16:].ravel(), minlength=256)
+    ground = int(np.convolve(levels, np.ones(3), "same").argmax())
+    distance = np.median(np.abs(band[:16] - ground))  # of the micrograph from the ground
+    share = (np.abs(band - ground) <= np.clip(distance / 2, 2, 12)).mean(axis=1)
+    threshold = (np.median(share[:16]) + 0.85) / 2
+    top = int(np.cumsum((share - threshold)[::-1])[::-1].argmax())
+    num_rows = len(band) - top
+    if top < 16 or num_rows < max(6, MIN_SHARE * height):
+        return 0
+    edge, above = share[top : top + 3], share[top - 16 : top]
+    is_flat = edge.mean() > 0.75 and share[top:].mean() > 0.5
+    is_new = above.max() < 0.6 and edge.min() > 1.5 * above[-2:].max()
+    return num_rows if is_flat and is_new else 0
+
+
+def _count_blurred_lines(rows):
+    """Return the number of rows, at the end of these, of a drawn line that JPEG has blurred."""
+    medians = np.median(rows, axis=1)
+    spread = np.mean(np.abs(rows - medians[:, None]), axis=1)
+    others = slice(-24, -8)
+    contrast = max(3.0, np.median(spread[others]))
+    is_line = spread < contrast / 3
+    departs = np.abs(medians - np.median(medians[others])) > 6 * contrast
+    is_line |= departs & (spread < 2 * contrast)
+    return int(np.cumprod(is_line[:-5:-1]).sum())

@@ -40,10 +40,40 @@ def test_bar_is_found_to_the_row(num_rows, ground, ink, line):
     assert find_label_bar(wide) == num_rows
 
 
-def test_bar_in_a_jpeg_is_found():
+def save_as_jpeg(image, quality):
     buffer = io.BytesIO()
-    PIL.Image.fromarray(add_bar(make_micrograph(), 40, 0, 255)).save(buffer, "JPEG", quality=90)
-    assert abs(find_label_bar(np.array(PIL.Image.open(buffer))) - 40) <= 1
+    PIL.Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return np.array(PIL.Image.open(buffer))
+
+
+@pytest.mark.parametrize("quality", [60, 75, 85, 92, 98])
+@pytest.mark.parametrize(
+    ("ground", "ink", "line"),
+    [(0, 255, False), (255, 0, False), (0, 255, True), (128, 255, True), (60, 230, True)],
+)
+def test_bar_in_a_jpeg_is_found_at_any_row(ground, ink, line, quality):
+    for height in range(480, 488):  # blocks of JPEG compression have 8 rows
+        for num_rows in (24, 43, 64):
+            image = add_bar(make_micrograph(height), num_rows, ground, ink, line)
+            found = find_label_bar(save_as_jpeg(image, quality))
+            assert abs(found - num_rows) <= 1, (height, num_rows)
+
+
+@pytest.mark.parametrize("quality", [60, 75, 90])
+def test_bar_of_an_fei_jpeg_does_not_become_tiles(quality):
+    image = add_bar(make_micrograph(884, 1024), 59, 0, 255, line=True)
+    assert abs(find_label_bar(save_as_jpeg(image, quality)) - 59) <= 1
+
+
+@pytest.mark.parametrize("quality", [60, 75, 90])
+def test_no_bar_is_seen_in_a_jpeg_without_one(quality):
+    for seed in range(10):
+        image = make_micrograph(400 + seed, seed=seed)
+        rows, columns = np.indices(image.shape)
+        for dark in (image, np.minimum(image, 120), np.maximum(image, 180)):
+            assert find_label_bar(save_as_jpeg(dark, quality)) == 0
+        image[rows > 330 + 20 * np.sin(columns / 40)] = 0
+        assert find_label_bar(save_as_jpeg(image, quality)) == 0
 
 
 def test_no_bar_is_seen_where_there_is_none():
