@@ -34,7 +34,6 @@ MAIN_FLAGS = (
     "tiles.resolution",
     "tiles.downsample",
     "tiles.pixel_size_nm",
-    "tiles.pixel_size_pattern",
     "tiles.split",
     "tiles.label_bar",
     "autoencoder.num_images",
