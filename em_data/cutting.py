@@ -10,12 +10,14 @@ import numpy as np
 from em_data.files import build_folder
 from em_data.intensity import describe_spikes, find_levels
 from em_data.metadata import pixel_size_from_path
+from em_data.padding import find_padding
 from em_data.sources.base import SourceLost
 from em_data.spikes import iterate_slabs
 from em_data.views import hash_pixels
 
 FORMAT = 2  # of the cached folder; a change makes all cached tiles invalid
 MAX_PROBLEMS = 5  # of the frames of one stack that are told one by one
+MAX_PADDING = 0.1  # share of a tile
 WRITE_BYTES = 32 * 2**20  # tiles are written so many bytes at a time
 
 
@@ -80,7 +82,8 @@ def cut(source, config, folder):
             for entry, micrograph in read_all(source.entries, side_px, problems):
                 micrograph.pixel_size_nm = find_pixel_size(source, micrograph, config)
                 try:
-                    image, levels = downsample(micrograph.image, config)
+                    padding = find_padding(micrograph.image)
+                    image, levels = downsample(micrograph.image, padding, config)
                 except MemoryError:
                     problems.append(f"{micrograph.name}: needs more memory than there is")
                     continue
@@ -90,7 +93,13 @@ def cut(source, config, folder):
                         f"{config.downsample} pixels"
                     )
                     continue
-                records, facts = cut_micrograph(entry, micrograph, image, levels, config)
+                records, facts = cut_micrograph(entry, micrograph, image, padding, levels, config)
+                if not records:
+                    problems.append(
+                        f"{micrograph.name}: every tile has one grey level or more than "
+                        f"{MAX_PADDING:.0%} padding"
+                    )
+                    continue
                 for record in records:
                     writer.write(record | {"micrograph_index": len(micrographs)})
                 micrographs.append(facts)
@@ -144,26 +153,40 @@ def find_pixel_size(source, micrograph, config) -> float | None:
     return size or config.pixel_size_nm
 
 
-def downsample(image, config) -> tuple[np.ndarray, tuple[int, int, float]]:
+def downsample(image, padding, config) -> tuple[np.ndarray, tuple[int, int, float]]:
     """Return an image averaged over squares, and its levels as of `find_levels`.
 
-    Spikes are found and clipped before they are averaged with their neighbours.
+    Spikes are found and clipped before they are averaged with their neighbours. `padding` is as of
+    `find_padding`; with intensity "auto", its grey level does not count.
     """
     if config.intensity != "auto" or config.downsample == 1 or image.dtype == np.uint8:
         image = average_area(image, config.downsample)
-        return image, find_levels(image, config.intensity, config.percentiles)
-    low, high, clipped = find_levels(image, "auto")
+        return image, find_levels(
+            _fill(image, padding, config), config.intensity, config.percentiles
+        )
+    low, high, clipped = find_levels(_fill(image, padding, config), "auto")
     image = average_area(image, config.downsample, low, high)
     return image, (int(image.min()), int(image.max()), clipped)
 
 
-def cut_micrograph(entry, micrograph, image, levels, config) -> tuple[list[dict], dict]:
+def _fill(image, padding, config):
+    """Return an image of 16 bits whose padding has a level of the micrograph, for `find_levels`."""
+    is_counted = config.intensity != "auto" or image.dtype == np.uint8
+    if padding is None or is_counted or padding.all():
+        return image
+    filled = image.copy()
+    filled[padding] = image[~padding][0]
+    return filled
+
+
+def cut_micrograph(entry, micrograph, image, padding, levels, config) -> tuple[list[dict], dict]:
     """Return one record per tile, for `TileWriter.write`, and the facts of the whole micrograph.
 
     The tiles keep their grey levels: `low` and `high` are only stored here, and `Tiles.batch`
     scales by them. `image` has the pixels after downsampling, `levels` are its levels as of
-    `find_levels`. Labels (`micrograph.defects`) are not cut yet: their masks would be another
-    column of `make_features`, and `Batch.masks` has room for them.
+    `find_levels`. `padding` is that of the micrograph, as of `find_padding`; tiles with much of it
+    and tiles with one grey level are left out. Labels (`micrograph.defects`) are not cut yet: their
+    masks would be another column of `make_features`, and `Batch.masks` has room for them.
     """
     low, high, clipped = levels
     notices = list(micrograph.metadata.get("notices", ()))
@@ -180,11 +203,22 @@ def cut_micrograph(entry, micrograph, image, levels, config) -> tuple[list[dict]
         "low": low,
         "high": high,
     }
-    records = []
+    records, side, num_left_out = [], config.resolution * config.downsample, 0
     for row_px, col_px in find_tile_positions(shape, config.resolution, config.downsample):
         row, col = row_px // config.downsample, col_px // config.downsample
         tile = image[row : row + config.resolution, col : col + config.resolution]
-        records.append({"tile": tile, "row_px": row_px, "col_px": col_px} | common)
+        is_padding = padding is not None and (
+            padding[row_px : row_px + side, col_px : col_px + side].mean() > MAX_PADDING
+        )
+        if is_padding or tile.min() == tile.max():
+            num_left_out += 1
+        else:
+            records.append({"tile": tile, "row_px": row_px, "col_px": col_px} | common)
+    if num_left_out:
+        notices.append(
+            f"{num_left_out} of {num_left_out + len(records)} tiles left out: one grey level, or "
+            f"more than {MAX_PADDING:.0%} padding"
+        )
     facts = {
         "name": micrograph.name,
         "group": entry.group,

@@ -184,3 +184,72 @@ def test_pixel_hash_is_shared_by_all_views_and_by_nothing_else(shape, noise):
     image = noise(0, shape)
     assert hash_pixels(np.roll(image, 1, axis=0)) != hash_pixels(image)
     assert hash_pixels(image.astype(np.uint16)) != hash_pixels(image)
+
+
+def make_padded(kind, dtype, level):
+    """An image of 160 x 160 pixels, and the tiles of 16 x 16 with at most 10 % padding."""
+    image = np.random.default_rng(0).normal(100, 10, (160, 160)).round().astype(dtype)
+    is_kept = np.ones((10, 10), bool)
+    if kind == "shifted frame":
+        image[:20] = image[:, 133:] = level
+        is_kept[:2] = is_kept[:, 8:] = False
+    elif kind == "border":
+        image[:16] = image[-16:] = image[:, :16] = image[:, -16:] = level
+        is_kept[[0, -1]] = is_kept[:, [0, -1]] = False
+    elif kind == "thin border":
+        image[:1] = image[-1:] = level
+    elif kind == "mosaic":
+        image[:64, 96:] = image[112:, :40] = level
+        is_kept[:4, 6:] = is_kept[7:, :3] = False
+    return image, is_kept
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("kind", ["shifted frame", "border", "thin border", "mosaic"])
+def test_tiles_of_padding_are_left_out_and_said(kind, dtype, level, tiles_of, tmp_path):
+    image, is_kept = make_padded(kind, dtype, level)
+    tiles = tiles_of([Micrograph(image, "m")])
+    found = set(zip(tiles.rows["row_px"], tiles.rows["col_px"]))
+    assert found == {(16 * row, 16 * col) for row, col in np.argwhere(is_kept).tolist()}
+    (facts,) = json.loads((tmp_path / "cut" / "cut.json").read_text())["micrographs"]
+    num = int((~is_kept).sum())
+    assert facts["notices"] == (
+        [f"{num} of 100 tiles left out: one grey level, or more than 10% padding"] if num else []
+    )
+    if dtype == np.uint16 and kind != "thin border":  # padding does not take the contrast
+        inside = image[image != level]
+        assert (tiles.cut.low[0], tiles.cut.high[0]) == (inside.min(), inside.max())
+
+
+def test_padding_is_found_before_averaging(tiles_of):
+    image, is_kept = make_padded("mosaic", np.uint8, 0)
+    tiles = tiles_of([Micrograph(image, "m")], downsample=2, resolution=8)
+    assert tiles.num_tiles == is_kept.sum()
+
+
+REGIONS = {
+    "disc": lambda rows, columns: (rows - 40) ** 2 + (columns - 3) ** 2 < 45**2,
+    "slope": lambda rows, columns: rows + columns / 3 > 170,
+    "waves": lambda rows, columns: columns > 120 + 8 * np.sin(rows / 9),
+    "half of the pixels": lambda rows, columns: np.random.default_rng(1).random(rows.shape) < 0.6,
+}
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("kind", REGIONS)
+def test_dark_and_saturated_regions_keep_their_tiles(kind, level, tiles_of):
+    image = np.random.default_rng(0).normal(100, 10, (160, 160)).round().astype(np.uint8)
+    image[REGIONS[kind](*np.indices(image.shape))] = level
+    squares = image.reshape(10, 16, 10, 16).swapaxes(1, 2).reshape(100, -1)
+    tiles = tiles_of([Micrograph(image, "m")])
+    assert tiles.num_tiles == (squares.min(axis=1) != squares.max(axis=1)).sum()
+
+
+def test_image_without_a_tile_is_a_problem(config, source_of, tmp_path):
+    image = np.zeros((32, 32), np.uint8)
+    image[30:, 30:] = 200
+    cut(source_of([Micrograph(image, "dark")]), config(), tmp_path / "cut")
+    facts = json.loads((tmp_path / "cut" / "cut.json").read_text())
+    assert not facts["micrographs"]
+    assert facts["problems"] == ["dark: every tile has one grey level or more than 10% padding"]
