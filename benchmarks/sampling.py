@@ -32,8 +32,9 @@ from sampler_points import choose_clock, is_as_good, load_reference
 
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.family import LDMOptions
+from em_diffusion.pipeline_em_ldm import is_flow
 from em_diffusion.presets import PRESETS
-from em_diffusion.samplers import create_sampler, is_flow
+from em_diffusion.samplers import create_sampler
 from em_generation.loading import load_pipeline
 from em_generation.sampling import draw_images
 from em_training import create_process_state, make_image_rng

@@ -15,8 +15,7 @@ from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.latents import Latents
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
-from em_diffusion.samplers import is_flow
+from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline, is_flow
 from em_diffusion.validation import choose_spaced_views
 from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance

@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
+    ConfigMixin,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
@@ -30,6 +32,9 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PACKAGE = "em_diffusion"  # where this file and the components that it may load are installed
 _MOVED: dict[str, Any] = {}  # modules of repositories by their first name, see `_read_source`
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# parts of the names of diffusers' schedulers for other models or tasks
+OTHER_SCHEDULERS = ("LCM", "Inverse", "CogVideoX", "UnCLIP", "RePaint", "Wuerstchen")
 MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB in float32
 
 
@@ -58,9 +63,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             them, its `scaling_factor` and `shift_factor` do.
         unet: An unconditional `UNet2DModel` over latents [B, C, h, w], or an `EMUNet2DModel`.
         scheduler: Solver of the denoising equation. The saved one, with
-            `default_num_inference_steps`, is the model's default. Any diffusers scheduler for what
-            the U-Net predicts can replace it; for flow matching `FlowMatchEulerDiscreteScheduler`
-            or `FlowMatchHeunDiscreteScheduler`.
+            `default_num_inference_steps`, is the model's default. Another one is made by
+            `OtherScheduler.from_config(pipe.scheduler.config)`: for flow matching
+            `FlowMatchEulerDiscreteScheduler` or `FlowMatchHeunDiscreteScheduler`. Schedulers that
+            do not suit the model are refused.
         pixel_size_nm: Side of a pixel in nanometres; None if unknown.
         default_num_inference_steps: Denoising steps, unless the call says otherwise.
         grain: An `EMGrain`, which adds the noise that the autoencoder removes; None adds none.
@@ -106,6 +112,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """Set an attribute; a model's weights are brought to aligned memory first."""
         if isinstance(value, torch.nn.Module):
             align_weights(value)
+        elif isinstance(value, SchedulerMixin):
+            make_exchangeable(value)
         super().__setattr__(name, value)
 
     @torch.no_grad()
@@ -346,6 +354,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         `DPMSolverSDEScheduler` takes no generator, but a seed for each image.
         """
         scheduler, num_steps = self.scheduler, num_inference_steps
+        _refuse_unsuitable(scheduler)
         if num_steps is None:
             num_steps = self.config.default_num_inference_steps
         if num_steps < 1:
@@ -555,6 +564,54 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return index
         own = [key for key, value in index.items() if _is_own_component(key, value)]
         return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+def is_flow(scheduler) -> bool:
+    """Return True if the model of `scheduler` was trained by flow matching.
+
+    Its path is x = (1 - s) latents + s noise, and the U-Net predicts noise - latents.
+    """
+    by_class = type(scheduler).__name__.startswith("FlowMatch")
+    return by_class or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def make_exchangeable(scheduler):
+    """Let `OtherScheduler.from_config(scheduler.config)` give a scheduler that suits the model.
+
+    diffusers ignores entries that are listed in `_use_default_values`. An `algorithm_type` of
+    stochastic DPM-Solvers, which others refuse, is listed there; a DPM-Solver that was made with
+    the default gets it back. The noise schedule is not listed, since others' defaults differ.
+    Entries with an underscore pass through any class.
+    """
+    if not isinstance(scheduler, ConfigMixin):
+        return
+    config = scheduler.config
+    defaults = set(config.get("_use_default_values", ()))
+    kept = {"_em_is_flow": config.get("_em_is_flow", is_flow(scheduler))}
+    algorithm = config.get("algorithm_type")
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        if "algorithm_type" in defaults:
+            algorithm = config.get("_em_algorithm_type", algorithm)
+        kept |= {"algorithm_type": algorithm, "_em_algorithm_type": algorithm}
+        defaults = {*defaults, "algorithm_type"} if algorithm.startswith("sde") else defaults
+    defaults -= {"beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+    scheduler.register_to_config(**kept, _use_default_values=sorted(defaults))
+
+
+def _refuse_unsuitable(scheduler):
+    """Raise `ValueError` for a scheduler of diffusers that cannot sample from the model."""
+    name = type(scheduler).__name__
+    if not type(scheduler).__module__.startswith("diffusers."):
+        return
+    needs_flow = scheduler.config.get("_em_is_flow", False)
+    known = FLOW_SCHEDULERS if needs_flow else ("DDIMScheduler", "DPMSolverMultistepScheduler")
+    known = " or ".join(known)
+    if needs_flow != is_flow(scheduler):
+        kind = "flow matching" if needs_flow else "diffusion"
+        raise ValueError(f"{name} is not set up for a model of {kind}. Use {known}.")
+    is_known = name in FLOW_SCHEDULERS or hasattr(scheduler, "alphas_cumprod")
+    if not is_known or any(part in name for part in OTHER_SCHEDULERS):
+        raise ValueError(f"{name} is made for other models or tasks. Use {known}.")
 
 
 def _refuse_non_finite(tensor, name):

@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 
 from em_data.files import write_atomically
+from em_diffusion.pipeline_em_ldm import is_flow
 
 # keys of a scheduler's config that belong to the trained model
 NOISE_SCHEDULE = (
@@ -65,16 +66,6 @@ COMMON = {
 # Flow matching, 400 images: 263 [236, 291] against 285 [255, 315] of Euler with 200, at 28 times
 # its images/s. With 2 steps the distance is as good, but faint defects fade.
 DEFAULT_SAMPLERS = {False: ("dpm-solver++-sde", 6), True: ("flow-euler", 4)}
-
-
-def is_flow(scheduler) -> bool:
-    """Say whether the model of `scheduler` was trained by flow matching.
-
-    Its path is x = (1 - s) latents + s noise, and the U-Net predicts noise - latents.
-    """
-    return type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get(
-        "use_flow_sigmas", False
-    )
 
 
 def list_samplers(scheduler) -> list[str]:

@@ -206,10 +206,9 @@ def find_tiles(config, candidates: Sequence[Candidate]) -> DataConfig | None:
 
 
 def change_tiles(config, values: dict) -> DataConfig:
-    """Return a tiling from these values and those of --tiles and --cache-dir."""
+    """Return a tiling from these values and --tiles; the cache is that of --cache-dir alone."""
     values = values | parse_pairs(config.tiles, "--tiles", "resolution=64")
-    if config.cache_dir is not None:
-        values["cache_dir"] = config.cache_dir
+    values["cache_dir"] = config.cache_dir  # a run of others may name any folder
     return config_from_dict(DataConfig, values)
 
 

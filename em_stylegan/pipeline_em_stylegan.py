@@ -44,7 +44,6 @@ class EMStyleGANPipeline(DiffusionPipeline):
             pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm)
         )
 
-    # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline.__setattr__
     def __setattr__(self, name, value):
         """Set an attribute; a model's weights are brought to aligned memory first."""
         if isinstance(value, torch.nn.Module):
