@@ -18,6 +18,7 @@ from em_data.config import DataConfig
 from em_data.files import find_cache_dir
 from em_data.images import encode_png
 from em_data.labels import read_labels
+from em_data.markdown import escape_markdown
 from em_data.sources import open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
 
@@ -200,7 +201,7 @@ Later objects lie on top.
 {metadata.to_yaml()}
 ---
 
-# {name}
+# {escape_markdown(name)}
 
 {len(facts):,} electron micrographs of {bits} bits, grey levels as recorded (PNG inside Parquet).
 

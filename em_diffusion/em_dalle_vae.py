@@ -6,7 +6,9 @@ pooling; repeated pixels on the way up; a classifier over the codes at the end o
 an output distribution on (0, 1) whose location is the sigmoid of the decoder's answer.
 """
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,32 @@ class EMDalleVAE(ModelMixin, ConfigMixin):
         self.quantize = NearestCode(num_vq_embeddings, num_init)
         self.decoder = DalleDecoder(
             num_init, widths[::-1], num_blocks_per_level, decoder_channels, gain
+        )
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and our models do not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
         )
 
     def encode(self, images, return_dict=True):

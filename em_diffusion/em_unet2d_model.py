@@ -1,5 +1,8 @@
 """A `UNet2DModel` with a fixed number of attention heads: one self-contained file."""
 
+import os
+from typing import Any
+
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
@@ -82,6 +85,32 @@ class EMUNet2DModel(UNet2DModel):
             set_attention_heads(self, num_attention_heads)
         if not resample_with_conv:
             remove_resampling_convolutions(self)
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and our models do not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
 
 
 def set_attention_heads(model: torch.nn.Module, num_heads: int) -> None:

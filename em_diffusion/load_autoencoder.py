@@ -1,6 +1,5 @@
 """Load an autoencoder for grey images from a folder, the Hub or an original checkpoint."""
 
-import json
 from pathlib import Path, PurePosixPath
 
 from diffusers import AutoencoderKL, VQModel
@@ -12,6 +11,7 @@ from em_diffusion.original.dalle import find_dalle
 from em_diffusion.original.load import load_official_autoencoder
 from em_diffusion.pipeline_em_ldm import align_weights
 from em_hub.transport import HUB_ID, fetch_repository
+from em_training.saved_models import check_model, read_json_object, refuse_diverged
 
 KINDS = {
     VQModel: "VQ",
@@ -57,12 +57,9 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
             _find_folder(path, str(path)) if path.is_dir() else _download(str(source), revision)
         )
         cls = CLASSES[_read_class_name(folder / "config.json")]
-        try:
-            model = cls.from_pretrained(folder, use_safetensors=True)
-        except OSError as error:
-            raise ValueError(
-                f"{source} has no weights that can be read: {' '.join(str(error).split())}"
-            ) from error
+        check_model(folder, cls)
+        model = cls.from_pretrained(folder, use_safetensors=True)
+        refuse_diverged(str(source), model)
         model = align_weights(fold_to_grey(model))
     return model.eval().to(device)
 
@@ -82,11 +79,8 @@ def _find_folder(path: Path, name: str) -> Path:
 
 
 def _read_class_name(path: Path) -> str | None:
-    try:
-        contents = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return contents.get("_class_name") if isinstance(contents, dict) else None
+    name = read_json_object(path).get("_class_name") if path.is_file() else None
+    return name if isinstance(name, str) else None
 
 
 def _download(name, revision) -> Path:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -291,7 +292,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 "its colours into one channel first (em_diffusion.load_autoencoder does)."
             )
         images = _refuse_non_finite(images.float(), "decoded images").clamp(-1, 1)
-        return self.grain(images, drawn=drawn).clamp(-1, 1) if add_grain else images
+        if not add_grain:
+            return images
+        return _refuse_non_finite(self.grain(images, drawn=drawn), "grain").clamp(-1, 1)
 
     def normalise_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1."""
@@ -508,13 +511,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         repository and needs no `trust_remote_code`.
 
         Raises:
-            ValueError: For a component that this version does not have.
+            ValueError: For a component that this version does not have, or pickled weights.
         """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "use_safetensors is False, but pickled weights can run code when they are loaded. "
+                "Leave use_safetensors out, and convert the weights to safetensors."
+            )
         source = pretrained_model_name_or_path
         if not cls._is_installed():
             return super().from_pretrained(source, **kwargs)
         kwargs.pop("trust_remote_code", None)
-        kwargs.setdefault("use_safetensors", True)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
         dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
 
@@ -715,11 +722,26 @@ def _read_source(cls):
     if cls.__module__.startswith("diffusers_modules."):
         with contextlib.suppress(OSError):
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-        _MOVED[cls.__module__] = module
-        sys.modules.pop(cls.__module__, None)
-        cls.__module__ = f"{cls.__module__}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
-        sys.modules[cls.__module__] = module
+        name = cls.__module__
+        _MOVED[name] = module
+        sys.modules.pop(name, None)
+        new_name = f"{name}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
+        while new_name in sys.modules:
+            new_name += "_"
+        _move(cls, module, new_name)
     return cls._source
+
+
+def _move(cls, module, new_name):
+    """Give a class and all that its module defines a module of another name, as pickle needs it."""
+    moved = types.ModuleType(new_name)
+    vars(moved).update({k: v for k, v in vars(module).items() if k != "__name__"})
+    setattr(moved, cls.__name__, cls)
+    name = cls.__module__
+    for each in vars(moved).values():
+        if (inspect.isclass(each) or inspect.isfunction(each)) and each.__module__ == name:
+            each.__module__ = new_name
+    sys.modules[new_name] = moved
 
 
 def _write_source(cls, folder: Path):

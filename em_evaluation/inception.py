@@ -17,12 +17,12 @@ from em_data.files import find_cache_dir
 from em_evaluation.efficientnet import fold_input_channels
 from em_evaluation.extractor import Extractor, sha256_of
 
-INCEPTION_WEIGHTS = {  # address, first digits of the SHA-256 if they are published
+INCEPTION_WEIGHTS = {  # address, SHA-256 or its first digits
     # the FID paper's network as TorchScript, for clean-fid's mode `clean`
     "clean": (
         "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
         "inception-2015-12-05.pt",
-        None,
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     ),
     # the same as a state dict, for pytorch-fid and clean-fid's mode `legacy_pytorch`
     "legacy_pytorch": (
@@ -59,6 +59,8 @@ class Inception(Extractor):
                 f"resize_mode must be one of {', '.join(INCEPTION_WEIGHTS)}, not {resize_mode!r}"
             )
         path = find_weights(*INCEPTION_WEIGHTS[resize_mode], given=weights)
+        if resize_mode == "clean":
+            refuse_other_code(path)
         load = load_torchscript_inception if resize_mode == "clean" else load_pytorch_inception
         network = load(path).eval().requires_grad_(False)
         self.fused = fused and resize_mode == "legacy_pytorch"
@@ -150,6 +152,17 @@ def find_weights(url, sha256=None, *, given=None, cache_dir=None, log=print) -> 
     except ValueError as error:
         raise ValueError(f"{error} Or pass the right file with --weights.") from error
     return path
+
+
+def refuse_other_code(path) -> None:
+    """Raise `ValueError` for a TorchScript other than the published one: it is a program."""
+    expected, found = INCEPTION_WEIGHTS["clean"][1], sha256_of(path)
+    if not found.startswith(expected):
+        raise ValueError(
+            f"{path} has the SHA-256 {found}, not {expected} of the published network. TorchScript "
+            "is a program that can write files, so no other one is run. Remove or replace the "
+            "file, or use --resize-mode legacy_pytorch, whose weights hold no code."
+        )
 
 
 def load_torchscript_inception(path) -> nn.Module:

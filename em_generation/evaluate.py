@@ -21,7 +21,7 @@ from em_generation.candidates import Candidate, name_candidates
 from em_generation.extractors import create_extractors
 from em_generation.families import make_options
 from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
-from em_generation.loading import Model, read_model
+from em_generation.loading import Model, is_public, read_model
 from em_generation.reproduce import list_commands
 from em_training import config_from_dict, create_process_state, parse_pairs, read_stats
 from em_training.family import check_options
@@ -253,8 +253,10 @@ def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
 
 def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]:
     """Return the source and the tiling of the micrographs: the flags', else the first run's."""
-    configs = [each.model.config or {} for each in candidates if each.model is not None]
-    told = [each["data"] for each in configs if each.get("data")]
+    models = [each.model for each in candidates if each.model is not None]
+    sources = [(str((model.config or {}).get("data") or ""), model.folder) for model in models]
+    # a repository of others may name any folder of this machine
+    told = [source for source, folder in sources if source and (folder or is_public(source))]
     if config.data is None and not told:
         raise ValueError(
             "These models do not say which micrographs they were trained on. Name real images "

@@ -1,13 +1,13 @@
 """The registry of model families. A new family is a package with a `FAMILY`, and one entry here."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import em_diffusion.family
 import em_stylegan.family
 from em_training.family import Family
+from em_training.saved_models import read_json_object
 
 FAMILIES: list[Family] = [em_diffusion.family.FAMILY, em_stylegan.family.FAMILY]
 
@@ -32,12 +32,11 @@ def find_title(kind: str) -> str:
 def read_family(folder: Path) -> tuple[Family, str]:
     """Return (family, kind) of the pipeline saved in `folder`, from its model_index.json."""
     path = Path(folder) / "model_index.json"
-    try:
-        name = json.loads(path.read_text())["_class_name"]
-        name = name[-1] if isinstance(name, list) else name
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is damaged: it names no pipeline class") from error
-    family = find_family(str(name), str(folder))
+    name = read_json_object(path).get("_class_name")
+    name = name[-1] if isinstance(name, list) and name else name
+    if not isinstance(name, str):
+        raise ValueError(f"{path} is damaged: it names no pipeline class")
+    family = find_family(name, str(folder))
     return family, family.read_kind(Path(folder))
 
 

@@ -1,7 +1,6 @@
 """A training run, a saved pipeline or a Hub repository -> what is known of it, and its pipeline."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 from em_generation.families import read_family
 from em_hub.transport import HUB_ID, fetch_repository
 from em_training.family import Family
+from em_training.saved_models import check_pipeline, read_json_object, refuse_diverged
 
 PATTERNS = ["*.json", "*/*.json", "*/*.safetensors"]  # of a repository: no code
+PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 OTHER_VARIANTS = ["*.bf16.*", "*.bf16-*", "*.fp16.*", "*.fp16-*"]  # of the same weights
 
 
@@ -63,7 +64,11 @@ class Model:
         # two or three components do not need a progress bar
         diffusers.utils.logging.disable_progress_bar()
         cls: Any = self.family.import_pipeline()
+        check_pipeline(self.pipeline_folder, cls)
         pipeline = cls.from_pretrained(str(self.pipeline_folder), dtype=dtype or torch.float32)
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                refuse_diverged(f"{self.source}: {name}", part)
         return pipeline.to(device)
 
 
@@ -83,7 +88,7 @@ def read_model(source: str) -> Model:
     folder = fetch_pipeline_folder(source) if folder is None else folder
     family, kind = read_family(folder)
     path = (run or folder) / "run.json"
-    content = read_run_file(path) if path.is_file() else {}
+    content = read_json_object(path) if path.is_file() else {}
     name = content.get("name") or Path(source).name
     return Model(
         source,
@@ -100,15 +105,12 @@ def read_model(source: str) -> Model:
     )
 
 
-def read_run_file(path: Path) -> dict:
-    """Read a run.json; `ValueError` with its path if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
+def is_public(source: str) -> bool:
+    """Return whether a run's data mean the same to others: embedded ones, or a set on the Hub."""
+    if source.startswith("datasets:"):
+        name = source.removeprefix("datasets:")
+        return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+    return source.startswith(PUBLIC_DATA)
 
 
 def load_pipeline(source: str, *, device: Any = "cpu", dtype: Any = None) -> Any:
@@ -156,10 +158,8 @@ def hash_weight_files(folder: Path) -> str:
     A retrained model and another revision are other models. Other variants of the same weights,
     and components that the index does not name, do not count.
     """
-    index = json.loads((folder / "model_index.json").read_text())
-    unused = {
-        name for name, value in index.items() if isinstance(value, list) and value[-1] is None
-    }
+    index = read_json_object(folder / "model_index.json")
+    unused = {name for name, value in index.items() if value == [None, None]}
     digest, has_weights = hashlib.sha256(), False
     for path in sorted(folder.rglob("*.safetensors")):
         if path.relative_to(folder).parts[0] in unused or any(map(path.match, OTHER_VARIANTS)):

@@ -1,12 +1,11 @@
 """The model card of a published run, from the templates in model_cards."""
 
-import html
 import math
-import re
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from em_data.markdown import escape_markdown
 from em_evaluation import wording
 from em_evaluation.compare import read_report
 from em_evaluation.feature_metrics import METRICS
@@ -108,12 +107,6 @@ def create_environment() -> jinja2.Environment:
         "text": escape_markdown,
     }
     return environment
-
-
-def escape_markdown(text) -> str:
-    """Return text from outside so that it shows as it is, on one line, in Markdown and HTML."""
-    text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#$~])", r"\\\1", text)
 
 
 def read_evaluation(path, weights_sha256: str) -> dict:

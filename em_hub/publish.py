@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from em_data import save_image_grid
 from em_data.files import write_atomically
 from em_evaluation.environment import describe_environment
-from em_generation.loading import Model, find_pipeline_folder, read_model, read_run_file
+from em_generation.loading import Model, find_pipeline_folder, is_public, read_model
 from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_training.family import check_options
+from em_training.saved_models import read_json_object
 
-PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -202,7 +202,7 @@ def make_record(model: Model) -> dict:
         folder = Path(model.source).resolve()
         name = folder.parent.name if folder.name == "pipeline" else folder.name
         return {"name": name, "family": model.kind, "versions": list_versions()}
-    content = read_run_file(path)
+    content = read_json_object(path)
     config = dict(content.get("config") or {})
     source, stages = str(config.pop("data", "")), content.get("train_seconds_by_stage") or {}
     config.pop("out", None)
@@ -221,14 +221,6 @@ def make_record(model: Model) -> dict:
         "data": {k: v for k, v in (content.get("data") or {}).items() if k not in HIDDEN},
         "versions": list_versions(),
     }
-
-
-def is_public(source: str) -> bool:
-    """Return whether a run's data mean the same to others: embedded ones, or a set on the Hub."""
-    if source.startswith("datasets:"):
-        name = source.removeprefix("datasets:")
-        return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
-    return source.startswith(PUBLIC_DATA)
 
 
 def hide_paths(value):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCardData, constants
 
+from em_data.markdown import escape_markdown
 from em_hub.card import CODE_LICENSE
 from em_hub.publish import say
 from em_hub.transport import HUB_ID, check_dry_run_folder, find_account, upload_folder
@@ -177,7 +178,10 @@ def make_readme(config: SpaceConfig, gradio: str) -> str:
     )
     links = "\n".join(f"- [{model}]({constants.ENDPOINT}/{model})" for model in models)
     return README_TEXT.format(
-        metadata=metadata.to_yaml(), title=config.title, links=links, license=CODE_LICENSE
+        metadata=metadata.to_yaml(),
+        title=escape_markdown(config.title),
+        links=links,
+        license=CODE_LICENSE,
     )
 
 

@@ -6,6 +6,8 @@ adaptive instance normalisation. All resolutions are trained at once, without pr
 """
 
 import math
+import os
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -227,6 +230,14 @@ class SynthesisNetwork(nn.Module):
         return F.conv2d(x, self.to_image / math.sqrt(self.to_image.shape[1]), self.to_image_bias)
 
 
+# Copied from em_stylegan.em_stylegan2_generator.GeneratorOutput
+@dataclass
+class GeneratorOutput(BaseOutput):
+    """Output of a generator: `sample`, images [B, image_channels, R, R]."""
+
+    sample: torch.Tensor
+
+
 class StyleGAN1Generator(ModelMixin, ConfigMixin):
     """The generator of StyleGAN (Karras et al. 2019), with adaptive instance normalisation.
 
@@ -301,7 +312,8 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
         truncation_cutoff: int | None = None,
         noise_mode: str = "random",
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
+        return_dict: bool | None = None,
+    ) -> torch.Tensor | GeneratorOutput | tuple[torch.Tensor]:
         """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
         Args:
@@ -309,9 +321,40 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
             truncation_psi, truncation_cutoff: See `mapping`.
             noise_mode: "random" (fresh noise), "const" (the stored noise) or "none".
             generator: A `torch.Generator` for fresh noise, or a list with one for each image.
+            return_dict: As in diffusers, True returns a `GeneratorOutput` and False a tuple.
+                Default: the images themselves.
         """
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, noise_mode, generator)
+        images = self.synthesis(ws, noise_mode, generator)
+        if return_dict is None:
+            return images
+        return GeneratorOutput(sample=images) if return_dict else (images,)
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and our models do not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
 
     # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,8 @@ convolution, mapping, synthesis, `StyleGAN2Generator`.
 """
 
 import math
+import os
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -434,6 +437,13 @@ class SynthesisNetwork(nn.Module):
         return image
 
 
+@dataclass
+class GeneratorOutput(BaseOutput):
+    """Output of a generator: `sample`, images [B, image_channels, R, R]."""
+
+    sample: torch.Tensor
+
+
 class StyleGAN2Generator(ModelMixin, ConfigMixin):
     """StyleGAN2 generator (Karras et al. 2020).
 
@@ -531,7 +541,8 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         truncation_cutoff: int | None = None,
         noise_mode: str = "random",
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
+        return_dict: bool | None = None,
+    ) -> torch.Tensor | GeneratorOutput | tuple[torch.Tensor]:
         """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
         Args:
@@ -539,9 +550,39 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
             truncation_psi, truncation_cutoff: See `mapping`.
             noise_mode: "random" (fresh noise), "const" (the stored noise) or "none".
             generator: A `torch.Generator` for fresh noise, or a list with one for each image.
+            return_dict: As in diffusers, True returns a `GeneratorOutput` and False a tuple.
+                Default: the images themselves.
         """
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, noise_mode, generator)
+        images = self.synthesis(ws, noise_mode, generator)
+        if return_dict is None:
+            return images
+        return GeneratorOutput(sample=images) if return_dict else (images,)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and our models do not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
 
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""

@@ -10,6 +10,7 @@ Frequencies are in cycles per canvas.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import nn
 
 NOISE_MODES = ("random", "const", "none")
@@ -552,6 +554,14 @@ class SynthesisNetwork(nn.Module):
         return x.to(ws[0].dtype) * self.output_scale
 
 
+# Copied from em_stylegan.em_stylegan2_generator.GeneratorOutput
+@dataclass
+class GeneratorOutput(BaseOutput):
+    """Output of a generator: `sample`, images [B, image_channels, R, R]."""
+
+    sample: torch.Tensor
+
+
 class StyleGAN3Generator(ModelMixin, ConfigMixin):
     """Alias-free generator of StyleGAN3 (Karras et al. 2021).
 
@@ -612,8 +622,17 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         num_reduced_resolutions: int = 4,
     ):
         super().__init__()
-        if resolution < 16 or resolution & (resolution - 1):
-            raise ValueError(f"resolution is {resolution}; give a power of two of at least 16.")
+        if not 16 <= resolution <= 4096 or resolution & (resolution - 1):
+            raise ValueError(f"resolution is {resolution}; give a power of two from 16 to 4096.")
+        for name, value, largest in (
+            ("num_layers", num_layers, 256),
+            ("margin", margin, 256),
+            ("kernel_size", kernel_size, 15),
+            ("filter_size", filter_size, 32),
+            ("lrelu_upsampling", lrelu_upsampling, 8),
+        ):
+            if not 0 <= value <= largest:
+                raise ValueError(f"{name} is {value}; give at most {largest}.")
         if channel_base < resolution:
             raise ValueError(f"channel_base is {channel_base}; give at least {resolution}.")
         if not 0 <= num_critical < num_layers:
@@ -676,13 +695,43 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         truncation_cutoff: int | None = None,
         noise_mode: str = "random",
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
+        return_dict: bool | None = None,
+    ) -> torch.Tensor | GeneratorOutput | tuple[torch.Tensor]:
         """Turn z [B, z_dim] into images [B, image_channels, R, R], nominally in [-1, 1].
 
         Arguments as in `StyleGAN2Generator.forward`; `noise_mode` and `generator` have no effect.
         """
         ws = self.mapping(z, class_labels, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, noise_mode, generator)
+        images = self.synthesis(ws, noise_mode, generator)
+        if return_dict is None:
+            return images
+        return GeneratorOutput(sample=images) if return_dict else (images,)
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and our models do not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
 
     # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:

@@ -1,13 +1,19 @@
 """The StyleGANs as a `Family`: what the commands need to know about them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from em_training.family import Card, Control, Family, check_options
+from em_training.saved_models import read_json_object
 
 LayerGroup = Literal["coarse", "middle", "fine"]
+TITLES = {
+    "stylegan2": "StyleGAN2",
+    "stylegan1": "StyleGAN",
+    "stylegan3-t": "StyleGAN3-T",
+    "stylegan3-r": "StyleGAN3-R",
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,15 @@ class StyleGANOptions:
 
 def read_kind(folder: Path) -> str:
     """Return stylegan1, stylegan2, stylegan3-t or stylegan3-r: what the saved generator is."""
-    module = json.loads((folder / "model_index.json").read_text())["generator"][0]
+    entry = read_json_object(folder / "model_index.json").get("generator")
+    module = entry[0] if isinstance(entry, list) and entry else entry
     kind = str(module).removeprefix("em_").removesuffix("_generator")
-    if kind != "stylegan3":
-        return kind
-    config = json.loads((folder / "generator" / "config.json").read_text())
-    return "stylegan3-r" if config.get("radial_filters") else "stylegan3-t"
+    if kind == "stylegan3":
+        config = read_json_object(folder / "generator" / "config.json")
+        kind = "stylegan3-r" if config.get("radial_filters") else "stylegan3-t"
+    if kind not in TITLES:
+        raise ValueError(f"{folder} holds the generator {module}, which this version does not have")
+    return kind
 
 
 def list_controls(pipeline) -> tuple[Control, ...]:
@@ -80,12 +89,7 @@ def list_controls(pipeline) -> tuple[Control, ...]:
 
 FAMILY = Family(
     name="stylegan",
-    titles={
-        "stylegan2": "StyleGAN2",
-        "stylegan1": "StyleGAN",
-        "stylegan3-t": "StyleGAN3-T",
-        "stylegan3-r": "StyleGAN3-R",
-    },
+    titles=TITLES,
     pipeline="em_stylegan.pipeline_em_stylegan:EMStyleGANPipeline",
     options=StyleGANOptions,
     stages=("stylegan",),

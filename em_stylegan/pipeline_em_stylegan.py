@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +219,8 @@ class EMStyleGANPipeline(DiffusionPipeline):
             component = _import_own_component(source, "generator", *names)
             if isinstance(dtype, torch.dtype):
                 options["torch_dtype"] = dtype
-            if kwargs.get("variant"):
-                options["variant"] = kwargs["variant"]
-            kwargs["generator"] = component.from_pretrained(
-                source, subfolder="generator", use_safetensors=True, **options
-            )
+            options |= {"subfolder": "generator", "use_safetensors": True}
+            kwargs["generator"] = _load(component, source, kwargs.get("variant"), options)
         return super().from_pretrained(source, dtype=dtype, **kwargs)
 
     # Copied from em_diffusion.pipeline_em_ldm.EMLatentDiffusionPipeline.from_pipe
@@ -289,6 +287,15 @@ def _is_own_component(name, value):
     )
 
 
+# Copied from em_diffusion.pipeline_em_ldm._load
+def _load(component, source, variant, options):
+    """Load a component; like diffusers, without the variant if it has none."""
+    if variant:
+        with contextlib.suppress(OSError):
+            return component.from_pretrained(source, variant=variant, **options)
+    return component.from_pretrained(source, **options)
+
+
 # Copied from em_diffusion.pipeline_em_ldm._import_own_component
 def _import_own_component(source, name, module, class_name):
     """Return the installed class that model_index.json names, or raise `ValueError`."""
@@ -333,11 +340,27 @@ def _read_source(cls):
     if cls.__module__.startswith("diffusers_modules."):
         with contextlib.suppress(OSError):
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-        _MOVED[cls.__module__] = module
-        sys.modules.pop(cls.__module__, None)
-        cls.__module__ = f"{cls.__module__}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
-        sys.modules[cls.__module__] = module
+        name = cls.__module__
+        _MOVED[name] = module
+        sys.modules.pop(name, None)
+        new_name = f"{name}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
+        while new_name in sys.modules:
+            new_name += "_"
+        _move(cls, module, new_name)
     return cls._source
+
+
+# Copied from em_diffusion.pipeline_em_ldm._move
+def _move(cls, module, new_name):
+    """Give a class and all that its module defines a module of another name, as pickle needs it."""
+    moved = types.ModuleType(new_name)
+    vars(moved).update({k: v for k, v in vars(module).items() if k != "__name__"})
+    setattr(moved, cls.__name__, cls)
+    name = cls.__module__
+    for each in vars(moved).values():
+        if (inspect.isclass(each) or inspect.isfunction(each)) and each.__module__ == name:
+            each.__module__ = new_name
+    sys.modules[new_name] = moved
 
 
 # Copied from em_diffusion.pipeline_em_ldm._write_source

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import make_generator
+from em_training.saved_models import check_pipeline, refuse_diverged
 from em_training.walk import walk
 
 
@@ -14,7 +15,10 @@ def load_generator(model):
     """Load the generator, in evaluation mode, of a run's folder or a saved pipeline's folder."""
     for folder in (Path(model), Path(model) / "pipeline"):
         if (folder / "model_index.json").is_file():
-            return EMStyleGANPipeline.from_pretrained(folder).generator.eval().requires_grad_(False)
+            check_pipeline(folder, EMStyleGANPipeline)
+            generator = EMStyleGANPipeline.from_pretrained(folder).generator
+            refuse_diverged(str(model), generator)
+            return generator.eval().requires_grad_(False)
     raise ValueError(
         f"{model} holds no finished StyleGAN (no model_index.json). Give the folder of a finished "
         "run or of a saved pipeline."

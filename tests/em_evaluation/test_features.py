@@ -200,7 +200,9 @@ def torchscript_file(tmp_path_factory):
     return path
 
 
-def test_clean_inception_equals_clean_fid_on_the_same_file(images, torchscript_file, tmp_path):
+def test_clean_inception_equals_clean_fid_on_the_same_file(
+    images, torchscript_file, tmp_path, monkeypatch
+):
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 
@@ -215,6 +217,11 @@ def test_clean_inception_equals_clean_fid_on_the_same_file(images, torchscript_f
         ]
     with torch.no_grad():
         expected = network(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match="is a program that can write files"):
+        get_extractor("inception", weights=torchscript_file)
+    address, _ = inception.INCEPTION_WEIGHTS["clean"]
+    known = (address, inception.sha256_of(torchscript_file))
+    monkeypatch.setitem(inception.INCEPTION_WEIGHTS, "clean", known)
     found = get_extractor("inception", weights=torchscript_file)(levels / 127.5 - 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.std(0).mean() > 1e-3

@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 import model_cards
+from em_data.markdown import escape_markdown
 from em_evaluation.evaluator import FORMAT
 from em_evaluation.numbers import format_interval
-from em_hub.card import create_environment, escape_markdown, make_card, read_evaluation
+from em_hub.card import create_environment, make_card, read_evaluation
 from support.models import MAKERS
 
 TEMPLATES = sorted(Path(model_cards.__file__).parent.glob("*.j2"))

@@ -4,6 +4,7 @@ The expectations are those of diffusers' common pipeline tests, which its packag
 `COMMON` lists them by name, with our test of each or the reason that it does not apply."""
 
 import inspect
+import io
 import json
 
 import numpy as np
@@ -312,6 +313,47 @@ def test_a_denoiser_stored_in_eight_bits():
     images = draw(pipe, 0, 1)
     assert np.isfinite(images).all()
     assert 0 < np.abs(images - expected).mean() < 0.1
+
+
+def test_an_absent_variant_and_pickles_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="You are trying to load the model files of the `variant="):
+        type(pipe).from_pretrained(tmp_path / "whole", variant="fp16")
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        type(pipe).from_pretrained(tmp_path / "whole", use_safetensors=False)
+    for part in pipe.components.values():
+        if type(part).__module__.startswith("em_") and isinstance(part, torch.nn.Module):
+            with pytest.raises(ValueError, match="safe_serialization is False"):
+                part.save_pretrained(tmp_path / "part", safe_serialization=False)
+    assert not (tmp_path / "part").exists()
+
+
+def test_parts_of_a_repositorys_own_code_can_be_pickled(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    for name, part in loaded.components.items():
+        if isinstance(part, torch.nn.Module):
+            buffer = io.BytesIO()
+            torch.save(part, buffer)
+            buffer.seek(0)
+            again = torch.load(buffer, weights_only=False)
+            assert type(again) is type(part), name
+            for key, tensor in part.state_dict().items():
+                assert torch.equal(again.state_dict()[key], tensor)
+
+
+def test_forms_of_a_generators_output():
+    generator = MAKERS["stylegan"]().generator
+    z = torch.randn(1, 8)
+    images = generator(z, noise_mode="const")
+    assert torch.equal(generator(z, noise_mode="const", return_dict=True).sample, images)
+    (image,) = generator(z, noise_mode="const", return_dict=False)
+    assert torch.equal(image, images)
+
+
+def test_grain_refuses_layerwise_casting():
+    with pytest.raises(NotImplementedError, match="no effect on this network"):
+        make_ldm().grain.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("repo", ["you/pushed", "lab/pushed"])

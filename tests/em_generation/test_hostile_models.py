@@ -1,0 +1,234 @@
+"""Repositories and runs of others: damaged or hostile, they end in a sentence, and at once."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from em_diffusion.load_autoencoder import load_autoencoder
+from em_generation.candidates import Candidate
+from em_generation.evaluate import EvaluationConfig, find_data
+from em_generation.generate import GenerationConfig, generate_images
+from em_generation.loading import is_public, read_model
+from em_stylegan.pictures.styles import load_generator
+from support.models import MAKERS
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PARTS = {"ldm": "unet", "stylegan": "generator"}
+HUGE = 10**9
+
+
+@pytest.fixture(params=MAKERS)
+def folder(request, tmp_path):
+    MAKERS[request.param]().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def part(folder):
+    return folder / next(name for name in PARTS.values() if (folder / name).is_dir())
+
+
+@pytest.fixture
+def ldm(tmp_path):
+    MAKERS["ldm"]().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(part, edit):
+    save_file(edit(load_file(part / WEIGHTS)), part / WEIGHTS)
+
+
+def refuse(folder, message):
+    """The model is refused in a sentence, in seconds."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        read_model(str(folder)).load()
+    assert time.monotonic() - start < 20
+
+
+def test_a_sound_model_loads(folder):
+    assert read_model(str(folder)).load() is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "{}", "null", "", '{"_class_name": []}', '{"_class_name": {}}', "[" * 10**5]
+)
+def test_a_damaged_index_is_named(folder, text):
+    (folder / "model_index.json").write_text(text)
+    refuse(folder, r"model_index\.json is damaged")
+
+
+@pytest.mark.parametrize("value", [5, None, [], [None, None], ["a"], ["a", 5], "a"])
+def test_an_index_without_a_component_is_named(folder, part, value):
+    change(folder / "model_index.json", **{part.name: value})
+    refuse(folder, r"must be a module and a class|which this version does not have")
+
+
+@pytest.mark.parametrize("value", ["x", [1], {}, float("nan"), True])
+def test_a_pixel_size_is_a_number(folder, value):
+    change(folder / "model_index.json", pixel_size_nm=value)
+    refuse(folder, r"pixel_size_nm is .*must be a|damaged: pixel_size_nm")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", "", "[" * 10**5])
+def test_a_damaged_config_is_named(folder, part, text):
+    (part / "config.json").write_text(text)
+    refuse(folder, r"config\.json is damaged")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"layers_per_block": HUGE},
+        {"layers_per_block": 10**6},
+        {"block_out_channels": [HUGE, HUGE]},
+        {"block_out_channels": [8] * 10**5, "down_block_types": ["DownBlock2D"] * 10**5},
+        {"block_out_channels": [0, 0]},
+        {"layers_per_block": "x"},
+        {"layers_per_block": 2},
+        {"num_attention_heads": 0},
+        {"norm_num_groups": 0},
+        {"act_fn": "absent"},
+        {"down_block_types": ["X", "Y"]},
+        {"sample_size": HUGE},
+        {"dropout": float("inf")},
+    ],
+    ids=lambda values: str(values)[:40],
+)
+def test_an_impossible_denoiser_is_refused(ldm, values):
+    change(ldm / "unet" / "config.json", **values)
+    refuse(ldm, r"unet")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mapping_depth": HUGE},
+        {"mapping_depth": 10**6},
+        {"mapping_depth": 3},
+        {"max_channels": HUGE, "channel_base": HUGE},
+        {"resolution": 2**40},
+        {"resolution": 0},
+        {"resolution": "x"},
+        {"z_dim": 10**12},
+        {"w_dim": 16},
+        {"num_classes": 10**10},
+        {"channel_base": -5},
+    ],
+    ids=str,
+)
+def test_an_impossible_generator_is_refused(tmp_path, values):
+    MAKERS["stylegan"]().save_pretrained(tmp_path)
+    change(tmp_path / "generator" / "config.json", **values)
+    refuse(tmp_path, r"generator")
+    with pytest.raises(ValueError, match="generator"):
+        load_generator(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("vqvae", {"num_vq_embeddings": 10**12}),
+        ("vqvae", {"layers_per_block": HUGE}),
+        ("vqvae", {"latent_channels": 0}),
+        ("vqvae", {"latents_std": [float("nan"), 1.0]}),
+        ("grain", {"sample_size": [10**5, 10**5]}),
+        ("grain", {"sample_size": "x"}),
+        ("grain", {"num_grey_levels": 10**12}),
+        ("scheduler", {"num_train_timesteps": 10**10}),
+        ("scheduler", {"num_train_timesteps": "x"}),
+        ("scheduler", {"beta_end": 2}),
+        ("scheduler", {"beta_end": float("nan")}),
+        ("scheduler", {"beta_schedule": "x"}),
+        ("scheduler", {"trained_betas": "x"}),
+    ],
+    ids=str,
+)
+def test_impossible_other_parts_are_refused(ldm, part, values):
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    change(ldm / part / name, **values)
+    refuse(ldm, part)
+
+
+def test_weights_that_do_not_fit_are_named(folder, part):
+    names = sorted(load_file(part / WEIGHTS))
+    change_weights(part, lambda weights: weights | {names[3]: torch.zeros(7, 7)})
+    refuse(folder, r"has the shape \[7, 7\], but its config\.json asks for")
+    change_weights(
+        part, lambda weights: {name: weights[name] for name in names if name != names[3]}
+    )
+    refuse(folder, rf"lacks 1 of the weights .*{names[3]}")
+    (part / WEIGHTS).write_bytes((part / WEIGHTS).read_bytes()[:100])
+    refuse(folder, r"safetensors is damaged")
+
+
+def test_pickles_and_files_elsewhere_are_not_read(folder, part, tmp_path):
+    weights = load_file(part / WEIGHTS)
+    (part / WEIGHTS).rename(tmp_path / "elsewhere.safetensors")
+    torch.save(weights, part / "diffusion_pytorch_model.bin")
+    refuse(folder, r"Weights must be safetensors")
+    index = part / f"{WEIGHTS}.index.json"
+    for name in ("../../elsewhere.safetensors", "diffusion_pytorch_model.bin", "C:\\x.safetensors"):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+        refuse(folder, r"must name safetensors files beside it")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("component", ["unet", "vqvae", "grain"])
+def test_weights_that_diverged_are_refused(ldm, component, value):
+    def break_last(weights):
+        name = sorted(weights)[-1]
+        return weights | {name: torch.full_like(weights[name], value)}
+
+    change_weights(ldm / component, break_last)
+    refuse(ldm, rf"{component} has weights that are not finite .* training diverged")
+    if component == "vqvae":
+        with pytest.raises(ValueError, match="not finite"):
+            load_autoencoder(ldm)
+
+
+def test_a_generator_that_diverged_is_refused(tmp_path):
+    MAKERS["stylegan"]().save_pretrained(tmp_path)
+    change_weights(
+        tmp_path / "generator", lambda weights: {k: v * torch.nan for k, v in weights.items()}
+    )
+    refuse(tmp_path, "training diverged")
+    with pytest.raises(ValueError, match="training diverged"):
+        load_generator(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/em-hostile", "../../x", "..\\..\\x", "a\x1b[31mb", "a" * 999]
+)
+def test_names_write_nothing_outside(folder, tmp_path, name):
+    (folder / "run.json").write_text(json.dumps({"name": name, "data": {"name": name}}))
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
+    generate_images(GenerationConfig(str(folder), str(tmp_path / "out"), num_images=1))
+    assert {path for path in tmp_path.rglob("*") if "out" not in path.parts} - before <= {
+        tmp_path / "out"
+    }
+
+
+@pytest.mark.parametrize("source", ["/etc", "../x", "C:\\x", "datasets:/etc", "folder"])
+def test_a_repository_names_no_folder_of_this_machine(ldm, tmp_path, source):
+    """evaluate.py takes the data and the tiling of the models, but no folder from others."""
+    assert not is_public(source)
+    tiles = {"resolution": 16, "cache_dir": str(tmp_path / "elsewhere")}
+    model = read_model(str(ldm))
+    for folder, found in ((None, "synthetic"), (ldm, source)):
+        config = {"data": source, "tiles": tiles}
+        theirs = dataclasses.replace(model, folder=folder, config=config)
+        ours = dataclasses.replace(model, config={"data": "synthetic", "tiles": tiles})
+        candidates = [Candidate("theirs", "a", theirs), Candidate("ours", "b", ours)]
+        data, tiling = find_data(EvaluationConfig(), candidates)
+        assert data == found
+        assert tiling.cache_dir is None
+    assert is_public("synthetic")
