@@ -18,7 +18,7 @@ from em_data.files import lock, make_folder, name_full_disk, write_atomically
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
 from em_generation.store import create_store, remove_remains, scan_names
-from em_training import create_process_state, default_precision
+from em_training import choose_precision, create_process_state
 from em_training.family import check_options
 
 RECORD = "generation.json"
@@ -53,7 +53,8 @@ class GenerationConfig:
     bits: Literal[8, 16] = 8
     """Bits per pixel."""
     precision: Precision = "auto"
-    """Number type of the model. auto: bf16 if the hardware has it, else float32. no: float32."""
+    """Number type of the model. auto: that of `accelerate launch
+    --mixed_precision`, else bf16 if the hardware has it, else float32. no: float32."""
     options: Any = None
     """Sampling options of the model's family, such as `em_diffusion.family.LDMOptions`. Default:
     the family's."""
@@ -72,7 +73,7 @@ class GenerationConfig:
     @property
     def dtype(self) -> torch.dtype:
         """The number type that `precision` means on this machine."""
-        return DTYPES[default_precision() if self.precision == "auto" else self.precision]
+        return DTYPES[choose_precision(self.precision)]
 
 
 def generate_images(config: GenerationConfig, model: Model | None = None) -> dict:

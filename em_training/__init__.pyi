@@ -26,6 +26,7 @@ from .optimizer import average_gradients as average_gradients
 from .optimizer import match_memory_format as match_memory_format
 from .optimizer import step_optimizer as step_optimizer
 from .posthoc_ema import PosthocEMA as PosthocEMA
+from .precision import choose_precision as choose_precision
 from .precision import create_accelerator as create_accelerator
 from .precision import create_process_state as create_process_state
 from .precision import default_precision as default_precision

@@ -23,6 +23,17 @@ def default_precision() -> str:
     return "bf16" if has_amx() else "no"
 
 
+def choose_precision(precision: str = "auto") -> str:
+    """Return "bf16", "fp16" or "no"; "auto" is the launcher's, else `default_precision`.
+
+    `accelerate launch --mixed_precision` says it in the environment.
+    """
+    if precision != "auto":
+        return precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return launched if launched in ("bf16", "fp16") else default_precision()
+
+
 def use_cpu() -> bool:
     """Say whether to compute on the CPU: without an accelerator, or with ACCELERATE_USE_CPU.
 
@@ -68,9 +79,7 @@ def create_accelerator(out_dir: str | Path, precision: str = "auto") -> accelera
             --mixed_precision` says, else `default_precision`. Any other value overrules the
             launcher, since it is part of the run's configuration.
     """
-    if precision == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        precision = launched if launched in ("bf16", "fp16") else default_precision()
+    precision = choose_precision(precision)
     if precision == "fp16" and use_cpu():
         raise ValueError(
             "precision is fp16, but fp16 needs a GPU. Use --precision bf16, no (float32) or auto."

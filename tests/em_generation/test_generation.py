@@ -751,3 +751,12 @@ def test_a_narrow_preview_is_enlarged(tmp_path):
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
     with Image.open(write_preview(tmp_path)) as preview:
         assert preview.size == (512, 512)
+
+
+def test_the_precision_of_the_launcher_is_used(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert GenerationConfig("model", "out").dtype == torch.bfloat16
+    assert GenerationConfig("model", "out", precision="no").dtype == torch.float32
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("em_training.precision.default_precision", lambda: "no")
+    assert GenerationConfig("model", "out").dtype == torch.float32
