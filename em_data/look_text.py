@@ -3,7 +3,7 @@
 from collections import Counter
 
 from em_data.data import merge_notices
-from em_data.recommendation import Advice, list_pixel_sizes
+from em_data.recommendation import Advice, format_size, list_pixel_sizes
 from em_data.split import name_some
 from em_data.survey import Survey, find_series
 
@@ -81,17 +81,25 @@ def describe_levels(survey: Survey) -> str:
     micrographs = survey.micrographs
     bits = " and ".join(f"{bits}" for bits in sorted({each["bits"] for each in micrographs}))
     dark, bright, clipped = (
-        100 * sum(each[f"share_{key}"] for each in micrographs) / len(micrographs)
+        sum(each[f"share_{key}"] for each in micrographs) / len(micrographs)
         for key in ("darkest", "brightest", "clipped")
     )
     saturated = [each["name"] for each in micrographs if each["share_brightest"] > 0.01]
-    text = f"{bits} bits; {dark:.2g} % of the pixels are 0, {bright:.2g} % have the largest value"
+    text = f"{bits} bits; {format_share(dark)} of the pixels are 0, "
+    text += f"{format_share(bright)} have the largest value"
     if clipped:
-        text += f"; {clipped:.2g} % are clipped"
+        text += f"; {format_share(clipped)} are clipped"
     if saturated:
         num = count(len(saturated), "micrograph")
         text += f"; over 1 % saturated in {num} ({name_some(saturated, 3)})"
     return text
+
+
+def format_share(share: float) -> str:
+    """Return a share in percent."""
+    if 0 < share < 1e-5:
+        return "less than 0.001 %"
+    return f"{100 * share:.2g} %"
 
 
 def describe_labels(survey: Survey) -> str:
@@ -137,7 +145,7 @@ def describe_structures(survey: Survey, advice: Advice) -> str:
 
 def format_range(values, unit: str) -> str:
     """Return a median with the least and the largest value, such as "43 px (38 to 79)"."""
-    median, low, high = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in values)
+    median, low, high = map(format_size, values)
     return f"{median} {unit} ({low} to {high})" if low != high else f"{median} {unit}"
 
 

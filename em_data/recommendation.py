@@ -14,6 +14,8 @@ LARGEST_DOWNSAMPLE = 64
 SHARES = (1 / 16, 1 / 3)  # of a tile's side that a typical structure may take
 BEST_SHARE = 1 / 7
 FEW_TILES = 200
+ALIKE = 0.95  # correlation of frames that show hardly anything new
+FEWEST_FRAMES = 8  # that a frame step leaves of a stack
 FEWEST_SPECIMENS = 3  # for a split by specimen
 SAME_SIZE = 0.01  # pixel sizes that differ by less are the same
 SERIES_PATTERN = r"(?i)^(.*?)[-_ ]*(?:frame[-_ ]*\d+)?\.\w+$"
@@ -60,6 +62,7 @@ def advise(survey: Survey, config: DataConfig) -> Advice:
     advice = Advice({}, [], [], measure_range(survey), 0)
     _advise_scale(survey, advice)
     _advise_split(survey, config, advice)
+    _advise_frame_step(survey, config, advice)
     _advise_pixel_size(survey, advice)
     default = DataConfig()
     for each in fields(config):
@@ -123,8 +126,8 @@ def _advise_scale(survey, advice):
         resolution, factor = choose_scale(typical, large, shapes)
         share = typical / (resolution * factor)
         shown = (
-            f"structures of about {typical:.3g} px take {describe_share(share)} of the side of a "
-            f"tile of {resolution * factor} px"
+            f"structures of about {format_size(typical)} px take {describe_share(share)} of the "
+            f"side of a tile of {resolution * factor} px"
         )
     advice.flags |= {"resolution": resolution, "downsample": factor}
     advice.num_tiles = count_tiles(shapes, resolution, factor)
@@ -137,7 +140,7 @@ def _advise_scale(survey, advice):
             f"px shows {resolution * factor} px of the micrograph."
         )
     advice.reasons.append(("downsample", text))
-    tiles = f"{advice.num_tiles:,} tiles of {len(shapes):,} micrographs"
+    tiles = f"{advice.num_tiles:,} tiles of {len(shapes):,} micrograph{'s' * (len(shapes) > 1)}"
     if advice.num_tiles < FEW_TILES:
         advice.warnings.append(
             f"Only {tiles}: a model will copy them rather than learn from them. Add micrographs."
@@ -150,10 +153,15 @@ def _advise_scale(survey, advice):
         )
     if advice.size_px and advice.size_px[2] > 3 * advice.size_px[1]:
         advice.warnings.append(
-            f"Sizes differ much between micrographs ({advice.size_px[1]:.3g} to "
-            f"{advice.size_px[2]:.3g} px). If they show different things or magnifications, train "
-            "on folders of one kind."
+            f"Sizes differ much between micrographs ({format_size(advice.size_px[1])} to "
+            f"{format_size(advice.size_px[2])} px). If they show different things or "
+            "magnifications, train on folders of one kind."
         )
+
+
+def format_size(size: float) -> str:
+    """Return a length without its unit, with two digits or more."""
+    return f"{size:.0f}" if size >= 10 else f"{size:.2g}"
 
 
 def describe_share(share: float) -> str:
@@ -231,6 +239,22 @@ def _join_copies(survey) -> set[str]:
     return set(group_of.values())
 
 
+def _advise_frame_step(survey, config, advice):
+    """Recommend to skip frames of stacks whose neighbours are almost equal."""
+    if survey.similarity.get(1, 0) < ALIKE or config.frame_step > 1:
+        return
+    num_frames = max(Counter(each["group"] for each in survey.micrographs).values())
+    steps = [step for step in survey.similarity if num_frames // step >= FEWEST_FRAMES]
+    step = next((step for step in steps if survey.similarity[step] < ALIKE), max(steps, default=1))
+    alike = f"{survey.similarity[1]:.2f}"
+    text = f"Neighbouring frames of stacks are almost equal (correlation {alike})"
+    if step > 1:
+        advice.flags["frame_step"] = step
+        advice.reasons.append(("frame_step", f"{text}. Every {step}th is as good as all."))
+    else:
+        advice.warnings.append(f"{text}: they count as little more than one micrograph.")
+
+
 def list_pixel_sizes(micrographs: list[dict]) -> list[tuple[float | None, int]]:
     """Return [(pixel size in nm or None, number of micrographs)], sizes within 1 % together."""
     counts = Counter(each["pixel_size_nm"] for each in micrographs)
@@ -246,6 +270,7 @@ def list_pixel_sizes(micrographs: list[dict]) -> list[tuple[float | None, int]]:
 
 def _advise_pixel_size(survey, advice):
     sizes = list_pixel_sizes(survey.micrographs)
+    unknown = [each["name"] for each in survey.micrographs if not each["pixel_size_nm"]]
     if sizes[0][0] is None:
         advice.warnings.append(
             "No file states its pixel size: lengths will be in pixels. Add --tiles.pixel-size-nm "
@@ -254,16 +279,16 @@ def _advise_pixel_size(survey, advice):
     elif len(sizes) > 1:
         known = [size for size, _ in sizes if size]
         most = max((each for each in sizes if each[0]), key=lambda each: each[1])
-        unknown = f", {dict(sizes)[None]} unknown" if None in dict(sizes) else ""
+        rest = f", {len(unknown)} unknown" if unknown else ""
         if len(known) == 1:
             advice.warnings.append(
-                f"{dict(sizes)[None]} of {len(survey.micrographs)} micrographs do not state their "
+                f"{len(unknown)} of {len(survey.micrographs)} micrographs do not state their "
                 f"pixel size; the others have {known[0]:.4g} nm. If they have it, too, add "
                 f"--tiles.pixel-size-nm {known[0]:.4g}."
             )
             return
         advice.warnings.append(
-            f"Pixel sizes differ ({known[0]:.4g} to {known[-1]:.4g} nm{unknown}): the same "
+            f"Pixel sizes differ ({known[0]:.4g} to {known[-1]:.4g} nm{rest}): the same "
             "structure has several sizes in the tiles, and lengths will be in pixels. Better train "
             f"on one magnification: a folder with the {most[1]} micrographs of {most[0]:.4g} nm."
         )

@@ -1,7 +1,7 @@
 """What a source of micrographs holds, in one pass over all of its files."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,15 @@ from em_data.labels import read_labels
 from em_data.micrograph import Micrograph
 from em_data.sources.base import Source
 from em_data.split import find_duplicates
-from em_data.structure_size import StructureSize, measure_structure_size
+from em_data.structure_size import StructureSize, measure_structure_size, subtract_background
 from em_data.views import hash_pixels
 
 MIN_SIDE_PX = 32  # smaller images cannot become tiles
 MOST_MEASURED = 32  # micrographs whose structures are measured; up to twice as many at the end
 MOST_KEPT = 6  # micrographs whose pixels are kept for pictures of tiles; up to twice as many
 KEPT_SIDE_PX = 4096
+MOST_FRAMES = 256  # of a stack, which are compared
+REDUCED_PX = 64
 THUMBNAIL_PX = 192
 HISTOGRAM_BINS = 64
 HISTOGRAM_PIXELS = 65_536  # of a micrograph, at most
@@ -52,6 +54,7 @@ class Survey:
         ignored: Sentences on what else the source holds.
         histogram: float64 [HISTOGRAM_BINS], share of pixels over the range that a model sees.
         samples: Micrographs spread over the source.
+        similarity: {k: median correlation of frames of a stack that are k apart}.
         copies: Lists of names of micrographs that are copies of each other.
         num_labelled: Boxes in labels/coco.json, by kind.
     """
@@ -63,6 +66,7 @@ class Survey:
     ignored: list[str] = field(default_factory=list)
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS))
     samples: list[Sampled] = field(default_factory=list)
+    similarity: dict[int, float] = field(default_factory=dict)
     copies: list[list[str]] = field(default_factory=list)
     num_labelled: Counter = field(default_factory=Counter)
 
@@ -82,12 +86,14 @@ def survey_source(
         ValueError: No image can be used. The message lists the reasons.
     """
     survey = Survey(source.name, len(source.entries), ignored=source.ignored)
-    measured, kept = Spread(MOST_MEASURED), Spread(MOST_KEPT)
+    measured, kept, stacks = Spread(MOST_MEASURED), Spread(MOST_KEPT), defaultdict(list)
     for entry, micrograph in read_all(progress(source.entries), MIN_SIDE_PX, survey.problems):
         number = len(survey.micrographs)
         levels = find_levels(micrograph.image, config.intensity, config.percentiles)
         survey.micrographs.append(_list_facts(entry, micrograph, levels[2], config))
         survey.histogram += _count_levels(micrograph.image, levels)
+        if "frame" in micrograph.metadata and len(stacks[entry.group]) < MOST_FRAMES:
+            stacks[entry.group].append(_reduce(micrograph.image))
         if measured.take(number):
             is_kept = kept.take(number)
             survey.samples.append(_sample(number, micrograph.image, levels[:2], is_kept))
@@ -99,6 +105,7 @@ def survey_source(
         reasons = "".join(f"\n  {each}" for each in [*survey.problems, *survey.ignored])
         raise ValueError(f"{source.name}: no image can be used.{reasons}")
     survey.histogram /= len(survey.micrographs)
+    survey.similarity = compare_frames(stacks.values())
     survey.copies = find_copies(survey.micrographs)
     labels = read_labels(folder) if folder is not None else None
     for objects in (labels or {}).values():
@@ -166,6 +173,30 @@ def _sample(number, image, levels, is_kept):
         top, left = (max(0, length - KEPT_SIDE_PX) // 2 for length in image.shape)
         sample.image = image[top : top + KEPT_SIDE_PX, left : left + KEPT_SIDE_PX].copy()
     return sample
+
+
+def _reduce(image):
+    """Return an image of about REDUCED_PX a side without background, flat and of unit length."""
+    factor = max(1, min(image.shape) // REDUCED_PX)
+    flat = subtract_background(average_area(image, factor).astype(np.float32)).ravel()
+    flat -= flat.mean()
+    return flat / (np.linalg.norm(flat) + 1e-9)
+
+
+def compare_frames(stacks) -> dict[int, float]:
+    """Return {k: median correlation of frames k apart} for k = 1, 2, 4, ... over all stacks."""
+    similarity, step = {}, 1
+    while True:
+        pairs = [
+            float(first @ second)
+            for stack in stacks
+            for first, second in zip(stack, stack[step:])
+            if len(first) == len(second)
+        ]
+        if not pairs:
+            return similarity
+        similarity[step] = float(np.median(pairs))
+        step *= 2
 
 
 def to_display(image: np.ndarray, levels: tuple[int, int]) -> np.ndarray:

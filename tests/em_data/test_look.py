@@ -15,8 +15,11 @@ from scipy import ndimage
 
 from em_data import DataConfig, load_data
 from em_data.look import LookConfig, look
+from em_data.look_text import describe_frames
+from em_data.micrograph import Micrograph
 from em_data.recommendation import advise, choose_scale, count_tiles
 from em_data.sources import open_source
+from em_data.sources.base import Entry, Source
 from em_data.survey import MOST_MEASURED, Spread, survey_source
 
 SIDE = 256
@@ -179,13 +182,43 @@ def test_one_series_is_warned_of(tmp_path):
     assert any("frames of one series (Heat*)" in each for each in advice.warnings)
 
 
+def make_stack(num_frames, change):
+    """Return a source with one stack, whose frames are a window that moves over a large scene."""
+    scene = draw_blobs(20, 0, SIDE + num_frames * change)
+
+    def frames():
+        for i in range(num_frames):
+            start = i * change
+            image = scene[:SIDE, start : start + SIDE]
+            yield Micrograph(image, f"heat.tif#{i:04d}", None, None, {"frame": i, "notices": []})
+
+    return Source("heat", [Entry("heat.tif", "key", frames)], [])
+
+
+def test_a_stack_is_one_group_and_slow_frames_are_skipped():
+    advice = {}
+    for change in (1, 30):
+        found = survey_source(make_stack(40, change), DataConfig())
+        advice[change] = advise(found, DataConfig())
+        assert advice[change].flags["split"] == "leaky"
+        assert describe_frames(found)[0].startswith("stacks: 1 file of 40 frames.")
+    assert advice[1].flags["frame_step"] in (2, 4)
+    assert "frame_step" not in advice[30].flags
+
+
+def test_a_few_frames_that_hardly_change_are_warned_of():
+    advice = advise(survey_source(make_stack(12, 0), DataConfig()), DataConfig())
+    assert "frame_step" not in advice.flags
+    assert any("little more than one micrograph" in each for each in advice.warnings)
+
+
 def test_one_image_leaves_only_the_leaky_split(tmp_path):
     folder = tmp_path / "data"
     save_several(folder, ["only.png"])
     advice = advise(*survey(folder))
     assert advice.flags["split"] == "leaky"
     assert any("scores look too good" in each for each in advice.warnings)
-    assert any("tiles of 1 micrographs" in each for each in advice.warnings)
+    assert any("tiles of 1 micrograph:" in each for each in advice.warnings)
 
 
 def test_flags_of_the_user_are_kept(tmp_path):
