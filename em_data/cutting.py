@@ -3,13 +3,16 @@
 import hashlib
 import json
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from em_data.files import build_folder
 from em_data.intensity import describe_spikes, find_levels
+from em_data.label_images import is_label_image
 from em_data.metadata import pixel_size_from_path
+from em_data.near_copies import MAX_FOR_CROPS, find_near_copies, make_signature, pair_equals
 from em_data.padding import find_padding
 from em_data.sources.base import SourceLost
 from em_data.spikes import iterate_slabs
@@ -69,18 +72,24 @@ def make_cut_key(source, config) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cut(source, config, folder):
+def cut(source, config, folder, compares=True):
     """Cut the micrographs of a source into a new folder, which `em_data.tiles.Cut` reads.
 
-    It holds tiles.arrow (a `datasets.Dataset`) and cut.json (facts of the micrographs, and the
-    problems of those that cannot be used).
+    It holds tiles.arrow (a `datasets.Dataset`) and cut.json (facts of the micrographs, the problems
+    of those that cannot be used, names of label images, and pairs of near copies if the micrographs
+    are compared).
     """
-    micrographs, problems, side_px = [], [], config.resolution * config.downsample
+    micrographs, signatures, problems, labels = [], [], [], []
+    with_points = len(source.entries) <= MAX_FOR_CROPS
+    side_px = config.resolution * config.downsample
     with build_folder(folder) as building:
         path = building / "tiles.arrow"
         with closing(TileWriter(path, config.resolution)) as writer:
             for entry, micrograph in read_all(source.entries, side_px, problems):
                 micrograph.pixel_size_nm = find_pixel_size(source, micrograph, config)
+                if is_label_image(micrograph.image, micrograph.name):
+                    labels.append(micrograph.name)
+                    continue
                 try:
                     padding = find_padding(micrograph.image)
                     image, levels = downsample(micrograph.image, padding, config)
@@ -103,8 +112,12 @@ def cut(source, config, folder):
                 for record in records:
                     writer.write(record | {"micrograph_index": len(micrographs)})
                 micrographs.append(facts)
+                if compares:
+                    signatures.append(make_signature(micrograph.image, with_points))
             writer.finish()
-        facts = {"micrographs": micrographs, "problems": problems}
+        facts = {"micrographs": micrographs, "problems": problems, "labels": labels}
+        known = (pair_equals(each[key] for each in micrographs) for key in ("group", "pixel_hash"))
+        facts["near_copies"] = find_near_copies(signatures, chain(*known)) if compares else None
         facts["num_bytes"] = path.stat().st_size
         (building / "cut.json").write_text(json.dumps(facts, indent=1))
 

@@ -13,7 +13,7 @@ Three kinds of sentence tell the user about the data:
 import hashlib
 import re
 import shutil
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,9 @@ import numpy as np
 from em_data.config import DataConfig
 from em_data.cutting import cut, make_cut_key
 from em_data.files import find_cache_dir
+from em_data.near_copies import MAX_FOR_CROPS
 from em_data.sources import open_source
-from em_data.split import find_duplicates, name_some, split_views
+from em_data.split import describe_copies, group_micrographs, name_some, split_views
 from em_data.tiles import Cut, Tiles
 
 
@@ -64,15 +65,14 @@ def load_data(
         ValueError: There is no usable image, there are too few micrographs to hold one out, or both
             sides would share a micrograph. The message says how to fix it.
     """
-    cache_dir = find_cache_dir(config.cache_dir)
-    opened = open_source(source, config, cache_dir)
-    cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = _summarise_problems(cut_tiles, opened, config.on_bad_image)
-    views = split_views(cut_tiles.micrographs, cut_tiles.micrograph_of_tile, config)
+    opened, cut_tiles, problems = _open_and_cut(source, config, log, compares=True)
+    views = split_views(
+        cut_tiles.micrographs, cut_tiles.micrograph_of_tile, config, cut_tiles.near_copies
+    )
     train, held_out = (Tiles(cut_tiles, view_ids, config.symmetries) for view_ids in views)
     summary = {"name": opened.name, "source": str(source)}
     summary |= _describe(cut_tiles, train, held_out, config)
-    summary |= _describe_micrographs(cut_tiles.micrographs, config)
+    summary |= _describe_micrographs(cut_tiles, config)
     summary["ignored"] = cut_tiles.problems + opened.ignored
     for sentence in [*filter(None, [problems]), *opened.ignored, *summary["notices"]]:
         log(sentence)
@@ -94,10 +94,7 @@ def load_tiles(
         ValueError: There is no usable image.
     """
     config = replace(config, num_micrographs=None)
-    cache_dir = find_cache_dir(config.cache_dir)
-    opened = open_source(source, config, cache_dir)
-    cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log)
-    problems = _summarise_problems(cut_tiles, opened, config.on_bad_image)
+    opened, cut_tiles, problems = _open_and_cut(source, config, log, compares=False)
     for sentence in [*filter(None, [problems]), *opened.ignored]:
         log(sentence)
     return Tiles(cut_tiles, np.arange(cut_tiles.num_tiles), "none")
@@ -116,16 +113,32 @@ def _describe_sides(summary: dict) -> str:
     )
 
 
-def _load_cut(opened, config, folder, log):
+def _open_and_cut(source, config, log, compares):
+    """Return the source, its tiles and a summary of the images that cannot be used, or None."""
+    cache_dir = find_cache_dir(config.cache_dir)
+    opened = open_source(source, config, cache_dir)
+    cut_tiles = _load_cut(opened, config, cache_dir / "tiles", log, compares)
+    if cut_tiles.labels:
+        opened.ignored.append(
+            f"{len(cut_tiles.labels)} images that look like labels by their pixels (two grey "
+            "levels, or large regions of one level) are not used: "
+            f"{name_some(cut_tiles.labels, 5)}"
+        )
+    return opened, cut_tiles, _summarise_problems(cut_tiles, opened, config.on_bad_image)
+
+
+def _load_cut(opened, config, folder, log, compares):
     folder = folder / make_cut_key(opened, config)
     if (folder / "cut.json").is_file():
         try:
-            return Cut(folder)
+            cut_tiles = Cut(folder)
+            if cut_tiles.near_copies is not None or not compares:
+                return cut_tiles
         except (OSError, ValueError, KeyError, TypeError) as error:
             log(f"the cached tiles are damaged ({error}): cutting again")
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     try:
-        cut(opened, config, folder)
+        cut(opened, config, folder, compares)
     except OSError as error:  # of the cache; an image that cannot be read is a ValueError
         raise ValueError(
             f"The tiles cannot be written to {folder.parent} ({error.strerror or error}). Repair "
@@ -137,9 +150,9 @@ def _load_cut(opened, config, folder, log):
 def _summarise_problems(cut_tiles, opened, on_bad_image) -> str | None:
     """Return a summary of the images that cannot be used; raise it if they may not be skipped."""
     problems = cut_tiles.problems
-    if not problems:
+    if not problems and cut_tiles.micrographs:
         return None
-    num = len(cut_tiles.micrographs) + len(problems)
+    num = len(cut_tiles.micrographs) + len(cut_tiles.labels) + len(problems)
     text = "\n  ".join([f"{len(problems)} of {num} images cannot be used:", *problems])
     if not cut_tiles.micrographs:
         others = "".join(f"\n  not looked at: {each}" for each in opened.ignored)
@@ -172,8 +185,9 @@ def _describe(cut_tiles, train, held_out, config) -> dict:
     }
 
 
-def _describe_micrographs(micrographs, config) -> dict:
+def _describe_micrographs(cut_tiles, config) -> dict:
     """Return what the summary says about all micrographs together."""
+    micrographs = cut_tiles.micrographs
     sizes = sorted({each["pixel_size_nm"] for each in micrographs if each["pixel_size_nm"]})
     all_known = all(each["pixel_size_nm"] for each in micrographs)
     agree = bool(sizes) and all_known and sizes[-1] - sizes[0] <= 0.01 * sizes[-1]
@@ -190,13 +204,13 @@ def _describe_micrographs(micrographs, config) -> dict:
             f"pixel sizes differ or are partly unknown ({sizes[0]:.4g} to {sizes[-1]:.4g} nm): "
             "unknown"
         )
-    duplicates = [" = ".join(names) for names in find_duplicates(micrographs)]
-    if duplicates:
+    notices += describe_copies(micrographs, cut_tiles.near_copies, config.split)
+    if len(micrographs) > MAX_FOR_CROPS:
         notices.append(
-            f"exact duplicates (rotated and flipped copies count): {name_some(duplicates)}"
+            f"near copies among more than {MAX_FOR_CROPS:,} micrographs: crops are not looked for"
         )
     if config.split == "micrograph":
-        notices += _list_series_notices(micrographs)
+        notices += _list_series_notices(micrographs, cut_tiles.near_copies)
     if config.split == "leaky":
         notices.append(
             "leaky split: training and held-out views show the same micrographs, so scores are "
@@ -210,15 +224,21 @@ def _describe_micrographs(micrographs, config) -> dict:
     }
 
 
-def _list_series_notices(micrographs) -> list[str]:
-    """Return a hint per series of frames: names that differ only in a frame's number."""
-    frames = (re.fullmatch(r"(.*frame[-_ ]*)\d+", Path(m["name"]).stem, re.I) for m in micrographs)
-    series = Counter(frame[1] for frame in frames if frame)
+def _list_series_notices(micrographs, near_copies) -> list[str]:
+    """Return a hint per series of frames: names that differ only in a frame's number.
+
+    A series whose frames are all near copies of one another stays on one side and needs no hint.
+    """
+    series = defaultdict(list)
+    for micrograph, group in zip(micrographs, group_micrographs(micrographs, "", near_copies)):
+        frame = re.fullmatch(r"(.*frame[-_ ]*)\d+", Path(micrograph["name"]).stem, re.I)
+        if frame:
+            series[frame[1]].append(group)
     return [
-        f"{num} micrographs look like frames of one series ({name}*). If so, use --tiles.split "
-        "specimen, with --tiles.specimen-pattern."
-        for name, num in series.items()
-        if num > 1
+        f"{len(groups)} micrographs look like frames of one series ({name}*). If so, use "
+        "--tiles.split specimen, with --tiles.specimen-pattern."
+        for name, groups in series.items()
+        if len(set(groups)) > 1
     ]
 
 

@@ -23,6 +23,9 @@ class Cut:
         key: Hash of the source's content and of the recipe (`em_data.cutting.make_cut_key`).
         micrographs: One dictionary per micrograph: the facts of `em_data.cutting.cut_micrograph`.
         problems: One sentence per image that cannot be used.
+        labels: Names of images that look like labels and are not used.
+        near_copies: Pairs of indices of micrographs that show the same scene; None if the
+            micrographs were not compared.
         dataset: `datasets.Dataset` with one row per tile.
         num_tiles: Number of tiles.
         resolution: Side of a tile in pixels.
@@ -40,6 +43,7 @@ class Cut:
         self.key = folder.name
         facts = json.loads((folder / "cut.json").read_text())
         self.micrographs, self.problems = facts["micrographs"], facts["problems"]
+        self.labels, self.near_copies = facts["labels"], facts["near_copies"]
         path = folder / "tiles.arrow"
         if path.stat().st_size != facts["num_bytes"]:
             raise OSError(f"{path} has {path.stat().st_size} bytes, not {facts['num_bytes']}")

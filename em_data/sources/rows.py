@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from huggingface_hub import HfFileSystem, constants
 
+from em_data.files import printable
 from em_data.labels import make_defects
 from em_data.micrograph import DEFECT_KINDS, Micrograph
 from em_data.reading import read_micrograph, to_uint
 from em_data.sources.base import Entry, Replayed, Source, SourceLost
+from em_data.sources.columns import find_dtype, list_image_columns, read_size, to_plane
 from em_hub.transport import explain_hub_errors, fetch_repository, hash_as_hub, list_files
 
 KNOWN_COLUMNS = ("name", "micrograph", "pixel_size_nm", "specimen")
@@ -26,34 +27,32 @@ def is_dataset(source) -> bool:
 
 
 def open_dataset(source, config) -> Source:
-    """List the rows of a data set that hold an image, in the first column of Image or Array2D.
+    """List the rows of a data set that hold an image, see `list_image_columns`.
 
     The columns `name`, `micrograph` (rows that share it are pieces of one image), `pixel_size_nm`
     and `specimen`, and the labels `objects` and `mask` as `em_data.push` writes them, are used if
     they exist.
     """
-    import datasets
-
     ignored, source = [], str(source)
     rows = open_rows(source, ignored)
     if not rows.num:
         raise ValueError(f"{source} has no rows.")
     features = rows.features
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    images += [key for key, feature in features.items() if isinstance(feature, datasets.Array2D)]
+    images = list_image_columns(features)
     if not images:
         raise ValueError(
-            f"{source} has no column of images (Image or Array2D), only {', '.join(features)}."
+            f"{source} has no column of images (Image, Array2D, Array3D or lists of numbers), only "
+            f"{', '.join(features)}."
         )
     column, labels = images[0], _find_labels(features, images[0])
     unused = [key for key in images[1:] if key not in labels]
     if unused:
         ignored.append(f"columns {', '.join(unused)}: the images are in column {column}")
     content, entries = rows.read([column, *labels]), []
-    dtype = None if isinstance(features[column], datasets.Image) else features[column].dtype
+    dtype = find_dtype(features[column])
     for i in range(rows.num):
         facts = {key: values[i] for key, values in rows.known.items()}
-        name = f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}"
+        name = printable(f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}")
 
         def frames(i=i, name=name, facts=facts):
             row = content[i]
@@ -94,9 +93,9 @@ def open_rows(source: str, ignored: list) -> Rows:
 
     def read(names):
         columns = _leave_images_encoded(dataset.select_columns(names))
-        if isinstance(features[names[0]], datasets.Image):
+        if not isinstance(features[names[0]], datasets.Array2D | datasets.Array3D):
             return columns
-        dtype = np.dtype(features[names[0]].dtype)  # without it, all integers become 64 bits
+        dtype = find_dtype(features[names[0]])  # without it, all integers become 64 bits
         return columns.with_format("numpy", columns=names[:1], output_all_columns=True, dtype=dtype)
 
     return Rows(features, len(dataset), known, content, read)
@@ -250,7 +249,9 @@ def _leave_images_encoded(dataset):
 
 def _read_image(value, dtype, name, facts, label_bar) -> Micrograph:
     """Return the micrograph of an encoded image or an array. facts: values of known columns."""
-    specimen, pixel_size_nm = facts.get("specimen"), facts.get("pixel_size_nm")
+    specimen, pixel_size_nm = facts.get("specimen"), read_size(facts.get("pixel_size_nm"))
+    if value is None or (isinstance(value, dict) and value["bytes"] is value["path"] is None):
+        raise ValueError(f"{name}: no image in this row (null).")
     if isinstance(value, dict):  # an encoded image, which `datasets` would cut to 8 bits
         data = value["bytes"] if value["bytes"] is not None else value["path"]
         micrograph = read_micrograph(data, label_bar=label_bar, name=name, specimen=specimen)
@@ -258,8 +259,8 @@ def _read_image(value, dtype, name, facts, label_bar) -> Micrograph:
         return micrograph
     metadata = {"notices": []}
     try:
-        image = to_uint(np.asarray(value, dtype), metadata)
-    except (TypeError, ValueError) as error:
+        image = to_uint(to_plane(value, dtype), metadata)
+    except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return Micrograph(image, name, pixel_size_nm, specimen, metadata)
 

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from em_data.split import check_split, choose_groups, find_duplicates, split_views
+from em_data.split import (
+    check_split,
+    choose_groups,
+    find_duplicates,
+    group_micrographs,
+    split_views,
+)
 
 
 def facts(num, specimens=None, hashes=None):
@@ -93,3 +99,13 @@ def test_sides_that_share_an_exact_duplicate_are_refused_by_name():
         check_split(micrographs[:2], micrographs[2:])
     check_split(micrographs[1:3], micrographs[::3])  # both on one side: nothing leaks
     assert find_duplicates(micrographs) == [["m0.tif", "m3.tif"]]
+
+
+def test_near_copies_and_duplicates_are_one_group_with_the_first_name(config):
+    micrographs = facts(6, ["a", "a", "b", "b", "c", "d"], hashes=["x", "y", "z", "w", "v", "x"])
+    groups = group_micrographs(micrographs, "micrograph", [(1, 3), [3, 4]])
+    assert groups == ["m0.tif", "m1.tif", "m2.tif", "m1.tif", "m1.tif", "m0.tif"]
+    assert group_micrographs(micrographs, "specimen", [(4, 5)]) == ["a", "a", "b", "b", "a", "a"]
+    pairs = [(i, i + 1) for i in range(5)]
+    with pytest.raises(ValueError, match=r"All 6 micrographs \(m0.*show one scene.*split leaky"):
+        split_views(micrographs, np.arange(6), config(), pairs)
