@@ -248,7 +248,7 @@ def test_dark_and_saturated_regions_keep_their_tiles(kind, level, tiles_of):
 
 def test_image_without_a_tile_is_a_problem(config, source_of, tmp_path):
     image = np.zeros((32, 32), np.uint8)
-    image[30:, 30:] = 200
+    image[28:, 28:] = 100 + np.arange(16).reshape(4, 4)  # with two levels it would be a mask
     cut(source_of([Micrograph(image, "dark")]), config(), tmp_path / "cut")
     facts = json.loads((tmp_path / "cut" / "cut.json").read_text())
     assert not facts["micrographs"]
