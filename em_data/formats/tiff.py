@@ -69,6 +69,11 @@ def decode_tiff(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
         told = (tif.imagej_metadata or {}).get("images", 1)
         if isinstance(told, int) and told > len(frames) and len(group.pages) == num_pages:
             notices.append(f"the header tells {told} frames, but {len(frames)} are in the file")
+        if any("invalid page offset" in each for each in warnings):
+            warnings.clear()
+            notices.append(
+                f"truncated: images after the first {num_pages} are missing. Copy the file again"
+            )
         metadata, sizes = read_tiff_metadata(tif, first)
         pixel_size = square_pixel_size(sizes, notices)
         for i, read in islice(enumerate(frames), 0, None, frame_step):
@@ -220,17 +225,24 @@ def _read_behind(page, offsets, stored, i):
     _read(page, stored)
 
 
+_COLLECTED: list[list[str]] = []  # of the files that are being read; the last one is at work
+
+
 @contextmanager
 def _collect_warnings(notices):
     """Append what tifffile logs to `notices` instead of printing it."""
-
-    def collect(record):
-        notices.append(f"tifffile: {record.getMessage()}")
-        return False  # goes to no handler
-
-    logger = logging.getLogger("tifffile")
-    logger.addFilter(collect)
+    _COLLECTED.append(notices)
     try:
         yield
     finally:
-        logger.removeFilter(collect)
+        _COLLECTED[:] = [each for each in _COLLECTED if each is not notices]
+
+
+def _collect(record):
+    """Keep a message of tifffile from its handlers while a file is read."""
+    if _COLLECTED:
+        _COLLECTED[-1].append(f"tifffile: {record.getMessage()}")
+    return not _COLLECTED
+
+
+logging.getLogger("tifffile").addFilter(_collect)

@@ -17,14 +17,16 @@ SECONDS, MEMORY = 20, 3 * 2**30
 
 
 def read(path):
-    """Return {"hash": of all pixels} or {"refused": message}; anything else is raised."""
-    digest = hashlib.sha256()
+    """Return the hashes and the notices of all images, or {"refused": message}; raise all else."""
+    hashes, notices = [], []
     try:
         for micrograph in read_micrographs(path):
-            digest.update(repr(micrograph.image.shape).encode() + micrograph.image.tobytes())
+            content = repr(micrograph.image.shape).encode() + micrograph.image.tobytes()
+            hashes.append(hashlib.sha256(content).hexdigest())
+            notices += micrograph.metadata["notices"]
     except ValueError as error:
         return {"refused": str(error)}
-    return {"hash": digest.hexdigest()}
+    return {"hashes": hashes, "notices": notices}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from support.mutations import make_pictures, write_mutations
 
 CHILD = Path(__file__).with_name("read_files.py")
@@ -36,7 +34,7 @@ def check_mutations(samples, num, folder, seed):
     hashes = {}
     for outcome in read_files(sound):
         assert "refused" not in outcome, outcome
-        hashes[Path(outcome["path"]).name] = outcome["hash"]
+        hashes[Path(outcome["path"]).name] = outcome["hashes"]
     wrong = []
     for outcome in read_files(write_mutations(samples, num, folder, seed)):
         name = Path(outcome["path"]).name
@@ -44,17 +42,16 @@ def check_mutations(samples, num, folder, seed):
         if "refused" in outcome:
             if not outcome["refused"].startswith(outcome["path"]):
                 wrong.append(f"{name}: the message does not name it: {outcome['refused']}")
-        elif mutation == "truncate" and outcome["hash"] != hashes[sample]:
-            wrong.append(f"{name}: cut short, but read with other pixels")
+        elif mutation == "truncate":
+            read, whole = outcome["hashes"], hashes[sample]
+            if read != whole[: len(read)]:
+                wrong.append(f"{name}: cut short, but read with other pixels")
+            elif len(read) < len(whole) and "truncated" not in "".join(outcome["notices"]):
+                wrong.append(f"{name}: frames are missing, and nothing says so")
         if outcome["seconds"] > 10:
             wrong.append(f"{name}: took {outcome['seconds']:.0f} s")
     assert not wrong, "\n".join(wrong)
 
 
-def test_damaged_pictures(tmp_path):
-    check_mutations(make_pictures(), 252, tmp_path, seed=0)
-
-
-@pytest.mark.slow
 def test_2000_damaged_pictures(tmp_path):
-    check_mutations(make_pictures(), 2000, tmp_path, seed=1)
+    check_mutations(make_pictures(), 2000, tmp_path, seed=0)
