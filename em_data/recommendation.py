@@ -1,5 +1,6 @@
 """Which tiles suit a source: recommended flags, each with its reason."""
 
+import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ BEST_SHARE = 1 / 7
 FEW_TILES = 200
 ALIKE = 0.95  # correlation of frames that show hardly anything new
 FEWEST_FRAMES = 8  # that a frame step leaves of a stack
+FIELD_PATTERN = r"(?i)(?:fov|hfw)[-_ ]?(?P<fov>\d+(?:\.\d+)?)[-_ ]?(?P<unit>nm|um|µm)"
 FEWEST_SPECIMENS = 3  # for a split by specimen
 SAME_SIZE = 0.01  # pixel sizes that differ by less are the same
 SERIES_PATTERN = r"(?i)^(.*?)[-_ ]*(?:frame[-_ ]*\d+)?\.\w+$"
@@ -63,7 +65,7 @@ def advise(survey: Survey, config: DataConfig) -> Advice:
     _advise_scale(survey, advice)
     _advise_split(survey, config, advice)
     _advise_frame_step(survey, config, advice)
-    _advise_pixel_size(survey, advice)
+    _advise_pixel_size(survey, config, advice)
     default = DataConfig()
     for each in fields(config):
         value = getattr(config, each.name)
@@ -268,10 +270,16 @@ def list_pixel_sizes(micrographs: list[dict]) -> list[tuple[float | None, int]]:
     return merged + ([(None, counts[None])] if None in counts else [])
 
 
-def _advise_pixel_size(survey, advice):
+def _advise_pixel_size(survey, config, advice):
     sizes = list_pixel_sizes(survey.micrographs)
     unknown = [each["name"] for each in survey.micrographs if not each["pixel_size_nm"]]
-    if sizes[0][0] is None:
+    stated = [re.search(FIELD_PATTERN, f"{survey.name}/{name}") for name in unknown]
+    if any(stated) and config.pixel_size_pattern is None:
+        advice.flags["pixel_size_pattern"] = FIELD_PATTERN
+        example, num = next(filter(None, stated)).group(), sum(map(bool, stated))
+        text = f'The paths of {num} micrographs state a field of view, such as "{example}".'
+        advice.reasons.append(("pixel_size_pattern", text))
+    elif sizes[0][0] is None:
         advice.warnings.append(
             "No file states its pixel size: lengths will be in pixels. Add --tiles.pixel-size-nm "
             "NUMBER, or --tiles.pixel-size-pattern if the names tell it."

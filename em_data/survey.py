@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from em_data.cutting import average_area, read_all
+from em_data.cutting import average_area, find_pixel_size, read_all
 from em_data.intensity import FULL_RANGE, find_levels
 from em_data.labels import read_labels
 from em_data.micrograph import Micrograph
@@ -88,9 +88,10 @@ def survey_source(
     survey = Survey(source.name, len(source.entries), ignored=source.ignored)
     measured, kept, stacks = Spread(MOST_MEASURED), Spread(MOST_KEPT), defaultdict(list)
     for entry, micrograph in read_all(progress(source.entries), MIN_SIDE_PX, survey.problems):
+        micrograph.pixel_size_nm = find_pixel_size(source, micrograph, config)
         number = len(survey.micrographs)
         levels = find_levels(micrograph.image, config.intensity, config.percentiles)
-        survey.micrographs.append(_list_facts(entry, micrograph, levels[2], config))
+        survey.micrographs.append(_list_facts(entry, micrograph, levels[2]))
         survey.histogram += _count_levels(micrograph.image, levels)
         if "frame" in micrograph.metadata and len(stacks[entry.group]) < MOST_FRAMES:
             stacks[entry.group].append(_reduce(micrograph.image))
@@ -133,7 +134,7 @@ class Spread:
         return number % self.step == 0
 
 
-def _list_facts(entry, micrograph: Micrograph, share_clipped, config) -> dict:
+def _list_facts(entry, micrograph: Micrograph, share_clipped) -> dict:
     image, metadata = micrograph.image, micrograph.metadata
     name = micrograph.name.partition("#")[0]
     return {
@@ -144,7 +145,7 @@ def _list_facts(entry, micrograph: Micrograph, share_clipped, config) -> dict:
         "frame": metadata.get("frame"),
         "shape": image.shape,
         "bits": 8 * image.itemsize,
-        "pixel_size_nm": micrograph.pixel_size_nm or config.pixel_size_nm,
+        "pixel_size_nm": micrograph.pixel_size_nm,
         "pixel_hash": hash_pixels(image),
         "share_darkest": float((image == 0).mean()),
         "share_brightest": float((image == FULL_RANGE[image.dtype]).mean()),

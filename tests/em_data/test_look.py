@@ -212,6 +212,18 @@ def test_a_few_frames_that_hardly_change_are_warned_of():
     assert any("little more than one micrograph" in each for each in advice.warnings)
 
 
+def test_a_field_of_view_in_the_path_becomes_a_pattern(tmp_path):
+    folder = tmp_path / "steel"
+    save_several(folder, ["fov200nm/1.png", "fov200nm/2.png"])
+    _, text = call(folder, tmp_path)
+    flags = shlex.split(text.splitlines()[-1])
+    pattern = flags[flags.index("--tiles.pixel-size-pattern") + 1]
+    config = DataConfig(resolution=64, pixel_size_pattern=pattern, cache_dir=str(tmp_path / "c"))
+    data = load_data(folder, config, log=lambda line: None)
+    assert data.summary["pixel_size_nm"] == pytest.approx(200 / SIDE)
+    assert "No file states its pixel size" not in text
+
+
 def test_one_image_leaves_only_the_leaky_split(tmp_path):
     folder = tmp_path / "data"
     save_several(folder, ["only.png"])
