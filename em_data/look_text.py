@@ -125,8 +125,9 @@ def describe_copies(survey: Survey) -> str:
     """Return the micrographs that are copies of each other."""
     if not survey.copies:
         return "none found"
-    groups = [" = ".join(names[:6]) + (" ..." if len(names) > 6 else "") for names in survey.copies]
-    return f"{count(len(groups), 'group')}: {name_some(groups, 5)}"
+    groups = [" ~ ".join(names[:6]) + (" ..." if len(names) > 6 else "") for names in survey.copies]
+    num = count(len(groups), "group")
+    return f"{num} of exact or near copies, each kept on one side: {name_some(groups, 5)}"
 
 
 def describe_structures(survey: Survey, advice: Advice) -> str:

@@ -4,16 +4,25 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from em_data.cutting import average_area, find_pixel_size, read_all
 from em_data.intensity import FULL_RANGE, find_levels
+from em_data.label_images import is_label_image
 from em_data.labels import read_labels
 from em_data.micrograph import Micrograph
+from em_data.near_copies import (
+    MAX_FOR_CROPS,
+    Signature,
+    find_near_copies,
+    make_signature,
+    pair_equals,
+)
 from em_data.sources.base import Source
-from em_data.split import find_duplicates
+from em_data.split import group_micrographs, name_some
 from em_data.structure_size import StructureSize, measure_structure_size, subtract_background
 from em_data.views import hash_pixels
 
@@ -87,7 +96,12 @@ def survey_source(
     """
     survey = Survey(source.name, len(source.entries), ignored=source.ignored)
     measured, kept, stacks = Spread(MOST_MEASURED), Spread(MOST_KEPT), defaultdict(list)
+    signatures, labels, with_points = [], [], len(source.entries) <= MAX_FOR_CROPS
     for entry, micrograph in read_all(progress(source.entries), MIN_SIDE_PX, survey.problems):
+        if is_label_image(micrograph.image, micrograph.name):
+            labels.append(micrograph.name)
+            continue
+        signatures.append(make_signature(micrograph.image, with_points))
         micrograph.pixel_size_nm = find_pixel_size(source, micrograph, config)
         number = len(survey.micrographs)
         levels = find_levels(micrograph.image, config.intensity, config.percentiles)
@@ -102,21 +116,37 @@ def survey_source(
             for each in survey.samples:
                 if each.number % kept.step:
                     each.image = None
+    if labels:
+        survey.ignored.append(
+            f"{len(labels)} images that look like labels by their pixels: {name_some(labels, 5)}"
+        )
     if not survey.micrographs:
         reasons = "".join(f"\n  {each}" for each in [*survey.problems, *survey.ignored])
         raise ValueError(f"{source.name}: no image can be used.{reasons}")
     survey.histogram /= len(survey.micrographs)
     survey.similarity = compare_frames(stacks.values())
-    survey.copies = find_copies(survey.micrographs)
-    labels = read_labels(folder) if folder is not None else None
-    for objects in (labels or {}).values():
+    survey.copies = find_copies(survey.micrographs, signatures)
+    boxes = read_labels(folder) if folder is not None else None
+    for objects in (boxes or {}).values():
         survey.num_labelled.update(each["kind"] for each in objects)
     return survey
 
 
-def find_copies(micrographs: list[dict]) -> list[list[str]]:
-    """Return the names of micrographs that are copies of each other."""
-    return find_duplicates(micrographs)
+def find_copies(micrographs: list[dict], signatures: list[Signature]) -> list[list[str]]:
+    """Return the names of micrographs that are exact or near copies of each other.
+
+    Frames of one stack are kept together anyway and are listed only with copies elsewhere.
+    """
+    known = [pair_equals(each[key] for each in micrographs) for key in ("group", "pixel_hash")]
+    pairs = find_near_copies(signatures, chain(*known))
+    by_group = defaultdict(list)
+    for micrograph, group in zip(micrographs, group_micrographs(micrographs, "micrograph", pairs)):
+        by_group[group].append(micrograph)
+    return [
+        [each["name"] for each in members]
+        for members in by_group.values()
+        if len({each["group"] for each in members}) > 1
+    ]
 
 
 class Spread:

@@ -224,6 +224,16 @@ def test_a_field_of_view_in_the_path_becomes_a_pattern(tmp_path):
     assert "No file states its pixel size" not in text
 
 
+def test_near_copies_and_masks_are_found_by_their_pixels(tmp_path):
+    folder = tmp_path / "data"
+    save_several(folder, ["1.png", "2.png", "3.png"])
+    save(folder, "filtered.png", ndimage.gaussian_filter(draw_blobs(20, 1), 1) // 2 + 30)
+    save(folder, "classes.png", np.where(draw_blobs(20, 2) > 110, 1, 0).astype(np.uint8))
+    found, _ = survey(folder)
+    assert found.copies == [["2.png", "filtered.png"]]
+    assert any("look like labels by their pixels: classes.png" in each for each in found.ignored)
+
+
 def test_one_image_leaves_only_the_leaky_split(tmp_path):
     folder = tmp_path / "data"
     save_several(folder, ["only.png"])
