@@ -102,7 +102,13 @@ def check_scheduler(folder: Path, cls: Any) -> None:
     """Raise `ValueError` if the scheduler saved in `folder` has no possible noise schedule."""
     path = folder / "scheduler_config.json"
     config = read_json_object(path)
-    refuse_large_numbers(config, MAX_SCHEDULE, path)
+    known = inspect.signature(cls).parameters  # some defaults are infinite
+    changed = {
+        key: value
+        for key, value in config.items()
+        if key not in known or value != known[key].default
+    }
+    refuse_large_numbers(changed, MAX_SCHEDULE, path)
     try:
         scheduler = cls.from_config(config)
     except Exception as error:

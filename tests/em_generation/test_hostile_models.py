@@ -6,9 +6,11 @@ import time
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.samplers import SAMPLERS, create_sampler
 from em_generation.candidates import Candidate
 from em_generation.evaluate import EvaluationConfig, find_data
 from em_generation.generate import GenerationConfig, generate_images
@@ -56,6 +58,17 @@ def refuse(folder, message):
 
 def test_a_sound_model_loads(folder):
     assert read_model(str(folder)).load() is not None
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_model_with_any_of_our_samplers_loads(tmp_path, name):
+    pipeline = MAKERS["ldm"]()
+    if SAMPLERS[name].diffusion is None:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline.scheduler = create_sampler(name, pipeline.scheduler)
+    pipeline.save_pretrained(tmp_path)
+    loaded = read_model(str(tmp_path)).load()
+    assert type(loaded.scheduler).__name__ == SAMPLERS[name].scheduler
 
 
 @pytest.mark.parametrize(
