@@ -66,9 +66,13 @@ def load_data(
             sides would share a micrograph. The message says how to fix it.
     """
     opened, cut_tiles, problems = _open_and_cut(source, config, log, compares=True)
-    views = split_views(
-        cut_tiles.micrographs, cut_tiles.micrograph_of_tile, config, cut_tiles.near_copies
-    )
+    try:
+        views = split_views(
+            cut_tiles.micrographs, cut_tiles.micrograph_of_tile, config, cut_tiles.near_copies
+        )
+    except ValueError as error:
+        limits = [each for each in opened.ignored if "--tiles.num-micrographs" in each]
+        raise ValueError(" ".join([str(error), *limits])) from error
     train, held_out = (Tiles(cut_tiles, view_ids, config.symmetries) for view_ids in views)
     summary = {"name": opened.name, "source": str(source)}
     summary |= _describe(cut_tiles, train, held_out, config)

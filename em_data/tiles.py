@@ -13,6 +13,7 @@ import torch
 
 from em_data.images import Ids
 from em_data.intensity import from_uint
+from em_data.split import group_micrographs
 from em_data.views import SYMMETRIES, apply_symmetry
 
 
@@ -104,6 +105,12 @@ class Tiles:
     def rows(self) -> Any:
         is_whole = self.num_tiles == self.cut.num_tiles
         return self.cut.dataset if is_whole else self.cut.dataset.select(self._tiles)
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """Each tile's micrograph [num_tiles]; frames of a stack and near copies share a name."""
+        names = group_micrographs(self.cut.micrographs, "micrograph", self.cut.near_copies or ())
+        return np.array(names)[self.cut.micrograph_of_tile[self._tiles]]
 
     def locate(self, view_ids: Ids) -> tuple[np.ndarray, np.ndarray]:
         """Return (tile ids, symmetries) of views, two int64 arrays [B]."""

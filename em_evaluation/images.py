@@ -118,11 +118,12 @@ def select_views(tile_of_view, count, seed) -> np.ndarray:
 
 
 def find_micrographs(tiles, tile_ids) -> np.ndarray | None:
-    """Return the micrograph of each tile, or None if it is not recorded."""
-    rows = getattr(tiles, "rows", None)
-    if rows is None or "micrograph" not in rows.column_names:
-        return None
-    return np.asarray(list(rows["micrograph"]))[tile_ids]
+    """Return the micrograph of each tile, or None if it is unknown.
+
+    Frames of one stack and near copies count as one micrograph: they are no independent draws.
+    """
+    groups = getattr(tiles, "groups", None)
+    return None if groups is None else np.asarray(groups)[tile_ids]
 
 
 def note_few_micrographs(groups) -> list[str]:

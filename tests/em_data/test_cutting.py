@@ -6,8 +6,10 @@ import pytest
 
 from em_data import Micrograph, Tiles
 from em_data.cutting import average_area, cut, find_tile_positions, make_cut_key
+from em_data.sources.base import Entry, Source
 from em_data.tiles import Cut
 from em_data.views import ELEMENTS, SYMMETRIES, apply_symmetry, hash_pixels
+from em_evaluation.images import find_micrographs
 
 
 def test_the_studys_micrographs_give_its_62400_views():
@@ -253,3 +255,21 @@ def test_image_without_a_tile_is_a_problem(config, source_of, tmp_path):
     facts = json.loads((tmp_path / "cut" / "cut.json").read_text())
     assert not facts["micrographs"]
     assert facts["problems"] == ["dark: every tile has one grey level or more than 10% padding"]
+
+
+def test_frames_of_a_stack_and_copies_are_one_group(config, noise, tmp_path):
+    frames = [Micrograph(noise(i), f"stack#{i:04d}") for i in range(3)]
+    source = Source(
+        "given",
+        [
+            Entry("stack", "1", lambda: frames),
+            Entry("a", "2", lambda: [Micrograph(noise(7), "a")]),
+            Entry("b", "3", lambda: [Micrograph(noise(7)[::-1].copy(), "b")]),
+        ],
+        [],
+    )
+    cut(source, config(), tmp_path / "cut")
+    made = Cut(tmp_path / "cut")
+    tiles = Tiles(made, np.arange(6, made.num_tiles), "none")
+    assert tiles.groups.tolist() == ["stack"] * 12 + ["a"] * 12
+    assert find_micrographs(tiles, [0, 23]).tolist() == ["stack", "a"]

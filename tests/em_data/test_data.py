@@ -394,3 +394,13 @@ def test_embedded_data(config):
 def test_impossible_configuration_is_refused(change):
     with refuses_config(f"tiles.{next(iter(change))} is .*(Use|Correct) --tiles."):
         DataConfig(**change)
+
+
+def test_a_failed_split_says_that_micrographs_were_left_out(noise, config, tmp_path):
+    for seed, name in enumerate(("a/1", "a/2", "b/1")):
+        path = tmp_path / "set" / f"{name}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, noise(seed, (64, 64)))
+    said = r"only one specimen.*Only the first 2 of 3 micrographs"
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path / "set", config, split="specimen", num_micrographs=2)

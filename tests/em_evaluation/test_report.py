@@ -43,7 +43,7 @@ class FakeTiles:
         generator = torch.Generator().manual_seed(seed)
         self.tiles = blobs(num_tiles, generator)
         self.num_tiles, self.num_views = num_tiles, 2 * num_tiles
-        self.rows = Rows([f"m{i % num_micrographs}" for i in range(num_tiles)])
+        self.groups = np.array([f"m{i % num_micrographs}" for i in range(num_tiles)])
 
     def __len__(self):
         return self.num_views
@@ -57,12 +57,6 @@ class FakeTiles:
         return torch.where(
             torch.as_tensor(symmetries).view(-1, 1, 1, 1) == 1, images.flip(-1), images
         )
-
-
-class Rows(dict):
-    def __init__(self, micrographs):
-        super().__init__(micrograph=micrographs)
-        self.column_names = ["micrograph"]
 
 
 def blobs(count, generator, contrast=1.2):

@@ -36,9 +36,7 @@ class FakeTiles:
             [m.image[y : y + 48, x : x + 48] for m in micrographs for y in (0, 48) for x in (0, 48)]
         )
         self.num_tiles = self.num_views = len(self.tiles)
-        self.rows = type("Rows", (dict,), {"column_names": ["micrograph"]})(
-            micrograph=[f"m{i // 4}" for i in range(24)]
-        )
+        self.groups = np.array([f"m{i // 4}" for i in range(24)])
 
     def __len__(self):
         return self.num_views
