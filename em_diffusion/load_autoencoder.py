@@ -11,7 +11,8 @@ from em_diffusion.original.dalle import find_dalle
 from em_diffusion.original.load import load_official_autoencoder
 from em_diffusion.pipeline_em_ldm import align_weights
 from em_hub.transport import HUB_ID, fetch_repository
-from em_training.saved_models import check_model, read_json_object, refuse_diverged
+from em_training.config import read_json_object
+from em_training.saved_models import check_model, refuse_diverged
 
 KINDS = {
     VQModel: "VQ",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import em_diffusion.family
 import em_stylegan.family
+from em_training.config import read_json_object
 from em_training.family import Family
-from em_training.saved_models import read_json_object
 
 FAMILIES: list[Family] = [em_diffusion.family.FAMILY, em_stylegan.family.FAMILY]
 

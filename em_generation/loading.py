@@ -8,8 +8,9 @@ from typing import Any
 
 from em_generation.families import read_family
 from em_hub.transport import HUB_ID, fetch_repository
+from em_training.config import read_json_object
 from em_training.family import Family
-from em_training.saved_models import check_pipeline, read_json_object, refuse_diverged
+from em_training.saved_models import check_pipeline, refuse_diverged
 
 PATTERNS = ["*.json", "*/*.json", "*/*.safetensors"]  # of a repository: no code
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")

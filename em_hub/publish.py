@@ -18,8 +18,8 @@ from em_evaluation.environment import describe_environment
 from em_generation.loading import Model, find_pipeline_folder, is_public, read_model
 from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
+from em_training.config import read_json_object
 from em_training.family import check_options
-from em_training.saved_models import read_json_object
 
 LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 

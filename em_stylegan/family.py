@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from em_training.config import read_json_object
 from em_training.family import Card, Control, Family, check_options
-from em_training.saved_models import read_json_object
 
 LayerGroup = Literal["coarse", "middle", "fine"]
 TITLES = {

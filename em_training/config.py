@@ -292,3 +292,16 @@ def _suggest_key(cls, location) -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     nearest = difflib.get_close_matches(unknown, known, n=1)
     return f" Did you mean '{'.'.join([*parents, *nearest])}'?" if nearest else ""
+
+
+def read_json_object(path: Path) -> dict:
+    """Read a JSON object; raise `ValueError` with the path if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no {path}. Download or save the model again.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content

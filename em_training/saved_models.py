@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from em_training.config import read_json_object
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEAST_BOUND = 2**20  # of numbers in a configuration, however small its model
 MAX_SCHEDULE = 10**6  # of numbers in a scheduler's configuration
@@ -132,19 +134,6 @@ def refuse_diverged(name: str, model: nn.Module) -> None:
                 f"{name} has weights that are not finite ({key}): its training diverged. Use an "
                 "earlier checkpoint, or train again with a smaller learning rate."
             )
-
-
-def read_json_object(path: Path) -> dict:
-    """Read a JSON object; raise `ValueError` with the path if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no {path}. Download or save the model again.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -103,8 +103,8 @@ def test_options_of_several_families_are_given_as_pairs():
     [
         (lambda: LDMOptions(scheduler="magic"), "dpm-solver"),
         (lambda: LDMOptions(scheduler="ddim"), "needs --num-inference-steps"),
-        (lambda: LDMOptions(num_inference_steps=0), "at least 1"),
-        (lambda: LDMOptions(decode_batch_size=0), "at least 1"),
+        (lambda: LDMOptions(num_inference_steps=0), "must be 1 to 65536"),
+        (lambda: LDMOptions(decode_batch_size=0), "must be 1 to 65536"),
         (lambda: LDMOptions(eta=float("nan")), "--eta is nan"),
         (lambda: StyleGANOptions(truncation_psi=float("nan")), "--truncation-psi is nan"),
         (lambda: StyleGANOptions(mix_layers="all"), "coarse, middle, fine"),
