@@ -14,6 +14,18 @@ from em_training.saved_models import check_pipeline, refuse_diverged
 
 PATTERNS = ["*.json", "*/*.json", "*/*.safetensors"]  # of a repository: no code
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
+_TEXT, _NUMBER, _OBJECT = (str, "a text"), ((int, float), "a number"), (dict, "an object")
+RECORD: dict[str, tuple[Any, str]] = {
+    "name": _TEXT,
+    "preset": _TEXT,
+    "note": _TEXT,
+    "train_seconds": _NUMBER,
+    "num_images_seen": _NUMBER,
+    "train_seconds_by_stage": _OBJECT,
+    "data": _OBJECT,
+    "config": _OBJECT,
+}
+"""Key of a run.json -> (its types, what they are called)."""
 OTHER_VARIANTS = ["*.bf16.*", "*.bf16-*", "*.fp16.*", "*.fp16-*"]  # of the same weights
 
 
@@ -89,7 +101,7 @@ def read_model(source: str) -> Model:
     folder = fetch_pipeline_folder(source) if folder is None else folder
     family, kind = read_family(folder)
     path = (run or folder) / "run.json"
-    content = read_json_object(path) if path.is_file() else {}
+    content = read_record(path) if path.is_file() else {}
     name = content.get("name") or Path(source).name
     return Model(
         source,
@@ -104,6 +116,16 @@ def read_model(source: str) -> Model:
         content.get("config") or {},
         {key: content[key] for key in ("preset", "note") if content.get(key)},
     )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a run.json; raise `ValueError` with the path if it is damaged."""
+    content = read_json_object(path)
+    for key, (kinds, noun) in RECORD.items():
+        value = content.get(key)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"{path} is damaged: {key} is {value!r}, but must be {noun}.")
+    return content
 
 
 def is_public(source: str) -> bool:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jinja2 import UndefinedError
 from safetensors import SafetensorError
 
 from em_data import save_image_grid
@@ -147,15 +148,21 @@ def build_repository(config: PublishConfig, model: Model, out: Path) -> None:
         save_image_grid(
             draw_samples(pipeline, config.num_samples), out / "samples.png", min_width=512
         )
-    card = make_card(
-        pipeline,
-        repo_id=config.repo,
-        record=record,
-        evaluation=evaluation,
-        license=config.license,
-        revision=config.revision,
-        num_samples=config.num_samples,
-    )
+    try:
+        card = make_card(
+            pipeline,
+            repo_id=config.repo,
+            record=record,
+            evaluation=evaluation,
+            license=config.license,
+            revision=config.revision,
+            num_samples=config.num_samples,
+        )
+    except (UndefinedError, TypeError) as error:
+        raise ValueError(
+            f"No card can be made from run.json of {config.run}: it is damaged, or of a version "
+            f"that recorded less ({error})."
+        ) from error
     try:
         save_weights(pipeline, model.family.find_exact_modules(pipeline), out)
     except SafetensorError as error:  # a full disk, which is no OSError here

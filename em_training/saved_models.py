@@ -24,6 +24,14 @@ from em_training.config import read_json_object
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEAST_BOUND = 2**20  # of numbers in a configuration, however small its model
 MAX_SCHEDULE = 10**6  # of numbers in a scheduler's configuration
+# least and largest value of the options of pipelines
+OPTIONS = {
+    "pixel_size_nm": (1e-6, 1e9),
+    "default_num_inference_steps": (1, 65_536),
+    "guidance_scale": (-100, 100),
+    "guidance_start": (0, 1),
+    "guidance_stop": (0, 1),
+}
 # names in weights of older versions of diffusers, which converts them
 OLD_NAMES = ("query", "key", "value", "proj_attn")
 
@@ -37,15 +45,14 @@ def check_pipeline(folder: Path, pipeline_class: type) -> None:
     """
     path = folder / "model_index.json"
     index = read_json_object(path)
-    parameters = inspect.signature(pipeline_class).parameters
-    for name, parameter in parameters.items():
+    optional = getattr(pipeline_class, "_optional_components", ())
+    for name, parameter in inspect.signature(pipeline_class).parameters.items():
         value = index.get(name)
-        is_scalar = parameter.default is None or isinstance(parameter.default, int | float)
-        if is_scalar and not isinstance(value, list):
-            if not (value is None or is_finite_number(value)):
-                raise ValueError(f"{path}: {name} is {value!r}, but must be a number or null.")
+        if name not in optional and parameter.default is not inspect.Parameter.empty:
+            if name in index:
+                check_option(path, name, value, is_optional=parameter.default is None)
             continue
-        if value in ([None, None], None) and parameter.default is None:
+        if name in optional and (name not in index or value == [None, None]):
             continue
         if not (isinstance(value, list) and len(value) == 2 and all(map(is_text, value))):
             raise ValueError(
@@ -59,6 +66,19 @@ def check_pipeline(folder: Path, pipeline_class: type) -> None:
             check_model(folder / name, cls)
         else:
             check_scheduler(folder / name, cls)
+
+
+def check_option(path: Path, name: str, value: Any, *, is_optional: bool) -> None:
+    """Raise `ValueError` if an option of a saved pipeline is no number within its range."""
+    if value is None and is_optional:
+        return
+    least, most = OPTIONS.get(name, (-math.inf, math.inf))
+    if not (is_finite_number(value) and least <= value <= most):
+        between = f" from {least:g} to {most:g}" if name in OPTIONS else ""
+        raise ValueError(
+            f"{path}: {name} is {value!r}, but must be a number{between}"
+            f"{' or null' if is_optional else ''}."
+        )
 
 
 def check_model(folder: Path, cls: Any) -> None:

@@ -1,6 +1,7 @@
 """Repositories and runs of others: damaged or hostile, they end in a sentence, and at once."""
 
 import dataclasses
+import importlib
 import json
 import time
 
@@ -15,7 +16,9 @@ from em_generation.candidates import Candidate
 from em_generation.evaluate import EvaluationConfig, find_data
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import is_public, read_model
+from em_hub.publish import PublishConfig, publish_run
 from em_stylegan.pictures.styles import load_generator
+from em_training.cli import run_command
 from support.models import MAKERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -91,6 +94,32 @@ def test_a_pixel_size_is_a_number(folder, value):
     refuse(folder, r"pixel_size_nm is .*must be a|damaged: pixel_size_nm")
 
 
+@pytest.mark.parametrize("value", [5, None, [None], "a"])
+@pytest.mark.parametrize("name", ["grain", "guide"])
+def test_a_part_that_may_be_absent_is_a_module_and_a_class(ldm, name, value):
+    change(ldm / "model_index.json", **{name: value})
+    refuse(ldm, f"{name} is .* but must be a module and a class")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixel_size_nm", 0),
+        ("pixel_size_nm", -5),
+        ("default_num_inference_steps", None),
+        ("default_num_inference_steps", 0),
+        ("default_num_inference_steps", 10**12),
+        ("guidance_scale", None),
+        ("guidance_scale", 1e300),
+        ("guidance_start", -1),
+        ("guidance_stop", 1.5),
+    ],
+)
+def test_an_option_beyond_its_range_is_named(ldm, name, value):
+    change(ldm / "model_index.json", **{name: value})
+    refuse(ldm, rf"model_index\.json: {name} is .*, but must be a number from")
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "null", "", "[" * 10**5])
 def test_a_damaged_config_is_named(folder, part, text):
     (part / "config.json").write_text(text)
@@ -153,6 +182,8 @@ def test_an_impossible_generator_is_refused(tmp_path, values):
         ("vqvae", {"layers_per_block": HUGE}),
         ("vqvae", {"latent_channels": 0}),
         ("vqvae", {"latents_std": [float("nan"), 1.0]}),
+        ("guide", {"layers_per_block": HUGE}),
+        ("guide", {"block_out_channels": [0, 0]}),
         ("grain", {"sample_size": [10**5, 10**5]}),
         ("grain", {"sample_size": "x"}),
         ("grain", {"num_grey_levels": 10**12}),
@@ -195,7 +226,7 @@ def test_pickles_and_files_elsewhere_are_not_read(folder, part, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("component", ["unet", "vqvae", "grain"])
+@pytest.mark.parametrize("component", ["unet", "guide", "vqvae", "grain"])
 def test_weights_that_diverged_are_refused(ldm, component, value):
     def break_last(weights):
         name = sorted(weights)[-1]
@@ -245,3 +276,54 @@ def test_a_repository_names_no_folder_of_this_machine(ldm, tmp_path, source):
         assert data == found
         assert tiling.cache_dir is None
     assert is_public("synthetic")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"name": 5}, {"data": 5}, {"config": [1]}, {"train_seconds": "x"}, {"num_images_seen": []}],
+    ids=str,
+)
+def test_a_damaged_record_is_named(folder, content):
+    (folder / "run.json").write_text(json.dumps(content))
+    refuse(folder, rf"run\.json is damaged: {next(iter(content))} is .*, but must be")
+
+
+def test_a_record_without_facts_makes_no_card(folder, tmp_path):
+    (folder / "run.json").write_text(json.dumps({"name": "x", "data": {"name": 5}}))
+    config = PublishConfig(str(folder), "me/x", dry_run=str(tmp_path / "dry"), num_samples=0)
+    with pytest.raises(ValueError, match=r"No card can be made from run\.json"):
+        publish_run(config, say=lambda line: None)
+
+
+COMMANDS = {
+    "generate": ["--model", "{model}", "--out", "{out}", "--num-images", "2"],
+    "evaluate": ["--models", "{model}", "--out", "{out}", "--cache-dir", "{out}-cache"],
+    "publish": ["{model}", "me/x", "--dry-run", "{out}"],
+    "app": ["--models", "{model}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["model_index.json", "config.json", WEIGHTS])
+def test_commands_end_in_one_sentence(folder, part, tmp_path, monkeypatch, capsys, command, name):
+    path = folder / name if name == "model_index.json" else part / name
+    if name == WEIGHTS:
+        change_weights(part, lambda weights: dict(list(weights.items())[1:]))
+    else:
+        path.write_text("[]")
+    tiles = {"resolution": 16, "num_micrographs": 4}
+    record = {"config": {"data": "synthetic", "tiles": tiles}}
+    (folder / "run.json").write_text(json.dumps(record))
+    if command == "app":
+        pytest.importorskip("gradio")
+    words = [word.format(model=folder, out=tmp_path / "out") for word in COMMANDS[command]]
+    monkeypatch.setattr("sys.argv", [f"{command}.py", *words])
+    module = importlib.import_module(command if command == "app" else f"em_commands.{command}")
+    with pytest.raises(SystemExit) as end:
+        run_command(module.main)
+    text = capsys.readouterr().err
+    assert end.value.code == 2, text
+    assert "Traceback" not in text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: "), text
+    assert str(path if name != WEIGHTS else part) in last
