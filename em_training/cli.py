@@ -70,7 +70,7 @@ def _describe(error: Exception) -> str | None:
             "images, batches or networks, or fewer images."
         )
     if isinstance(error, ImportError):
-        return f"{error}. Install what is missing, as docs/ say for this function."
+        return f"{error}. A package is missing or too old; see Install in README.md."
     return None
 
 
