@@ -47,7 +47,7 @@ class GuidanceConfig:
     extractor: str = "efficientnet-lite0"
     """Features of the distance: efficientnet-lite0 (offline) or inception."""
     cache_dir: str | None = None
-    """Folder of the cut tiles. Default: that of the training."""
+    """Folder of the cut tiles, never that of the run's configuration. Default: your user's."""
     batch_size: int = 50
     """Images to generate at once."""
     seed: int = 0
@@ -72,7 +72,7 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     run = Path(config.run)
     pipeline, guide = load_run(run)
     training = load_config(LDMConfig, run / "config.json")
-    tiles = replace(training.tiles, cache_dir=config.cache_dir or training.tiles.cache_dir)
+    tiles = replace(training.tiles, cache_dir=config.cache_dir)
     data = load_data(training.data, tiles, log=log)
     device = create_process_state().device
     extractor = get_extractor(

@@ -156,7 +156,10 @@ def test_the_guide_is_the_average_of_that_moment(run, tmp_path):
     assert pipe.guide is None
 
 
-def test_the_scale_is_chosen_and_stored(run, capsys):
+def test_the_scale_is_chosen_and_stored(run, tmp_path, capsys):
+    saved = json.loads((run / "config.json").read_text())
+    saved["tiles"]["cache_dir"] = str(tmp_path / "elsewhere")  # a run of others names no folder
+    (run / "config.json").write_text(json.dumps(saved))
     config = GuidanceConfig(run=str(run), scales=(1.0, 2.0), num_images=24, batch_size=8)
     result = choose_guidance.choose_guidance(config)
     distances = {each["scale"]: each["frechet_distance"]["value"] for each in result["scales"]}
@@ -166,6 +169,7 @@ def test_the_scale_is_chosen_and_stored(run, capsys):
     assert (pipe.guide is None) == (best == 1)
     assert json.loads((run / "guidance.json").read_text()) == result
     assert (run / "guidance.png").stat().st_size > 5000
+    assert not (tmp_path / "elsewhere").exists()
     assert f"{run / 'pipeline'} now" in capsys.readouterr().out
     with mock.patch.object(choose_guidance, "generate", side_effect=AssertionError):
         again = choose_guidance.choose_guidance(config)
