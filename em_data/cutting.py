@@ -139,6 +139,7 @@ def read_all(entries, min_side_px, problems):
                 refused.append(str(error))
             else:
                 yield entry, micrograph
+            micrograph = None  # the next one is read before this name gets it
         problems += refused[:MAX_PROBLEMS]
         if len(refused) > MAX_PROBLEMS:
             num = len(refused) - MAX_PROBLEMS
@@ -188,7 +189,7 @@ def _fill(image, padding, config):
     if padding is None or is_counted or padding.all():
         return image
     filled = image.copy()
-    filled[padding] = image[~padding][0]
+    filled[padding] = image.flat[np.argmin(padding)]  # the first that is none
     return filled
 
 

@@ -120,7 +120,8 @@ def float_to_uint16(image):
     offset = 0
     if image.dtype.kind in "iu" and image.dtype.itemsize == 8:  # more digits than a float64 has
         offset = int(image.min())
-        image = image.astype(np.uint64) - np.uint64(offset % 2**64)
+        image = image.astype(np.uint64)
+        image -= np.uint64(offset % 2**64)
     low, high, spikes = find_range(image)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("infinite values are no spikes")

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from em_data.spikes import iterate_slabs
+
 MIN_SHARE, MAX_SHARE = 0.015, 0.25  # of the image's height
 
 
@@ -18,20 +20,20 @@ def find_label_bar(image) -> int:
     height, width = image.shape
     if height < 32 or width < 32:
         return 0
-    band = image[int(height * (1 - MAX_SHARE)) - 16 :].astype(np.int32)
+    band = image[int(height * (1 - MAX_SHARE)) - 16 :]
     num_rows = _find_sharp(band, height, image.dtype)
     if image.dtype != np.uint8:
         return num_rows
     num_rows = num_rows or _find_blurred(band, height)
-    return num_rows + _count_blurred_lines(band[: len(band) - num_rows]) if num_rows else 0
+    return num_rows + _count_blurred_lines(band[: len(band) - num_rows][-24:]) if num_rows else 0
 
 
 def _find_sharp(band, height, dtype):
     """Find a bar whose ground has exactly one grey level."""
     tolerance = 0 if dtype == np.uint16 else 3
-    ground = int(np.bincount(band[-max(4, int(height * MIN_SHARE)) :].ravel()).argmax())
-    share = (np.abs(band - ground) <= tolerance).mean(axis=1)  # [rows] of the ground's level
-    is_line = (np.abs(band - band[:, :1]) <= tolerance).mean(axis=1) > 0.98
+    ground = int(_count_levels(band[-max(4, int(height * MIN_SHARE)) :]).argmax())
+    share = _find_shares(band, ground, tolerance)
+    is_line = _find_shares(band, band[:, :1], tolerance) > 0.98
     top, gap = len(band), 0
     for row in range(len(band) - 1, -1, -1):
         if share[row] >= 0.3 or is_line[row]:
@@ -49,6 +51,24 @@ def _find_sharp(band, height, dtype):
     return num_rows if is_flat and is_new else 0
 
 
+def _count_levels(band):
+    """Return how many pixels have each grey level, from 0 to the largest of the type."""
+    num_levels = np.iinfo(band.dtype).max + 1
+    return sum(
+        np.bincount(band[rows].ravel(), minlength=num_levels) for rows in iterate_slabs(band)
+    )
+
+
+def _find_shares(band, levels, tolerance):
+    """Return the share of each row's pixels within a tolerance of a level, or of one per row."""
+    levels = np.broadcast_to(np.int32(levels), (len(band), 1))
+    shares = np.empty(len(band))
+    for rows in iterate_slabs(band):
+        difference = band[rows] - levels[rows]
+        shares[rows] = (np.abs(difference, out=difference) <= tolerance).mean(axis=1)
+    return shares
+
+
 def _find_blurred(band, height):
     """Find a bar in an image that was compressed by JPEG, which blurs its edge and its text.
 
@@ -56,10 +76,10 @@ def _find_blurred(band, height):
     bar begins where the shares of the rows' pixels near this level, less a threshold, have the
     largest sum.
     """
-    levels = np.bincount(band[-16:].ravel(), minlength=256)
+    levels = _count_levels(band[-16:])
     ground = int(np.convolve(levels, np.ones(3), "same").argmax())
-    distance = np.median(np.abs(band[:16] - ground))  # of the micrograph from the ground
-    share = (np.abs(band - ground) <= np.clip(distance / 2, 2, 12)).mean(axis=1)
+    distance = np.median(np.abs(band[:16].astype(np.int32) - ground))  # micrograph from ground
+    share = _find_shares(band, ground, np.clip(distance / 2, 2, 12))
     threshold = (np.median(share[:16]) + 0.85) / 2
     top = int(np.cumsum((share - threshold)[::-1])[::-1].argmax())
     num_rows = len(band) - top

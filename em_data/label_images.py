@@ -5,6 +5,8 @@ from pathlib import PurePath
 
 import numpy as np
 
+from em_data.spikes import iterate_slabs
+
 MAX_LEVELS = 16  # grey levels of a map of classes
 MIN_FLAT, MIN_FLAT_NAMED = 0.6, 0.9  # shares of pixels that equal their neighbours
 WORDS = re.compile(
@@ -34,4 +36,7 @@ def is_label_image(image: np.ndarray, name: str) -> bool:
 
 def count_levels(image: np.ndarray) -> int:
     """Return the number of distinct grey levels of a uint8 or uint16 image."""
-    return int(np.count_nonzero(np.bincount(image.ravel())))
+    counts = np.zeros(np.iinfo(image.dtype).max + 1, np.int64)
+    for rows in iterate_slabs(image):
+        counts += np.bincount(image[rows].ravel(), minlength=len(counts))
+    return int(np.count_nonzero(counts))

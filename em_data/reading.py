@@ -109,6 +109,10 @@ def _finish(stored, label_bar, name, specimen):
         raise stored.array
     metadata, notices = stored.metadata, stored.metadata["notices"]
     image, overlay = to_grey(stored.array, stored.is_lossy, notices), stored.overlay
+    stored.array, stored.overlay = (
+        np.empty(0),
+        None,
+    )  # the decoder keeps `stored` until the next frame
     num_rows = len(image) - metadata.get("scanned_rows", len(image))
     image = _crop(image, num_rows, metadata, label_bar, ", as the file's header says")
     if stored.orientation != 1:
@@ -140,7 +144,7 @@ def to_uint(image, metadata):
         return image.astype(image.dtype.newbyteorder("="), copy=False)
     if image.dtype == np.bool_:
         metadata["notices"].append("one bit per pixel: written as 0 and 255")
-        return image.astype(np.uint8) * np.uint8(255)
+        return image * np.uint8(255)
     if image.dtype.kind not in "iuf":
         raise Refusal(f"pixels of type {stored}. Export real, not complex, values as TIFF.")
     if image.dtype.kind == "f" and np.isnan(image).any():

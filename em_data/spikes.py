@@ -13,7 +13,7 @@ MARGIN = 0.25  # of the robust range; what lies within it is no spike
 TIMES_NOISE = 3.0  # a spike differs so much more from its neighbours than 99 % of the pixels
 TIMES_LOCAL = 4.0  # ... and than nearly all pixels around it
 REACH = 4  # pixels around a pixel that are compared with it, to each side
-SLAB_PIXELS = 2**22  # looked at a time
+SLAB_PIXELS = 2**20  # looked at a time
 NUM_SAMPLED = 2**20  # pixels of which percentiles are taken
 PERCENTILES = ((1, 99), (0.1, 99.9), (0.01, 99.99))  # the first that differ are the robust range
 
@@ -66,7 +66,7 @@ def find_spikes(image: np.ndarray) -> np.ndarray:
 
 
 def iterate_slabs(image: np.ndarray) -> Iterator[slice]:
-    """Yield slices of rows that together are the image, each of some million pixels at most."""
+    """Yield slices of rows that together are the image, each of a million pixels or a row."""
     num_rows = max(1, SLAB_PIXELS // max(1, image[:1].size))
     return (slice(i, i + num_rows) for i in range(0, len(image), num_rows))
 

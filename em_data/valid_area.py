@@ -32,11 +32,11 @@ def remove_nan(image, notices) -> np.ndarray:
     if 0 < num <= max(MAX_ISOLATED, MAX_ISOLATED_SHARE * image.size):
         image = image.copy()
         image[tuple(isolated.T)] = [_median_around(image, row, col) for row, col in isolated]
-        is_bad = np.isnan(image)
+        is_bad[tuple(isolated.T)] = np.isnan(image[tuple(isolated.T)])
         notices.append(f"{num} isolated NaN pixels replaced by the median around them")
     if not is_bad.any():
         return image
-    top, bottom, left, right = find_largest_rectangle(~is_bad)
+    top, bottom, left, right = find_largest_rectangle(np.logical_not(is_bad, out=is_bad))
     share = (bottom - top) * (right - left) / image.size
     height, width = image.shape
     if share < MIN_AREA_SHARE:
@@ -54,9 +54,9 @@ def remove_nan(image, notices) -> np.ndarray:
 def _find_isolated(is_bad):
     """Return the positions [n, 2] of True pixels in groups of at most `MAX_ISOLATED`."""
     labels, _ = ndimage.label(is_bad, np.ones((3, 3), bool))
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = len(labels.ravel())
-    return np.argwhere(sizes[labels] <= MAX_ISOLATED)
+    positions = np.argwhere(is_bad)
+    groups = labels[is_bad]
+    return positions[np.bincount(groups)[groups] <= MAX_ISOLATED]
 
 
 def _median_around(image, row, col):

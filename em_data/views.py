@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 
+from em_data.spikes import iterate_slabs
+
 # Each element of D4 is: transpose or not, then turn the rows upside down or not, then the columns.
 ELEMENTS = {
     "identity": (False, False, False),
@@ -50,8 +52,9 @@ def hash_pixels(image) -> str:
     first = min(profiles.values())
     digests = []
     for name in (name for name, profile in profiles.items() if profile == first):
-        view = np.ascontiguousarray(apply_symmetry(image, name))
+        view = apply_symmetry(image, name)
         digest = hashlib.blake2b(repr((view.shape, view.dtype.str)).encode(), digest_size=16)
-        digest.update(view.data)
+        for part in iterate_slabs(view):
+            digest.update(np.ascontiguousarray(view[part]).data)
         digests.append(digest.hexdigest())
     return min(digests)

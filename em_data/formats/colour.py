@@ -83,7 +83,7 @@ def palette_to_grey(indices, palette) -> tuple[np.ndarray, np.ndarray | None]:
     is_grey = (palette == palette[:, :1]).all(axis=1)
     num_colours = np.count_nonzero(used & ~is_grey)
     if not num_colours:
-        return palette[:, 0][indices], None
+        return look_up(palette[:, 0], indices), None
     places = np.flatnonzero(used & is_grey)
     greys = palette[places, 0].astype(np.float64)
     steps = np.diff(greys)
@@ -95,7 +95,15 @@ def palette_to_grey(indices, palette) -> tuple[np.ndarray, np.ndarray | None]:
             f"{share:.3g} % of the pixels. {EXPORT}"
         )
     table = np.where(is_grey, palette[:, 0], _continue_ramp(places, greys, palette))
-    return table.astype(palette.dtype)[indices], (~is_grey)[indices]
+    return look_up(table.astype(palette.dtype), indices), look_up(~is_grey, indices)
+
+
+def look_up(table, indices) -> np.ndarray:
+    """Return table[indices] without an index of 64 bits per pixel."""
+    values = np.empty(indices.shape, table.dtype)
+    for rows in iterate_slabs(indices):
+        values[rows] = table[indices[rows]]
+    return values
 
 
 def _continue_ramp(places, greys, palette):
@@ -150,15 +158,18 @@ def invert(array, full=None) -> np.ndarray:
 def scale_to_8_bits(array, bits) -> np.ndarray:
     """Return unsigned values of fewer than 8 bits on the range 0 to 255."""
     table = np.rint(np.arange(2**bits) * (255 / (2**bits - 1))).astype(np.uint8)
-    return table[array]
+    return look_up(table, array)
 
 
 def ycbcr_to_rgb(array, full) -> np.ndarray:
     """Convert YCbCr [H, W, 3] of full range 0 to `full`, as JPEG has it, by ITU-R BT.601."""
-    y, blue, red = np.moveaxis(array.astype(np.float32), -1, 0)
-    blue, red = blue - (full + 1) // 2, red - (full + 1) // 2
-    channels = [y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue]
-    return np.rint(np.clip(np.stack(channels, axis=-1), 0, full)).astype(array.dtype)
+    rgb = np.empty(array.shape, array.dtype)
+    for rows in iterate_slabs(array):
+        y, blue, red = np.moveaxis(array[rows].astype(np.float32), -1, 0)
+        blue, red = blue - (full + 1) // 2, red - (full + 1) // 2
+        channels = [y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue]
+        rgb[rows] = np.rint(np.clip(np.stack(channels, axis=-1), 0, full))
+    return rgb
 
 
 def lab_to_grey(array, neutral) -> np.ndarray:
@@ -180,4 +191,4 @@ def lab_to_grey(array, neutral) -> np.ndarray:
     linear = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness * 27 / 24389)
     low, high = 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
     table = np.where(linear > 0.0031308, high, low) * full
-    return np.rint(np.clip(table, 0, full)).astype(array.dtype)[array[..., 0]]
+    return look_up(np.rint(np.clip(table, 0, full)).astype(array.dtype), array[..., 0])

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from em_data.formats.base import Refusal, Stored, check_size
-from em_data.formats.colour import palette_to_grey
+from em_data.formats.colour import look_up, palette_to_grey
 from em_data.formats.jpeg_check import CUT, refuse_cut_jpeg
 from em_data.metadata import read_png_metadata, square_pixel_size
 
@@ -96,7 +96,7 @@ def _decode_palette(image):
             opacity[: len(alpha)] = np.frombuffer(alpha, np.uint8)
         else:
             opacity[alpha] = 0
-        opacity = opacity[indices]
+        opacity = look_up(opacity, indices)
         if opacity.min() != opacity.max():
             raise Refusal("partly transparent. Export it without an alpha channel.")
     # files may hold fewer colours than their bits allow
