@@ -1,6 +1,6 @@
 """Look at micrographs before training."""
 
-from em_data.look import run
+from em_data.look.command import run
 from em_training.cli import run_command
 
 

@@ -9,7 +9,7 @@ import torch
 
 from em_data import load_data, warn_if_few
 from em_data.files import write_atomically
-from em_data.tile_size import warn_of_tile_size
+from em_data.look.tile_size import warn_of_tile_size
 from em_diffusion.autoencoder import encode
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.config import LDMConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from em_data import load_data, warn_if_few
 from em_data.files import replace_folder, write_atomically
-from em_data.tile_size import warn_of_tile_size
+from em_data.look.tile_size import warn_of_tile_size
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.gan_loop import check_batch_size, train_stylegan
 from em_stylegan.networks import create_networks

@@ -14,13 +14,13 @@ import tifffile
 from scipy import ndimage
 
 from em_data import DataConfig, load_data
-from em_data.look import LookConfig, look
-from em_data.look_text import describe_frames
+from em_data.look.command import LookConfig, look
+from em_data.look.recommendation import advise, choose_scale, count_tiles
+from em_data.look.survey import MOST_MEASURED, Spread, survey_source
+from em_data.look.text import describe_frames
 from em_data.micrograph import Micrograph
-from em_data.recommendation import advise, choose_scale, count_tiles
 from em_data.sources import open_source
 from em_data.sources.base import Entry, Source
-from em_data.survey import MOST_MEASURED, Spread, survey_source
 
 SIDE = 256
 

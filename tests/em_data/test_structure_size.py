@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from em_data.structure_size import measure_structure_size
+from em_data.look.structure_size import measure_structure_size
 
 SIDE = 512
 BACKGROUND = np.sin(np.linspace(0, 2, SIDE))[:, None] * np.cos(np.linspace(0, 1.5, SIDE))[None]

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from em_data import DataConfig, load_data
-from em_data.tile_size import join_tiles, measure_tiles, warn_of_tile_size
+from em_data.look.tile_size import join_tiles, measure_tiles, warn_of_tile_size
 
 
 def save_discs(folder, diameter, side, num=3):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from em_data.config import DataConfig
-from em_data.survey import SERIES_NAME, Survey, find_series
+from em_data.look.survey import SERIES_NAME, Survey, find_series
 
 RESOLUTIONS = (64, 128, 256)
 LARGEST_DOWNSAMPLE = 64

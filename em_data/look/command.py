@@ -1,7 +1,4 @@
-"""Look at micrographs before training: what they hold, and which tiles suit them.
-
-The command: python -m em_data.look SOURCE
-"""
+"""The command: what micrographs hold, and which tiles suit them."""
 
 import dataclasses
 import shlex
@@ -14,11 +11,11 @@ from tqdm.auto import tqdm
 
 from em_data.config import DataConfig
 from em_data.files import find_cache_dir, make_folder_name, write_atomically
-from em_data.look_page import render_page
-from em_data.look_text import describe_advice, describe_survey
-from em_data.recommendation import advise
+from em_data.look.page import render_page
+from em_data.look.recommendation import advise
+from em_data.look.survey import survey_source
+from em_data.look.text import describe_advice, describe_survey
 from em_data.sources import open_source
-from em_data.survey import survey_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +81,3 @@ def run() -> None:
     """Read the command line and look."""
     flags = (tyro.conf.PositionalRequiredArgs,)
     look(tyro.cli(LookConfig, prog="python -m em_data.look", config=flags))
-
-
-def main():
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

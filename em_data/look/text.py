@@ -3,9 +3,9 @@
 from collections import Counter
 
 from em_data.data import merge_notices
-from em_data.recommendation import Advice, format_size, list_pixel_sizes
+from em_data.look.recommendation import Advice, format_size, list_pixel_sizes
+from em_data.look.survey import Survey, find_series
 from em_data.split import name_some
-from em_data.survey import Survey, find_series
 
 
 def describe_survey(survey: Survey, advice: Advice) -> list[str]:

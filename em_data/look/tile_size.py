@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from em_data.recommendation import choose_scale
-from em_data.structure_size import measure_structure_size
+from em_data.look.recommendation import choose_scale
+from em_data.look.structure_size import measure_structure_size
 from em_data.tiles import Cut
 
 MOST_MICROGRAPHS = 6

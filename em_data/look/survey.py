@@ -13,6 +13,7 @@ from em_data.cutting import average_area, find_pixel_size, read_all
 from em_data.intensity import FULL_RANGE, find_levels
 from em_data.label_images import is_label_image
 from em_data.labels import read_labels
+from em_data.look.structure_size import StructureSize, measure_structure_size, subtract_background
 from em_data.micrograph import Micrograph
 from em_data.near_copies import (
     MAX_FOR_CROPS,
@@ -23,7 +24,6 @@ from em_data.near_copies import (
 )
 from em_data.sources.base import Source
 from em_data.split import group_micrographs, name_some
-from em_data.structure_size import StructureSize, measure_structure_size, subtract_background
 from em_data.views import hash_pixels
 
 MIN_SIDE_PX = 32  # smaller images cannot become tiles

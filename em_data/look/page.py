@@ -5,13 +5,13 @@ from collections import defaultdict
 import jinja2
 import numpy as np
 
-from em_data import look_text
 from em_data.config import DataConfig
 from em_data.cutting import average_area, find_tile_positions
 from em_data.data import merge_notices
 from em_data.figures import make_data_uri, make_figure
-from em_data.recommendation import Advice, list_pixel_sizes
-from em_data.survey import HISTOGRAM_BINS, Survey, to_display
+from em_data.look import text as look_text
+from em_data.look.recommendation import Advice, list_pixel_sizes
+from em_data.look.survey import HISTOGRAM_BINS, Survey, to_display
 
 MOST_SHOWN = 24  # micrographs of the contact sheet
 MOST_ROWS = 30  # of a table
