@@ -18,12 +18,14 @@ def open_synthetic(config) -> Source:
         Entry(
             name=f"synthetic_{i:05d}",
             key=f"{sample}-{config.seed}-{size}-{i}-of-{num}",
-            frames=partial(_draw, seed, size),
+            frames=partial(_draw, seed, size, f"synthetic_{i:05d}"),
         )
         for i, seed in enumerate(list_seeds(num, config.seed))
     ]
     return Source("synthetic", entries, [])
 
 
-def _draw(seed, size):
-    yield synthesise_micrograph(seed, size)
+def _draw(seed, size, name):
+    micrograph = synthesise_micrograph(seed, size)
+    micrograph.name = name
+    yield micrograph

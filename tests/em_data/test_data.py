@@ -404,3 +404,9 @@ def test_a_failed_split_says_that_micrographs_were_left_out(noise, config, tmp_p
     said = r"only one specimen.*Only the first 2 of 3 micrographs"
     with pytest.raises(ValueError, match=said):
         load(tmp_path / "set", config, split="specimen", num_micrographs=2)
+
+
+def test_synthetic_micrographs_are_numbered(config):
+    data, _ = load("synthetic", config, num_micrographs=3, micrograph_size=64)
+    names = [each["name"] for each in data.train.cut.micrographs]
+    assert names == ["synthetic_00000", "synthetic_00001", "synthetic_00002"]
