@@ -57,7 +57,9 @@ def info(name="run", kind="ldm", **changes):
 def runs(monkeypatch):
     infos = {
         "a/ldm": info(
-            "ldm", config={"data": "here", "tiles": {"resolution": 64, "split": "specimen"}}
+            "ldm",
+            folder=Path("a/ldm"),
+            config={"data": "here", "tiles": {"resolution": 64, "split": "specimen"}},
         ),
         "b/ldm": info("other", data={"name": "set", "split_hash": "1"}),
         "c/gan": info("gan", "stylegan2"),

@@ -150,7 +150,7 @@ def test_saved_and_loaded_whole(tmp_path):
     ("options", "message"),
     [
         ({"resolution": 24}, "power of two"),
-        ({"resolution": 8}, "at least 16"),
+        ({"resolution": 8}, "a power of two from 16"),
         ({"channel_base": 8}, "give at least 32"),
         ({"num_critical": 14}, "num_critical"),
     ],

@@ -65,7 +65,11 @@ def test_errors_end_as_a_sentence_and_a_code(capsys, tmp_path):
         (MemoryError(), 2, "error: This is too large for this machine"),
         (OverflowError("int too large"), 2, "error: This is too large"),
         (RecursionError("maximum recursion depth"), 2, "error: This is too large"),
-        (ImportError("No module named lpips"), 2, "error: No module named lpips. Install"),
+        (
+            ImportError("No module named lpips"),
+            2,
+            "error: No module named lpips. A package is missing",
+        ),
         (NonFiniteLossError("loss is not finite"), 1, "error: loss is not finite"),
         (ValueError("a\x1b[2J.tif\nis bad"), 2, "error: a\\x1b[2J.tif\nis bad"),
         (TrainingInterrupted("saved"), 130, "saved"),
