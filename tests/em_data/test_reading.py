@@ -9,23 +9,12 @@ import pytest
 import tifffile
 
 from em_data import read_micrograph
+from support.mutations import encode_tiff as tiff
+from support.mutations import encode_with_pil as pil
 
 RNG = np.random.default_rng(0)
 GREY8 = RNG.integers(0, 256, (40, 56), dtype=np.uint8)
 GREY16 = RNG.integers(0, 65536, (40, 56), dtype=np.uint16)
-
-
-def tiff(array, **options):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def pil(array, kind, **options):
-    buffer = io.BytesIO()
-    image = array if isinstance(array, PIL.Image.Image) else PIL.Image.fromarray(array)
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def three(array):

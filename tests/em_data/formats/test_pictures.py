@@ -10,25 +10,14 @@ import tifffile
 
 from em_data import read_micrograph
 from em_data.formats.base import orient
+from support.mutations import encode_tiff as tiff
+from support.mutations import encode_with_pil as pil
 
 RNG = np.random.default_rng(5)
 GREY8 = RNG.integers(0, 256, (40, 56), dtype=np.uint8)
 GREY16 = RNG.integers(0, 65536, (40, 56), dtype=np.uint16)
 NO_SUBSAMPLING = (530, 3, 2, (1, 1), True)
 RAMP = np.stack([np.arange(256)] * 3).astype(np.uint16)  # [3, 256]
-
-
-def tiff(array, **options):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def pil(image, kind, **options):
-    buffer = io.BytesIO()
-    image = image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def retag(data, code, value):

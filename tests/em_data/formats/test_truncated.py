@@ -10,6 +10,8 @@ import pytest
 import tifffile
 
 from em_data import read_micrograph
+from support.mutations import encode_tiff as tiff
+from support.mutations import encode_with_pil as pil
 
 RNG = np.random.default_rng(6)
 NOISE = RNG.integers(0, 256, (96, 112), dtype=np.uint8)
@@ -17,18 +19,6 @@ SMOOTH = np.clip(np.add.outer(np.arange(96), np.arange(112)) + RNG.normal(0, 9, 
 SMOOTH = SMOOTH.astype(np.uint8)
 COMPRESSIONS = [None, "lzw", "zlib", "packbits", "zstd", "lzma", "jpeg"]
 LAYOUTS = {"one strip": {}, "strips": {"rowsperstrip": 16}, "tiles": {"tile": (32, 32)}}
-
-
-def tiff(array, **options):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def pil(array, kind, **options):
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(array).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def refuse(data):
