@@ -37,6 +37,11 @@ class LDMDrawer:
         on_progress: Callable[[float], None] | None = None,
     ):
         self.options, self.seed, self.say, self.on_progress = options, seed, say, on_progress
+        if options.guidance_scale not in (None, 1) and pipeline.guide is None:
+            raise ValueError(
+                f"--guidance-scale is {options.guidance_scale}, but this model has no guide. Leave "
+                "it out, or add the guide of a run: python -m em_diffusion.choose_guidance RUN"
+            )
         self.fixed_batch = options.compile
         self.num_steps = options.num_inference_steps or pipeline.config.default_num_inference_steps
         self.pipeline = copy.copy(pipeline)

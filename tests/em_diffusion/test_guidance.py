@@ -88,6 +88,8 @@ def test_guidance_without_a_guide_is_refused(pipe):
     pipe.guide = None
     with pytest.raises(ValueError, match="has no guide"):
         denoise(pipe, guidance_scale=2)
+    with pytest.raises(ValueError, match=r"--guidance-scale is 2.*choose_guidance RUN"):
+        LDMDrawer(pipe, LDMOptions(guidance_scale=2.0), say=print)
 
 
 def test_guide_and_scale_are_saved(pipe, tmp_path):
