@@ -8,6 +8,7 @@ from pathlib import Path
 
 from em_data.labels import write_labelled
 from em_data.synthetic_micrographs import PIXEL_SIZE_NM, synthesise_micrographs
+from em_data.synthetic_variety import synthesise_varied_micrographs
 
 
 def main(arguments=None):
@@ -19,12 +20,22 @@ def main(arguments=None):
     add("--out", type=Path, required=True, help="folder to write to")
     add("--seed", type=int, default=0)
     add("--size", type=int, default=512, help="side in pixels (default: 512)")
-    add("--pixel-size-nm", type=float, default=PIXEL_SIZE_NM, help="default: %(default)s")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument(
+        "--pixel-size-nm", type=float, default=PIXEL_SIZE_NM, help="default: %(default)s"
+    )
+    look.add_argument(
+        "--varied",
+        action="store_true",
+        help="draw contrast, defects, noise and pixel size anew for each micrograph",
+    )
     args = parser.parse_args(arguments)
     try:
-        micrographs = list(
-            synthesise_micrographs(args.num, args.seed, args.size, args.pixel_size_nm)
-        )
+        if args.varied:
+            drawn = synthesise_varied_micrographs(args.num, args.seed, args.size)
+        else:
+            drawn = synthesise_micrographs(args.num, args.seed, args.size, args.pixel_size_nm)
+        micrographs = list(drawn)
         write_labelled(micrographs, args.out)
     except ValueError as error:
         parser.error(str(error))

@@ -1,5 +1,6 @@
 """The foil behind the defects, and how a scanning microscope records it."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, pi, sin
 
@@ -67,12 +68,38 @@ def expose(rng, transmission, dose):
     return rng.poisson(transmission * (dose / transmission.mean())).astype(np.float32)
 
 
-def record(rng, transmission, dose, pixel_size_nm):
+@dataclass(frozen=True)
+class Display:
+    """The operator's settings of brightness and contrast."""
+
+    black: float  # grey level of the darkest pixels
+    white: float  # grey level of the brightest pixels
+    gamma: float = 1.0  # exponent of the scaled counts
+    is_inverted: bool = False  # bright defects on a dark foil, as in dark field
+
+    @classmethod
+    def draw(cls, rng):
+        """Draw settings that use the whole scale."""
+        return cls(rng.uniform(5, 18), rng.uniform(205, 242))
+
+    def to_grey(self, counts):
+        """Return uint8 of counts; all but 4 in 10,000 pixels lie between black and white."""
+        low, high = np.quantile(counts, (0.0002, 0.9998))
+        scaled = (counts - low) / (high - low)
+        if self.is_inverted:
+            scaled = 1 - scaled
+        if self.gamma != 1:
+            scaled = scaled.clip(0, 1) ** self.gamma
+        grey = self.black + (self.white - self.black) * scaled
+        return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+
+
+def record(rng, transmission, dose, pixel_size_nm, display=None):
     """Record a transmission map [size, size]; return uint8 [size, size] and electrons per pixel.
 
     In the order of the instrument: finite probe, line-to-line jitter and emission noise of the
     scan, Poisson counts, the detector's afterglow along the fast axis, and the operator's
-    brightness and contrast, which keep all but 4 in 10,000 pixels clear of both ends of the scale.
+    brightness and contrast, a `Display`, which is drawn if it is None.
     """
     size = transmission.shape[0]
     probe_px = rng.uniform(0.5, 0.8) / pixel_size_nm
@@ -100,7 +127,5 @@ def record(rng, transmission, dose, pixel_size_nm):
         counts, (rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.7)), truncate=3.0
     )
 
-    low, high = np.quantile(counts, (0.0002, 0.9998))
-    black, white = rng.uniform(5, 18), rng.uniform(205, 242)
-    grey = black + (white - black) * (counts - low) / (high - low)
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), float(dose)
+    display = display or Display.draw(rng)
+    return display.to_grey(counts), float(dose)

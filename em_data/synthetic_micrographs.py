@@ -21,7 +21,7 @@ from em_data.synthetic_defects import (
     draw_loop,
     project_loop,
 )
-from em_data.synthetic_imaging import make_background, record
+from em_data.synthetic_imaging import Display, make_background, record
 
 MICROGRAPHS_PER_SPECIMEN = 4
 PIXEL_SIZE_NM = 1.0  # a median loop is 20 pixels across, and 64 x 64 pixels hold two of them
@@ -47,6 +47,9 @@ class Specimen:
     thickness: float = 3.0  # of the foil, in extinction lengths
     mottle: float = 0.05  # standard deviation of the surface's log-transmission
     dose: float = 130.0  # mean electrons per pixel
+    contrast: float = 1.0  # factor of the contrast of all defects
+    dot_contrast: float = 1.0  # factor of the contrast of dots; if negative, dots are bright
+    display: Display | None = None  # brightness and contrast; None draws them for each micrograph
 
     @classmethod
     def from_seed(cls, seed):
@@ -103,6 +106,12 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
         )
     specimen = specimen or Specimen.from_seed(seed // MICROGRAPHS_PER_SPECIMEN)
     rng = np.random.default_rng([seed, 0])
+    name = f"synthetic-{seed:09d}.png"
+    return draw_micrograph(rng, specimen, size, pixel_size_nm, name=name, seed=seed)
+
+
+def draw_micrograph(rng, specimen, size, pixel_size_nm, *, name, seed):
+    """Draw a micrograph of a specimen with random numbers of `rng`; it states its seed."""
     log_transmission, visibility = make_background(rng, specimen, size, pixel_size_nm)
     contrast = np.zeros((size, size), dtype=np.float32)
     drawn = _draw_defects(rng, specimen, size, pixel_size_nm)
@@ -110,11 +119,11 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
     # the far strain field: two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
     reach = 2 * round(4.3 / pixel_size_nm) + 1
     contrast += 0.3 * ndimage.uniform_filter(ndimage.uniform_filter(contrast, reach), reach)
-    transmission = np.exp(log_transmission - visibility * contrast)
-    image, dose = record(rng, transmission, specimen.dose, pixel_size_nm)
+    transmission = np.exp(log_transmission - visibility * specimen.contrast * contrast)
+    image, dose = record(rng, transmission, specimen.dose, pixel_size_nm, specimen.display)
     return Micrograph(
         image,
-        name=f"synthetic-{seed:09d}.png",
+        name=name,
         pixel_size_nm=pixel_size_nm,
         specimen=specimen.name,
         metadata={
@@ -167,7 +176,8 @@ def _draw_defects(rng, specimen, size, pixel_size_nm):
     diameters = rng.lognormal(np.log(specimen.dot_median_nm), specimen.dot_spread, size=num_dots)
     for diameter in diameters.tolist():
         center = (rng.uniform(0, side_nm, size=2) - margin_nm) / pixel_size_nm - 0.5
-        known = {"diameter_nm": diameter, "strength": rng.uniform(0.25, 0.65)}
+        strength = rng.uniform(0.25, 0.65) * specimen.dot_contrast
+        known = {"diameter_nm": diameter, "strength": strength}
         yield "dot", center, known, draw_dot(rng, center, **known, **in_picture)
 
 

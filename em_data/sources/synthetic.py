@@ -5,27 +5,33 @@ from functools import partial
 
 from em_data.sources.base import Entry, Source
 from em_data.synthetic_micrographs import list_seeds, synthesise_micrograph
+from em_data.synthetic_variety import synthesise_varied_micrograph
 
-DEFAULT_NUM_MICROGRAPHS = 48
+# name -> (function that draws one, prefix of the micrographs' names, default number)
+SYNTHETIC = {
+    "synthetic": (synthesise_micrograph, "synthetic", 48),
+    "synthetic-varied": (synthesise_varied_micrograph, "varied", 400),
+}
 
 
-def open_synthetic(config) -> Source:
+def open_synthetic(name, config) -> Source:
     """List synthetic micrographs: `num_micrographs` of `micrograph_size`, drawn with `seed`."""
-    num, size = config.num_micrographs or DEFAULT_NUM_MICROGRAPHS, config.micrograph_size
+    synthesise, prefix, default_num = SYNTHETIC[name]
+    num, size = config.num_micrographs or default_num, config.micrograph_size
     # the content depends on the code that draws, so its hash is that of a small drawing
-    sample = hashlib.blake2b(synthesise_micrograph(0, size=64).image, digest_size=8).hexdigest()
+    sample = hashlib.blake2b(synthesise(0, size=64).image, digest_size=8).hexdigest()
     entries = [
         Entry(
-            name=f"synthetic_{i:05d}",
+            name=f"{prefix}_{i:05d}",
             key=f"{sample}-{config.seed}-{size}-{i}-of-{num}",
-            frames=partial(_draw, seed, size, f"synthetic_{i:05d}"),
+            frames=partial(_draw, synthesise, seed, size, f"{prefix}_{i:05d}"),
         )
         for i, seed in enumerate(list_seeds(num, config.seed))
     ]
-    return Source("synthetic", entries, [])
+    return Source(name, entries, [])
 
 
-def _draw(seed, size, name):
-    micrograph = synthesise_micrograph(seed, size)
+def _draw(synthesise, seed, size, name):
+    micrograph = synthesise(seed, size)
     micrograph.name = name
     yield micrograph
