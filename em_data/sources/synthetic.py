@@ -1,14 +1,16 @@
 """Synthetic micrographs as a source."""
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 
+from em_data.micrograph import Micrograph
 from em_data.sources.base import Entry, Source
 from em_data.synthetic_micrographs import list_seeds, synthesise_micrograph
 from em_data.synthetic_variety import synthesise_varied_micrograph
 
 # name -> (function that draws one, prefix of the micrographs' names, default number)
-SYNTHETIC = {
+SYNTHETIC: dict[str, tuple[Callable[..., Micrograph], str, int]] = {
     "synthetic": (synthesise_micrograph, "synthetic", 48),
     "synthetic-varied": (synthesise_varied_micrograph, "varied", 400),
 }
@@ -19,7 +21,7 @@ def open_synthetic(name, config) -> Source:
     synthesise, prefix, default_num = SYNTHETIC[name]
     num, size = config.num_micrographs or default_num, config.micrograph_size
     # the content depends on the code that draws, so its hash is that of a small drawing
-    sample = hashlib.blake2b(synthesise(0, size=64).image, digest_size=8).hexdigest()
+    sample = hashlib.blake2b(synthesise(0, size=64).image.tobytes(), digest_size=8).hexdigest()
     entries = [
         Entry(
             name=f"{prefix}_{i:05d}",
