@@ -42,10 +42,6 @@ from em_training.cli import run_command
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "diffusers LDMPipeline, DDIM with 200 steps, float32"
-GPU_COMMAND = (
-    "accelerate launch generate.py --model RUN_OF_PRESET_paper --num-images 50000 --format arrow "
-    "--compile --out images"
-)
 
 
 @dataclass(frozen=True)
@@ -128,11 +124,6 @@ def benchmark(config: BenchmarkConfig) -> list[dict]:
             clock="wall time",
             cores=config.cores,
         )
-    gpu = {
-        "name": "50,000 images of 256 x 256 with the U-Net of `paper` on a GPU, target 480 s",
-        "command": GPU_COMMAND,
-    }
-    print(json.dumps(gpu | {"measured": "not tried here"}))
     return lines
 
 
