@@ -1,21 +1,24 @@
 """Training of the autoencoder: its losses, then the loop."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 from em_data import BatchLoader, ImageSampler, Tiles, save_image_grid
 from em_data.files import write_atomically
 from em_diffusion.autoencoder import create_autoencoder, encode, has_codebook, is_trainable
 from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
 from em_diffusion.config import AutoencoderConfig
+from em_diffusion.em_patch_basis import EMPatchBasis
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
+from em_diffusion.patch_basis import fit_to_tiles
 from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
 from em_diffusion.validation import evaluate_reconstruction, read_spaced_images, reconstruct
 from em_diffusion.weights import save_from_main_process
@@ -33,6 +36,7 @@ from em_training import (
 )
 
 NUM_GRID_COLUMNS = 8
+KINDS = {VQModel: "vq", AutoencoderKL: "kl", EMPatchBasis: "basis"}
 
 
 def compute_losses(model, perceptual, images, noise, config):
@@ -145,23 +149,22 @@ def train_autoencoder(
     Logs the terms of the loss, the codebook's usage and perplexity over each window, and
     `evaluate_reconstruction` of held-out views. Sample grids show held-out views above their
     reconstructions. With a half-life of the EMA, the averaged weights are validated and saved.
-    With `num_images` 0, the autoencoder of `init_from` is saved unchanged, whatever its kind.
+    With `num_images` 0, the autoencoder of `init_from` is saved unchanged, whatever its kind. The
+    kind "basis" is fitted, not trained.
 
     Returns:
         The folder of the saved model, `out_dir`/autoencoder/vqvae, and the training time in
         seconds.
     """
     folder = Path(out_dir) / "autoencoder" / "vqvae"
-    model = build_autoencoder(config, tiles.resolution, accelerator)
+    model, build_seconds = build_autoencoder(config, tiles, accelerator)
     validation_images = read_spaced_images(held_out, config.num_validation_images)
 
     def validate(model):
         return evaluate_reconstruction(model, validation_images, accelerator, config.batch_size)
 
-    if config.num_images == 0:
-        line = {"num_images_seen": 0, "train_seconds": 0.0} | validate(model)
-        write_atomically(Path(out_dir) / "autoencoder" / "stats.jsonl", json.dumps(line) + "\n")
-        return save_from_main_process(model, folder, accelerator), 0.0
+    if config.num_images == 0 or not is_trainable(model):
+        return keep_untrained(model, build_seconds, validation_images, folder, accelerator, config)
     ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
     perceptual = create_perceptual_distance(config, accelerator.device)
@@ -228,25 +231,42 @@ def train_autoencoder(
                 if run.is_due(config.validate_every, num_images_seen):
                     run.log(**validate(averaged))
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                    save_samples(averaged, validation_images, run, num_images_seen)
+                    path = run.samples_path(num_images_seen)
+                    save_samples(averaged, validation_images, path, accelerator)
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
     return save_from_main_process(averaged, folder, accelerator), train_seconds
 
 
-def build_autoencoder(config, resolution: int, accelerator):
-    """Create the autoencoder, or load that of `config.init_from`, on the accelerator's device.
+def keep_untrained(model, seconds, images, folder, accelerator, config):
+    """Save a fitted or given model with a line of statistics and a sample grid of its own."""
+    metrics = evaluate_reconstruction(model, images, accelerator, config.batch_size)
+    line = {"num_images_seen": config.num_images, "train_seconds": seconds} | metrics
+    write_atomically(folder.parent / "stats.jsonl", json.dumps(line) + "\n")
+    if accelerator.is_main_process:
+        path = folder.parent / "samples" / f"{config.num_images:012d}.png"
+        save_samples(model, images, path, accelerator)
+    return save_from_main_process(model, folder, accelerator), seconds
+
+
+def build_autoencoder(config, tiles, accelerator):
+    """Return the autoencoder on the accelerator's device, and the seconds of fitting it, if any.
 
     A loaded one keeps its architecture whatever the configuration says; differences are printed.
 
     Raises:
         ValueError: If a loaded one is to be trained but its kind has no loss here.
     """
+    if config.init_from is None and config.kind == "basis":
+        factor, channels = config.downsampling_factor, config.latent_channels
+        started = time.monotonic()
+        model = fit_to_tiles(tiles, config.num_images, factor, channels)
+        return model.to(accelerator.device), time.monotonic() - started
     if config.init_from is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(config.seed, "autoencoder"))
-            model = create_autoencoder(config, resolution)
-        return model.to(accelerator.device, memory_format=torch.channels_last)
+            model = create_autoencoder(config, tiles.resolution)
+        return model.to(accelerator.device, memory_format=torch.channels_last), 0.0
     with accelerator.main_process_first():  # the first may download it
         model = load_autoencoder(config.init_from)
     if config.num_images > 0 and not is_trainable(model):
@@ -261,13 +281,13 @@ def build_autoencoder(config, resolution: int, accelerator):
     stale = [name for name in ("latents_mean", "latents_std") if name in model.config]
     model.register_to_config(**dict.fromkeys(stale))
     model.requires_grad_(True)
-    return model.to(accelerator.device, memory_format=torch.channels_last)
+    return model.to(accelerator.device, memory_format=torch.channels_last), 0.0
 
 
 def list_changes(config, model) -> list[str]:
     """Return where the model's architecture differs from the configuration's."""
     own = {
-        "kind": "kl" if isinstance(model, AutoencoderKL) else "vq",
+        "kind": next((name for cls, name in KINDS.items() if isinstance(model, cls)), None),
         "block_out_channels": tuple(model.config.get("block_out_channels", ())),
         "layers_per_block": model.config.get("layers_per_block"),
         "latent_channels": model.config.get("latent_channels"),
@@ -371,8 +391,8 @@ def end_window(run, monitor, model, ema, optimizer, latents, rng, num_images_see
     run.log(codes_revived=moved)
 
 
-def save_samples(model, images, run, num_images_seen):
+def save_samples(model, images, path, accelerator):
     """Save a grid of images above their reconstructions."""
     originals = images[:NUM_GRID_COLUMNS]
-    rows = torch.cat([originals, reconstruct(model, originals, run.accelerator)])
-    save_image_grid(rows, run.samples_path(num_images_seen), num_columns=len(originals))
+    rows = torch.cat([originals, reconstruct(model, originals, accelerator)])
+    save_image_grid(rows, path, num_columns=len(originals))

@@ -37,12 +37,13 @@ class AutoencoderConfig:
     init_from: str | None = None
     """Start from a trained autoencoder, whose architecture is then used: the folder of a run, a
     pipeline or a model, or a Hub id. With num_images 0 it is used unchanged."""
-    kind: Annotated[Literal["vq", "kl"], NAMED_FAMILY_IN_0_1] = "vq"
+    kind: Annotated[Literal["vq", "kl", "basis"], NAMED_FAMILY_IN_0_1] = "vq"
     """"vq": each latent is the nearest of num_codes vectors (van den Oord et al. 2017); "kl":
-    continuous latents, drawn towards a standard normal by kl_weight."""
+    continuous latents, drawn towards a standard normal by kl_weight; "basis": principal components
+    of patches with a linear decoder (`EMPatchBasis`), fitted to num_images views in seconds."""
     block_out_channels: tuple[Size, ...] = (128, 256, 256, 512)
     """Channels of each level, finest first; each level after the first halves the side (3 levels:
-    f4, 4 levels: f8)."""
+    f4, 4 levels: f8). basis: only the number of levels counts."""
     layers_per_block: Depth = 2
     latent_channels: Size = 4
     num_codes: Annotated[int, Gt(0), Le(2**24)] = 8192
@@ -87,7 +88,8 @@ class AutoencoderConfig:
     """Half-life of the averaged weights, which are validated and saved; 0 saves the last ones."""
 
     num_images: NotNegative = 1_000_000
-    """Images that the autoencoder is trained on, repetitions counted."""
+    """Images that the autoencoder is trained on, repetitions counted; basis: views that it is
+    fitted to."""
     batch_size: Size = 32
     """Images of one step, over all processes."""
     micro_batch_size: Annotated[NotNegative, MAY_CHANGE] = 0

@@ -167,7 +167,8 @@ def choose_decode_batch_size(pipeline, batch_size: int) -> int:
     An unknown autoencoder is taken for one of factor 8.
     """
     _, height, width = pipeline.latent_shape
-    factor = 2 ** (len(pipeline.vqvae.config.get("block_out_channels", range(4))) - 1)
+    config = pipeline.vqvae.config
+    factor = config.get("patch_size") or 2 ** (len(config.get("block_out_channels", range(4))) - 1)
     return max(1, min(batch_size, DECODED_PIXELS // (height * width * factor**2)))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.em_dalle_vae import EMDalleVAE
+from em_diffusion.em_patch_basis import EMPatchBasis
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
 from em_diffusion.grey import fold_to_grey
 from em_diffusion.original.dalle import find_dalle
@@ -21,6 +22,7 @@ KINDS = {
     EMGumbelVQModel: "Gumbel VQ",
     EMTamingAutoencoderKL: "KL",
     EMDalleVAE: "dVAE",
+    EMPatchBasis: "basis",
 }
 """Class of an autoencoder -> what it is called."""
 CLASSES = {cls.__name__: cls for cls in KINDS}

@@ -1,0 +1,81 @@
+"""A linear autoencoder of patches, fitted in closed form: one self-contained file."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+
+class EMPatchBasis(ModelMixin, ConfigMixin):
+    """Principal components of patches, and a linear decoder whose patches overlap.
+
+    Each latent position holds the first `latent_channels` principal components of its patch. The
+    decoder predicts a patch from the latents of the patch and its eight neighbours, which leaves no
+    edges between patches. What it cannot know, it leaves out: the noise, which an `EMGrain` draws
+    anew. `em_diffusion.patch_basis.fit_patch_basis` finds the weights.
+
+    Args:
+        patch_size: Side of a patch in pixels, and pixels per latent position along a side.
+        latent_channels: Components of each patch.
+        latents_mean, latents_std: Mean and deviation of each latent channel, for a diffusion model
+            over them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 8,
+        latent_channels: int = 16,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        scaling_factor: float = 1.0,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+    ):
+        super().__init__()
+        self.encoder = nn.Conv2d(in_channels, latent_channels, patch_size, patch_size)
+        self.decoder = nn.Conv2d(
+            latent_channels, out_channels * patch_size**2, 3, padding=1, padding_mode="replicate"
+        )
+
+    def encode(self, x):
+        """Encode images [B, 1, H, W] in [-1, 1] to `.latents` [B, C, H / patch, W / patch]."""
+        return SimpleNamespace(latents=self.encoder(x))
+
+    def decode(self, z):
+        """Decode latents [B, C, h, w] to images in `.sample`, [B, 1, h patch, w patch]."""
+        sample = nn.functional.pixel_shuffle(self.decoder(z), self.config.patch_size)
+        return SimpleNamespace(sample=sample)
+
+    def forward(self, x):
+        """Encode and decode images [B, 1, H, W]."""
+        return self.decode(self.encode(x).latents)
+
+    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, but pickled weights can run code when they are "
+                "loaded, and our models do not load them. Leave safe_serialization out."
+            )
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
