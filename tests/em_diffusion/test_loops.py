@@ -323,7 +323,7 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
         ),
         (
             lambda: AutoencoderConfig(kind="gumbel"),
-            "kind is 'gumbel', but must be 'vq' or 'kl'",
+            "kind is 'gumbel', but must be 'vq', 'kl' or 'basis'",
         ),
         (lambda: AutoencoderConfig(num_images=0), "init-from"),
         (
@@ -425,7 +425,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
     assert said.count("From now on, batches are computed in parts of 2 images") == 1
     assert "--autoencoder.micro-batch-size 2" in said
     a, b = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (whole, parts))
-    start = build_autoencoder(stage, 16, accelerator).state_dict()
+    start = build_autoencoder(stage, tiles, accelerator)[0].state_dict()
     apart, moved = (
         torch.stack([(x[name] - y[name]).square().sum() for name in a if "quantize" not in name])
         .sum()
@@ -444,7 +444,8 @@ def test_parts_of_a_batch_have_its_gradients(config, tiles, accelerator, kind):
     those of the batch.
     """
     stage = dataclasses.replace(config.autoencoder, kind=kind, kl_weight=0.01)
-    model, perceptual = build_autoencoder(stage, 16, accelerator), create_perceptual_distance(stage)
+    model, _ = build_autoencoder(stage, tiles, accelerator)
+    perceptual = create_perceptual_distance(stage)
     parameters = list(model.parameters())
 
     def backward(part, share):
