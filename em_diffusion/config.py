@@ -176,6 +176,9 @@ class DenoiserConfig:
     """"cosine" (to zero at num_images), "constant", or "inverse_sqrt": learning_rate / sqrt(max(1,
     images seen / learning_rate_reference_images)) (Karras et al. 2024, arXiv:2312.02696). A run
     with one of the last two can be lengthened later."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """"adam", or "muon", which orthogonalises the steps of matrices and convolutions (Jordan et al.
+    2024) and learns faster in short runs. learning_rate is that of Adam, which vectors keep."""
     learning_rate_reference_images: Positive = 500_000
     """Images after which "inverse_sqrt" starts to decrease."""
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)

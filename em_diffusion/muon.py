@@ -1,0 +1,84 @@
+"""Muon: steps of equal size in all directions of a weight matrix."""
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+MOMENTUM = 0.95
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and convolutions, Adam for vectors (biases and norms).
+
+    Muon replaces the averaged gradient of a matrix by the nearest orthogonal matrix (Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon): directions that the gradient hardly ever
+    points to are learnt as fast as the others. A convolution is the matrix [out, in height width].
+    `torch.optim.Muon` does not take convolutions, and its iteration over whole matrices costs a CPU
+    as much as the network's own step; this one works on their small Gram matrices.
+
+    Args:
+        parameters: Tensors.
+        lr: Learning rate of Adam.
+        betas: Of Adam.
+        matrix_rate_scale: Learning rate of matrices relative to lr.
+    """
+
+    def __init__(self, parameters, lr: float, betas=(0.9, 0.999), matrix_rate_scale: float = 5.0):
+        parameters = list(parameters)
+        matrices = {"params": [each for each in parameters if each.ndim > 1]}
+        vectors = {"params": [each for each in parameters if each.ndim <= 1]}
+        groups = [matrices | {"rate_scale": matrix_rate_scale}, vectors | {"rate_scale": 1.0}]
+        super().__init__([each for each in groups if each["params"]], {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Move all parameters that have a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    step = _step_matrix if parameter.ndim > 1 else _step_vector
+                    step(parameter, self.state[parameter], group["lr"], group["betas"])
+        return loss
+
+
+def _step_matrix(parameter, state, rate, betas):
+    gradient = parameter.grad
+    if not state:
+        state["average"] = torch.zeros_like(parameter)
+    state["average"].lerp_(gradient, 1 - MOMENTUM)
+    direction = orthogonalise(gradient.lerp(state["average"], MOMENTUM).flatten(1))
+    rows, columns = direction.shape
+    rate = rate * max(1.0, rows / columns) ** 0.5
+    parameter.add_(direction.view(parameter.shape), alpha=-rate)
+
+
+def _step_vector(parameter, state, rate, betas):
+    if not state:
+        state["step"] = torch.zeros(())
+        state["average"] = torch.zeros_like(parameter)
+        state["square"] = torch.zeros_like(parameter)
+    state["step"] += 1
+    corrections = [1 - beta ** float(state["step"]) for beta in betas]
+    state["average"].lerp_(parameter.grad, 1 - betas[0])
+    state["square"].lerp_(parameter.grad.square(), 1 - betas[1])
+    deviation = (state["square"] / corrections[1]).sqrt_().add_(1e-8)
+    parameter.addcdiv_(state["average"], deviation, value=-rate / corrections[0])
+
+
+def orthogonalise(matrix):
+    """Bring the singular values of a matrix [rows, columns] near 1: to between 0.6 and 1.2.
+
+    Newton-Schulz iteration x <- (a + b x x^T + c (x x^T)^2) x. All its steps are polynomials in the
+    Gram matrix x x^T of the start, so that only the last product has the size of the matrix.
+    """
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x.float() / (x.norm() + 1e-7)
+    a, b, c = COEFFICIENTS
+    identity = torch.eye(len(x), device=x.device)
+    gram, product = x @ x.mT, identity
+    for _ in range(NUM_ITERATIONS):
+        factor = a * identity + b * gram + c * (gram @ gram)
+        gram, product = factor @ gram @ factor, factor @ product
+    x = (product @ x).to(matrix.dtype)
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
