@@ -19,6 +19,7 @@ from em_data.files import write_atomically
 from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.load_autoencoder import KINDS, load_autoencoder
+from em_diffusion.patch_basis import fit_to_tiles
 from em_diffusion.reconstruction import psnr, spectrum_difference_db, ssim
 from em_diffusion.selection_output import draw_selection, format_table
 from em_diffusion.weights import hash_weights
@@ -36,10 +37,12 @@ DESCRIPTION = """Compare autoencoders on micrographs.
 Every candidate encodes and decodes the same random tiles. The Frechet distance between originals
 and reconstructions orders the candidates: a perfect diffusion model of their latents would have
 this distance. PSNR, SSIM, the error of the power spectrum, the use of the codebook, size,
-compression and speed stand beside it. The command prints a table and writes selection.json and
+compression and speed stand beside it. A linear autoencoder with the same latents, fitted in
+seconds, is the floor. The command prints a table and writes selection.json and
 selection.png."""
 Side = Literal["held_out", "train"]
 NUM_PICTURES = 8
+FLOOR_VIEWS = 4000  # training views that a linear autoencoder is fitted to
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class SelectionConfig:
     input_px: int | None = None
     """efficientnet-lite0 only: side that tiles are resized to. Default: 128 for tiles of up to 128
     pixels, else 224."""
+    floor: bool = True
+    """Judge a linear autoencoder with each shape of latents, too (`EMPatchBasis`, fitted to
+    training tiles in seconds). A trained one that is not better was trained too briefly."""
     weights: str | None = None
     """A local file with the extractor's weights. Default: the published ones."""
     baselines: str | None = None
@@ -127,6 +133,8 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
             # selection.json holds no local paths
             failed.append({"name": name, "error": f"{error}".replace(source, Path(source).name)})
             log(f"{name} cannot be judged: {error}")
+    for name, model in fit_floors(candidates, data.train, log) if config.floor else ():
+        candidates.append(judge(name, model.to(device), originals, features, extractor, config))
     if not candidates:
         reasons = "; ".join(f"{each['name']}: {each['error']}" for each in failed)
         raise ValueError(f"no candidate could be judged: {reasons}")
@@ -150,6 +158,19 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
     log(f"{format_table(selection)}\n\n{out / 'selection.json'}\n{out / 'selection.png'}")
     return selection
+
+
+def fit_floors(candidates, tiles, log):
+    """Return [(name, `EMPatchBasis`)] for each shape of the candidates' latents."""
+    floors, numbers = [], [each.numbers for each in candidates]
+    shapes = {(round(each["downsampling_factor"]), each["latent_shape"][0]) for each in numbers}
+    for factor, channels in sorted(shapes):
+        if channels > factor**2 or tiles.resolution % factor:
+            log(f"no linear autoencoder has {channels} channels per {factor} x {factor} pixels")
+            continue
+        model = fit_to_tiles(tiles, FLOOR_VIEWS, factor, channels)
+        floors.append((f"linear, f{factor} x {channels}", model))
+    return floors
 
 
 def name_candidates(texts) -> dict[str, str]:

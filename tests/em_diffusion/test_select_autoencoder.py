@@ -113,6 +113,7 @@ def select(candidates, cache, out, **options):
         "data": "synthetic",
         "num_images": 24,
         "batch_size": 8,
+        "floor": False,
         "tiles": DataConfig(**TILES, cache_dir=cache),
     }
     config = SelectionConfig(candidates=tuple(candidates), out=str(out), **(defaults | options))
@@ -375,3 +376,16 @@ def test_the_command_ends_with_an_error_when_no_candidate_is_left(saved, cache, 
     assert "no candidate could be judged: a: " in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "selection.json").exists()
+
+
+def test_a_linear_autoencoder_of_each_shape_is_the_floor(saved, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "get_extractor", lambda *args, **options: Pooled())
+    candidates = [f"kl={saved}/kl", f"again={saved}/kl"]
+    selection, said = select(candidates, cache, tmp_path, floor=True)
+    named = {each["name"]: each for each in selection["candidates"]}
+    assert set(named) == {"kl", "again", "linear, f2 x 3"}
+    linear = named["linear, f2 x 3"]
+    assert linear["kind"] == "basis"
+    assert linear["latent_shape"] == named["kl"]["latent_shape"]
+    assert linear["psnr_db"] > named["kl"]["psnr_db"] + 5  # random weights against a fit
+    assert "linear, f2 x 3" in said
