@@ -151,8 +151,10 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
         "environment": describe_environment(),
     }
     selection["conclusion"] = conclude(selection)
-    text = json.dumps(selection, indent=1, allow_nan=False, ensure_ascii=False)
-    out = Path(config.out)
+    out, text = (
+        Path(config.out),
+        json.dumps(selection, indent=1, allow_nan=False, ensure_ascii=False),
+    )
     write_atomically(out / "selection.json", text + "\n")
     pictures = {each.numbers["name"]: each.reconstructions.levels for each in candidates}
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
