@@ -136,8 +136,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     for name, model in fit_floors(candidates, data.train, log) if config.floor else ():
         candidates.append(judge(name, model.to(device), originals, features, extractor, config))
     if not candidates:
-        reasons = "; ".join(f"{each['name']}: {each['error']}" for each in failed)
-        raise ValueError(f"no candidate could be judged: {reasons}")
+        raise ValueError("no candidate could be judged: " + "; ".join(map(say_failure, failed)))
 
     candidates.sort(key=lambda each: each.distance.value)
     selection = {
@@ -151,15 +150,18 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
         "environment": describe_environment(),
     }
     selection["conclusion"] = conclude(selection)
-    out, text = (
-        Path(config.out),
-        json.dumps(selection, indent=1, allow_nan=False, ensure_ascii=False),
-    )
+    text = json.dumps(selection, indent=1, allow_nan=False, ensure_ascii=False)
+    out = Path(config.out)
     write_atomically(out / "selection.json", text + "\n")
     pictures = {each.numbers["name"]: each.reconstructions.levels for each in candidates}
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
     log(f"{format_table(selection)}\n\n{out / 'selection.json'}\n{out / 'selection.png'}")
     return selection
+
+
+def say_failure(failure: dict) -> str:
+    """Say which candidate failed and why."""
+    return f"{failure['name']}: {failure['error']}"
 
 
 def fit_floors(candidates, tiles, log):
