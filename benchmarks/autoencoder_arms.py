@@ -38,8 +38,8 @@ from em_evaluation.images import read_images, transform_images
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("frechet_distance", "precision", "recall")
 NUM_IMAGES = 1000
-F8 = "--autoencoder.block-out-channels 8 32 64 64"
-F4 = "--autoencoder.block-out-channels 16 32 64"
+F8, P8 = "--autoencoder.block-out-channels 8 32 64 64", "--autoencoder.patch-size 8"
+F4, P4 = "--autoencoder.block-out-channels 16 32 64", "--autoencoder.patch-size 4"
 TRAINED = (
     "--autoencoder.layers-per-block 1 --autoencoder.norm-num-groups 8 "
     "--autoencoder.no-mid-attention --autoencoder.perceptual-weight 1 "
@@ -51,10 +51,10 @@ ARMS = {
     "kl f8, 8 channels": f"--autoencoder.kind kl --autoencoder.latent-channels 8 {F8} {TRAINED}",
     "kl f8, 16 channels": f"--autoencoder.kind kl --autoencoder.latent-channels 16 {F8} {TRAINED}",
     "kl f4, 4 channels": f"--autoencoder.kind kl --autoencoder.latent-channels 4 {F4} {TRAINED}",
-    "basis f8, 8 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 8 {F8}",
-    "basis f8, 16 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 16 {F8}",
-    "basis f4, 2 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 2 {F4}",
-    "basis f4, 4 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 4 {F4}",
+    "basis f8, 8 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 8 {P8}",
+    "basis f8, 16 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 16 {P8}",
+    "basis f4, 2 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 2 {P4}",
+    "basis f4, 4 channels": f"--autoencoder.kind basis --autoencoder.latent-channels 4 {P4}",
 }
 PROBES = (320, 960)  # images of the two short trainings that find the speed
 

@@ -43,7 +43,9 @@ class AutoencoderConfig:
     of patches with a linear decoder (`EMPatchBasis`), fitted to num_images views in seconds."""
     block_out_channels: tuple[Size, ...] = (128, 256, 256, 512)
     """Channels of each level, finest first; each level after the first halves the side (3 levels:
-    f4, 4 levels: f8). basis: only the number of levels counts."""
+    f4, 4 levels: f8)."""
+    patch_size: Size = 8
+    """basis only: side of a patch in pixels, which becomes one latent position."""
     layers_per_block: Depth = 2
     latent_channels: Size = 4
     num_codes: Annotated[int, Gt(0), Le(2**24)] = 8192
@@ -120,7 +122,8 @@ class AutoencoderConfig:
     @property
     def downsampling_factor(self) -> int:
         """Pixels of the image per latent position along a side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        is_basis = self.kind == "basis"
+        return self.patch_size if is_basis else 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True, config=strict("denoiser"))

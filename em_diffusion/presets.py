@@ -132,7 +132,7 @@ def demo() -> LDMConfig:
         tiles=DataConfig(resolution=64, symmetries="paper", held_out_fraction=0.33),
         autoencoder=AutoencoderConfig(
             kind="basis",
-            block_out_channels=(32, 32, 32),
+            patch_size=4,
             latent_channels=4,
             num_images=4_000,
             batch_size=32,

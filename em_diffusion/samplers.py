@@ -60,12 +60,10 @@ COMMON = {
     "final_sigmas_type": "zero",
     "lower_order_final": True,
 }
-# By `is_flow`; chosen by benchmarks/sampler_sweep.py on runs of the preset demo.
-# Diffusion, 300 images: among the samplers with 6 steps, all as good as DDIM with 200 at 23 times
-# its images/s, this is the nearest: Frechet distance 242 [221, 264] against 257 [233, 283].
-# Flow matching, 400 images: 263 [236, 291] against 285 [255, 315] of Euler with 200, at 28 times
-# its images/s. With 2 steps the distance is as good, but faint defects fade.
-DEFAULT_SAMPLERS = {False: ("dpm-solver++-sde", 6), True: ("flow-euler", 4)}
+# By `is_flow`. The kinds were chosen by benchmarks/sampler_sweep.py on runs of the preset demo. The
+# steps are on the safe side: on latents of 8 x 8 the fewer steps of those sweeps (6 and 4) lost
+# nothing, on latents of 16 x 16 they lose a third of the contrast.
+DEFAULT_SAMPLERS = {False: ("dpm-solver++-sde", 20), True: ("flow-euler", 20)}
 
 
 def list_samplers(scheduler) -> list[str]:

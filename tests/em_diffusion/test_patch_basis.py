@@ -87,7 +87,7 @@ def test_a_run_fits_it_and_ends_in_a_pipeline(tmp_path):
         precision="no",
         tiles=dataclasses.replace(config.tiles, cache_dir=str(tmp_path / "cache")),
         autoencoder=dataclasses.replace(
-            config.autoencoder, kind="basis", latent_channels=3, num_images=48
+            config.autoencoder, kind="basis", patch_size=2, latent_channels=3, num_images=48
         ),
     )
     out = train_ldm(config)
