@@ -28,9 +28,10 @@ DESCRIPTION = """Choose the guidance scale of a trained latent diffusion model.
 
 Training keeps an early snapshot of the U-Net, the guide. A guided model steps away from the guide's
 mistakes (autoguidance, Karras et al. 2024, arXiv:2406.02507). This command generates images at each
-scale, measures them against held-out tiles, and stores the scale with the smallest Frechet distance
-in RUN/pipeline, together with the guide. RUN/guidance.json and RUN/guidance.png show all scales. If
-it is stopped, the same command continues."""
+scale, measures them against training tiles, and stores the scale with the smallest Frechet distance
+in RUN/pipeline, together with the guide. Held-out tiles play no part, so that a later evaluation on
+them stays honest. RUN/guidance.json and RUN/guidance.png show all scales. If it is stopped, the
+same command continues."""
 METRICS = ("frechet_distance", "precision", "recall")
 
 
@@ -43,7 +44,7 @@ class GuidanceConfig:
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
     """Guidance scales to try; 1 is no guidance."""
     num_images: int = 1000
-    """Images at each scale, at most as many as there are held-out views."""
+    """Images at each scale, at most as many as there are training views."""
     extractor: str = "efficientnet-lite0"
     """Features of the distance: efficientnet-lite0 (offline) or inception."""
     cache_dir: str | None = None
@@ -51,7 +52,7 @@ class GuidanceConfig:
     batch_size: int = 50
     """Images to generate at once."""
     seed: int = 0
-    """Seed of the images and of the choice of held-out tiles."""
+    """Seed of the images and of the choice of training tiles."""
 
     def __post_init__(self):
         check_options(self, num_images=(12, float("inf")), batch_size=(1, float("inf")))
@@ -78,7 +79,7 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     extractor = get_extractor(
         config.extractor, resolution=data.summary["resolution"], device=device
     )
-    real = read_images(data.held_out, min(config.num_images, len(data.held_out)), config.seed)
+    real = read_images(data.train, min(config.num_images, len(data.train)), config.seed)
     names, notes = choose_metrics(METRICS, extractor, len(real))
     protocol = describe_protocol(config, pipeline, guide, extractor, real, notes)
     measured = read_measured(run / "guidance.json", protocol)
@@ -136,7 +137,7 @@ def load_run(run: Path):
 def describe_protocol(config, pipeline, guide, extractor, real, notes) -> dict:
     """Return what two measurements must have in common to be compared."""
     return {
-        "images": f"{len(real):,} generated against as many held-out tiles",
+        "images": f"{len(real):,} generated against as many training tiles",
         "extractor": extractor.identity,
         "seed": config.seed,
         "unet": hash_weights(pipeline.unet),
