@@ -75,13 +75,18 @@ def run() -> None:
 
 
 def say_evaluation(config: GenerationConfig) -> str:
-    """Return the command that evaluates a model with the same sampling options."""
+    """Return the command that evaluates a model with the same sampling options.
+
+    Larger images than tiles are evaluated as a folder, which is cut into tiles.
+    """
     words = ["python", "evaluate.py", "--models", config.model]
     changed = {
         field.name: getattr(config.options, field.name)
         for field in dataclasses.fields(config.options)
         if getattr(config.options, field.name) != field.default
     }
+    if changed.pop("size", None) is not None:
+        words.append(config.out)
     if changed:
         words += ["--sampling", *(f"{key}={to_json(value)}" for key, value in changed.items())]
     return shlex.join(words)

@@ -2,12 +2,18 @@
 
 import base64
 import math
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
-from em_data.images import encode_png
+from em_data.files import write_atomically
+from em_data.images import Array, encode_png, save_image_grid
 
 GAP_PX = 1  # between the images of a grid
+LEAST_PX = 512  # width of a grid whose label can be read
 
 
 def make_figure(picture: dict, pixel_size_nm, num_columns=4) -> dict:
@@ -46,6 +52,31 @@ def make_scale_bar(pixel_size_nm, tile_px, grid_px) -> dict | None:
     length_nm = next(factor * power for factor in (5, 2, 1) if factor * power <= longest)
     label = f"{length_nm:g} nm" if length_nm < 1000 else f"{length_nm / 1000:g} µm"
     return {"label": label, "percent": round(100 * length_nm / pixel_size_nm / grid_px, 3)}
+
+
+def save_grid_with_scale_bar(images: Array, path: str | Path, pixel_size_nm: float | None) -> None:
+    """Write images [N, 1, H, W] in [-1, 1] side by side as one 8-bit PNG.
+
+    Below them stands a scale bar of a round length, if the pixel size is known. Small grids are
+    enlarged by a whole factor.
+    """
+    save_image_grid(images, path, min_width=LEAST_PX)
+    num, _, _, width = images.shape
+    num_columns = math.ceil(math.sqrt(num))
+    bar = make_scale_bar(pixel_size_nm, width, num_columns * (width + 2) - 2)
+    if bar is None:
+        return
+    with PIL.Image.open(path) as file:
+        grid = file.convert("L")
+    unit = max(4, grid.width // 80)  # thickness of the bar
+    page = PIL.Image.new("L", (grid.width, grid.height + 6 * unit), 255)
+    page.paste(grid)
+    width, top = max(1, round(grid.width * bar["percent"] / 100)), grid.height + 2 * unit
+    pen = PIL.ImageDraw.Draw(page)
+    pen.rectangle((0, top, width - 1, top + 2 * unit - 1), fill=0)
+    font = PIL.ImageFont.load_default(size=4 * unit)
+    pen.text((width + 2 * unit, top + unit), bar["label"], fill=0, font=font, anchor="lm")
+    write_atomically(path, encode_png(np.asarray(page)))
 
 
 def make_data_uri(pixels: np.ndarray) -> str:

@@ -2,15 +2,17 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from em_diffusion.autoencoder import decode, encode
+from em_diffusion.pipeline_em_ldm import place_windows
 from em_diffusion.samplers import create_sampler
 from em_training import make_image_rng
-from em_training.family import EXACT_BATCH, WALK_KEYS
+from em_training.family import EXACT_BATCH, WALK_KEYS, parse_size
 from em_training.memory import halve_batch
 from em_training.walk import walk_noise
 
@@ -42,6 +44,7 @@ class LDMDrawer:
                 f"--guidance-scale is {options.guidance_scale}, but this model has no guide. Leave "
                 "it out, or add the guide of a run: python -m em_diffusion.choose_guidance RUN"
             )
+        self.size = find_size(pipeline, options.size)
         self.fixed_batch = options.compile
         self.num_steps = options.num_inference_steps or pipeline.config.default_num_inference_steps
         self.pipeline = copy.copy(pipeline)
@@ -56,6 +59,9 @@ class LDMDrawer:
         self.decode_batch_size = options.decode_batch_size or choose_decode_batch_size(
             pipeline, batch_size
         )
+        if self.size is not None:
+            self.window_batch_size = batch_size
+            self.images_at_once = max(1, batch_size // count_windows(pipeline, self.size))
         if options.compile:
             # freezing packs the weights as a CPU reads them
             frozen = partial(torch.compile, options={"freezing": True})
@@ -78,7 +84,8 @@ class LDMDrawer:
         guidance = {} if scale == 1 else {"guidance_scale": scale}
         if guidance and (start, stop) != (0, 1):
             guidance |= {"guidance_start": start, "guidance_stop": stop}
-        return (grain | guidance) | {
+        size = {} if self.size is None else {"size": "{}x{}".format(*self.size)}
+        return (size | grain | guidance) | {
             "scheduler": type(scheduler).__name__,
             "scheduler_options": json.dumps(changed, sort_keys=True),
             "num_inference_steps": self.num_steps,
@@ -87,8 +94,23 @@ class LDMDrawer:
 
     def draw(self, numbers: list[int]) -> torch.Tensor:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
+        if self.size is not None:
+            return self._draw_whole(numbers)
         rngs = [make_image_rng(self.seed, number) for number in numbers]
         return self._decode(self._denoise(rngs), rngs, self.options.grain)
+
+    def _draw_whole(self, numbers):
+        """Draw images larger than a tile, in smaller batches of windows when the memory is full."""
+        while True:
+            rngs = [make_image_rng(self.seed, number) for number in numbers]
+            try:
+                latents = self._denoise(rngs, size=self.size)
+                windows = min(self.window_batch_size, self.decode_batch_size)
+                return self.pipeline.decode(latents, rngs, self.options.grain, windows)
+            except (RuntimeError, MemoryError) as error:
+                count = halve_batch(self.window_batch_size, error, "one window of an image")
+                self.window_batch_size = count
+                self.say(f"out of memory: going on with --batch-size {count}")
 
     def walk(self, frames_per_key: int) -> Iterator[torch.Tensor]:
         """Yield batches of frames of a closed walk through the noise of the first images.
@@ -103,7 +125,7 @@ class LDMDrawer:
             rngs = [make_image_rng(self.seed, 0) for _ in noise]
             yield self._decode(self._denoise(rngs, noise), rngs, add_grain=False)
 
-    def _denoise(self, rngs, noise=None):
+    def _denoise(self, rngs, noise=None, size=None):
         """Return latents [B, C, h, w] in the autoencoder's scale."""
 
         def report(pipeline, step, timestep, tensors):
@@ -113,6 +135,9 @@ class LDMDrawer:
             return tensors
 
         scale, start, stop = self._find_guidance()
+        whole = {}
+        if size is not None:
+            whole = dict(zip(("height", "width"), size), window_batch_size=self.window_batch_size)
         return self.pipeline.denoise(
             len(rngs),
             rngs,
@@ -123,6 +148,7 @@ class LDMDrawer:
             guidance_scale=scale,
             guidance_start=start,
             guidance_stop=stop,
+            **whole,
         )
 
     def _find_guidance(self) -> list[float]:
@@ -170,6 +196,28 @@ def choose_decode_batch_size(pipeline, batch_size: int) -> int:
     config = pipeline.vqvae.config
     factor = config.get("patch_size") or 2 ** (len(config.get("block_out_channels", range(4))) - 1)
     return max(1, min(batch_size, DECODED_PIXELS // (height * width * factor**2)))
+
+
+def find_size(pipeline, size: str | None) -> tuple[int, int] | None:
+    """Return (height, width) that --size asks for, and None for that of a tile.
+
+    Raises:
+        ValueError: The model cannot draw that size.
+    """
+    if size is None:
+        return None
+    height, width = parse_size(size)
+    try:
+        latent_size = pipeline.find_latent_size(height, width)
+    except ValueError as error:
+        raise ValueError(f"--size is {size}: {error}") from error
+    return None if latent_size == pipeline.latent_shape[1:] else (height, width)
+
+
+def count_windows(pipeline, size: tuple[int, int]) -> int:
+    """Return about how many windows an image of `size` has."""
+    sides = zip(pipeline.find_latent_size(*size), pipeline.latent_shape[1:])
+    return math.prod(len(place_windows(*each)) for each in sides)
 
 
 @torch.no_grad()

@@ -52,22 +52,25 @@ class EMGrain(ModelMixin, ConfigMixin):
     ):
         """Add grain to images [B, 1, H, W] in [-1, 1]; the caller clamps what leaves [-1, 1].
 
+        Images may be larger than `sample_size`: the grain is then drawn for the whole image.
+
         Args:
             generator: One for the batch, or a list of B. With a list, image i depends on generator
                 i alone.
             drawn: What `draw` returned, instead of `generator`.
 
         Raises:
-            ValueError: For images of another size than `sample_size`.
+            ValueError: For images smaller than `sample_size`.
         """
-        if tuple(images.shape[-2:]) != tuple(self.config.sample_size):
+        size = tuple(images.shape[-2:])
+        if any(n < least for n, least in zip(size, self.config.sample_size)):
             raise ValueError(
                 f"the grain was measured on images of {tuple(self.config.sample_size)} pixels, "
-                f"these have {tuple(images.shape[-2:])}; decode with add_grain=False, or measure "
-                "the grain at their size (em_diffusion.grain.fit_grain)."
+                f"these have {size}; decode with add_grain=False, or measure the grain at their "
+                "size (em_diffusion.grain.fit_grain)."
             )
         images = images.float()
-        drawn = self.draw(len(images), generator, images.device) if drawn is None else drawn
+        drawn = self.draw(len(images), generator, images.device, size) if drawn is None else drawn
         noise, normal = (each.to(images.device) for each in drawn)
         deviation = noise_deviation(images, self.grey_levels, self.deviations)
         return images + deviation * self.filter(noise) * self.find_strengths(normal)
@@ -106,12 +109,13 @@ class EMGrain(ModelMixin, ConfigMixin):
             "model.to(torch.bfloat16) to halve its memory."
         )
 
-    def draw(self, num_images, generator, device):
+    def draw(self, num_images, generator, device, size=None):
         """Draw white noise [B, 1, H, W] and a normal number for each image [B, 1], float32.
 
-        A CPU generator makes a GPU wait for its earlier work: draw before the images are decoded.
+        size: (H, W), by default `sample_size`. A CPU generator makes a GPU wait for its earlier
+        work: draw before the images are decoded.
         """
-        shapes = ((num_images, 1, *self.config.sample_size), (num_images, 1))
+        shapes = ((num_images, 1, *(size or self.config.sample_size)), (num_images, 1))
         return tuple(
             randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             for shape in shapes
@@ -119,8 +123,19 @@ class EMGrain(ModelMixin, ConfigMixin):
 
     def filter(self, noise):
         """Give white noise [B, 1, H, W] the grain's power spectrum, at unit variance."""
-        spectrum = torch.fft.rfft2(noise) * self.amplitude.float()  # [B, 1, H, W // 2 + 1]
-        return torch.fft.irfft2(spectrum, s=noise.shape[-2:])
+        size = tuple(noise.shape[-2:])
+        spectrum = torch.fft.rfft2(noise) * self._find_amplitude(size)  # [B, 1, H, W // 2 + 1]
+        return torch.fft.irfft2(spectrum, s=size)
+
+    def _find_amplitude(self, size):
+        """Return |h| for images of `size` (H, W): the same filter, with zeros around its taps."""
+        measured, amplitude = tuple(self.config.sample_size), self.amplitude.float()
+        if size == measured:
+            return amplitude
+        taps = torch.fft.fftshift(torch.fft.irfft2(amplitude, s=measured))
+        padded = taps.new_zeros(size)
+        padded[: measured[0], : measured[1]] = taps
+        return torch.fft.rfft2(padded).abs()
 
     def find_strengths(self, normal):
         """Return a strength for each image [B, 1, 1, 1] from normal numbers [B, 1]."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
-from em_training.family import Card, Control, Family, check_options
+from em_training.family import Card, Control, Family, check_options, parse_size
 
 SamplerName = Literal[
     "ddim",
@@ -40,6 +40,10 @@ DEMO_STEPS = {
 class LDMOptions:
     """Sampling options of latent diffusion models (LDMs)."""
 
+    size: str | None = None
+    """Height x width of the images in pixels, such as 1024x768, or one number for a square.
+    Default: the size of a tile. Larger images are drawn whole, from overlapping windows without
+    seams; --batch-size then counts windows."""
     num_inference_steps: int | None = None
     """Denoising steps. Default: the number saved with the model."""
     scheduler: SamplerName | None = None
@@ -73,6 +77,8 @@ class LDMOptions:
             guidance_stop=(0, 1),
             decode_batch_size=(1, 65_536),
         )
+        if self.size is not None:
+            parse_size(self.size)
         if self.scheduler is not None and self.scheduler not in get_args(SamplerName):
             raise ValueError(
                 f"--scheduler is {self.scheduler}; choose {', '.join(get_args(SamplerName))}"

@@ -37,6 +37,9 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSche
 # parts of the names of diffusers' schedulers for other models or tasks
 OTHER_SCHEDULERS = ("LCM", "Inverse", "CogVideoX", "UnCLIP", "RePaint", "Wuerstchen")
 MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB in float32
+MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which take about 2 GB of memory
+# from this number on, every row of a batch is computed alike, bit for bit (seen with oneDNN, MKL)
+EXACT_BATCH = 16
 
 
 def _is_about_other_things(record: logging.LogRecord) -> bool:
@@ -133,6 +136,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_start: float | None = None,
         guidance_stop: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        window_batch_size: int = EXACT_BATCH,
     ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images by `denoise` and `decode`; see there for other arguments.
 
@@ -159,10 +165,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             guidance_scale,
             guidance_start,
             guidance_stop,
+            height,
+            width,
+            window_batch_size,
         )
         images = latents
         if output_type != "latent":
-            images = self._convert(self.decode(latents, generator, add_grain), output_type)
+            images = self.decode(latents, generator, add_grain, window_batch_size)
+            images = self._convert(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -179,10 +189,17 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_start: float | None = None,
         guidance_stop: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        window_batch_size: int = EXACT_BATCH,
     ) -> torch.Tensor:
         """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
         The noise and the scheduler's arithmetic are float32 whatever the type of the models.
+
+        Images larger than a tile are denoised as a whole: in each step the U-Net predicts
+        overlapping windows, which are blended (MultiDiffusion, Bar-Tal et al. 2023,
+        arXiv:2302.08113). The grid of windows moves by random numbers from step to step.
 
         Args:
             generator: One for the batch, or a list of `batch_size`. With a list, image i depends on
@@ -198,17 +215,32 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 other steps.
             guidance_scale: The prediction is guide + scale (unet - guide); 1 skips the guide.
             guidance_start, guidance_stop: Fractions of the steps between which that holds.
+            height, width: Pixels of the images, see `find_latent_size`. Default: those of a tile.
+            window_batch_size: Windows that the U-Net sees at a time, which bounds the memory.
 
         Raises:
             ValueError: For arguments that do not fit, or if the model diverged.
         """
         self._check_inputs(batch_size, generator, callback_on_step_end_tensor_inputs)
-        scale, start, stop = self._check_guidance(guidance_scale, guidance_start, guidance_stop)
-        latents = self._prepare_latents(batch_size, generator, latents)  # [B, C, h, w]
+        guidance = self._check_guidance(guidance_scale, guidance_start, guidance_stop)
+        size = self.find_latent_size(height, width)
+        latents = self._prepare_latents(batch_size, generator, latents, size)  # [B, C, h, w]
         self._prepare_scheduler(num_inference_steps, batch_size, generator)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        windows = self._draw_windows(batch_size, generator, size)
         step_arguments = self._find_step_arguments(generator, eta)
-        timesteps = self.scheduler.timesteps
+
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._solve(
+            latents, guidance, windows, window_batch_size, step_arguments, *callback
+        )
+        return _refuse_non_finite(self.denormalise_latents(latents), "latents")
+
+    def _solve(
+        self, latents, guidance, windows, window_batch_size, step_arguments, callback, names
+    ):
+        """Take noise [B, C, h, w] through all steps; windows are those of each step."""
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        timesteps, (scale, start, stop) = self.scheduler.timesteps, guidance
         timesteps_on_device = timesteps.to(latents.device)
         guided_steps = range(int(start * len(timesteps)), int(stop * len(timesteps)))
         self._num_timesteps, self._interrupt = len(timesteps), False
@@ -220,21 +252,49 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
             guided = scale if i in guided_steps else 1.0
-            output = self._predict(model_input, timesteps_on_device[i], guided)  # [B, C, h, w]
+            output = self._predict(
+                model_input, timesteps_on_device[i], guided, windows[i], window_batch_size
+            )  # [B, C, h, w]
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
-            if callback_on_step_end is not None:
-                tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, timestep, tensors) or {}
-                latents = returned.get("latents", latents)
-        return _refuse_non_finite(self.denormalise_latents(latents), "latents")
+            if callback is not None:
+                tensors = {name: latents for name in names}
+                latents = (callback(self, i, timestep, tensors) or {}).get("latents", latents)
+        return latents
 
-    def _predict(self, latents, timestep, scale):
+    def _predict(self, latents, timestep, scale, windows, window_batch_size):
         """Return the guided prediction for scaled noisy latents [B, C, h, w]; float32."""
-        output = self.unet(latents.to(self.unet.dtype), timestep).sample.float()
-        if scale == 1:
-            return output
-        weaker = self.guide(latents.to(self.guide.dtype), timestep).sample.float()
-        return weaker + scale * (output - weaker)
+
+        def predict(latents):
+            output = self.unet(latents.to(self.unet.dtype), timestep).sample.float()
+            if scale == 1:
+                return output
+            weaker = self.guide(latents.to(self.guide.dtype), timestep).sample.float()
+            return weaker + scale * (output - weaker)
+
+        if windows is None:
+            return predict(latents)
+        return blend_windows(predict, latents, windows, self.latent_shape[1:], window_batch_size)
+
+    def _draw_windows(self, batch_size, generator, size):
+        """Return the windows of each step and image, as `blend_windows` takes them.
+
+        None for each step if the images are tiles.
+        """
+        tile, num_steps = self.latent_shape[1:], len(self.scheduler.timesteps)
+        if size == tile:
+            return [None] * num_steps
+        rngs = generator if isinstance(generator, list | tuple) else [generator] * batch_size
+        shifts = [
+            torch.rand((num_steps, 2), generator=rng, device="cpu" if rng is None else rng.device)
+            for rng in rngs
+        ]
+        return [
+            [
+                [place_windows(*sides, share) for *sides, share in zip(size, tile, shift[i])]
+                for shift in (each.tolist() for each in shifts)
+            ]
+            for i in range(num_steps)
+        ]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -242,6 +302,40 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @torch.no_grad()
+    def find_latent_size(
+        self, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        """Return height and width of the latents of images of `height` x `width` pixels.
+
+        Images are at least as large as a tile, and a multiple of the autoencoder's factor.
+
+        Args:
+            height, width: In pixels. None: that of a tile.
+
+        Raises:
+            ValueError: For other sizes, with the nearest possible one.
+        """
+        tile = self.latent_shape[1:]
+        if height is None and width is None:
+            return tile
+        _wake(self.vqvae)
+        cell = self._decode(
+            torch.zeros(1, self.latent_shape[0], 1, 1, device=self._execution_device)
+        )
+        factors = cell.shape[-2:]
+        pixels = [n * factor for n, factor in zip(tile, factors)]
+        asked = [n if given is None else given for n, given in zip(pixels, (height, width))]
+        nearest = find_nearest_size(asked, pixels, factors)
+        if list(asked) != nearest:
+            height, width = factors
+            raise ValueError(
+                f"an image of {asked[0]} x {asked[1]} pixels is asked for, but this model draws "
+                f"multiples of {height} x {width}, from {pixels[0]} x {pixels[1]} on and up to "
+                f"{MAX_PIXELS:,} pixels in all. The nearest size is {nearest[0]} x {nearest[1]}."
+            )
+        return tuple(n // factor for n, factor in zip(nearest, factors))
 
     @property
     def num_timesteps(self) -> int:
@@ -259,42 +353,58 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         add_grain: bool = True,
+        window_batch_size: int = EXACT_BATCH,
     ) -> torch.Tensor:
         """Decode latents [B, C, h, w] in the autoencoder's scale to images.
 
-        A VQ autoencoder decodes the nearest codes, which are searched in float32.
+        A VQ autoencoder decodes the nearest codes, which are searched in float32. Latents larger
+        than those of a tile are decoded in overlapping windows, which are blended smoothly.
 
         Args:
             generator: Of the grain: one for the batch or a list of B. With a list, image i depends
                 on latent and generator i alone.
             add_grain: False adds no grain.
+            window_batch_size: Windows decoded at a time, which bounds the memory.
 
         Returns:
             Float32 [B, 1, H, W] in [-1, 1].
         """
         _refuse_non_finite(latents, "latents")  # the nearest codes would make an image of them
+        tile, size = self.latent_shape[1:], tuple(latents.shape[-2:])
+        is_whole = size != tile and all(n >= side for n, side in zip(size, tile))
         add_grain = add_grain and self.grain is not None
         if add_grain:
             generator = self._check_generators(len(latents), generator)
-            drawn = self.grain.draw(len(latents), generator, latents.device)
+            pixels = self.grain.config.sample_size
+            if is_whole:
+                pixels = [n * px // side for n, px, side in zip(size, pixels, tile)]
+            drawn = self.grain.draw(len(latents), generator, latents.device, pixels)
         _wake(self.vqvae)
         codes = self._find_codes()
-        if codes is None:
-            if self.vqvae.dtype == torch.float16 and self.vqvae.config.get("force_upcast"):
-                self.vqvae.to(torch.float32)  # its config says that it overflows
-            images = self.vqvae.decode(latents.to(self.vqvae.dtype)).sample
+        if codes is not None:
+            latents = self._quantise(latents, codes)
+        if is_whole:
+            windows = [[place_windows(*sides) for sides in zip(size, tile)]] * len(latents)
+            images = blend_windows(self._decode, latents, windows, tile, window_batch_size)
         else:
-            quantised = self._quantise(latents, codes).to(self.vqvae.dtype)
-            images = self.vqvae.decode(quantised, force_not_quantize=True).sample
+            images = self._decode(latents)
+        images = _refuse_non_finite(images, "decoded images").clamp(-1, 1)
+        if not add_grain:
+            return images
+        return _refuse_non_finite(self.grain(images, drawn=drawn), "grain").clamp(-1, 1)
+
+    def _decode(self, latents):
+        """Decode latents [B, C, h, w], of a VQ autoencoder codes, to float32 [B, 1, H, W]."""
+        if self.vqvae.dtype == torch.float16 and self.vqvae.config.get("force_upcast"):
+            self.vqvae.to(torch.float32)  # its config says that it overflows
+        options = {} if self._find_codes() is None else {"force_not_quantize": True}
+        images = self.vqvae.decode(latents.to(self.vqvae.dtype), **options).sample
         if images.shape[1] != 1:
             raise ValueError(
                 f"the autoencoder decodes to {images.shape[1]} channels, not to one; fold "
                 "its colours into one channel first (em_diffusion.load_autoencoder does)."
             )
-        images = _refuse_non_finite(images.float(), "decoded images").clamp(-1, 1)
-        if not add_grain:
-            return images
-        return _refuse_non_finite(self.grain(images, drawn=drawn), "grain").clamp(-1, 1)
+        return images.float()
 
     def normalise_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1."""
@@ -381,8 +491,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                     for rng in (generator if is_list else [generator] * batch_size)
                 ]
 
-    def _prepare_latents(self, batch_size, generator, latents):
-        shape, device = (batch_size, *self.latent_shape), self._execution_device
+    def _prepare_latents(self, batch_size, generator, latents, size):
+        shape, device = (batch_size, self.latent_shape[0], *size), self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
@@ -571,6 +681,78 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return index
         own = [key for key, value in index.items() if _is_own_component(key, value)]
         return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+def find_nearest_size(size, tile, factors) -> list[int]:
+    """Return the possible [height, width] nearest to `size`, see `find_latent_size`."""
+    sides = [max(least, round(n / f) * f) for n, least, f in zip(size, tile, factors)]
+    if math.prod(sides) > MAX_PIXELS:
+        shrink = math.sqrt(MAX_PIXELS / math.prod(sides))
+        sides = [max(least, int(n * shrink / f) * f) for n, least, f in zip(sides, tile, factors)]
+        most = MAX_PIXELS // min(sides)  # one side may be at its least
+        sides = [min(n, most // f * f) for n, f in zip(sides, factors)]
+    return sides
+
+
+def place_windows(length: int, window: int, shift: float = 0.0) -> list[int]:
+    """Return where windows start that cover `length` and overlap by at least half.
+
+    shift: share of the distance between two windows by which the grid is shifted, from 0 to 1.
+    """
+    step = max(1, window // 2)
+    starts = range(-int(shift * step), length - window + step, step)
+    return sorted({min(max(start, 0), length - window) for start in starts})
+
+
+def blend_windows(function, inputs, windows, size, batch_size):
+    """Apply a function of tiles to inputs [B, C, H, W] window by window and blend the results.
+
+    The weight of a window is a product of squared sines, divided by the sum over all windows.
+    Batches are filled up to `EXACT_BATCH` if `batch_size` allows it, so that an image does not
+    depend on the other ones.
+
+    Args:
+        function: Tiles [N, C, h, w] -> float32 [N, K, h f, w f].
+        windows: Of each image, where windows start in rows and in columns.
+        size: (h, w).
+
+    Returns:
+        Float32 [B, K, H f, W f].
+    """
+    (height, width), outputs = size, None
+    jobs = [(i, y, x) for i, (rows, columns) in enumerate(windows) for y in rows for x in columns]
+    for start in range(0, len(jobs), batch_size):
+        part = jobs[start : start + batch_size]
+        padded = part + part[-1:] * (min(batch_size, EXACT_BATCH) - len(part))
+        tiles = [inputs[i, :, y : y + height, x : x + width] for i, y, x in padded]
+        results = function(torch.stack(tiles))  # [N, K, h f, w f]
+        if outputs is None:
+            factor = results.shape[-1] // width
+            sides = [n * factor for n in inputs.shape[-2:]]
+            outputs = results.new_zeros(len(inputs), results.shape[1], *sides)
+            weights = [
+                [
+                    weigh_windows(starts, n, side, factor, results.device)
+                    for starts, n, side in zip(each, inputs.shape[-2:], size)
+                ]
+                for each in windows
+            ]
+        for result, (i, y, x) in zip(results, part):
+            down, across = weights[i][0][y], weights[i][1][x]
+            place = outputs[i, :, y * factor :, x * factor :][:, : len(down), : len(across)]
+            place += result * down[:, None] * across
+    return outputs
+
+
+def weigh_windows(starts, length, window, factor, device):
+    """Return {start: weights [window factor]} of windows along one side; their sum is 1."""
+    length, window = length * factor, window * factor
+    bump = torch.sin((torch.arange(window, dtype=torch.float64) + 0.5) * (math.pi / window)) ** 2
+    total = torch.zeros(length, dtype=torch.float64)
+    for start in starts:
+        total[start * factor :][:window] += bump
+    weights = {start: bump / total[start * factor :][:window] for start in starts}
+    return {start: each.float().to(device) for start, each in weights.items()}
 
 
 def is_flow(scheduler) -> bool:

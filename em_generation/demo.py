@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 import torch
 
-from em_data import DataConfig, load_data, save_image_grid
-from em_data.figures import make_scale_bar
+from em_data import DataConfig, figures, load_data
 from em_data.files import make_folder_name
 from em_generation.generate import DTYPES
 from em_generation.loading import Model, read_model
@@ -209,29 +205,9 @@ def describe_values(model: DemoModel, values: dict) -> dict:
 
 
 def save_grid_with_scale_bar(drawing: Drawing, path) -> Path:
-    """Write the images side by side as an 8-bit PNG.
-
-    Below them stands a scale bar of a round length, if the pixel size is known.
-    """
-    path = Path(path)
-    save_image_grid(drawing.images, path)
-    with PIL.Image.open(path) as file:
-        grid = file.convert("L")
-    factor = max(1, SHOWN_PX // grid.width)
-    bar = make_scale_bar(drawing.pixel_size_nm, drawing.images.shape[-1], grid.width)
-    grid = grid.resize((grid.width * factor, grid.height * factor), PIL.Image.Resampling.NEAREST)
-    if bar is not None:
-        unit = max(4, grid.width // 80)  # thickness of the bar
-        page = PIL.Image.new("L", (grid.width, grid.height + 6 * unit), 255)
-        page.paste(grid)
-        width, top = max(1, round(grid.width * bar["percent"] / 100)), grid.height + 2 * unit
-        pen = PIL.ImageDraw.Draw(page)
-        pen.rectangle((0, top, width - 1, top + 2 * unit - 1), fill=0)
-        font = PIL.ImageFont.load_default(size=4 * unit)
-        pen.text((width + 2 * unit, top + unit), bar["label"], fill=0, font=font, anchor="lm")
-        grid = page
-    grid.save(path)
-    return path
+    """Write the images side by side as an 8-bit PNG, with a scale bar below them."""
+    figures.save_grid_with_scale_bar(drawing.images, path, drawing.pixel_size_nm)
+    return Path(path)
 
 
 def save_walk(drawing: Drawing, path, frames_per_second: int = 12) -> Path:

@@ -294,6 +294,12 @@ def make_models(config, candidates: Sequence[Candidate], device) -> list[ModelIm
     """Return the images of all candidates, generated if they are missing."""
     families = [each.model.family for each in candidates if each.model is not None]
     options = make_options(families, config.sampling)
+    if any(getattr(each, "size", None) is not None for each in options.values()):
+        raise ValueError(
+            "--sampling has a size, but models are judged by tiles. Leave it out. Judge larger "
+            "images as a folder beside the model, which is cut into tiles: generate.py --size ... "
+            "--out FOLDER, then --models MODEL FOLDER."
+        )
     return [
         ModelImages(each.name, each.images, family_title="images of a folder")
         if each.model is None

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -13,7 +14,8 @@ import accelerate
 import torch
 from tqdm.auto import tqdm
 
-from em_data import read_image_folder, save_image_grid
+from em_data import read_image_folder
+from em_data.figures import save_grid_with_scale_bar
 from em_data.files import lock, make_folder, name_full_disk, write_atomically
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
@@ -24,7 +26,7 @@ from em_training.family import check_options
 RECORD = "generation.json"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
-PREVIEW_IMAGES = 16
+PREVIEW_IMAGES, PREVIEW_PX = 16, 2048  # at most, in number and side
 MOST_IMAGES = 10_000_000  # of one folder
 
 ImageFormat = Literal["png", "tiff", "arrow"]
@@ -129,12 +131,14 @@ def refuse_foreign_folder(out: Path) -> None:
 
 def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
     pipeline = model.load(device=state.device, dtype=config.dtype)
+    progress = Progress()
     drawer = model.family.start(
         pipeline,
         config.options,
         seed=config.seed,
         batch_size=config.batch_size,
         say=say,
+        on_progress=progress.advance,
     )
     record: dict[str, Any] = {
         "name": model.name,
@@ -154,7 +158,7 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
     state.wait_for_everyone()  # all have seen the same folder before any writes to it
     mine = store.share(missing, state.process_index, state.num_processes)
     started = time.monotonic()
-    _draw_missing(drawer, mine, config, model, store, state)
+    _draw_missing(drawer, mine, config, model, store, state, progress)
     parts = [(len(mine), time.monotonic() - started)]
     if state.num_processes > 1:
         parts = accelerate.utils.gather_object(parts)
@@ -173,7 +177,32 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
     return record
 
 
-def _draw_missing(drawer, numbers: list[int], config, model: Model, store, state) -> None:
+class Progress:
+    """Shows images on a bar as they are written, and parts of large ones as they are drawn."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.num_written = 0
+        self.images_at_once: int | None = None  # if progress within a batch is shown
+
+    def finish(self, count: int) -> None:
+        """Count images that are written."""
+        self.num_written += count
+        self._show(self.num_written)
+
+    def advance(self, fraction: float) -> None:
+        """Take the fraction that is drawn of the next images."""
+        if self.bar is not None and self.images_at_once is not None:
+            batch = min(self.images_at_once, self.bar.total - self.num_written)
+            self._show(self.num_written + fraction * batch)
+
+    def _show(self, num_images: float) -> None:
+        self.bar.update(max(0, num_images - self.bar.n))
+
+
+def _draw_missing(
+    drawer, numbers: list[int], config, model: Model, store, state, progress: Progress
+) -> None:
     """Draw and write the images, under a bar with the speed and the time left of this process."""
     if not numbers:
         return
@@ -183,6 +212,13 @@ def _draw_missing(drawer, numbers: list[int], config, model: Model, store, state
     # threads that encode and write: the cores that do not compute
     cores = (os.cpu_count() or 1) // state.num_processes
     computing = 1 if state.device.type == "cuda" else torch.get_num_threads()
+    progress.images_at_once = getattr(drawer, "images_at_once", None)
+    options: dict[str, Any] = {}
+    if progress.images_at_once is not None:
+        options["bar_format"] = (
+            "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} "
+            "[{elapsed}<{remaining}, {rate_fmt}]"
+        )
     with tqdm(
         total=len(numbers),
         unit="img",
@@ -190,14 +226,15 @@ def _draw_missing(drawer, numbers: list[int], config, model: Model, store, state
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         disable=not state.is_main_process,
-    ) as bar:
+        **options,
+    ) as progress.bar:
         draw_images(
             drawer,
             numbers,
             store.write,
-            batch_size=config.batch_size,
+            batch_size=progress.images_at_once or config.batch_size,
             num_writers=max(1, min(MAX_WRITERS, cores - computing)),
-            progress=bar.update,
+            progress=progress.finish,
             say=say,
         )
 
@@ -238,12 +275,15 @@ def _read_matching_record(out: Path, record: dict) -> dict | None:
 def write_preview(out) -> Path:
     """Write the first images of a folder side by side as OUT-preview.png, beside the folder.
 
-    It lies beside and not inside, so that it is not taken for one of the images.
+    It lies beside and not inside, so that it is not taken for one of the images. Below them stands
+    a scale bar, if the pixel size is known.
     """
     out = Path(out).resolve()
     images = read_image_folder(out)
     path = out.with_name(f"{out.name}-preview.png")
-    save_image_grid(images.batch(range(min(PREVIEW_IMAGES, len(images)))), path, min_width=512)
+    columns = max(1, min(math.isqrt(PREVIEW_IMAGES), PREVIEW_PX // max(images.shape)))
+    shown = images.batch(range(min(columns**2, len(images))))
+    save_grid_with_scale_bar(shown, path, images.pixel_size_nm)
     return path
 
 

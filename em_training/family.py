@@ -7,6 +7,7 @@ them asks which family it is. This module imports nothing heavy.
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,11 @@ EXACT_BATCH = 16
 
 
 class Drawer(Protocol):
-    """Draws the images of one model by their numbers; see `Family.start`."""
+    """Draws the images of one model by their numbers; see `Family.start`.
+
+    A drawer of images that are larger than its network's has the attribute `images_at_once`: how
+    many of them `draw` takes, and reports progress within them.
+    """
 
     fixed_batch: bool
     """Whether every batch must have the full size, as compiled models need it."""
@@ -163,6 +168,21 @@ def _import(path: str) -> Any:
 
 
 WALK_KEYS = 4
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of a text such as "1024x768", or "1024" for a square.
+
+    Raises:
+        ValueError: For another text.
+    """
+    found = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", text.strip())
+    if found is None:
+        raise ValueError(
+            f"--size is {text}; give height x width in pixels, such as 1024x768, or one number for "
+            "a square"
+        )
+    return int(found[1]), int(found[2] or found[1])
 
 
 def check_options(options, **ranges: tuple[float, float]) -> None:

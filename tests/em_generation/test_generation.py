@@ -685,7 +685,8 @@ def test_the_preview_lies_beside_the_images_and_is_none_of_them(tmp_path):
         path = write_preview(out)
         assert path == tmp_path / form / "images-preview.png"
         with Image.open(path) as picture:
-            assert picture.size == (520, 340)  # 3 by 2 of 16 pixels, gaps of 2, enlarged
+            # 3 by 2 of 16 pixels, gaps of 2, enlarged, and the strip of the scale bar
+            assert picture.size == (520, 340 + 36)
         assert len(read_image_folder(out)) == 5
 
 
