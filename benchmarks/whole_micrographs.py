@@ -6,8 +6,10 @@ The model must have been trained on embedded micrographs. Each arm draws the sam
 same seeds, and differs in how windows are placed and weighed in denoising or decoding. Measured are
 
 - seams: absolute grey level differences across borders of the grid of windows, over those across
-  other borders of the autoencoder's cells ("edge"), and the same for differences between means of
-  4 x 8 pixels on both sides ("level"). 1 means that the borders cannot be seen.
+  other borders of the autoencoder's cells ("edge"); the same for differences between means of
+  4 x 8 pixels on both sides ("level"); and differences within half a cell of the grid's borders
+  over those halfway between them, where two windows are mixed ("contrast"). 1 means that the grid
+  cannot be seen.
 - Frechet distance to held-out tiles of tiles cut from the images at random places, beside that of
   tiles drawn as tiles.
 - spectrum, noise, defects and grey levels against embedded micrographs of the same size, as in a
@@ -224,12 +226,12 @@ def cut_tiles(levels, side: int, num_tiles: int, rng) -> np.ndarray:
 
 
 def measure_seams(levels, step: int, cell: int) -> dict:
-    """Return the ratios "edge" and "level" (see above) with standard errors over images.
+    """Return the ratios "edge", "level" and "contrast" (see above) with standard errors.
 
     step: distance of the borders of the grid of windows. cell: side of the autoencoder's cells.
     """
     levels = levels.astype(np.float32)
-    ratios = {"seam_edge": [], "seam_level": []}
+    ratios = {"seam_edge": [], "seam_level": [], "seam_contrast": []}
     for image in [*levels, *levels.transpose(0, 2, 1)]:
         width = image.shape[1] // cell * cell
         places = np.arange(cell, width - cell + 1, cell)
@@ -238,6 +240,12 @@ def measure_seams(levels, step: int, cell: int) -> dict:
         left = np.stack([rows[:, p - 4 : p].mean(1) for p in places])
         right = np.stack([rows[:, p : p + 4].mean(1) for p in places])
         edges = np.abs(image[:, places] - image[:, places - 1]).mean(0)
+        inside = np.arange(cell, width - cell)
+        differences = np.abs(image[:, inside] - image[:, inside - 1]).mean(0)
+        distance = np.abs((inside + step // 2) % step - step // 2)  # to the nearest border
+        near, halfway = distance < cell // 2, distance >= (step - cell) // 2
+        ratio = differences[near].mean() / differences[halfway].mean()
+        ratios["seam_contrast"].append(ratio)
         for name, values in (("edge", edges), ("level", np.abs(left - right).mean(1))):
             ratios[f"seam_{name}"].append(values[is_border].mean() / values[~is_border].mean())
     return {
