@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from em_evaluation.numbers import format_interval
+from em_evaluation.repeats import DISTANCE, name_group
 from em_evaluation.wording import find_level, find_metric, name_reference
 
 INK = "#010203"  # becomes the colour of the page's text
@@ -57,21 +58,29 @@ def colour_of(number: int) -> str:
 
 
 def draw_distances(report: dict) -> str:
-    """Draw the Frechet distances of models and levels with intervals, on a logarithmic axis."""
-    names = [(model["name"], model["name"], True) for model in report["models"]]
-    names += [(level["key"], level["title"], False) for level in report["levels"]]
-    rows = [(title, find_metric(report, key), is_model) for key, title, is_model in names]
+    """Draw the Frechet distances of models and levels with intervals, on a logarithmic axis.
+
+    Groups of trainings have the range over seeds in place of an interval.
+    """
+    names = [(model["name"], model["name"], "o") for model in report["models"]]
+    names += [(level["key"], level["title"], "D") for level in report["levels"]]
+    rows = [(title, find_metric(report, key), marker) for key, title, marker in names]
+    rows += [
+        (name_group(group), group["measurements"][0]["held_out"][DISTANCE], "s")
+        for group in report["repeats"]
+    ]
     rows.sort(key=lambda row: -row[1]["value"])
     least = min([row[1]["value"] for row in rows if row[1]["value"] > 0], default=1.0)
     with _style():
         figure, axes = _new_figure(4.6, 0.9 + 0.5 * len(rows))
-        for y, (title, metric, is_model) in enumerate(rows):
+        for y, (title, metric, marker) in enumerate(rows):
+            is_model = marker != "D"
             value, low, high = (max(metric[key], least / 3) for key in ("value", "low", "high"))
             colour = ACCENTS[0] if is_model else ACCENTS[1]
             axes.plot(
                 [low, high], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt"
             )
-            axes.plot([value], [y], "o" if is_model else "D", color=colour, markersize=7)
+            axes.plot([value], [y], marker, color=colour, markersize=7)
             axes.annotate(
                 title, (0, y), (0, 9), xycoords=("axes fraction", "data"),
                 textcoords="offset points", fontweight="bold" if is_model else "normal",

@@ -1,11 +1,13 @@
 """Compare the reports of several evaluations, if they were measured by one protocol."""
 
 import json
+import statistics
 from pathlib import Path
 
 from em_evaluation.evaluator import FORMAT
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.numbers import format_interval
+from em_evaluation.repeats import DISTANCE, list_units, name_group
 
 # (where in the report, what it means to the reader)
 PROTOCOL = (
@@ -95,7 +97,13 @@ def _tabulate(reports, index):
         for (path, report), each in zip(reports.items(), measurements)
         for name in (model["name"] for model in report["models"])
     ]
-    rows.sort(key=lambda row: row[1]["frechet_distance"]["value"])
+    rows += [
+        (f"{name_group(group)}, median and range ({path})", found["held_out"])
+        for path, report in reports.items()
+        for group in report.get("repeats", [])
+        for found in (group["measurements"][index],)
+    ]
+    rows.sort(key=lambda row: row[1][DISTANCE]["value"])
     lines = [
         f"\n{measurements[0]['extractor']} features, "
         f"{next(iter(reports.values()))['protocol']['num_images']:,} images of each set, "
@@ -105,11 +113,17 @@ def _tabulate(reports, index):
     for metric in metrics:
         better = "higher" if METRICS[metric].higher_is_better else "lower"
         lines.append(f"{METRICS[metric].label} ({better} is better)")
-        lines += [f"  {name:{width}}  {format_interval(row[metric])}" for name, row in rows]
-    if len(rows) < 2:
+        lines += [f"  {name:{width}}  {format_interval(row.get(metric))}" for name, row in rows]
+    units = [
+        unit
+        for (path, report), each in zip(reports.items(), measurements)
+        for unit in _find_ranges(path, report, each["rows"])
+    ]
+    units.sort(key=lambda unit: unit[1])
+    if len(units) < 2:
         return "\n".join(lines)
-    (best, a), (second, b) = ((name, row["frechet_distance"]) for name, row in rows[:2])
-    if a["high"] < b["low"]:
+    (best, _, _, high), (second, _, low, _) = units[:2]
+    if high < low:
         lines.append(
             f"{best} is closer to the reference than {second}: the intervals do not overlap."
         )
@@ -119,3 +133,17 @@ def _tabulate(reports, index):
             "one call of evaluate.py for a sharper comparison: their common reference cancels."
         )
     return "\n".join(lines)
+
+
+def _find_ranges(path: str, report: dict, rows: dict):
+    """Yield (name, distance, low, high) of models, and of groups over the intervals of all."""
+    models = [model["name"] for model in report["models"]]
+    for name, members in list_units(report.get("repeats", []), models).items():
+        found = [rows[member]["held_out"][DISTANCE] for member in members]
+        trainings = f", all {len(members)} trainings" if len(members) > 1 else ""
+        yield (
+            f"{name}{trainings} ({path})",
+            statistics.median(each["value"] for each in found),
+            min(each["low"] for each in found),
+            max(each["high"] for each in found),
+        )

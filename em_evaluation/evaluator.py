@@ -21,6 +21,7 @@ from em_evaluation.memorisation_report import make_gallery
 from em_evaluation.microscopy import measure_microscopy
 from em_evaluation.partial_copies import measure_partial_copies
 from em_evaluation.pictures import choose_pictures
+from em_evaluation.repeats import compare_repeats, summarise_repeats
 
 FORMAT = 2
 TITLE = "Synthetic electron micrographs compared with real ones"
@@ -121,7 +122,7 @@ def evaluate_models(
         "models": [describe_model(model, len(sets.held_out)) for model in models],
         "levels": [level.to_json() for level in sets.levels],
         "measurements": measurements,
-        **conclude(measurements[0], distances[0], sets, sections["microscopy"], protocol.seed),
+        **conclude_all(models, measurements, distances[0], sets, sections, protocol.seed),
         **sections,
         "baselines": baselines,
         "environment": describe_environment(),
@@ -130,6 +131,15 @@ def evaluate_models(
     }
     pictures = choose_pictures(sets, protocol.num_pictures, make_gallery(pairs), protocol.seed)
     return to_json(report), pictures
+
+
+def conclude_all(models, measurements, distances, sets: Sets, sections, seed: int) -> dict:
+    """Return the conclusions on models, and on trainings that differ in the seed alone."""
+    conclusions = conclude(measurements[0], distances, sets, sections["microscopy"], seed)
+    repeats = summarise_repeats(models, measurements)
+    names = [model.name for model in models]
+    compared = compare_repeats(conclusions["comparisons"], repeats, names)
+    return conclusions | {"repeats": repeats, "comparisons_of_repeats": compared}
 
 
 def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, list[str]]:

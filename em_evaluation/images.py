@@ -31,6 +31,8 @@ class ModelImages:
             grain would hide them.
         reconstructions: Part -> function that sends images float [B, 1, H, W] in [-1, 1] through
             that part of the model, such as "autoencoder". Each is a reference level.
+        repeat_of, training_seed: The name that all trainings share which differ from this one in
+            the seed alone, and the seed. The report shows their median and range.
         untrained, transferred: Images of the network before this training, with random weights
             or with the weights it started from. Each is a reference level.
     """
@@ -49,6 +51,8 @@ class ModelImages:
     reconstructions: Mapping[str, Callable] = field(default_factory=dict)
     untrained: Any = None
     transferred: Any = None
+    repeat_of: str = ""
+    training_seed: str = ""
 
 
 @dataclass

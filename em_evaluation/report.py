@@ -21,6 +21,7 @@ from em_evaluation.numbers import (
     format_percent,
 )
 from em_evaluation.quiz import make_quiz
+from em_evaluation.repeats import count_outcomes, list_units, name_group
 
 TEMPLATES = ("em_evaluation", "em_data")  # the style of all pages lies in em_data
 FIRST_TABLE = ("frechet_distance", "precision", "recall")
@@ -86,6 +87,10 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         wording=wording,
         figures=figures,
         quiz=make_quiz(pictures, report["protocol"]["seed"]),
+        units=view_units(report),
+        for_detector=view_for_detector(report),
+        name_group=name_group,
+        count_outcomes=count_outcomes,
         metrics=METRICS,
         first_metrics=[name for name in FIRST_TABLE if name in measured],
         notes=wording.list_notes(report),
@@ -103,6 +108,28 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         ],
         data_rows=list_data(report["dataset"]),
     )
+
+
+def view_units(report: dict) -> list[dict]:
+    """Return the rows of the first table: each group of trainings, or None, with its models."""
+    models = {model["name"]: model for model in report["models"]}
+    groups = {group["name"]: group for group in report["repeats"]}
+    return [
+        {
+            "group": groups[name] if len(members) > 1 else None,
+            "models": [models[member] for member in members],
+        }
+        for name, members in list_units(report["repeats"], list(models)).items()
+    ]
+
+
+def view_for_detector(report: dict) -> list[tuple[str, str]]:
+    """Return what the verdicts mean for a detector, once for all models of which it is true."""
+    models: dict[str, list[str]] = {}
+    for model in report["models"]:
+        text = wording.say_for_detector(report, model["name"])
+        models.setdefault(text, []).append(model["name"])
+    return [(wording.join_words(names), text) for text, names in models.items()]
 
 
 DATA_LABELS = {

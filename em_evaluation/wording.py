@@ -2,6 +2,7 @@
 
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.numbers import format_interval, format_number
+from em_evaluation.repeats import list_units, say_scatter, say_seeds
 
 DISTANCE = "frechet_distance"
 OUTCOMES = {
@@ -157,15 +158,26 @@ def say_numbers(report: dict, verdict: dict, measure: dict) -> str:
 
 def conclude(report: dict) -> list[str]:
     """Return the sentences on distances: models, texture, autoencoders, and what they hold for."""
-    models = [model["name"] for model in report["models"]]
+    models, repeats = [model["name"] for model in report["models"]], report.get("repeats", [])
+    single = [name for name, members in list_units(repeats, models).items() if members == [name]]
     sentences = [
         say_closer(report, each)
         for each in report["comparisons"]
-        if each["first"] in models and each["second"] in models
+        if each["first"] in single and each["second"] in single
     ]
+    sentences += conclude_repeats(report)
     for model in models:
         sentences += conclude_model(report, model)
     return sentences + [say_scope(report)]
+
+
+def conclude_repeats(report: dict) -> list[str]:
+    """Return the sentences on trainings that differ in the seed alone: scatter, what holds."""
+    sentences = [say_scatter(group) for group in report.get("repeats", [])]
+    return sentences + [
+        say_seeds(report, each, name_reference(report))
+        for each in report.get("comparisons_of_repeats", [])
+    ]
 
 
 def conclude_model(report: dict, model: str) -> list[str]:
@@ -298,10 +310,15 @@ def say_autoencoder(report: dict, share: dict) -> str:
 
 def say_scope(report: dict) -> str:
     """Say what all of this holds for."""
-    protocol = report["protocol"]
+    protocol, repeats = report["protocol"], report.get("repeats", [])
+    trainings = [f"{len(group['models'])} trainings of {group['name']}" for group in repeats]
+    in_groups = sum(len(group["models"]) for group in repeats)
+    if in_groups < len(report["models"]):
+        trainings.append(f"one training run of each {'other ' if repeats else ''}model")
+    images = f"{protocol['num_images']:,} images of each set"
+    features = f"{report['measurements'][0]['extractor']} features"
     return (
-        f"This holds for {protocol['num_images']:,} images of each set, one training run of each "
-        f"model and {report['measurements'][0]['extractor']} features. The intervals do not "
+        f"This holds for {join_words([images, *trainings, features])}. The intervals do not "
         "contain the scatter between training runs."
     )
 

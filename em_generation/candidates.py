@@ -9,6 +9,7 @@ from typing import Any
 from em_data import read_image_folder
 from em_data.reading import SUFFIXES
 from em_generation.loading import Model, read_model
+from em_generation.repeats import group_trainings, read_training
 
 DATASET_FILES = ("state.json", "dataset_dict.json")
 DATASET_PREFIXES = ("hub:", "hub-stream:", "datasets:")
@@ -19,30 +20,36 @@ class Candidate:
     """A model or a set of images to judge.
 
     name: its name in the report. source: as given. model: None for images. images: those of a
-    folder or a data set; None for a model.
+    folder or a data set; None for a model. repeat_of, training_seed: as in `ModelImages`.
     """
 
     name: str
     source: str
     model: Model | None = None
     images: Any = None
+    repeat_of: str = ""
+    training_seed: str = ""
 
 
 def name_candidates(sources: Sequence[str]) -> list[Candidate]:
     """Open what --models names, and give each a name of its own.
 
     A text is SOURCE or NAME=SOURCE. Without a name, a model is called by its kind if it is the only
-    one of this kind, else by its run's name; images are called by their folder.
+    one of this kind, else by its run's name; images are called by their folder. Trainings that
+    differ in the seed alone belong together, and may share a name.
     """
     if not sources:
         raise ValueError(
             "There is nothing to judge. Name at least one run, pipeline, Hub id or folder of "
             "images with --models."
         )
-    found = []
+    given, found = [], []
     for text in sources:
         name, _, source = ("", "", text) if Path(text).exists() else text.rpartition("=")
-        found.append(open_candidate(clean_name(name), source))
+        given.append(clean_name(name))
+        found.append(open_candidate(given[-1], source))
+    groups = group_trainings([read_training(each.model) for each in found], given)
+    found = name_repeats(found, groups)
     kinds = [each.model.kind for each in found if each.model is not None]
     named: dict[str, Candidate] = {}
     for each in found:
@@ -57,6 +64,30 @@ def name_candidates(sources: Sequence[str]) -> list[Candidate]:
             )
         named[name] = replace(each, name=name)
     return list(named.values())
+
+
+def name_repeats(found: list[Candidate], groups: list[list[int]]) -> list[Candidate]:
+    """Return the candidates, those of each group with its name, their seeds and their own names.
+
+    A group has the name that its runs share, else that of their kind if it holds all of this kind.
+    Runs of one name are told apart by their seeds.
+    """
+    found = list(found)
+    kinds = [each.model.kind for each in found if each.model is not None]
+    for group in groups:
+        members = [(found[i], found[i].model, read_training(found[i].model)) for i in group]
+        names = [each.name or clean_name(model.name) for each, model, _ in members if model]
+        kind, title = next((model.kind, model.title) for _, model, _ in members if model)
+        shared = len(set(names)) < len(names)
+        if shared and members[0][0].name:
+            title = names[0]
+        elif kinds.count(kind) > len(group):
+            title = f"{names[0]} and repeats"
+        for i, name, (each, _, training) in zip(group, names, members, strict=True):
+            seed = training.seed if training else ""
+            name = f"{name} (seed {seed})" if shared else name
+            found[i] = replace(each, name=name, repeat_of=title, training_seed=seed)
+    return found
 
 
 def open_candidate(name: str, source: str) -> Candidate:

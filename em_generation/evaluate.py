@@ -22,6 +22,7 @@ from em_generation.extractors import create_extractors
 from em_generation.families import make_options
 from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
 from em_generation.loading import Model, is_public, read_model
+from em_generation.repeats import explain_others, read_training
 from em_generation.reproduce import list_commands
 from em_training import config_from_dict, create_process_state, parse_pairs, read_stats
 from em_training.family import check_options
@@ -36,7 +37,8 @@ class EvaluationConfig:
     models: tuple[str, ...] = ()
     """What to judge: runs, saved pipelines, Hub ids (owner/name, owner/name@revision), folders of
     images (PNG, TIFF, JPEG; 8 or 16 bit), datasets folders, or data sets on the Hub
-    (hub:owner/name). NAME=MODEL gives one a name in the report. Images must be as large as the
+    (hub:owner/name). NAME=MODEL gives one a name in the report. Runs that differ in the seed alone
+    are shown with their median and range; they may share a name. Images must be as large as the
     tiles; larger ones beside a run are cut into tiles like its micrographs."""
     out: str = "runs/evaluation"
     """Folder for the report. Generated images are kept in images/ below it for the next time."""
@@ -117,6 +119,10 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         return None
     state = create_process_state()
     candidates = name_candidates(config.models)
+    for remark in explain_others(
+        [read_training(each.model) for each in candidates], [each.name for each in candidates]
+    ):
+        state.print(remark)
     baselines = read_baselines(config.baselines)
     if state.is_main_process:
         check_writable(config.out, "--out")
@@ -303,14 +309,14 @@ def make_models(config, candidates: Sequence[Candidate], device) -> list[ModelIm
     return [
         ModelImages(each.name, each.images, family_title="images of a folder")
         if each.model is None
-        else make_model(config, each.name, each.model, options[each.model.family.name], device)
+        else make_model(config, each, each.model, options[each.model.family.name], device)
         for each in candidates
     ]
 
 
-def make_model(config, name: str, model: Model, options, device) -> ModelImages:
+def make_model(config, candidate: Candidate, model: Model, options, device) -> ModelImages:
     """Return the images of a model, and what its run and its family bring."""
-    family = model.family
+    name, family = candidate.name, model.family
     images, record = generate(config, name, model, options)
     without_grain = None
     if config.memorisation and family.without_grain and record["settings"].get("grain"):
@@ -339,6 +345,8 @@ def make_model(config, name: str, model: Model, options, device) -> ModelImages:
         | model.about,
         without_grain=without_grain,
         reconstructions=reconstructions,
+        repeat_of=candidate.repeat_of,
+        training_seed=candidate.training_seed,
         **starts,
     )
 
@@ -371,6 +379,8 @@ def print_summary(report: dict, page: Path, candidates: Sequence[Candidate]) -> 
     for key, title in rows:
         print(f"  {title:{width}}  {format_interval(wording.find_metric(report, key))}")
     print()
+    for sentence in wording.conclude_repeats(report):
+        print(sentence)
     for model in report["models"]:
         print(wording.summarise_model(report, model["name"]))
     for warning in wording.warn(report):

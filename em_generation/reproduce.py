@@ -9,6 +9,7 @@ from typing import Any
 
 from em_generation.candidates import Candidate
 from em_generation.loading import Model
+from em_training.config import flatten
 
 LOCAL = ("models", "out", "compare", "weights", "cache_dir")  # fields that need care, or none
 
@@ -56,17 +57,6 @@ def list_training(model: Model) -> list[str]:
         words.append(to_flag("data", values["data"]))
     words += [to_flag(key, value) for key, value in changes(nearest).items()]
     return [" ".join([*words, to_flag("out", model.source)])]
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Return nested values as {"section.name": value}."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def to_flag(name: str, value: Any) -> str:

@@ -11,6 +11,7 @@ from em_evaluation.compare import read_report
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.memorisation_report import conclude_memorisation
 from em_evaluation.numbers import format_count, format_duration, format_interval, format_number
+from em_evaluation.repeats import say_one_of
 from em_generation.families import find_family
 
 CODE_LICENSE = "Apache-2.0"
@@ -148,6 +149,11 @@ def read_evaluation(path, weights_sha256: str) -> dict:
         ],
         "autoencoders": [each for each in report["autoencoders"] if each["model"] == name],
         "verdicts": [each for each in report["verdicts"] if each["model"] == name],
+        "repeats": [
+            {key: each[key] for key in ("seeds", "measurements", "exceeds_intervals")}
+            for each in report.get("repeats", [])
+            if name in each["models"]
+        ],
         "memorisation": keep_model(memorisation, name) if memorisation else None,
         "environment": report["environment"],
     }
@@ -174,6 +180,7 @@ def list_sentences(evaluation: dict) -> list[str]:
     """Return what the report concludes about the model, in sentences."""
     name = evaluation["models"][0]["name"]
     sentences = [wording.summarise_model(evaluation, name)]
+    sentences += [say_one_of(group) for group in evaluation.get("repeats", [])]
     sentences += wording.conclude_model(evaluation, name) + wording.warn(evaluation, name)
     if evaluation["memorisation"]:
         sentences += conclude_memorisation(evaluation["memorisation"], [name])

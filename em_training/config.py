@@ -143,6 +143,17 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> dict[str, tuple]:
     return changes
 
 
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Return nested values as {"section.name": value}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def find_marked(cls: type, marker: str, prefix: str = "") -> set[str]:
     """Return the dotted names of the fields of `cls` whose `Annotated` holds `marker`."""
     found = set()

@@ -286,6 +286,25 @@ def test_reports_of_one_protocol_are_put_beside_each_other(tmp_path):
     assert "cannot be told apart" in compare_reports([near, close])
 
 
+def test_trainings_that_differ_in_the_seed_alone_are_compared_together(tmp_path):
+    def interval(value):
+        return {"frechet_distance": {"value": value, "low": value - 1, "high": value + 1}}
+
+    several = report(distance=9.0)
+    several["models"].append({"name": "B"})
+    several["measurements"][0]["rows"]["B"] = {"held_out": interval(12.0)}
+    middle = {"held_out": {"frechet_distance": {"value": 10.5, "low": 9.0, "high": 12.0}}}
+    several["repeats"] = [{"name": "LDM", "models": ["A", "B"], "measurements": [middle]}]
+    paths = [write(tmp_path, "several", several), write(tmp_path, "one", report(distance=5.0))]
+    text = compare_reports(paths)
+    assert f"LDM, 2 trainings, median and range ({paths[0]})" in text
+    assert "10.5 (9.0 to 12.0)" in text
+    assert f"A ({paths[1]}) is closer to the reference than LDM, all 2 trainings" in text
+    # between the two trainings of the group: the order depends on the seed
+    between = write(tmp_path, "between", report(distance=11.0))
+    assert "cannot be told apart" in compare_reports([paths[0], between])
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -416,6 +416,59 @@ def test_the_overview_shows_the_pixels_of_every_set_side_by_side(evaluated):
 HOSTILE = "<script>alert(1)</script> $x$ $\\frac{1}{ & 'q'"
 
 
+@pytest.fixture(scope="module")
+def repeated():
+    """The report of three trainings of one model, two of another, and one alone."""
+    rng = torch.Generator().manual_seed(6)
+    models = [
+        ModelImages(f"{name}-{seed}", blobs(80, rng, contrast), repeat_of=name, training_seed=seed)
+        for name, contrasts in (("LDM", (0.95, 0.9, 1.0)), ("GAN", (0.5, 0.92)))
+        for seed, contrast in zip("012", contrasts)
+    ]
+    models.append(ModelImages("alone", blobs(80, rng, 0.3)))
+    return evaluate(models=models, levels=("real", "surrogates"), memorisation=False)
+
+
+def test_the_spread_between_training_seeds_is_shown(repeated, tmp_path):
+    report, pictures = repeated
+    ldm, gan = report["repeats"]
+    assert [each["name"] for each in (ldm, gan)] == ["LDM", "GAN"]
+    values = sorted(distance(report, f"LDM-{seed}") for seed in range(3))
+    row = ldm["measurements"][0]["held_out"]["frechet_distance"]
+    assert row == pytest.approx({"low": values[0], "value": values[1], "high": values[2]})
+    assert {"train", "held_out"} == set(ldm["measurements"][0])
+    html = write_report(report, pictures, tmp_path).read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["repeats"] == report["repeats"]
+    for group in (ldm, gan):
+        for side in group["measurements"][0].values():
+            assert all(format_interval(metric) in html for metric in side.values())
+        assert html.count(f"{group['name']}, {len(group['models'])} trainings") >= 4
+    names = re.findall(r'<th scope="row">([^<]*)', html.split('id="terms"')[0])
+    assert names[1:] == ["LDM, 3 trainings", "LDM-0", "LDM-1", "LDM-2"] + [
+        "GAN, 2 trainings", "GAN-0", "GAN-1", "alone"
+    ]  # fmt: skip
+    text = conclude(report)
+    assert text[0].startswith("The 3 trainings of LDM differ in the seed alone")
+    pairs = [
+        (each["first"], each["second"], each["first_is"])
+        for each in report["comparisons_of_repeats"]
+    ]
+    assert pairs == [
+        ("LDM", "GAN", "depends"),
+        ("LDM", "alone", "closer"),
+        ("GAN", "alone", "closer"),
+    ]
+    assert "Whether LDM or GAN is closer to the held-out micrographs depends" in " ".join(text)
+    assert not any("LDM-0 is closer" in each and "GAN" in each for each in text)
+    assert "3 trainings of LDM, 2 trainings of GAN, one training run of each other" in text[-1]
+
+
+def test_a_report_without_repeats_shows_none(evaluated):
+    report, pictures = evaluated
+    assert report["repeats"] == report["comparisons_of_repeats"] == []
+    assert "trainings" not in render_page(report, pictures)
+
+
 def test_names_can_neither_inject_markup_nor_stop_the_charts(evaluated, tmp_path):
     report, pictures = (
         json.loads(json.dumps(evaluated[0]).replace('"LDM"', json.dumps(HOSTILE))),

@@ -190,6 +190,26 @@ def test_every_number_of_a_card_comes_from_its_sources(family, tmp_path):
     assert not re.search(r"^\n\n\n", page, re.MULTILINE)
 
 
+def test_a_card_says_that_a_model_is_one_of_several_trainings(tmp_path):
+    path = make_report(tmp_path / "report.json")
+    report = json.loads(path.read_text())
+    group = {"seeds": ["0", "1", "2"], "exceeds_intervals": True}
+    group["measurements"] = [{"held_out": {"frechet_distance": interval(37.5)}}]
+    report["repeats"] = [
+        group | {"name": "mine", "models": ["StyleGAN2", "private-1", "private-2"]},
+        group | {"name": "theirs", "models": ["StyleGAN"], "seeds": ["8"]},
+    ]
+    path.write_text(json.dumps(report))
+    evaluation = read_evaluation(path, "mine")
+    card = make_card(MAKERS["stylegan"](), repo_id="you/em", record=RECORD, evaluation=evaluation)
+    assert (
+        "one of 3 trainings that differ in the seed alone (seeds 0, 1, 2): Frechet distance, "
+        "median and range, 37.5 (36.5 to 38.5)."
+    ) in card.replace("\\", "")
+    assert "private" not in card + json.dumps(evaluation)
+    assert "seeds 8" not in card
+
+
 def test_a_card_says_of_grain_what_holds(tmp_path):
     path = make_report(tmp_path / "report.json")
     pipeline = MAKERS["ldm"]()
