@@ -24,25 +24,44 @@ from em_training import create_process_state, load_config, make_generator
 from em_training.cli import run_command
 from em_training.family import check_options
 
-DESCRIPTION = """Choose the guidance scale of a trained latent diffusion model.
+DESCRIPTION = """Choose the guidance of a trained latent diffusion model: scale and interval.
 
 Training keeps an early snapshot of the U-Net, the guide. A guided model steps away from the guide's
-mistakes (autoguidance, Karras et al. 2024, arXiv:2406.02507). This command generates images at each
-scale, measures them against training tiles, and stores the scale with the smallest Frechet distance
-in RUN/pipeline, together with the guide. Held-out tiles play no part, so that a later evaluation on
-them stays honest. RUN/guidance.json and RUN/guidance.png show all scales. If it is stopped, the
-same command continues."""
+mistakes (autoguidance, Karras et al. 2024, arXiv:2406.02507). It may be guided in part of the steps
+only (Kynkäänniemi et al. 2024, arXiv:2404.07724). This command generates images at each scale in
+each interval, measures them against training tiles, and stores the scale and the interval with the
+smallest Frechet distance in RUN/pipeline, together with the guide. Held-out tiles play no part, so
+that a later evaluation on them stays honest. RUN/guidance.json and RUN/guidance.png show all of
+them. If it is stopped, the same command continues."""
 METRICS = ("frechet_distance", "precision", "recall")
+ARM = ("scale", "start", "stop")  # what is tried
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """Return START:STOP as two numbers; raise a `ValueError` if it is no interval of steps."""
+    try:
+        start, stop = (float(part) for part in text.split(":"))
+    except ValueError:
+        start = stop = -1
+    if not 0 <= start < stop <= 1:
+        raise ValueError(
+            f"--intervals has {text}, but takes START:STOP with 0 <= START < STOP <= 1, fractions "
+            "of the steps, such as 0.2:0.8."
+        )
+    return start, stop
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """The run, the scales to try, and the images that are measured."""
+    """The run, the scales and intervals to try, and the images that are measured."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a finished run of train_ldm.py."""
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
     """Guidance scales to try; 1 is no guidance."""
+    intervals: tuple[str, ...] = ("0:1",)
+    """Intervals to try at each scale: START:STOP, fractions of the steps; the first step has the
+    most noise. 0:1 guides all steps. Each interval takes as long as the first."""
     num_images: int = 1000
     """Images at each scale, at most as many as there are training views."""
     extractor: str = "efficientnet-lite0"
@@ -58,14 +77,23 @@ class GuidanceConfig:
         check_options(self, num_images=(12, float("inf")), batch_size=(1, float("inf")))
         if not self.scales or not all(-100 <= scale <= 100 for scale in self.scales):
             raise ValueError(f"--scales is {self.scales}, but must be numbers from -100 to 100.")
+        if not self.intervals:
+            raise ValueError("--intervals is empty. Use --intervals 0:1 to guide all steps.")
+        self.list_arms()
+
+    def list_arms(self) -> list[tuple[float, float, float]]:
+        """Return what is tried, as (scale, start, stop); scale 1 is the same in all intervals."""
+        intervals = [parse_interval(text) for text in self.intervals]
+        arms = [(scale, *each) for scale in sorted(self.scales) for each in intervals]
+        return list(dict.fromkeys((1.0, 0.0, 1.0) if arm[0] == 1 else arm for arm in arms))
 
 
 def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
-    """Measure every scale, and store the best one with the guide in the run's pipeline.
+    """Measure each scale in each interval, and store the best with the guide in the pipeline.
 
     Returns:
         What guidance.json holds: "protocol", "scales" (one dictionary of metrics with intervals per
-        scale) and "guidance_scale".
+        scale and interval of steps), "guidance_scale", "guidance_start" and "guidance_stop".
 
     Raises:
         ValueError: If the run is not finished, or kept no guide.
@@ -88,31 +116,29 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     real_features = compute_features(real, extractor, cache_dir=tiles.cache_dir)
-    for scale in config.scales:
-        if any(each["scale"] == scale for each in measured):
+    for arm in config.list_arms():
+        if arm in measured:
             continue
-        images = generate(pipeline, scale, len(real), config)
+        images = generate(pipeline, arm, len(real), config)
         features = compute_features(images, extractor, use_cache=False)
         metrics, _ = measure(names, features, real_features, groups_b=real.groups, seed=config.seed)
-        measured.append({"scale": scale} | {name: each.to_json() for name, each in metrics.items()})
-        write_json(run / "guidance.json", {"protocol": protocol, "scales": measured})
-    tried = sorted(
-        (each for each in measured if each["scale"] in config.scales),
-        key=lambda each: each["scale"],
-    )
-    best = min(tried, key=lambda each: each["frechet_distance"]["value"])["scale"]
+        measured[arm] = {name: each.to_json() for name, each in metrics.items()}
+        write_json(run / "guidance.json", {"protocol": protocol, "scales": list_measured(measured)})
+    tried = {arm: measured[arm] for arm in config.list_arms()}
+    best = min(tried, key=lambda arm: tried[arm]["frechet_distance"]["value"])
     result = {
-        "guidance_scale": best,
+        **{f"guidance_{name}": value for name, value in zip(ARM, best, strict=True)},
         "protocol": protocol,
-        "scales": measured,
+        "scales": list_measured(measured),
         "environment": describe_environment(),
     }
     write_json(run / "guidance.json", result)
     draw_scales(tried, best, run / "guidance.png")
     store(pipeline, guide, best, run)
     log(f"{format_scales(tried, best)}\n\n{run / 'guidance.png'}")
-    if best == tried[-1]["scale"] and len(tried) > 1:
-        log(f"{best:g} is the largest scale that was tried. Try larger ones, too, with --scales.")
+    scales = {arm[0] for arm in tried}
+    if best[0] == max(scales) and len(scales) > 1:
+        log(f"{best[0]:g} is the largest scale that was tried. Try larger ones, too (--scales).")
     log(f"{run / 'pipeline'} now {say_guided(best)}. Next: python generate.py --model {run}")
     return result
 
@@ -149,31 +175,49 @@ def describe_protocol(config, pipeline, guide, extractor, real, notes) -> dict:
     }
 
 
-def read_measured(path: Path, protocol: dict) -> list[dict]:
-    """Return the scales that an earlier call measured under the same protocol."""
+def read_measured(path: Path, protocol: dict) -> dict[tuple, dict]:
+    """Return {(scale, start, stop): metrics} of an earlier call under the same protocol.
+
+    Version 0.1 guided all steps and recorded no interval.
+    """
     try:
         before = json.loads(path.read_text())
-        return before["scales"] if before["protocol"] == protocol else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        if before["protocol"] != protocol:
+            return {}
+        return {
+            (each.pop("scale"), each.pop("start", 0.0), each.pop("stop", 1.0)): each
+            for each in before["scales"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def list_measured(measured: dict[tuple, dict]) -> list[dict]:
+    """Return the measured arms as guidance.json has them."""
+    return [dict(zip(ARM, arm, strict=True)) | metrics for arm, metrics in measured.items()]
 
 
 @torch.no_grad()
-def generate(pipeline, scale: float, num_images: int, config) -> ImageSet:
-    """Generate images at one scale; image i has the same noise at every scale."""
+def generate(pipeline, arm, num_images: int, config) -> ImageSet:
+    """Generate images of one arm (scale, start, stop); image i has the same noise in all arms."""
+    scale, start, stop = arm
     levels, numbers = [], torch.arange(num_images).split(config.batch_size)
-    for batch in tqdm(numbers, f"scale {scale:g}", unit="batch", leave=False, dynamic_ncols=True):
+    title = f"scale {scale:g}" + ("" if (start, stop) == (0, 1) else f" in {start:g}:{stop:g}")
+    for batch in tqdm(numbers, title, unit="batch", leave=False, dynamic_ncols=True):
         rngs = [make_generator(config.seed, stream=f"guidance {i}") for i in batch.tolist()]
-        latents = pipeline.denoise(len(rngs), rngs, guidance_scale=scale)
+        latents = pipeline.denoise(
+            len(rngs), rngs, guidance_scale=scale, guidance_start=start, guidance_stop=stop
+        )
         levels.append(torch.from_numpy(to_uint8(pipeline.decode(latents, rngs))))
     return ImageSet(torch.cat(levels).numpy())
 
 
-def store(pipeline, guide, scale: float, run: Path):
-    """Save the run's pipeline with the scale, and with the guide unless the scale is 1."""
+def store(pipeline, guide, arm, run: Path):
+    """Save the run's pipeline with its guidance, and with the guide unless the scale is 1."""
     pipeline.to("cpu")
+    scale, start, stop = (float(value) for value in arm)
     pipeline.guide = None if scale == 1 else guide
-    pipeline.register_to_config(guidance_scale=float(scale))
+    pipeline.register_to_config(guidance_scale=scale, guidance_start=start, guidance_stop=stop)
     save_model(pipeline, run / "pipeline")
 
 
@@ -181,44 +225,61 @@ def write_json(path: Path, content: dict):
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def say_guided(scale: float) -> str:
-    return "has no guide" if scale == 1 else f"is guided at scale {scale:g}"
+def say_guided(arm) -> str:
+    scale, start, stop = arm
+    if scale == 1:
+        return "has no guide"
+    return f"is guided at scale {scale:g} in {say_steps(start, stop)}"
 
 
-def format_scales(scales, best: float) -> str:
-    """Return a table of the scales, one line each."""
-    lines = ["", f"{'scale':>7}  {'Frechet distance':>22}  {'precision':>9}  {'recall':>7}"]
-    for each in scales:
-        distance = each["frechet_distance"]
+def say_steps(start: float, stop: float) -> str:
+    if (start, stop) == (0, 1):
+        return "all steps"
+    return f"{100 * start:g} to {100 * stop:g} % of the steps"
+
+
+def format_scales(tried: dict[tuple, dict], best) -> str:
+    """Return a table of the arms, one line each."""
+    lines = [
+        "",
+        f"{'scale':>7}  {'interval':>9}  {'Frechet distance':>22}  {'precision':>9}  {'recall':>7}",
+    ]
+    for (scale, start, stop), metrics in tried.items():
+        distance = metrics["frechet_distance"]
         interval = f"{distance['value']:.4g} ({distance['low']:.4g} to {distance['high']:.4g})"
-        shares = (each.get(name) for name in ("precision", "recall"))
+        shares = (metrics.get(name) for name in ("precision", "recall"))
         precision, recall = (f"{share['value']:.3f}" if share else "-" for share in shares)
-        mark = "  <- smallest distance" if each["scale"] == best else ""
-        lines.append(f"{each['scale']:>7g}  {interval:>22}  {precision:>9}  {recall:>7}{mark}")
+        steps = "-" if scale == 1 else f"{start:g}:{stop:g}"
+        mark = "  <- smallest distance" if (scale, start, stop) == best else ""
+        lines.append(f"{scale:>7g}  {steps:>9}  {interval:>22}  {precision:>9}  {recall:>7}{mark}")
     return "\n".join(lines)
 
 
-def draw_scales(scales, best: float, path: Path):
-    """Draw the distance, and precision and recall, against the scale as a PNG."""
+def draw_scales(tried: dict[tuple, dict], best, path: Path):
+    """Draw distance, precision and recall against the scale, a line an interval, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 3.4), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    panels[0].set_ylabel("Frechet distance (lower is closer)")
-    panels[1].set_ylabel("share of images (higher is better)")
-    for axes, names in zip(panels, (METRICS[:1], METRICS[1:])):
-        for name in names:
-            known = [each for each in scales if each.get(name)]
-            x = [each["scale"] for each in known]
-            value, low, high = ([each[name][k] for each in known] for k in ("value", "low", "high"))
-            (line,) = axes.plot(x, value, "o-", label=name.replace("_", " "))
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.axvline(best, color="grey", linestyle=":")
+    intervals = list(dict.fromkeys(arm[1:] for arm in tried if arm[0] != 1)) or [(0.0, 1.0)]
+    for axes, name in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
+        better = "lower" if name == METRICS[0] else "higher"
+        axes.set_ylabel(f"{name.replace('_', ' ').capitalize()} ({better} is better)")
         axes.set_xlabel("guidance scale (1: none)")
-        if axes.has_data() and len(names) > 1:
-            axes.legend(frameon=False)
+        for interval in intervals:
+            points = [
+                (arm[0], metrics[name])
+                for arm, metrics in tried.items()
+                if (arm[0] == 1 or arm[1:] == interval) and metrics.get(name)
+            ]
+            x, ends = [scale for scale, _ in points], ("value", "low", "high")
+            value, low, high = ([each[end] for _, each in points] for end in ends)
+            (line,) = axes.plot(x, value, "o-", label=say_steps(*interval))
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.axvline(best[0], color="grey", linestyle=":")
+    if len(intervals) > 1:
+        axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())

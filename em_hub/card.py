@@ -21,6 +21,8 @@ SAMPLING = (
     "num_inference_steps",
     "eta",
     "guidance_scale",
+    "guidance_start",
+    "guidance_stop",
     "truncation_psi",
     "noise_mode",
     "grain",

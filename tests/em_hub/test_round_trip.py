@@ -16,6 +16,7 @@ from huggingface_hub import constants
 import em_diffusion
 import em_stylegan
 from em_diffusion import EMLatentDiffusionPipeline, train_ldm
+from em_diffusion.choose_guidance import load_run, store
 from em_evaluation.wording import find_metric
 from em_generation.evaluate import EvaluationConfig, evaluate_runs
 from em_hub.publish import PublishConfig, publish_run
@@ -31,13 +32,14 @@ CLASSES = {"em-ldm": EMLatentDiffusionPipeline, "em-gan": EMStyleGANPipeline}
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """(server, runs by repository, commits by repository): one tiny run of each family, trained,
-    judged and published.
+    judged and published. The latent diffusion model is guided.
     """
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     runs = {"em-ldm": folder / "em-ldm", "em-gan": folder / "em-gan"}
     train_ldm(replace(em_diffusion.PRESETS["test"](), out=str(runs["em-ldm"])))
+    store(*load_run(runs["em-ldm"]), (2.0, 0.0, 0.8), runs["em-ldm"])
     train_gan(replace(em_stylegan.PRESETS["test"](), out=str(runs["em-gan"])))
     evaluate_runs(
         EvaluationConfig(
@@ -93,6 +95,8 @@ def test_a_stranger_draws_the_owners_images(published, strangers_images, name):
     for how in ("main", "pinned", "again"):
         np.testing.assert_allclose(strangers_images[name][how], expected, atol=1e-6)
     assert strangers_images[name]["narrow"].shape == expected.shape
+    if name == "em-ldm":  # guided as it was published
+        assert np.abs(draw(own, 0, 1, guidance_scale=1) - expected).max() > 0.01
 
 
 @pytest.mark.parametrize("name", CLASSES)
