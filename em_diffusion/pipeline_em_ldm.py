@@ -36,6 +36,13 @@ HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_o
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # parts of the names of diffusers' schedulers for other models or tasks
 OTHER_SCHEDULERS = ("LCM", "Inverse", "CogVideoX", "UnCLIP", "RePaint", "Wuerstchen")
+# of a pipeline whose U-Net is new
+DEFAULTS = {
+    "default_num_inference_steps": 50,
+    "guidance_scale": 1.0,
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+}
 MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB in float32
 MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which take about 2 GB of memory
 # from this number on, every row of a batch is computed alike, bit for bit (seen with oneDNN, MKL)
@@ -59,6 +66,10 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     dtype=torch.bfloat16)` of the installed class, a VQ autoencoder's codes stay in float32 for the
     search of the nearest one. `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and
     `pipe.vqvae.to(torch.bfloat16)` round them, which confuses close codes.
+
+    `type(pipe)(**pipe.components)` is the same pipeline again: options that are not given are those
+    of the last pipeline that had this `unet`. A new `unet` has an unknown pixel size, 50 steps and
+    no guidance.
 
     Args:
         vqvae: A 1-channel autoencoder: `VQModel`, `AutoencoderKL`, or a component of ours with the
@@ -89,13 +100,13 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         vqvae: ModelMixin,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
-        pixel_size_nm: float | None = None,
-        default_num_inference_steps: int = 50,
+        pixel_size_nm: float | str | None = "kept",
+        default_num_inference_steps: int | None = None,
         grain: ModelMixin | None = None,
         guide: ModelMixin | None = None,
-        guidance_scale: float = 1.0,
-        guidance_start: float = 0.0,
-        guidance_stop: float = 1.0,
+        guidance_scale: float | None = None,
+        guidance_start: float | None = None,
+        guidance_stop: float | None = None,
     ):
         super().__init__()
         self._kept_codes = None
@@ -104,13 +115,22 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             if cls := _find_own_class(component):
                 _read_source(cls)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, grain=grain, guide=guide)
-        self.register_to_config(
-            pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm),
-            default_num_inference_steps=int(default_num_inference_steps),
-            guidance_scale=float(guidance_scale),
-            guidance_start=float(guidance_start),
-            guidance_stop=float(guidance_stop),
-        )
+        given: dict[str, Any] = {
+            "default_num_inference_steps": default_num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_start": guidance_start,
+            "guidance_stop": guidance_stop,
+        }
+        kept: dict[str, Any] = _find_kept_options(unet)
+        size = kept.get("pixel_size_nm") if pixel_size_nm == "kept" else pixel_size_nm
+        if guide is None:
+            kept = {name: each for name, each in kept.items() if not name.startswith("guidance_")}
+        options: dict[str, Any] = {
+            name: type(default)(kept.get(name, default) if given[name] is None else given[name])
+            for name, default in DEFAULTS.items()
+        }
+        self.register_to_config(pixel_size_nm=None if size is None else float(size), **options)
+        _keep_options(self, unet)
 
     def __setattr__(self, name, value):
         """Set an attribute; a model's weights are brought to aligned memory first."""
@@ -295,6 +315,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             ]
             for i in range(num_steps)
         ]
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The models and the scheduler by name; a new pipeline of them has the same options."""
+        _keep_options(self, self.unet)
+        return super().components
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -846,6 +872,18 @@ def _is_own_component(name, value):
         and len(value) == 2
         and value[0] not in (None, "diffusers")
     )
+
+
+def _find_kept_options(model):
+    """Return the options of the last pipeline that had `model`; {} if there was none."""
+    return getattr(getattr(model, "_orig_mod", model), "_pipeline_options", {})
+
+
+def _keep_options(pipeline, model):
+    """Let `model` remember the options of its pipeline, in memory only."""
+    if isinstance(model, torch.nn.Module):
+        model = getattr(model, "_orig_mod", model)  # torch.compile wraps
+        model._pipeline_options = dict(pipeline.config)
 
 
 def _find_own_class(component):

@@ -33,17 +33,20 @@ class EMStyleGANPipeline(DiffusionPipeline):
     Args:
         generator: A `StyleGAN2Generator`, `StyleGAN3Generator` or `StyleGAN1Generator` (2019).
         pixel_size_nm: Side of a pixel of the generated images in nanometres, or None if unknown.
+            Default: that of the last pipeline that had this generator, so that
+            `type(pipe)(**pipe.components)` is the same pipeline again; unknown for a new generator.
     """
 
     model_cpu_offload_seq = "generator"
 
-    def __init__(self, generator: ModelMixin, pixel_size_nm: float | None = None):
+    def __init__(self, generator: ModelMixin, pixel_size_nm: float | str | None = "kept"):
         super().__init__()
         _read_source(type(getattr(generator, "_orig_mod", generator)))
         self.register_modules(generator=generator)
-        self.register_to_config(
-            pixel_size_nm=None if pixel_size_nm is None else float(pixel_size_nm)
-        )
+        kept = _find_kept_options(generator)
+        size = kept.get("pixel_size_nm") if pixel_size_nm == "kept" else pixel_size_nm
+        self.register_to_config(pixel_size_nm=None if size is None else float(size))
+        _keep_options(self, generator)
 
     def __setattr__(self, name, value):
         """Set an attribute; a model's weights are brought to aligned memory first."""
@@ -108,6 +111,12 @@ class EMStyleGANPipeline(DiffusionPipeline):
             images = self._convert(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The generator by its name; a new pipeline of it has the same options."""
+        _keep_options(self, self.generator)
+        return super().components
 
     def _check_inputs(self, batch_size, generator, noise_mode, output_type):
         if batch_size < 1:
@@ -285,6 +294,20 @@ def _is_own_component(name, value):
         and len(value) == 2
         and value[0] not in (None, "diffusers")
     )
+
+
+# Copied from em_diffusion.pipeline_em_ldm._find_kept_options
+def _find_kept_options(model):
+    """Return the options of the last pipeline that had `model`; {} if there was none."""
+    return getattr(getattr(model, "_orig_mod", model), "_pipeline_options", {})
+
+
+# Copied from em_diffusion.pipeline_em_ldm._keep_options
+def _keep_options(pipeline, model):
+    """Let `model` remember the options of its pipeline, in memory only."""
+    if isinstance(model, torch.nn.Module):
+        model = getattr(model, "_orig_mod", model)  # torch.compile wraps
+        model._pipeline_options = dict(pipeline.config)
 
 
 # Copied from em_diffusion.pipeline_em_ldm._load

@@ -32,6 +32,7 @@ OPTIONS = {
     "guidance_start": (0, 1),
     "guidance_stop": (0, 1),
 }
+MAY_BE_NULL = {"pixel_size_nm"}
 # names in weights of older versions of diffusers, which converts them
 OLD_NAMES = ("query", "key", "value", "proj_attn")
 
@@ -50,7 +51,8 @@ def check_pipeline(folder: Path, pipeline_class: type) -> None:
         value = index.get(name)
         if name not in optional and parameter.default is not inspect.Parameter.empty:
             if name in index:
-                check_option(path, name, value, is_optional=parameter.default is None)
+                is_optional = parameter.default is None and name not in OPTIONS
+                check_option(path, name, value, is_optional=is_optional or name in MAY_BE_NULL)
             continue
         if name in optional and (name not in index or value == [None, None]):
             continue

@@ -305,9 +305,15 @@ def test_latent_statistics_survive_a_stock_model(vqvae, tmp_path):
 
 
 def test_unknown_pixel_size_stays_unknown(pipeline, tmp_path):
-    pipe = EMLatentDiffusionPipeline(pipeline.vqvae, pipeline.unet, pipeline.scheduler)
+    parts = pipeline.vqvae, pipeline.unet, pipeline.scheduler
+    pipe = EMLatentDiffusionPipeline(*parts, pixel_size_nm=None)
     pipe.save_pretrained(tmp_path)
-    assert EMLatentDiffusionPipeline.from_pretrained(tmp_path).config.pixel_size_nm is None
+    loaded = EMLatentDiffusionPipeline.from_pretrained(tmp_path)
+    again = EMLatentDiffusionPipeline(**loaded.components)
+    new = EMLatentDiffusionPipeline(parts[0], type(parts[1]).from_config(parts[1].config), parts[2])
+    for each in (pipe, loaded, again, new):
+        assert each.config.pixel_size_nm is None
+        assert each.config.default_num_inference_steps == 50
 
 
 def test_another_pipelines_folder_is_refused(pipeline, tmp_path):

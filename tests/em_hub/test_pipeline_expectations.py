@@ -118,16 +118,35 @@ def test_saved_and_loaded_is_the_same(pipe, how, tmp_path):
     )
 
 
-def test_a_pipeline_is_made_again_from_its_components(pipe):
+@pytest.mark.parametrize("how", ["made", "loaded", "loaded with its code"])
+def test_a_pipeline_is_made_again_from_its_components(pipe, how, tmp_path):
+    if how != "made":
+        pipe.save_pretrained(tmp_path)
+        cls = type(pipe) if how == "loaded" else DiffusionPipeline
+        pipe = cls.from_pretrained(tmp_path, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
     again = type(pipe)(**pipe.components)
-    again.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "guidance_scale": 1.25}  # no components
-    options = options if "scheduler" in pipe.components else {}
-    np.testing.assert_array_equal(draw(again, 4, **options), draw(pipe, 4))
     piped = type(pipe).from_pipe(pipe)
-    piped.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(draw(piped, 4), draw(pipe, 4))
-    assert piped.config.pixel_size_nm == 0.5
+    for each in (again, piped):
+        each.set_progress_bar_config(disable=True)
+        np.testing.assert_array_equal(draw(each, 4), draw(pipe, 4))
+        assert {k: v for k, v in each.config.items() if k[0] != "_"} == {
+            k: v for k, v in pipe.config.items() if k[0] != "_"
+        }
+        assert each.config.pixel_size_nm == 0.5
+
+
+def test_options_of_a_pipeline_made_of_anothers_parts(pipe):
+    """Given ones hold; the others are those of the pipeline whose components were asked for."""
+    other = type(pipe)(**pipe.components, pixel_size_nm=2)
+    assert other.config.pixel_size_nm == 2
+    assert type(pipe)(**pipe.components).config.pixel_size_nm == 0.5
+    assert type(pipe)(**other.components).config.pixel_size_nm == 2
+    assert type(pipe)(**pipe.components, pixel_size_nm=None).config.pixel_size_nm is None
+    if "guide" in pipe.components:  # a pipeline without a guide guides nothing
+        unguided = type(pipe)(**pipe.components | {"guide": None})
+        assert unguided.config.guidance_scale == 1
+        assert unguided.config.default_num_inference_steps == 3
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
