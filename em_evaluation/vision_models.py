@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
+from em_data.intensity import to_uint8
 from em_evaluation.extractor import Extractor, resize
 
 DINOV2 = "facebook/dinov2-base"
@@ -24,10 +26,22 @@ class VisionModel(Extractor):
 
     Grey becomes three equal channels after resizing, normalised by the network's mean and
     deviation. The whole tile is resized (anti-aliased, clipped), never cropped. `identity` has
-    digests of the weights and the configuration, and no folder's name. Subclasses define `_embed`.
+    digests of the weights and the configuration, and no folder's name. Subclasses define `_embed`,
+    and `_preprocess` for resize_mode "own": the model's own code, which reads pictures of 8 bits
+    and may crop.
     """
 
     unit_norm = False
+
+    def __init__(self, resize_mode, device, dtype):
+        super().__init__(device, dtype)
+        if resize_mode not in (None, "own"):
+            raise ValueError(
+                f'resize_mode "{resize_mode}" belongs to inception. Vision models take "own", '
+                "their own preprocessing of 8-bit pictures; leave it out to resize whole tiles in "
+                "floats."
+            )
+        self.is_own = resize_mode == "own"
 
     def _prepare(self, label, network, side, interpolation, mean, std, configuration):
         self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
@@ -37,18 +51,30 @@ class VisionModel(Extractor):
         )
         self.num_features = self(torch.zeros(1, 1, *side)).shape[1]
         text = json.dumps(configuration, sort_keys=True, default=str)
+        resizing = f"{interpolation} anti-aliased to {side[0]} x {side[1]} px"
+        if self.is_own:
+            resizing = f"own preprocessing of 8 bits ({self._describe_preprocessing()})"
         setting = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.identity = (
             f"{label}, weights sha256 {digest_weights(network)[:16]}, configuration {setting}, "
-            f"{self.pooling} {self.num_features}, {interpolation} anti-aliased to {side[0]} x "
-            f"{side[1]} px, grey to three equal channels, mean {list(mean)}, std {list(std)}, "
-            f"{str(self.dtype).removeprefix('torch.')}"
+            f"{self.pooling} {self.num_features}, {resizing}, grey to three equal channels, "
+            f"mean {list(mean)}, std {list(std)}, {str(self.dtype).removeprefix('torch.')}"
         )
 
     def _features(self, images):
-        x = resize(images, self.side, self.interpolation)
-        x = ((x + 1) / 2 - self.mean) / self.std  # [B, 3, H, W]
+        if self.is_own:
+            pictures = [Image.fromarray(each[0]).convert("RGB") for each in to_uint8(images)]
+            x = self._preprocess(pictures).to(self.device)  # [B, 3, H, W]
+        else:
+            x = resize(images, self.side, self.interpolation)
+            x = ((x + 1) / 2 - self.mean) / self.std  # [B, 3, H, W]
         return self._embed(x.to(self.dtype)).float()
+
+    def _preprocess(self, pictures):
+        raise NotImplementedError
+
+    def _describe_preprocessing(self):
+        raise NotImplementedError
 
     def _embed(self, x):
         raise NotImplementedError
@@ -57,7 +83,8 @@ class VisionModel(Extractor):
 class TransformersModel(VisionModel):
     """A vision model of transformers: its pooled output, or the mean of the last layer.
 
-    embedding: CLIP's image embedding of length 1, for CMMD.
+    embedding: CLIP's image embedding of length 1, for CMMD. resize_mode: None, or "own" for the
+    checkpoint's image processor.
 
     Raises:
         ValueError: The checkpoint lacks weights.
@@ -65,9 +92,17 @@ class TransformersModel(VisionModel):
     """
 
     def __init__(
-        self, name, folder=None, *, label=None, embedding=False, device="cpu", dtype=torch.float32
+        self,
+        name,
+        folder=None,
+        *,
+        label=None,
+        embedding=False,
+        resize_mode=None,
+        device="cpu",
+        dtype=torch.float32,
     ):
-        super().__init__(device, dtype)
+        super().__init__(resize_mode, device, dtype)
         self.unit_norm = embedding
         source = str(folder or name)
         label = label or f"transformers:{Path(source).name if Path(source).is_dir() else name}"
@@ -93,11 +128,21 @@ class TransformersModel(VisionModel):
         preprocessing = _read_processor(
             processor, getattr(network.config, "vision_config", network.config)
         )
+        if self.is_own:
+            self.processor = _load_processor(source)
         if embedding:
             network = ImageEmbedding(network)
         elif hasattr(network, "vision_model"):
             network = network.vision_model
         self._prepare(label, network, *preprocessing, configuration)
+
+    def _preprocess(self, pictures):
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def _describe_preprocessing(self):
+        settings = {k: v for k, v in self.processor.to_dict().items() if k not in VOLATILE}
+        text = json.dumps(settings, sort_keys=True, default=str)
+        return f"{type(self.processor).__name__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def _can_pool(self, network):
         return self.has_pooler and (
@@ -127,12 +172,17 @@ class ImageEmbedding(nn.Module):
 
 
 class TimmModel(VisionModel):
-    """A model of timm by its name: the features that its classifier would read."""
+    """A model of timm by its name: the features that its classifier would read.
+
+    resize_mode: None, or "own" for timm's transform of the model.
+    """
 
     pooling = "pooled"
 
-    def __init__(self, name, *, device="cpu", dtype=torch.float32, pretrained=True):
-        super().__init__(device, dtype)
+    def __init__(
+        self, name, *, resize_mode=None, device="cpu", dtype=torch.float32, pretrained=True
+    ):
+        super().__init__(resize_mode, device, dtype)
         try:
             import timm
         except ImportError as error:
@@ -145,11 +195,19 @@ class TimmModel(VisionModel):
         data = timm.data.resolve_model_data_config(network)
         architecture = network.pretrained_cfg.get("architecture")
         configuration = {"architecture": architecture, "modules": str(network)}
+        if self.is_own:
+            self.transform = timm.data.create_transform(**data)
         known = data["interpolation"] in INTERPOLATIONS.values()
         interpolation, side = data["interpolation"] if known else "bicubic", data["input_size"][-2:]
         self._prepare(
             label, network, tuple(side), interpolation, data["mean"], data["std"], configuration
         )
+
+    def _preprocess(self, pictures):
+        return torch.stack([self.transform(picture) for picture in pictures])
+
+    def _describe_preprocessing(self):
+        return " ".join(str(self.transform).split())
 
     def _embed(self, x):
         return self.network(x)
@@ -181,6 +239,13 @@ def _load_transformers(source, embedding):
         transformers.logging.set_verbosity(verbosity)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return network, set(info["missing_keys"]) | mismatched, processor
+
+
+def _load_processor(source):
+    from transformers import AutoImageProcessor
+
+    with _explain(source, "--weights with the extractor's name and a folder (NAME=FOLDER)"):
+        return AutoImageProcessor.from_pretrained(source)
 
 
 def _read_processor(processor, config):

@@ -76,8 +76,10 @@ class EvaluationConfig:
     """Seed of the generated images, of the tiles drawn and of the intervals."""
     batch_size: int = 50
     """Images at once."""
-    resize_mode: Literal["clean", "legacy_pytorch"] | None = None
-    """Resizing of inception. Default: clean."""
+    resize_mode: Literal["clean", "legacy_pytorch", "own"] | None = None
+    """Resizing of inception: clean or legacy_pytorch. Default: clean. Of dinov2, clip, timm: and
+    transformers: models: own, their own preprocessing, which reads 8 bits and may crop. Default:
+    whole images, in floating point."""
     input_px: int | None = None
     """Side that efficientnet-lite0 resizes images to. Default: 128 for images of up to 128 pixels,
     else 224."""

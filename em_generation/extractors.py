@@ -13,17 +13,18 @@ def create_extractors(config, resolution: int, device) -> list[Extractor]:
     if not config.extractors or len(set(config.extractors)) < len(config.extractors):
         raise ValueError("--extractors takes one or more names, each once.")
     weights = pair_weights(config.weights, config.extractors)
-    options = {
-        "inception": {"resize_mode": config.resize_mode},
-        "efficientnet-lite0": {"input_px": config.input_px},
-    }
-    for owner, option in options.items():
-        (name, value), *_ = option.items()
-        if value is not None and owner not in config.extractors:
-            raise ValueError(
-                f"--{name.replace('_', '-')} belongs to {owner}. Add it to --extractors, or leave "
-                "the flag out."
-            )
+    if config.input_px is not None and "efficientnet-lite0" not in config.extractors:
+        raise ValueError(
+            "--input-px belongs to efficientnet-lite0. Add it to --extractors, or leave the flag "
+            "out."
+        )
+    is_own = config.resize_mode == "own"
+    if config.resize_mode and not any(takes_mode(each, is_own) for each in config.extractors):
+        owners = "dinov2, clip, timm: and transformers: models" if is_own else "inception"
+        raise ValueError(
+            f"--resize-mode {config.resize_mode} belongs to {owners}. Add one to --extractors, or "
+            "leave the flag out."
+        )
     extractors = [
         get_extractor(
             name,
@@ -31,12 +32,18 @@ def create_extractors(config, resolution: int, device) -> list[Extractor]:
             resolution=resolution,
             device=device,
             dtype=torch.bfloat16 if config.feature_precision == "bf16" else torch.float32,
-            **options.get(name, {}),
+            input_px=config.input_px if name == "efficientnet-lite0" else None,
+            resize_mode=config.resize_mode if takes_mode(name, is_own) else None,
         )
         for name in config.extractors
     ]
     check_metrics(config.metrics, extractors)
     return extractors
+
+
+def takes_mode(name: str, is_own: bool) -> bool:
+    """Return whether an extractor takes a resize mode: "own", or one of inception's."""
+    return name not in ("inception", "efficientnet-lite0") if is_own else name == "inception"
 
 
 def pair_weights(weights: Sequence[str], extractors: Sequence[str]) -> dict[str, str]:

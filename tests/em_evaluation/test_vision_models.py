@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from em_evaluation import get_extractor
 from em_evaluation.vision_models import CLIP, DINOV2, TransformersModel, digest_weights
@@ -166,6 +167,43 @@ def test_what_the_hub_serves_is_what_the_folder_holds(images, dinov2, clip, tmp_
         torch.testing.assert_close(torch.tensor(features), direct(images), rtol=1e-5, atol=1e-6)
     assert answers[f"transformers:{DINOV2}"][1] == answers["dinov2"][1]
     assert "Cannot load lab/absent" in answers["absent"]
+
+
+def to_pictures(images):
+    levels = ((images + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(each[0].numpy()).convert("RGB") for each in levels]
+
+
+def test_own_preprocessing_is_that_of_transformers(images, dinov2):
+    """The checkpoint's image processor, which crops the centre of 28 x 28 from 32 x 32 pixels."""
+    from transformers import AutoImageProcessor, Dinov2Model
+
+    extractor = get_extractor("dinov2", weights=dinov2, resize_mode="own")
+    pixels = AutoImageProcessor.from_pretrained(dinov2)(to_pictures(images), return_tensors="pt")
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(dinov2).eval()(**pixels).pooler_output
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-5, atol=1e-5)
+    whole = get_extractor("dinov2", weights=dinov2)
+    assert (whole(images) - expected).abs().max() > 1e-3  # not cropped
+    assert extractor.identity != whole.identity
+    assert str(dinov2.parent) not in extractor.identity
+    with pytest.raises(ValueError, match='"clean" belongs to inception'):
+        get_extractor("dinov2", weights=dinov2, resize_mode="clean")
+
+
+def test_own_preprocessing_is_that_of_timm(images, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
+    extractor = get_extractor(f"timm:local-dir:{tmp_path}", resize_mode="own")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    with torch.no_grad():
+        expected = network(torch.stack([transform(each) for each in to_pictures(images)]))
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-5, atol=1e-5)
+    whole = get_extractor(f"timm:local-dir:{tmp_path}")
+    assert extractor.identity != whole.identity
+    assert not torch.allclose(whole(images), expected, rtol=1e-3)
 
 
 def test_identity_knows_weights_configuration_and_dtype_and_no_folder(images, dinov2, tmp_path):

@@ -129,7 +129,8 @@ def test_weights_go_to_the_extractor_that_they_name():
     [
         ({"extractors": ()}, "one or more names"),
         ({"extractors": ("inception", "inception")}, "each once"),
-        ({"resize_mode": "clean"}, "--resize-mode belongs to inception"),
+        ({"resize_mode": "clean"}, "--resize-mode clean belongs to inception"),
+        ({"resize_mode": "own"}, "--resize-mode own belongs to dinov2, clip, timm"),
         ({"metrics": ("fid",)}, "Unknown metrics: fid. Choose from frechet_distance"),
         ({"metrics": ("cmmd",)}, "Add the extractor clip"),
     ],
