@@ -37,7 +37,10 @@ class DataConfig:
     label_bar: Literal["crop", "keep", "refuse"] = "crop"
     """The label bar below an image: crop it, keep it, or refuse the image."""
     num_micrographs: Annotated[int, Gt(0), Le(10_000_000)] | None = None
-    """Number of synthetic micrographs, or use only the first so many of other data."""
+    """Use only the first so many micrographs. Default: all."""
+    num_synthetic: Annotated[int, Gt(0), Le(10_000_000)] | None = None
+    """Number of synthetic micrographs to draw. Default: `num_micrographs` if that is given, else 48
+    of "synthetic" and 400 of "synthetic-varied"."""
     frame_step: Annotated[int, Gt(0), Le(1_000_000)] = 1
     """Use every k-th frame of a stack. All frames of a stack lie on one side of the split."""
     micrograph_size: Annotated[int, Gt(0), Le(65_536)] = 512

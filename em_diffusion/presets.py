@@ -172,7 +172,7 @@ def test() -> LDMConfig:
     return LDMConfig(
         out="runs/test/ldm",
         num_inference_steps=5,
-        tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),
+        tiles=DataConfig(resolution=32, downsample=4, num_synthetic=4, micrograph_size=256),
         autoencoder=AutoencoderConfig(
             block_out_channels=(16, 32),
             layers_per_block=1,

@@ -114,7 +114,7 @@ def test() -> StyleGANConfig:
     return StyleGANConfig(
         out="runs/test/stylegan2",
         save_untrained=True,
-        tiles=DataConfig(resolution=32, downsample=4, num_micrographs=4, micrograph_size=256),
+        tiles=DataConfig(resolution=32, downsample=4, num_synthetic=4, micrograph_size=256),
         generator=GeneratorConfig(
             z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8
         ),

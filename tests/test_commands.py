@@ -140,8 +140,6 @@ def test_the_whole_road_on_a_folder_of_mixed_micrographs(tmp_path):
             Image.fromarray(levels.astype(np.uint8)).save(data / f"m{i}.png")
     (data / "broken.tif").write_bytes(b"II*\0nothing")
     tiles = [
-        "--tiles.num-micrographs",
-        "None",
         "--tiles.resolution",
         "32",
         "--tiles.downsample",

@@ -17,9 +17,10 @@ SYNTHETIC: dict[str, tuple[Callable[..., Micrograph], str, int]] = {
 
 
 def open_synthetic(name, config) -> Source:
-    """List synthetic micrographs: `num_micrographs` of `micrograph_size`, drawn with `seed`."""
+    """List synthetic micrographs: `num_synthetic` of `micrograph_size`, drawn with `seed`."""
     synthesise, prefix, default_num = SYNTHETIC[name]
-    num, size = config.num_micrographs or default_num, config.micrograph_size
+    num = config.num_synthetic or config.num_micrographs or default_num
+    size = config.micrograph_size
     # the content depends on the code that draws, so its hash is that of a small drawing
     sample = hashlib.blake2b(synthesise(0, size=64).image.tobytes(), digest_size=8).hexdigest()
     entries = [

@@ -410,3 +410,11 @@ def test_synthetic_micrographs_are_numbered(config):
     data, _ = load("synthetic", config, num_micrographs=3, micrograph_size=64)
     names = [each["name"] for each in data.train.cut.micrographs]
     assert names == ["synthetic_00000", "synthetic_00001", "synthetic_00002"]
+
+
+def test_a_number_of_synthetic_micrographs_limits_no_folder(folder, config):
+    few, _ = load("synthetic", config, num_synthetic=3, micrograph_size=64)
+    same, _ = load("synthetic", config, num_micrographs=3, micrograph_size=64)
+    assert few.identity == same.identity
+    assert few.summary["num_micrographs"] == 3
+    assert load(folder, config, num_synthetic=2)[0].summary["num_micrographs"] == 6

@@ -79,7 +79,7 @@ def test_run_folder(finished, config):
     assert run["num_images_seen"] == 64
     assert run["train_seconds"] > 0
     assert run["train_seconds_by_stage"] == {"stylegan": run["train_seconds"]}
-    assert run["data"]["num_micrographs"] == config.tiles.num_micrographs
+    assert run["data"]["num_micrographs"] == config.tiles.num_synthetic == 4
     written = config_from_json(StyleGANConfig, (finished / "config.json").read_text())
     assert written == replace(config, out=str(finished))
     assert len(list((finished / "stylegan" / "samples").glob("*.png"))) == 2
