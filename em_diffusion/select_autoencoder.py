@@ -15,7 +15,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from em_data import DataConfig, load_data, to_uint8
-from em_data.files import write_atomically
+from em_data.files import printable, write_atomically
 from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.load_autoencoder import KINDS, load_autoencoder
@@ -132,7 +132,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
                 traceback.print_exc()
             # selection.json holds no local paths
             failed.append({"name": name, "error": f"{error}".replace(source, Path(source).name)})
-            log(f"{name} cannot be judged: {error}")
+            log(printable(f"{name} cannot be judged: {error}"))
     for name, model in fit_floors(candidates, data.train, log) if config.floor else ():
         candidates.append(judge(name, model.to(device), originals, features, extractor, config))
     if not candidates:
@@ -186,6 +186,7 @@ def name_candidates(texts) -> dict[str, str]:
         name, equals, source = text.partition("=")
         if not equals or Path(text).exists():
             name, source = Path(text).name, text
+        name = printable(name)
         if not name or not source:
             raise ValueError(
                 f"--candidates takes NAME=SOURCE, such as ours=runs/demo/ldm, not {text!r}"

@@ -9,7 +9,7 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from em_data import DataConfig, figures, load_data
 from em_data.files import make_folder_name
+from em_data.sources.synthetic import SYNTHETIC
 from em_generation.generate import DTYPES
 from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
@@ -28,6 +29,7 @@ from em_training.family import WALK_KEYS, Control
 
 MAX_IMAGES, MAX_FRAMES, MAX_SEED = 16, 240, 2**53 - 1
 REAL_IMAGES = 4
+MAX_SYNTHETIC_PIXELS = 2**28  # that are drawn because a run of others says so
 FORMATS = {"8-bit PNG": ("png", 8), "16-bit TIFF": ("tiff", 16)}
 SHOWN_PX = 512  # smaller grids are enlarged by whole numbers, so that the label can be read
 KEPT_RESULTS = 64  # folders of one demo, before the oldest is removed
@@ -88,14 +90,22 @@ def load_demo_model(source: str, *, dtype: torch.dtype | None = None) -> DemoMod
 def load_real_images(model: Model, num_images: int = REAL_IMAGES) -> Drawing | None:
     """Return held-out tiles of the micrographs that a run was trained on.
 
-    Returns None if the run does not name them, or if they are not on this machine.
+    Returns None if the run does not name them, or if they are not on this machine. A Hub
+    repository's run can name synthetic micrographs only, and no cache.
     """
     config = model.config or {}
     source = config.get("data")
-    if not source or not (source.startswith("synthetic") or Path(source).exists()):
+    if not isinstance(source, str):
+        return None
+    if source not in SYNTHETIC and (model.folder is None or not Path(source).exists()):
         return None
     try:
         tiles = config_from_dict(DataConfig, config["tiles"])
+        if model.folder is None:
+            tiles = replace(tiles, cache_dir=None)
+            num = tiles.num_synthetic or tiles.num_micrographs or SYNTHETIC[source][-1]
+            if num * tiles.micrograph_size**2 > MAX_SYNTHETIC_PIXELS:
+                return None
         data = load_data(source, tiles, log=lambda line: None)
     except (ValueError, OSError, KeyError):
         return None

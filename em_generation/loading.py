@@ -187,6 +187,8 @@ def hash_weight_files(folder: Path) -> str:
     for path in sorted(folder.rglob("*.safetensors")):
         if path.relative_to(folder).parts[0] in unused or any(map(path.match, OTHER_VARIANTS)):
             continue
+        if not path.is_file():  # a pipe would be read for ever
+            raise ValueError(f"{path} is not a regular file. Download or save the model again.")
         has_weights = True
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

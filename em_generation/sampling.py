@@ -12,6 +12,7 @@ import torch
 
 from em_training.family import EXACT_BATCH, Drawer
 from em_training.memory import halve_batch
+from em_training.saved_models import explain_failure
 
 MAX_WAITING = 2  # batches that are drawn but not written
 
@@ -35,7 +36,7 @@ def draw_images(
         say: Gets a message when the memory runs out and smaller batches follow.
 
     Raises:
-        ValueError: An image is not finite, or not even one fits the memory.
+        ValueError: An image is not finite, not even one fits the memory, or the model cannot run.
     """
     numbers = list(numbers)
     waiting: collections.deque[Future] = collections.deque()
@@ -45,7 +46,8 @@ def draw_images(
             while position < len(numbers):
                 batch = numbers[position : position + batch_size]
                 try:
-                    images = drawer.draw(pad(batch, batch_size, drawer.fixed_batch))
+                    with explain_failure():
+                        images = drawer.draw(pad(batch, batch_size, drawer.fixed_batch))
                 except (RuntimeError, MemoryError) as error:
                     batch_size, is_smaller = halve_batch(len(batch), error), True
                     continue

@@ -21,6 +21,7 @@ from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_training.config import read_json_object
 from em_training.family import check_options
+from em_training.saved_models import explain_failure
 
 LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
@@ -196,7 +197,8 @@ def draw_samples(pipeline, num: int):
     """Return the card's images [N, 1, H, W] in [-1, 1]; image i is that of the card's own call."""
     rngs = [torch.Generator().manual_seed(seed) for seed in range(num)]
     pipeline.set_progress_bar_config(desc="samples of the card", disable=not sys.stderr.isatty())
-    return pipeline(batch_size=num, generator=rngs, output_type="pt").images * 2 - 1
+    with explain_failure():
+        return pipeline(batch_size=num, generator=rngs, output_type="pt").images * 2 - 1
 
 
 def make_record(model: Model) -> dict:

@@ -28,6 +28,7 @@ Size = Annotated[int, Gt(0), Le(65_536)]
 Depth = Annotated[int, Gt(0), Le(32)]
 PositiveFloat = Annotated[float, Gt(0), Le(1e30)]  # float32 ends at 3e38
 NotNegativeFloat = Annotated[float, Ge(0), Le(1e30)]
+MAX_JSON_BYTES = 2**26  # of a file of others
 MOST_CHANGES = 3  # named in one message
 PRESET_FILE = "preset.txt"
 TEST_NOTE = "A run of preset test checks that the software works. Its images mean nothing."
@@ -306,8 +307,15 @@ def _suggest_key(cls, location) -> str:
 
 
 def read_json_object(path: Path) -> dict:
-    """Read a JSON object; raise `ValueError` with the path if it is missing or damaged."""
+    """Read a JSON object; raise `ValueError` with the path if it is missing or damaged.
+
+    Pipes and devices, which never end, and huge files are not read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file. Download or save the model again.")
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"There is no {path}. Download or save the model again.") from error

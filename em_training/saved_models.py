@@ -10,18 +10,25 @@ import importlib
 import inspect
 import json
 import math
+import re
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from em_training.config import read_json_object
+from em_training.memory import is_out_of_memory
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# what torch and diffusers raise for impossible numbers
+FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 LEAST_BOUND = 2**20  # of numbers in a configuration, however small its model
 MAX_SCHEDULE = 10**6  # of numbers in a scheduler's configuration
 # least and largest value of the options of pipelines
@@ -93,6 +100,7 @@ def check_model(folder: Path, cls: Any) -> None:
     shapes = read_shapes(folder)
     bound = sum(map(math.prod, shapes.values()))
     refuse_large_numbers(config, max(LEAST_BOUND, bound), config_path)
+    refuse_other_types(config, cls, config_path)
     try:
         with torch.device("meta"), stop_beyond(len(shapes), bound):
             state = cls.from_config(config).state_dict()
@@ -133,6 +141,7 @@ def check_scheduler(folder: Path, cls: Any) -> None:
         if key not in known or value != known[key].default
     }
     refuse_large_numbers(changed, MAX_SCHEDULE, path)
+    refuse_other_types(config, cls, path)
     try:
         scheduler = cls.from_config(config)
     except Exception as error:
@@ -197,6 +206,56 @@ def refuse_large_numbers(value: Any, bound: int, path: Path, key: str = "") -> N
         raise ValueError(f"{path}: {key} is {value}, which is not possible for this model.")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path}: {key} is {value}, but must be finite.")
+
+
+def refuse_other_types(config: dict, cls: type, path: Path) -> None:
+    """Raise `ValueError` for a value whose type is not that of the class's parameter."""
+    for name, parameter in inspect.signature(cls).parameters.items():
+        default, kind = parameter.default, parameter.annotation
+        if name not in config or config[name] is default:
+            continue
+        if kind is inspect.Parameter.empty:
+            kind = type(default)
+        value = json.dumps(config[name])
+        try:
+            TypeAdapter(_allow_any_length(kind)).validate_json(value, strict=True)
+        except PydanticSchemaGenerationError:  # of a type that no JSON has
+            continue
+        except ValidationError as error:
+            shown = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
+            shown = shown or re.sub(r"\w+\.", "", str(kind))
+            value = value if len(value) < 100 else f"{value[:100]}..."
+            raise ValueError(
+                f"{path}: {name} is {value}, but must be of the type {shown}."
+            ) from error
+
+
+def _allow_any_length(kind: Any) -> Any:
+    """Return an annotation with diffusers' `tuple[int]`, which means any number of them, mended."""
+    arguments, origin = typing.get_args(kind), typing.get_origin(kind)
+    generic: Any = tuple if origin is tuple else typing.Union
+    if origin is tuple and len(arguments) == 1:
+        return generic[arguments[0], ...]
+    if origin in (typing.Union, types.UnionType):
+        plain = [each for each in arguments if getattr(each, "__module__", "") != "numpy"]
+        return generic[tuple(map(_allow_any_length, plain))]
+    return kind
+
+
+@contextlib.contextmanager
+def explain_failure() -> Iterator[None]:
+    """Turn an error inside a model that runs into a `ValueError`; a lack of memory stays."""
+    try:
+        yield
+    except FAILURES as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"The model cannot be run ({type(error).__name__}: {first}). A number in its "
+            "config.json may be damaged: download or save it again. If the model is your own, "
+            "please report this (EM_TRACEBACK=1 shows where)."
+        ) from error
 
 
 def find_class(pipeline_class: type, module: str, name: str) -> type | None:

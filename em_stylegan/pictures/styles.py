@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import make_generator
-from em_training.saved_models import check_pipeline, refuse_diverged
+from em_training.saved_models import check_pipeline, explain_failure, refuse_diverged
 from em_training.walk import walk
 
 
@@ -30,7 +30,8 @@ def draw_ws(generator, seed: int, count: int, truncation_psi: float = 1.0, class
     """Draw ws [count, num_ws, w_dim] from `seed`, all of one class if the generator has classes."""
     rng = make_generator(seed, stream="interpolation")
     z = torch.randn(count, generator.config.z_dim, generator=rng)
-    return generator.mapping(z, class_label, truncation_psi)
+    with explain_failure():
+        return generator.mapping(z, class_label, truncation_psi)
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def render(generator, ws, batch_size: int = 16, description: str = "images"):
     Of a colour image, the mean of the channels is taken.
     """
     bar = tqdm(ws.split(batch_size), desc=description, unit="batch")
-    images = [generator.synthesis(part, "const").mean(dim=1, keepdim=True).cpu() for part in bar]
+    with explain_failure():
+        images = [generator.synthesis(ws, "const").mean(dim=1, keepdim=True).cpu() for ws in bar]
     return torch.cat(images)
 
 

@@ -247,6 +247,39 @@ def test_real_micrographs_are_those_held_out_from_the_run(folders, tmp_path):
     assert demo.load_real_images(replace(model, config={"data": "/nowhere", "tiles": {}})) is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": "FOLDER"},
+        {"data": 5},
+        {"data": ["synthetic"]},
+        {"data": "synthetic/../../etc"},
+        {"tiles": []},
+        {"tiles": {"resolution": 10**9}},
+        {"tiles": {"micrograph_size": 65_536}},
+        {"tiles": {"num_micrographs": 10**7}},
+        {"tiles": {"num_synthetic": 10**7}},
+    ],
+    ids=str,
+)
+def test_a_repository_names_no_folder_and_no_huge_micrographs_for_the_page(
+    folders, tmp_path, change
+):
+    """Nor a folder for the cache: else a page would show pictures of this machine to the world."""
+    from dataclasses import replace
+
+    (tmp_path / "private").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((64, 64), i, np.uint8)).save(tmp_path / "private" / f"{i}.png")
+    tiles = {"resolution": 32, "cache_dir": str(tmp_path / "cache")}
+    config = {"data": "synthetic", "tiles": tiles} | change
+    if config["data"] == "FOLDER":
+        config["data"] = str(tmp_path / "private")
+    model = replace(demo.load_demo_model(folders["stylegan"]).model, folder=None, config=config)
+    assert demo.load_real_images(model) is None
+    assert not (tmp_path / "cache").exists()
+
+
 def test_models_come_from_the_command_line_or_the_environment(monkeypatch):
     app = load_app()
     monkeypatch.setenv("EM_MODELS", "you/a you/b@v1")

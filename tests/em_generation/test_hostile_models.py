@@ -19,6 +19,8 @@ from em_generation.loading import is_public, read_model
 from em_hub.publish import PublishConfig, publish_run
 from em_stylegan.pictures.styles import load_generator
 from em_training.cli import run_command
+from em_training.memory import is_out_of_memory
+from em_training.saved_models import explain_failure
 from support.models import MAKERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -293,6 +295,71 @@ def test_a_record_without_facts_makes_no_card(folder, tmp_path):
     config = PublishConfig(str(folder), "me/x", dry_run=str(tmp_path / "dry"), num_samples=0)
     with pytest.raises(ValueError, match=r"No card can be made from run\.json"):
         publish_run(config, say=lambda line: None)
+
+
+WRONG = ["x", [], {}, None, True, -1, 0, 7, 10**6, 1e300, float("nan"), 0.5, [3] * 3, "absent"]
+
+
+def draw_or_refuse(folder, config_path, key, value, seconds=60):
+    """One image in reasonable time, or a `ValueError`; no other error."""
+    text = config_path.read_text()
+    config = json.loads(text) | {key: value}
+    if value == "absent":
+        del config[key]
+    config_path.write_text(json.dumps(config))
+    start, message = time.monotonic(), ""
+    try:
+        pipeline = read_model(str(folder)).load()
+        pipeline.set_progress_bar_config(disable=True)
+        steps = {"num_inference_steps": 2} if (folder / "scheduler").is_dir() else {}
+        with explain_failure():
+            pipeline(1, generator=torch.Generator().manual_seed(0), **steps)
+    except ValueError as error:
+        message = str(error)
+    except RuntimeError as error:  # the commands say that it is too large
+        assert is_out_of_memory(error)
+    assert time.monotonic() - start < seconds
+    config_path.write_text(text)
+    return message
+
+
+def list_keys(folder):
+    """All (path of a configuration, key) of a saved model."""
+    paths = sorted([*folder.glob("*/config.json"), *folder.glob("*/scheduler_config.json")])
+    assert paths
+    return [(path, key) for path in paths for key in sorted(json.loads(path.read_text()))]
+
+
+def test_any_key_of_a_configuration_may_be_wrong(folder):
+    """Each with one kind of wrong value; the slow test tries all."""
+    refused = 0
+    for i, (path, key) in enumerate(list_keys(folder)):
+        refused += bool(draw_or_refuse(folder, path, key, WRONG[i % len(WRONG)]))
+    assert refused > 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_any_key_of_a_configuration_may_be_wrong_in_any_way(folder):
+    refused = 0
+    for path, key in list_keys(folder):
+        for value in WRONG:
+            refused += bool(draw_or_refuse(folder, path, key, value))
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"downsample_padding": []}, r"downsample_padding is \[\], but must be of the type int"),
+        ({"norm_eps": "x"}, r'norm_eps is "x", but must be of the type float'),
+        ({"freq_shift": None}, r"freq_shift is null, but must be of the type int"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named(ldm, values, message):
+    change(ldm / "unet" / "config.json", **values)
+    refuse(ldm, message)
 
 
 COMMANDS = {
