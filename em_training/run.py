@@ -223,16 +223,20 @@ class TrainingRun:
             tqdm.write(f"process {self.accelerator.process_index}: {text}", file=sys.stderr)
 
     def _say_estimate(self, num_images_seen: int) -> None:
-        """Say once, after the first steps, that the stage will take long."""
+        """Say once, after the first steps, that the stage will take long, as measured so far."""
         seconds = time.monotonic() - self._started
         if self._has_estimate or seconds < SECONDS_TO_ESTIMATE:
             return
         self._has_estimate = True
-        seconds_per_image = seconds / (num_images_seen - self._start_count)
-        hours = seconds_per_image * (self.num_images - num_images_seen) / 3600
+        rate = (num_images_seen - self._start_count) / seconds
+        hours = (self.num_images - num_images_seen) / rate / 3600
         if hours > LONG_HOURS:
-            device = self.accelerator.device.type.replace("cpu", "CPU")
-            self.say(f"{self.stage}: about {hours:,.0f} hours to go at this speed ({device})")
+            is_cpu = self.accelerator.device.type == "cpu"
+            device, hint = ("CPU", "; preset demo takes minutes") if is_cpu else ("device", "")
+            self.say(
+                f"{self.stage}: about {hours:,.0f} hours to go on this {device} at {rate:.2g} "
+                f"images/s{hint}"
+            )
 
     def _load_newest(self) -> int:
         folder = self.dir / "checkpoints"

@@ -16,9 +16,11 @@ from em_data.sources.file_types import (
     NOT_READ,
     is_picture,
 )
+from em_data.sources.paired_labels import find_paired_labels
 from em_data.split import name_some
 
 START_BYTES = 512  # that tell what a file of an unknown suffix is
+PAIRED = "images are labels, by the name and the size of a micrograph: {}"
 POINTER_BYTES = 1024  # a pointer of Git LFS is smaller
 
 
@@ -53,6 +55,10 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
                 left_out.setdefault(reason, []).append(relative / file)
     used = {each for path in paths for each in find_companions(folder / path)}
     paths = [path for path in paths if folder / path not in used]
+    labels = set(find_paired_labels(folder, paths))
+    if labels:
+        paths = [path for path in paths if path not in labels]
+        left_out[PAIRED] = sorted(labels)
     left_out = {
         why: [n for n in names if folder / n not in used] for why, names in left_out.items()
     }

@@ -1,11 +1,14 @@
 """Masks are told from micrographs by their pixels."""
 
+import re
+
 import numpy as np
 import PIL.Image
 import pytest
 
 from em_data import load_data
 from em_data.label_images import is_label_image
+from em_data.sources.file_types import LABEL_FILE, LABEL_FOLDER
 
 
 def draw_mask(num_levels, side=96):
@@ -41,9 +44,59 @@ def test_masks_are_left_out_and_said(tmp_path, noise, config, name, num_levels):
         said = []
         data = load_data(tmp_path, config(on_bad_image="fail"), log=said.append)
         assert data.summary["num_micrographs"] == 3
-        (line,) = [line for line in said if "look like labels" in line]
+        # by its pixels, or first by a micrograph of its name and size
+        (line,) = [line for line in said if re.search("look like labels|are labels, by", line)]
         assert name in line
         assert line in data.summary["ignored"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "em_000_seg",
+        "seg_em_000",
+        "em_000_mask_1",
+        "mask-em_000",
+        "em_000.gt_soft",
+        "em_000_instances",
+    ]
+    + ["em_000_json/label", "segs/em_000", "instances_2/em_000_mask", "em_000_mask", "masks/em_000"]
+    + ["labels/em_000"],
+)
+@pytest.mark.parametrize("folder", ["", "images/"])
+def test_a_label_of_the_name_and_size_of_a_micrograph_is_never_one(
+    tmp_path, noise, config, name, folder
+):
+    """Whatever its pixels: here those of a micrograph."""
+    if "/" not in name or "json" in name:
+        name = f"{folder}{name}"
+    for i in range(3):
+        path = tmp_path / folder / f"em_00{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(noise(i, (64, 96))).save(path)
+    path = tmp_path / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    PIL.Image.fromarray(noise(7, (64, 96))).save(path)
+    said = []
+    data = load_data(tmp_path, config(), log=said.append)
+    assert data.summary["num_micrographs"] == 3
+    (line,) = [line for line in said if "labels" in line]
+    assert "1 images" in line
+    by_name = LABEL_FILE.search(path.stem) or LABEL_FOLDER.match(path.parent.name)
+    assert f"{name}.png" in line or by_name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("em_000_seg", (64, 64)), ("em_009_seg", (64, 96)), ("segs/em_009", (64, 96))],
+)
+def test_an_image_without_a_pair_of_its_size_is_read(tmp_path, noise, config, name, shape):
+    for i in range(3):
+        PIL.Image.fromarray(noise(i, (64, 96))).save(tmp_path / f"em_00{i}.png")
+    path = tmp_path / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    PIL.Image.fromarray(noise(7, shape)).save(path)
+    assert load_data(tmp_path, config(), log=print).summary["num_micrographs"] == 4
 
 
 def test_folder_of_masks_only_is_refused_by_that_name(tmp_path, config):
