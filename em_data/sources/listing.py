@@ -88,7 +88,7 @@ def _find_reason(path, relative) -> str | None:
         return "pipes, sockets or devices, which are never read: {}"
     if NOT_IMAGES.fullmatch(suffix):
         return ""
-    if suffix in NOT_READ:
+    if suffix in NOT_READ and not (suffix == ".map" and is_picture(_read_start(path))):
         return _say_not_read(suffix)
     if suffix not in SUFFIXES:
         start = _read_start(path)

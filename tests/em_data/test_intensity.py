@@ -219,6 +219,29 @@ def test_values_at_the_ends_of_float64_are_scaled(largest):
     np.testing.assert_allclose(scaled, expected, rtol=0, atol=0.51 if largest > 1e-310 else 33)
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("size", [1e-308, 1.0, 1e300])
+def test_spikes_of_either_sign_at_the_end_of_float64_take_no_contrast(sign, size):
+    image = np.random.default_rng(0).uniform(-1, 1, (64, 64)) * size
+    expected, *_ = float_to_uint16(image)
+    spoiled = image.copy()
+    spoiled[10, 20], spoiled[40, 50] = sign * 1e308, -sign * 1e308
+    scaled, low, high, spikes = float_to_uint16(spoiled)
+    assert list(spikes) == [10 * 64 + 20, 40 * 64 + 50]
+    rest = np.delete(image.ravel(), spikes)
+    assert (low, high) == (rest.min(), rest.max())
+    np.testing.assert_allclose(np.delete(scaled, spikes), np.delete(expected, spikes), atol=40)
+    assert sorted([scaled[10, 20], scaled[40, 50]]) == [0, 65535]
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_two_levels_at_the_ends_of_float64_are_black_and_white(sign):
+    is_white = np.random.default_rng(0).random((64, 64)) > 0.5
+    scaled, *_ = float_to_uint16(np.where(is_white, sign * 1e308, -sign * 1e308))
+    assert np.array_equal(scaled == 65535, is_white if sign > 0 else ~is_white)
+    assert set(np.unique(scaled)) == {0, 65535}
+
+
 def test_infinite_regions_are_refused():
     image = make_flat()
     image[:40] = np.inf

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 
+import numpy as np
 import PIL.Image
 import pytest
 import tifffile
@@ -12,6 +13,7 @@ from em_data import load_data
 from em_data.files import printable
 from em_data.sources.folder import hash_files
 from em_data.sources.listing import list_images
+from support.microscope_files import make_mrc
 
 
 @pytest.fixture
@@ -114,3 +116,33 @@ def test_names_reach_the_terminal_escaped(folder, config):
     data = load_data(folder, config(split="leaky"), log=said.append)
     assert data.summary["num_micrographs"] == 6
     assert all(line.replace("\n  ", "").isprintable() for line in said)
+
+
+def test_files_of_microscopes_that_hold_no_micrographs_are_named(tmp_path, noise, config):
+    for i in range(3):
+        PIL.Image.fromarray(noise(i, (64, 64))).save(tmp_path / f"em_00{i}.png")
+    for name in ("a.mib", "b.pts", "c.ASW", "d.blo", "e.map", "g.app5"):
+        (tmp_path / name).write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "f.zspy" / "Experiments").mkdir(parents=True)
+    (tmp_path / "f.zspy" / "Experiments" / "0.0").write_bytes(b"\0" * 100)
+    said = []
+    assert load_data(tmp_path, config(), log=said.append).summary["num_micrographs"] == 3
+    for words in (
+        "1 .mib files: sets of diffraction patterns",
+        "1 .pts files: X-ray spectrum images",
+        "1 .asw files: projects of JEOL, whose images (.img) are read by themselves",
+        "1 .blo files: 4D-STEM sets of diffraction patterns (export their virtual images as TIFF)",
+        "1 .map files: X-ray maps",
+        "1 .zspy files: sets of HyperSpy in many files (save them as .hspy)",
+        "1 .app5 files: 4D-STEM sets",
+    ):
+        assert any(line.startswith(words) for line in said), words
+
+
+def test_a_map_that_begins_as_an_mrc_file_is_read(tmp_path, noise, config):
+    pytest.importorskip("rsciio")
+    for i in range(3):
+        levels = noise(i, (64, 96)).astype(np.int16)
+        (tmp_path / f"{i}.map").write_bytes(make_mrc(levels))
+    data = load_data(tmp_path, config(), log=print)
+    assert data.summary["num_micrographs"] == 3

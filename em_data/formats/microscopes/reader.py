@@ -77,10 +77,11 @@ STARTS = {  # first bytes of a file: its format, whatever its name
 # suffixes of the field that hold no micrographs: what they hold
 NOT_MICROGRAPHS = {
     ".emi": "headers whose .ser files are missing",
-    ".blo": "4D-STEM sets of diffraction patterns",
+    ".blo": "4D-STEM sets of diffraction patterns (export their virtual images as TIFF)",
     ".mib": "sets of diffraction patterns",
     ".app5": "4D-STEM sets of diffraction patterns",
-    ".map": "X-ray maps or volumes",
+    ".map": "X-ray maps",  # others with this suffix are MRC files by their first bytes
+    ".asw": "projects of JEOL, whose images (.img) are read by themselves",
     ".pts": "X-ray spectrum images",
     ".spx": "X-ray spectra",
     ".eds": "X-ray spectra",
@@ -90,6 +91,7 @@ NOT_MICROGRAPHS = {
     ".spc": "spectra",
     ".wdf": "Raman spectra",
     ".dens": "heating logs",
+    ".zspy": "sets of HyperSpy in many files (save them as .hspy)",
 }
 
 
