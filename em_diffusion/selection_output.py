@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-from em_data.files import write_atomically
+from em_data.files import printable, write_atomically
 
 ERROR_SCALE = 0.25  # an absolute error of a quarter of the grey range is drawn white
 GAP_PX = 2
@@ -56,7 +56,9 @@ def format_table(selection) -> str:
         for row in rows
     ]
     lines.insert(2, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    lines += [f"{each['name']}  not judged: {each['error']}" for each in selection["failed"]]
+    lines += [
+        printable(f"{each['name']}  not judged: {each['error']}") for each in selection["failed"]
+    ]
     if selection["study"]:
         lines.append("The published values are of other micrographs: for orientation only.")
     protocol = selection["protocol"]
