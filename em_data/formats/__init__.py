@@ -34,6 +34,8 @@ def decode(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
     if isinstance(source, bytes):
         start, suffix = source[:START_BYTES], ""
     else:
+        if source.exists() and not source.is_file():
+            raise Refusal("not a regular file but a folder, a pipe or a device.")
         with open(source, "rb") as file:
             start, suffix = file.read(START_BYTES), source.suffix
     if not start:
