@@ -10,6 +10,7 @@ shifts. The next best shift is the yardstick: periodic structures fit their neig
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from scipy import fft, ndimage
@@ -26,6 +27,7 @@ MIN_WHOLE, MIN_POINT = 0.5, 0.85  # correlations that make a candidate
 MIN_VOTES = 3  # pairs of points that agree on symmetry and scale
 MAX_POINTS = 32_000  # of all micrographs, which bounds the time
 MAX_FOR_CROPS = MAX_POINTS // 16  # of more micrographs, crops are not looked for
+MAX_PARTNERS = 64  # candidates of a micrograph in one view, which bounds the memory
 MAX_CHECKS = 20  # candidates of a micrograph that are verified, which bounds the time, too
 MIN_CORRELATION = 0.5  # of near copies over their overlap
 MIN_GAP = 0.3  # of Fisher's z between the best shift and the next; more for periodic structures
@@ -199,10 +201,26 @@ def _match_wholes(signatures):
         turned = apply_symmetry(wholes, name).reshape(len(wholes), -1)
         for start in range(0, len(wholes), 1024):
             alike = wholes[start : start + 1024].reshape(-1, turned.shape[1]) @ turned[start:].T
-            for i, j in zip(*(each.tolist() for each in np.nonzero(alike > MIN_WHOLE))):
-                if i < j:
-                    found.append((-alike[i, j], start + i, start + j, number))
-    return [(i, j, number, None) for _, i, j, number in sorted(found)]
+            alike[:, : len(alike)] = np.triu(alike[:, : len(alike)], 1)  # each pair once
+            _keep_likely(alike)
+            i, j = np.nonzero(alike > MIN_WHOLE)
+            found.append((alike[i, j], i + start, j + start, np.full(len(i), number)))
+    alike, i, j, number = (np.concatenate(part) for part in zip(*found))
+    order = np.lexsort((number, j, i, -alike))
+    return zip(i[order].tolist(), j[order].tolist(), number[order].tolist(), repeat(None))
+
+
+def _keep_likely(alike):
+    """Set to 0 all but the MAX_PARTNERS largest values of each row, in place.
+
+    Else thousands of frames of one scene, each of which is like all others, fill the memory.
+    """
+    crowded = np.count_nonzero(alike > MIN_WHOLE, axis=1) > MAX_PARTNERS
+    for row in np.flatnonzero(crowded):
+        kept = np.argpartition(alike[row], -MAX_PARTNERS)[-MAX_PARTNERS:]
+        values = alike[row, kept]
+        alike[row] = 0
+        alike[row, kept] = values
 
 
 def _match_points(signatures):

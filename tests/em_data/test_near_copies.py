@@ -1,6 +1,7 @@
 """Near copies are found, micrographs that are only similar are not, and no split parts copies."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,13 @@ import tifffile
 from scipy import ndimage
 
 from em_data import load_data
-from em_data.near_copies import RELATIVE, find_near_copies, make_signature
+from em_data.near_copies import (
+    RELATIVE,
+    Groups,
+    _match_wholes,
+    find_near_copies,
+    make_signature,
+)
 from em_data.views import ELEMENTS, apply_symmetry
 
 
@@ -161,3 +168,21 @@ def test_specimens_that_share_a_near_copy_are_one(tmp_path, config):
     PIL.Image.fromarray(copy).save(tmp_path / "c" / "copy.png")
     data = load_data(tmp_path, config(resolution=64, split="specimen"), log=print)
     assert data.summary["held_out"] in (["b/0.png"], ["a/0.png", "c/0.png", "c/copy.png"])
+
+
+def test_thousands_of_frames_of_one_scene_have_few_candidates():
+    """Each is like all others: all pairs would fill the memory. Few link them all as well."""
+    rng, num = np.random.default_rng(0), 1200
+    wholes = rng.normal(size=(12, 12)) + 0.5 * rng.normal(size=(num, 12, 12))
+    wholes = (wholes / np.linalg.norm(wholes, axis=(1, 2), keepdims=True)).astype(np.float32)
+    candidates = list(_match_wholes([SimpleNamespace(whole=each) for each in wholes]))
+    assert num < len(candidates) <= 64 * num
+    assert all(i < j for i, j, *_ in candidates)
+    groups = Groups(num)
+    for i, j, *_ in candidates:
+        groups.join(i, j)
+    assert {groups.find(i) for i in range(num)} == {0}
+    alike = [float((wholes[i] * wholes[j]).sum()) for i, j, *_ in candidates]
+    np.testing.assert_allclose(alike, sorted(alike, reverse=True), atol=1e-5)
+    few = [SimpleNamespace(whole=each) for each in wholes[:60]]
+    assert len(list(_match_wholes(few))) == 60 * 59 // 2
