@@ -1,5 +1,6 @@
 """A demo in the browser: models side by side, their images and walks, and files to download.
 
+python app.py                                            the models in the package
 python app.py --models runs/demo/ldm runs/demo/stylegan2
 EM_MODELS="you/em-ldm you/em-gan" python app.py          (a Space sets such a variable)
 """
@@ -10,6 +11,7 @@ import os
 import tempfile
 import time
 
+import em_pretrained
 from em_generation import demo
 from em_training.cli import run_command
 
@@ -249,10 +251,12 @@ def parse_arguments(argv=None):
         nargs="+",
         default=os.environ.get("EM_MODELS", "").split(),
         metavar="MODEL",
-        help="runs' folders or Hub ids (owner/name@revision); default: the variable EM_MODELS",
+        help="runs' folders, models in the package or Hub ids (owner/name@revision); default: the "
+        "variable EM_MODELS, else all models in the package",
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     arguments = parser.parse_args(argv)
+    arguments.models = arguments.models or em_pretrained.list_models()
     if not arguments.models:
         raise ValueError("The demo needs a model: use --models MODEL ..., or set EM_MODELS.")
     return arguments

@@ -31,6 +31,7 @@ The same command resumes a run that was stopped or killed.
 MAIN_FLAGS = (
     "data",
     "out",
+    "init_from",
     "tiles.resolution",
     "tiles.downsample",
     "tiles.pixel_size_nm",

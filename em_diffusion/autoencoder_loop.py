@@ -1,24 +1,21 @@
 """Training of the autoencoder: its losses, then the loop."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL
 
 from em_data import BatchLoader, ImageSampler, Tiles, save_image_grid
 from em_data.files import write_atomically
-from em_diffusion.autoencoder import create_autoencoder, encode, has_codebook, is_trainable
+from em_diffusion.autoencoder import encode, has_codebook, is_trainable
 from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
 from em_diffusion.config import AutoencoderConfig
-from em_diffusion.em_patch_basis import EMPatchBasis
-from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.first_autoencoder import build_autoencoder, list_trained
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
-from em_diffusion.patch_basis import fit_to_tiles
 from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
 from em_diffusion.validation import evaluate_reconstruction, read_spaced_images, reconstruct
 from em_diffusion.weights import save_from_main_process
@@ -36,7 +33,6 @@ from em_training import (
 )
 
 NUM_GRID_COLUMNS = 8
-KINDS = {VQModel: "vq", AutoencoderKL: "kl", EMPatchBasis: "basis"}
 
 
 def compute_losses(model, perceptual, images, noise, config):
@@ -123,7 +119,7 @@ def backward_losses(part, share, model, perceptual, discriminator, config, accel
             weight = adaptive_weight(loss, loss_G, last_layer, scale)
             total = total + config.discriminator_weight * weight * loss_G
     # only the autoencoder's: the discriminator has a loss of its own
-    inputs = list(model.parameters())
+    inputs = list_trained(model)
     accelerator.backward(total * share, inputs=inputs, retain_graph=adversarial)
     outputs = {"loss": total} | outputs
     if adversarial:
@@ -165,11 +161,11 @@ def train_autoencoder(
 
     if config.num_images == 0 or not is_trainable(model):
         return keep_untrained(model, build_seconds, validation_images, folder, accelerator, config)
-    ema = EMA(model, config.ema_half_life_images) if config.ema_half_life_images > 0 else None
+    ema = create_ema(config, model)
     averaged = ema.model if ema else model
     perceptual = create_perceptual_distance(config, accelerator.device)
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
-    parameters = list(model.parameters())
+    parameters = list_trained(model)
     parameters_D = list(discriminator.parameters()) if discriminator else []
     optimizer = create_optimizer(group_parameters(model, config), config)
     monitor = None
@@ -249,59 +245,6 @@ def keep_untrained(model, seconds, images, folder, accelerator, config):
     return save_from_main_process(model, folder, accelerator), seconds
 
 
-def build_autoencoder(config, tiles, accelerator):
-    """Return the autoencoder on the accelerator's device, and the seconds of fitting it, if any.
-
-    A loaded one keeps its architecture whatever the configuration says; differences are printed.
-
-    Raises:
-        ValueError: If a loaded one is to be trained but its kind has no loss here.
-    """
-    if config.init_from is None and config.kind == "basis":
-        factor, channels = config.downsampling_factor, config.latent_channels
-        started = time.monotonic()
-        model = fit_to_tiles(tiles, config.num_images, factor, channels)
-        return model.to(accelerator.device), time.monotonic() - started
-    if config.init_from is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(config.seed, "autoencoder"))
-            model = create_autoencoder(config, tiles.resolution)
-        return model.to(accelerator.device, memory_format=torch.channels_last), 0.0
-    with accelerator.main_process_first():  # the first may download it
-        model = load_autoencoder(config.init_from)
-    if config.num_images > 0 and not is_trainable(model):
-        raise ValueError(
-            f"autoencoder.init_from {config.init_from} is a {type(model).__name__}, which "
-            "cannot be trained here: only VQ models with nearest codes and KL models can. Use "
-            "it unchanged with --autoencoder.num-images 0."
-        )
-    if changes := list_changes(config, model):
-        accelerator.print(f"{config.init_from} keeps its own architecture: {', '.join(changes)}")
-    # statistics of other micrographs; measured anew
-    stale = [name for name in ("latents_mean", "latents_std") if name in model.config]
-    model.register_to_config(**dict.fromkeys(stale))
-    model.requires_grad_(True)
-    return model.to(accelerator.device, memory_format=torch.channels_last), 0.0
-
-
-def list_changes(config, model) -> list[str]:
-    """Return where the model's architecture differs from the configuration's."""
-    own = {
-        "kind": next((name for cls, name in KINDS.items() if isinstance(model, cls)), None),
-        "block_out_channels": tuple(model.config.get("block_out_channels", ())),
-        "layers_per_block": model.config.get("layers_per_block"),
-        "latent_channels": model.config.get("latent_channels"),
-        "num_codes": model.config.get("num_vq_embeddings"),
-        "norm_num_groups": model.config.get("norm_num_groups"),
-        "mid_attention": model.config.get("mid_block_add_attention"),
-    }
-    return [
-        f"{name} {value} (not {getattr(config, name)})"
-        for name, value in own.items()
-        if value not in (None, (), getattr(config, name))
-    ]
-
-
 def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
     """Yield this process's batches from `num_images_seen` on, with noise for a KL autoencoder."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -324,6 +267,14 @@ def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
             batch = replace(batch, noise=torch.randn(shape, generator=rng))
         yield batch
         num_images_seen += config.batch_size
+
+
+def create_ema(config, model):
+    """Create the average of the weights, which does not forget given ones; None for none."""
+    if config.ema_half_life_images == 0:
+        return None
+    ramp = {} if config.init_from is None else {"ramp_up": None}
+    return EMA(model, config.ema_half_life_images, **ramp)
 
 
 def create_perceptual_distance(config, device="cpu"):
@@ -351,9 +302,9 @@ def step_discriminator(accelerator, optimizer, parameters):
 def group_parameters(model, config):
     """Return the optimizer's groups: the codes of a `VQModel` have a learning rate of their own."""
     if not has_codebook(model):
-        return [{"params": list(model.parameters())}]
+        return [{"params": list_trained(model)}]
     codebook = model.quantize.embedding.weight
-    networks = [parameter for parameter in model.parameters() if parameter is not codebook]
+    networks = [parameter for parameter in list_trained(model) if parameter is not codebook]
     codes = {"params": [codebook], "rate_scale": config.codebook_rate_scale}
     return [{"params": networks}, codes]
 

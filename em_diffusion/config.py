@@ -1,6 +1,6 @@
 """Configuration of a latent diffusion run: one class a stage, and the run that holds them."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -36,7 +36,11 @@ class AutoencoderConfig:
 
     init_from: str | None = None
     """Start from a trained autoencoder, whose architecture is then used: the folder of a run, a
-    pipeline or a model, or a Hub id. With num_images 0 it is used unchanged."""
+    pipeline or a model, a model in the package such as em-ldm-64, or a Hub id. With num_images 0 it
+    is used unchanged."""
+    freeze_encoder: bool = False
+    """With init_from: train the decoder and the codes alone, so that a denoiser of the same latents
+    can be used further."""
     kind: Annotated[Literal["vq", "kl", "basis"], NAMED_FAMILY_IN_0_1] = "vq"
     """"vq": each latent is the nearest of num_codes vectors (van den Oord et al. 2017); "kl":
     continuous latents, drawn towards a standard normal by kl_weight; "basis": principal components
@@ -112,11 +116,6 @@ class AutoencoderConfig:
     seed: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self):
-        if self.num_images == 0 and self.init_from is None:
-            raise ValueError(
-                "autoencoder.num_images is 0, but must be greater than 0 unless a trained "
-                "autoencoder is given. Use --autoencoder.num-images or --autoencoder.init-from."
-            )
         _check_groups(self.block_out_channels, self.norm_num_groups, "autoencoder")
 
     @property
@@ -130,6 +129,10 @@ class AutoencoderConfig:
 class DenoiserConfig:
     """The U-Net that denoises latents and its training. Lengths and intervals count images."""
 
+    init_from: str | None = None
+    """Start from the denoiser of a trained model, whose architecture and scale of the latents are
+    then used: the folder of a run or a pipeline, a model in the package, or a Hub id. The encoder
+    must be that of the same model, see autoencoder.init_from."""
     base_channels: Size = 256
     channel_multipliers: tuple[Size, ...] = (1, 2, 2, 4, 4)
     layers_per_block: Depth = 2
@@ -253,6 +256,9 @@ class LDMConfig:
     """Training views used to measure the grain: the fine noise that the autoencoder removes and
     that sampling adds again. Fewer are used if they have more than 67 million pixels; 0 for no
     grain. May change at any time."""
+    init_from: str | None = None
+    """Start autoencoder and denoiser from a trained model, such as em-ldm-64: the same as
+    autoencoder.init_from and denoiser.init_from, with autoencoder.freeze_encoder."""
     last_stage: Annotated[Literal["autoencoder", "denoiser"], MAY_CHANGE] = "denoiser"
     """"autoencoder" ends the run after that stage, to look at its reconstructions. The same command
     with "denoiser" continues it."""
@@ -261,6 +267,7 @@ class LDMConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self):
+        self._fill_init_from()
         if self.sampler is not None:
             self._check_sampler()
         first = self.autoencoder.downsampling_factor
@@ -281,6 +288,15 @@ class LDMConfig:
                 "--autoencoder.discriminator-layers."
             )
 
+    def _fill_init_from(self):
+        """Give both stages the common model to start from, and check what they start from."""
+        if self.init_from is not None:
+            both = {"init_from": self.init_from}
+            autoencoder = replace(self.autoencoder, **both, freeze_encoder=True)
+            object.__setattr__(self, "autoencoder", autoencoder)
+            object.__setattr__(self, "denoiser", replace(self.denoiser, **both))
+        _check_start(self.autoencoder, self.denoiser)
+
     def _check_sampler(self):
         """Refuse an unknown sampler, or one that does not suit the prediction."""
         from em_diffusion.denoiser import create_scheduler  # imports torch: only when needed
@@ -297,6 +313,32 @@ class LDMConfig:
     def latent_size(self) -> int:
         """Side of the latents of our own autoencoder; that of `init_from` has its own."""
         return self.tiles.resolution // self.autoencoder.downsampling_factor
+
+
+def _check_start(autoencoder, denoiser):
+    """Refuse stages that lack a trained model to start from, or a changing encoder below one."""
+    if autoencoder.init_from is None:
+        if autoencoder.num_images == 0:
+            raise ValueError(
+                "autoencoder.num_images is 0, but must be greater than 0 unless a trained "
+                "autoencoder is given. Use --autoencoder.num-images or --autoencoder.init-from."
+            )
+        if autoencoder.freeze_encoder:
+            raise ValueError(
+                "autoencoder.freeze_encoder keeps a trained encoder, but none is given. Use "
+                "--autoencoder.init-from."
+            )
+        if denoiser.init_from is not None:
+            raise ValueError(
+                f"denoiser.init_from is {denoiser.init_from}, whose latents are those of its own "
+                f"autoencoder. Use --init-from {denoiser.init_from} for both."
+            )
+    is_trained = autoencoder.num_images > 0 and not autoencoder.freeze_encoder
+    if denoiser.init_from is not None and is_trained:
+        raise ValueError(
+            f"denoiser.init_from is {denoiser.init_from}, but the encoder of its latents would be "
+            "trained further. Use --autoencoder.freeze-encoder, or --autoencoder.num-images 0."
+        )
 
 
 def _check_objective(config):

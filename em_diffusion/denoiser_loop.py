@@ -1,5 +1,6 @@
 """Training of the denoiser: its loss, then the loop."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,24 +104,25 @@ def train_denoiser(
     out_dir: str | Path,
     held_out: Views | None = None,
     grain: EMGrain | None = None,
+    start: ModelMixin | None = None,
 ) -> tuple[Path, float]:
     """Train the denoiser on `latents`, or resume from its last checkpoint.
 
-    Logs the loss, and the loss of the averaged weights on held-out latents, always with the same
-    noise and timesteps. Sample grids come from the averaged weights and always the same noise. With
-    `config.evaluate_every`, logs the distance of generated images to held-out tiles, and keeps the
-    best weights in `out_dir`/denoiser/best. Keeps an early average in `out_dir`/denoiser/guide.
+    Logs the loss, and that of the averaged weights on held-out latents with the same noise each
+    time. Sample grids come from the averaged weights. With `config.evaluate_every`, logs the
+    distance of images to held-out tiles and keeps the best weights in best/. Keeps the guide.
 
     Args:
         vqvae: Decodes samples.
         held_out: Tiles that generated images are compared with.
         grain: Added to samples.
+        start: A trained U-Net to train further, whatever the configuration's sizes.
 
     Returns:
         The folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in seconds.
     """
-    model = build_denoiser(config, latents.shape, accelerator.device)
-    ema = EMA(model, config.ema_half_life_images)
+    model = build_denoiser(config, latents.shape, accelerator.device, start)
+    ema = create_ema(config, model, start)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     network = torch.compile(model) if config.compile else model
@@ -194,12 +196,25 @@ def train_denoiser(
     return save_from_main_process(ema.model, folder, accelerator), train_seconds
 
 
-def build_denoiser(config, shape, device):
-    """Create the U-Net for latents of `shape`, [C, h, w]; its weights depend on the seed alone."""
+def build_denoiser(config, shape, device, start=None):
+    """Create the U-Net for latents of `shape`, [C, h, w], or a copy of `start` for them.
+
+    The weights of a new one depend on the seed alone.
+    """
+    if start is not None:
+        model = deepcopy(start)
+        model.register_to_config(sample_size=shape[-1])
+        return model.to(device, memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "denoiser"))
         model = create_denoiser(config, shape[-1], shape[0])
     return model.to(device, memory_format=torch.channels_last)
+
+
+def create_ema(config, model, start):
+    """Create the average of the weights. Its ramp forgets random ones, and given ones must stay."""
+    ramp = {} if start is None else {"ramp_up": None}
+    return EMA(model, config.ema_half_life_images, **ramp)
 
 
 def keep_averages(ema, posthoc_ema, run, config, num_images_seen):

@@ -89,7 +89,7 @@ def encode_latents(
     """
     view_ids = np.arange(tiles.num_views) if view_ids is None else np.asarray(view_ids)
     views = hashlib.sha256(view_ids.astype(np.int64).tobytes()).hexdigest()
-    weights = hash_weights(model, without=("decoder.", "post_quant_conv.", "quantize."))
+    weights = hash_encoder(model)
     key = "\n".join([tiles.fingerprint, views, weights, accelerator.mixed_precision])
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}-{key}.npy"
@@ -106,6 +106,11 @@ def encode_latents(
     accelerator.wait_for_everyone()
     seconds = json.loads(path.with_suffix(".json").read_text())["seconds"]
     return np.load(path, mmap_mode="r"), seconds
+
+
+def hash_encoder(model: ModelMixin) -> str:
+    """Return the SHA-256 of the weights of an autoencoder that decide its latents."""
+    return hash_weights(model, without=("decoder.", "post_quant_conv.", "quantize."))
 
 
 def is_whole(path) -> bool:

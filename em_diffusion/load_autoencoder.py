@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 
 from diffusers import AutoencoderKL, VQModel
 
+import em_pretrained
 from em_diffusion.em_dalle_vae import EMDalleVAE
 from em_diffusion.em_patch_basis import EMPatchBasis
 from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL, EMTamingVQModel
@@ -38,9 +39,10 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
     repeated three times and the answer averaged. No code of a checkpoint or repository is executed.
 
     Args:
-        source: Folder of a run, of a pipeline or of a diffusers `VQModel` or `AutoencoderKL`; Hub
-            id (owner/name) of a pipeline or model; a .ckpt file of taming-transformers or
-            latent-diffusion; or a folder with DALL-E's encoder.pkl and decoder.pkl.
+        source: Folder of a run, of a pipeline or of a diffusers `VQModel` or `AutoencoderKL`; the
+            name of a model in the package (`em_pretrained`); Hub id (owner/name) of a pipeline or
+            model; a .ckpt file of taming-transformers or latent-diffusion; or a folder with
+            DALL-E's encoder.pkl and decoder.pkl.
         config: The yaml of a .ckpt file. Default: the yaml beside it.
         use_ema: Which weights of a .ckpt file, as in `em_diffusion.original.load.load_official`.
         revision: Branch, tag or commit of a Hub repository.
@@ -52,7 +54,7 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
     Raises:
         ValueError: If `source` is none of these or cannot be read.
     """
-    path = Path(source)
+    path = em_pretrained.find(source) or Path(source)
     if path.is_file() or find_dalle(path) is not None:
         model = load_official_autoencoder(path, config, use_ema=use_ema)
     else:
@@ -89,7 +91,10 @@ def _read_class_name(path: Path) -> str | None:
 def _download(name, revision) -> Path:
     """Return the cached folder with the autoencoder of a Hub repository."""
     if HUB_ID.fullmatch(name) is None:
-        raise ValueError(f"there is no file or folder {name}, and it is not a Hub id (owner/name)")
+        raise ValueError(
+            f"there is no file or folder {name}, and it is not a Hub id (owner/name)."
+            f"{em_pretrained.suggest(name)}"
+        )
     name = name if revision is None else f"{name}@{revision}"
     configs = [str(PurePosixPath(folder) / "config.json") for folder in FOLDERS]
     snapshot = fetch_repository(name, configs)

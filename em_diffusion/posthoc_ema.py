@@ -10,7 +10,7 @@ import torch
 from em_data.files import write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.config import LDMConfig
-from em_diffusion.denoiser import create_denoiser
+from em_diffusion.denoiser import create_denoiser, load_denoiser
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -56,7 +56,13 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     resolution = config.tiles.resolution
     with torch.no_grad():
         num_channels, side = encode(vqvae, torch.zeros(1, 1, resolution, resolution)).shape[1:3]
-    unet = create_denoiser(config.denoiser, side, num_channels).eval()
+    trained = run / "denoiser" / "unet"
+    if (trained / "config.json").is_file():  # it may have the architecture of another model
+        unet = load_denoiser(trained).eval()
+    elif config.denoiser.init_from is None:
+        unet = create_denoiser(config.denoiser, side, num_channels).eval()
+    else:
+        raise ValueError(f"{run} is not finished. Finish it first, with the same command.")
     unet.load_state_dict(unet.state_dict() | weights)
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None

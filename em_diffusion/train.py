@@ -10,7 +10,7 @@ import torch
 from em_data import load_data, warn_if_few
 from em_data.files import write_atomically
 from em_data.look.tile_size import warn_of_tile_size
-from em_diffusion.autoencoder import encode
+from em_diffusion.autoencoder import encode, is_trainable
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
@@ -21,6 +21,7 @@ from em_diffusion.latents import Latents, encode_latents, measure_latents, store
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.samplers import choose_default_sampler, create_sampler
+from em_diffusion.start import load_start, record_start
 from em_diffusion.validation import choose_spaced_views, read_spaced_images, reconstruct
 from em_diffusion.weights import hash_weights, save_model
 from em_evaluation.feature_metrics import check_metrics
@@ -37,6 +38,7 @@ from em_training import (
     seed_for,
 )
 from em_training.config import is_complete
+from em_training.sources import TRAINED_FURTHER, read_starts
 
 
 def train_ldm(config: LDMConfig) -> Path:
@@ -65,6 +67,7 @@ def train_stages(config, accelerator, out):
     check_metrics(config.denoiser.evaluation_metrics, in_training=True)
     config = replace(config, precision=accelerator.mixed_precision)
     check_same_run(config, out)
+    start = load_denoiser_start(config, accelerator, out)
     with accelerator.main_process_first():  # the first cuts the tiles, the others read them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
@@ -75,17 +78,22 @@ def train_stages(config, accelerator, out):
         refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")
 
-    vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out)
+    if start is not None:
+        source = config.denoiser.init_from
+        record_start(out, "denoiser", source, start.unet, accelerator, TRAINED_FURTHER)
+    vqvae, autoencoder = run_autoencoder_stage(config, data, accelerator, out, start)
     if not config.makes_pipeline:
         accelerator.print(
             f"The autoencoder is trained: {out / 'autoencoder'}. The same command with "
             "--last-stage denoiser continues the run."
         )
         return
-    latents, held_out_latents, seconds = run_latents_stage(config, data, vqvae, accelerator, out)
+    latents, held_out_latents, seconds = run_latents_stage(
+        config, data, vqvae, accelerator, out, start
+    )
     grain = run_grain_stage(config, data, vqvae, accelerator, out)
     unet, denoiser = run_denoiser_stage(
-        config, data, latents, held_out_latents, vqvae, accelerator, out, grain
+        config, data, latents, held_out_latents, vqvae, accelerator, out, grain, start
     )
     if accelerator.is_main_process and not is_complete(out, config):
         save_pipeline(config, data, out, vqvae, unet, grain)
@@ -113,6 +121,7 @@ def describe_run(config, data, out, autoencoder, latents_seconds, denoiser) -> d
             "denoiser": denoiser["num_images_seen"],
         },
         "denoiser_weights": denoiser["weights"],
+        **({"started_from": started} if (started := read_starts(out)) else {}),
         "config": asdict(config),
         "data": data.summary,
     }
@@ -126,13 +135,24 @@ def save_pipeline(config, data, out, vqvae, unet, grain):
     save_model(pipeline, out / "pipeline")
 
 
-def run_autoencoder_stage(config, data, accelerator, out):
+def load_denoiser_start(config, accelerator, out):
+    """Load the trained denoiser that the run starts from; None without one or if it is not needed.
+
+    It is loaded before anything is written, so that a model that does not fit is refused at once.
+    """
+    is_finished = read_result(out / "denoiser", config.denoiser.num_images) is not None
+    if config.denoiser.init_from is None or is_finished or not config.makes_pipeline:
+        return None
+    return load_start(config, accelerator)
+
+
+def run_autoencoder_stage(config, data, accelerator, out, start=None):
     """Train or load the autoencoder; return it and its result."""
     result = read_result(out / "autoencoder", config.autoencoder.num_images)
     if result is None:
         stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
         if stage.init_from is not None:
-            check_latent_size(config, accelerator)
+            check_first_autoencoder(config, accelerator, out, start)
         _, seconds = train_autoencoder(
             stage, data.train, data.held_out, accelerator=accelerator, out_dir=out
         )
@@ -140,12 +160,20 @@ def run_autoencoder_stage(config, data, accelerator, out):
     return load_autoencoder(out / "autoencoder" / "vqvae", device=accelerator.device), result
 
 
-def check_latent_size(config, accelerator):
-    """Refuse tiles that the autoencoder of `init_from` and the denoiser's levels cannot halve."""
-    source, resolution = config.autoencoder.init_from, config.tiles.resolution
+def check_first_autoencoder(config, accelerator, out, start):
+    """Record the autoencoder of `init_from`.
+
+    Refuse tiles that it and the denoiser's levels cannot halve, and one that has changed.
+    """
+    stage, resolution = config.autoencoder, config.tiles.resolution
+    source = stage.init_from
     with accelerator.main_process_first():  # the first may download it
         model = load_autoencoder(source)
-    num_halvings = len(config.denoiser.channel_multipliers) - 1
+    use = "decoder trained further" if stage.freeze_encoder else TRAINED_FURTHER
+    if stage.num_images == 0 or not is_trainable(model):
+        use = "unchanged"
+    record_start(out, "autoencoder", source, model, accelerator, use)
+    num_halvings = start.num_halvings if start else len(config.denoiser.channel_multipliers) - 1
     with torch.no_grad():
         try:
             side = encode(model, torch.zeros(1, 1, resolution, resolution)).shape[-1]
@@ -160,18 +188,23 @@ def check_latent_size(config, accelerator):
         )
 
 
-def run_latents_stage(config, data, vqvae, accelerator, out):
+def run_latents_stage(config, data, vqvae, accelerator, out, start=None):
     """Encode all training views and the validation views, or read their latents.
 
     Returns both as `Latents`, and the seconds of encoding. Mean and deviation are measured on the
-    training side alone.
+    training side alone; those of a trained denoiser that the run starts from are kept.
     """
     validation = choose_spaced_views(data.held_out, config.denoiser.num_validation_images)
     batch_size, folder = config.autoencoder.batch_size, out / "latents"
     encode_side = partial(encode_latents, vqvae, accelerator=accelerator, batch_size=batch_size)
     train, seconds = encode_side(data.train, folder, name="train")
     held_out, more = encode_side(data.held_out, folder, name="held_out", view_ids=validation)
-    mean, std = measure_latents(train)
+    if start is not None:
+        mean, std = start.mean, start.std
+    elif config.denoiser.init_from is not None:  # a finished run, which has stored them
+        mean, std = vqvae.config.latents_mean, vqvae.config.latents_std
+    else:
+        mean, std = measure_latents(train)
     if accelerator.is_main_process:
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
@@ -205,7 +238,7 @@ def run_grain_stage(config, data, vqvae, accelerator, out):
 
 
 def run_denoiser_stage(
-    config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None
+    config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None, start=None
 ):
     """Train or load the denoiser; return it and its result.
 
@@ -223,6 +256,7 @@ def run_denoiser_stage(
             out_dir=out,
             held_out=data.held_out,
             grain=grain,
+            start=start.unet if start else None,
         )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
     with accelerator.main_process_first():  # the first may have to tidy up after a kill

@@ -241,7 +241,19 @@ def list_notes(report: dict) -> list[str]:
                 f"real images: the {name_reference(report)} are unlike the other real ones. Use "
                 "more of them."
             )
-    return notes
+    return notes + say_help(report)
+
+
+def say_help(report: dict) -> list[str]:
+    """Return a note if some of several models started from trained ones: who was given what."""
+    starts = {each["name"]: each.get("info", {}).get("started_from") for each in report["models"]}
+    if len(starts) < 2 or not any(starts.values()):
+        return []
+    given = [
+        f"{name} started from {start}" if start else f"{name} from random weights"
+        for name, start in starts.items()
+    ]
+    return [f"{'; '.join(given)}. A comparison is fair only if all were given as much."]
 
 
 def say_closer(report: dict, comparison: dict) -> str:

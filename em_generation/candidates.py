@@ -123,6 +123,32 @@ def holds_images(folder: Path) -> bool:
     )
 
 
+def refuse_other_splits(candidates: Sequence[Candidate], summary: dict) -> None:
+    """Raise `ValueError` for a model that may have been trained on the held-out micrographs.
+
+    The embedded micrographs of one source are none of another source.
+    """
+    for each in candidates:
+        trained = each.model.data or {} if each.model is not None else {}
+        source = str(each.model.config.get("data")) if each.model and each.model.config else ""
+        if source.startswith("synthetic") and source != summary["source"]:
+            continue
+        split, cut = trained.get("split_hash"), trained.get("fingerprint")
+        if split is not None and split != summary["split_hash"]:
+            raise ValueError(
+                f"{each.name} was trained on another split ({trained.get('name')}, {split}) than "
+                f"this one ({summary['name']}, {summary['split_hash']}), and may have been trained "
+                "on its held-out micrographs. Use the --data and --tiles of its training, and "
+                "compare only models of one split."
+            )
+        if cut is not None and cut != summary["fingerprint"]:
+            raise ValueError(
+                f"{each.name} was trained on tiles of another resolution, downsampling or "
+                "intensity than these. Use the --tiles of its training, and compare only models "
+                "of one tiling."
+            )
+
+
 def clean_name(name: str) -> str:
     """Return a name on one line, without control characters."""
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(name)).split())

@@ -90,8 +90,9 @@ def load_demo_model(source: str, *, dtype: torch.dtype | None = None) -> DemoMod
 def load_real_images(model: Model, num_images: int = REAL_IMAGES) -> Drawing | None:
     """Return held-out tiles of the micrographs that a run was trained on.
 
-    Returns None if the run does not name them, or if they are not on this machine. A Hub
-    repository's run can name synthetic micrographs only, and no cache.
+    Returns None if the run does not name them, or if they are not on this machine. A model without
+    a run on this machine can name synthetic micrographs only, and no cache. Of a wide variety a few
+    others are drawn, which no model was trained on.
     """
     config = model.config or {}
     source = config.get("data")
@@ -101,6 +102,14 @@ def load_real_images(model: Model, num_images: int = REAL_IMAGES) -> Drawing | N
         return None
     try:
         tiles = config_from_dict(DataConfig, config["tiles"])
+        if source == "synthetic-varied":
+            tiles = replace(
+                tiles,
+                seed=tiles.seed + 1,
+                num_micrographs=2 * num_images,
+                num_synthetic=None,
+                held_out_fraction=0.5,
+            )
         if model.folder is None:
             tiles = replace(tiles, cache_dir=None)
             num = tiles.num_synthetic or tiles.num_micrographs or SYNTHETIC[source][-1]

@@ -17,7 +17,7 @@ from em_evaluation.compare import compare_reports
 from em_evaluation.evaluator import RealImages
 from em_evaluation.levels import LEVELS, LevelName
 from em_evaluation.numbers import format_interval
-from em_generation.candidates import Candidate, name_candidates
+from em_generation.candidates import Candidate, name_candidates, refuse_other_splits
 from em_generation.extractors import create_extractors
 from em_generation.families import make_options
 from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
@@ -35,11 +35,12 @@ class EvaluationConfig:
     """Compare models and folders of images with real micrographs, and write a report."""
 
     models: tuple[str, ...] = ()
-    """What to judge: runs, saved pipelines, Hub ids (owner/name, owner/name@revision), folders of
-    images (PNG, TIFF, JPEG; 8 or 16 bit), datasets folders, or data sets on the Hub
-    (hub:owner/name). NAME=MODEL gives one a name in the report. Runs that differ in the seed alone
-    are shown with their median and range; they may share a name. Images must be as large as the
-    tiles; larger ones beside a run are cut into tiles like its micrographs."""
+    """What to judge: runs, saved pipelines, models in the package such as em-ldm-64, Hub ids
+    (owner/name, owner/name@revision), folders of images (PNG, TIFF, JPEG; 8 or 16 bit), datasets
+    folders, or data sets on the Hub (hub:owner/name). NAME=MODEL gives one a name in the report.
+    Runs that differ in the seed alone are shown with their median and range; they may share a name.
+    Images must be as large as the tiles; larger ones beside a run are cut into tiles like its
+    micrographs."""
     out: str = "runs/evaluation"
     """Folder for the report. Generated images are kept in images/ below it for the next time."""
     data: str | None = None
@@ -276,26 +277,6 @@ def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]
         sizes = [each.images.shape[0] for each in candidates if each.images is not None]
         tiles = change_tiles(config, {"resolution": sizes[0]} if sizes else {})
     return source, tiles
-
-
-def refuse_other_splits(candidates: Sequence[Candidate], summary: dict) -> None:
-    """Raise `ValueError` for a model that may have been trained on the held-out micrographs."""
-    for each in candidates:
-        trained = each.model.data or {} if each.model is not None else {}
-        split, cut = trained.get("split_hash"), trained.get("fingerprint")
-        if split is not None and split != summary["split_hash"]:
-            raise ValueError(
-                f"{each.name} was trained on another split ({trained.get('name')}, {split}) than "
-                f"this one ({summary['name']}, {summary['split_hash']}), and may have been trained "
-                "on its held-out micrographs. Use the --data and --tiles of its training, and "
-                "compare only models of one split."
-            )
-        if cut is not None and cut != summary["fingerprint"]:
-            raise ValueError(
-                f"{each.name} was trained on tiles of another resolution, downsampling or "
-                "intensity than these. Use the --tiles of its training, and compare only models "
-                "of one tiling."
-            )
 
 
 def make_models(config, candidates: Sequence[Candidate], device) -> list[ModelImages]:

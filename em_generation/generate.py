@@ -38,8 +38,8 @@ class GenerationConfig:
     """Generate images from a trained model into a folder."""
 
     model: str
-    """A run's folder, a folder with a saved pipeline, or a Hub id (owner/name,
-    owner/name@revision)."""
+    """A run's folder, a folder with a saved pipeline, a model in the package such as em-ldm-64, or
+    a Hub id (owner/name, owner/name@revision)."""
     out: str
     """Folder for the images and generation.json. The same command resumes where it stopped."""
     num_images: int = 1000

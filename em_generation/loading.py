@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from em_generation.families import read_family
-from em_hub.transport import HUB_ID, fetch_repository
+from em_hub.transport import HUB_ID
 from em_training.config import read_json_object
 from em_training.family import Family
 from em_training.saved_models import check_pipeline, refuse_diverged
+from em_training.sources import (
+    OTHER_VARIANTS,
+    fetch_pipeline_folder,
+    find_pipeline_folder,
+    say_starts,
+)
 
-PATTERNS = ["*.json", "*/*.json", "*/*.safetensors"]  # of a repository: no code
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 _TEXT, _NUMBER, _OBJECT = (str, "a text"), ((int, float), "a number"), (dict, "an object")
 RECORD: dict[str, tuple[Any, str]] = {
@@ -24,9 +29,9 @@ RECORD: dict[str, tuple[Any, str]] = {
     "train_seconds_by_stage": _OBJECT,
     "data": _OBJECT,
     "config": _OBJECT,
+    "started_from": _OBJECT,
 }
 """Key of a run.json -> (its types, what they are called)."""
-OTHER_VARIANTS = ["*.bf16.*", "*.bf16-*", "*.fp16.*", "*.fp16-*"]  # of the same weights
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Model:
             `em_data.files.make_folder_name` before a path is made of it.
         family, kind: What it is, such as "stylegan3-t" of the StyleGANs.
         pipeline_folder: Where model_index.json lies.
-        folder: The local folder of the run; None for a Hub repository.
+        folder: The local folder of the run; None for a model of the package or on the Hub.
         train_seconds, num_images_seen, data, config: From run.json; None or empty if unknown.
-        about: The preset and the note of run.json, where it has them.
+        about: The preset, the note and what the run started from, of run.json, where it has them.
     """
 
     source: str
@@ -89,11 +94,11 @@ def read_model(source: str) -> Model:
     """Find a model and read what is known of it; a Hub repository is downloaded once.
 
     Args:
-        source: A run's folder, a folder written by `save_pretrained`, or a Hub id (owner/name,
-            owner/name@revision).
+        source: A run's folder, a folder written by `save_pretrained`, the name of a model in the
+            package (`em_pretrained.list_models`), or a Hub id (owner/name, owner/name@revision).
 
     Raises:
-        ValueError: `source` is none of the three, its training is not finished, its pipeline is of
+        ValueError: `source` is none of the four, its training is not finished, its pipeline is of
             an unknown class, or the Hub cannot be reached or sends damaged files.
     """
     folder = find_pipeline_folder(source)
@@ -114,8 +119,15 @@ def read_model(source: str) -> Model:
         content.get("num_images_seen"),
         content.get("data") or {},
         content.get("config") or {},
-        {key: content[key] for key in ("preset", "note") if content.get(key)},
+        describe_run(content),
     )
+
+
+def describe_run(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what reports say of a run beside its numbers."""
+    about = {key: content[key] for key in ("preset", "note") if content.get(key)}
+    started = say_starts(content.get("started_from"))
+    return about | ({"started_from": started} if started else {})
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -141,40 +153,6 @@ def load_pipeline(source: str, *, device: Any = "cpu", dtype: Any = None) -> Any
     return read_model(source).load(device=device, dtype=dtype)
 
 
-def find_pipeline_folder(source: str) -> Path | None:
-    """Return the local folder with model_index.json; None if `source` reads as a Hub id."""
-    path = Path(source)
-    for folder in (path, path / "pipeline"):
-        if (folder / "model_index.json").is_file():
-            return folder
-    if path.is_dir() and not (path / "config.json").exists():
-        suffixes = {each.suffix.lower() for each in path.iterdir()}
-        if suffixes & {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}:
-            raise ValueError(f"{source} holds images, not a run. Give a run's folder.")
-    if path.exists():
-        raise ValueError(
-            f"{source} holds no finished model (no model_index.json). Finish its training first, "
-            "with the same command."
-        )
-    if not HUB_ID.fullmatch(source) or source.startswith((".", "runs/")):
-        raise ValueError(
-            f"There is no folder {source}, and it is not a Hub id (owner/name or "
-            "owner/name@revision)."
-        )
-    return None
-
-
-def fetch_pipeline_folder(source: str) -> Path:
-    """Return the local folder with model_index.json; download a Hub repository if needed."""
-    folder = find_pipeline_folder(source)
-    if folder is not None:
-        return folder
-    folder = fetch_repository(source, PATTERNS, ignore=OTHER_VARIANTS)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"The Hub repository {source} holds no pipeline (no model_index.json).")
-    return folder
-
-
 def hash_weight_files(folder: Path) -> str:
     """Return the SHA-256 of the weight files of a pipeline's folder.
 
@@ -182,10 +160,10 @@ def hash_weight_files(folder: Path) -> str:
     and components that the index does not name, do not count.
     """
     index = read_json_object(folder / "model_index.json")
-    unused = {name for name, value in index.items() if value == [None, None]}
+    used = {name for name, value in index.items() if value != [None, None]}
     digest, has_weights = hashlib.sha256(), False
     for path in sorted(folder.rglob("*.safetensors")):
-        if path.relative_to(folder).parts[0] in unused or any(map(path.match, OTHER_VARIANTS)):
+        if path.relative_to(folder).parts[0] not in used or any(map(path.match, OTHER_VARIANTS)):
             continue
         if not path.is_file():  # a pipe would be read for ever
             raise ValueError(f"{path} is not a regular file. Download or save the model again.")

@@ -13,6 +13,7 @@ from em_evaluation.memorisation_report import conclude_memorisation
 from em_evaluation.numbers import format_count, format_duration, format_interval, format_number
 from em_evaluation.repeats import say_one_of
 from em_generation.families import find_family
+from em_training.sources import say_starts
 
 CODE_LICENSE = "Apache-2.0"
 TASK = "unconditional-image-generation"
@@ -34,7 +35,15 @@ HIDDEN = ("source", "held_out", "ignored", "notices", "specimens")  # of the dat
 
 
 def make_card(
-    pipeline, *, repo_id, record, evaluation=None, license=None, revision=None, num_samples=0
+    pipeline,
+    *,
+    repo_id,
+    record,
+    evaluation=None,
+    license=None,
+    revision=None,
+    num_samples=0,
+    is_in_package=False,
 ) -> str:
     """Return the text of a repository's README.md: metadata for the Hub and a page for people.
 
@@ -46,6 +55,7 @@ def make_card(
         license: The licence's identifier on the Hub; None if none is stated.
         revision: The branch; None for the main one.
         num_samples: Images in samples.png; 0 for none.
+        is_in_package: Whether the model comes with this package; `repo_id` is then its name.
     """
     family = find_family(type(pipeline).__name__)
     name = " ".join(str(record["name"]).split())
@@ -61,6 +71,7 @@ def make_card(
         "title": f"Electron micrographs by a {family.card.noun}: {name}",
         "repo_id": repo_id,
         "revision": revision,
+        "is_in_package": is_in_package,
         "package": family.card.package,
         "class_name": type(pipeline).__name__,
         "call": {"batch_size": num_samples or 1},
@@ -70,12 +81,10 @@ def make_card(
         },
         "data": record.get("data"),
         "pixel_size_nm": pipeline.config.pixel_size_nm,
-        "evaluation": evaluation,
-        "metrics": list_metrics(evaluation) if evaluation else [],
-        "rows": list_rows(evaluation) if evaluation else [],
-        "sentences": list_sentences(evaluation) if evaluation else [],
-        "sampling": say_sampling(evaluation["models"][0]["info"]) if evaluation else {},
+        **view_evaluation(evaluation),
         "run": record if record.get("num_images_seen") is not None else None,
+        "started_from": say_starts(record.get("started_from")),
+        "start_licenses": list_licenses(record.get("started_from")),
         "variant": VARIANT,
         "versions": record["versions"],
         "license": license,
@@ -84,6 +93,23 @@ def make_card(
     }
     page = create_environment().get_template(family.card.template).render(values)
     return f"---\n{metadata.to_yaml()}\n---\n\n{page}"
+
+
+def view_evaluation(evaluation: dict | None) -> dict:
+    """Return what the template shows of an evaluation, or of none."""
+    return {
+        "evaluation": evaluation,
+        "metrics": list_metrics(evaluation) if evaluation else [],
+        "rows": list_rows(evaluation) if evaluation else [],
+        "sentences": list_sentences(evaluation) if evaluation else [],
+        "sampling": say_sampling(evaluation["models"][0]["info"]) if evaluation else {},
+    }
+
+
+def list_licenses(started: dict | None) -> list[str]:
+    """Return the licences of the models that a run started from, as far as they are known."""
+    origins = [each for each in (started or {}).values() if isinstance(each, dict)]
+    return sorted({str(each["license"]) for each in origins if each.get("license")})
 
 
 def create_environment() -> jinja2.Environment:

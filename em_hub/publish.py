@@ -13,6 +13,7 @@ import torch
 from jinja2 import UndefinedError
 from safetensors import SafetensorError
 
+import em_pretrained
 from em_data import save_image_grid
 from em_data.files import write_atomically
 from em_evaluation.environment import describe_environment
@@ -39,7 +40,7 @@ class PublishConfig:
     """
 
     run: str
-    """A run's folder, or a folder with a saved pipeline."""
+    """A run's folder, a folder with a saved pipeline, or a model in the package."""
     repo: str
     """The repository: owner/name, or name for your own. It is created if it does not exist."""
     private: bool = False
@@ -51,8 +52,8 @@ class PublishConfig:
     evaluation: str | None = None
     """report.json of evaluate.py. Its numbers go into the card and into the Hub's metadata."""
     license: str | None = None
-    """Licence of the weights by its name on the Hub, such as apache-2.0 or cc-by-4.0. Default: the
-    card says that none is stated."""
+    """Licence of the weights by its name on the Hub, such as apache-2.0 or cc-by-4.0. Default: that
+    of the model's card, if it has one; else the card says that none is stated."""
     num_samples: int = 16
     """Images in the card's picture; 0 for none."""
     dry_run: str | None = None
@@ -77,11 +78,13 @@ def publish_run(config: PublishConfig, *, say: Callable[[str], object] = say) ->
         ValueError: No finished run, no token or one without rights, a repository that holds
             something else, no network, or a busy Hub.
     """
-    if find_pipeline_folder(config.run) is None:
+    if find_pipeline_folder(config.run) is None and em_pretrained.find(config.run) is None:
         raise ValueError(
             f"There is no folder {config.run}. Give a run's folder, or one with a saved pipeline."
         )
     model = read_model(config.run)
+    license = config.license or em_pretrained.read_license(model.pipeline_folder)
+    config = dataclasses.replace(config, license=license)
     note = make_record(model).get("note")
     if note:
         say(f"Warning: {note}")
@@ -206,20 +209,21 @@ def make_record(model: Model) -> dict:
 
     It is the run's own with the versions, without names of files, folders or specimens.
     """
-    path = Path(model.source) / "run.json"
+    path = (model.folder or model.pipeline_folder) / "run.json"
     if not path.is_file():
         folder = Path(model.source).resolve()
         name = folder.parent.name if folder.name == "pipeline" else folder.name
         return {"name": name, "family": model.kind, "versions": list_versions()}
     content = read_json_object(path)
     config = dict(content.get("config") or {})
-    source, stages = str(config.pop("data", "")), content.get("train_seconds_by_stage") or {}
+    source = str(config.pop("data", ""))
+    stages = content.get("train_seconds_by_stage") or content.get("stages") or {}
     config.pop("out", None)
     config = hide_paths(config)
     if is_public(source):
         config["data"] = source
     known = ("name", "family", "train_seconds", "num_images_seen")
-    optional = ("preset", "note")
+    optional = ("preset", "note", "started_from")
     return {
         **{key: content.get(key) for key in known},
         **{key: content[key] for key in optional if content.get(key)},

@@ -136,8 +136,10 @@ def write_space(config: SpaceConfig, out: Path) -> None:
     gradio, requirements = list_requirements()
     shutil.copy(ROOT / PAGE, out / PAGE)
     shutil.copy(ROOT / "LICENSE", out / "LICENSE")
+    # a Space loads its models from the Hub: those of the package stay here
+    ignore = shutil.ignore_patterns("__pycache__", ".*", "em-*")
     for name in list_packages():
-        shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(ROOT / name, out / name, ignore=ignore)
     (out / START).write_text(START_TEXT.format(models=" ".join(config.models), page=PAGE))
     (out / "requirements.txt").write_text("\n".join(requirements) + "\n")
     (out / "README.md").write_text(make_readme(config, gradio))

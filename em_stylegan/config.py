@@ -150,9 +150,10 @@ class StyleGANConfig:
     """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32).
     fp16 is for GPUs without bf16, with loss scaling and bounded feature maps."""
     init_from: str | None = None
-    """Start from trained weights: a run's folder, or a folder written by
-    `em_stylegan.load_official`, with networks of the same sizes. With few micrographs, use
-    discriminator.num_frozen_layers to keep what the discriminator has learned."""
+    """Start from trained weights of networks of the same sizes: a run's folder, a saved pipeline, a
+    model of the package such as em-stylegan2-64, a Hub id, or a folder written by
+    `em_stylegan.load_official`. With few micrographs, use discriminator.num_frozen_layers to keep
+    what the discriminator has learned."""
     save_untrained: Annotated[bool, MAY_CHANGE] = False
     """Also save the pipeline of the first weights, for comparison: in untrained/ if they are
     random, in start/ if they come from init_from."""

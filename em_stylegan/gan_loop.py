@@ -214,8 +214,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
     # the ramp forgets random weights; given weights are not to be forgotten
     ramp_up = None if config.init_from else training.ema_ramp_up
     ema = EMA(model, training.ema_half_life_images, ramp_up)
-    if config.init_from and not list_checkpoints(Path(out_dir) / "stylegan" / "checkpoints"):
-        start_from(config, model, discriminator, ema.model, accelerator.print)
+    start_networks(config, model, discriminator, ema.model, accelerator, Path(out_dir))
     game = Game(config, model, discriminator, accelerator)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
@@ -293,6 +292,14 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
         save_generator(ema.model, path)
     accelerator.wait_for_everyone()
     return path, train_seconds
+
+
+def start_networks(config, model, discriminator, average, accelerator, out):
+    """Load the weights of `init_from` into the networks of a new run, and record them."""
+    if config.init_from is None or list_checkpoints(out / "stylegan" / "checkpoints"):
+        return
+    recorded = out if accelerator.is_main_process else None
+    start_from(config, model, discriminator, average, accelerator.print, recorded)
 
 
 def save_generator(model, path):

@@ -21,6 +21,7 @@ from em_training import (
     refuse_other_run,
     save_config,
 )
+from em_training.sources import read_starts
 
 
 def train_gan(config: StyleGANConfig) -> Path:
@@ -115,6 +116,7 @@ def save_run(config, data, path, train_seconds, out):
         "generator_weights": {"of": "the best checkpoint", **best}
         if best
         else {"of": "the last step"},
+        **({"started_from": started} if (started := read_starts(out)) else {}),
         "config": asdict(config),
         "data": data.summary,
     }

@@ -7,6 +7,8 @@ from em_stylegan.config import StyleGANConfig
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.networks import create_networks
 from em_training import list_checkpoints, load_checkpoint, load_config
+from em_training.saved_models import check_model
+from em_training.sources import TRAINED_FURTHER, fetch_pipeline_folder, write_starts
 
 SIZES = ("mapping_depth", "z_dim", "w_dim", "channel_base", "max_channels")
 # options in which networks with the same weights may differ
@@ -22,9 +24,16 @@ FREE_OPTIONS = {
 }
 
 
-def start_from(config, model, discriminator, average, say=print):
-    """Load the weights of `config.init_from` into the networks and the generator's average."""
+def start_from(config, model, discriminator, average, say=print, out=None):
+    """Load the weights of `config.init_from` into the networks and the generator's average.
+
+    out: The run's folder, which gets a record of them; None for none.
+    """
     weights = load_initial_weights(config, model, discriminator, say)
+    if out is not None:
+        found = {"generator": "ema", "discriminator": "discriminator"}
+        parts = {part: {"use": TRAINED_FURTHER} for part in found if weights[found[part]]}
+        write_starts(out, config.init_from, parts)
     for network, name in ((model, "model"), (average, "ema"), (discriminator, "discriminator")):
         if weights[name] is not None:
             network.load_state_dict(weights[name])
@@ -33,11 +42,12 @@ def start_from(config, model, discriminator, average, say=print):
 def load_initial_weights(config, model, discriminator, say=print) -> dict:
     """Load the weights of `config.init_from` for these networks.
 
-    `init_from` is a run's folder (its last checkpoint is used), or a folder with G_ema, G and D
-    written by `python -m em_stylegan.load_official`. A missing G is replaced by G_ema; without D,
-    the discriminator starts at random. Weights for three image channels are converted to one: the
-    generator's image is the mean of the three, and the discriminator sees a grey image as one with
-    three equal channels.
+    `init_from` is a run's folder (its last checkpoint is used), a folder with G_ema, G and D
+    written by `python -m em_stylegan.load_official`, or a saved pipeline: a folder, a model of the
+    package, or a Hub id. A missing G is replaced by G_ema; without D, or a discriminator beside the
+    pipeline's generator, the discriminator starts at random. Weights for three image channels are
+    converted to one: the generator's image is the mean of the three, and the discriminator sees a
+    grey image as one with three equal channels.
 
     Returns:
         {"model", "ema", "discriminator"}: state dictionaries, or None for no discriminator.
@@ -47,9 +57,11 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     """
     folder = Path(config.init_from)
     if (folder / "stylegan" / "checkpoints").is_dir():
-        found, note = _load_run(folder, type(model))
-    else:
+        found, note = load_run_networks(folder, type(model))
+    elif any((folder / name / "config.json").is_file() for name in ("G_ema", "G")):
         found, note = _load_converted(folder, type(model)), ""
+    else:
+        found, note = _load_pipeline(config.init_from, type(model)), ""
     weights: dict = {name: None for name in found}
     problems = []
     for name, ours, kind, to_grey in (
@@ -73,7 +85,7 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     return weights
 
 
-def _load_run(folder, generator_type):
+def load_run_networks(folder, generator_type):
     """Return the networks of a run's last checkpoint, and what to say of it."""
     paths = list_checkpoints(folder / "stylegan" / "checkpoints")
     if not paths:
@@ -93,21 +105,35 @@ def _load_run(folder, generator_type):
 def _load_converted(folder, generator_type):
     """Return the networks of a folder that `load_official` has written."""
     average, model = (_load(folder / name, generator_type) for name in ("G_ema", "G"))
-    if average is None and model is None:
-        raise ValueError(
-            f"init_from {folder} is neither the folder of a run (with stylegan/checkpoints) nor a "
-            "folder with G_ema, G or D, written by `python -m em_stylegan.load_official IN.pkl "
-            "OUT_DIR`."
-        )
     discriminator = _load(folder / "D", StyleGANDiscriminator)
     return {"model": model or average, "ema": average or model, "discriminator": discriminator}
 
 
+def _load_pipeline(source, generator_type):
+    """Return the networks of a saved pipeline: its generator, and a discriminator beside it."""
+    path = Path(source)
+    if path.is_dir() and not any(
+        (folder / "model_index.json").is_file() for folder in (path, path / "pipeline")
+    ):
+        raise ValueError(
+            f"init_from {source} is neither the folder of a run (with stylegan/checkpoints) nor a "
+            "saved pipeline, nor a folder with G_ema, G or D, written by `python -m "
+            "em_stylegan.load_official IN.pkl OUT_DIR`."
+        )
+    folder = fetch_pipeline_folder(source)
+    average = _load(folder / "generator", generator_type)
+    if average is None:
+        raise ValueError(f"init_from {source} holds no StyleGAN.")
+    discriminator = _load(folder / "discriminator", StyleGANDiscriminator)
+    return {"model": average, "ema": average, "discriminator": discriminator}
+
+
 def _load(path, network_type):
-    """Load a network, or return None if there is none."""
+    """Load a network in float32, or return None if there is none."""
     if not (path / "config.json").is_file():
         return None
     _check_type(path, network_type.load_config(path)["_class_name"], network_type)
+    check_model(path, network_type)
     return network_type.from_pretrained(path)
 
 

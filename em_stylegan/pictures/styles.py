@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+import em_pretrained
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import make_generator
 from em_training.saved_models import check_pipeline, explain_failure, refuse_diverged
@@ -12,8 +13,9 @@ from em_training.walk import walk
 
 
 def load_generator(model):
-    """Load the generator, in evaluation mode, of a run's folder or a saved pipeline's folder."""
-    for folder in (Path(model), Path(model) / "pipeline"):
+    """Load the generator, in evaluation mode, of a run, a saved pipeline or a model's name."""
+    path = em_pretrained.find(str(model)) or Path(model)
+    for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():
             check_pipeline(folder, EMStyleGANPipeline)
             generator = EMStyleGANPipeline.from_pretrained(folder).generator
@@ -21,7 +23,7 @@ def load_generator(model):
             return generator.eval().requires_grad_(False)
     raise ValueError(
         f"{model} holds no finished StyleGAN (no model_index.json). Give the folder of a finished "
-        "run or of a saved pipeline."
+        f"run or of a saved pipeline.{em_pretrained.suggest(model)}"
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from em_data.batch import Batch
-from em_diffusion import autoencoder_loop
+from em_diffusion import autoencoder_loop, first_autoencoder
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.autoencoder_loop import (
     backward_losses,
@@ -325,7 +325,7 @@ def test_reconstruction_metrics_are_their_formulas(vqvae, tiles, accelerator):
             lambda: AutoencoderConfig(kind="gumbel"),
             "kind is 'gumbel', but must be 'vq', 'kl' or 'basis'",
         ),
-        (lambda: AutoencoderConfig(num_images=0), "init-from"),
+        (lambda: LDMConfig(autoencoder=AutoencoderConfig(num_images=0)), "init-from"),
         (
             lambda: AutoencoderConfig(micro_batch_size=-1),
             "micro_batch_size is -1, but must be at least 0",
@@ -542,7 +542,7 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused_but_used(
     config, vqvae, tiles, held_out, accelerator, tmp_path, monkeypatch
 ):
     vqvae.quantize = ArgMaxQuantizer()
-    monkeypatch.setattr(autoencoder_loop, "load_autoencoder", lambda source: vqvae)
+    monkeypatch.setattr(first_autoencoder, "load_autoencoder", lambda source: vqvae)
     stage = dataclasses.replace(config.autoencoder, init_from="somewhere")
     with pytest.raises(
         ValueError,

@@ -107,3 +107,20 @@ def test_without_training_tiles_what_needs_them_is_left_out_and_said(evaluated, 
     assert {verdict["outcome"] for verdict in report["verdicts"]} == {"not_measured"}
     assert all(set(row) == {"held_out"} for row in report["measurements"][0]["rows"].values())
     assert "Memorisation is not measured" in write_report(report, pictures, tmp_path).read_text()
+
+
+def test_the_page_says_what_a_model_was_given_beforehand(evaluated, tmp_path):
+    _, (report, pictures), _ = evaluated
+    report = json.loads(json.dumps(report))
+    page = write_report(report, pictures, tmp_path).read_text()
+    assert "started from" not in page
+    report["models"][0]["info"]["started_from"] = "em-ldm-64's autoencoder (unchanged)"
+    page = write_report(report, pictures, tmp_path).read_text()
+    assert "<small>started from em-ldm-64&#39;s autoencoder (unchanged)</small>" in page
+    note = (
+        "Copier started from em-ldm-64&#39;s autoencoder (unchanged); Honest from random weights."
+    )
+    assert f"{note} A comparison is fair only if all were given as much." in page
+    report["models"][1]["info"]["started_from"] = "em-stylegan2-64's generator"
+    page = write_report(report, pictures, tmp_path).read_text()
+    assert "Honest started from em-stylegan2-64&#39;s generator. A comparison is fair" in page

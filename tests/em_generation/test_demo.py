@@ -245,6 +245,11 @@ def test_real_micrographs_are_those_held_out_from_the_run(folders, tmp_path):
     held_out = data.held_out.batch([0, len(data.held_out) - 1])
     assert torch.equal(torch.as_tensor(real.images[[0, 2]]), torch.as_tensor(held_out))
     assert demo.load_real_images(replace(model, config={"data": "/nowhere", "tiles": {}})) is None
+    many = asdict(replace(tiles, num_micrographs=100_000))  # of which none is drawn
+    varied = {"data": "synthetic-varied", "tiles": json.loads(json.dumps(many))}
+    real = demo.load_real_images(replace(model, config=varied), 2)
+    assert real.images.shape == (2, 1, 32, 32)
+    assert real.settings == {"Held out from training": "synthetic-varied"}
 
 
 @pytest.mark.parametrize(

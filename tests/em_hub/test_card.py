@@ -352,3 +352,16 @@ def test_templates_are_found_wherever_the_package_is(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "model_cards", None)
     with pytest.raises(ValueError, match="Install the project again"):
         create_environment()
+
+
+def test_a_card_says_what_the_run_started_from(tmp_path):
+    started = {"autoencoder": {"model": "em-ldm-64", "use": "unchanged", "license": "apache-2.0"}}
+    cards = [
+        make_card(MAKERS["ldm"](), repo_id="you/em", record=record)
+        for record in (RECORD, RECORD | {"started_from": started})
+    ]
+    said = "Started from em-ldm-64's autoencoder (unchanged) (licence: apache-2.0)."
+    assert [said in card.replace("\\", "") for card in cards] == [False, True]
+    card = make_card(MAKERS["ldm"](), repo_id="em-ldm-64", record=RECORD, is_in_package=True)
+    assert 'load_pipeline("em-ldm-64")' in card
+    assert "trust_remote_code" not in card

@@ -2,11 +2,16 @@
 that do not fit.
 """
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from em_data.files import write_atomically
+from em_generation.loading import hash_weight_files
+from em_hub.export import save_half
 from em_stylegan import StyleGAN2Generator, StyleGANDiscriminator, gan_loop
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.networks import create_networks
@@ -146,6 +151,39 @@ def test_a_missing_discriminator_is_said(config, converted, tmp_path):
     assert any("no discriminator" in line for line in said)
 
 
+@pytest.mark.parametrize("has_discriminator", [True, False])
+def test_a_model_of_the_package_is_a_start(
+    config, source, tmp_path, monkeypatch, has_discriminator
+):
+    """In half precision, with a discriminator beside the generator or without; a run records it."""
+    checkpoint = load_checkpoint(source / f"stylegan/checkpoints/{16:012d}")["state"]
+    discriminator = create_networks(config)[1]
+    discriminator.load_state_dict(checkpoint["discriminator"])
+    parts = {"discriminator": discriminator} if has_discriminator else {}
+    folder = tmp_path / "em-stylegan2-64"
+    save_half(EMStyleGANPipeline.from_pretrained(source / "pipeline"), (), folder, parts)
+    write_atomically(folder / "README.md", "---\nlicense: apache-2.0\n---\n")
+    monkeypatch.setattr("em_pretrained.box.FOLDER", tmp_path)
+    said = []
+    weights = load_initial_weights(
+        replace(config, init_from="em-stylegan2-64"), *create_networks(config), said.append
+    )
+    for name, value in checkpoint["ema"].items():
+        assert weights["ema"][name].dtype == value.dtype == torch.float32
+        torch.testing.assert_close(weights["ema"][name], value.half().float(), rtol=0, atol=0)
+    assert (weights["discriminator"] is None) == (not has_discriminator)
+    assert any("no discriminator" in line for line in said) == (not has_discriminator)
+    out = train_gan(replace(config, init_from="em-stylegan2-64", out=str(tmp_path / "run")))
+    record = json.loads((out / "run.json").read_text())["started_from"]
+    expected = {"model": "em-stylegan2-64", "license": "apache-2.0", "use": "trained further"}
+    names = ["generator", "discriminator"] if has_discriminator else ["generator"]
+    assert record == dict.fromkeys(names, expected)
+    # the folder's weights count, and the discriminator's do not: the pipeline does not load them
+    digest = hash_weight_files(folder)
+    shutil.rmtree(folder / "discriminator", ignore_errors=True)
+    assert hash_weight_files(folder) == digest
+
+
 def test_other_sizes_are_refused_with_the_flags_that_fit(config, source, converted, tmp_path):
     for folder in (source, converted):
         wider = replace(
@@ -160,6 +198,8 @@ def test_other_sizes_are_refused_with_the_flags_that_fit(config, source, convert
             load_initial_weights(wider, *create_networks(wider))
     with pytest.raises(ValueError, match="neither the folder of a run"):
         load_initial_weights(replace(config, init_from=str(tmp_path)), *create_networks(config))
+    with pytest.raises(ValueError, match=r"Did you mean em-stylegan2-64"):
+        load_initial_weights(replace(config, init_from="em-stylegan-64"), *create_networks(config))
     other = replace(
         config,
         init_from=str(converted),
