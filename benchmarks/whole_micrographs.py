@@ -33,6 +33,7 @@ import torch
 import tyro
 from sampler_points import load_reference, sample_levels
 from sampler_sweep import rounded
+from tqdm.auto import tqdm
 
 from em_data import to_uint8
 from em_data.files import write_atomically
@@ -87,6 +88,8 @@ class BenchmarkConfig:
     tiles: int = 1000
     """Tiles cut from each set, and drawn as tiles, for the Frechet distance."""
     window_batch_size: int = 50
+    num_inference_steps: int | None = None
+    """Denoising steps. Default: those of the model."""
     seed: int = 0
     data_seed: int = 90
     """Seed of the embedded micrographs, which must not be that of the training."""
@@ -102,20 +105,19 @@ def benchmark(config: BenchmarkConfig) -> dict:
     state = create_process_state()
     model = read_model(config.model)
     pipeline = model.load(device=state.device, dtype=torch.float32)
-    drawer = LDMDrawer(pipeline, LDMOptions(), seed=config.seed, batch_size=50)
+    options = LDMOptions(num_inference_steps=config.num_inference_steps)
+    drawer = LDMDrawer(pipeline, options, seed=config.seed, batch_size=50)
     reference = load_reference(config.model, config.tiles, device=state.device)
     pixel_size_nm = pipeline.config.pixel_size_nm
     tile = drawer.draw([0]).shape[-1]
     cell = tile // pipeline.latent_shape[-1]
-    sets, seconds = {}, {}
-    groups = {}
+    sets, groups = {}, {}
     for i, name in enumerate(("held_out", "real")):
         seeds = list_seeds(config.num_images, config.data_seed + i)
         images = [synthesise_micrograph(s, config.size, pixel_size_nm).image for s in seeds]
         sets[name], groups[name] = np.stack(images), np.array(seeds) // MICROGRAPHS_PER_SPECIMEN
-    for arm in config.arms:
-        sets[arm], seconds[arm] = draw_arm(drawer.pipeline, arm, config)
-        print(f"{arm}: {seconds[arm]:.1f} s an image", flush=True)
+    drawn, seconds = draw_arms(drawer.pipeline, drawer.num_steps, config)
+    sets |= drawn
 
     rng = np.random.default_rng(config.seed)
     tiles, _ = sample_levels(drawer, config.tiles, 50)
@@ -158,22 +160,32 @@ def benchmark(config: BenchmarkConfig) -> dict:
     return result
 
 
-def draw_arm(pipeline, arm: str, config) -> tuple[np.ndarray, float]:
-    """Return whole micrographs uint8 [N, S, S] of an arm, and seconds for each."""
-    denoising, _, decoding = arm.rpartition(" / ")
+def draw_arms(pipeline, num_steps: int, config) -> tuple[dict, dict]:
+    """Return the whole micrographs of each arm, uint8 [N, S, S], and seconds for each image."""
+    sets: dict[str, list] = {arm: [] for arm in config.arms}
+    seconds = dict.fromkeys(config.arms, 0.0)
     options = {"window_batch_size": config.window_batch_size}
-    images, started = [], time.process_time()
-    for i in range(config.num_images):
-        rngs = [make_image_rng(config.seed, i)]
-        with change_windows(pipeline, DENOISING[denoising]):
-            latents = pipeline.denoise(1, rngs, height=config.size, width=config.size, **options)
-        with change_windows(pipeline, DECODING[decoding]):
-            images.append(to_uint8(pipeline.decode(latents, rngs, **options))[0, 0])
-    return np.stack(images), (time.process_time() - started) / config.num_images
+    for i in tqdm(range(config.num_images), "whole micrographs", unit="img"):
+        denoised = {}
+        for arm in config.arms:
+            denoising, decoding = arm.split(" / ")
+            if denoising not in denoised:
+                rng, started = make_image_rng(config.seed, i), time.process_time()
+                with change_windows(DENOISING[denoising]):
+                    sides = {"height": config.size, "width": config.size}
+                    latents = pipeline.denoise(1, [rng], num_steps, **sides, **options)
+                denoised[denoising] = latents, rng, time.process_time() - started
+            latents, rng, taken = denoised[denoising]
+            started = time.process_time()
+            with change_windows(DECODING[decoding]):
+                image = pipeline.decode(latents, [rng.clone_state()], **options)
+            sets[arm].append(to_uint8(image)[0, 0])
+            seconds[arm] += (taken + time.process_time() - started) / config.num_images
+    return {arm: np.stack(images) for arm, images in sets.items()}, seconds
 
 
 @contextlib.contextmanager
-def change_windows(pipeline, options: dict | None):
+def change_windows(options: dict | None):
     """Place and weigh windows in another way for a while; None: the whole image at once."""
 
     def place(length, window, shift=0.0, *, step=1 / 2, shifted=True):
