@@ -24,8 +24,7 @@ def worth(load_recipe):
 
 def test_the_data_are_not_the_demos(recipe):
     for make in (recipe.make_ldm, recipe.make_stylegan2):
-        assert make().tiles.seed == make("test").tiles.seed == 0 != recipe.SEED
-    assert recipe.DATA == "synthetic-varied"
+        assert make().tiles.seed == make("test").tiles.seed == 0 != recipe.MICROGRAPH_SEED
 
 
 def read_width(path):
@@ -46,7 +45,7 @@ def test_a_model_is_made_judged_and_is_a_start(
     for part in (
         "license: apache-2.0",
         f'load_pipeline("{name}")',
-        "synthetic-varied",
+        "synthetic",
         "Evaluation",
     ):
         assert part in card
