@@ -51,7 +51,7 @@ def test_a_model_is_made_judged_and_is_a_start(
         assert part in card
     assert "trust_remote_code" not in card
     record = json.loads((folder / "run.json").read_text())
-    assert (record["name"], record["config"]["data"]) == (name, "synthetic-varied")
+    assert (record["name"], record["config"]["data"]) == (name, recipe.DATA)
     assert record["config"]["tiles"]["seed"] == recipe.MICROGRAPH_SEED
     report = json.loads((tmp_path / "results" / name / "report.json").read_text())
     assert report["models"][0]["info"]["weights_sha256"] == read_model(str(folder)).weights_sha256
