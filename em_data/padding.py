@@ -37,6 +37,8 @@ def _find_strips(image):
         depth[part] = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
     for row in np.flatnonzero(depth == width).tolist():
         yield row, row + 1, width
+    if len(rows) < MIN_ROWS:
+        return
     # pixels beside the edge may have the level by chance
     depth = np.where(depth > 0, _find_least(depth), 0)
     is_new = (np.diff(depth) != 0) | (np.diff(level.astype(np.int32)) != 0)
