@@ -1,5 +1,4 @@
 # make demo       train, generate, evaluate and report on the embedded micrographs, or on DATA=FOLDER
-#                 (FROM_SCRATCH=1: without the models of the package)
 # make test       lint and the fast tests
 # make test-slow  the tests that take minutes each
 # make test-faults  whole commands under kills, power cuts and full disks (an hour; all of it as root)
@@ -16,44 +15,32 @@ OUT ?= runs/demo
 PRESET ?= demo
 NUM_IMAGES ?= 1000
 FLAGS ?=
-FROM_SCRATCH ?=
 DEMO_JOBS ?= 2
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 THREADS = OMP_NUM_THREADS=$(shell n=$$(( $(CORES) / $(DEMO_JOBS) )); echo $$(( n > 0 ? n : 1 )))
 # glibc gives each large tensor back to the system and maps its pages anew; these two settings keep freed memory in the process
 TRAIN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(RUN)
 
-# The demo starts from the models of the package: the LDM from the autoencoder, which is not trained, and StyleGAN2 from
-# generator and discriminator. The report says so.
-LDM_START :=
-GAN_START :=
-ifeq ($(PRESET)$(filter-out 0,$(FROM_SCRATCH)),demo)
-ifneq ($(wildcard em_pretrained/em-ldm-64/model_index.json),)
-LDM_START := --autoencoder.init-from em-ldm-64 --autoencoder.num-images 0
-endif
-ifneq ($(wildcard em_pretrained/em-stylegan2-64/model_index.json),)
-GAN_START := --init-from em-stylegan2-64
-endif
-endif
-
 .PHONY: demo demo-ldm demo-gan test test-slow test-faults test-isa lint docs install clean
 
-# The autoencoder trains on all cores. Then the denoiser and StyleGAN2 train side by side, each on half of the cores:
-# networks this small gain little from a second core. DEMO_JOBS=1 trains one after the other on all cores.
+# The autoencoder is fitted in seconds. Then the denoiser and StyleGAN2 train side by side, each on half of the cores:
+# networks this small gain little from a second core. DEMO_JOBS=1 trains one after the other on all cores. Both families
+# train from scratch on the same tiles, so that the comparison is fair.
 demo: $(INSTALLED)
 	@mkdir -p "$(OUT)"
-	$(TRAIN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(LDM_START) $(FLAGS) --last-stage autoencoder
+	$(TRAIN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS) --last-stage autoencoder
 	@echo "the LDM's denoiser and StyleGAN2 train side by side; StyleGAN2's progress is in $(OUT)/stylegan2.log"
 	$(MAKE) --no-print-directory -j $(DEMO_JOBS) demo-ldm demo-gan
 	$(RUN) evaluate.py --models "$(OUT)/ldm" "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)" \
 	  --baselines experiments/2024_gan_vs_ldm/study.json
 
 demo-ldm: $(INSTALLED)
-	$(THREADS) $(TRAIN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(LDM_START) $(FLAGS)
+	$(THREADS) $(TRAIN) train_ldm.py $(PRESET) --data "$(DATA)" --out "$(OUT)/ldm" $(FLAGS)
+	$(THREADS) $(RUN) -m em_diffusion.choose_guidance "$(OUT)/ldm" --scales 1 1.5 2 2.5 --num-images 500
 	$(THREADS) $(RUN) generate.py --model "$(OUT)/ldm" --num-images $(NUM_IMAGES) --out "$(OUT)/images/ldm"
 
 demo-gan: $(INSTALLED)
-	@{ $(THREADS) $(TRAIN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(GAN_START) $(FLAGS) && \
+	@{ $(THREADS) $(TRAIN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(FLAGS) && \
 	  $(THREADS) $(RUN) generate.py --model "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)/images/stylegan2"; } \
 	  > "$(OUT)/stylegan2.log" 2>&1 || { tail -n 3 "$(OUT)/stylegan2.log" >&2; exit 1; }
 

@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import em_diffusion
 import em_pretrained
-import em_stylegan
 from em_commands import generate as generate_command
 from em_data import read_image_folder
 from em_diffusion import EMLatentDiffusionPipeline
-from em_diffusion.autoencoder import encode
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_generation.candidates import name_candidates
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import load_pipeline, read_model
 from em_hub.publish import PublishConfig, publish_run
-from em_stylegan.networks import create_networks
 from em_stylegan.pictures.styles import load_generator
-from em_stylegan.transfer import load_initial_weights
 from support.box import MODELS, write_box
 from support.models import MAKERS, draw
 
@@ -201,46 +194,3 @@ def test_the_models_are_whole(name):
 def test_the_models_are_small():
     files = [path for path in em_pretrained.box.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= MAX_MEGABYTES * 1e6
-
-
-def test_the_demo_can_start_from_the_models():
-    """`make demo` uses the LDM's autoencoder unchanged, and both networks of the StyleGAN."""
-    if ABSENT:
-        pytest.skip(f"the package does not hold {' and '.join(ABSENT)} yet")
-    config = em_diffusion.PRESETS["demo"]()
-    vqvae = load_autoencoder("em-ldm-64")
-    side = config.tiles.resolution
-    with torch.no_grad():
-        latents = encode(vqvae, torch.zeros(1, 1, side, side))
-    assert latents.shape[-1] % 2 ** (len(config.denoiser.channel_multipliers) - 1) == 0
-    config = replace(em_stylegan.PRESETS["demo"](), init_from="em-stylegan2-64")
-    weights = load_initial_weights(config, *create_networks(config), say=lambda text: None)
-    assert all(weights.values())
-
-
-@pytest.mark.parametrize(
-    ("variables", "starts"),
-    [
-        ((), True),
-        (("FROM_SCRATCH=1",), False),
-        (("FROM_SCRATCH=0",), True),
-        (("PRESET=test",), False),
-    ],
-)
-def test_make_demo_starts_from_the_models_unless_told_otherwise(tmp_path, variables, starts):
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    make = ["make", "--dry-run", "demo", "INSTALLED=", *variables]
-
-    def list_trainings():
-        result = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
-        return [line for line in result.stdout.splitlines() if "train_" in line]
-
-    assert not any("init-from" in line for line in list_trainings())  # the models are not there
-    for name in em_pretrained.NAMES:
-        (tmp_path / "em_pretrained" / name).mkdir(parents=True)
-        (tmp_path / "em_pretrained" / name / "model_index.json").touch()
-    ldm, gan = "--autoencoder.init-from em-ldm-64 --autoencoder.num-images 0", "em-stylegan2-64"
-    lines = list_trainings()
-    assert len(lines) == 3
-    for line in lines:
-        assert ((gan if "train_gan" in line else ldm) in line) == starts
