@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from em_data import DataConfig
-from em_training import MAY_CHANGE, strict
+from em_training import MAY_CHANGE, MEASURED, strict
 from em_training.config import (
     Depth,
     NotNegative,
@@ -43,6 +43,17 @@ class GeneratorConfig:
     float32. Default: all for StyleGAN2, 4 for StyleGAN3 and in fp16."""
     magnitude_half_life_images: PositiveFloat = 20_000
     """Half-life of the running magnitudes that scale the inputs of StyleGAN3's layers."""
+    image_mean: Annotated[Annotated[float, Ge(-1), Le(1)] | None, MEASURED] = 0.0
+    """Mean of the images that StyleGAN2 is trained on, in [-1, 1]. The networks work on
+    (image - image_mean) / image_std. None: measured on the training tiles."""
+    image_std: Annotated[PositiveFloat | None, MEASURED] = 1.0
+    """Their standard deviation. Micrographs of low contrast train faster with None than with 1."""
+    noise_strength: NotNegativeFloat = 0.0
+    """Strength of StyleGAN2's noise inputs at the start. At 0, as in the paper, the strengths do
+    not grow in a short training."""
+    reduction: Literal[1, 2, 4] = 1
+    """StyleGAN2's layers, and the discriminator, work on images of 1 / reduction of the side. What
+    is finer is added as grain, whose spectrum and strength are measured on the training tiles."""
 
 
 @dataclass(frozen=True, config=strict("discriminator"))
@@ -175,6 +186,7 @@ class StyleGANConfig:
                 f"tiles.resolution is {resolution}, but must be a power of two of at least "
                 f"{smallest} for {architecture}. Use --tiles.resolution."
             )
+        self._check_reduction()
         for name in ("generator", "discriminator"):
             base = getattr(self, name).channel_base
             if base < resolution:
@@ -182,6 +194,24 @@ class StyleGANConfig:
                     f"{name}.channel_base is {base}, but must be at least tiles.resolution "
                     f"({resolution}). Use --{name}.channel-base."
                 )
+
+    def _check_reduction(self):
+        """Raise `ValueError` for options of StyleGAN2 in another, and for too large a reduction."""
+        generator, resolution = self.generator, self.tiles.resolution
+        defaults = {"image_mean": 0, "image_std": 1, "noise_strength": 0, "reduction": 1}
+        for name, default in defaults.items():
+            value = getattr(generator, name)
+            if generator.architecture != "stylegan2" and value != default:
+                raise ValueError(
+                    f"generator.{name} is {value}, but {generator.architecture} has no such "
+                    f"option. Leave --generator.{name.replace('_', '-')} out."
+                )
+        if resolution // generator.reduction < 8:
+            raise ValueError(
+                f"generator.reduction is {generator.reduction}, which leaves "
+                f"{resolution // generator.reduction} of {resolution} pixels, but 8 or more are "
+                "needed. Use --generator.reduction 1."
+            )
 
     @property
     def r1_gamma(self) -> float:

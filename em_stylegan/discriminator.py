@@ -113,6 +113,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
             width None for the number of the last feature maps.
         num_reduced_resolutions: How many of the highest resolutions `compute_dtype` applies to;
             None for all above 4 x 4.
+        image_mean, image_std: The layers see (image - image_mean) / image_std.
 
     The others as in `StyleGAN2Generator`.
     """
@@ -132,6 +133,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         num_deviation_maps: int = 1,
         class_mapping_width: int | None = None,
         num_reduced_resolutions: int | None = None,
+        image_mean: float = 0.0,
+        image_std: float = 1.0,
     ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
@@ -143,6 +146,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         self.clamp = clamp
         self.group_size = group_size
         self.num_deviation_maps = num_deviation_maps
+        self.image_mean, self.image_std = image_mean, image_std
         resolutions = [2**i for i in range(int(math.log2(resolution)), 1, -1)]  # R ... 4
         num_channels = [min(channel_base // r, max_channels) for r in resolutions]
         last = num_channels[-1]
@@ -193,6 +197,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
             raise ValueError(f"image must be {['B', *expected]}; got {list(image.shape)}.")
         if self.class_mapping is None:
             encode_classes(class_labels, 0, len(image), image)  # raises if there are any
+        if (self.image_mean, self.image_std) != (0, 1):
+            image = (image - self.image_mean) / self.image_std
         x: torch.Tensor | None = None
         for i, block in enumerate(self.blocks):
             block_dtype = compute_dtype or dtype if i < self.num_reduced else dtype

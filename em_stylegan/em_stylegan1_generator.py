@@ -292,7 +292,6 @@ class StyleGAN1Generator(ModelMixin, ConfigMixin):
             return truncated
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
 
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.synthesis
     def synthesis(
         self,
         ws: torch.Tensor,

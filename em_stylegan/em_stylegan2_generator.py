@@ -460,6 +460,13 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         architecture: "skip", "orig" or "resnet" (2020, figure 7); see `SynthesisBlock`.
         num_reduced_resolutions: How many of the highest resolutions `compute_dtype` applies to;
             None for all.
+        image_mean, image_std: The image is image_mean + image_std times what the layers draw, so
+            that they draw images of mean 0 and deviation 1, for which they are initialised.
+        noise_strength: Strength of all noise inputs before training. At 0, where the paper's
+            begins, the expected gradient of a strength is zero, since the noise is symmetric.
+        reduction: The layers draw images of side resolution / reduction. They are enlarged, and
+            grain is added: the noise of the training images that so small images lack. Its
+            spectrum and strength are measured, not learned (`em_stylegan.grain`).
     """
 
     @register_to_config
@@ -476,6 +483,10 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         clamp: float | None = None,
         architecture: str = "skip",
         num_reduced_resolutions: int | None = None,
+        image_mean: float = 0.0,
+        image_std: float = 1.0,
+        noise_strength: float = 0.0,
+        reduction: int = 1,
     ):
         super().__init__()
         if architecture not in ARCHITECTURES:
@@ -484,12 +495,16 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
             )
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution is {resolution}; give a power of two of at least 8.")
-        if channel_base < resolution:
-            raise ValueError(f"channel_base is {channel_base}; give at least {resolution}.")
+        if reduction not in (1, 2, 4) or resolution // reduction < 8:
+            raise ValueError(f"reduction is {reduction}; give 1, 2 or 4, for layers of at least 8.")
+        if channel_base < resolution // reduction:
+            raise ValueError(
+                f"channel_base is {channel_base}; give at least {resolution // reduction}."
+            )
         self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
         self.synthesis_network = SynthesisNetwork(
             w_dim,
-            resolution,
+            resolution // reduction,
             image_channels,
             channel_base,
             max_channels,
@@ -497,6 +512,14 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
             clamp,
             num_reduced_resolutions,
         )
+        self.image_mean, self.image_std, self.reduction = image_mean, image_std, reduction
+        if reduction > 1:
+            self.register_buffer("grain_amplitude", torch.zeros(resolution, resolution // 2 + 1))
+            self.register_buffer("grain_strength", torch.zeros(2))  # mean, deviation of its log
+            self.register_buffer("grain_const", torch.randn(resolution, resolution))
+        for layer in self.modules():
+            if isinstance(layer, SynthesisLayer):
+                nn.init.constant_(layer.noise_strength, noise_strength)
 
     @property
     def num_ws(self) -> int:
@@ -531,7 +554,46 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         compute_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1]."""
-        return self.synthesis_network(ws, noise_mode, generator, compute_dtype)
+        images = self.draw(ws, noise_mode, generator, compute_dtype)
+        return self.finish(images, noise_mode, generator)
+
+    def draw(
+        self,
+        ws: torch.Tensor,
+        noise_mode: str = "random",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Do the same without enlargement and grain: [B, image_channels, r, r]."""
+        return self.scale(self.synthesis_network(ws, noise_mode, generator, compute_dtype))
+
+    def scale(self, images: torch.Tensor) -> torch.Tensor:
+        """Give what the layers draw the mean and deviation of images."""
+        if (self.image_mean, self.image_std) == (0, 1):
+            return images
+        return images * self.image_std + self.image_mean
+
+    def finish(
+        self,
+        images: torch.Tensor,
+        noise_mode: str,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Enlarge images and add grain; its strength varies log-normally from image to image."""
+        if self.reduction == 1:
+            return images
+        images = F.interpolate(images, scale_factor=self.reduction, mode="bicubic")
+        if noise_mode == "none":
+            return images
+        noise, strength = self.grain_const.float(), self.grain_strength[0].float()
+        if noise_mode == "random":
+            options = {"generator": generator, "device": images.device, "dtype": torch.float32}
+            noise = randn_tensor((len(images), 1, *noise.shape), **options)
+            normal = randn_tensor((len(images), 1, 1, 1), **options)
+            strength = strength + normal * self.grain_strength[1].float()
+        spectrum = torch.fft.rfft2(noise) * self.grain_amplitude.float()
+        grain = torch.fft.irfft2(spectrum, s=noise.shape[-2:])
+        return images + (grain * strength.exp()).to(images.dtype)
 
     def forward(
         self,

@@ -10,7 +10,9 @@ from em_data import BatchLoader, ImageSampler, save_image_grid
 from em_data.files import replace_folder
 from em_evaluation.held_out import HeldOutDistance
 from em_stylegan.augmentation import AdaptiveProbability, augment
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
+from em_stylegan.grain import read_tiles, reduce_images, set_grain
 from em_stylegan.losses import (
     PathLengthMean,
     blur_sigma,
@@ -94,12 +96,14 @@ class Game:
     def backward_penalty_D(self, part, share):
         """Discriminator: R1 on real images, and R2 on generated ones in the relativistic game."""
         show = partial(self.show, rng=self.make_rng(part, "r1"))
-        penalties = {"r1": compute_gradient_penalty(self.discriminator, part.images, show)}
+        real = reduce_images(part.images, self.config.generator.reduction)
+        penalties = {"r1": compute_gradient_penalty(self.discriminator, real, show)}
         if self.is_relativistic:
             with torch.no_grad():
                 images = (self._kept or self.generate(part)).images
             penalties["r2"] = compute_gradient_penalty(self.discriminator, images, show)
-        weight = self.config.r1_gamma / 2 * self.training.r1_every_steps
+        scale = self.discriminator.config.image_std  # gradients are those of scaled images
+        weight = self.config.r1_gamma / 2 * self.training.r1_every_steps * scale**2
         self.accelerator.backward(
             sum(penalties.values()) * (weight * share), inputs=self.parameters_D
         )
@@ -133,8 +137,9 @@ class Game:
         w, ws = draw_ws(self.model, len(part), self.training.style_mixing_probability, rng)
         is_alias_free = isinstance(self.model, StyleGAN3Generator)
         options = {"update_magnitudes": update_magnitudes} if is_alias_free else {}
-        images = self.model.synthesis(ws, "random", rng, self.compute_dtype, **options)
-        return Generated(w, images, self.show(images, rng), self.show(part.images, rng))
+        images = draw_images(self.model, ws, rng, self.compute_dtype, **options)
+        real = reduce_images(part.images, self.config.generator.reduction)
+        return Generated(w, images, self.show(images, rng), self.show(real, rng))
 
     def judge(self, seen, num_batches=1):
         """Return the discriminator's logits; a part is compared in groups that divide it."""
@@ -157,6 +162,12 @@ class Game:
             stream=stream,
             device=self.accelerator.device,
         )
+
+
+def draw_images(model, ws, rng, compute_dtype=None, **options):
+    """Draw images from ws with fresh noise, as the discriminator sees them: before any grain."""
+    draw = model.draw if isinstance(model, StyleGAN2Generator) else model.synthesis
+    return draw(ws, "random", rng, compute_dtype, **options)
 
 
 def draw_ws(model, batch_size: int, mixing_probability: float, rng):
@@ -188,7 +199,7 @@ def compute_path_lengths(model, batch_size: int, mixing_probability: float, rng)
     """Compute path lengths [B] of new images in float32; in bfloat16 they would be noise."""
     _, ws = draw_ws(model, batch_size, mixing_probability, rng)
     with second_derivatives():
-        images = model.synthesis(ws, "random", rng)  # [B, 1, R, R]
+        images = draw_images(model, ws, rng)  # [B, 1, R, R]
     noise = torch.randn(images.shape, generator=rng, device=rng.device)
     return path_lengths(images, ws, noise)
 
@@ -215,6 +226,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
     ramp_up = None if config.init_from else training.ema_ramp_up
     ema = EMA(model, training.ema_half_life_images, ramp_up)
     start_networks(config, model, discriminator, ema.model, accelerator, Path(out_dir))
+    set_grain(model, read_tiles(tiles))  # the average copies it
     game = Game(config, model, discriminator, accelerator)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)
@@ -273,7 +285,6 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
                     sign = accelerator.reduce(scores_real.float().sign().mean(), "mean")
                     game.augmentation.update(sign, training.batch_size)
                 ema.update(model, num_images_seen, training.batch_size)
-
                 run.log(scores_real=scores_real.mean(), scores_fake=outputs_D["scores_fake"].mean())
                 run.log(loss_G=outputs_G["loss_G"], loss_D=outputs_D["loss_D"])
                 run.log(**{f"{name}_G": value for name, value in step_G.items()})

@@ -1,5 +1,8 @@
 """The networks and optimizers that a `StyleGANConfig` describes."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 
 from em_stylegan.discriminator import StyleGANDiscriminator
@@ -17,9 +20,10 @@ def create_networks(config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "stylegan"))
         model = create_generator(config)
-        options = fill_bounds(vars(config.discriminator), config.precision)
+        options = fill_bounds(vars(config.discriminator), config.precision) | get_scale(config)
         num_frozen = options.pop("num_frozen_layers")
-        discriminator = StyleGANDiscriminator(resolution=config.tiles.resolution, **options)
+        resolution = config.tiles.resolution // config.generator.reduction
+        discriminator = StyleGANDiscriminator(resolution=resolution, **options)
     num_layers = len(list(discriminator.freezable_layers()))
     if num_frozen > num_layers:
         raise ValueError(
@@ -37,8 +41,11 @@ def create_generator(config):
         if options[name] is None:
             del options[name]
     resolution = config.tiles.resolution
+    own = {name: options.pop(name) for name in ("noise_strength", "reduction")}
+    scale = get_scale(config)
+    options = {name: value for name, value in options.items() if name not in scale}
     if architecture == "stylegan2":
-        return StyleGAN2Generator(resolution, **options)
+        return StyleGAN2Generator(resolution, **own, **scale, **options)
     if architecture == "stylegan1":
         for name in ("clamp", "num_reduced_resolutions"):
             if name in options:
@@ -51,6 +58,30 @@ def create_generator(config):
         options |= {"kernel_size": 1, "radial_filters": True}
     decay = 0.5 ** (config.training.batch_size / half_life)
     return StyleGAN3Generator(resolution, magnitude_decay=decay, **options)
+
+
+def get_scale(config) -> dict[str, float]:
+    """Return image_mean and image_std; 0 and 1 where they are not measured yet."""
+    mean, std = config.generator.image_mean, config.generator.image_std
+    return {
+        "image_mean": 0.0 if mean is None else mean,
+        "image_std": 1.0 if std is None else std,
+    }
+
+
+def measure_scale(config, images):
+    """Return `config` with what is None of image_mean and image_std measured on images."""
+    mean, std = float(images.double().mean()), float(images.double().std())
+    scale = SimpleNamespace(image_mean=round(mean, 4), image_std=max(round(std, 4), 1e-4))
+    return fill_scale(config, scale)
+
+
+def fill_scale(config, scale):
+    """Return `config` with what is None of image_mean and image_std as an object has it."""
+    generator = config.generator
+    names = [name for name in ("image_mean", "image_std") if getattr(generator, name) is None]
+    missing = {name: getattr(scale, name) for name in names}
+    return replace(config, generator=replace(generator, **missing)) if missing else config
 
 
 def fill_bounds(options, precision) -> dict:

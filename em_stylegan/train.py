@@ -9,12 +9,14 @@ from em_data.files import replace_folder, write_atomically
 from em_data.look.tile_size import warn_of_tile_size
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.gan_loop import check_batch_size, train_stylegan
-from em_stylegan.networks import create_networks
+from em_stylegan.grain import read_tiles, set_grain
+from em_stylegan.networks import create_networks, fill_scale, measure_scale
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
-from em_stylegan.transfer import start_from
+from em_stylegan.transfer import adopt_scale, start_from
 from em_training import (
     create_accelerator,
     describe_preset,
+    load_config,
     lock_folder,
     read_best,
     refuse_other_data,
@@ -55,15 +57,14 @@ def train_and_save(config, accelerator, out):
     with accelerator.main_process_first():  # the first process cuts the tiles, the others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
+    config = settle_scale(config, data.train, out)
     warn_if_few(data.summary, len(data.train), config.training.num_images, accelerator.print)
     if accelerator.is_main_process:
         warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
-    pixel_size_nm = data.summary.get("pixel_size_nm")
-    if accelerator.is_main_process:
         refuse_other_data(out, data.identity)
         save_config(config, out / "config.json")
         if config.save_untrained:
-            save_untrained(config, pixel_size_nm, accelerator, out)
+            save_untrained(config, data, accelerator, out)
     if is_finished(config, out):
         accelerator.print(f"The run in {out} is already complete.")
     else:
@@ -73,6 +74,15 @@ def train_and_save(config, accelerator, out):
         if accelerator.is_main_process:
             save_run(config, data, path, train_seconds, out)
         accelerator.wait_for_everyone()
+
+
+def settle_scale(config, tiles, out):
+    """Return `config` with the scale that the run began with, its start's, or a measured one."""
+    if (out / "config.json").is_file():
+        config = fill_scale(config, load_config(StyleGANConfig, out / "config.json").generator)
+    elif config.init_from is not None:
+        config = adopt_scale(config)
+    return measure_scale(config, read_tiles(tiles))
 
 
 def is_finished(config, out) -> bool:
@@ -86,7 +96,7 @@ def is_finished(config, out) -> bool:
         return False
 
 
-def save_untrained(config, pixel_size_nm, accelerator, out):
+def save_untrained(config, data, accelerator, out):
     """Save the pipeline of the first weights, once."""
     folder = out / ("untrained" if config.init_from is None else "start")
     if (folder / "model_index.json").is_file():
@@ -94,7 +104,8 @@ def save_untrained(config, pixel_size_nm, accelerator, out):
     model, discriminator = create_networks(config)
     if config.init_from is not None:
         start_from(config, model, discriminator, model, accelerator.print)
-    save_pipeline(EMStyleGANPipeline(model.eval(), pixel_size_nm), folder)
+    set_grain(model, read_tiles(data.train))
+    save_pipeline(EMStyleGANPipeline(model.eval(), data.summary.get("pixel_size_nm")), folder)
 
 
 def save_run(config, data, path, train_seconds, out):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.discriminator import StyleGANDiscriminator
-from em_stylegan.networks import create_networks
+from em_stylegan.networks import create_networks, fill_scale
 from em_training import list_checkpoints, load_checkpoint, load_config
 from em_training.saved_models import check_model
 from em_training.sources import TRAINED_FURTHER, fetch_pipeline_folder, write_starts
@@ -21,6 +21,7 @@ FREE_OPTIONS = {
     "magnitude_decay",
     "class_mapping_depth",
     "class_mapping_width",
+    "noise_strength",
 }
 
 
@@ -56,12 +57,7 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
         ValueError: If there are no such weights, or they are those of networks of another size.
     """
     folder = Path(config.init_from)
-    if (folder / "stylegan" / "checkpoints").is_dir():
-        found, note = load_run_networks(folder, type(model))
-    elif any((folder / name / "config.json").is_file() for name in ("G_ema", "G")):
-        found, note = _load_converted(folder, type(model)), ""
-    else:
-        found, note = _load_pipeline(config.init_from, type(model)), ""
+    found, note = find_networks(config.init_from, type(model))
     weights: dict = {name: None for name in found}
     problems = []
     for name, ours, kind, to_grey in (
@@ -83,6 +79,25 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     if weights["discriminator"] is None:
         say(f"{folder} has no discriminator (D): it starts at random")
     return weights
+
+
+def find_networks(source, generator_type):
+    """Return {"model", "ema", "discriminator"} of a value of `init_from`, and what to say of it."""
+    folder = Path(source)
+    if (folder / "stylegan" / "checkpoints").is_dir():
+        return load_run_networks(folder, generator_type)
+    if any((folder / name / "config.json").is_file() for name in ("G_ema", "G")):
+        return _load_converted(folder, generator_type), ""
+    return _load_pipeline(source, generator_type), ""
+
+
+def adopt_scale(config):
+    """Return `config` with what is None of image_mean and image_std as `init_from` has it."""
+    generator = config.generator
+    if None not in (generator.image_mean, generator.image_std):
+        return config
+    found, _ = find_networks(config.init_from, type(create_networks(config)[0]))
+    return fill_scale(config, found["ema"].config)
 
 
 def load_run_networks(folder, generator_type):
@@ -210,6 +225,8 @@ def _list_flags(generator, discriminator):
         kind += "-r" if options.radial_filters else "-t"
     sizes = {"tiles.resolution": options.resolution, "generator.architecture": kind}
     sizes |= {f"generator.{name}": options[name] for name in SIZES}
+    if kind == "stylegan2":
+        sizes["generator.reduction"] = options.reduction
     if discriminator is not None:
         sizes |= {f"discriminator.{name}": discriminator.config[name] for name in SIZES[3:]}
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())

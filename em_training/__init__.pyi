@@ -5,6 +5,7 @@ from .checkpoint import list_checkpoints as list_checkpoints
 from .checkpoint import load_checkpoint as load_checkpoint
 from .checkpoint import save_checkpoint as save_checkpoint
 from .config import MAY_CHANGE as MAY_CHANGE
+from .config import MEASURED as MEASURED
 from .config import changed_fields as changed_fields
 from .config import config_from_dict as config_from_dict
 from .config import config_from_json as config_from_json

@@ -2,11 +2,13 @@
 
 A configuration class is a `pydantic.dataclasses.dataclass(frozen=True, config=strict("section"))`.
 Choices are `Literal`s, bounds are `annotated_types` such as `Annotated[int, Gt(0)]`, and a field
-that may change in the middle of a run has the word `MAY_CHANGE` in its `Annotated`.
+that may change in the middle of a run has the word `MAY_CHANGE` in its `Annotated`. A field with
+the word `MEASURED` may be None: the run measures its value on the data and saves that.
 """
 
 import dataclasses
 import difflib
+import functools
 import json
 import typing
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from pydantic_core import ErrorDetails
 from em_data.files import write_atomically
 
 MAY_CHANGE = "may change"
+MEASURED = "measured"
 MOST_IMAGES = 10**11  # names of checkpoints hold 12 digits
 # whole numbers of configurations: of images, of sizes (channels, batches, steps), of layers
 Positive = Annotated[int, Gt(0), Le(MOST_IMAGES)]
@@ -166,6 +169,15 @@ def find_marked(cls: type, marker: str, prefix: str = "") -> set[str]:
     return found
 
 
+def find_to_measure(config: Any) -> set[str]:
+    """Return the dotted names of the fields whose values the run measures: `MEASURED` and None."""
+    return {
+        name
+        for name in find_marked(type(config), MEASURED)
+        if functools.reduce(getattr, name.split("."), config) is None
+    }
+
+
 def refuse_other_run(
     out: str | Path,
     config: Any,
@@ -173,7 +185,8 @@ def refuse_other_run(
 ) -> None:
     """Refuse to resume the run in `out` with a configuration that would change its result.
 
-    Fields marked `MAY_CHANGE` may differ from those in `out`/config.json.
+    Fields marked `MAY_CHANGE` may differ from those in `out`/config.json. Fields marked `MEASURED`
+    may be None where it holds what the run measured.
 
     Args:
         is_allowed: (dotted name, old value, new value) -> whether this change is allowed, too.
@@ -185,10 +198,11 @@ def refuse_other_run(
     if not path.exists():
         return
     refuse_other_kind(out, path, config)
-    may_change = find_marked(type(config), MAY_CHANGE)
+    before = load_config(type(config), path)
+    may_change = find_to_measure(config) | find_marked(type(config), MAY_CHANGE)
     refused = [
         f"{name} was {old!r}, is now {new!r}"
-        for name, (old, new) in changed_fields(load_config(type(config), path), config).items()
+        for name, (old, new) in changed_fields(before, config).items()
         if name not in may_change and not is_allowed(name, old, new)
     ]
     if refused:
@@ -236,7 +250,8 @@ def describe_preset(out: str | Path) -> dict[str, str | None]:
 def is_complete(out: str | Path, config: Any) -> bool:
     """Say whether `out` holds the finished run of `config`, with its pipeline.
 
-    The run's own folder and cache may have moved, and "auto" precision was resolved.
+    The run's own folder and cache may have moved. "auto" precision was resolved and values were
+    measured.
     """
     out = Path(out)
     try:
@@ -245,7 +260,8 @@ def is_complete(out: str | Path, config: Any) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     changes = changed_fields(before, config)
-    free = {"out", "tiles.cache_dir"} | ({"precision"} if config.precision == "auto" else set())
+    free = {"out", "tiles.cache_dir"} | find_to_measure(config)
+    free |= {"precision"} if config.precision == "auto" else set()
     return changes.keys() <= free and (out / "pipeline" / "model_index.json").exists()
 
 

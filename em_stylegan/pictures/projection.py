@@ -21,6 +21,7 @@ from em_data.cutting import average_area
 from em_data.files import write_atomically
 from em_data.intensity import find_levels
 from em_evaluation.perceptual import PerceptualDistance
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pictures.files import save_grid
 from em_training import make_generator
 
@@ -137,6 +138,8 @@ def project(generator, target, config=None, distance=None, class_label=None):
         image = functional_call(
             generator.synthesis_network, noises, (ws, "const") if noises else (ws,)
         )
+        if isinstance(generator, StyleGAN2Generator):
+            image = generator.finish(generator.scale(image), "none", None)
         return image.mean(dim=1, keepdim=True)
 
     distances = []
