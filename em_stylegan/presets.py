@@ -105,14 +105,14 @@ def demo() -> StyleGANConfig:
         ),
         discriminator=DiscriminatorConfig(channel_base=1024, max_channels=128),
         training=GANTrainingConfig(
-            num_images=48_000,
+            num_images=56_000,
             batch_size=16,
             r1_gamma=0.1,
             path_length_weight=0.0,
             ema_half_life_images=3_000,
             log_every=640,
-            sample_every=12_000,
-            checkpoint_every=12_000,
+            sample_every=14_000,
+            checkpoint_every=14_000,
         ),
     )
 
