@@ -28,7 +28,7 @@ from em_stylegan.transfer import load_run_networks
 from em_training.cli import run_command
 
 DATA, MICROGRAPH_SEED, NUM_MICROGRAPHS = "synthetic", 1000, 300  # the demo has those of seed 0
-STYLEGAN2_IMAGES = 240_000
+STYLEGAN2_IMAGES = 168_000
 LICENSE = "apache-2.0"
 
 
