@@ -94,8 +94,8 @@ class AutoencoderConfig:
     """Half-life of the averaged weights, which are validated and saved; 0 saves the last ones."""
 
     num_images: NotNegative = 1_000_000
-    """Images that the autoencoder is trained on, repetitions counted; basis: views that it is
-    fitted to."""
+    """Images that the autoencoder is trained on, repetitions counted. Of a basis, the views that it
+    is fitted to."""
     batch_size: Size = 32
     """Images of one step, over all processes."""
     micro_batch_size: Annotated[NotNegative, MAY_CHANGE] = 0
@@ -234,8 +234,8 @@ class LDMConfig:
     """A latent diffusion run: data, output folder, and the two stages that are trained."""
 
     data: str = "synthetic"
-    """A folder of micrographs, or "synthetic" for the embedded ones ("synthetic-varied": a wide
-    variety of them). Also "hub:owner/name[@revision]" (written by em_data.push),
+    """A folder of micrographs, or "synthetic" for the embedded ones. "synthetic-varied" is a wide
+    variety of them. Also "hub:owner/name[@revision]" (written by em_data.push),
     "hub-stream:owner/name[@revision]" (the same, read over the network; only the tiles are kept on
     disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/ldm"
@@ -257,10 +257,10 @@ class LDMConfig:
     that sampling adds again. Fewer are used if they have more than 67 million pixels; 0 for no
     grain. May change at any time."""
     init_from: str | None = None
-    """Start autoencoder and denoiser from a trained model, such as em-ldm-64: the same as
+    """Start from a trained model. Both networks come from it, such as from em-ldm-64: the same as
     autoencoder.init_from and denoiser.init_from, with autoencoder.freeze_encoder."""
     last_stage: Annotated[Literal["autoencoder", "denoiser"], MAY_CHANGE] = "denoiser"
-    """"autoencoder" ends the run after that stage, to look at its reconstructions. The same command
+    """"autoencoder" ends the run after that stage. Look at its reconstructions. The same command
     with "denoiser" continues it."""
     tiles: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

@@ -117,13 +117,9 @@ def demo() -> LDMConfig:
     """The embedded micrographs at 64 x 64 with 16 x 16 x 4 latents: a whole run in minutes.
 
     A third of the micrographs is held out, so that there are enough real images to compare 1,000
-    images with. The autoencoder is a linear one, fitted in seconds: it comes nearer to the
-    micrographs than one that is trained for minutes, and leaves the time to the denoiser
-    (benchmarks/results/autoencoder_arms.md). The denoiser predicts velocity and trains the middle
-    timesteps more often: with noise prediction and uniform timesteps, as in the study and in
-    `paper`, minutes on a CPU are too short to learn dislocation loops. The default sampler draws
-    fresh noise in each step, which corrects errors of the step before: rings close even after a
-    short training.
+    images with. The linear autoencoder is fitted in seconds and leaves the time to the denoiser,
+    which predicts velocity and trains the middle timesteps more often: with the study's noise
+    prediction, minutes on a CPU are too short to learn dislocation loops.
 
     Hardware: one or two CPU cores. Time: see README.md. Score to expect: see README.md.
     """

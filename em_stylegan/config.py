@@ -46,9 +46,9 @@ class GeneratorConfig:
     image_mean: Annotated[Annotated[float, Ge(-1), Le(1)] | None, MEASURED] = 0.0
     """Mean of the images that StyleGAN2 is trained on, in [-1, 1]. The networks work on
     (image - image_mean) / image_std. None: measured on the training tiles."""
-    image_std: Annotated[PositiveFloat | None, MEASURED] = 1.0
+    image_std: Annotated[Annotated[float, Gt(0), Le(2)] | None, MEASURED] = 1.0
     """Their standard deviation. Micrographs of low contrast train faster with None than with 1."""
-    noise_strength: NotNegativeFloat = 0.0
+    noise_strength: Annotated[float, Ge(0), Le(100)] = 0.0
     """Strength of StyleGAN2's noise inputs at the start. At 0, as in the paper, the strengths do
     not grow in a short training."""
     reduction: Literal[1, 2, 4] = 1
@@ -149,8 +149,8 @@ class StyleGANConfig:
     """A StyleGAN run: data, output folder, networks and training."""
 
     data: str = "synthetic"
-    """A folder of micrographs, or "synthetic" for the embedded ones ("synthetic-varied": a wide
-    variety of them). Also "hub:owner/name[@revision]" (written by em_data.push),
+    """A folder of micrographs, or "synthetic" for the embedded ones. "synthetic-varied" is a wide
+    variety of them. Also "hub:owner/name[@revision]" (written by em_data.push),
     "hub-stream:owner/name[@revision]" (the same, read over the network; only the tiles are kept on
     disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/stylegan2"
@@ -161,10 +161,10 @@ class StyleGANConfig:
     """Number format: auto (bf16 where the hardware computes in it), bf16, fp16 or no (float32).
     fp16 is for GPUs without bf16, with loss scaling and bounded feature maps."""
     init_from: str | None = None
-    """Start from trained weights of networks of the same sizes: a run's folder, a saved pipeline, a
-    model of the package such as em-stylegan2-64, a Hub id, or a folder written by
-    `em_stylegan.load_official`. With few micrographs, use discriminator.num_frozen_layers to keep
-    what the discriminator has learned."""
+    """Start from trained weights of networks of the same sizes. They are in a run's folder, a saved
+    pipeline, a model of the package such as em-stylegan2-64, a Hub repository, or a folder written
+    by `em_stylegan.load_official`. With few micrographs, use discriminator.num_frozen_layers to
+    keep what the discriminator has learned."""
     save_untrained: Annotated[bool, MAY_CHANGE] = False
     """Also save the pipeline of the first weights, for comparison: in untrained/ if they are
     random, in start/ if they come from init_from."""

@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipe import SCALES, STUDY, Results, choose_tiles, create_parser
+from small_presets import make_ldm
 
 from em_data import load_data
 from em_data.files import write_atomically
-from em_diffusion import PRESETS
 from em_diffusion.autoencoder_loop import train_autoencoder
 from em_diffusion.select_autoencoder import SelectionConfig, name_candidates, select_autoencoder
 from em_diffusion.train import read_result, write_result
@@ -71,7 +71,7 @@ COLUMNS = {
 
 def make_config(variant: Variant, arguments):
     """The run of a variant: the scale's preset with the variant's levels and codes."""
-    config = PRESETS[SCALES[arguments.scale].ldm.preset]()
+    config = make_ldm(SCALES[arguments.scale].ldm.preset)
     num_levels = variant.factor.bit_length()
     channels = config.autoencoder.block_out_channels
     channels = (channels + channels[-1:] * num_levels)[:num_levels]
@@ -149,7 +149,7 @@ def run_experiment(arguments) -> Path:
     variants = {variant.name: variant for variant in VARIANTS[arguments.scale]}
     sources = {name: str(train(variant, arguments)) for name, variant in variants.items()}
     sources |= name_candidates(arguments.candidates) if arguments.candidates else {}
-    config = PRESETS[SCALES[arguments.scale].ldm.preset]()
+    config = make_ldm(SCALES[arguments.scale].ldm.preset)
     selection = select_autoencoder(
         SelectionConfig(
             candidates=tuple(f"{name}={source}" for name, source in sources.items()),
@@ -158,6 +158,7 @@ def run_experiment(arguments) -> Path:
             num_images=SCALES[arguments.scale].ldm.num_reconstructions,
             tiles=replace(config.tiles, **choose_tiles(config.tiles, arguments)),
             extractor=arguments.extractor,
+            floor=False,
         )
     )
     results.points = []  # all are judged together

@@ -73,7 +73,7 @@ def find_depth_2(architecture):
 
 def list_models(scale) -> tuple[Model, ...]:
     """Return the rows of the table; the LDM's batch size is the preset's."""
-    batch_size = ldm.PRESETS[SCALES[scale].ldm.preset]().denoiser.batch_size
+    batch_size = ldm.make_ldm(SCALES[scale].ldm.preset).denoiser.batch_size
     point = ldm.Point(batch_size=batch_size)
     alias_free = [
         Model(name, architecture, "mapping_depth", depth_2, {"frechet_distance": depth_2.study_fid})

@@ -27,10 +27,11 @@ from pathlib import Path
 
 import numpy as np
 from recipe import SCALES, Reference, Results, choose_tiles, create_parser, draw_points
+from small_presets import make_gan
 
 from em_data import to_uint8
 from em_evaluation.images import ImageSet
-from em_stylegan import PRESETS, EMStyleGANPipeline, StyleGANConfig, train_gan
+from em_stylegan import EMStyleGANPipeline, StyleGANConfig, train_gan
 from em_stylegan.gan_loop import generate_images
 from em_training import create_accelerator
 from em_training.cli import run_command
@@ -88,9 +89,9 @@ def make_config(point: Point, arguments) -> StyleGANConfig:
     scale = SCALES[arguments.scale].gan
     is_slow = arguments.experiment in SLOW
     images_per_kimg = scale.slow_images_per_kimg if is_slow else scale.images_per_kimg
-    config = PRESETS[scale.preset]()
+    config = make_gan(scale.preset)
     if point.architecture != "stylegan2" and scale.preset == "paper":
-        config = PRESETS[point.architecture]()
+        config = make_gan(point.architecture)
     share = scale.slow_channel_share if is_slow else scale.channel_share
     channels = max(8, round(point.max_channels * share))
     if point.architecture == "stylegan3-r":

@@ -35,9 +35,10 @@ from recipe import (
     create_parser,
     save_figure,
 )
+from small_presets import make_ldm
 
 from em_data import to_uint8
-from em_diffusion import PRESETS, EMLatentDiffusionPipeline, LDMConfig, train_ldm
+from em_diffusion import EMLatentDiffusionPipeline, LDMConfig, train_ldm
 from em_diffusion.denoiser import load_denoiser
 from em_diffusion.denoiser_loop import generate_images
 from em_evaluation.images import ImageSet
@@ -84,7 +85,7 @@ def make_config(point: Point, arguments) -> LDMConfig:
     It has no grain, which the study did not add.
     """
     scale = SCALES[arguments.scale]
-    config = PRESETS[scale.ldm.preset]()
+    config = make_ldm(scale.ldm.preset)
     denoiser = config.denoiser
     num_images = scale.ldm.denoiser_images or denoiser.num_images
     every = max(1, num_images // NUM_MOMENTS)

@@ -348,5 +348,5 @@ def test_folder_lists_files_of_microscopes_and_names_the_others(tmp_path):
         (tmp_path / f"a{suffix}").write_bytes(b"x")
     paths, ignored = list_images(tmp_path)
     assert {path.suffix for path in paths} == set(SUFFIXES)
-    assert "1 .blo files: 4D-STEM sets of diffraction patterns, not micrographs" in ignored
+    assert any(each.startswith("1 .blo files: 4D-STEM sets of diffraction") for each in ignored)
     assert "1 .msa files: spectra, not micrographs" in ignored

@@ -14,6 +14,7 @@ import tifffile
 import torch
 from PIL import Image
 
+import em_pretrained
 from em_data import read_micrograph, to_uint8, to_uint16
 from em_generation import demo
 from em_generation.families import find_family
@@ -291,8 +292,7 @@ def test_models_come_from_the_command_line_or_the_environment(monkeypatch):
     assert app.parse_arguments([]).models == ["you/a", "you/b@v1"]
     assert app.parse_arguments(["--models", "runs/x", "runs/y"]).models == ["runs/x", "runs/y"]
     monkeypatch.delenv("EM_MODELS")
-    with pytest.raises(ValueError, match="EM_MODELS"):
-        app.parse_arguments([])
+    assert app.parse_arguments([]).models == list(em_pretrained.list_models())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="gradio is installed")
