@@ -23,7 +23,7 @@ def test_the_studys_numbers_and_its_best_training(gan):
         4,
     )
     config = gan.make_config(best, gan.parse_arguments(["kimg", "--scale", "study"]))
-    paper = gan.PRESETS["paper"]()
+    paper = gan.make_gan("paper")
     for name in ("generator", "discriminator", "training"):
         assert getattr(config, name) == getattr(paper, name)
     turning = gan.make_config(
