@@ -15,6 +15,7 @@ from em_diffusion.config import DenoiserConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.latents import Latents
+from em_diffusion.muon import create_muon
 from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline, is_flow
 from em_diffusion.validation import choose_spaced_views
@@ -32,6 +33,8 @@ from em_training import (
     seed_for,
     step_optimizer,
 )
+
+OPTIMIZERS = {"adam": create_optimizer, "muon": create_muon}
 
 
 def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
@@ -128,7 +131,7 @@ def train_denoiser(
     network = torch.compile(model) if config.compile else model
     scheduler = create_scheduler(config)
     parameters = list(model.train().parameters())
-    optimizer = create_optimizer(parameters, config)
+    optimizer = OPTIMIZERS[config.optimizer](parameters, config)
     sampler = ImageSampler(latents.num_views, seed_for(config.seed, "denoiser data"))
     validation_batch = draw_validation_batch(held_out_latents, config)
 

@@ -1,11 +1,12 @@
 """A linear autoencoder of patches, fitted in closed form: one self-contained file."""
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from torch import nn
 
 
@@ -43,12 +44,12 @@ class EMPatchBasis(ModelMixin, ConfigMixin):
 
     def encode(self, x):
         """Encode images [B, 1, H, W] in [-1, 1] to `.latents` [B, C, H / patch, W / patch]."""
-        return SimpleNamespace(latents=self.encoder(x))
+        return VQEncoderOutput(latents=self.encoder(x))
 
     def decode(self, z):
         """Decode latents [B, C, h, w] to images in `.sample`, [B, 1, h patch, w patch]."""
         sample = nn.functional.pixel_shuffle(self.decoder(z), self.config.patch_size)
-        return SimpleNamespace(sample=sample)
+        return DecoderOutput(sample=sample)
 
     def forward(self, x):
         """Encode and decode images [B, 1, H, W]."""

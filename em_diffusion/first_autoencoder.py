@@ -3,15 +3,11 @@
 import time
 
 import torch
-from diffusers import AutoencoderKL, VQModel
 
 from em_diffusion.autoencoder import create_autoencoder, is_trainable
-from em_diffusion.em_patch_basis import EMPatchBasis
-from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 from em_diffusion.patch_basis import fit_to_tiles
 from em_training import seed_for
-
-KINDS = {VQModel: "vq", AutoencoderKL: "kl", EMPatchBasis: "basis"}
 
 
 def build_autoencoder(config, tiles, accelerator):
@@ -58,7 +54,7 @@ def build_autoencoder(config, tiles, accelerator):
 def list_changes(config, model) -> list[str]:
     """Return where the model's architecture differs from the configuration's."""
     own = {
-        "kind": next((name for cls, name in KINDS.items() if isinstance(model, cls)), None),
+        "kind": KINDS[type(model)].lower(),
         "block_out_channels": tuple(model.config.get("block_out_channels", ())),
         "layers_per_block": model.config.get("layers_per_block"),
         "latent_channels": model.config.get("latent_channels"),

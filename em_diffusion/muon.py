@@ -42,6 +42,11 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
+def create_muon(parameters, config) -> Muon:
+    """Create `Muon` with the learning rate and betas of a `DenoiserConfig`."""
+    return Muon(parameters, config.learning_rate, config.adam_betas)
+
+
 def _step_matrix(parameter, state, rate, betas):
     gradient = parameter.grad
     if not state:

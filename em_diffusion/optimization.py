@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from em_diffusion.muon import Muon
-
 
 def learning_rate_at(config, num_images_seen: int) -> float:
     """Return the learning rate of the step that begins after `num_images_seen` images.
@@ -31,9 +29,7 @@ def set_learning_rate(optimizer, rate: float):
 
 
 def create_optimizer(parameters, config):
-    """Create Adam without weight decay, as one fused kernel for all parameters, or `Muon`."""
-    if getattr(config, "optimizer", "adam") == "muon":
-        return Muon(parameters, config.learning_rate, config.adam_betas)
+    """Create Adam without weight decay, as one fused kernel for all parameters."""
     return torch.optim.Adam(
         parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
     )

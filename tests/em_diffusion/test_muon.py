@@ -1,13 +1,11 @@
 """The optimizer that orthogonalises its steps."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from em_diffusion import PRESETS
-from em_diffusion.muon import Muon, orthogonalise
-from em_diffusion.optimization import create_optimizer, set_learning_rate
+from em_diffusion.muon import Muon, create_muon, orthogonalise
+from em_diffusion.optimization import set_learning_rate
 
 
 @pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
@@ -39,9 +37,7 @@ def test_vectors_get_adams_steps():
 def test_a_step_of_a_convolution_is_orthogonal_and_as_large_as_asked():
     weight = torch.nn.Parameter(torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last))
     bias = torch.nn.Parameter(torch.zeros(8))
-    optimizer = create_optimizer(
-        [weight, bias], dataclasses.replace(PRESETS["test"]().denoiser, optimizer="muon")
-    )
+    optimizer = create_muon([weight, bias], PRESETS["test"]().denoiser)
     set_learning_rate(optimizer, 0.01)
     weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     optimizer.step()
