@@ -1,11 +1,10 @@
 """Measuring the grain that an autoencoder removes from micrographs."""
 
-import math
-
 import torch
 
 from em_diffusion.em_grain import EMGrain, noise_deviation
 from em_diffusion.reconstruction import check_shapes
+from em_training.noise import measure_noise, measure_power
 
 CHUNK = 64  # images at a time
 MAX_PIXELS = 2**26  # to measure on: 1,000 images of 256 x 256, which take about 1.5 GB of memory
@@ -76,30 +75,6 @@ def measure_deviations(reconstructions, residuals, num_bins):
     return (level_sums / counts).float(), (squares / counts).sqrt().float()
 
 
-def measure_noise(relative, power):
-    """Return the power of noise at each frequency and each image's strength.
-
-    The power of Gaussian noise at a frequency is exponentially distributed, with a median of ln 2
-    times the mean. Frequencies without noise say nothing about its strength.
-
-    Args:
-        relative: Residuals [N, 1, H, W] over their deviation.
-        power: Their mean power [H, W // 2 + 1].
-
-    Returns:
-        Two tensors, [H, W // 2 + 1] and [N].
-    """
-    powers = torch.cat(
-        [torch.fft.rfft2(part[:, 0]).abs().square() for part in relative.split(CHUNK)]
-    )
-    powers /= relative.shape[-2] * relative.shape[-1]  # [N, H, W // 2 + 1]
-    typical = torch.minimum(powers.median(dim=0).values / math.log(2), power)
-    noisy = typical > 0.01 * typical.mean()
-    if not noisy.any():
-        return typical, torch.ones(len(relative))
-    return typical, ((powers[:, noisy] / typical[noisy]).median(dim=1).values / math.log(2)).sqrt()
-
-
 def missing_share(images, reconstructions, residuals):
     """Return the share of the residuals' power that the reconstructions lack, 0 to 1.
 
@@ -114,15 +89,6 @@ def missing_share(images, reconstructions, residuals):
     original, decoded, left = map(average, (images, reconstructions, residuals))
     share = torch.where(left > 0, (original - decoded) / left.clamp(min=1e-30), 0.0).clamp(0, 1)
     return share[radius].float().view(images.shape[-2], -1)
-
-
-def measure_power(images):
-    """Return mean squared Fourier amplitudes of images [N, 1, H, W] per pixel: [H, W // 2 + 1]."""
-    total = sum(
-        torch.fft.rfft2(part[:, 0].double()).abs().square().sum(dim=0)
-        for part in images.split(CHUNK)
-    )
-    return (total / (len(images) * images.shape[-1] * images.shape[-2])).float()
 
 
 def frequency_rings(height, width):

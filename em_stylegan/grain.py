@@ -4,10 +4,10 @@ A generator with little training draws an oriented hatching in place of noise th
 its structures. With a `reduction` it draws images without that noise.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
+
+from em_training.noise import measure_noise, measure_power
 
 MOST_TILES = 1000
 
@@ -22,10 +22,6 @@ def reduce_images(images, reduction: int):
 def measure_grain(images, reduction: int):
     """Measure the grain that images lack after `reduce_images` and enlargement.
 
-    The spectrum is the median over images and the strength the median over frequencies, so that
-    structure in some images and at some frequencies is not taken for noise. The power of Gaussian
-    noise at a frequency is exponentially distributed, with a median of ln 2 times the mean.
-
     Args:
         images: Float32 [N, 1, H, W].
 
@@ -35,13 +31,8 @@ def measure_grain(images, reduction: int):
     """
     reduced = reduce_images(images, reduction)
     residuals = images - F.interpolate(reduced, scale_factor=reduction, mode="bicubic")
-    powers = torch.fft.rfft2(residuals[:, 0]).abs().square() / images[0].numel()
-    typical = torch.minimum(powers.median(dim=0).values / math.log(2), powers.mean(dim=0))
-    noisy = typical > 0.01 * typical.mean()
-    if not noisy.any():
-        return typical, torch.zeros(2)
-    logs = (powers[:, noisy] / typical[noisy]).median(dim=1).values.clamp(min=1e-6).log() / 2
-    logs = logs - math.log(math.log(2)) / 2
+    typical, strengths = measure_noise(residuals, measure_power(residuals))
+    logs = strengths.clamp(min=1e-3).log()
     return typical.sqrt(), torch.stack([logs.mean(), logs.std(correction=0)])
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from em_diffusion.em_grain import EMGrain, interpolate
-from em_diffusion.grain import fit_grain, frequency_rings, measure_power
+from em_diffusion.grain import fit_grain, frequency_rings
 from em_evaluation.micrograph_statistics import ring_powers
+from em_training.noise import measure_power
 
 SIZE = 32
 
