@@ -15,13 +15,17 @@ from em_diffusion.autoencoder import encode, has_codebook, is_trainable
 from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
 from em_diffusion.config import AutoencoderConfig
 from em_diffusion.first_autoencoder import build_autoencoder, list_trained
-from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
+from em_diffusion.optimization import (
+    create_ema,
+    create_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
 from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
 from em_diffusion.validation import evaluate_reconstruction, read_spaced_images, reconstruct
 from em_diffusion.weights import save_from_main_process
 from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 from em_training import (
-    EMA,
     MicroBatching,
     Prefetcher,
     TrainingRun,
@@ -161,7 +165,7 @@ def train_autoencoder(
 
     if config.num_images == 0 or not is_trainable(model):
         return keep_untrained(model, build_seconds, validation_images, folder, accelerator, config)
-    ema = create_ema(config, model)
+    ema = create_ema(model, config) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
     perceptual = create_perceptual_distance(config, accelerator.device)
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
@@ -267,14 +271,6 @@ def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
             batch = replace(batch, noise=torch.randn(shape, generator=rng))
         yield batch
         num_images_seen += config.batch_size
-
-
-def create_ema(config, model):
-    """Create the average of the weights, which does not forget given ones; None for none."""
-    if config.ema_half_life_images == 0:
-        return None
-    ramp = {} if config.init_from is None else {"ramp_up": None}
-    return EMA(model, config.ema_half_life_images, **ramp)
 
 
 def create_perceptual_distance(config, device="cpu"):

@@ -16,13 +16,17 @@ from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.latents import Latents
 from em_diffusion.muon import create_muon
-from em_diffusion.optimization import create_optimizer, learning_rate_at, set_learning_rate
+from em_diffusion.optimization import (
+    create_ema,
+    create_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline, is_flow
 from em_diffusion.validation import choose_spaced_views
 from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance
 from em_training import (
-    EMA,
     BestWeights,
     MicroBatching,
     PosthocEMA,
@@ -125,7 +129,7 @@ def train_denoiser(
         The folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in seconds.
     """
     model = build_denoiser(config, latents.shape, accelerator.device, start)
-    ema = create_ema(config, model, start)
+    ema = create_ema(model, config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     network = torch.compile(model) if config.compile else model
@@ -212,12 +216,6 @@ def build_denoiser(config, shape, device, start=None):
         torch.manual_seed(seed_for(config.seed, "denoiser"))
         model = create_denoiser(config, shape[-1], shape[0])
     return model.to(device, memory_format=torch.channels_last)
-
-
-def create_ema(config, model, start):
-    """Create the average of the weights. Its ramp forgets random ones, and given ones must stay."""
-    ramp = {} if start is None else {"ramp_up": None}
-    return EMA(model, config.ema_half_life_images, **ramp)
 
 
 def keep_averages(ema, posthoc_ema, run, config, num_images_seen):

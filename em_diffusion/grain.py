@@ -7,7 +7,6 @@ from em_diffusion.reconstruction import check_shapes
 from em_training.noise import measure_noise, measure_power
 
 CHUNK = 64  # images at a time
-MAX_PIXELS = 2**26  # to measure on: 1,000 images of 256 x 256, which take about 1.5 GB of memory
 DRAWN_PIXELS = 1_000_000  # for the edges of the bins of grey levels
 SMALLEST = 1e-6  # deviation: a thirtieth of a 16-bit grey level is no grain
 

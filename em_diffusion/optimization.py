@@ -1,8 +1,10 @@
-"""The optimizer, and its learning rate as a function of the images seen."""
+"""The optimizer, its learning rate as a function of the images seen, and the average weights."""
 
 import math
 
 import torch
+
+from em_training import EMA
 
 
 def learning_rate_at(config, num_images_seen: int) -> float:
@@ -33,3 +35,9 @@ def create_optimizer(parameters, config):
     return torch.optim.Adam(
         parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
     )
+
+
+def create_ema(model, config) -> EMA:
+    """Create the average of the weights. Random first ones are soon forgotten, given ones stay."""
+    ramp = {} if config.init_from is None else {"ramp_up": None}
+    return EMA(model, config.ema_half_life_images, **ramp)

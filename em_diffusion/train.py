@@ -16,7 +16,7 @@ from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.em_grain import EMGrain
-from em_diffusion.grain import MAX_PIXELS, fit_grain
+from em_diffusion.grain import fit_grain
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -38,6 +38,7 @@ from em_training import (
     seed_for,
 )
 from em_training.config import is_complete
+from em_training.noise import MAX_PIXELS
 from em_training.sources import TRAINED_FURTHER, read_starts
 
 

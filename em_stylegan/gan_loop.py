@@ -12,7 +12,7 @@ from em_evaluation.held_out import HeldOutDistance
 from em_stylegan.augmentation import AdaptiveProbability, augment
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.grain import read_tiles, reduce_images, set_grain
+from em_stylegan.grain import reduce_images, set_grain_of_tiles
 from em_stylegan.losses import (
     PathLengthMean,
     blur_sigma,
@@ -226,7 +226,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
     ramp_up = None if config.init_from else training.ema_ramp_up
     ema = EMA(model, training.ema_half_life_images, ramp_up)
     start_networks(config, model, discriminator, ema.model, accelerator, Path(out_dir))
-    set_grain(model, read_tiles(tiles))  # the average copies it
+    set_grain_of_tiles(model, tiles)  # the average copies it
     game = Game(config, model, discriminator, accelerator)
     optimizer = create_optimizer(model, training.generator_learning_rate, path_length_every)
     optimizer_D = create_optimizer(discriminator, training.discriminator_learning_rate, r1_every)

@@ -7,7 +7,7 @@ its structures. With a `reduction` it draws images without that noise.
 import torch
 import torch.nn.functional as F
 
-from em_training.noise import measure_noise, measure_power
+from em_training.noise import MAX_PIXELS, measure_noise, measure_power
 
 MOST_TILES = 1000
 
@@ -36,6 +36,12 @@ def measure_grain(images, reduction: int):
     return typical.sqrt(), torch.stack([logs.mean(), logs.std(correction=0)])
 
 
+def set_grain_of_tiles(model, tiles) -> None:
+    """Give a generator with a reduction the grain of training tiles; leave others as they are."""
+    if getattr(model, "reduction", 1) > 1:
+        set_grain(model, read_tiles(tiles))
+
+
 @torch.no_grad()
 def set_grain(model, images) -> None:
     """Give a generator with a reduction the grain of training images [N, 1, R, R]."""
@@ -46,7 +52,11 @@ def set_grain(model, images) -> None:
 
 
 def read_tiles(tiles):
-    """Return one view of at most 1,000 evenly spaced tiles, float32 [N, 1, R, R]."""
+    """Return one view each of evenly spaced tiles, float32 [N, 1, R, R].
+
+    They are at most 1,000, and have at most 67 million pixels, which bounds the memory.
+    """
     views_per_tile = max(1, len(tiles) // tiles.num_tiles)
-    step = -(-tiles.num_tiles // MOST_TILES)
+    most = min(MOST_TILES, max(1, MAX_PIXELS // tiles.resolution**2))
+    step = -(-tiles.num_tiles // most)
     return tiles.batch(range(0, len(tiles), step * views_per_tile))

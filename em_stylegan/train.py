@@ -9,7 +9,7 @@ from em_data.files import replace_folder, write_atomically
 from em_data.look.tile_size import warn_of_tile_size
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.gan_loop import check_batch_size, train_stylegan
-from em_stylegan.grain import read_tiles, set_grain
+from em_stylegan.grain import read_tiles, set_grain_of_tiles
 from em_stylegan.networks import create_networks, fill_scale, measure_scale
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.transfer import adopt_scale, start_from
@@ -82,7 +82,9 @@ def settle_scale(config, tiles, out):
         config = fill_scale(config, load_config(StyleGANConfig, out / "config.json").generator)
     elif config.init_from is not None:
         config = adopt_scale(config)
-    return measure_scale(config, read_tiles(tiles))
+    if None in (config.generator.image_mean, config.generator.image_std):
+        config = measure_scale(config, read_tiles(tiles))
+    return config
 
 
 def is_finished(config, out) -> bool:
@@ -104,7 +106,7 @@ def save_untrained(config, data, accelerator, out):
     model, discriminator = create_networks(config)
     if config.init_from is not None:
         start_from(config, model, discriminator, model, accelerator.print)
-    set_grain(model, read_tiles(data.train))
+    set_grain_of_tiles(model, data.train)
     save_pipeline(EMStyleGANPipeline(model.eval(), data.summary.get("pixel_size_nm")), folder)
 
 

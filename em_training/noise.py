@@ -5,6 +5,7 @@ import math
 import torch
 
 CHUNK = 64  # images at a time
+MAX_PIXELS = 2**26  # to measure on: 1,000 images of 256 x 256, which take about 1.5 GB of memory
 
 
 def measure_noise(relative, power):

@@ -9,11 +9,17 @@ import torch
 from em_stylegan.config import GeneratorConfig, StyleGANConfig
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
-from em_stylegan.grain import measure_grain, reduce_images, set_grain
+from em_stylegan.grain import (
+    measure_grain,
+    read_tiles,
+    reduce_images,
+    set_grain,
+    set_grain_of_tiles,
+)
 from em_stylegan.networks import create_networks, measure_scale
 from em_stylegan.pictures.projection import ProjectionConfig, project
 from em_stylegan.presets import PRESETS
-from em_stylegan.train import train_gan
+from em_stylegan.train import settle_scale, train_gan
 
 SIZES = {"z_dim": 8, "w_dim": 8, "mapping_depth": 2, "channel_base": 128, "max_channels": 8}
 
@@ -184,3 +190,33 @@ def test_projection_onto_a_reduced_generator_has_the_size_and_scale_of_images():
     assert image.shape == target.shape
     assert (image - 0.2).abs().mean() < 0.5
     assert all(tensor.shape[-1] <= 16 for tensor in found.values() if tensor.ndim == 2)
+
+
+class CountedTiles:
+    """Tiles of one grey level that count what is read."""
+
+    def __init__(self, num_tiles, resolution):
+        self.num_tiles, self.resolution, self.num_read = num_tiles, resolution, 0
+
+    def __len__(self):
+        return 6 * self.num_tiles
+
+    def batch(self, ids):
+        self.num_read += len(ids)
+        return torch.zeros(1, 1, 1, 1).expand(len(ids), 1, self.resolution, self.resolution)
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "resolution", "most"), [(30, 64, 30), (5_000, 64, 1000), (5_000, 2048, 16)]
+)
+def test_what_is_measured_fits_the_memory(num_tiles, resolution, most):
+    tiles = CountedTiles(num_tiles, resolution)
+    assert 0.5 * most < len(read_tiles(tiles)) <= most
+
+
+def test_nothing_is_read_for_networks_that_need_nothing(tmp_path):
+    tiles = CountedTiles(10, 32)
+    config = PRESETS["test"]()
+    assert settle_scale(config, tiles, tmp_path) == config
+    set_grain_of_tiles(create_networks(config)[0], tiles)
+    assert tiles.num_read == 0
