@@ -109,10 +109,8 @@ def _finish(stored, label_bar, name, specimen):
         raise stored.array
     metadata, notices = stored.metadata, stored.metadata["notices"]
     image, overlay = to_grey(stored.array, stored.is_lossy, notices), stored.overlay
-    stored.array, stored.overlay = (
-        np.empty(0),
-        None,
-    )  # the decoder keeps `stored` until the next frame
+    # the decoder keeps `stored` until the next frame
+    stored.array, stored.overlay = np.empty(0), None
     num_rows = len(image) - metadata.get("scanned_rows", len(image))
     image = _crop(image, num_rows, metadata, label_bar, ", as the file's header says")
     if stored.orientation != 1:
