@@ -199,13 +199,14 @@ class StyleGANConfig:
         """Raise `ValueError` for options of StyleGAN2 in another, and for too large a reduction."""
         generator, resolution = self.generator, self.tiles.resolution
         defaults = {"image_mean": 0, "image_std": 1, "noise_strength": 0, "reduction": 1}
-        for name, default in defaults.items():
-            value = getattr(generator, name)
-            if generator.architecture != "stylegan2" and value != default:
-                raise ValueError(
-                    f"generator.{name} is {value}, but {generator.architecture} has no such "
-                    f"option. Leave --generator.{name.replace('_', '-')} out."
-                )
+        given = {name: getattr(generator, name) for name in defaults}
+        own = [name for name, default in defaults.items() if given[name] != default]
+        if own and generator.architecture != "stylegan2":
+            values = ", ".join(f"generator.{name} is {given[name]}" for name in own)
+            flags = (f"--generator.{name.replace('_', '-')} {defaults[name]}" for name in own)
+            raise ValueError(
+                f"{values}, but {generator.architecture} has no such option. Use {' '.join(flags)}."
+            )
         if resolution // generator.reduction < 8:
             raise ValueError(
                 f"generator.reduction is {generator.reduction}, which leaves "

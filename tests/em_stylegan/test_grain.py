@@ -220,3 +220,13 @@ def test_nothing_is_read_for_networks_that_need_nothing(tmp_path):
     assert settle_scale(config, tiles, tmp_path) == config
     set_grain_of_tiles(create_networks(config)[0], tiles)
     assert tiles.num_read == 0
+
+
+def test_another_architecture_names_every_option_to_take_back():
+    demo = PRESETS["demo"]()
+    with pytest.raises(ValueError, match="stylegan3-t has no such option") as refused:
+        replace(demo, generator=replace(demo.generator, architecture="stylegan3-t"))
+    for flag in ("image-mean 0", "image-std 1", "noise-strength 0", "reduction 1"):
+        assert f"--generator.{flag}" in str(refused.value)
+    plain = {"image_mean": 0.0, "image_std": 1.0, "noise_strength": 0.0, "reduction": 1}
+    replace(demo, generator=replace(demo.generator, architecture="stylegan3-t", **plain))
