@@ -83,7 +83,7 @@ def _add_real_images(gr, real, out):
     path = demo.make_result_folder(out, "real") / "images.png"
     demo.save_grid_with_scale_bar(real, path)
     with gr.Column():
-        gr.Markdown("### Real micrographs")
+        gr.Markdown(f"### {real.name}")
         _add_picture(gr, "Held-out tiles", "real-picture", str(path))
         gr.Markdown(real.describe())
 

@@ -121,7 +121,8 @@ def load_real_images(model: Model, num_images: int = REAL_IMAGES) -> Drawing | N
     ids = np.linspace(0, len(data.held_out) - 1, num_images).astype(int)
     images = torch.as_tensor(data.held_out.batch(ids))
     settings = {"Held out from training": data.summary["name"]}
-    return Drawing(images, "Real micrographs", data.summary.get("pixel_size_nm"), settings)
+    title = "Simulated micrographs" if source in SYNTHETIC else "Real micrographs"
+    return Drawing(images, title, data.summary.get("pixel_size_nm"), settings)
 
 
 def read_seed(value, *, optional: bool = False) -> int | None:

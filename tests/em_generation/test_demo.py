@@ -242,6 +242,7 @@ def test_real_micrographs_are_those_held_out_from_the_run(folders, tmp_path):
         model, config={"data": "synthetic", "tiles": json.loads(json.dumps(asdict(tiles)))}
     )
     real = demo.load_real_images(model, 3)
+    assert real.describe().startswith("Simulated micrographs: 3 images")
     data = load_data("synthetic", tiles, log=lambda line: None)
     held_out = data.held_out.batch([0, len(data.held_out) - 1])
     assert torch.equal(torch.as_tensor(real.images[[0, 2]]), torch.as_tensor(held_out))
