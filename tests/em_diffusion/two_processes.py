@@ -36,8 +36,8 @@ array = torch.randn(24, 4, 8, 8).half().numpy()
 latents = Latents(array, [0.0] * 4, [1.0] * 4)
 held_out = FakeTiles(num_views=5, seed=1)
 models = []
-average = denoiser_loop.EMA
-denoiser_loop.EMA = lambda model, half_life: models.append(model) or average(model, half_life)
+create_ema = denoiser_loop.create_ema
+denoiser_loop.create_ema = lambda model, *args: models.append(model) or create_ema(model, *args)
 train_denoiser(
     config, latents, latents, vqvae, accelerator=accelerator, out_dir=out, held_out=held_out
 )
