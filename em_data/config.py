@@ -39,8 +39,8 @@ class DataConfig:
     num_micrographs: Annotated[int, Gt(0), Le(10_000_000)] | None = None
     """Use only the first so many micrographs. Default: all."""
     num_synthetic: Annotated[int, Gt(0), Le(10_000_000)] | None = None
-    """Number of synthetic micrographs to draw. Default: `num_micrographs` if that is given, else 48
-    of "synthetic" and 400 of "synthetic-varied"."""
+    """Number of synthetic micrographs to draw. Default: `num_micrographs` if that is given, else
+    400 of "synthetic-varied" and 48 of the others."""
     frame_step: Annotated[int, Gt(0), Le(1_000_000)] = 1
     """Use every k-th frame of a stack. All frames of a stack lie on one side of the split."""
     micrograph_size: Annotated[int, Gt(0), Le(65_536)] = 512

@@ -237,6 +237,7 @@ def cut_micrograph(entry, micrograph, image, padding, levels, config) -> tuple[l
         "name": micrograph.name,
         "group": entry.group,
         "specimen": common["specimen"],
+        "class_name": micrograph.class_name,
         "shape": list(shape),
         "dtype": str(micrograph.image.dtype),
         "pixel_size_nm": common["pixel_size_nm"],

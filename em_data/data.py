@@ -55,9 +55,10 @@ def load_data(
     What is left out, cropped, rescaled or clipped is logged once and listed in the summary.
 
     Args:
-        source: A folder of images, "synthetic", "synthetic-varied", "hub:owner/name[@revision]",
-            "hub-stream:owner/name[@revision]", "damaged-alloys:FOLDER", "datasets:NAME_OR_PATH", or
-            a folder written by `Dataset.save_to_disk`.
+        source: A folder of images, "synthetic", "synthetic-varied", "synthetic-materials",
+            "hub:owner/name[@revision]", "hub-stream:owner/name[@revision]",
+            "damaged-alloys:FOLDER", "datasets:NAME_OR_PATH", or a folder written by
+            `Dataset.save_to_disk`.
         config: `DataConfig`.
         log: Called with each line of text.
 

@@ -44,6 +44,7 @@ class Micrograph:
         specimen: What the micrograph shows; None if unknown.
         metadata: What the file says about itself. "notices" lists what the reader did to the image.
         defects: Labelled defects; None if nobody has labelled them.
+        class_name: What kind of micrograph it is, such as its material; None if unknown.
     """
 
     image: np.ndarray
@@ -52,6 +53,7 @@ class Micrograph:
     specimen: str | None = None
     metadata: dict = field(default_factory=dict)
     defects: list[Defect] | None = None
+    class_name: str | None = None
 
     def __post_init__(self):
         if self.image.ndim != 2 or self.image.dtype not in (np.uint8, np.uint16):

@@ -23,7 +23,9 @@ def split_views(micrographs, micrograph_of_tile, config, near_copies=()):
         num_held_out = count_held_out(num_views, config)
         return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
     groups = group_micrographs(micrographs, config.split, near_copies)
-    held_out_groups = choose_groups(list_groups(groups, micrographs, config.split), config)
+    classes = {group: each.get("class_name") for group, each in zip(groups, micrographs)}
+    names = list_groups(groups, micrographs, config.split)
+    held_out_groups = choose_groups(names, config, classes)
     is_held_out = np.array([group in held_out_groups for group in groups])
     sides = ([m for m, out in zip(micrographs, is_held_out) if out == side] for side in (0, 1))
     check_split(*sides)
@@ -91,13 +93,25 @@ def list_groups(groups, micrographs, split) -> list[str]:
     return names
 
 
-def choose_groups(groups, config) -> set[str]:
-    """Choose the groups to hold out: the least hashes, so that a new group changes few others."""
+def choose_groups(groups, config, classes=None) -> set[str]:
+    """Choose the groups to hold out: the least hashes, so that a new group changes few others.
+
+    The classes, {group: class}, take turns. The last group of a class is held out only if there is
+    no other.
+    """
 
     def hash_group(group):
         return hashlib.sha256(f"{config.seed}:{group}".encode()).digest()
 
-    return set(sorted(groups, key=hash_group)[: count_held_out(len(groups), config)])
+    by_class = defaultdict(list)
+    for group in sorted(groups, key=hash_group):
+        by_class[(classes or {}).get(group)].append(group)
+    ranked = [
+        (turn == len(each) - 1, turn, hash_group(group), group)
+        for each in by_class.values()
+        for turn, group in enumerate(each)
+    ]
+    return {group for *_, group in sorted(ranked)[: count_held_out(len(groups), config)]}
 
 
 def check_split(train, held_out) -> None:
