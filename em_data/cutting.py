@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -16,9 +17,10 @@ from em_data.near_copies import MAX_FOR_CROPS, find_near_copies, make_signature,
 from em_data.padding import find_padding
 from em_data.sources.base import SourceLost
 from em_data.spikes import iterate_slabs
+from em_data.tile_labels import LabelWriter
 from em_data.views import hash_pixels
 
-FORMAT = 2  # of the cached folder; a change makes all cached tiles invalid
+FORMAT = 3  # of the cached folder; a change makes all cached tiles invalid
 MAX_PROBLEMS = 5  # of the frames of one stack that are told one by one
 MAX_PADDING = 0.1  # share of a tile
 WRITE_BYTES = 32 * 2**20  # tiles are written so many bytes at a time
@@ -75,11 +77,12 @@ def make_cut_key(source, config) -> str:
 def cut(source, config, folder, compares=True):
     """Cut the micrographs of a source into a new folder, which `em_data.tiles.Cut` reads.
 
-    It holds tiles.arrow (a `datasets.Dataset`) and cut.json (facts of the micrographs, the problems
-    of those that cannot be used, names of label images, and pairs of near copies if the micrographs
-    are compared).
+    It holds tiles.arrow (a `datasets.Dataset`), cut.json (facts of the micrographs, the problems of
+    those that cannot be used, names of label images, and pairs of near copies if the micrographs
+    are compared) and, if a micrograph has labels, labels.npz.
     """
     micrographs, signatures, problems, labels = [], [], [], []
+    label_writer = LabelWriter()
     with_points = len(source.entries) <= MAX_FOR_CROPS
     side_px = config.resolution * config.downsample
     with build_folder(folder) as building:
@@ -111,6 +114,8 @@ def cut(source, config, folder, compares=True):
                     continue
                 for record in records:
                     writer.write(record | {"micrograph_index": len(micrographs)})
+                corners = [(record["row_px"], record["col_px"]) for record in records]
+                label_writer.write(micrograph, corners, config.resolution, config.downsample)
                 micrographs.append(facts)
                 if compares:
                     signatures.append(make_signature(micrograph.image, with_points))
@@ -119,6 +124,7 @@ def cut(source, config, folder, compares=True):
         known = (pair_equals(each[key] for each in micrographs) for key in ("group", "pixel_hash"))
         facts["near_copies"] = find_near_copies(signatures, chain(*known)) if compares else None
         facts["num_bytes"] = path.stat().st_size
+        facts["num_label_bytes"] = label_writer.finish(building / "labels.npz")
         (building / "cut.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -199,8 +205,7 @@ def cut_micrograph(entry, micrograph, image, padding, levels, config) -> tuple[l
     The tiles keep their grey levels: `low` and `high` are only stored here, and `Tiles.batch`
     scales by them. `image` has the pixels after downsampling, `levels` are its levels as of
     `find_levels`. `padding` is that of the micrograph, as of `find_padding`; tiles with much of it
-    and tiles with one grey level are left out. Labels (`micrograph.defects`) are not cut yet: their
-    masks would be another column of `make_features`, and `Batch.masks` has room for them.
+    and tiles with one grey level are left out.
     """
     low, high, clipped = levels
     notices = list(micrograph.metadata.get("notices", ()))
@@ -244,9 +249,14 @@ def cut_micrograph(entry, micrograph, image, padding, levels, config) -> tuple[l
         "pixel_hash": hash_pixels(micrograph.image),
         "num_tiles": len(records),
         "fraction_clipped": clipped,
+        "defects": None if micrograph.defects is None else _count_kinds(micrograph.defects),
         "notices": notices,
     }
     return records, facts
+
+
+def _count_kinds(defects):
+    return dict(sorted(Counter(each.kind for each in defects).items()))
 
 
 class TileWriter:

@@ -13,7 +13,7 @@ Three kinds of sentence tell the user about the data:
 import hashlib
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def load_data(
     train, held_out = (Tiles(cut_tiles, view_ids, config.symmetries) for view_ids in views)
     summary = {"name": opened.name, "source": str(source)}
     summary |= _describe(cut_tiles, train, held_out, config)
-    summary |= _describe_micrographs(cut_tiles, config)
+    summary |= _describe_micrographs(cut_tiles, config) | _describe_labels(cut_tiles)
     summary["ignored"] = cut_tiles.problems + opened.ignored
     for sentence in [*filter(None, [problems]), *opened.ignored, *summary["notices"]]:
         log(sentence)
@@ -187,6 +187,19 @@ def _describe(cut_tiles, train, held_out, config) -> dict:
         "held_out": [] if is_leaky else sorted({each["name"] for each in micrographs}),
         "bits": 8 * cut_tiles.dtype.itemsize,
         "fingerprint": cut_tiles.key,
+    }
+
+
+def _describe_labels(cut_tiles) -> dict:
+    """Return what the summary says about defects and classes, by micrograph."""
+    micrographs, kinds = cut_tiles.micrographs, Counter()
+    for each in micrographs:
+        kinds.update(each["defects"])
+    classes = Counter(each["class_name"] for each in micrographs if each["class_name"])
+    return {
+        "kinds": dict(sorted(kinds.items())),
+        "classes": dict(sorted(classes.items())),
+        "num_labelled_micrographs": sum(each["defects"] is not None for each in micrographs),
     }
 
 

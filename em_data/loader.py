@@ -7,6 +7,7 @@ import torch
 from em_data.batch import Batch
 from em_data.images import TrainingViews
 from em_data.sampler import ImageSampler
+from em_data.tiles import Tiles
 
 FEW_MICROGRAPHS, MANY_REPEATS = 20, 200
 
@@ -40,6 +41,9 @@ class BatchLoader:
         sampler: `ImageSampler` over the same views.
         batch_size: Global batch size; a process's batch is batch_size // world_size.
         start: Images seen before the first batch.
+        with_masks: Fill `Batch.masks`.
+        labels: `Tiles` with the labels of the views, by the same ids. Default: the views, if they
+            are tiles. `Batch.class_labels` is filled where they have classes.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class BatchLoader:
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        with_masks: bool = False,
+        labels: Tiles | None = None,
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -62,7 +68,15 @@ class BatchLoader:
             raise ValueError(
                 f"the sampler has {sampler.num_views} views, but the data {views.num_views}"
             )
+        labels = views if labels is None and isinstance(views, Tiles) else labels
+        if labels is not None and labels.num_views != views.num_views:
+            raise ValueError(
+                f"there are labels of {labels.num_views} views, but the data have {views.num_views}"
+            )
+        if with_masks and (labels is None or not labels.kinds):
+            raise ValueError("with_masks is True, but nothing in the data is labelled.")
         self.views, self.sampler = views, sampler
+        self.labels, self.with_masks = labels, with_masks
         self.batch_size, self.start = batch_size, start
         self.rank, self.world_size = rank, world_size
 
@@ -71,5 +85,10 @@ class BatchLoader:
         position = self.start + self.rank * local_size
         while True:
             ids = self.sampler.indices(position, local_size)
-            yield Batch(images=self.views.batch(ids), ids=torch.from_numpy(ids))
+            yield Batch(
+                images=self.views.batch(ids),
+                ids=torch.from_numpy(ids),
+                class_labels=self.labels.class_labels(ids) if self.labels else None,
+                masks=self.labels.masks(ids) if self.labels and self.with_masks else None,
+            )
             position += self.batch_size

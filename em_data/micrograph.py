@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# kinds of the simulator and of Damaged Alloys; labels of users have kinds of their own
 DEFECT_KINDS = ("loop_111", "loop_100", "dot", "line", "loop")
 
 
@@ -12,8 +13,8 @@ class Defect:
     """One labelled defect of a micrograph.
 
     Args:
-        kind: One of DEFECT_KINDS: a loop with Burgers vector 1/2<111> or <100>, a black dot, a
-            dislocation line, or a loop of unknown Burgers vector.
+        kind: What it is: any name. DEFECT_KINDS are a loop with Burgers vector 1/2<111> or <100>, a
+            black dot, a dislocation line, and a loop of unknown Burgers vector.
         box_px: (x0, y0, x1, y1) in pixels of the micrograph; x1 and y1 are exclusive.
         mask: Bool [y1 - y0, x1 - x0] inside the box, or [H, W] of the whole micrograph.
         diameter_nm: Long axis of a loop or diameter of a dot in nm; None for a line.
@@ -29,8 +30,11 @@ class Defect:
     metadata: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.kind not in DEFECT_KINDS:
-            raise ValueError(f"kind is {self.kind!r}, but must be one of {', '.join(DEFECT_KINDS)}")
+        if not (isinstance(self.kind, str) and self.kind.strip() and self.kind.isprintable()):
+            raise ValueError(
+                f"the kind of a defect is {self.kind!r}, but must be a name of printable "
+                "characters. Name it in the labels."
+            )
 
 
 @dataclass(eq=False)

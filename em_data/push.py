@@ -137,7 +137,7 @@ def make_features(has_labels):
     text, number = Value("string"), Value("float64")
     columns = {"image": Image(), "name": text, "specimen": text, "pixel_size_nm": number}
     columns["micrograph"] = text  # the file, which frames of a stack share
-    columns["bits"] = Value("int8")
+    columns |= {"class_name": text, "bits": Value("int8")}
     if has_labels:
         integers = List(Value("int32"))
         objects = {"kind": text, "box_px": integers, "diameter_nm": number, "length_nm": number}
@@ -162,6 +162,7 @@ def make_row(entry, micrograph, labels, folder) -> dict:
         "name": micrograph.name,
         "micrograph": entry.group,
         "specimen": micrograph.specimen,
+        "class_name": micrograph.class_name,
         "pixel_size_nm": micrograph.pixel_size_nm,
         "bits": 8 * micrograph.image.itemsize,
     }

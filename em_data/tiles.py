@@ -13,7 +13,9 @@ import torch
 
 from em_data.images import Ids
 from em_data.intensity import from_uint
+from em_data.micrograph import Defect
 from em_data.split import group_micrographs
+from em_data.tile_labels import TileLabels, turn_defect
 from em_data.views import SYMMETRIES, apply_symmetry
 
 
@@ -25,6 +27,8 @@ class Cut:
         micrographs: One dictionary per micrograph: the facts of `em_data.cutting.cut_micrograph`.
         problems: One sentence per image that cannot be used.
         labels: Names of images that look like labels and are not used.
+        kinds: Kinds of the labelled defects, sorted; () if no micrograph has labels.
+        class_names: Classes of the micrographs, sorted; () if none is known.
         near_copies: Pairs of indices of micrographs that show the same scene; None if the
             micrographs were not compared.
         dataset: `datasets.Dataset` with one row per tile.
@@ -45,6 +49,10 @@ class Cut:
         facts = json.loads((folder / "cut.json").read_text())
         self.micrographs, self.problems = facts["micrographs"], facts["problems"]
         self.labels, self.near_copies = facts["labels"], facts["near_copies"]
+        self.kinds = tuple(sorted({k for m in self.micrographs for k in m["defects"] or ()}))
+        self.class_names = tuple(sorted({m["class_name"] for m in self.micrographs} - {None}))
+        num_bytes = facts["num_label_bytes"]
+        self.tile_labels = num_bytes and TileLabels(folder / "labels.npz", num_bytes)
         path = folder / "tiles.arrow"
         if path.stat().st_size != facts["num_bytes"]:
             raise OSError(f"{path} has {path.stat().st_size} bytes, not {facts['num_bytes']}")
@@ -78,6 +86,8 @@ class Tiles:
         num_tiles, num_views, num_symmetries, resolution: Numbers.
         rows: `datasets.Dataset` with one row per tile: tile, micrograph, micrograph_index, row_px,
             col_px, pixel_size_nm, specimen, low, high.
+        kinds: Kinds of defects of the whole cut, sorted; () if nothing is labelled.
+        class_names: Classes of the micrographs of the whole cut, sorted; () if none is known.
         micrograph_ids: int64 [n], sorted indices into `Cut.micrographs` of this side's tiles.
         fingerprint: Hash of the cut and of this side's views. `summary["fingerprint"]` is not
             this hash, but `Cut.key`.
@@ -88,6 +98,7 @@ class Tiles:
         self.symmetries = SYMMETRIES[symmetries]
         self.num_symmetries = len(self.symmetries)
         self.resolution = cut.resolution
+        self.kinds, self.class_names = cut.kinds, cut.class_names
         views = np.asarray(views, dtype=np.int64)
         # self._tiles: number in the cut of each of our tiles
         self._tiles, local = np.unique(views // self.num_symmetries, return_inverse=True)
@@ -112,6 +123,19 @@ class Tiles:
         names = group_micrographs(self.cut.micrographs, "micrograph", self.cut.near_copies or ())
         return np.array(names)[self.cut.micrograph_of_tile[self._tiles]]
 
+    @cached_property
+    def is_labelled(self) -> np.ndarray:
+        """Whether each tile's micrograph has labels, bool [num_tiles]; the tile may have none."""
+        is_labelled = np.array([each["defects"] is not None for each in self.cut.micrographs])
+        return is_labelled[self.cut.micrograph_of_tile[self._tiles]]
+
+    @cached_property
+    def _classes(self):
+        """Number of each tile's class, int64 [num_tiles]."""
+        numbers = {name: i for i, name in enumerate(self.class_names)}
+        classes = np.array([numbers.get(each["class_name"], -1) for each in self.cut.micrographs])
+        return classes[self.cut.micrograph_of_tile[self._tiles]]
+
     def locate(self, view_ids: Ids) -> tuple[np.ndarray, np.ndarray]:
         """Return (tile ids, symmetries) of views, two int64 arrays [B]."""
         return np.divmod(self._views[np.asarray(view_ids, dtype=np.int64)], self.num_symmetries)
@@ -131,6 +155,47 @@ class Tiles:
         pixels = self._gather(tile_ids, symmetry)
         low, high = self.cut.low[cut_tile_ids], self.cut.high[cut_tile_ids]
         return from_uint(pixels, low, high).unsqueeze(1)
+
+    def defects(self, view_id: int) -> list[Defect]:
+        """Return the labelled defects of a view, in its pixels.
+
+        Boxes lie inside the view. Masks are bool inside their boxes, or None if only the box is
+        labelled. Diameters and lengths are those of the whole defect; metadata["is_cut_by_border"]
+        tells whether a part of it lies outside.
+        """
+        if not self.cut.tile_labels:
+            return []
+        tile_ids, symmetry = self.locate([view_id])
+        name = self.symmetries[symmetry[0]]
+        defects = self.cut.tile_labels.defects(self._tiles[tile_ids[0]])
+        return [turn_defect(each, name, self.resolution) for each in defects]
+
+    def masks(self, view_ids: Ids) -> torch.Tensor:
+        """Return float32 [B, K, R, R] of 0 and 1: where the defects of each kind are.
+
+        The channels are `kinds`. A defect that is labelled by a box only fills its box. A view
+        without labels has zeros; see `is_labelled`.
+        """
+        tile_ids, symmetry = self.locate(view_ids)
+        shape = (len(self.kinds), self.resolution, self.resolution)
+        masks = np.zeros((len(tile_ids), *shape), np.float32)
+        if not self.cut.tile_labels:
+            return torch.from_numpy(masks)
+        drawn = np.zeros(shape, np.float32)
+        for out, tile, each in zip(masks, self._tiles[tile_ids].tolist(), symmetry.tolist()):
+            drawn[...] = 0
+            self.cut.tile_labels.draw(tile, self.kinds, drawn)
+            out[...] = apply_symmetry(drawn, self.symmetries[each])
+        return torch.from_numpy(masks)
+
+    def class_labels(self, view_ids: Ids) -> torch.Tensor | None:
+        """Return int64 [B], indices into `class_names`; None if the data have no classes.
+
+        A micrograph of unknown class beside others of known class has -1.
+        """
+        if not self.class_names:
+            return None
+        return torch.from_numpy(self._classes[self.locate(view_ids)[0]])
 
     def _gather(self, tile_ids, symmetry):
         pixels = np.empty((len(tile_ids), self.resolution, self.resolution), self.cut.dtype)

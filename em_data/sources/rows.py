@@ -10,13 +10,13 @@ from huggingface_hub import HfFileSystem, constants
 
 from em_data.files import printable
 from em_data.labels import make_defects
-from em_data.micrograph import DEFECT_KINDS, Micrograph
+from em_data.micrograph import Micrograph
 from em_data.reading import read_micrograph, to_uint
 from em_data.sources.base import Entry, Replayed, Source, SourceLost
 from em_data.sources.columns import find_dtype, list_image_columns, read_size, to_plane
 from em_hub.transport import explain_hub_errors, fetch_repository, hash_as_hub, list_files
 
-KNOWN_COLUMNS = ("name", "micrograph", "pixel_size_nm", "specimen")
+KNOWN_COLUMNS = ("name", "micrograph", "pixel_size_nm", "specimen", "class_name")
 BLOCK_BYTES = 2**18  # a stream asks for at least so much at a time
 FETCHED, STREAMED, NAMED = "hub:", "hub-stream:", "datasets:"
 
@@ -29,9 +29,9 @@ def is_dataset(source) -> bool:
 def open_dataset(source, config) -> Source:
     """List the rows of a data set that hold an image, see `list_image_columns`.
 
-    The columns `name`, `micrograph` (rows that share it are pieces of one image), `pixel_size_nm`
-    and `specimen`, and the labels `objects` and `mask` as `em_data.push` writes them, are used if
-    they exist.
+    The columns `name`, `micrograph` (rows that share it are pieces of one image), `pixel_size_nm`,
+    `specimen` and `class_name`, and the labels `objects` and `mask` as `em_data.push` writes them,
+    are used if they exist.
     """
     ignored, source = [], str(source)
     rows = open_rows(source, ignored)
@@ -57,6 +57,7 @@ def open_dataset(source, config) -> Source:
         def frames(i=i, name=name, facts=facts):
             row = content[i]
             micrograph = _read_image(row[column], dtype, name, facts, config.label_bar)
+            micrograph.class_name = facts.get("class_name")
             _read_labels(row, micrograph)
             yield micrograph
 
@@ -269,12 +270,6 @@ def _read_labels(row, micrograph):
     """Add the labels of a row to its micrograph, if there are any."""
     objects = row.get("objects")
     if objects is None:
-        return
-    unknown = {each["kind"] for each in objects} - set(DEFECT_KINDS)
-    if unknown:
-        micrograph.metadata["notices"].append(
-            f"labels not used: kinds {', '.join(sorted(map(str, unknown)))}"
-        )
         return
     mask = (row.get("mask") or {}).get("bytes")
     if mask is not None:
