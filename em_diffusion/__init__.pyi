@@ -3,8 +3,11 @@ from .config import AutoencoderConfig as AutoencoderConfig
 from .config import DenoiserConfig as DenoiserConfig
 from .config import LDMConfig as LDMConfig
 from .denoiser_loop import train_denoiser as train_denoiser
+from .em_layout_sampler import EMLayoutSampler as EMLayoutSampler
 from .latents import Latents as Latents
 from .latents import encode_latents as encode_latents
+from .layouts import draw_layout as draw_layout
+from .layouts import fit_layout_sampler as fit_layout_sampler
 from .pipeline_em_ldm import EMLatentDiffusionPipeline as EMLatentDiffusionPipeline
 from .presets import PRESETS as PRESETS
 from .train import train_ldm as train_ldm
