@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import (
     ConfigMixin,
@@ -36,6 +38,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_o
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # parts of the names of diffusers' schedulers for other models or tasks
 OTHER_SCHEDULERS = ("LCM", "Inverse", "CogVideoX", "UnCLIP", "RePaint", "Wuerstchen")
+DEFAULT_STRENGTH = 0.5  # of a call with an image
 # of a pipeline whose U-Net is new
 DEFAULTS = {
     "default_num_inference_steps": 50,
@@ -66,6 +69,15 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     dtype=torch.bfloat16)` of the installed class, a VQ autoencoder's codes stay in float32 for the
     search of the nearest one. `DiffusionPipeline.from_pretrained(..., dtype=torch.bfloat16)` and
     `pipe.vqvae.to(torch.bfloat16)` round them, which confuses close codes.
+
+    The noise and the scheduler's arithmetic are float32 whatever the type of the models.
+
+    Images larger than a tile are denoised as a whole: in each step the U-Net predicts overlapping
+    windows, which are blended (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113). The grid of
+    windows moves by random numbers from step to step.
+
+    With `image`, the denoising starts from it (SDEdit, Meng et al. 2022, arXiv:2108.01073): it is
+    encoded, noise is added up to the step that `strength` names, and the other steps follow.
 
     `type(pipe)(**pipe.components)` is the same pipeline again: options that are not given are those
     of the last pipeline that had this `unet`. A new `unet` has an unknown pixel size, 50 steps and
@@ -143,7 +155,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
@@ -159,6 +171,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         window_batch_size: int = EXACT_BATCH,
+        image: Any = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images by `denoise` and `decode`; see there for other arguments.
 
@@ -188,6 +202,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             height,
             width,
             window_batch_size,
+            image,
+            strength,
         )
         images = latents
         if output_type != "latent":
@@ -199,7 +215,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def denoise(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
@@ -212,60 +228,68 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         window_batch_size: int = EXACT_BATCH,
+        image: Any = None,
+        strength: float | None = None,
     ) -> torch.Tensor:
         """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
-        The noise and the scheduler's arithmetic are float32 whatever the type of the models.
-
-        Images larger than a tile are denoised as a whole: in each step the U-Net predicts
-        overlapping windows, which are blended (MultiDiffusion, Bar-Tal et al. 2023,
-        arXiv:2302.08113). The grid of windows moves by random numbers from step to step.
-
         Args:
+            batch_size: Number of images. Default: 1, or as many as `image` has.
             generator: One for the batch, or a list of `batch_size`. With a list, image i depends on
                 generator i alone.
             num_inference_steps: Denoising steps. Default: `default_num_inference_steps`. Heun's
                 schedulers call the U-Net twice in all steps but the last.
-            eta: Noise added back in each step of DDIM, from 0 (none) to 1 (as in DDPM). Other
-                schedulers do not take it.
+            eta: Noise that DDIM adds back in each step, from 0 (none) to 1 (as in DDPM).
             latents: Initial noise [B, C, h, w] of unit variance, instead of the generator's.
             callback_on_step_end: Called as f(pipe, step, timestep, {"latents": ...}) after each
-                step. The latents that it returns replace the step's. They are in the denoiser's
-                scale, see `denormalise_latents`. It can set `pipe._interrupt = True` to skip the
-                other steps.
+                step. The latents that it returns, in the denoiser's scale, replace the step's. It
+                can set `pipe._interrupt = True` to skip the other steps.
             guidance_scale: The prediction is guide + scale (unet - guide); 1 skips the guide.
             guidance_start, guidance_stop: Fractions of the steps between which that holds.
-            height, width: Pixels of the images, see `find_latent_size`. Default: those of a tile.
+            height, width: In pixels. Default: those of `image`, or of a tile.
             window_batch_size: Windows that the U-Net sees at a time, which bounds the memory.
+            image: Images to start from, see `to_pixels`; one serves the whole batch.
+            strength: Fraction of the steps that change `image`: at 0 it is only reconstructed, at 1
+                next to nothing is left of it. Default: 0.5.
 
         Raises:
             ValueError: For arguments that do not fit, or if the model diverged.
         """
+        pixels = None if image is None else to_pixels(image)  # [N, 1, H, W]
+        batch_size = self._check_image(pixels, strength, batch_size, height, width)
         self._check_inputs(batch_size, generator, callback_on_step_end_tensor_inputs)
         guidance = self._check_guidance(guidance_scale, guidance_start, guidance_stop)
-        size = self.find_latent_size(height, width)
+        size = self.find_latent_size(*((height, width) if pixels is None else pixels.shape[2:]))
         latents = self._prepare_latents(batch_size, generator, latents, size)  # [B, C, h, w]
         self._prepare_scheduler(num_inference_steps, batch_size, generator)
-        windows = self._draw_windows(batch_size, generator, size)
+        windows = self._draw_windows(batch_size, generator, size), window_batch_size
         step_arguments = self._find_step_arguments(generator, eta)
-
+        latents, first = self._start(latents, pixels, strength, window_batch_size)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._solve(
-            latents, guidance, windows, window_batch_size, step_arguments, *callback
-        )
+        latents = self._solve(latents, first, guidance, *windows, step_arguments, *callback)
         return _refuse_non_finite(self.denormalise_latents(latents), "latents")
 
+    def _start(self, noise, pixels, strength, window_batch_size):
+        """Return noisy latents [B, C, h, w] to start from, and the index of their timestep."""
+        if pixels is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0), 0
+        first = self._skip_steps(DEFAULT_STRENGTH if strength is None else strength)
+        encoded = self.normalise_latents(self.encode(pixels, window_batch_size))
+        return self._add_noise(encoded, noise, first), first
+
     def _solve(
-        self, latents, guidance, windows, window_batch_size, step_arguments, callback, names
+        self, latents, first, guidance, windows, window_batch_size, step_arguments, callback, names
     ):
-        """Take noise [B, C, h, w] through all steps; windows are those of each step."""
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        """Take noisy latents [B, C, h, w] through the steps from `first` on.
+
+        windows are those of each step.
+        """
         timesteps, (scale, start, stop) = self.scheduler.timesteps, guidance
         timesteps_on_device = timesteps.to(latents.device)
         guided_steps = range(int(start * len(timesteps)), int(stop * len(timesteps)))
-        self._num_timesteps, self._interrupt = len(timesteps), False
+        self._num_timesteps, self._interrupt = len(timesteps) - first, False
 
-        for i, timestep in enumerate(self.progress_bar(timesteps)):
+        for i, timestep in enumerate(self.progress_bar(timesteps[first:]), start=first):
             if self._interrupt:
                 continue
             model_input = latents
@@ -278,7 +302,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
             if callback is not None:
                 tensors = {name: latents for name in names}
-                latents = (callback(self, i, timestep, tensors) or {}).get("latents", latents)
+                latents = (callback(self, i - first, timestep, tensors) or {}).get(
+                    "latents", latents
+                )
         return latents
 
     def _predict(self, latents, timestep, scale, windows, window_batch_size):
@@ -432,6 +458,44 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             )
         return images.float()
 
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, window_batch_size: int = EXACT_BATCH) -> torch.Tensor:
+        """Encode images [B, 1, H, W] in [-1, 1] to latents that `decode` takes.
+
+        A VQ autoencoder's latents are not quantised, and a KL autoencoder's are the mean. Images
+        larger than a tile are encoded in overlapping windows, which are blended smoothly.
+
+        Args:
+            window_batch_size: Windows encoded at a time, which bounds the memory.
+
+        Returns:
+            Float32 [B, C, h, w].
+        """
+        tile, size = self.latent_shape[1:], self.find_latent_size(*images.shape[-2:])
+        images = images.to(self._execution_device, torch.float32)
+        _wake(self.vqvae)
+        if size == tile:
+            return self._encode(images)
+        factor = images.shape[-1] // size[-1]
+        # the pixels of a latent become channels, so that windows have the places of latents
+        folded = torch.nn.functional.pixel_unshuffle(images, factor)
+        windows = [[place_windows(*sides) for sides in zip(size, tile)]] * len(images)
+        return blend_windows(
+            lambda tiles: self._encode(torch.nn.functional.pixel_shuffle(tiles, factor)),
+            folded,
+            windows,
+            tile,
+            window_batch_size,
+        )
+
+    def _encode(self, images):
+        """Encode images [B, 1, H, W] of one tile each; float32."""
+        if self.vqvae.dtype == torch.float16 and self.vqvae.config.get("force_upcast"):
+            self.vqvae.to(torch.float32)  # its config says that it overflows
+        output = self.vqvae.encode(images.to(self.vqvae.dtype))
+        latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+        return _refuse_non_finite(latents.float(), "encoded images")
+
     def normalise_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Put encoder outputs [B, C, h, w] into the denoiser's scale: mean 0, deviation 1."""
         mean, std = self._find_latent_statistics(latents.device)
@@ -527,6 +591,32 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             )
         return latents.to(device, torch.float32)
 
+    def _skip_steps(self, strength):
+        """Let the scheduler begin where `strength` says; return the index of that timestep."""
+        scheduler = self.scheduler
+        if "PNDM" in type(scheduler).__name__:
+            raise ValueError(
+                f"{type(scheduler).__name__} cannot start from an image: its first steps differ "
+                "from the other ones. Use DDIMScheduler or DPMSolverMultistepScheduler."
+            )
+        order = getattr(scheduler, "order", 1)  # calls of a step, but one in the last
+        num_steps = -(-len(scheduler.timesteps) // order)
+        first = min(order * int(num_steps * (1 - strength) + 1e-9), len(scheduler.timesteps))
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return first
+
+    def _add_noise(self, latents, noise, first):
+        """Mix latents [N, C, h, w] and noise [B, C, h, w] as timestep number `first` needs it."""
+        latents = latents.expand_as(noise)
+        timesteps = self.scheduler.timesteps[first : first + 1]
+        if len(timesteps) == 0:
+            return latents
+        timesteps = timesteps.to(noise.device).expand(len(noise))
+        if is_flow(self.scheduler) and hasattr(self.scheduler, "scale_noise"):
+            return self.scheduler.scale_noise(latents, timesteps, noise)
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
     def _find_step_arguments(self, generator, eta):
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in accepted:
@@ -547,6 +637,30 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; only latents can be "
                 "given."
             )
+
+    def _check_image(self, pixels, strength, batch_size, height, width):
+        """Return the number of images to draw."""
+        if strength is not None and not 0 <= strength <= 1:
+            raise ValueError(f"`strength` is {strength}; it must be from 0 to 1.")
+        if pixels is None:
+            if strength is not None:
+                raise ValueError(
+                    f"`strength` is {strength}, but there is no `image`; give one, or leave "
+                    "`strength` out."
+                )
+            return 1 if batch_size is None else batch_size
+        if batch_size is not None and len(pixels) not in (1, batch_size):
+            raise ValueError(
+                f"{len(pixels)} images for a `batch_size` of {batch_size}; give one image for "
+                "all, or one for each."
+            )
+        for name, given, side in zip(("height", "width"), (height, width), pixels.shape[2:]):
+            if given not in (None, side):
+                raise ValueError(
+                    f"`{name}` is {given}, but the images have {side} pixels; leave it out, or "
+                    "resize the images."
+                )
+        return len(pixels) if batch_size is None else batch_size
 
     def _check_guidance(self, scale, start, stop):
         """Return scale, start and stop, those of the pipeline for None."""
@@ -707,6 +821,53 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             return index
         own = [key for key, value in index.items() if _is_own_component(key, value)]
         return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
+
+
+def to_pixels(image) -> torch.Tensor:
+    """Return grey images as float32 [B, 1, H, W] in [-1, 1].
+
+    Args:
+        image: An image or a list of images of one size. PIL images in colour become grey. Arrays
+            are [H, W], [H, W, 1] or [B, H, W, 1], tensors [H, W], [1, H, W] or [B, 1, H, W], as the
+            pipeline returns them. uint8 and uint16 are grey levels; floats are in [0, 1].
+
+    Raises:
+        ValueError: For other shapes or values, with the way to mend it.
+    """
+    if isinstance(image, list | tuple):
+        parts = [to_pixels(each) for each in image]
+        sizes = sorted({tuple(part.shape[2:]) for part in parts})
+        if len(sizes) != 1:
+            raise ValueError(f"`image` has images of the sizes {sizes}; give one size only.")
+        return torch.cat(parts)
+    if isinstance(image, PIL.Image.Image):
+        is_deep = image.mode.startswith("I")  # 16 bits
+        image = np.asarray(image, np.float32) / 65535 if is_deep else np.asarray(image.convert("L"))
+    if isinstance(image, np.ndarray):
+        full = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(image.dtype, 1)
+        image = torch.from_numpy(image.astype(np.float32) / full)
+        image = image.movedim(-1, -3) if image.ndim > 2 else image
+    elif isinstance(image, torch.Tensor):
+        full = {torch.uint8: 255, torch.uint16: 65535}.get(image.dtype, 1)
+        image = image.to(torch.float32) / full
+    else:
+        raise ValueError(
+            f"`image` is a {type(image).__name__}; give a PIL image, an array, a tensor, or a "
+            "list of them."
+        )
+    image = image[(None,) * max(0, 4 - image.ndim)]
+    if image.ndim != 4 or image.shape[1] != 1 or not image.numel():
+        raise ValueError(
+            "`image` does not hold grey images; give arrays [H, W] or [B, H, W, 1], or tensors "
+            "[B, 1, H, W]."
+        )
+    low, high = float(image.min()), float(image.max())
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"`image` has values from {low:g} to {high:g}, but floats must be in [0, 1]; put "
+            "images in [-1, 1] there by `image / 2 + 0.5`."
+        )
+    return image * 2 - 1
 
 
 def find_nearest_size(size, tile, factors) -> list[int]:
