@@ -56,7 +56,7 @@ def load_data(
 
     Args:
         source: A folder of images, "synthetic", "synthetic-varied", "synthetic-materials",
-            "hub:owner/name[@revision]", "hub-stream:owner/name[@revision]",
+            "synthetic-other", "hub:owner/name[@revision]", "hub-stream:owner/name[@revision]",
             "damaged-alloys:FOLDER", "datasets:NAME_OR_PATH", or a folder written by
             `Dataset.save_to_disk`.
         config: `DataConfig`.

@@ -9,6 +9,7 @@ from pathlib import Path
 from em_data.labels import write_labelled
 from em_data.synthetic_materials import synthesise_materials
 from em_data.synthetic_micrographs import PIXEL_SIZE_NM, synthesise_micrographs
+from em_data.synthetic_other import synthesise_other_micrographs
 from em_data.synthetic_variety import synthesise_varied_micrographs
 
 
@@ -35,12 +36,17 @@ def main(arguments=None):
         action="store_true",
         help="draw three materials that look different, in turns",
     )
+    look.add_argument(
+        "--other", action="store_true", help="draw the same defects as another microscope sees them"
+    )
     args = parser.parse_args(arguments)
     try:
         if args.varied:
             drawn = synthesise_varied_micrographs(args.num, args.seed, args.size)
         elif args.materials:
             drawn = synthesise_materials(args.num, args.seed, args.size)
+        elif args.other:
+            drawn = synthesise_other_micrographs(args.num, args.seed, args.size)
         else:
             drawn = synthesise_micrographs(args.num, args.seed, args.size, args.pixel_size_nm)
         micrographs = list(drawn)

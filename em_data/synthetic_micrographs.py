@@ -113,12 +113,7 @@ def synthesise_micrograph(seed, size=512, pixel_size_nm=PIXEL_SIZE_NM, *, specim
 def draw_micrograph(rng, specimen, size, pixel_size_nm, *, name, seed):
     """Draw a micrograph of a specimen with random numbers of `rng`; it states its seed."""
     log_transmission, visibility = make_background(rng, specimen, size, pixel_size_nm)
-    contrast = np.zeros((size, size), dtype=np.float32)
-    drawn = _draw_defects(rng, specimen, size, pixel_size_nm)
-    defects = [_place(contrast, *each) for each in drawn]
-    # the far strain field: two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
-    reach = 2 * round(4.3 / pixel_size_nm) + 1
-    contrast += 0.3 * ndimage.uniform_filter(ndimage.uniform_filter(contrast, reach), reach)
+    contrast, defects = draw_defects(rng, specimen, size, pixel_size_nm)
     transmission = np.exp(log_transmission - visibility * specimen.contrast * contrast)
     image, dose = record(rng, transmission, specimen.dose, pixel_size_nm, specimen.display)
     return Micrograph(
@@ -132,11 +127,27 @@ def draw_micrograph(rng, specimen, size, pixel_size_nm, *, name, seed):
             "beam": list(specimen.beam),
             "notices": [],
         },
-        defects=[defect for defect in defects if defect is not None],
+        defects=defects,
     )
 
 
-def _draw_defects(rng, specimen, size, pixel_size_nm):
+def draw_defects(rng, specimen, size, pixel_size_nm):
+    """Draw all defects of a micrograph.
+
+    Returns:
+        Their contrast, float32 [size, size], which is subtracted from the log-transmission, and a
+        list of `Defect`.
+    """
+    contrast = np.zeros((size, size), dtype=np.float32)
+    drawn = _list_drawings(rng, specimen, size, pixel_size_nm)
+    defects = [_place(contrast, *each) for each in drawn]
+    # the far strain field: two boxes of 8.6 nm are nearly a Gaussian of 3.5 nm
+    reach = 2 * round(4.3 / pixel_size_nm) + 1
+    contrast += 0.3 * ndimage.uniform_filter(ndimage.uniform_filter(contrast, reach), reach)
+    return contrast, [defect for defect in defects if defect is not None]
+
+
+def _list_drawings(rng, specimen, size, pixel_size_nm):
     """Yield (kind, centre in pixels, metadata, Drawing) of each defect; later ones lie on top."""
     margin_nm = 2 * specimen.loop_median_nm  # what is just outside the picture reaches into it
     side_nm = size * pixel_size_nm + 2 * margin_nm

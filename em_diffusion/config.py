@@ -235,9 +235,10 @@ class LDMConfig:
 
     data: str = "synthetic"
     """A folder of micrographs, or "synthetic" for the embedded ones. "synthetic-varied" is a wide
-    variety of them, "synthetic-materials" has three classes. Also "hub:owner/name[@revision]"
-    (written by em_data.push), "hub-stream:owner/name[@revision]" (the same, read over the network;
-    only the tiles are kept on disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
+    variety of them, "synthetic-materials" has three classes, "synthetic-other" is another
+    microscope. Also "hub:owner/name[@revision]" (written by em_data.push),
+    "hub-stream:owner/name[@revision]" (the same, read over the network; only the tiles are kept on
+    disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/ldm"
     """Folder of the run. The same command on it resumes the run."""
     seed: Annotated[int, Ge(0)] = 0

@@ -27,8 +27,8 @@ def open_source(source, config, cache_dir) -> Source:
     else:
         raise ValueError(
             f"There is no folder {source!r}. Give a folder, 'synthetic', 'synthetic-varied', "
-            "'synthetic-materials', 'hub:owner/name', 'hub-stream:owner/name', "
-            "'damaged-alloys:FOLDER' or 'datasets:NAME_OR_PATH'."
+            "'synthetic-materials', 'synthetic-other', 'hub:owner/name', "
+            "'hub-stream:owner/name', 'damaged-alloys:FOLDER' or 'datasets:NAME_OR_PATH'."
         )
     num, most = len(opened.entries), config.num_micrographs
     if most is not None and num > most:

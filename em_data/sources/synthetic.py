@@ -8,6 +8,7 @@ from em_data.micrograph import Micrograph
 from em_data.sources.base import Entry, Source
 from em_data.synthetic_materials import synthesise_material
 from em_data.synthetic_micrographs import list_seeds, synthesise_micrograph
+from em_data.synthetic_other import synthesise_other_micrograph
 from em_data.synthetic_variety import synthesise_varied_micrograph
 
 # name -> (function that draws one, prefix of the micrographs' names, default number)
@@ -15,6 +16,7 @@ SYNTHETIC: dict[str, tuple[Callable[..., Micrograph], str, int]] = {
     "synthetic": (synthesise_micrograph, "synthetic", 48),
     "synthetic-varied": (synthesise_varied_micrograph, "varied", 400),
     "synthetic-materials": (synthesise_material, "materials", 48),
+    "synthetic-other": (synthesise_other_micrograph, "other", 48),
 }
 
 
