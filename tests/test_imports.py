@@ -18,8 +18,10 @@ LIBRARY = {
     "em_evaluation": {"em_data"},
     "em_diffusion": {"em_data", "em_training", "em_evaluation"},
     "em_stylegan": {"em_data", "em_training", "em_evaluation"},
-    "em_generation": {"em_data", "em_training", "em_diffusion", "em_stylegan", "em_evaluation"},
+    "em_cyclegan": {"em_data", "em_training", "em_evaluation"},
 }
+FAMILIES = {"em_diffusion", "em_stylegan", "em_cyclegan"}
+LIBRARY["em_generation"] = {*LIBRARY} - {"em_pretrained"}
 LIBRARY["em_hub"] = {*LIBRARY}
 COMMANDS = "em_commands"
 PACKAGES = [*LIBRARY, COMMANDS]
@@ -108,7 +110,7 @@ def may_import(module, name):
     package, other = top(module), top(name)
     if other == package or other not in PACKAGES or name in GROUND_FLOOR:
         return True
-    if other == "em_evaluation" and package in {"em_diffusion", "em_stylegan"}:
+    if other == "em_evaluation" and package in FAMILIES:
         return JUDGES.fullmatch(module) is not None or name.startswith("em_evaluation.perceptual")
     return other in LIBRARY[package]
 
@@ -227,7 +229,11 @@ def names_of(node):
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [("em_diffusion", "EMLatentDiffusionPipeline"), ("em_stylegan", "EMStyleGANPipeline")],
+    [
+        ("em_diffusion", "EMLatentDiffusionPipeline"),
+        ("em_stylegan", "EMStyleGANPipeline"),
+        ("em_cyclegan", "EMTranslationPipeline"),
+    ],
 )
 def test_a_pipeline_imports_no_trainer(package, name):
     """Beyond what diffusers imports itself, only published files."""
