@@ -155,9 +155,10 @@ class FilteredLeakyReLU(nn.Module):
     """Leaky ReLU for continuous signals, at a higher sampling rate between two low-pass filters.
 
     From 2021, section 3.2. forward(x [B, C, in_size, in_size], bias [C]) returns
-    [B, C, out_size, out_size]. Inputs of other sizes work as well, see `StyleGAN3Generator`. It adds the bias, inserts zeros, pads or crops, filters, applies the
+    [B, C, out_size, out_size]. It adds the bias, inserts zeros, pads or crops, filters, applies the
     leaky ReLU, gain and clamp, filters, and keeps every `down`-th sample. Output and input are
-    centred on each other. up_taps [n] and down_taps [m] or [m, m] are numpy arrays.
+    centred on each other. up_taps [n] and down_taps [m] or [m, m] are numpy arrays. Inputs of other
+    sizes are padded alike.
     """
 
     def __init__(
@@ -533,10 +534,10 @@ class SynthesisNetwork(nn.Module):
     """w of every layer -> image.
 
     forward(ws [B, num_ws, w_dim], update_magnitudes=False, compute_dtype=None, extra=(0, 0))
-    returns an image [B, image_channels, R, R], nominally in [-1, 1]. The first w goes to the Fourier features, one
-    to each layer. `update_magnitudes` moves the running magnitudes of the layers' inputs, in
-    training. `compute_dtype` is the dtype of the feature maps of the highest resolutions. `extra` is
-    that of `FourierFeatures`.
+    returns an image [B, image_channels, R, R], nominally in [-1, 1]. The first w goes to the
+    Fourier features, one to each layer. `update_magnitudes` moves the running magnitudes of the
+    layers' inputs, in training. `compute_dtype` is the dtype of the feature maps of the highest
+    resolutions. `extra` is that of `FourierFeatures`.
     """
 
     def __init__(self, w_dim, plans, output_scale, clamp, magnitude_decay):

@@ -77,7 +77,7 @@ def test_an_impossible_size_leaves_no_folder_of_images(model, tmp_path, size):
 
 def test_a_stylegan2_refuses_other_sizes(tmp_path):
     make_stylegan().save_pretrained(tmp_path / "gan")
-    with pytest.raises(ValueError, match="--size is 32x32: .*a StyleGAN2Generator has one size"):
+    with pytest.raises(ValueError, match=r"--size is 32x32: .*a StyleGAN2Generator has one size"):
         generate(str(tmp_path / "gan"), tmp_path / "out", "--size", "32x32")
 
 
