@@ -131,7 +131,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         size = (height or tile, width or tile)
         if size == (tile, tile):
             return {}
-        model = getattr(self.generator, "_orig_mod", self.generator)
+        model: Any = getattr(self.generator, "_orig_mod", self.generator)
         if not hasattr(model, "find_extra"):
             raise ValueError(
                 f"images of {size[0]} x {size[1]} pixels cannot be drawn: a {type(model).__name__} "
