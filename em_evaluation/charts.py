@@ -119,15 +119,29 @@ def draw_curves(lines: list[dict]) -> list[str]:
 
 
 def draw_panel(
-    lines, *, title, x_label, y_label="", label="", log_x=False, from_zero=False, mark_x=None
+    lines,
+    *,
+    title,
+    x_label,
+    y_label="",
+    label="",
+    log_x=False,
+    from_zero=False,
+    mark_x=None,
+    bands=(),
 ) -> str:
-    """Draw lines (name, x, y, style) into one small chart, with a legend if they have names."""
+    """Draw lines (name, x, y, style) into one small chart, with a legend if they have names.
+
+    bands: (x, y, colour) of wide, pale lines, such as intervals of points.
+    """
     from matplotlib import ticker
 
     with _style():
         figure, axes = _new_figure(*PANEL_INCHES)
         for name, x, y, style in lines:
             axes.plot(x, y, label=name or None, linewidth=1.4, **style)
+        for x, y, colour in bands:
+            axes.plot(x, y, color=colour, linewidth=3.5, alpha=0.3, solid_capstyle="butt")
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

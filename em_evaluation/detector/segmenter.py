@@ -23,6 +23,7 @@ from em_evaluation.detector.labelled import (
 )
 
 THRESHOLD = 0.5  # of masks and cores
+LEAST_SCORE = 0.75  # of a defect: the greatest share in its core
 LEAST_AREA_PX = 4  # smaller objects are neither found nor missed
 
 
@@ -34,9 +35,9 @@ class SegmenterConfig:
     """Channels at each scale; the first scale has half the pixels a side of the image."""
     crop_px: int = 64
     """Side of the square crops to train on."""
-    num_steps: int = 300
+    num_steps: int = 600
     """Steps of the optimizer."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Crops per step."""
     learning_rate: float = 5e-3
     """Largest learning rate of the cosine schedule with warm-up."""
@@ -82,18 +83,32 @@ def _make_block(num_in, num_out):
 
 @dataclass(eq=False)
 class TrainingSet:
-    """Labelled images to draw crops from."""
+    """Labelled images to draw crops from, with the work done that all trainings share."""
 
-    channels: list[np.ndarray]  # float32 [1 + 2 K, H, W]: grey levels, masks, cores
-    instances: list[Instance]  # to paste
+    channels: list[np.ndarray]  # of each image, float32 [1 + 2 K, H, W]: levels, masks, cores
+    instances: list[list[Instance]]  # of each image, to paste
 
     @classmethod
     def from_images(cls, images: Sequence[LabelledImage], kinds: Sequence[str]) -> "TrainingSet":
+        """Prepare images; defects of other kinds are not learned."""
         channels = [
             np.concatenate([each.levels[None], draw_targets(each.image.shape, each.defects, kinds)])
             for each in images
         ]
-        return cls(channels, [found for each in images for found in cut_instances(each, kinds)])
+        return cls(channels, [cut_instances(each, kinds) for each in images])
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def select(self, indices: Sequence[int]) -> "TrainingSet":
+        """Return the set of some images."""
+        return TrainingSet(
+            [self.channels[i] for i in indices], [self.instances[i] for i in indices]
+        )
+
+    def list_instances(self) -> list[Instance]:
+        """Return the instances of all images."""
+        return [each for instances in self.instances for each in instances]
 
     def draw_crop(self, side: int, rng: np.random.Generator) -> np.ndarray:
         """Return a random crop [1 + 2 K, side, side]; a smaller image is continued by mirroring."""
@@ -106,11 +121,11 @@ class TrainingSet:
 
 
 def train_segmenter(
-    real: Sequence[LabelledImage],
+    real: TrainingSet,
     kinds: Sequence[str],
     config: SegmenterConfig,
     *,
-    synthetic: Sequence[LabelledImage] = (),
+    synthetic: TrainingSet | None = None,
     synthetic_share: float = 0.5,
     is_strong: bool = True,
     seed: int = 0,
@@ -121,7 +136,7 @@ def train_segmenter(
         real: Labelled images; may be empty if there are synthetic ones.
         kinds: Kinds of defects to find.
         config: `SegmenterConfig`.
-        synthetic: More labelled images, of which each batch holds a share.
+        synthetic: More labelled images, such as generated ones, of which each batch holds a share.
         synthetic_share: That share at the start, 0 to 1. It falls linearly to 0 at the last step,
             so that the segmenter ends on real images. Without real images it is 1.
         is_strong: Use strong classical augmentation with copy-paste, not only flips and turns.
@@ -130,9 +145,10 @@ def train_segmenter(
     Raises:
         ValueError: There is no image to train on.
     """
-    if not real and not synthetic:
+    sets = [each for each in (real, synthetic) if each]
+    if not sets:
         raise ValueError("There is no labelled image to train a segmenter on.")
-    sets = [TrainingSet.from_images(images, kinds) for images in (real, synthetic)]
+    instances = sets[0].list_instances() if is_strong else []
     rng, torch_rng = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -145,8 +161,8 @@ def train_segmenter(
         optimizer, config.learning_rate, total_steps=config.num_steps, pct_start=0.15
     )
     for step in range(config.num_steps):
-        share = synthetic_share * (1 - step / config.num_steps) if real and synthetic else 0.0
-        batch = draw_batch(sets, share if real else 1.0, config, is_strong, rng)
+        share = synthetic_share * (1 - step / config.num_steps) if len(sets) == 2 else 0.0
+        batch = draw_batch(sets, share, config, instances, rng)
         if is_strong:
             batch = distort(batch, torch_rng)
             batch = torch.cat([change_levels(batch[:, :1], torch_rng), batch[:, 1:]], 1)
@@ -159,19 +175,16 @@ def train_segmenter(
     return Segmenter(network.eval(), tuple(kinds))
 
 
-def draw_batch(sets, share, config, pastes, rng) -> torch.Tensor:
-    """Return crops [B, 1 + 2 K, S, S], turned and with pasted instances, of two `TrainingSet`.
+def draw_batch(sets, share, config, instances, rng) -> torch.Tensor:
+    """Return crops [B, 1 + 2 K, S, S] of one or two `TrainingSet`, turned, with pasted instances.
 
-    Each crop is of the second set with probability `share`. Pasted instances are of the first set,
-    or of the second one if the first is empty.
+    Each crop is of the second set with probability `share`.
     """
-    instances = sets[0 if sets[0].channels else 1].instances
     crops = []
     for _ in range(config.batch_size):
         chosen = sets[int(rng.random() < share)]
         crop = np.ascontiguousarray(turn(chosen.draw_crop(config.crop_px, rng), rng))
-        if pastes:
-            paste(crop, instances, rng)
+        paste(crop, instances, rng)
         crops.append(torch.from_numpy(crop))
     return torch.stack(crops)
 
@@ -212,16 +225,14 @@ class Segmenter:
 def separate(kind: str, mask_share: np.ndarray, core_share: np.ndarray) -> list[Defect]:
     """Return the instances of one kind from two maps of shares, float32 [H, W] from 0 to 1.
 
-    A watershed from the cores parts defects that touch; a mask without a core is one defect.
+    A watershed from the cores parts defects that touch. A mask without a clear core is none: most
+    of these are fragments.
     """
     mask = mask_share > THRESHOLD
     seeds, num = ndimage.label(mask & (core_share > THRESHOLD), np.ones((3, 3)))
-    pieces, num_pieces = ndimage.label(mask, np.ones((3, 3)))
-    has_seed = np.zeros(num_pieces + 1, bool)
-    has_seed[pieces[seeds > 0]] = True
-    lone = mask & ~has_seed[pieces]
-    seeds[lone] = num + pieces[lone]
-    labels = watershed(-mask_share, seeds, mask=mask)
+    scores = ndimage.maximum(core_share, seeds, np.arange(1, num + 1)) if num else np.zeros(0)
+    is_clear = np.concatenate([[False], np.asarray(scores) >= LEAST_SCORE])
+    labels = watershed(-mask_share, np.where(is_clear[seeds], seeds, 0), mask=mask)
     found = []
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:
@@ -229,6 +240,6 @@ def separate(kind: str, mask_share: np.ndarray, core_share: np.ndarray) -> list[
         inside = labels[place] == number
         if np.count_nonzero(inside) >= LEAST_AREA_PX:
             (y0, y1), (x0, x1) = ((each.start, each.stop) for each in place)
-            score = float(mask_share[place][inside].mean())
-            found.append(Defect(kind, (x0, y0, x1, y1), inside, metadata={"score": score}))
+            metadata = {"score": float(scores[number - 1])}
+            found.append(Defect(kind, (x0, y0, x1, y1), inside, metadata=metadata))
     return found

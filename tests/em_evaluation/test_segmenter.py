@@ -11,7 +11,7 @@ from em_evaluation.detector.augmentation import change_levels, distort, paste
 from em_evaluation.detector.labelled import LabelledImage, cut_instances, draw_targets
 from em_evaluation.detector.labelled_tiles import list_labelled, parse_kinds
 from em_evaluation.detector.matching import match, overlap_masks
-from em_evaluation.detector.segmenter import SegmenterConfig, separate, train_segmenter
+from em_evaluation.detector.segmenter import SegmenterConfig, TrainingSet, separate, train_segmenter
 
 TINY = SegmenterConfig(widths=(12, 24, 48), crop_px=32, num_steps=60)
 
@@ -57,13 +57,14 @@ def test_cores_of_touching_defects_do_not_touch():
     assert min(overlap_masks(f, pair[i]) for f, i in zip(found, match(found, pair))) > 0.9
 
 
-def test_a_mask_without_a_core_is_one_defect():
+def test_a_mask_without_a_clear_core_is_no_defect():
     disc = make_disc((10, 10), 5)
     mask, core = draw_targets((20, 20), [disc], ["disc"])
-    (found,) = separate("disc", mask, np.zeros_like(core))
+    assert separate("disc", mask, 0.7 * core) == []
+    (found,) = separate("disc", mask, 0.8 * core)
     assert found.box_px == disc.box_px
     assert np.array_equal(found.mask, disc.mask)
-    assert found.metadata["score"] == 1
+    assert found.metadata["score"] == pytest.approx(0.8)
 
 
 def test_a_defect_counts_once_and_by_its_kind():
@@ -111,7 +112,10 @@ def test_training_depends_on_the_seed_alone(images):
 
     def train(seed):
         torch.rand(1)  # the global generator plays no part
-        state = train_segmenter(images[:4], ("disc",), config, synthetic=images[4:], seed=seed)
+        real, other = (
+            TrainingSet.from_images(each, ("disc",)) for each in (images[:4], images[4:])
+        )
+        state = train_segmenter(real, ("disc",), config, synthetic=other, seed=seed)
         return torch.cat([each.flatten() for each in state.network.parameters()])
 
     assert torch.equal(train(0), train(0))
@@ -119,7 +123,8 @@ def test_training_depends_on_the_seed_alone(images):
 
 
 def test_finds_most_defects_of_other_images(images):
-    segmenter = train_segmenter(images[:10], ("disc", "spot"), TINY)
+    training = TrainingSet.from_images(images, ("disc", "spot")).select(range(10))
+    segmenter = train_segmenter(training, ("disc", "spot"), TINY)
     num_true = num_found = num_right = 0
     for image in images[10:] + [make_image(seed) for seed in range(20, 26)]:
         found = segmenter.find(image)
@@ -131,7 +136,7 @@ def test_finds_most_defects_of_other_images(images):
 
 def test_refuses_to_train_on_nothing():
     with pytest.raises(ValueError, match="no labelled image"):
-        train_segmenter([], ("disc",), TINY)
+        train_segmenter(TrainingSet([], []), ("disc",), TINY)
 
 
 def test_kinds_are_joined_and_left_out_by_name():
