@@ -234,9 +234,9 @@ class LDMConfig:
     """A latent diffusion run: data, output folder, and the two stages that are trained."""
 
     data: str = "synthetic"
-    """A folder of micrographs, or "synthetic" for the embedded ones. "synthetic-varied" is a wide
-    variety of them, "synthetic-materials" has three classes, "synthetic-other" is another
-    microscope. Also "hub:owner/name[@revision]" (written by em_data.push),
+    """A folder of micrographs, or "synthetic" for the embedded ones. Also "synthetic-varied" (a
+    wide variety of them), "synthetic-materials" (three classes), "synthetic-other" (another
+    microscope), "hub:owner/name[@revision]" (written by em_data.push),
     "hub-stream:owner/name[@revision]" (the same, read over the network; only the tiles are kept on
     disk), "damaged-alloys:FOLDER" and "datasets:NAME_OR_PATH"."""
     out: Annotated[str, MAY_CHANGE] = "runs/ldm"

@@ -6,7 +6,7 @@ import torch
 
 from em_stylegan.pictures.styles import mix_styles
 from em_training import make_image_rng
-from em_training.family import EXACT_BATCH, WALK_KEYS
+from em_training.family import EXACT_BATCH, WALK_KEYS, parse_size
 from em_training.walk import walk
 
 # fresh noise for each image, as in training, from that image's own random generator
@@ -35,6 +35,9 @@ class StyleGANDrawer:
         on_progress: Callable[[float], None] | None = None,
     ):
         self.pipeline, self.options, self.seed = pipeline, options, seed
+        self.canvas = find_canvas(pipeline, options.size)
+        if self.canvas:
+            self.images_at_once = 1
         self.say, self._has_said_grey = say, False
 
     def describe(self) -> dict:
@@ -43,6 +46,8 @@ class StyleGANDrawer:
         settings = {"truncation_psi": options.truncation_psi, "noise_mode": NOISE_MODE}
         if options.class_label is not None:
             settings["class_label"] = options.class_label
+        if self.canvas:
+            settings["size"] = "{}x{}".format(*self.canvas["size"])
         if options.mix_seed is not None:
             settings |= {"mix_seed": options.mix_seed, "mix_layers": options.mix_layers}
         return settings
@@ -77,12 +82,25 @@ class StyleGANDrawer:
 
     def _synthesise(self, ws, noise_mode, rngs):
         generator = self.pipeline.generator
-        images = generator.synthesis(ws.to(generator.dtype), noise_mode, rngs).float()
+        ws = ws.to(generator.dtype)
+        images = generator.synthesis(ws, noise_mode, rngs, **self.canvas).float()
         self.pipeline.check_finite(images)
         if images.shape[1] > 1 and not self._has_said_grey:
             self._has_said_grey = True
             self.say(f"the model makes {images.shape[1]}-channel images; their mean is used")
         return images.clamp(-1, 1).mean(dim=1, keepdim=True)
+
+
+def find_canvas(pipeline, size: str | None) -> dict:
+    """Return arguments of the generator's `synthesis` for --size; {} for that of a tile.
+
+    Raises:
+        ValueError: The model cannot draw that size.
+    """
+    try:
+        return pipeline.find_canvas(*(parse_size(size) if size else ()))
+    except ValueError as error:
+        raise ValueError(f"--size is {size}: {error}") from error
 
 
 def find_layers(num_ws: int, group: str) -> tuple[int, int]:

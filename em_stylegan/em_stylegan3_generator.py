@@ -28,6 +28,7 @@ SQRT_2 = math.sqrt(2)
 # Up to this side in pixels, filters run as matrix products, beyond it as convolutions. On the CPU
 # the two were measured to be equally fast there; for a GPU it is a count of operations, unmeasured.
 DENSE_SIZE, DENSE_SIZE_CPU = 320, 128
+MAX_PIXELS = 2**24  # of one canvas: 4096 x 4096
 
 
 # ----------------------------------------------------------------------------------- filter design
@@ -120,17 +121,17 @@ def resample_dense(x, matrix):
 
 
 def upsample(x, taps, factor, padding):
-    """Upsample x [B, C, S, S] to [B, C, M, M], M = S * factor + sum(padding) - num_taps + 1.
+    """Upsample x [B, C, H, W]: a side S becomes S * factor + sum(padding) - num_taps + 1.
 
     Inserts zeros between the samples, pads both sides by (left, right) (negative: crops), filters
     with `taps` [num_taps] and multiplies by factor^2.
     """
-    num_channels, size, num_taps = x.shape[1], x.shape[2], len(taps)
+    num_channels, num_taps = x.shape[1], len(taps)
     weight = (taps.flip(0) * factor).to(x.dtype).expand(num_channels, 1, 1, num_taps)
     # a transposed convolution pads by num_taps - 1; crop to the padding that was asked for
     left = num_taps - 1 - padding[0]
-    length = size * factor + sum(padding) - num_taps + 1
     for dim in (3, 2):
+        length = x.shape[dim] * factor + sum(padding) - num_taps + 1
         stride = (1, factor) if dim == 3 else (factor, 1)
         x = F.conv_transpose2d(x, weight, stride=stride, groups=num_channels)
         right = length + left - x.shape[dim]
@@ -156,7 +157,8 @@ class FilteredLeakyReLU(nn.Module):
     From 2021, section 3.2. forward(x [B, C, in_size, in_size], bias [C]) returns
     [B, C, out_size, out_size]. It adds the bias, inserts zeros, pads or crops, filters, applies the
     leaky ReLU, gain and clamp, filters, and keeps every `down`-th sample. Output and input are
-    centred on each other. up_taps [n] and down_taps [m] or [m, m] are numpy arrays.
+    centred on each other. up_taps [n] and down_taps [m] or [m, m] are numpy arrays. Inputs of other
+    sizes are padded alike.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class FilteredLeakyReLU(nn.Module):
         left = (total + up) // 2
         self.padding = (left, total - left)
         self.identity = up == down == len(up_taps) == len(down_taps) == 1 and total == 0
-        self.size = max(in_size, out_size)
+        self.in_size, self.size = in_size, max(in_size, out_size)
         self.dense = self.size <= DENSE_SIZE
         middle = (out_size - 1) * down + len(down_taps)
         self._buffer("up_taps", up_taps)
@@ -187,6 +189,7 @@ class FilteredLeakyReLU(nn.Module):
         # leaky_relu(a x) = a leaky_relu(x): apply the gain to the input, which has fewer samples
         x = (x + bias.to(x.dtype)[:, None, None]) * self.gain
         dense = self.dense and (self.size <= DENSE_SIZE_CPU or x.device.type != "cpu")
+        dense = dense and x.shape[2] == x.shape[3] == self.in_size  # the matrices' size
         if not self.identity:
             x = x.contiguous(memory_format=torch.channels_last)
             if dense:
@@ -343,6 +346,7 @@ class FourierFeatures(nn.Module):
     [B, num_channels, size, size]. `transform` [3, 3] maps the canvas's coordinates (x, y, 1), with
     the origin in the middle, to those of the waves. It shifts or turns the whole image, to measure
     equivariance or to animate it, and must be affine: its third row is taken to be (0, 0, 1).
+    `extra` samples (rows, columns) enlarge the canvas around its middle.
     """
 
     def __init__(self, w_dim, num_channels, size, sampling_rate, bandwidth):
@@ -361,7 +365,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("phases", torch.rand(num_channels) - 0.5)
         self.register_buffer("transform", torch.eye(3))
 
-    def forward(self, w):
+    def forward(self, w, extra=(0, 0)):
         w = w.to(self.weight.dtype)
         t = self.affine(w)  # [B, 4]: cosine and sine of the turn, shift
         t = t / t[:, :2].norm(dim=1, keepdim=True)
@@ -375,15 +379,19 @@ class FourierFeatures(nn.Module):
         # `transform` may raise frequencies: fade out those near half the sampling rate
         excess = frequencies.norm(dim=2) - self.bandwidth  # [B, C]
         amplitudes = (1 - excess / (self.sampling_rate / 2 - self.bandwidth)).clamp(0, 1)
-        position = torch.arange(self.size, device=w.device, dtype=w.dtype)
-        position = (position - (self.size - 1) / 2) / self.sampling_rate
-        along_x = frequencies[:, :, 0, None] * position  # [B, C, W]
-        along_y = frequencies[:, :, 1, None] * position + phases[:, :, None]  # [B, C, H]
+        y, x = (self._list_positions(self.size + each, w) for each in extra)  # [H], [W]
+        along_x = frequencies[:, :, 0, None] * x  # [B, C, W]
+        along_y = frequencies[:, :, 1, None] * y + phases[:, :, None]  # [B, C, H]
         cycles = along_x[:, :, None, :] + along_y[:, :, :, None]  # [B, C, H, W]
         waves = torch.sin(2 * math.pi * cycles)
         weight = self.weight * amplitudes[:, None, :] / math.sqrt(self.weight.shape[1])  # [B, C, C]
         B, C, H, W = waves.shape
         return (weight @ waves.reshape(B, C, H * W)).view(B, C, H, W)
+
+    def _list_positions(self, num, like):
+        """Return coordinates of `num` samples around 0."""
+        position = torch.arange(num, device=like.device, dtype=like.dtype)
+        return (position - (num - 1) / 2) / self.sampling_rate
 
 
 class SynthesisLayer(nn.Module):
@@ -525,10 +533,11 @@ def plan_layers(config):
 class SynthesisNetwork(nn.Module):
     """w of every layer -> image.
 
-    forward(ws [B, num_ws, w_dim], update_magnitudes=False, compute_dtype=None) returns an image
-    [B, image_channels, R, R], nominally in [-1, 1]. The first w goes to the Fourier features, one
-    to each layer. `update_magnitudes` moves the running magnitudes of the layers' inputs, in
-    training. `compute_dtype` is the dtype of the feature maps of the highest resolutions.
+    forward(ws [B, num_ws, w_dim], update_magnitudes=False, compute_dtype=None, extra=(0, 0))
+    returns an image [B, image_channels, R, R], nominally in [-1, 1]. The first w goes to the
+    Fourier features, one to each layer. `update_magnitudes` moves the running magnitudes of the
+    layers' inputs, in training. `compute_dtype` is the dtype of the feature maps of the highest
+    resolutions. `extra` is that of `FourierFeatures`.
     """
 
     def __init__(self, w_dim, plans, output_scale, clamp, magnitude_decay):
@@ -544,11 +553,11 @@ class SynthesisNetwork(nn.Module):
             SynthesisLayer(plan, w_dim, clamp, magnitude_decay) for plan in plans
         )
 
-    def forward(self, ws, *, update_magnitudes=False, compute_dtype=None):
+    def forward(self, ws, *, update_magnitudes=False, compute_dtype=None, extra=(0, 0)):
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws must be [B, {self.num_ws}, {self.w_dim}]; got {list(ws.shape)}.")
         ws = ws.unbind(dim=1)
-        x = self.input(ws[0])  # [B, C, S, S]
+        x = self.input(ws[0], extra)  # [B, C, S, S]
         for layer, w in zip(self.layers, ws[1:], strict=True):
             x = layer(x, w, update_magnitudes, compute_dtype)  # [B, C', S', S']
         return x.to(ws[0].dtype) * self.output_scale
@@ -676,16 +685,51 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         compute_dtype: torch.dtype | None = None,
         update_magnitudes: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Turn ws [B, num_ws, w_dim] into images [B, image_channels, R, R] around [-1, 1].
 
         StyleGAN3 has no noise inputs: `noise_mode` and `generator` have no effect.
+
+        Args:
+            size: (H, W) in pixels of a larger canvas, see `find_extra`. Its first signal has the
+                same waves, which go on beyond the tile, so that it has no seams. It is computed as
+                a whole.
+
+        Raises:
+            ValueError: The canvas cannot have this size.
         """
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode is {noise_mode!r}; choose {', '.join(NOISE_MODES)}.")
         return self.synthesis_network(
-            ws, update_magnitudes=update_magnitudes, compute_dtype=compute_dtype
+            ws,
+            update_magnitudes=update_magnitudes,
+            compute_dtype=compute_dtype,
+            extra=(0, 0) if size is None else self.find_extra(size),
         )
+
+    def find_extra(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the samples by which the first signal grows for a canvas of `size` (H, W).
+
+        Raises:
+            ValueError: A side is smaller than a tile or no multiple of its first sample.
+        """
+        resolution, rate = self.config.resolution, self.plans[0].in_sampling_rate
+        cell = max(1, resolution // rate)  # pixels of a sample of the first signal
+        for side in size:
+            if side < resolution or (side - resolution) % cell:
+                nearest = resolution + max(0, round((side - resolution) / cell)) * cell
+                raise ValueError(
+                    f"images of {size[0]} x {size[1]} pixels cannot be drawn: a side must be a "
+                    f"multiple of {cell} and at least {resolution}. The nearest size is {nearest}."
+                )
+        height, width = size
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"images of {height} x {width} pixels have more than {MAX_PIXELS:,} pixels, and a "
+                "canvas is computed as a whole. Choose a smaller size."
+            )
+        return (height - resolution) // cell, (width - resolution) // cell
 
     def forward(
         self,

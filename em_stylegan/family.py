@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from em_training.config import read_json_object
-from em_training.family import Card, Control, Family, check_options
+from em_training.family import Card, Control, Family, check_options, parse_size
 
 LayerGroup = Literal["coarse", "middle", "fine"]
 TITLES = {
@@ -30,11 +30,16 @@ class StyleGANOptions:
     mix_layers: LayerGroup = "coarse"
     """The third of the layers that takes the second style. Coarse layers decide the large shapes,
     fine ones the texture."""
+    size: str | None = None
+    """Height x width of the images in pixels, such as 512x768, or one number for a square. Default:
+    the size of a tile. Only StyleGAN3 draws larger images."""
 
     def __post_init__(self):
         check_options(
             self, truncation_psi=(-10, 10), class_label=(0, 2**31 - 1), mix_seed=(0, 2**63)
         )
+        if self.size is not None:
+            parse_size(self.size)
         if self.mix_layers not in get_args(LayerGroup):
             raise ValueError(
                 f"--mix-layers is {self.mix_layers}; choose {', '.join(get_args(LayerGroup))}"

@@ -66,6 +66,8 @@ class EMStyleGANPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images. There are no steps, and so there is no progress bar.
 
@@ -85,6 +87,8 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 [B, 1, H, W] in [0, 1]) or "latent" (w of every layer after truncation, float32
                 [B, num_ws, w_dim]).
             return_dict: Return an `ImagePipelineOutput`; if False, a tuple with the images.
+            height, width: Pixels of the images. Only StyleGAN3 draws larger ones than its tile, on
+                a larger canvas. Default: those of a tile.
 
         Raises:
             ValueError: For an impossible argument, or if the output is not finite: then the
@@ -94,20 +98,19 @@ class EMStyleGANPipeline(DiffusionPipeline):
         self._check_inputs(
             batch_size, generator if latents is None else None, noise_mode, output_type
         )
-        device, dtype = self._execution_device, self.generator.dtype
+        options = self.find_canvas(height, width)
         _wake(self.generator)
+        truncation = (truncation_psi, truncation_cutoff)
         if latents is None:
-            shape = (batch_size, self.generator.config.z_dim)
-            z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            ws = self.generator.mapping(
-                z.to(dtype), class_labels, truncation_psi, truncation_cutoff
-            )  # [B, num_ws, w_dim]
+            ws = self._draw_styles(batch_size, generator, class_labels, *truncation)
         else:
-            ws = self._prepare_latents(latents, generator).to(device, dtype)  # [B, num_ws, w_dim]
+            ws = self._prepare_latents(latents, generator)  # [B, num_ws, w_dim]
         if output_type == "latent":
             images = self.check_finite(ws.float())
         else:
-            images = self.check_finite(self.generator.synthesis(ws, noise_mode, generator))
+            images = self.check_finite(
+                self.generator.synthesis(ws, noise_mode, generator, **options)
+            )
             images = self._convert(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -117,6 +120,25 @@ class EMStyleGANPipeline(DiffusionPipeline):
         """The generator by its name; a new pipeline of it has the same options."""
         _keep_options(self, self.generator)
         return super().components
+
+    def find_canvas(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+        """Return arguments of the generator's `synthesis` for images of (height, width).
+
+        Raises:
+            ValueError: The generator cannot draw that size.
+        """
+        tile = self.generator.config.resolution
+        size = (height or tile, width or tile)
+        if size == (tile, tile):
+            return {}
+        model: Any = getattr(self.generator, "_orig_mod", self.generator)
+        if not hasattr(model, "find_extra"):
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels cannot be drawn: a {type(model).__name__} "
+                f"has one size, {tile} x {tile}. Use a StyleGAN3 or a latent diffusion model."
+            )
+        model.find_extra(size)
+        return {"size": size}
 
     def _check_inputs(self, batch_size, generator, noise_mode, output_type):
         if batch_size < 1:
@@ -142,6 +164,12 @@ class EMStyleGANPipeline(DiffusionPipeline):
             )
         return values
 
+    def _draw_styles(self, batch_size, generator, class_labels, psi, cutoff):
+        """Draw z and return w of every layer [B, num_ws, w_dim], truncated."""
+        shape, device = (batch_size, self.generator.config.z_dim), self._execution_device
+        z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return self.generator.mapping(z.to(self.generator.dtype), class_labels, psi, cutoff)
+
     def _prepare_latents(self, latents, generator):
         num_ws, w_dim = self.generator.num_ws, self.generator.config.w_dim
         if latents.ndim == 2:
@@ -156,7 +184,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 f"{len(generator)} generators for {len(latents)} latents; give one for each, or a "
                 "single one."
             )
-        return latents
+        return latents.to(self._execution_device, self.generator.dtype)
 
     def _convert(self, images, output_type):
         images = (images.float() / 2 + 0.5).clamp(0, 1)  # [B, 1, H, W]

@@ -11,7 +11,7 @@ from em_commands import generate as command
 from em_generation import generate as module
 from em_generation.evaluate import EvaluationConfig, evaluate_runs
 from em_generation.generate import generate_images, write_preview
-from support.models import make_ldm, make_stylegan
+from support.models import make_ldm, make_stylegan, make_stylegan3
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,22 @@ def test_an_impossible_size_leaves_no_folder_of_images(model, tmp_path, size):
     assert not list((tmp_path / "out").glob("[!.]*"))
 
 
-def test_a_stylegan_refuses_other_sizes(tmp_path):
+def test_a_stylegan2_refuses_other_sizes(tmp_path):
     make_stylegan().save_pretrained(tmp_path / "gan")
-    with pytest.raises(ValueError, match="--size: only models of the family LDM have this option"):
+    with pytest.raises(ValueError, match=r"--size is 32x32: .*a StyleGAN2Generator has one size"):
         generate(str(tmp_path / "gan"), tmp_path / "out", "--size", "32x32")
+
+
+def test_a_stylegan3_draws_a_larger_canvas(tmp_path):
+    make_stylegan3().save_pretrained(tmp_path / "gan")
+    for name, batch_size in (("a", "1"), ("b", "50")):
+        own = ("--size", "48x32", "--batch-size", batch_size)
+        record = generate(str(tmp_path / "gan"), tmp_path / name, *own)
+    assert record["settings"]["size"] == "48x32"
+    assert read(tmp_path / "a").shape == (3, 48, 32)
+    np.testing.assert_array_equal(read(tmp_path / "a"), read(tmp_path / "b"))
+    with pytest.raises(ValueError, match=r"--size is 8: .*The nearest size is 16"):
+        generate(str(tmp_path / "gan"), tmp_path / "out", "--size", "8")
 
 
 def test_the_bar_moves_within_an_image(model, tmp_path, monkeypatch):

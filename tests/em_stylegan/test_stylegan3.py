@@ -335,3 +335,35 @@ def test_presets_are_the_papers():
     )
     assert (t.training.blur_initial_sigma_px, r.training.blur_initial_sigma_px) == (0, 10)
     assert t.training.style_mixing_probability == r.training.style_mixing_probability == 0
+
+
+@pytest.mark.parametrize("options", [{}, R, {"resolution": 64}], ids=str)
+def test_a_larger_canvas_goes_on_where_the_tile_ends(options):
+    """In its middle a canvas of three tiles a side shows the tile, up to what the tile's own border
+    disturbs; it is no repetition of the tile.
+    """
+    generator = make_generator(**options).eval()
+    side = generator.config.resolution
+    ws = generator.mapping(torch.randn(1, 8))
+    with torch.no_grad():
+        tile, canvas = generator.synthesis(ws), generator.synthesis(ws, size=(3 * side, 3 * side))
+    assert canvas.shape == (1, 1, 3 * side, 3 * side)
+    middle = canvas[:, :, side : 2 * side, side : 2 * side]
+    inner = np.s_[:, :, side // 4 : -side // 4, side // 4 : -side // 4]
+    scale = tile.std()
+    assert (middle[inner] - tile[inner]).abs().max() < 0.01 * scale
+    assert (canvas[:, :, :side, :side] - tile).std() > 0.5 * scale
+
+
+def test_canvases_that_no_first_sample_fits_are_refused():
+    generator = make_generator(64).eval()
+    ws = generator.mapping(torch.randn(1, 8))
+    cell = 64 // generator.plans[0].in_sampling_rate
+    assert cell > 1
+    for size in ((64 + 1, 64), (32, 64)):
+        with pytest.raises(ValueError, match=f"a multiple of {cell} and at least 64"):
+            generator.synthesis(ws, size=size)
+    with pytest.raises(ValueError, match="Choose a smaller size"):
+        generator.synthesis(ws, size=(8192, 8192))
+    wide = generator.synthesis(ws, size=(64, 64 + cell))
+    assert wide.shape == (1, 1, 64, 64 + cell)

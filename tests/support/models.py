@@ -7,6 +7,7 @@ from em_diffusion.em_grain import EMGrain
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
+from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 
 
@@ -51,6 +52,15 @@ def make_stylegan(seed=0):
     ).eval()
     for block in generator.synthesis_network.blocks:
         torch.nn.init.constant_(block.conv1.noise_strength, 0.2)
+    return EMStyleGANPipeline(generator, pixel_size_nm=0.5)
+
+
+def make_stylegan3(seed=0):
+    """A StyleGAN3-T of 16 x 16 pixels."""
+    torch.manual_seed(seed)
+    generator = StyleGAN3Generator(
+        16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8, num_layers=4
+    ).eval()
     return EMStyleGANPipeline(generator, pixel_size_nm=0.5)
 
 
