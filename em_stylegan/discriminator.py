@@ -102,7 +102,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
     num_batches=1) returns logits [B, 1]; a large logit means real. `compute_dtype` is the dtype of
     the feature maps above 4 x 4. With classes, the logit is the projection of the features on the
     class's mapped vector (Miyato and Koyama 2018). `num_batches` batches of one size, one after the
-    other, are judged in one pass as if each came alone.
+    other, are judged in one pass as if each came alone. With `unconditional_output`, the logits
+    are [B, 2]: of the image alone, then of the image as one of its class (Shahbazi et al. 2022).
 
     Args:
         architecture: "resnet", "orig" or "skip" (2020, figure 7); see `DiscriminatorBlock`.
@@ -114,6 +115,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         num_reduced_resolutions: How many of the highest resolutions `compute_dtype` applies to;
             None for all above 4 x 4.
         image_mean, image_std: The layers see (image - image_mean) / image_std.
+
+        unconditional_output: Judge the image alone, too; only with classes.
 
     The others as in `StyleGAN2Generator`.
     """
@@ -135,6 +138,7 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
         num_reduced_resolutions: int | None = None,
         image_mean: float = 0.0,
         image_std: float = 1.0,
+        unconditional_output: bool = False,
     ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
@@ -176,6 +180,8 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
                 0, width, class_mapping_depth, num_classes, track_mean=False
             )
         self.out = EqualizedLinear(last, width if num_classes > 0 else 1)
+        judges_both = num_classes > 0 and unconditional_output
+        self.out_unconditional = EqualizedLinear(last, 1) if judges_both else None
 
     def freezable_layers(self) -> Iterator[nn.Module]:
         """Yield the layers from the image on, in the order of Freeze-D (Mo et al. 2020)."""
@@ -214,8 +220,12 @@ class StyleGANDiscriminator(ModelMixin, ConfigMixin):
             maps = self.num_deviation_maps  # -> [B, C + maps, 4, 4]
             x = minibatch_standard_deviation(x, self.group_size, maps, num_batches)
         x = self.conv(x, clamp=self.clamp)  # [B, C, 4, 4]
-        x = self.out(self.linear(x.flatten(1)))  # [B, 1], or [B, C] with classes
+        features = self.linear(x.flatten(1))  # [B, C]
+        x = self.out(features)  # [B, 1], or [B, width] with classes
         if self.class_mapping is None:
             return x
         w = self.class_mapping(None, class_labels, len(x))
-        return (x * w).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])  # [B, 1]
+        x = (x * w).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])  # [B, 1]
+        if self.out_unconditional is None:
+            return x
+        return torch.cat([self.out_unconditional(features), x], dim=1)  # [B, 2]

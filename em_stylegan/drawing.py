@@ -6,6 +6,7 @@ import torch
 
 from em_stylegan.pictures.styles import mix_styles
 from em_training import make_image_rng
+from em_training.classes import assign_classes
 from em_training.family import EXACT_BATCH, WALK_KEYS, parse_size
 from em_training.walk import walk
 
@@ -39,13 +40,14 @@ class StyleGANDrawer:
         if self.canvas:
             self.images_at_once = 1
         self.say, self._has_said_grey = say, False
+        assign_classes(pipeline, options.classes, [0])  # an unknown class is an error now
 
     def describe(self) -> dict:
         """Return the settings that decide the images."""
         options = self.options
         settings = {"truncation_psi": options.truncation_psi, "noise_mode": NOISE_MODE}
-        if options.class_label is not None:
-            settings["class_label"] = options.class_label
+        if self.pipeline.num_classes:
+            settings["classes"] = list(options.classes) or "drawn at random"
         if self.canvas:
             settings["size"] = "{}x{}".format(*self.canvas["size"])
         if options.mix_seed is not None:
@@ -56,9 +58,9 @@ class StyleGANDrawer:
     def draw(self, numbers: list[int]) -> torch.Tensor:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
         rngs = [make_image_rng(self.seed, number) for number in numbers]
-        ws = self._map(rngs)
+        ws = self._map(rngs, numbers)
         if self.options.mix_seed is not None:
-            other = self._map([make_image_rng(self.options.mix_seed, 0)])
+            other = self._map([make_image_rng(self.options.mix_seed, 0)], [0])
             layers = find_layers(ws.shape[1], self.options.mix_layers)
             ws = mix_styles(ws, other, layers)[:, 0]
         return self._synthesise(ws, NOISE_MODE, rngs)
@@ -66,17 +68,18 @@ class StyleGANDrawer:
     @torch.no_grad()
     def walk(self, frames_per_key: int) -> Iterator[torch.Tensor]:
         """Yield batches of frames of a closed walk through w of the first images."""
-        keys = self._map([make_image_rng(self.seed, i) for i in range(WALK_KEYS)])
+        numbers = range(WALK_KEYS)
+        keys = self._map([make_image_rng(self.seed, i) for i in numbers], numbers)
         for ws in walk(keys, frames_per_key).split(EXACT_BATCH):
             yield self._synthesise(ws, "const", None)
 
-    def _map(self, rngs):
-        """Return w of every layer, float32 [B, num_ws, w_dim]."""
+    def _map(self, rngs, numbers):
+        """Return w of every layer of the images `numbers`, float32 [B, num_ws, w_dim]."""
         return self.pipeline(
             len(rngs),
             rngs,
             self.options.truncation_psi,
-            class_labels=self.options.class_label,
+            class_labels=assign_classes(self.pipeline, self.options.classes, numbers),
             output_type="latent",
         ).images
 

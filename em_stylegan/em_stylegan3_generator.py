@@ -296,16 +296,20 @@ class MappingNetwork(nn.Module):
     """z (and class) -> w: normalisation, then `depth` layers with leaky ReLU (2019, section 3).
 
     The layers learn a hundred times more slowly than others. forward(z [B, z_dim],
-    class_labels=None, batch_size=None) returns w [B, w_dim]. If z_dim is 0 there is no z, and B is
-    `batch_size`. `w_mean` is the running mean of w for truncation; only `update_w_mean` moves it.
+    class_labels=None, batch_size=None, class_weight=1.0) returns w [B, w_dim]. If z_dim is 0 there
+    is no z, and B is `batch_size`. `class_weight` scales the class's vector; at 0 all classes are
+    one. `w_mean` is the running mean of w for truncation, and `class_w_means` that of each class,
+    if `class_means` asks for it; only `update_w_mean` and `update_class_means` move them.
     """
 
     w_mean: torch.Tensor
+    class_w_means: torch.Tensor
 
-    def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True):
+    def __init__(self, z_dim, w_dim, depth, num_classes=0, track_mean=True, class_means=False):
         super().__init__()
         self.num_classes = num_classes
         self.z_dim = z_dim
+        self.class_means = class_means and num_classes > 0
         self.embed = EqualizedLinear(num_classes, w_dim) if num_classes > 0 else None
         num_features = [z_dim + (w_dim if num_classes > 0 else 0)] + [w_dim] * depth
         self.layers = nn.ModuleList(
@@ -314,8 +318,10 @@ class MappingNetwork(nn.Module):
         )
         if track_mean:
             self.register_buffer("w_mean", torch.zeros(w_dim))
+        if self.class_means:
+            self.register_buffer("class_w_means", torch.zeros(num_classes, w_dim))
 
-    def forward(self, z, class_labels=None, batch_size=None):
+    def forward(self, z, class_labels=None, batch_size=None, class_weight=1.0):
         like = self.layers[0].weight
         inputs = []
         if self.z_dim > 0:
@@ -324,16 +330,33 @@ class MappingNetwork(nn.Module):
             inputs.append(normalize_second_moment(z.to(like.dtype)))
         classes = encode_classes(class_labels, self.num_classes, batch_size or len(z), like)
         if classes is not None:
-            inputs.append(normalize_second_moment(self.embed(classes)))
+            inputs.append(normalize_second_moment(self.embed(classes)) * class_weight)
         x = torch.cat(inputs, dim=1)
         for layer in self.layers:
             x = layer(x)
         return x  # [B, w_dim]
 
+    def find_mean(self, class_labels, batch_size):
+        """Return the mean of w that truncation keeps to: [w_dim], or [B, 1, w_dim] of classes."""
+        if not self.class_means:
+            return self.w_mean
+        classes = encode_classes(class_labels, self.num_classes, batch_size, self.w_mean)
+        return (classes @ self.class_w_means).unsqueeze(1)
+
     @torch.no_grad()
     def update_w_mean(self, w_batch_mean, decay=0.998):
         """Move the running mean towards the mean [w_dim] of a batch of w."""
         self.w_mean.lerp_(w_batch_mean.to(self.w_mean.dtype), 1 - decay)
+
+    @torch.no_grad()
+    def update_class_means(self, sums, counts, decay=0.998):
+        """Move each class's mean towards that of its w in a batch, the further the more there are.
+
+        sums [num_classes, w_dim] and counts [num_classes] are those of the batch.
+        """
+        counts = counts.to(self.class_w_means.dtype).unsqueeze(1)  # [K, 1]
+        means = sums.to(self.class_w_means.dtype) / counts.clamp(min=1)
+        self.class_w_means.lerp_(means, 1 - decay ** (counts / counts.mean()))
 
 
 # --------------------------------------------------------------------------------------- synthesis
@@ -585,6 +608,7 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         channel_base, max_channels: A layer of cutoff c has min(channel_base / (2 c), max_channels)
             feature maps.
         num_classes: 0 for an unconditional generator.
+        class_means: Truncate towards the mean w of the class instead of that of all classes.
         num_layers: Layers before the last, which makes the image.
         num_critical: How many of these, at the end, are critically sampled.
         first_cutoff, first_stopband, last_stopband_ratio: Ends of the geometric schedules, in
@@ -629,6 +653,7 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         clamp: float | None = 256,
         magnitude_decay: float = 0.999,
         num_reduced_resolutions: int = 4,
+        class_means: bool = False,
     ):
         super().__init__()
         if not 16 <= resolution <= 4096 or resolution & (resolution - 1):
@@ -647,7 +672,9 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
         if not 0 <= num_critical < num_layers:
             raise ValueError(f"num_critical is {num_critical}; give 0 to {num_layers - 1}.")
         self.plans = plan_layers(self.config)
-        self.mapping_network = MappingNetwork(z_dim, w_dim, mapping_depth, num_classes)
+        self.mapping_network = MappingNetwork(
+            z_dim, w_dim, mapping_depth, num_classes, class_means=class_means
+        )
         self.synthesis_network = SynthesisNetwork(
             w_dim, self.plans, output_scale, clamp, magnitude_decay
         )
@@ -667,13 +694,15 @@ class StyleGAN3Generator(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Map z [B, z_dim] to ws [B, num_ws, w_dim], truncated (2019, section 2 and appendix B).
 
-        w' = w_mean + psi (w - w_mean) in the first `truncation_cutoff` layers, by default in all.
+        w' = mean + psi (w - mean) in the first `truncation_cutoff` layers, by default in all. The
+        mean is that of all w, or with `class_means` that of the class.
         """
         w = self.mapping_network(z, class_labels)
         ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # a copy: styles can be mixed in place
         if truncation_psi == 1.0:
             return ws
-        truncated = self.mapping_network.w_mean.lerp(ws, truncation_psi)
+        mean = self.mapping_network.find_mean(class_labels, len(z))
+        truncated = mean.lerp(ws, truncation_psi)
         if truncation_cutoff is None:
             return truncated
         return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from em_training.classes import list_class_controls
 from em_training.config import read_json_object
 from em_training.family import Card, Control, Family, check_options, parse_size
 
@@ -23,8 +24,9 @@ class StyleGANOptions:
     truncation_psi: float = 1.0
     """Truncation: 1 draws from the whole distribution, smaller values give more typical and less
     varied images. Report distances at 1."""
-    class_label: int | None = None
-    """Class of all images, for a model that was trained with classes."""
+    classes: tuple[str, ...] = ()
+    """Classes of the images by name or number, such as --classes copper steel: images take them in
+    turn. Default: each image draws its class, all alike. For models that have classes."""
     mix_seed: int | None = None
     """Seed of a second style: a third of the layers takes the style of that seed's image 0."""
     mix_layers: LayerGroup = "coarse"
@@ -35,9 +37,7 @@ class StyleGANOptions:
     the size of a tile. Only StyleGAN3 draws larger images."""
 
     def __post_init__(self):
-        check_options(
-            self, truncation_psi=(-10, 10), class_label=(0, 2**31 - 1), mix_seed=(0, 2**63)
-        )
+        check_options(self, truncation_psi=(-10, 10), mix_seed=(0, 2**63))
         if self.size is not None:
             parse_size(self.size)
         if self.mix_layers not in get_args(LayerGroup):
@@ -60,8 +60,9 @@ def read_kind(folder: Path) -> str:
 
 
 def list_controls(pipeline) -> tuple[Control, ...]:
-    """Return the demo's inputs: truncation and style mixing."""
+    """Return the demo's inputs: the class, truncation and style mixing."""
     return (
+        *list_class_controls(pipeline, "any"),
         Control(
             "truncation_psi",
             "Truncation",

@@ -35,17 +35,34 @@ class EMStyleGANPipeline(DiffusionPipeline):
         pixel_size_nm: Side of a pixel of the generated images in nanometres, or None if unknown.
             Default: that of the last pipeline that had this generator, so that
             `type(pipe)(**pipe.components)` is the same pipeline again; unknown for a new generator.
+        id2label: {number of a class: its name}, or None for classes without names. Default: as of
+            `pixel_size_nm`.
     """
 
     model_cpu_offload_seq = "generator"
 
-    def __init__(self, generator: ModelMixin, pixel_size_nm: float | str | None = "kept"):
+    def __init__(
+        self,
+        generator: ModelMixin,
+        pixel_size_nm: float | str | None = "kept",
+        id2label: dict[int, str] | dict[str, str] | str | None = "kept",
+    ):
         super().__init__()
         _read_source(type(getattr(generator, "_orig_mod", generator)))
         self.register_modules(generator=generator)
         kept = _find_kept_options(generator)
         size = kept.get("pixel_size_nm") if pixel_size_nm == "kept" else pixel_size_nm
         self.register_to_config(pixel_size_nm=None if size is None else float(size))
+        names = kept.get("id2label") if id2label == "kept" else id2label
+        if names is not None:
+            names = {str(number): str(names[number]) for number in sorted(names, key=int)}
+            numbers = [str(number) for number in range(self.num_classes)]
+            if list(names) != numbers or len(set(names.values())) < len(names):
+                raise ValueError(
+                    f"`id2label` is {names}, but the generator has {self.num_classes} classes, "
+                    "counted from 0. Give each one a name of its own."
+                )
+        self.register_to_config(id2label=names)
         _keep_options(self, generator)
 
     def __setattr__(self, name, value):
@@ -62,7 +79,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str | None = None,
-        class_labels: torch.Tensor | list[int] | int | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -79,8 +96,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
             noise_mode: "random" (drawn from `generator` after z), "const" (the stored noise maps,
                 the same in every image) or "none". Default: "random", as in training, and "const"
                 for given `latents`, where fresh noise would flicker from one image to the next.
-            class_labels: Integers [B], one integer for all, or rows of weights [B, num_classes],
-                for a generator with classes.
+            class_labels: For a generator with classes: a number or name of a class for each image,
+                one for all, or rows of weights [B, num_classes]. Default: drawn from `generator`
+                after z, all classes alike, since such a generator has no images without a class.
             latents: w [B, num_ws, w_dim] or [B, w_dim], as output_type "latent" returns them, in
                 place of a random z. `batch_size` and truncation then have no effect.
             output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32
@@ -91,8 +109,8 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 a larger canvas. Default: those of a tile.
 
         Raises:
-            ValueError: For an impossible argument, or if the output is not finite: then the
-                training has diverged, or half precision has overflowed.
+            ValueError: For an impossible argument, such as an unknown class, or if the output is
+                not finite: then the training has diverged, or half precision has overflowed.
         """
         noise_mode = noise_mode or ("random" if latents is None else "const")
         self._check_inputs(
@@ -100,9 +118,9 @@ class EMStyleGANPipeline(DiffusionPipeline):
         )
         options = self.find_canvas(height, width)
         _wake(self.generator)
-        truncation = (truncation_psi, truncation_cutoff)
+        styles = self._check_classes(class_labels, batch_size), truncation_psi, truncation_cutoff
         if latents is None:
-            ws = self._draw_styles(batch_size, generator, class_labels, *truncation)
+            ws = self._draw_styles(batch_size, generator, *styles)
         else:
             ws = self._prepare_latents(latents, generator)  # [B, num_ws, w_dim]
         if output_type == "latent":
@@ -140,6 +158,61 @@ class EMStyleGANPipeline(DiffusionPipeline):
         model.find_extra(size)
         return {"size": size}
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a generator without classes."""
+        return self.generator.config.get("num_classes", 0)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Number of each class by its name, sorted by name; empty if there are no names."""
+        names = self.config.get("id2label") or {}
+        return dict(sorted((name, int(number)) for number, name in names.items()))
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Return the numbers of classes from their names; `ValueError` for an unknown name."""
+        names, labels = [label] if isinstance(label, str) else list(label), self.labels
+        for name in names:
+            if name not in labels:
+                known = f"choose from {', '.join(labels)}" if labels else "this model has no names"
+                raise ValueError(f"`label` {name!r} is no class of this model; {known}.")
+        return [labels[name] for name in names]
+
+    def _check_classes(self, class_labels, batch_size):
+        """Return class labels with names as numbers; raise `ValueError` for impossible ones."""
+        if class_labels is None:
+            return None
+        if not self.num_classes:
+            raise ValueError("This model has no classes. Leave `class_labels` out.")
+        if isinstance(class_labels, str):
+            class_labels = self.get_label_ids(class_labels)[0]
+        elif isinstance(class_labels, list | tuple):
+            class_labels = [
+                self.get_label_ids(each)[0] if isinstance(each, str) else each
+                for each in class_labels
+            ]
+        labels = torch.as_tensor(class_labels).cpu()
+        shapes, last = ((), (batch_size,)), self.num_classes - 1
+        is_number = tuple(labels.shape) in shapes and not labels.is_floating_point()
+        if is_number and 0 <= labels.min() <= labels.max() <= last:
+            return labels
+        if tuple(labels.shape) == (batch_size, self.num_classes):
+            return labels
+        raise ValueError(
+            f"`class_labels` is {class_labels}; give numbers from 0 to {last} or names of classes: "
+            f"one for all images, or one for each of {batch_size}."
+        )
+
+    def _draw_classes(self, batch_size, generator):
+        """Draw a class for each image, all classes alike."""
+        rngs = list(generator) if isinstance(generator, list | tuple) else [generator]
+        shape = (batch_size // len(rngs),)
+        draws = [
+            torch.randint(self.num_classes, shape, generator=rng, device=rng and rng.device).cpu()
+            for rng in rngs
+        ]
+        return torch.cat(draws)
+
     def _check_inputs(self, batch_size, generator, noise_mode, output_type):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
@@ -168,6 +241,8 @@ class EMStyleGANPipeline(DiffusionPipeline):
         """Draw z and return w of every layer [B, num_ws, w_dim], truncated."""
         shape, device = (batch_size, self.generator.config.z_dim), self._execution_device
         z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if class_labels is None and self.num_classes:
+            class_labels = self._draw_classes(batch_size, generator)
         return self.generator.mapping(z.to(self.generator.dtype), class_labels, psi, cutoff)
 
     def _prepare_latents(self, latents, generator):

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ def check_pipeline(folder: Path, pipeline_class: type) -> None:
     for name, parameter in inspect.signature(pipeline_class).parameters.items():
         value = index.get(name)
         if name not in optional and parameter.default is not inspect.Parameter.empty:
-            if name in index:
+            if name == "id2label":
+                check_class_names(path, value)
+            elif name in index:
                 is_optional = parameter.default is None and name not in OPTIONS
                 check_option(path, name, value, is_optional=is_optional or name in MAY_BE_NULL)
             continue
@@ -87,6 +90,22 @@ def check_option(path: Path, name: str, value: Any, *, is_optional: bool) -> Non
         raise ValueError(
             f"{path}: {name} is {value!r}, but must be a number{between}"
             f"{' or null' if is_optional else ''}."
+        )
+
+
+def check_class_names(path: Path, names: Any) -> None:
+    """Raise `ValueError` if a saved pipeline's `id2label` does not name classes, each once."""
+    if names is None:
+        return
+    if (
+        not isinstance(names, dict)
+        or set(names) != {str(number) for number in range(len(names))}
+        or not all(isinstance(name, str) and name and name.isprintable() for name in names.values())
+        or len(set(names.values())) < len(names)
+    ):
+        raise ValueError(
+            f"{path}: id2label is {reprlib.repr(names)}, but must be null or name each class once: "
+            '{"0": "first", "1": "second"}.'
         )
 
 

@@ -95,6 +95,6 @@ def make_mixing(
 def make_truncation(generator, seed, num_rows, psis, class_label=None):
     """Make the images of a grid: `num_rows` images, each at every truncation of `psis`."""
     ws = draw_ws(generator, seed, num_rows, class_label=class_label)
-    w_mean = generator.mapping_network.w_mean
-    ws = torch.stack([w_mean.lerp(ws, psi) for psi in psis], dim=1)  # [rows, psis, num_ws, w_dim]
+    mean = generator.mapping_network.find_mean(class_label, num_rows)
+    ws = torch.stack([mean.lerp(ws, psi) for psi in psis], dim=1)  # [rows, psis, num_ws, w_dim]
     return render(generator, ws.flatten(0, 1))

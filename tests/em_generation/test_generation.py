@@ -111,9 +111,9 @@ def test_the_grain_is_that_of_the_pipelines_own_call_and_can_be_left_out(tmp_pat
 def test_options_of_the_other_family_are_refused(model, tmp_path):
     """By the command with a sentence, and by the function, which takes its own family's alone."""
     is_ldm = "ldm" in Path(model).name
-    given = ["--truncation-psi", "0.7", "--class-label=1"] if is_ldm else ["--eta=1", "--no-grain"]
+    given = ["--truncation-psi", "0.7", "--mix-seed=1"] if is_ldm else ["--eta=1", "--no-grain"]
     message = (
-        "--class-label, --truncation-psi: only models of the family StyleGAN2 have this option"
+        "--mix-seed, --truncation-psi: only models of the family StyleGAN2 have this option"
         if is_ldm
         else "--eta, --no-grain: only models of the family LDM have this option"
     )
@@ -140,25 +140,41 @@ def test_help_shows_the_options_of_the_models_family(model, capsys):
     assert "--truncation-psi" not in text
 
 
-def test_images_of_a_class(tmp_path):
+def test_images_of_classes(tmp_path):
     torch.manual_seed(0)
     generator = StyleGAN2Generator(
         16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8, num_classes=3
     )
-    EMStyleGANPipeline(generator.eval()).save_pretrained(tmp_path / "stylegan2")
-    for label in (0, 2):
-        config = config_for(tmp_path / "stylegan2", tmp_path / str(label), class_label=label)
-        assert generate_images(config)["settings"]["class_label"] == label
-    generators = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(7)]
-    images = EMStyleGANPipeline(generator)(
-        7, generators, noise_mode="random", class_labels=[2] * 7, output_type="np"
-    ).images
-    assert np.abs(read(tmp_path / "2") - (images[..., 0] * 255).round()).max() <= 1
-    assert not np.array_equal(read(tmp_path / "0"), read(tmp_path / "2"))
-    with pytest.raises(ValueError, match="class_label differs"):
-        generate_images(config_for(config.model, config.out, class_label=0))
-    with pytest.raises(ValueError, match="has 3 classes"):
-        generate_images(config_for(config.model, tmp_path / "none"))
+    pipeline = EMStyleGANPipeline(generator.eval(), id2label={0: "iron", 1: "1", 2: "tin"})
+    pipeline.save_pretrained(tmp_path / "stylegan2")
+
+    def draw(name, *classes):
+        config = config_for(tmp_path / "stylegan2", tmp_path / name, classes=classes)
+        record = generate_images(config)["settings"]
+        assert record["classes"] == (list(classes) or "drawn at random")
+        return read(tmp_path / name)
+
+    def expect(labels):
+        rngs = [torch.Generator().manual_seed(seed_for(0, i)) for i in range(7)]
+        return pipeline(7, rngs, class_labels=labels, output_type="np").images[..., 0] * 255
+
+    tin, mixed, free = draw("tin", "tin"), draw("mixed", "tin", "0"), draw("free")
+    assert np.abs(tin - expect("tin").round()).max() <= 1
+    assert np.abs(mixed - expect([2, "iron"] * 3 + [2]).round()).max() <= 1
+    np.testing.assert_array_equal(mixed[::2], tin[::2])  # an image depends on its number and class
+    assert not np.array_equal(mixed[1::2], tin[1::2])
+    # without a choice each image draws its class, after z and before its noise
+    assert np.abs(free - expect(None).round()).max() <= 1
+    with pytest.raises(ValueError, match="classes differs"):
+        generate_images(config_for(tmp_path / "stylegan2", tmp_path / "tin", classes=("iron",)))
+    with pytest.raises(ValueError, match="--classes has lead, but the model's classes are 1, iron"):
+        draw("lead", "lead")
+
+
+def test_a_model_without_classes_takes_none(tmp_path):
+    make_stylegan().save_pretrained(tmp_path / "stylegan2")
+    with pytest.raises(ValueError, match="--classes is tin, but the model has no classes"):
+        generate_images(config_for(tmp_path / "stylegan2", tmp_path / "out", classes=("tin",)))
 
 
 def test_a_second_start_fills_the_gaps_and_only_those(model, tmp_path):

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from em_data import to_uint8
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
+from em_training.saved_models import check_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,93 @@ def test_noise_is_fresh_unless_latents_are_given(pipe):
     )
     np.testing.assert_array_equal(walk, const)
     assert np.abs(walk - drawn).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(
+        16, z_dim=8, w_dim=8, mapping_depth=2, channel_base=128, max_channels=8, num_classes=3
+    ).eval()
+    return EMStyleGANPipeline(generator, id2label={2: "tin", 0: "iron", 1: "copper"})
+
+
+def test_classes_by_number_and_name(conditional):
+    assert conditional.labels == {"copper": 1, "iron": 0, "tin": 2}
+    assert conditional.get_label_ids("tin") == [2]
+    assert conditional.get_label_ids(["iron", "tin"]) == [0, 2]
+
+    def draw(labels, count=2):
+        return conditional(
+            count, seeds(*range(count)), class_labels=labels, output_type="np"
+        ).images
+
+    expected = draw([2, 1])
+    for labels in (["tin", "copper"], ["tin", 1], torch.tensor([2, 1]), torch.eye(3)[[2, 1]]):
+        np.testing.assert_array_equal(draw(labels), expected)
+    np.testing.assert_array_equal(draw("iron"), draw([0, 0]))
+    assert not np.array_equal(draw("iron"), draw("tin"))
+
+
+def test_a_generator_with_classes_draws_them_alike(conditional):
+    rngs = seeds(*range(300))
+    ws = conditional(300, rngs, output_type="latent").images[:, 0]
+    rngs = seeds(*range(300))
+    z = torch.cat([torch.randn(1, 8, generator=rng) for rng in rngs])
+    labels = torch.cat([torch.randint(3, (1,), generator=rng) for rng in rngs])
+    torch.testing.assert_close(ws, conditional.generator.mapping(z, labels)[:, 0])
+    assert labels.bincount(minlength=3).min() > 70
+    # of one generator, too; without any, from the global state
+    for generator in (torch.Generator().manual_seed(0), None):
+        assert len(conditional(5, generator, output_type="latent").images) == 5
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "lead",
+        ["tin", "lead"],
+        3,
+        -1,
+        [0, 3],
+        [0],
+        [0, 1, 2],
+        torch.zeros(2),
+        torch.eye(3),
+        [[0], [1]],
+    ],
+)
+def test_a_wrong_class_is_refused_before_the_device_sees_it(conditional, labels, monkeypatch):
+    def fail(*args):
+        raise AssertionError("the model was called")
+
+    monkeypatch.setattr(conditional.generator, "mapping", fail)
+    rng = torch.Generator().manual_seed(0)
+    state = rng.get_state()
+    with pytest.raises(ValueError, match="class"):
+        conditional(2, rng, class_labels=labels)
+    assert torch.equal(rng.get_state(), state)
+
+
+def test_names_of_classes_are_saved_and_checked(conditional, pipe, tmp_path):
+    conditional.save_pretrained(tmp_path / "pipe")
+    loaded = EMStyleGANPipeline.from_pretrained(tmp_path / "pipe")
+    assert loaded.labels == conditional.labels
+    assert type(conditional)(**conditional.components).labels == conditional.labels
+    assert EMStyleGANPipeline(conditional.generator, id2label=None).labels == {}
+    with pytest.raises(ValueError, match="no class of this model"):
+        pipe.get_label_ids("tin")
+    with pytest.raises(ValueError, match="This model has no classes"):
+        pipe(class_labels=0)
+    for names in ({0: "a", 1: "b"}, {0: "a", 1: "a", 2: "b"}, {1: "a", 2: "b", 3: "c"}):
+        with pytest.raises(ValueError, match="`id2label` is"):
+            EMStyleGANPipeline(conditional.generator, id2label=names)
+    index_path = tmp_path / "pipe" / "model_index.json"
+    index = json.loads(index_path.read_text())
+    for names in (["a"], {"0": "a", "2": "b"}, {"0": ""}, {"0": "a", "1": "a"}, {"0": 1}, "a"):
+        index_path.write_text(json.dumps(index | {"id2label": names}))
+        with pytest.raises(ValueError, match="id2label is"):
+            check_pipeline(tmp_path / "pipe", EMStyleGANPipeline)
 
 
 def test_one_generator_serves_a_batch(pipe):
