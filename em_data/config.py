@@ -54,6 +54,15 @@ class DataConfig:
     specimen_pattern: str | None = None
     """Regular expression whose first group (or whole match) in a file's path names its specimen.
     Default: the file's folder is its specimen."""
+    labels: str = "auto"
+    """Labels of defects: "auto" (COCO before YOLO, masks and metadata.jsonl), "none", or the name
+    of a file, folder or column of labels, such as "annotations/test.json" or "masks"."""
+    masks: Literal["auto", "instances", "kinds"] = "auto"
+    """What the grey levels of mask images are: numbers of instances, kinds of defects, or "auto"
+    (instances if nearly each level is in one piece)."""
+    classes: str = "auto"
+    """Class of each micrograph: "auto" (a column such as class or label of metadata.csv or of the
+    data set), "none", "folder" (the uppermost folder), or the name of a column."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the split and of the synthetic micrographs."""
     cache_dir: Annotated[str | None, "may change"] = None

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from em_data.files import build_folder
 from em_data.intensity import describe_spikes, find_levels
 from em_data.label_images import is_label_image
+from em_data.labels.describe import count_defects
 from em_data.metadata import pixel_size_from_path
 from em_data.near_copies import MAX_FOR_CROPS, find_near_copies, make_signature, pair_equals
 from em_data.padding import find_padding
@@ -242,21 +242,16 @@ def cut_micrograph(entry, micrograph, image, padding, levels, config) -> tuple[l
         "name": micrograph.name,
         "group": entry.group,
         "specimen": common["specimen"],
-        "class_name": micrograph.class_name,
         "shape": list(shape),
         "dtype": str(micrograph.image.dtype),
         "pixel_size_nm": common["pixel_size_nm"],
         "pixel_hash": hash_pixels(micrograph.image),
         "num_tiles": len(records),
         "fraction_clipped": clipped,
-        "defects": None if micrograph.defects is None else _count_kinds(micrograph.defects),
+        **count_defects(micrograph),
         "notices": notices,
     }
     return records, facts
-
-
-def _count_kinds(defects):
-    return dict(sorted(Counter(each.kind for each in defects).items()))
 
 
 class TileWriter:

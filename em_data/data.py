@@ -13,7 +13,7 @@ Three kinds of sentence tell the user about the data:
 import hashlib
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from em_data.config import DataConfig
 from em_data.cutting import cut, make_cut_key
 from em_data.files import find_cache_dir
+from em_data.labels.describe import count_labels, describe_found
 from em_data.near_copies import MAX_FOR_CROPS
 from em_data.sources import open_source
 from em_data.split import describe_copies, group_micrographs, name_some, split_views
@@ -78,6 +79,8 @@ def load_data(
     summary = {"name": opened.name, "source": str(source)}
     summary |= _describe(cut_tiles, train, held_out, config)
     summary |= _describe_micrographs(cut_tiles, config) | _describe_labels(cut_tiles)
+    summary["notices"] += describe_found(opened, cut_tiles.micrographs)
+    summary["notices"] += _list_one_sided(cut_tiles, train, held_out)
     summary["ignored"] = cut_tiles.problems + opened.ignored
     for sentence in [*filter(None, [problems]), *opened.ignored, *summary["notices"]]:
         log(sentence)
@@ -192,15 +195,29 @@ def _describe(cut_tiles, train, held_out, config) -> dict:
 
 def _describe_labels(cut_tiles) -> dict:
     """Return what the summary says about defects and classes, by micrograph."""
-    micrographs, kinds = cut_tiles.micrographs, Counter()
-    for each in micrographs:
-        kinds.update(each["defects"])
-    classes = Counter(each["class_name"] for each in micrographs if each["class_name"])
+    kinds, classes = count_labels(cut_tiles.micrographs)
     return {
-        "kinds": dict(sorted(kinds.items())),
-        "classes": dict(sorted(classes.items())),
-        "num_labelled_micrographs": sum(each["defects"] is not None for each in micrographs),
+        "kinds": kinds,
+        "classes": classes,
+        "num_labelled_micrographs": sum(
+            each["defects"] is not None for each in cut_tiles.micrographs
+        ),
     }
+
+
+def _list_one_sided(cut_tiles, train, held_out) -> list[str]:
+    """Return a sentence per kind or class that only one side of the split has."""
+    sides = [
+        count_labels([cut_tiles.micrographs[i] for i in side.micrograph_ids])
+        for side in (train, held_out)
+    ]
+    return [
+        f"{what} only in {side}: {name_some(sorted(own), 5)}. Use another --tiles.seed or a larger "
+        "--tiles.held-out-fraction if both sides need them."
+        for i, what in enumerate(("kinds of defects", "classes"))
+        for side, (here, there) in (("training", sides), ("held-out data", sides[::-1]))
+        if (own := set(here[i]) - set(there[i]))
+    ]
 
 
 def _describe_micrographs(cut_tiles, config) -> dict:

@@ -72,7 +72,7 @@ def read_image_folder(path: str | Path) -> ImageFolder:
     Raises:
         ValueError: There is no such folder, or it holds no image.
     """
-    config = DataConfig(label_bar="keep")
+    config = DataConfig(label_bar="keep", labels="none", classes="none")
     if is_dataset(path):
         source = open_dataset(path, config)
     elif Path(path).is_dir():

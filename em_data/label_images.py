@@ -15,6 +15,9 @@ WORDS = re.compile(
     re.IGNORECASE,
 )
 
+FIRST = re.compile(rf"^{WORDS.pattern}[-_ .]*", re.IGNORECASE)
+FROM_THERE = re.compile(rf"[-_ .]*{WORDS.pattern}.*$", re.IGNORECASE)
+
 
 def is_label_image(image: np.ndarray, name: str) -> bool:
     """Return True if an image [H, W] has two grey levels, or large regions of the same level.
@@ -40,3 +43,16 @@ def count_levels(image: np.ndarray) -> int:
     for rows in iterate_slabs(image):
         counts += np.bincount(image[rows].ravel(), minlength=len(counts))
     return int(np.count_nonzero(counts))
+
+
+def list_stems(path: PurePath) -> set[str]:
+    """Return the names without a suffix that the micrograph of a label image may have."""
+    stems = {_drop_word(path.stem)}
+    if WORDS.search(path.parent.name):
+        stems |= {path.stem, _drop_word(path.parent.name)}
+    return stems - {""}
+
+
+def _drop_word(name):
+    without = FIRST.sub("", name)
+    return without if without != name else FROM_THERE.sub("", name)

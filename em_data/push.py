@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from huggingface_hub import DatasetCardData
@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from em_data.config import DataConfig
 from em_data.files import find_cache_dir
 from em_data.images import encode_png
-from em_data.labels import read_labels
+from em_data.labels import draw_instance_mask, make_objects
+from em_data.labels.describe import count_defects, describe_found
 from em_data.markdown import escape_markdown
 from em_data.sources import open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
@@ -30,9 +31,9 @@ ROW_GROUP_BYTES = 32 * 2**20  # what a stream of a set holds in memory
 class PushConfig:
     """Publish a folder of micrographs as a data set on the Hub, with 8 or 16 bits as recorded.
 
-    A folder that also holds labels/coco.json and masks/, as em_data.labels writes them, is
-    published with boxes and masks. `--data hub:owner/name` trains on it, labels included; `--data
-    hub-stream:owner/name` keeps nothing on the disk.
+    Labels of defects (COCO, YOLO, masks) and classes are published with the micrographs. `--data
+    hub:owner/name` trains on them, labels included; `--data hub-stream:owner/name` keeps nothing on
+    the disk.
     """
 
     folder: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
@@ -50,6 +51,12 @@ class PushConfig:
     specimen_pattern: str | None = None
     """Regular expression whose first group (or whole match) in a file's path names its specimen.
     Default: its folder."""
+    labels: str = "auto"
+    """Labels of defects, as --tiles.labels: auto, none, or the name of a file or folder of them."""
+    masks: Literal["auto", "instances", "kinds"] = "auto"
+    """What the grey levels of mask images are, as --tiles.masks."""
+    classes: str = "auto"
+    """Class of each micrograph, as --tiles.classes: auto, none, folder or the name of a column."""
     dry_run: str | None = None
     """Write the data set into this new folder and upload nothing."""
 
@@ -102,32 +109,39 @@ def refuse_other_content(api, repo_id, paths, revision):
 def write_dataset(config: PushConfig, out: Path, say) -> None:
     """Write data/train-*.parquet and README.md into `out`."""
     settings = DataConfig(
-        on_bad_image="fail", label_bar="keep", specimen_pattern=config.specimen_pattern
+        on_bad_image="fail",
+        label_bar="keep",
+        specimen_pattern=config.specimen_pattern,
+        labels=config.labels,
+        masks=config.masks,
+        classes=config.classes,
     )
     source = open_source(config.folder, settings, find_cache_dir())
     for sentence in source.ignored:
         say(sentence)
-    labels = read_labels(config.folder)
+    has_labels = bool(source.labels)
     (out / "data").mkdir(parents=True, exist_ok=True)
     facts, rows, num_bytes, num_shards = [], [], 0, 0
-    is_quiet, features = not sys.stderr.isatty(), make_features(labels is not None)
+    is_quiet, features = not sys.stderr.isatty(), make_features(has_labels)
 
     def make_path(shard):
         return out / "data" / f"train-{shard:05d}.parquet"
 
     for entry in tqdm(source.entries, desc="micrographs", unit="img", disable=is_quiet):
         for micrograph in entry.frames():
-            row = make_row(entry, micrograph, labels, Path(config.folder))
+            row = make_row(entry, micrograph, has_labels)
             rows.append(row)
             num_bytes += sum(len(row[key]["bytes"]) for key in ("image", "mask") if row.get(key))
             facts.append({key: row[key] for key in ("bits", "pixel_size_nm", "specimen")})
-            facts[-1]["num_objects"] = len(row.get("objects", ()))
+            facts[-1] |= count_defects(micrograph)
             if num_bytes > SHARD_BYTES:
                 write_shard(rows, num_bytes, features, make_path(num_shards))
                 rows, num_bytes, num_shards = [], 0, num_shards + 1
     if rows:
         write_shard(rows, num_bytes, features, make_path(num_shards))
-    (out / "README.md").write_text(make_card(config, source.name, facts, labels is not None))
+    for sentence in describe_found(source, facts):
+        say(sentence)
+    (out / "README.md").write_text(make_card(config, source.name, facts, has_labels))
 
 
 def make_features(has_labels):
@@ -155,8 +169,11 @@ def write_shard(rows, num_bytes, features, path) -> None:
     dataset.to_parquet(str(path), batch_size=max(1, len(rows) * ROW_GROUP_BYTES // num_bytes))
 
 
-def make_row(entry, micrograph, labels, folder) -> dict:
-    """Return one micrograph of an entry as a row, with its pixels and its mask as PNG."""
+def make_row(entry, micrograph, has_labels) -> dict:
+    """Return one micrograph of an entry as a row, with its pixels and its mask as PNG.
+
+    A micrograph without labels in a set that has some gets null.
+    """
     row = {
         "image": {"bytes": encode_png(micrograph.image), "path": None},
         "name": micrograph.name,
@@ -166,16 +183,14 @@ def make_row(entry, micrograph, labels, folder) -> dict:
         "pixel_size_nm": micrograph.pixel_size_nm,
         "bits": 8 * micrograph.image.itemsize,
     }
-    if labels is None:
+    if not has_labels:
         return row
-    name = micrograph.name.removeprefix("images/")
-    if name not in labels:
-        raise ValueError(
-            f"{micrograph.name} is not among the images of labels/coco.json. Label it or remove it."
-        )
-    mask = folder / "masks" / name
-    row["mask"] = {"bytes": mask.read_bytes(), "path": None} if mask.is_file() else None
-    return row | {"objects": labels[name]}
+    if micrograph.defects is None:
+        return row | {"objects": None, "mask": None}
+    row["objects"] = make_objects(micrograph)
+    has_masks = all(each.mask is not None for each in micrograph.defects)
+    mask = encode_png(draw_instance_mask(micrograph)) if has_masks else None
+    return row | {"mask": mask and {"bytes": mask, "path": None}}
 
 
 def make_card(config: PushConfig, name: str, facts: list[dict], has_labels: bool) -> str:
@@ -189,7 +204,7 @@ def make_card(config: PushConfig, name: str, facts: list[dict], has_labels: bool
     )
     bits = " and ".join(str(each) for each in sorted({each["bits"] for each in facts}))
     num_specimens = len({each["specimen"] for each in facts} - {None})
-    num_objects = sum(each["num_objects"] for each in facts)
+    num_objects = sum(sum((each["defects"] or {}).values()) for each in facts)
     labels = f"""
 `objects` has the {num_objects:,} labelled defects with their boxes in pixels (x0, y0, x1, y1; the
 last two exclusive), and the whole mask of each as COCO's uncompressed run lengths (`runs`) if the

@@ -112,18 +112,22 @@ def _finish(stored, label_bar, name, specimen):
     # the decoder keeps `stored` until the next frame
     stored.array, stored.overlay = np.empty(0), None
     num_rows = len(image) - metadata.get("scanned_rows", len(image))
+    full_shape, corner = image.shape, (0, 0)
     image = _crop(image, num_rows, metadata, label_bar, ", as the file's header says")
     if stored.orientation != 1:
         image = orient(image, stored.orientation)
+        full_shape = image.shape
         overlay = overlay if overlay is None else orient(overlay, stored.orientation)
         notices.append(f"turned as its orientation tag ({stored.orientation}) says")
     if image.dtype.kind == "f":
-        image = remove_nan(image, notices)
+        image, corner = remove_nan(image, notices)
     image = to_uint(image, metadata)
     num_rows = 0 if label_bar == "keep" else find_label_bar(image)
     image = _crop(image, num_rows, metadata, label_bar)
     if overlay is not None:
         refuse_overlay(overlay[: len(image)], notices)
+    if image.shape != full_shape:  # where labels of the whole image have these pixels
+        metadata |= {"full_shape": list(full_shape), "corner_px": list(corner)}
     if stored.frame is not None:
         metadata["frame"] = stored.frame
     return Micrograph(image, name, stored.pixel_size_nm, specimen, metadata)

@@ -10,8 +10,10 @@ MAX_ISOLATED_SHARE = 1e-4  # of the image
 MIN_AREA_SHARE = 0.5  # of the image, that must have values
 
 
-def remove_nan(image, notices) -> np.ndarray:
-    """Return an image without NaN: single dead pixels filled, borders cropped.
+def remove_nan(image, notices) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return an image without NaN, single dead pixels filled and borders cropped, and its corner.
+
+    The corner is the (row, column) of its first pixel in the image that was given.
 
     Groups of up to 4 pixels, 0.01 % of the image or 4 pixels in all, become the median of the
     values in the 5 x 5 pixels around them. Else the largest rectangle with values is cropped out.
@@ -26,7 +28,7 @@ def remove_nan(image, notices) -> np.ndarray:
     is_bad = np.isnan(image)
     num_bad = np.count_nonzero(is_bad)
     if not num_bad:
-        return image
+        return image, (0, 0)
     isolated = _find_isolated(is_bad)
     num = len(isolated)
     if 0 < num <= max(MAX_ISOLATED, MAX_ISOLATED_SHARE * image.size):
@@ -35,7 +37,7 @@ def remove_nan(image, notices) -> np.ndarray:
         is_bad[tuple(isolated.T)] = np.isnan(image[tuple(isolated.T)])
         notices.append(f"{num} isolated NaN pixels replaced by the median around them")
     if not is_bad.any():
-        return image
+        return image, (0, 0)
     top, bottom, left, right = find_largest_rectangle(np.logical_not(is_bad, out=is_bad))
     share = (bottom - top) * (right - left) / image.size
     height, width = image.shape
@@ -48,7 +50,7 @@ def remove_nan(image, notices) -> np.ndarray:
         f"borders of NaN cropped: {bottom - top} x {right - left} of {height} x {width} pixels, "
         f"from row {top} and column {left}"
     )
-    return np.ascontiguousarray(image[top:bottom, left:right])
+    return np.ascontiguousarray(image[top:bottom, left:right]), (top, left)
 
 
 def _find_isolated(is_bad):

@@ -51,7 +51,7 @@ def look(config: LookConfig, *, say=print) -> Path:
     if folder and folder.resolve() in [out.resolve(), *out.resolve().parents]:
         raise ValueError(f"{out} lies in the data folder. Use --out with a folder elsewhere.")
     source = open_source(config.source, config.tiles, find_cache_dir(config.tiles.cache_dir))
-    survey = survey_source(source, config.tiles, folder, show_progress)
+    survey = survey_source(source, config.tiles, show_progress)
     advice = advise(survey, config.tiles)
     command = f"accelerate launch train_ldm.py small --data {shlex.quote(config.source)} "
     command += advice.words

@@ -12,7 +12,7 @@ import numpy as np
 from em_data.cutting import average_area, find_pixel_size, read_all
 from em_data.intensity import FULL_RANGE, find_levels
 from em_data.label_images import is_label_image
-from em_data.labels import read_labels
+from em_data.labels.describe import describe_found
 from em_data.look.structure_size import StructureSize, measure_structure_size, subtract_background
 from em_data.micrograph import Micrograph
 from em_data.near_copies import (
@@ -58,14 +58,14 @@ class Survey:
         num_files: Number of entries, read or not.
         micrographs: One dictionary per micrograph: name, folder, group, specimen, frame, shape,
             bits, pixel_size_nm, pixel_hash, share_darkest and share_brightest (of pixels at the
-            ends of the type), share_clipped, num_objects, num_masks, notices.
+            ends of the type), share_clipped, defects ({kind: number} or None), class_name, notices.
         problems: One sentence per image that cannot be used.
         ignored: Sentences on what else the source holds.
         histogram: float64 [HISTOGRAM_BINS], share of pixels over the range that a model sees.
         samples: Micrographs spread over the source.
         similarity: {k: median correlation of frames of a stack that are k apart}.
         copies: Lists of names of micrographs that are copies of each other.
-        num_labelled: Boxes in labels/coco.json, by kind.
+        found: Sentences on the labels and classes that were found.
     """
 
     name: str
@@ -77,18 +77,15 @@ class Survey:
     samples: list[Sampled] = field(default_factory=list)
     similarity: dict[int, float] = field(default_factory=dict)
     copies: list[list[str]] = field(default_factory=list)
-    num_labelled: Counter = field(default_factory=Counter)
+    found: list[str] = field(default_factory=list)
 
 
-def survey_source(
-    source: Source, config, folder: Path | None = None, progress: Callable = lambda entries: entries
-) -> Survey:
+def survey_source(source: Source, config, progress: Callable = lambda entries: entries) -> Survey:
     """Read all micrographs of a source once.
 
     Args:
         source: As of `em_data.sources.open_source`.
         config: `DataConfig`.
-        folder: The source's folder, if it is one, for its labels.
         progress: Wraps the list of entries, as tqdm does.
 
     Raises:
@@ -126,9 +123,7 @@ def survey_source(
     survey.histogram /= len(survey.micrographs)
     survey.similarity = compare_frames(stacks.values())
     survey.copies = find_copies(survey.micrographs, signatures)
-    boxes = read_labels(folder) if folder is not None else None
-    for objects in (boxes or {}).values():
-        survey.num_labelled.update(each["kind"] for each in objects)
+    survey.found = describe_found(source, survey.micrographs)
     return survey
 
 
@@ -180,8 +175,10 @@ def _list_facts(entry, micrograph: Micrograph, share_clipped) -> dict:
         "share_darkest": float((image == 0).mean()),
         "share_brightest": float((image == FULL_RANGE[image.dtype]).mean()),
         "share_clipped": share_clipped + metadata.get("num_spikes", 0) / image.size,
-        "num_objects": None if micrograph.defects is None else len(micrograph.defects),
-        "num_masks": sum(each.mask is not None for each in micrograph.defects or ()),
+        "defects": None
+        if micrograph.defects is None
+        else dict(Counter(each.kind for each in micrograph.defects)),
+        "class_name": micrograph.class_name,
         "notices": list(metadata.get("notices", ())),
     }
 

@@ -27,7 +27,7 @@ def describe_survey(survey: Survey, advice: Advice) -> list[str]:
     lines.append(f"pixel size: {describe_pixel_sizes(survey)}")
     lines.append(f"grey levels: {describe_levels(survey)}")
     lines += merge_notices(micrographs)
-    lines.append(f"labels: {describe_labels(survey)}")
+    lines += survey.found or ["labels: none found"]
     lines.append(f"copies: {describe_copies(survey)}")
     lines.append(f"structures: {describe_structures(survey, advice)}")
     return lines
@@ -100,25 +100,6 @@ def format_share(share: float) -> str:
     if 0 < share < 1e-5:
         return "less than 0.001 %"
     return f"{100 * share:.2g} %"
-
-
-def describe_labels(survey: Survey) -> str:
-    """Return what labels were found."""
-    labelled = [each for each in survey.micrographs if each["num_objects"] is not None]
-    parts = []
-    if labelled:
-        objects, masks = (
-            sum(each[f"num_{key}"] for each in labelled) for key in ("objects", "masks")
-        )
-        parts.append(
-            f"{count(objects, 'object')} in {count(len(labelled), 'micrograph')}, "
-            f"{masks:,} with a mask"
-        )
-    if survey.num_labelled:
-        kinds = ", ".join(f"{num:,} {kind}" for kind, num in sorted(survey.num_labelled.items()))
-        parts.append(f"boxes in labels/coco.json: {kinds}")
-    parts += [each for each in survey.ignored if "labels by their name" in each]
-    return "; ".join(parts) or "none found"
 
 
 def describe_copies(survey: Survey) -> str:

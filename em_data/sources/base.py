@@ -42,6 +42,8 @@ class Source:
     name: str
     entries: list[Entry]
     ignored: list[str]  # sentences on what the source also holds and what is not used
+    labels: str = ""  # where the labels come from, for the sentence on what was found
+    classes: str = ""  # where the classes come from
 
 
 class Replayed:

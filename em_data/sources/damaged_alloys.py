@@ -47,18 +47,21 @@ def open_damaged_alloys(folder, config, cache_dir) -> Source:
     for path, key in zip(paths, hash_files(paths, cache_dir)):
         name = path.relative_to(folder).as_posix()
         label = labels.get(path)
-        if label is not None:  # other labels make another entry
+        if label is not None and config.labels != "none":  # other labels make another entry
             key += f"-{label.stat().st_size}-{label.stat().st_mtime_ns}"
 
         def frames(path=path, name=name, label=label):
             micrograph = read_micrograph(path, label_bar=config.label_bar, name=name)
             micrograph.pixel_size_nm = pixel_size_from_name(path.stem) or micrograph.pixel_size_nm
-            if label is not None:
+            if label is not None and config.labels != "none":
                 micrograph.defects = read_defects(label, micrograph)
             yield micrograph
 
         entries.append(Entry(name, key, frames))
-    return Source("damaged-alloys", entries, ignored + compare_with_study(paths, labels))
+    ignored += compare_with_study(paths, labels)
+    labels = {} if config.labels == "none" else labels
+    found = f"Damaged Alloys' own files ({len(labels)} images)" if labels else ""
+    return Source("damaged-alloys", entries, ignored, found)
 
 
 def find_layout(folder):

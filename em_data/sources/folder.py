@@ -6,22 +6,29 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from em_data.files import printable, write_atomically
 from em_data.formats.microscopes import find_companions
+from em_data.labels.find import find_classes, find_labels
+from em_data.labels.label_set import attach_labels
 from em_data.reading import read_micrographs
 from em_data.sources.base import Entry, Source
 from em_data.sources.listing import list_images
 
 IMAGE_FOLDER = re.compile(r"^(images?|imgs?|micrographs?|data|raw)$", re.IGNORECASE)
+LABELS_FORMAT = 1  # of what is read from files of labels; a change makes cached tiles invalid
 FRESH_NS = 2_000_000_000  # a file changed so recently may change again within its time stamp
 
 
 def open_folder(folder, config, cache_dir=None) -> Source:
-    """List the images below a folder. Images that are labels by their name are left out.
+    """List the images below a folder, with their labels and classes.
+
+    Images that are labels by their name are left out.
 
     The first start reads every byte of the images to hash them, which takes minutes for large data.
     Later starts read only files that changed.
@@ -29,18 +36,20 @@ def open_folder(folder, config, cache_dir=None) -> Source:
     Without a folder for the hashes, `cache_dir`, the entries have their paths as keys.
     """
     folder = Path(folder)
-    paths, ignored = list_images(folder)
-    keys = [str(path) for path in paths]
-    if cache_dir is not None:
-        files = {path: [folder / path, *find_companions(folder / path)] for path in paths}
-        hashes = iter(hash_files([each for group in files.values() for each in group], cache_dir))
-        keys = ["+".join(next(hashes) for _ in group) for group in files.values()]
+    listing = list_images(folder)
+    paths, files = listing.paths, listing.files
+    labels, notes, named = find_labels(
+        folder, paths, listing.labels, files, config.labels, config.masks
+    )
+    classes, where, said = find_classes(folder, paths, files, config.classes)
+    label_files = labels.files if labels else {}
+    ignored = listing.describe_ignored(named)
+    ignored += [*notes, *(labels.notes if labels else ()), *said]
     entries = []
-    for path, key in zip(paths, keys):
+    for path, key in zip(paths, _make_keys(folder, paths, labels, classes, cache_dir)):
         name = printable(path.as_posix())
         specimen = find_specimen(Path(name), config.specimen_pattern)
-
-        frames = partial(
+        read = partial(
             read_micrographs,
             folder / path,
             label_bar=config.label_bar,
@@ -48,8 +57,52 @@ def open_folder(folder, config, cache_dir=None) -> Source:
             specimen=specimen,
             frame_step=config.frame_step,
         )
+        frames: Callable = read
+        if path in label_files or path in classes:
+            fails = config.on_bad_image == "fail"
+            frames = partial(_Labelled, read, path, labels, classes.get(path), fails)
         entries.append(Entry(name, key, frames, specimen, group_of(name)))
-    return Source(folder.resolve().name, entries, ignored)
+    found = labels.describe() if labels else ""
+    return Source(folder.resolve().name, entries, ignored, found, where)
+
+
+def _make_keys(folder, paths, labels, classes, cache_dir):
+    """Return what identifies the content of each image with its labels and its class."""
+    if cache_dir is None:
+        return [str(path) for path in paths]
+    label_files = labels.files if labels else {}
+    files = {
+        path: [path, *(each.relative_to(folder) for each in find_companions(folder / path))]
+        for path in paths
+    }
+    every = list(dict.fromkeys(chain(*files.values(), *label_files.values())))
+    hashes = dict(zip(every, hash_files([folder / each for each in every], cache_dir)))
+    keys = []
+    for path, group in files.items():
+        key = "+".join(hashes[each] for each in group)
+        if path in label_files:
+            parts = [hashes[each] for each in label_files[path]]
+            key += f" labels {LABELS_FORMAT} {labels.form} {labels.recipe} {'+'.join(parts)}"
+        keys.append(key + (f" class {classes[path]}" if path in classes else ""))
+    return keys
+
+
+class _Labelled:
+    """Iterates over the micrographs of a file, adds labels, and goes on after a refused frame."""
+
+    def __init__(self, read, path, labels, class_name, fails):
+        self.frames, self.path, self.labels = read(), path, labels
+        self.class_name, self.fails = class_name, fails
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        micrograph = next(self.frames)
+        micrograph.class_name = self.class_name
+        if self.labels is not None:
+            attach_labels(self.labels, self.path, micrograph, self.fails)
+        return micrograph
 
 
 def group_of(name: str) -> str:

@@ -1,7 +1,10 @@
 """Which files of a folder are micrographs, by their names, kinds and first bytes."""
 
 import os
+import re
 import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from em_data.files import printable
@@ -20,12 +23,39 @@ from em_data.sources.paired_labels import find_paired_labels
 from em_data.split import name_some
 
 START_BYTES = 512  # that tell what a file of an unknown suffix is
+BY_NAME = "labels by their name"
+LABEL_TEXTS = re.compile(r"\.(txt|json|jsonl|csv|tsv|ya?ml|xml|names|labels)")
 PAIRED = "images are labels, by the name and the size of a micrograph: {}"
 POINTER_BYTES = 1024  # a pointer of Git LFS is smaller
 
 
-def list_images(folder) -> tuple[list[Path], list[str]]:
-    """Return the images below a folder, relative to it and in natural order, and what is left out.
+@dataclass
+class Listing:
+    """What a folder holds. All paths are relative to it.
+
+    Attributes:
+        paths: Its images, in natural order.
+        labels: Images that are labels by their names.
+        files: Other files that may hold labels or classes.
+        left_out: {reason: files that are not read}.
+        closed: Sentences on folders that cannot be opened.
+    """
+
+    paths: list[Path]
+    labels: list[Path]
+    files: list[Path]
+    left_out: dict[str, list[Path]]
+    closed: list[str]
+
+    def describe_ignored(self, used: Iterable[Path] = ()) -> list[str]:
+        """Return a sentence per reason for which files are not used; `used` are used as labels."""
+        used = set(used)
+        rest = {why: sorted(set(names) - used) for why, names in self.left_out.items()}
+        return [_say(why, names) for why, names in rest.items() if names] + self.closed
+
+
+def list_images(folder) -> Listing:
+    """List the images below a folder, its labels, and what is left out.
 
     Files without a known suffix are images if they begin like one. Pipes, sockets and devices are
     never opened.
@@ -33,7 +63,7 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
     Raises:
         ValueError: There is no image.
     """
-    folder, paths, left_out = Path(folder), [], {}
+    folder, paths, labels, others, left_out = Path(folder), [], [], [], {}
     closed, visited = [], set()
     for parent, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
         real = os.path.realpath(parent)
@@ -53,24 +83,34 @@ def list_images(folder) -> tuple[list[Path], list[str]]:
                 paths.append(relative / file)
             elif reason:
                 left_out.setdefault(reason, []).append(relative / file)
+                if BY_NAME in reason:
+                    labels.append(relative / file)
+            elif LABEL_TEXTS.fullmatch(suffix_of(file)):
+                others.append(relative / file)
     used = {each for path in paths for each in find_companions(folder / path)}
     paths = [path for path in paths if folder / path not in used]
-    labels = set(find_paired_labels(folder, paths))
-    if labels:
-        paths = [path for path in paths if path not in labels]
-        left_out[PAIRED] = sorted(labels)
+    paired = set(find_paired_labels(folder, paths))
+    if paired:
+        paths = [path for path in paths if path not in paired]
+        left_out[PAIRED] = sorted(paired)
     left_out = {
         why: [n for n in names if folder / n not in used] for why, names in left_out.items()
     }
-    ignored = [_say(reason, sorted(names)) for reason, names in left_out.items() if names]
-    ignored += [f"folder {printable(error.filename)}: {error.strerror}" for error in closed]
+    listing = Listing(
+        sorted(paths, key=natural_key),
+        sorted([*labels, *paired], key=natural_key),
+        sorted(others, key=natural_key),
+        left_out,
+        [f"folder {printable(error.filename)}: {error.strerror}" for error in closed],
+    )
     if not paths:
+        ignored = listing.describe_ignored()
         also = f" ({'; '.join(ignored)})" if ignored else ""
         raise ValueError(
             f"{folder} holds no TIFF, PNG, JPEG or BMP image and no file of a microscope{also}. "
             "Give a folder of images."
         )
-    return sorted(paths, key=natural_key), ignored
+    return listing
 
 
 def suffix_of(name) -> str:
@@ -98,9 +138,9 @@ def _find_reason(path, relative) -> str | None:
         return "pointers of Git LFS, not the images themselves: run git lfs pull in their folder"
     for part in relative.parts[:-1]:
         if LABEL_FOLDER.match(part):
-            return f"images in folder {printable(part)}/: labels by their name"
+            return f"images in folder {printable(part)}/: {BY_NAME}"
     if LABEL_FILE.search(relative.stem):
-        return "images in files named as labels: labels by their name"
+        return f"images in files named as labels: {BY_NAME}"
     return None
 
 

@@ -1,6 +1,5 @@
 """Labels beside their micrographs: the same name but for a word such as mask, and the same size."""
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,10 +7,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from em_data.label_images import WORDS
-
-FIRST = re.compile(rf"^{WORDS.pattern}[-_ .]*", re.IGNORECASE)
-FROM_THERE = re.compile(rf"[-_ .]*{WORDS.pattern}.*$", re.IGNORECASE)
+from em_data.label_images import WORDS, list_stems
 
 
 def find_paired_labels(folder: Path, paths: Iterable[Path]) -> list[Path]:
@@ -37,7 +33,7 @@ def find_paired_labels(folder: Path, paths: Iterable[Path]) -> list[Path]:
 def _has_micrograph(folder, path, plain):
     near = {path.parent, path.parent.parent}
     in_folder = bool(WORDS.search(path.parent.name))
-    for stem in _list_stems(path):
+    for stem in list_stems(path):
         for other in plain.get(stem, ()):
             is_beside = in_folder and other.parent.parent == path.parent.parent
             if other.parent in near or is_beside:
@@ -45,19 +41,6 @@ def _has_micrograph(folder, path, plain):
                 if size is not None and size == _read_size(folder / other):
                     return True
     return False
-
-
-def _list_stems(path):
-    """Return the names that the micrograph of a label may have."""
-    stems = {_drop_word(path.stem)}
-    if WORDS.search(path.parent.name):
-        stems |= {path.stem, _drop_word(path.parent.name)}
-    return stems - {""}
-
-
-def _drop_word(name):
-    without = FIRST.sub("", name)
-    return without if without != name else FROM_THERE.sub("", name)
 
 
 def _read_size(path):

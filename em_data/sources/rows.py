@@ -9,14 +9,14 @@ from pathlib import Path
 from huggingface_hub import HfFileSystem, constants
 
 from em_data.files import printable
-from em_data.labels import make_defects
 from em_data.micrograph import Micrograph
 from em_data.reading import read_micrograph, to_uint
 from em_data.sources.base import Entry, Replayed, Source, SourceLost
 from em_data.sources.columns import find_dtype, list_image_columns, read_size, to_plane
+from em_data.sources.row_labels import find_class_column, find_row_labels, name_classes
 from em_hub.transport import explain_hub_errors, fetch_repository, hash_as_hub, list_files
 
-KNOWN_COLUMNS = ("name", "micrograph", "pixel_size_nm", "specimen", "class_name")
+KNOWN_COLUMNS = ("name", "micrograph", "pixel_size_nm", "specimen")
 BLOCK_BYTES = 2**18  # a stream asks for at least so much at a time
 FETCHED, STREAMED, NAMED = "hub:", "hub-stream:", "datasets:"
 
@@ -29,12 +29,11 @@ def is_dataset(source) -> bool:
 def open_dataset(source, config) -> Source:
     """List the rows of a data set that hold an image, see `list_image_columns`.
 
-    The columns `name`, `micrograph` (rows that share it are pieces of one image), `pixel_size_nm`,
-    `specimen` and `class_name`, and the labels `objects` and `mask` as `em_data.push` writes them,
-    are used if they exist.
+    The columns `name`, `micrograph` (rows that share it are pieces of one image), `pixel_size_nm`
+    and `specimen`, labels (`em_data.sources.row_labels`) and classes are used if they exist.
     """
     ignored, source = [], str(source)
-    rows = open_rows(source, ignored)
+    rows = open_rows(source, ignored, config)
     if not rows.num:
         raise ValueError(f"{source} has no rows.")
     features = rows.features
@@ -44,12 +43,19 @@ def open_dataset(source, config) -> Source:
             f"{source} has no column of images (Image, Array2D, Array3D or lists of numbers), only "
             f"{', '.join(features)}."
         )
-    column, labels = images[0], _find_labels(features, images[0])
-    unused = [key for key in images[1:] if key not in labels]
+    column = images[0]
+    labels = find_row_labels(features, column, config, rows.read, ignored)
+    label_columns = labels.columns if labels else []
+    unused = [key for key in images[1:] if key not in label_columns]
     if unused:
         ignored.append(f"columns {', '.join(unused)}: the images are in column {column}")
-    content, entries = rows.read([column, *labels]), []
-    dtype = find_dtype(features[column])
+    by_class = find_class_column(features, config.classes)
+    classes = {}
+    if by_class:
+        classes = name_classes(rows.known[by_class], features[by_class], by_class, ignored)
+    content, entries = rows.read([column, *label_columns]), []
+    dtype, fails = find_dtype(features[column]), config.on_bad_image == "fail"
+    form = f" labels {labels.name} {labels.form}" if labels else ""
     for i in range(rows.num):
         facts = {key: values[i] for key, values in rows.known.items()}
         name = printable(f"{facts.get('name') or facts.get('micrograph') or 'row'}_{i:06d}")
@@ -57,14 +63,18 @@ def open_dataset(source, config) -> Source:
         def frames(i=i, name=name, facts=facts):
             row = content[i]
             micrograph = _read_image(row[column], dtype, name, facts, config.label_bar)
-            micrograph.class_name = facts.get("class_name")
-            _read_labels(row, micrograph)
+            micrograph.class_name = classes.get(i)
+            if labels:
+                labels.attach(row, micrograph, fails)
             yield micrograph
 
         group = facts.get("micrograph") and str(facts["micrograph"])
-        entries.append(Entry(name, f"{rows.content}-{i}", frames, facts.get("specimen"), group))
+        key = f"{rows.content}-{i}{form}" + (f" class {classes[i]}" if i in classes else "")
+        entries.append(Entry(name, key, frames, facts.get("specimen"), group))
     name = source.split("@")[0] if source.startswith((FETCHED, STREAMED)) else source
-    return Source(Path(name.removeprefix(NAMED).rstrip("/")).name, entries, ignored)
+    name = Path(name.removeprefix(NAMED).rstrip("/")).name
+    found = f"column {labels.name} ({labels.form})" if labels else ""
+    return Source(name, entries, ignored, found, f"column {by_class}" if classes else "")
 
 
 @dataclass
@@ -78,19 +88,19 @@ class Rows:
     read: Callable  # names of columns (the image first) -> rows by number, images as encoded bytes
 
 
-def open_rows(source: str, ignored: list) -> Rows:
+def open_rows(source: str, ignored: list, config) -> Rows:
     """Open the data set of a source; append to `ignored` what is not used."""
     import datasets
 
     if source.startswith(STREAMED):
-        return _open_stream(source.removeprefix(STREAMED))
+        return _open_stream(source.removeprefix(STREAMED), config)
     if source.startswith(FETCHED):
         dataset, content = _load_from_hub(source.removeprefix(FETCHED))
     else:
         dataset = _load_dataset(source.removeprefix(NAMED), ignored)
         content = dataset._fingerprint
     features = dataset.features
-    known = {name: dataset[name][:] for name in KNOWN_COLUMNS if name in features}
+    known = {name: dataset[name][:] for name in _list_known(features, config)}
 
     def read(names):
         columns = _leave_images_encoded(dataset.select_columns(names))
@@ -102,7 +112,7 @@ def open_rows(source: str, ignored: list) -> Rows:
     return Rows(features, len(dataset), known, content, read)
 
 
-def _open_stream(name) -> Rows:
+def _open_stream(name, config) -> Rows:
     """Open the Parquet files of one commit on the Hub; nothing is kept on this disk.
 
     Known columns are read at once. The rest is read row by row: asking for an earlier row starts
@@ -130,14 +140,14 @@ def _open_stream(name) -> Rows:
             with file_system.open(path, block_size=BLOCK_BYTES) as file:
                 parquet = pq.ParquetFile(file, pre_buffer=False)
                 schema = parquet.schema_arrow
-                names = [column for column in KNOWN_COLUMNS if column in schema.names]
-                tables.append(parquet.read(columns=names))
+                features = datasets.Features.from_arrow_schema(schema)
+                tables.append(parquet.read(columns=_list_known(features, config)))
         known = pa.concat_tables(tables, promote_options="default")
 
     def read(names):
         return Replayed(lambda: _stream(name, paths, names))
 
-    features, content = datasets.Features.from_arrow_schema(schema), _hash_content(files.values())
+    content = _hash_content(files.values())
     num = sum(table.num_rows for table in tables)  # also without known columns
     return Rows(features, num, known.to_pydict(), content, read)
 
@@ -230,12 +240,11 @@ def _first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _find_labels(features, column):
-    """Return the names of the columns of labels, as `em_data.push` writes them."""
-    items = getattr(features.get("objects"), "feature", None)
-    if not isinstance(items, dict) or not {"kind", "box_px"} <= set(items):
-        return []
-    return [key for key in ("objects", "mask") if key in features and key != column]
+def _list_known(features, config):
+    """Return the columns that are read at once: those that are known, and that of the classes."""
+    names = [name for name in KNOWN_COLUMNS if name in features]
+    by_class = find_class_column(features, config.classes)
+    return [*names, *([by_class] if by_class and by_class not in names else [])]
 
 
 def _leave_images_encoded(dataset):
@@ -264,14 +273,3 @@ def _read_image(value, dtype, name, facts, label_bar) -> Micrograph:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return Micrograph(image, name, pixel_size_nm, specimen, metadata)
-
-
-def _read_labels(row, micrograph):
-    """Add the labels of a row to its micrograph, if there are any."""
-    objects = row.get("objects")
-    if objects is None:
-        return
-    mask = (row.get("mask") or {}).get("bytes")
-    if mask is not None:
-        mask = read_micrograph(mask, label_bar="keep", name=f"mask of {micrograph.name}").image
-    micrograph.defects = make_defects(objects, mask, micrograph.image.shape)

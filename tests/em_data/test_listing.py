@@ -26,8 +26,8 @@ def folder(tmp_path, noise):
 
 
 def names_and_sentences(folder):
-    paths, ignored = list_images(folder)
-    return [path.as_posix() for path in paths], ignored
+    listing = list_images(folder)
+    return [path.as_posix() for path in listing.paths], listing.describe_ignored()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def save_several(folder, names, diameter=20, side=SIDE):
 
 def survey(folder, **tiles):
     config = DataConfig(**tiles)
-    return survey_source(open_source(folder, config, folder / "../cache"), config, folder), config
+    return survey_source(open_source(folder, config, folder / "../cache"), config), config
 
 
 def call(folder, tmp_path, **options):

@@ -346,7 +346,8 @@ def test_without_the_extra_the_message_names_it(store, monkeypatch, tmp_path):
 def test_folder_lists_files_of_microscopes_and_names_the_others(tmp_path):
     for suffix in [*SUFFIXES, ".blo", ".msa"]:
         (tmp_path / f"a{suffix}").write_bytes(b"x")
-    paths, ignored = list_images(tmp_path)
-    assert {path.suffix for path in paths} == set(SUFFIXES)
+    listing = list_images(tmp_path)
+    ignored = listing.describe_ignored()
+    assert {path.suffix for path in listing.paths} == set(SUFFIXES)
     assert any(each.startswith("1 .blo files: 4D-STEM sets of diffraction") for each in ignored)
     assert "1 .msa files: spectra, not micrographs" in ignored

@@ -15,15 +15,22 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("name", "num_micrographs", "num_tiles"),
-    [("steel-316l-loops", 17, 16 * 4 + 16), ("superalloy-sem", 45, 23 * 4 + 22 * 16)],
+    ("name", "num_micrographs", "num_tiles", "num_labelled", "kinds"),
+    [
+        ("steel-316l-loops", 17, 16 * 4 + 16, 16, {"hcloop"}),
+        ("superalloy-sem", 45, 23 * 4 + 22 * 16, 45, {"1", "2", "#0000ff", "#ff0000"}),
+    ],
 )
-def test_real_set_is_read_whole_and_its_masks_are_not(name, num_micrographs, num_tiles, config):
+def test_real_set_is_read_whole_and_its_masks_are_labels(
+    name, num_micrographs, num_tiles, num_labelled, kinds, config
+):
     said = []
     data = load_data(str(SHARED / name), config(resolution=256), log=said.append)
     assert data.summary["num_micrographs"] == num_micrographs
     assert data.summary["num_tiles"] == num_tiles
-    assert any("labels by their name" in line for line in said)
+    assert data.summary["num_labelled_micrographs"] == num_labelled
+    assert set(data.summary["kinds"]) == kinds
+    assert any(line.startswith("labels from") for line in said)
     assert not any("mask" in micrograph for micrograph in data.summary["held_out"])
     assert data.train.batch([0]).std() > 0.05
 

@@ -1,6 +1,7 @@
 """Rows of data sets: which column, which arrays, what is missing."""
 
 import io
+import re
 
 import numpy as np
 import PIL.Image
@@ -52,8 +53,10 @@ def test_the_image_column_is_chosen_by_sense(tmp_path, noise, config, columns, c
     dataset = Dataset.from_dict(rows, features=Features({name: Image() for name in columns}))
     data, said = load(dataset, tmp_path, config)
     assert np.array_equal(pixels_of(data), images[chosen][0][:16, :16])
-    if len(columns) > 1:
-        assert any(f"the images are in column {chosen}" in line for line in said)
+    if len(columns) > 1:  # a mask is a label; of several, one is used
+        words = f"the images are in column {chosen}|labels from column (annotation|mask|seg)"
+        assert any(re.search(words, line) for line in said)
+        assert any("not used" in line for line in said) == (columns != ["a", "b"])
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])

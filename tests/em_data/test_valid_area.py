@@ -33,14 +33,16 @@ def test_largest_rectangle_is_that_of_all_rectangles(share):
 def test_borders_of_nan_are_cropped_and_said():
     image, notices = VALUES.copy(), []
     image[:5], image[:, -9:] = np.nan, np.nan
-    assert np.array_equal(remove_nan(image, notices), VALUES[5:, :-9])
+    cropped, corner = remove_nan(image, notices)
+    assert np.array_equal(cropped, VALUES[5:, :-9])
+    assert corner == (5, 0)
     assert notices == ["borders of NaN cropped: 55 x 71 of 60 x 80 pixels, from row 5 and column 0"]
 
 
 def test_isolated_nan_becomes_the_median_around_it_and_the_rest_is_kept():
     image, notices = VALUES.copy(), []
     image[:5], image[30, 40] = np.nan, np.nan
-    filled = remove_nan(image, notices)
+    filled, _ = remove_nan(image, notices)
     around = np.delete(VALUES[28:33, 38:43].ravel(), 12)
     assert filled.shape == (55, 80)
     assert filled[25, 40] == np.median(around)
@@ -57,4 +59,4 @@ def test_image_of_mostly_nan_is_refused_with_the_share_that_is_left():
 
 
 def test_image_without_nan_is_not_copied():
-    assert remove_nan(VALUES, []) is VALUES
+    assert remove_nan(VALUES, [])[0] is VALUES
