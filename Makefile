@@ -1,4 +1,5 @@
 # make demo       train, generate, evaluate and report on the embedded micrographs, or on DATA=FOLDER
+# make pairs      labelled pairs in three ways, and what they add to a detector (an hour), or on DATA=FOLDER
 # make test       lint and the fast tests
 # make test-slow  the tests that take minutes each
 # make test-faults  whole commands under kills, power cuts and full disks (an hour; all of it as root)
@@ -21,7 +22,7 @@ THREADS = OMP_NUM_THREADS=$(shell n=$$(( $(CORES) / $(DEMO_JOBS) )); echo $$(( n
 # glibc gives each large tensor back to the system and maps its pages anew; these two settings keep freed memory in the process
 TRAIN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(RUN)
 
-.PHONY: demo demo-ldm demo-gan test test-slow test-faults test-isa lint docs install clean
+.PHONY: demo demo-ldm demo-gan pairs test test-slow test-faults test-isa lint docs install clean
 
 # The autoencoder is fitted in seconds. Then the denoiser and StyleGAN2 train side by side, each on half of the cores:
 # networks this small gain little from a second core. DEMO_JOBS=1 trains one after the other on all cores. Both families
@@ -43,6 +44,10 @@ demo-gan: $(INSTALLED)
 	@{ $(THREADS) $(TRAIN) train_gan.py $(PRESET) --data "$(DATA)" --out "$(OUT)/stylegan2" $(FLAGS) && \
 	  $(THREADS) $(RUN) generate.py --model "$(OUT)/stylegan2" --num-images $(NUM_IMAGES) --out "$(OUT)/images/stylegan2"; } \
 	  > "$(OUT)/stylegan2.log" 2>&1 || { tail -n 3 "$(OUT)/stylegan2.log" >&2; exit 1; }
+
+PAIRS_FLAGS ?= $(if $(filter-out synthetic,$(DATA)),--data "$(DATA)")
+pairs: $(INSTALLED)
+	$(RUN) experiments/labelled_pairs/recipe.py $(PAIRS_FLAGS)
 
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow"

@@ -17,6 +17,7 @@ from em_data.files import write_atomically
 from em_evaluation.detector.adherence_measure import (
     choose_worst,
     describe_set,
+    describe_sets,
     draw_adherence,
     list_colours,
     search_images,
@@ -107,24 +108,12 @@ def measure_adherence(config: AdherenceConfig, say=print) -> dict:
     result, out = to_json(result), Path(config.out)
     write_atomically(out / "adherence.json", json.dumps(result, indent=1) + "\n")
     write_atomically(out / "adherence.html", render_adherence(result, figures))
-    for line in describe_adherence(rows):
+    for line in describe_sets(rows):
         say(line)
     if "kept" in result:
         say(f"{result['dropped']} images dropped, {result['kept']} kept in {result['folder']}")
     say(f"\n{out / 'adherence.html'}")
     return result
-
-
-def describe_adherence(rows: list[dict]) -> list[str]:
-    """Return recall and precision of each set as lines of text."""
-    lines = [f"{'':28} {'kind':12} {'recall (95 %)':26} precision (95 %)"]
-    for row in rows:
-        parts = [("all", row), *(row["by_kind"].items() if len(row["by_kind"]) > 1 else ())]
-        for kind, each in parts:
-            name = row["name"] if kind == "all" else ""
-            recall, precision = (format_interval(each[key]) for key in ("recall", "precision"))
-            lines.append(f"{name:28} {kind:12} {recall:26} {precision}")
-    return lines
 
 
 def render_adherence(result: dict, figures: list[dict]) -> str:

@@ -13,6 +13,7 @@ import tyro
 
 from em_data.config import DataConfig
 from em_data.files import write_atomically
+from em_data.labels import write_labelled
 from em_evaluation.detector.adherence_measure import describe_set, draw_adherence, search_images
 from em_evaluation.detector.arms import ALL, EXPECTED, Arm, Task, list_tasks, name_pairs
 from em_evaluation.detector.gain_page import describe_gain, render_gain
@@ -47,6 +48,9 @@ class GainConfig:
     """NAME=FOLDER of labelled generated images (generate.py --pairs), or NAME=SOURCE. Four names
     have a title on the page: raw (simulation as it is), way1, way2 and way3. {num} and {split} in
     FOLDER are the number of labelled micrographs and the split, if a generator saw them."""
+    write_labelled: str | None = None
+    """Only write the labelled micrographs of each number and split into such a folder, with {num}
+    and {split} in it, for generators that learn from them."""
     out: str = "runs/detector_gain"
     """Folder for the trainings, results.json and gain.html."""
     nums: tuple[int, ...] = (5, 10, 25, 50, 100)
@@ -103,6 +107,8 @@ def parse_folders(words) -> dict[str, str]:
 def measure_gain(config: GainConfig, say=print) -> Path:
     """Run the trainings that are missing, analyse all and write results.json and the page.
 
+    With `write_labelled`, write the labelled micrographs instead.
+
     Returns:
         The page's path.
 
@@ -114,6 +120,8 @@ def measure_gain(config: GainConfig, say=print) -> Path:
         config.data, config.tiles, config.kinds, config.segmenter, config.synthetic_share
     )
     materials = read_materials(settings, log=say)
+    if config.write_labelled is not None:
+        return write_labelled_sets(config, materials, say)
     folders = parse_folders(config.pairs)
     for name in EXPECTED:
         if name not in folders:
@@ -138,6 +146,29 @@ def measure_gain(config: GainConfig, say=print) -> Path:
         say(line)
     say(f"\n{out / 'gain.html'}")
     return out / "gain.html"
+
+
+def write_labelled_sets(config, materials: Materials, say) -> Path:
+    """Write the labelled micrographs of each number and split; return the last folder.
+
+    Raises:
+        ValueError: The name of the folder has no {num} or {split}, or a folder is not empty.
+    """
+    pattern = config.write_labelled
+    if "{num}" not in pattern or "{split}" not in pattern:
+        raise ValueError(
+            f"--write-labelled is {pattern}, but must have {{num}} and {{split}} in it, such as "
+            "runs/labelled/{num}/{split}."
+        )
+    nums = [num for num in config.nums if num <= len(materials.micrographs)]
+    for num in nums:
+        for split in range(config.splits):
+            folder = Path(pattern.format(num=num, split=split))
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder} is not empty. Delete it, or name another folder.")
+            write_labelled(materials.list_micrographs(num, split), folder)
+            say(f"{folder}: {num} labelled micrographs")
+    return folder
 
 
 def choose_tasks(config, materials: Materials, folders, say) -> list[tuple[Task, str | None]]:

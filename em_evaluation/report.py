@@ -10,6 +10,7 @@ from em_data.files import write_atomically
 from em_data.views import SYMMETRIES
 from em_evaluation import wording
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
+from em_evaluation.detector.adherence_measure import list_colours
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.memorisation_report import view_memorisation
 from em_evaluation.microscopy_report import view_microscopy
@@ -99,6 +100,7 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         distances_svg=draw_distances(report),
         microscopy=view_microscopy(report),
         memorisation=view_memorisation(report),
+        adherence=view_adherence(report, pictures),
         closest_pairs=pairs,
         curves=[
             {"model": model["name"], "stage": stage, "charts": draw_curves(lines)}
@@ -108,6 +110,14 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         ],
         data_rows=list_data(report["dataset"]),
     )
+
+
+def view_adherence(report: dict, pictures: list[dict]) -> dict | None:
+    """Return what the page shows of adherence; None if no set of the report has labels."""
+    if report.get("adherence") is None:
+        return None
+    figures = [picture["figure"] for picture in pictures if picture["role"] == "adherence"]
+    return {"section": report["adherence"], "figures": figures, "colours": list_colours()}
 
 
 def view_units(report: dict) -> list[dict]:

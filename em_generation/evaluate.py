@@ -17,6 +17,7 @@ from em_evaluation.compare import compare_reports
 from em_evaluation.evaluator import RealImages
 from em_evaluation.levels import LEVELS, LevelName
 from em_evaluation.numbers import format_interval
+from em_generation.adherence import add_adherence
 from em_generation.candidates import Candidate, name_candidates, refuse_other_splits
 from em_generation.extractors import create_extractors
 from em_generation.families import make_options
@@ -157,6 +158,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     page = None
     if evaluated is not None:
         report, pictures = evaluated
+        pictures += add_adherence(report, config, candidates, real, log=state.print)
         page = write_report(report, pictures, config.out)
         print_summary(report, page, candidates)
     state.wait_for_everyone()

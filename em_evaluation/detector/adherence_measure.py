@@ -11,6 +11,7 @@ from em_evaluation.detector.outlines import COLOURS, FOUND, INVENTED, MISSED, dr
 from em_evaluation.detector.scores import Comparison, Scores, compare, summarise
 from em_evaluation.detector.segmenter import Segmenter
 from em_evaluation.interval import Interval
+from em_evaluation.numbers import format_interval
 
 NUM_REPLICATES = 1000
 MOST_SHOWN = 6  # images of a set in a picture
@@ -62,6 +63,18 @@ def _make_interval(values):
         return None
     low, high = np.quantile(known, [0.025, 0.975])
     return Interval(float(values[0]), float(low), float(high)).limited(0, 1).to_json()
+
+
+def describe_sets(rows: list[dict]) -> list[str]:
+    """Return recall and precision of each set as lines of text."""
+    lines = [f"{'':28} {'kind':12} {'recall (95 %)':26} precision (95 %)"]
+    for row in rows:
+        parts = [("all", row), *(row["by_kind"].items() if len(row["by_kind"]) > 1 else ())]
+        for kind, each in parts:
+            name = row["name"] if kind == "all" else ""
+            recall, precision = (format_interval(each[key]) for key in ("recall", "precision"))
+            lines.append(f"{name:28} {kind:12} {recall:26} {precision}")
+    return lines
 
 
 def draw_adherence(

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from em_data.config import DataConfig
 from em_data.data import load_data, load_tiles
-from em_data.files import write_atomically
+from em_data.files import make_folder_name, write_atomically
+from em_data.micrograph import Micrograph
 from em_evaluation.detector.arms import WEAK, Task
 from em_evaluation.detector.labelled import LabelledImage
 from em_evaluation.detector.labelled_tiles import list_labelled, parse_kinds
@@ -67,6 +68,21 @@ class Materials:
         order = np.random.default_rng([split, 5]).permutation(len(names))
         return [names[i] for i in order[:num]]
 
+    def list_micrographs(self, num: int, split: int) -> list[Micrograph]:
+        """Return the labelled images of the first `num` micrographs of a split."""
+        chosen = set(self.choose(num, split))
+        return [
+            Micrograph(
+                each.image,
+                f"{Path(each.micrograph).stem}-{i:05d}",
+                each.pixel_size_nm,
+                make_folder_name(each.specimen),
+                defects=each.defects,
+            )
+            for i, each in enumerate(self.pool)
+            if each.micrograph in chosen
+        ]
+
     def get_pool_set(self) -> TrainingSet:
         """Return the training set of all labelled tiles."""
         if "" not in self.sets:
@@ -105,8 +121,10 @@ def read_materials(settings: TrainingSettings, log=print) -> Materials:
 def read_pairs(folder: str, settings: TrainingSettings, kind_map):
     """Return the labelled images of pairs, cut to the segmenter's crops, and their hash.
 
-    Kinds that the real labels do not have are left out.
+    Raises:
+        ValueError: No image has labels, or none of the kinds is one that the segmenter looks for.
     """
+    kind_map = {name: name for name in kind_map.values()} | dict(kind_map)
     tiles = replace(
         settings.tiles,
         resolution=settings.segmenter.crop_px,
@@ -118,6 +136,12 @@ def read_pairs(folder: str, settings: TrainingSettings, kind_map):
     images = list_labelled(cut, kind_map, "micrograph")
     if not images:
         raise ValueError(f"{folder} holds no labelled images. Make them with generate.py --pairs.")
+    others = [kind for kind in cut.kinds if kind not in kind_map]
+    if len(others) == len(cut.kinds):
+        raise ValueError(
+            f"{folder} has defects of the kinds {', '.join(others) or 'none'}, but the segmenter "
+            f"looks for {', '.join(kind_map)}. Make pairs of these kinds, with --labelled."
+        )
     return images, cut.fingerprint
 
 

@@ -150,6 +150,22 @@ def test_the_command_resumes_and_says_what_is_left_out(tmp_path):
     assert again["cells"] == results["cells"]
 
 
+def test_writes_the_labelled_micrographs_of_each_split(tmp_path):
+    config = make_config(tmp_path, write_labelled=str(tmp_path / "labelled" / "{num}" / "{split}"))
+    measure_gain(config, say=lambda text: None)
+
+    def list_names(num, split):
+        coco = json.loads((tmp_path / f"labelled/{num}/{split}/labels/coco.json").read_text())
+        assert {each["name"] for each in coco["categories"]} >= {"loop", "dot"}
+        assert coco["annotations"]
+        return {each["file_name"] for each in coco["images"]}
+
+    assert len(list_names(4, 0)) == 4
+    assert list_names(2, 0) < list_names(4, 0) != list_names(4, 1)
+    with pytest.raises(ValueError, match="not empty"):
+        measure_gain(config, say=lambda text: None)
+
+
 @pytest.mark.slow
 def test_processes_give_the_same_numbers(tmp_path):
     alone = make_config(tmp_path)

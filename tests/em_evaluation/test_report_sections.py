@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from em_data.config import DataConfig
+from em_data.data import load_data, load_tiles
 from em_data.synthetic_micrographs import synthesise_micrographs
 from em_evaluation import ModelImages, Protocol, evaluate_models, microscopy, write_report
+from em_evaluation.detector import adherence_section
 from em_evaluation.evaluator import RealImages
 from em_evaluation.features import Extractor
 
@@ -124,3 +127,28 @@ def test_the_page_says_what_a_model_was_given_beforehand(evaluated, tmp_path):
     report["models"][1]["info"]["started_from"] = "em-stylegan2-64's generator"
     page = write_report(report, pictures, tmp_path).read_text()
     assert "Honest started from em-stylegan2-64&#39;s generator. A comparison is fair" in page
+
+
+def test_labelled_images_have_a_section_on_adherence(evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(adherence_section, "NUM_STEPS", 3)
+    tiles = {"resolution": 64, "micrograph_size": 64, "cache_dir": str(tmp_path / "cache")}
+    config = DataConfig(num_synthetic=8, split="specimen", held_out_fraction=0.5, **tiles)
+    data = load_data("synthetic-other", config, log=lambda text: None)
+    generated = load_tiles("synthetic", DataConfig(num_synthetic=5, **tiles), log=lambda text: None)
+    section, pictures = adherence_section.measure_section(
+        data.train, data.held_out, {"way1": generated}
+    )
+    assert [row["name"] for row in section["sets"]] == ["held-out micrographs", "way1"]
+    assert section["sets"][1]["num_images"] == 5
+    assert set(section["sets"][1]["by_kind"]) == set(data.train.kinds)
+
+    report, others = evaluated[1]
+    page = write_report({**report, "adherence": section}, others + pictures, tmp_path).read_text()
+    assert '<h2 id="adherence">' in page
+    assert '<a href="#adherence">' in page
+    assert "way1: 5 images, and below them" in page
+    assert "adherence" not in write_report(report, others, tmp_path).read_text()
+
+    unlabelled = load_tiles("synthetic", DataConfig(num_synthetic=5, **tiles), log=print)
+    unlabelled.is_labelled = np.zeros(unlabelled.num_tiles, bool)
+    assert adherence_section.measure_section(data.train, data.held_out, {"a": unlabelled}) is None

@@ -1,0 +1,59 @@
+"""The recipe of `make pairs`: the commands that it prints are ones that the commands take."""
+
+import shlex
+
+import pytest
+import tyro
+
+from em_diffusion import PRESETS
+from em_evaluation.detector_gain import GainConfig
+from em_training.flags import parse_preset
+
+
+@pytest.fixture
+def commands(load_recipe, tmp_path, capsys):
+    def run(*arguments):
+        recipe = load_recipe("labelled_pairs/recipe.py")
+        recipe.main(["--runs", str(tmp_path / "runs"), "--dry-run", *arguments])
+        lines = capsys.readouterr().out.splitlines()
+        return [shlex.split(line) for line in lines if line.startswith("  ")]
+
+    return run
+
+
+def read_gains(commands):
+    gains = [words[2:] for words in commands if words[1] == "em_evaluation.detector_gain"]
+    return [tyro.cli(GainConfig, args=words) for words in gains]
+
+
+def test_labelled_and_unlabelled_micrographs_are_of_other_specimens(commands):
+    printed = commands()
+    written, before, last = read_gains(printed)
+    assert "{num}" in written.write_labelled
+    assert before.nums == last.nums == (10, 50)
+    assert before.tiles == last.tiles == written.tiles
+    assert last.tiles.split == "specimen"
+    names = [word.partition("=")[0] for word in last.pairs]
+    assert names == ["raw", "way1", "way2", "way3"]
+    train = next(words for words in printed if words[0] == "train_ldm.py")
+    config, _ = parse_preset(
+        PRESETS, train[1:], command="", default="demo", description="", main_flags=()
+    )
+    assert config.data == last.data == "synthetic-other"
+    assert config.tiles.seed != last.tiles.seed
+    assert config.tiles.resolution == last.tiles.resolution
+
+
+def test_ways_that_see_labels_have_a_folder_for_each_split(commands):
+    printed = commands("--nums", "10", "--splits", "2")
+    folders = {words[words.index("--out") + 1] for words in printed if words[0] == "generate.py"}
+    made = {folder.partition("/runs/")[2] for folder in folders}
+    assert made == {"way1", *(f"way{way}/10/{split}" for way in (2, 3) for split in (0, 1))}
+
+
+def test_other_micrographs_have_no_raw_simulation(commands):
+    printed = commands("--data", "some folder", "--tiles", "resolution=128", "split=specimen")
+    last = read_gains(printed)[-1]
+    assert last.data == "some folder"
+    assert last.tiles.resolution == 128
+    assert not any(word.startswith("raw=") for word in last.pairs)
