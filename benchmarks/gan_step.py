@@ -32,7 +32,7 @@ import torch
 from train_step import LoopInSteps, make_clock
 
 from em_data import DataConfig, load_data
-from em_stylegan import gan_loop, losses
+from em_stylegan import game, gan_loop, losses, networks
 from em_stylegan.config import DiscriminatorConfig, GeneratorConfig, StyleGANConfig
 from em_stylegan.presets import demo
 from em_stylegan.second_derivatives import second_derivatives
@@ -81,7 +81,7 @@ def compare(model, discriminator, plain, images, config) -> dict:
     """Return relative differences of images, logits, and the gradients of each loss."""
     generator = make_generator(0)
     batch_size = min(config.training.batch_size, 4)
-    _, ws = gan_loop.draw_ws(model, batch_size, 0.9, generator)
+    _, ws = game.draw_ws(model, batch_size, 0.9, generator)
     ws = ws.detach()
     images = images[:batch_size]
     noise = torch.randn(images.shape, generator=generator)
@@ -137,7 +137,7 @@ def weights_of(network, order=None):
 
 def measure(config, tiles, accelerator, arguments, folder):
     """Return relative differences, and for each round the seconds of each kind of step."""
-    model, discriminator = gan_loop.create_networks(config)
+    model, discriminator = networks.create_networks(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("noise_strength"):

@@ -48,6 +48,7 @@ CURVES = {  # key: title, unit
     "r1": ("Gradient penalty (R1)", ""),
     "path_length": ("Path length of the generator", ""),
     "path_length_penalty": ("Path length penalty", ""),
+    "class_weight": ("Weight of the classes", ""),
     "augmentation_probability": ("Probability of augmentation", ""),
 }
 

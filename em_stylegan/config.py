@@ -74,6 +74,9 @@ class DiscriminatorConfig:
     num_frozen_layers: NotNegative = 0
     """Layers, counted from the image, that are not trained; for a discriminator that starts from
     trained weights."""
+    unconditional_output: bool = True
+    """With classes: also judge images regardless of their class, which the ramp of the classes
+    needs. False, as in StyleGAN2-ADA, goes with training.class_ramp_images 0 0."""
 
 
 @dataclass(frozen=True, config=strict("training.augmentation"))
@@ -128,6 +131,10 @@ class GANTrainingConfig:
     ema_half_life_images: NotNegativeFloat = 10_000
     ema_ramp_up: PositiveFloat | None = 0.05
     """The EMA's half-life is at most this share of the images seen; None for no such limit."""
+    class_ramp_images: tuple[NotNegative, NotNegative] = (200_000, 400_000)
+    """With classes: training images between which the weight of the classes rises from 0 to 1.
+    Small sets then train without classes first (Shahbazi et al. 2022, arXiv:2201.06578). 0 0:
+    classes count from the beginning. The best weights are sought after the ramp."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     evaluate_every: Annotated[NotNegative, MAY_CHANGE] = 0
     """Interval in images for comparing the averaged generator with held-out tiles (Frechet
@@ -166,6 +173,9 @@ class StyleGANConfig:
     pipeline, a model of the package such as em-stylegan2-64, a Hub repository, or a folder written
     by `em_stylegan.load_official`. With few micrographs, use discriminator.num_frozen_layers to
     keep what the discriminator has learned."""
+    conditional: bool = False
+    """Train with the classes of the micrographs, such as materials: the model then draws images of
+    a class that is asked for."""
     save_untrained: Annotated[bool, MAY_CHANGE] = False
     """Also save the pipeline of the first weights, for comparison: in untrained/ if they are
     random, in start/ if they come from init_from."""
@@ -188,6 +198,8 @@ class StyleGANConfig:
                 f"{smallest} for {architecture}. Use --tiles.resolution."
             )
         self._check_reduction()
+        if self.conditional:
+            self._check_ramp()
         for name in ("generator", "discriminator"):
             base = getattr(self, name).channel_base
             if base < resolution:
@@ -195,6 +207,22 @@ class StyleGANConfig:
                     f"{name}.channel_base is {base}, but must be at least tiles.resolution "
                     f"({resolution}). Use --{name}.channel-base."
                 )
+
+    def _check_ramp(self):
+        """Raise `ValueError` for a ramp of the classes that does not fit the training."""
+        (start, end), num_images = self.training.class_ramp_images, self.training.num_images
+        if start > end or end > num_images:
+            raise ValueError(
+                f"training.class_ramp_images is {start} {end}, but must rise and end within the "
+                f"{num_images} images of the training. Use --training.class-ramp-images "
+                f"{num_images // 4} {num_images // 2}."
+            )
+        if end > 0 and not self.discriminator.unconditional_output:
+            raise ValueError(
+                f"training.class_ramp_images is {start} {end}, but without "
+                "discriminator.unconditional_output there is nothing to train before the classes "
+                "count. Use --training.class-ramp-images 0 0, or leave the output on."
+            )
 
     def _check_reduction(self):
         """Raise `ValueError` for options of StyleGAN2 in another, and for too large a reduction."""

@@ -1,31 +1,17 @@
-"""Training of StyleGAN2 and 3: the losses of a step, then the loop."""
+"""Training of StyleGAN2 and 3: the loop; the losses of a step are in `em_stylegan.game`."""
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from em_data import BatchLoader, ImageSampler, save_image_grid
 from em_data.files import replace_folder
 from em_evaluation.held_out import HeldOutDistance
-from em_stylegan.augmentation import AdaptiveProbability, augment
-from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
-from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.grain import reduce_images, set_grain_of_tiles
-from em_stylegan.losses import (
-    PathLengthMean,
-    blur_sigma,
-    discriminator_loss,
-    gaussian_blur,
-    generator_loss,
-    path_lengths,
-    r1_penalty,
-    relativistic_discriminator_loss,
-    relativistic_generator_loss,
-)
-from em_stylegan.networks import create_networks, create_optimizer, set_trainable
-from em_stylegan.second_derivatives import second_derivatives
+from em_stylegan.game import Game, map_to_ws, share_magnitudes, update_w_means
+from em_stylegan.grain import set_grain_of_tiles
+from em_stylegan.losses import find_class_weight
+from em_stylegan.networks import count_classes, create_networks, create_optimizer, set_trainable
 from em_stylegan.transfer import start_from
 from em_training import (
     EMA,
@@ -38,170 +24,6 @@ from em_training import (
     seed_for,
     step_optimizer,
 )
-
-
-class Generated(NamedTuple):
-    """Generated and real images of a part of the batch."""
-
-    w: torch.Tensor  # [B, w_dim]
-    images: torch.Tensor  # [B, 1, R, R], generated
-    seen: torch.Tensor  # the same, as the discriminator sees them
-    seen_real: torch.Tensor  # [B, 1, R, R]
-
-
-class Game:
-    """The losses of one step, each with its backward pass over a part of the batch.
-
-    The random numbers of a part depend on the seed, the step, their use and the part's first row,
-    so that the generator's turn can repeat the images that the discriminator's turn has judged. If
-    the batch is a single part, its graph is kept from one turn to the next instead.
-    """
-
-    def __init__(self, config, model, discriminator, accelerator):
-        self.config, self.training = config, config.training
-        self.model, self.discriminator, self.accelerator = model, discriminator, accelerator
-        self.parameters = list(model.parameters())
-        set_trainable(discriminator, True, config.discriminator.num_frozen_layers)
-        self.parameters_D = [p for p in discriminator.parameters() if p.requires_grad]
-        self.path_length_mean = PathLengthMean(self.training.path_length_decay, accelerator.device)
-        self.augmentation = create_augmentation(self.training.augmentation, accelerator.device)
-        self.is_relativistic = self.training.loss == "relativistic"
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        self.compute_dtype = dtypes.get(accelerator.mixed_precision)
-
-    def start_step(self, num_images_seen: int) -> None:
-        """Set what is fixed for one step."""
-        training = self.training
-        self.num_images_seen, self._kept = num_images_seen, None
-        self.sigma = blur_sigma(
-            num_images_seen, training.blur_initial_sigma_px, training.blur_fade_images
-        )
-        self.p = 0.0 if self.augmentation is None else self.augmentation.p
-
-    def backward_D(self, part, share):
-        """Discriminator: real images against generated ones."""
-        with torch.set_grad_enabled(share == 1):
-            generated = self.generate(part, update_magnitudes=True)
-        seen = torch.cat([generated.seen_real, generated.seen.detach()])
-        scores_real, scores_fake = self.judge(seen, num_batches=2).chunk(2)  # [B, 1]
-        if self.is_relativistic:
-            loss = relativistic_discriminator_loss(scores_real, scores_fake)
-        else:
-            loss = discriminator_loss(scores_real, scores_fake)
-        self.accelerator.backward(loss * share, inputs=self.parameters_D)
-        self._kept = generated if share == 1 else None
-        scores = {"scores_real": scores_real, "scores_fake": scores_fake}
-        return {"loss_D": loss, "w": generated.w, **scores}
-
-    def backward_penalty_D(self, part, share):
-        """Discriminator: R1 on real images, and R2 on generated ones in the relativistic game."""
-        show = partial(self.show, rng=self.make_rng(part, "r1"))
-        real = reduce_images(part.images, self.config.generator.reduction)
-        penalties = {"r1": compute_gradient_penalty(self.discriminator, real, show)}
-        if self.is_relativistic:
-            with torch.no_grad():
-                images = (self._kept or self.generate(part)).images
-            penalties["r2"] = compute_gradient_penalty(self.discriminator, images, show)
-        scale = self.discriminator.config.image_std  # gradients are those of scaled images
-        weight = self.config.r1_gamma / 2 * self.training.r1_every_steps * scale**2
-        self.accelerator.backward(
-            sum(penalties.values()) * (weight * share), inputs=self.parameters_D
-        )
-        return penalties
-
-    def backward_G(self, part, share):
-        """Generator: its images as the updated discriminator judges them."""
-        generated, self._kept = self._kept or self.generate(part), None
-        if self.is_relativistic:
-            scores_real = self.judge(generated.seen_real).detach()
-            loss = relativistic_generator_loss(scores_real, self.judge(generated.seen))
-        else:
-            loss = generator_loss(self.judge(generated.seen))
-        self.accelerator.backward(loss * share, inputs=self.parameters)
-        return {"loss_G": loss}
-
-    def backward_path_length(self, part, share):
-        """Generator: deviation of the path lengths from their running mean."""
-        training, rng = self.training, self.make_rng(part, "path length")
-        count = max(1, round(len(part) * training.path_length_batch_fraction))
-        lengths = compute_path_lengths(self.model, count, training.style_mixing_probability, rng)
-        mean = self.path_length_mean.next(lengths.detach().mean())
-        penalty = (lengths - mean).square().mean()
-        weight = training.path_length_weight * training.path_length_every_steps
-        self.accelerator.backward(penalty * (weight * share), inputs=self.parameters)
-        return {"path_length": lengths, "path_length_penalty": penalty}
-
-    def generate(self, part, update_magnitudes=False) -> Generated:
-        """Generate as many images as the part has."""
-        rng = self.make_rng(part)
-        w, ws = draw_ws(self.model, len(part), self.training.style_mixing_probability, rng)
-        is_alias_free = isinstance(self.model, StyleGAN3Generator)
-        options = {"update_magnitudes": update_magnitudes} if is_alias_free else {}
-        images = draw_images(self.model, ws, rng, self.compute_dtype, **options)
-        real = reduce_images(part.images, self.config.generator.reduction)
-        return Generated(w, images, self.show(images, rng), self.show(real, rng))
-
-    def judge(self, seen, num_batches=1):
-        """Return the discriminator's logits; a part is compared in groups that divide it."""
-        count, largest = len(seen) // num_batches, self.config.discriminator.group_size
-        sizes = range(min(largest, count), 0, -1)
-        self.discriminator.group_size = next(size for size in sizes if count % size == 0)
-        return self.discriminator(seen, compute_dtype=self.compute_dtype, num_batches=num_batches)
-
-    def show(self, images, rng):
-        """Return images as the discriminator sees them: blurred, then augmented."""
-        return augment(gaussian_blur(images, self.sigma), self.p, rng)
-
-    def make_rng(self, part, stream=""):
-        """Create the random generator of one use by one part in this step."""
-        stream = stream if part.first_row == 0 else f"{stream} from row {part.first_row}"
-        return make_generator(
-            self.config.seed,
-            rank=self.accelerator.process_index,
-            num_images_seen=self.num_images_seen,
-            stream=stream,
-            device=self.accelerator.device,
-        )
-
-
-def draw_images(model, ws, rng, compute_dtype=None, **options):
-    """Draw images from ws with fresh noise, as the discriminator sees them: before any grain."""
-    draw = model.draw if isinstance(model, StyleGAN2Generator) else model.synthesis
-    return draw(ws, "random", rng, compute_dtype, **options)
-
-
-def draw_ws(model, batch_size: int, mixing_probability: float, rng):
-    """Draw w [B, w_dim] and the ws [B, num_ws, w_dim] made of them.
-
-    With `mixing_probability` an image changes to a second w at a random layer (StyleGAN paper,
-    section 3.1).
-    """
-    device, num_ws = rng.device, model.num_ws
-    z = torch.randn(2 * batch_size, model.config.z_dim, generator=rng, device=device)
-    cutoffs = torch.randint(1, num_ws, (batch_size, 1), generator=rng, device=device)  # [B, 1]
-    mixed = torch.rand(batch_size, 1, generator=rng, device=device) < mixing_probability
-    ws, ws_second = model.mapping(z).chunk(2)  # [B, num_ws, w_dim]
-    second = mixed & (torch.arange(num_ws, device=device) >= cutoffs)  # [B, num_ws]
-    return ws[:, 0], torch.where(second.unsqueeze(2), ws_second, ws)
-
-
-def compute_gradient_penalty(discriminator, images, show):
-    """Compute the mean squared gradient of the discriminator at images, in float32.
-
-    images [B, 1, R, R] pass through `show` before the discriminator sees them.
-    """
-    images = images.detach().requires_grad_()
-    with second_derivatives():
-        return r1_penalty(discriminator(show(images)), images).mean()
-
-
-def compute_path_lengths(model, batch_size: int, mixing_probability: float, rng):
-    """Compute path lengths [B] of new images in float32; in bfloat16 they would be noise."""
-    _, ws = draw_ws(model, batch_size, mixing_probability, rng)
-    with second_derivatives():
-        images = draw_images(model, ws, rng)  # [B, 1, R, R]
-    noise = torch.randn(images.shape, generator=rng, device=rng.device)
-    return path_lengths(images, ws, noise)
 
 
 def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tuple[Path, float]:
@@ -221,7 +43,8 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
     check_batch_size(config, accelerator)
     r1_every = training.r1_every_steps
     path_length_every = training.path_length_every_steps if training.path_length_weight > 0 else 0
-    model, discriminator = (network.to(accelerator.device) for network in create_networks(config))
+    networks = create_networks(config, count_classes(config, tiles))
+    model, discriminator = (network.to(accelerator.device) for network in networks)
     # the ramp forgets random weights; given weights are not to be forgotten
     ramp_up = None if config.init_from else training.ema_ramp_up
     ema = EMA(model, training.ema_half_life_images, ramp_up)
@@ -277,8 +100,7 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
                     run.log(path_length=length, path_length_penalty=outputs["path_length_penalty"])
                 num_images_seen += training.batch_size
                 w, scores_real = outputs_D.pop("w"), outputs_D.pop("scores_real")
-                w_mean = accelerator.reduce(w.mean(dim=0), "mean")
-                model.mapping_network.update_w_mean(w_mean, training.w_mean_decay)
+                update_w_means(model, w, batch.class_labels, accelerator, training.w_mean_decay)
                 share_magnitudes(model, accelerator)
                 if game.augmentation is not None:
                     run.log(augmentation_probability=game.p)
@@ -286,15 +108,16 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
                     game.augmentation.update(sign, training.batch_size)
                 ema.update(model, num_images_seen, training.batch_size)
                 run.log(scores_real=scores_real.mean(), scores_fake=outputs_D["scores_fake"].mean())
-                run.log(loss_G=outputs_G["loss_G"], loss_D=outputs_D["loss_D"])
+                losses = {"loss_G": outputs_G["loss_G"], "loss_D": outputs_D["loss_D"]}
+                run.log(**losses, **game.settings)
                 run.log(**{f"{name}_G": value for name, value in step_G.items()})
                 run.log(**{f"{name}_D": value for name, value in step_D.items()})
+                generate = partial(generate_images, ema.model, config, seen=num_images_seen)
                 if best and run.is_due(training.evaluate_every, num_images_seen):
-                    generate = partial(generate_images, ema.model, config)
-                    distance = best.update(ema.model, generate, num_images_seen)
+                    distance = measure(best, ema.model, generate, config, num_images_seen)
                     run.log(held_out_frechet_distance=distance, **best.distance.curves)
                 if run.samples_due(num_images_seen) and accelerator.is_main_process:
-                    samples = generate_images(ema.model, config, range(training.num_sample_images))
+                    samples = generate(range(training.num_sample_images))
                     save_image_grid(samples, run.samples_path(num_images_seen))
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
@@ -317,16 +140,6 @@ def save_generator(model, path):
     """Save a generator in place of what `path` held."""
     with replace_folder(path) as folder:
         model.save_pretrained(folder)
-
-
-def create_augmentation(config, device):
-    """Create the probability that an `AugmentationConfig` describes; None for no augmentation."""
-    if config.mode == "none":
-        return None
-    target = config.target if config.mode == "adaptive" else None
-    return AdaptiveProbability(
-        config.initial_probability, target, config.images_to_one, config.every_steps, device
-    )
 
 
 def check_batch_size(config, accelerator) -> None:
@@ -354,17 +167,6 @@ def draw_batches(tiles, sampler, training, accelerator, num_images_seen):
     )
 
 
-@torch.no_grad()
-def share_magnitudes(model, accelerator) -> None:
-    """Average the running magnitudes over processes, as if one process had seen all images."""
-    if accelerator.num_processes == 1 or not isinstance(model, StyleGAN3Generator):
-        return
-    magnitudes = [layer.magnitude for layer in model.synthesis_network.layers]
-    means = accelerator.reduce(torch.stack(magnitudes), "mean")
-    for magnitude, mean in zip(magnitudes, means, strict=True):
-        magnitude.copy_(mean)
-
-
 def create_best_weights(held_out, config, run):
     """Create what measures images against `held_out` and keeps the best generator."""
     distance = HeldOutDistance(
@@ -378,16 +180,28 @@ def create_best_weights(held_out, config, run):
     return BestWeights(distance, run, "generator")
 
 
+def measure(best, model, generate, config, num_images_seen):
+    """Return the distance to held-out images; keep the best weights once classes count in full."""
+    if model.config.num_classes and num_images_seen < config.training.class_ramp_images[1]:
+        return best.distance.measure(generate)
+    return best.update(model, generate, num_images_seen)
+
+
 @torch.no_grad()
-def generate_images(model, config, numbers):
+def generate_images(model, config, numbers, seen=None):
     """Generate the images of these numbers, float32 [N, 1, R, R] on the CPU, with fresh noise.
 
-    Each image depends on the seed and its number alone.
+    Each image depends on the seed and its number alone. Classes take turns; `seen` is the number of
+    images that the training has seen, on which their weight depends. Default: their full weight.
     """
+    num_classes = model.config.num_classes
+    weight = 1.0 if seen is None else find_class_weight(seen, config.training.class_ramp_images)
     images = []
     for start in range(0, len(numbers), config.training.batch_size):
         part = numbers[start : start + config.training.batch_size]
         rngs = [make_generator(config.seed, stream=f"evaluation {number}") for number in part]
         z = torch.stack([torch.randn(config.generator.z_dim, generator=rng) for rng in rngs])
-        images.append(model(z.to(model.device), noise_mode="random", generator=rngs).cpu())
+        labels = [number % num_classes for number in part] if num_classes else None
+        ws = map_to_ws(model, z.to(model.device), labels, weight)
+        images.append(model.synthesis(ws, "random", rngs).cpu())
     return torch.cat(images)

@@ -83,6 +83,17 @@ def blur_sigma(num_images_seen, initial_sigma_px, fade_images):
     return initial_sigma_px * max(1 - num_images_seen / fade_images, 0) if fade_images > 0 else 0.0
 
 
+def find_class_weight(num_images_seen: int, ramp_images: tuple[int, int]) -> float:
+    """Return the weight lambda of the classes: 0 before the ramp, 1 after it, linear within.
+
+    Shahbazi et al. 2022, arXiv:2201.06578, section 4: small sets train well without classes first.
+    """
+    start, end = ramp_images
+    if start < num_images_seen < end:
+        return (num_images_seen - start) / (end - start)
+    return float(num_images_seen >= end)
+
+
 class PathLengthMean:
     """Running mean of the path lengths, the constant a of equation 4."""
 

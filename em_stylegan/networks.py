@@ -15,15 +15,22 @@ from em_training import seed_for
 FLOAT16_BOUNDS = {"clamp": 256.0, "num_reduced_resolutions": 4}
 
 
-def create_networks(config):
+def count_classes(config, tiles) -> int:
+    """Return the number of classes of a run on `tiles`; 0 if it trains without classes."""
+    return len(tiles.class_names) if config.conditional else 0
+
+
+def create_networks(config, num_classes: int = 0):
     """Create the generator and discriminator; their weights depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "stylegan"))
-        model = create_generator(config)
+        model = create_generator(config, num_classes)
         options = fill_bounds(vars(config.discriminator), config.precision) | get_scale(config)
         num_frozen = options.pop("num_frozen_layers")
         resolution = config.tiles.resolution // config.generator.reduction
-        discriminator = StyleGANDiscriminator(resolution=resolution, **options)
+        discriminator = StyleGANDiscriminator(
+            resolution=resolution, num_classes=num_classes, **options
+        )
     num_layers = len(list(discriminator.freezable_layers()))
     if num_frozen > num_layers:
         raise ValueError(
@@ -33,9 +40,10 @@ def create_networks(config):
     return model.train(), discriminator.train()
 
 
-def create_generator(config):
+def create_generator(config, num_classes: int = 0):
     """Create the generator that `config.generator.architecture` names, with random weights."""
     options = fill_bounds(vars(config.generator), config.precision)
+    options |= {"num_classes": num_classes, "class_means": num_classes > 0}
     architecture, half_life = options.pop("architecture"), options.pop("magnitude_half_life_images")
     for name in ("clamp", "num_reduced_resolutions"):  # the architecture's own default
         if options[name] is None:

@@ -33,7 +33,9 @@ def small() -> StyleGANConfig:
         tiles=DataConfig(resolution=256),
         generator=GeneratorConfig(z_dim=256, w_dim=256, channel_base=16384, max_channels=256),
         discriminator=DiscriminatorConfig(channel_base=16384, max_channels=256),
-        training=GANTrainingConfig(num_images=600_000, r1_gamma=0.5),
+        training=GANTrainingConfig(
+            num_images=600_000, r1_gamma=0.5, class_ramp_images=(100_000, 200_000)
+        ),
     )
 
 
@@ -110,6 +112,7 @@ def demo() -> StyleGANConfig:
             r1_gamma=0.1,
             path_length_weight=0.0,
             ema_half_life_images=3_000,
+            class_ramp_images=(8_000, 20_000),
             log_every=640,
             sample_every=14_000,
             checkpoint_every=14_000,
@@ -135,6 +138,7 @@ def test() -> StyleGANConfig:
             batch_size=8,
             r1_every_steps=4,
             path_length_every_steps=2,
+            class_ramp_images=(16, 32),
             num_sample_images=4,
             log_every=16,
             sample_every=32,

@@ -4,13 +4,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from em_data import load_data, warn_if_few
 from em_data.files import replace_folder, write_atomically
 from em_data.look.tile_size import warn_of_tile_size
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.gan_loop import check_batch_size, train_stylegan
 from em_stylegan.grain import read_tiles, set_grain_of_tiles
-from em_stylegan.networks import create_networks, fill_scale, measure_scale
+from em_stylegan.networks import count_classes, create_networks, fill_scale, measure_scale
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.transfer import adopt_scale, start_from
 from em_training import (
@@ -57,6 +59,7 @@ def train_and_save(config, accelerator, out):
     with accelerator.main_process_first():  # the first process cuts the tiles, the others find them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
+    check_classes(config, data, accelerator.print)
     config = settle_scale(config, data.train, out)
     warn_if_few(data.summary, len(data.train), config.training.num_images, accelerator.print)
     if accelerator.is_main_process:
@@ -74,6 +77,41 @@ def train_and_save(config, accelerator, out):
         if accelerator.is_main_process:
             save_run(config, data, path, train_seconds, out)
         accelerator.wait_for_everyone()
+
+
+def check_classes(config, data, say=print):
+    """Say if classes are not used; raise `ValueError` if the run needs some that are missing."""
+    names = data.train.class_names
+    if not config.conditional:
+        if names:
+            say(
+                f"the micrographs have {len(names)} classes ({', '.join(names)}), which this run "
+                "does not use. Use --conditional to draw images of a class."
+            )
+        return
+    if len(names) < 2:
+        found = f"all micrographs are of the class {names[0]}" if names else "there are no classes"
+        raise ValueError(f"conditional is True, but {found}. Leave --conditional out.")
+    numbers = data.train.class_labels(range(data.train.num_views))
+    counts = torch.bincount(numbers + 1, minlength=len(names) + 1).tolist()
+    if counts[0]:
+        facts = [data.train.cut.micrographs[i] for i in data.train.micrograph_ids]
+        unknown = [each["name"] for each in facts if each["class_name"] is None]
+        raise ValueError(
+            f"conditional is True, but {len(unknown)} micrographs have no class, such as "
+            f"{unknown[0]}. A conditional StyleGAN needs the class of each. Name it, or leave the "
+            "micrographs out."
+        )
+    if missing := [name for name, count in zip(names, counts[1:], strict=True) if count == 0]:
+        raise ValueError(
+            f"conditional is True, but no micrograph of {', '.join(missing)} is on the training "
+            "side of the split. Add some, or choose another split with --tiles.seed."
+        )
+
+
+def name_classes(config, data):
+    """Return {number: name} of the classes that the run trains with; None if it has none."""
+    return dict(enumerate(data.train.class_names)) if config.conditional else None
 
 
 def settle_scale(config, tiles, out):
@@ -103,11 +141,12 @@ def save_untrained(config, data, accelerator, out):
     folder = out / ("untrained" if config.init_from is None else "start")
     if (folder / "model_index.json").is_file():
         return
-    model, discriminator = create_networks(config)
+    model, discriminator = create_networks(config, count_classes(config, data.train))
     if config.init_from is not None:
         start_from(config, model, discriminator, model, accelerator.print)
     set_grain_of_tiles(model, data.train)
-    save_pipeline(EMStyleGANPipeline(model.eval(), data.summary.get("pixel_size_nm")), folder)
+    pixel_size_nm, names = data.summary.get("pixel_size_nm"), name_classes(config, data)
+    save_pipeline(EMStyleGANPipeline(model.eval(), pixel_size_nm, names), folder)
 
 
 def save_run(config, data, path, train_seconds, out):
@@ -117,7 +156,8 @@ def save_run(config, data, path, train_seconds, out):
         path = out / "stylegan" / "best" / "generator"
     model = type(create_networks(config)[0]).from_pretrained(path).eval()
     pixel_size_nm = data.summary.get("pixel_size_nm")
-    save_pipeline(EMStyleGANPipeline(model, pixel_size_nm), out / "pipeline")
+    names = name_classes(config, data)
+    save_pipeline(EMStyleGANPipeline(model, pixel_size_nm, names), out / "pipeline")
     training = config.training
     run = {
         "name": out.name,

@@ -1,7 +1,10 @@
 """Weights to start from: another run's, or an official checkpoint's that was converted."""
 
+import math
 from copy import deepcopy
 from pathlib import Path
+
+import torch
 
 from em_stylegan.config import StyleGANConfig
 from em_stylegan.discriminator import StyleGANDiscriminator
@@ -22,6 +25,8 @@ FREE_OPTIONS = {
     "class_mapping_depth",
     "class_mapping_width",
     "noise_strength",
+    "class_means",
+    "unconditional_output",
 }
 
 
@@ -48,7 +53,8 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
     package, or a Hub id. A missing G is replaced by G_ema; without D, or a discriminator beside the
     pipeline's generator, the discriminator starts at random. Weights for three image channels are
     converted to one: the generator's image is the mean of the three, and the discriminator sees a
-    grey image as one with three equal channels.
+    grey image as one with three equal channels. Networks with classes may start from networks
+    without: while the weight of the classes is 0, they compute the same.
 
     Returns:
         {"model", "ema", "discriminator"}: state dictionaries, or None for no discriminator.
@@ -66,7 +72,8 @@ def load_initial_weights(config, model, discriminator, say=print) -> dict:
         ("discriminator", discriminator, "discriminator", _discriminator_to_grey),
     ):
         if found[name] is not None:
-            weights[name] = _fit(found[name].state_dict(), ours, to_grey)
+            state = _fit(found[name].state_dict(), ours, to_grey)
+            weights[name] = add_classes(state, ours.state_dict())
             if name != "model":  # it has the shapes of its average
                 problems += _compare(weights[name], ours, kind)
                 problems += _compare_options(found[name].config, ours.config, kind)
@@ -109,7 +116,11 @@ def load_run_networks(folder, generator_type):
             "another --init-from."
         )
     saved = load_checkpoint(paths[-1])
-    model, discriminator = create_networks(load_config(StyleGANConfig, folder / "config.json"))
+    embedding = saved["state"]["model"].get("mapping_network.embed.weight")  # [w_dim, classes]
+    model, discriminator = create_networks(
+        load_config(StyleGANConfig, folder / "config.json"),
+        0 if embedding is None else embedding.shape[1],
+    )
     _check_type(folder, type(model).__name__, generator_type)
     found = {"model": model, "ema": deepcopy(model), "discriminator": discriminator}
     for name, network in found.items():
@@ -171,6 +182,38 @@ def _fit(state, network, to_grey):
     }
 
 
+def add_classes(state: dict, ours: dict) -> dict:
+    """Return weights of a network without classes with those that ours with classes has beside.
+
+    They keep their random values, which the weight of the classes, rising from 0, brings in. Other
+    weights are returned as they are, but for means of w of each class, which are those of all.
+    """
+    means, first, embed = (
+        f"mapping_network.{name}" for name in ("class_w_means", "layers.0.weight", "embed.weight")
+    )
+    added = {}
+    if means in ours and means not in state and "mapping_network.w_mean" in state:
+        added[means] = state["mapping_network.w_mean"].expand_as(ours[means])
+    if embed in ours and embed not in state and first in state:
+        added |= {name: value for name, value in ours.items() if ".embed." in name}
+        num_inputs, num_all = state[first].shape[1], ours[first].shape[1]
+        # in use, weights are scaled by 1 / sqrt(inputs)
+        kept = state[first] * math.sqrt(num_all / num_inputs)
+        added[first] = torch.cat([kept, ours[first][:, num_inputs:].to(kept)], dim=1)
+    head = "class_mapping.embed.weight"
+    if head in ours and head not in state:
+        names = ("class_mapping.", "out.", "out_unconditional.")
+        added |= {name: value for name, value in ours.items() if name.startswith(names)}
+        if "out_unconditional.weight" in ours:
+            added |= {
+                f"out_unconditional.{each}": state[f"out.{each}"] for each in ("weight", "bias")
+            }
+    elif head in state:
+        missing = ours.keys() - state.keys()
+        added |= {name: ours[name] for name in missing if name.startswith("out_unconditional.")}
+    return state | added
+
+
 def _generator_to_grey(tensor, expected):
     """Convert a last layer's weights [3, ...] to [1, ...], the mean of the three channels."""
     if tensor.shape[:1] == (3,) and expected.shape == (1, *tensor.shape[1:]):
@@ -212,7 +255,9 @@ def _compare_options(theirs, ours, name):
     differing = [
         f"{key} {theirs[key]} (ours {ours[key]})"
         for key in theirs.keys() & ours.keys() - FREE_OPTIONS
-        if theirs[key] != ours[key] and not key.startswith("_")
+        if theirs[key] != ours[key]
+        and not key.startswith("_")
+        and not (key == "num_classes" and theirs[key] == 0)
     ]
     return [f"the {name} was made with {', '.join(sorted(differing))}"] if differing else []
 

@@ -7,7 +7,7 @@ import textbook_stylegan2 as textbook
 import torch
 from gan_step import compare, parse_arguments, summarise
 
-from em_stylegan import gan_loop
+from em_stylegan.networks import create_networks
 from em_stylegan.presets import PRESETS
 
 
@@ -19,7 +19,7 @@ def config():
 
 def test_both_sides_are_one_network(config):
     """Images, logits and the gradients of all losses, in float64, with noise."""
-    model, discriminator = (network.double() for network in gan_loop.create_networks(config))
+    model, discriminator = (network.double() for network in create_networks(config))
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *discriminator.named_parameters()]:
             if name.endswith(("noise_strength", "bias")):
@@ -47,7 +47,7 @@ def test_both_sides_are_one_network(config):
 
 
 def test_the_textbook_trains(config):
-    model, discriminator = gan_loop.create_networks(config)
+    model, discriminator = create_networks(config)
     torch.manual_seed(0)
     training = textbook.TextbookTraining(model, discriminator, torch.randn(8, 1, 32, 32), config)
     networks = (training.model, training.discriminator)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from em_stylegan.gan_loop import compute_gradient_penalty
+from em_stylegan.game import compute_gradient_penalty
 from em_stylegan.losses import (
     PathLengthMean,
     blur_sigma,

@@ -15,7 +15,7 @@ from em_stylegan.em_stylegan2_generator import (
     normalize_second_moment,
 )
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.gan_loop import compute_gradient_penalty, compute_path_lengths
+from em_stylegan.game import compute_gradient_penalty, compute_path_lengths
 from em_stylegan.losses import path_lengths, r1_penalty
 from em_stylegan.second_derivatives import second_derivatives
 

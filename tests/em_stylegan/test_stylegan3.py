@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from em_stylegan import gan_loop
+from em_stylegan import gan_loop, networks
 from em_stylegan.config import DiscriminatorConfig, GeneratorConfig
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator, plan_layers
@@ -225,7 +225,7 @@ def test_training_moves_magnitudes_and_leaves_frozen_layers(finished, config):
     for name, value in state["ema"].items():
         if name.endswith("magnitude"):
             assert torch.equal(value, state["model"][name])
-    _, discriminator = gan_loop.create_networks(config)
+    _, discriminator = networks.create_networks(config)
     first = discriminator.state_dict()
     moved = {
         name
@@ -324,7 +324,7 @@ def test_impossible_configurations_are_refused(make, message):
 def test_too_many_frozen_layers_are_refused(config):
     config = replace(config, discriminator=replace(config.discriminator, num_frozen_layers=99))
     with pytest.raises(ValueError, match="there are 10 layers above 4 x 4"):
-        gan_loop.create_networks(config)
+        networks.create_networks(config)
 
 
 def test_presets_are_the_papers():

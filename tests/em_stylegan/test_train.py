@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from em_data import load_data
 from em_data.batch import Batch
-from em_stylegan import gan_loop
+from em_stylegan import game, gan_loop, networks
 from em_stylegan.config import AugmentationConfig, StyleGANConfig
 from em_stylegan.discriminator import StyleGANDiscriminator
 from em_stylegan.losses import generator_loss
@@ -114,7 +114,7 @@ def test_pipelines_before_and_after(finished, config):
     trained, untrained = (
         EMStyleGANPipeline.from_pretrained(finished / name) for name in ("pipeline", "untrained")
     )
-    first, _ = gan_loop.create_networks(config)
+    first, _ = networks.create_networks(config)
     for a, b in zip(untrained.generator.parameters(), first.parameters(), strict=True):
         assert torch.equal(a, b)
     best = read_best(finished / "stylegan")
@@ -184,7 +184,7 @@ def test_measured_images_have_noise_of_their_own(config):
     """Where noise places the structures, one noise for all images would put them at the same places
     in each.
     """
-    generator = gan_loop.create_networks(config)[0].eval()
+    generator = networks.create_networks(config)[0].eval()
     for name, parameter in generator.named_parameters():
         if name.endswith("style.weight"):
             torch.nn.init.zeros_(parameter)  # z has no say
@@ -237,7 +237,7 @@ def test_finished_run_is_not_trained_again(finished, config, monkeypatch, capsys
     def refuse(*_):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(gan_loop, "discriminator_loss", refuse)
+    monkeypatch.setattr(game, "discriminator_loss", refuse)
     path = finished / "pipeline" / "generator" / "diffusion_pytorch_model.safetensors"
     before, written = path.read_bytes(), path.stat().st_mtime_ns
     assert train_gan(replace(config, out=str(finished))) == finished
@@ -259,32 +259,32 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(config, tmp_path, monk
         discriminator=replace(config.discriminator, group_size=1),
         training=replace(config.training, style_mixing_probability=0.0),
     )
-    model, discriminator = gan_loop.create_networks(changed)
+    model, discriminator = networks.create_networks(changed)
     accelerator = create_accelerator(tmp_path, "no")
     images = torch.rand(8, 1, 32, 32, generator=make_generator(0)) * 2 - 1
     batch = Batch(images, torch.arange(8))
     z = torch.randn(8, config.generator.z_dim, generator=make_generator(1))
 
-    class KnownGame(gan_loop.Game):
+    class KnownGame(game.Game):
         def generate(self, part, update_magnitudes=False):
             rows = slice(part.first_row, part.first_row + len(part))
             ws = model.mapping(z[rows])
             images = model.synthesis(ws, "const")
-            return gan_loop.Generated(ws[:, 0], images, images, part.images)
+            return game.Generated(ws[:, 0], images, images, part.images)
 
-    game = KnownGame(changed, model, discriminator, accelerator)
+    known = KnownGame(changed, model, discriminator, accelerator)
     results = []
     for size in (8, 3):
         gradients = []
         for name in ("D", "penalty_D", "G"):
-            game.start_step(0)
+            known.start_step(0)
             micro_batching = MicroBatching(size, run=None, flag="")
-            parameters = game.parameters if name == "G" else game.parameters_D
+            parameters = known.parameters if name == "G" else known.parameters_D
             outputs = micro_batching.accumulate(
-                getattr(game, f"backward_{name}"), batch, parameters
+                getattr(known, f"backward_{name}"), batch, parameters
             )
             gradients += [p.grad for p in parameters if p.grad is not None]
-            for parameter in [*game.parameters, *game.parameters_D]:
+            for parameter in [*known.parameters, *known.parameters_D]:
                 parameter.grad = None
         results.append([outputs["loss_G"], *gradients])
     for whole, parts in zip(*results, strict=True):
@@ -294,14 +294,14 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(config, tmp_path, monk
 def test_training_in_parts_resumes_and_replays_what_was_judged(config, tmp_path, monkeypatch):
     """The generator's turn sees the images that the discriminator's turn has judged."""
     training = replace(config.training, micro_batch_size=4, num_images=16, evaluate_every=0)
-    seen, generate = {}, gan_loop.Game.generate
+    seen, generate = {}, game.Game.generate
 
     def spy(self, part, update_magnitudes=False):
         generated = generate(self, part, update_magnitudes)
         seen.setdefault((self.num_images_seen, part.first_row), []).append(generated.seen.detach())
         return generated
 
-    monkeypatch.setattr(gan_loop.Game, "generate", spy)
+    monkeypatch.setattr(game.Game, "generate", spy)
     out = train_gan(replace(config, out=str(tmp_path / "run"), training=training))
     assert set(seen) == {(0, 0), (0, 4), (8, 0), (8, 4)}
     for first, second in seen.values():
@@ -319,7 +319,7 @@ def test_batch_that_groups_do_not_divide_is_refused(config, tmp_path):
 
 
 def test_stops_on_a_loss_that_is_not_finite(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(gan_loop, "generator_loss", lambda scores: scores.mean() * float("nan"))
+    monkeypatch.setattr(game, "generator_loss", lambda scores: scores.mean() * float("nan"))
     with pytest.raises(NonFiniteLossError, match="loss_G"):
         train_gan(replace(config, out=str(tmp_path)))
     assert not (tmp_path / "run.json").exists()
@@ -351,24 +351,24 @@ def test_lazy_regularisation_leaves_the_optimiser_its_pace():
     """lr and betas to the power c = k / (k + 1), so that k + 1 steps move as k plain ones do (2020,
     appendix B).
     """
-    optimizer = gan_loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 16)
+    optimizer = networks.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 16)
     options = optimizer.param_groups[0]
     assert options["lr"] * 17 == pytest.approx(0.0025 * 16)
     assert options["betas"][0] == 0
     assert options["betas"][1] ** 17 == pytest.approx(0.99**16)
     assert (
-        gan_loop.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 0).param_groups[0]["lr"] == 0.0025
+        networks.create_optimizer(torch.nn.Linear(1, 1), 0.0025, 0).param_groups[0]["lr"] == 0.0025
     )
 
 
 def test_style_mixing_changes_w_once_a_picture_at_the_stated_rate(config):
-    model, _ = gan_loop.create_networks(config)
-    w, ws = gan_loop.draw_ws(model, 2000, 0.9, make_generator(0))
+    model, _ = networks.create_networks(config)
+    w, ws = game.draw_ws(model, 2000, 0.9, make_generator(0))
     first = (ws == w.unsqueeze(1)).all(dim=2)  # [B, num_ws]: layers that still have the first w
     assert first[:, 0].all()
     assert (first[:, 1:] <= first[:, :-1]).all(), "once changed, it stays changed"
     assert (~first[:, -1]).float().mean().item() == pytest.approx(0.9, abs=0.03)
-    _, pure = gan_loop.draw_ws(model, 8, 0.0, make_generator(0))
+    _, pure = game.draw_ws(model, 8, 0.0, make_generator(0))
     assert torch.equal(pure, pure[:, :1].expand_as(pure))
 
 
@@ -382,26 +382,24 @@ def test_an_update_goes_down_the_gradient(config, tmp_path, network, penalty):
     fused Adam would not notice."""
     architecture = "stylegan2" if network == "discriminator" else network
     changed = replace(config, generator=replace(config.generator, architecture=architecture))
-    model, discriminator = gan_loop.create_networks(changed)
+    model, discriminator = networks.create_networks(changed)
     images = torch.rand(4, 1, 32, 32, generator=make_generator(0)) * 2 - 1
     trained = discriminator if network == "discriminator" else model
 
     def compute_loss():
         if network == "discriminator":
             if penalty:
-                return gan_loop.compute_gradient_penalty(
-                    discriminator, images, lambda images: images
-                )
+                return game.compute_gradient_penalty(discriminator, images, lambda images: images)
             return generator_loss(discriminator(images))
         if penalty:
-            return gan_loop.compute_path_lengths(model, 4, 0.0, make_generator(1)).square().mean()
-        _, ws = gan_loop.draw_ws(model, 4, 0.0, make_generator(1))
+            return game.compute_path_lengths(model, 4, 0.0, make_generator(1)).square().mean()
+        _, ws = game.draw_ws(model, 4, 0.0, make_generator(1))
         return generator_loss(discriminator(model.synthesis(ws, "random", make_generator(2))))
 
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(compute_loss(), list(named.values()), allow_unused=True)
     before = {name: p.detach().clone() for name, p in named.items()}
-    optimizer = gan_loop.create_optimizer(trained, 0.01, 0)
+    optimizer = networks.create_optimizer(trained, 0.01, 0)
     accelerator = create_accelerator(tmp_path, "no")
     accelerator.backward(compute_loss(), inputs=list(named.values()))
     step_optimizer(accelerator, optimizer, named.values())
@@ -471,7 +469,7 @@ class TestFloat16:
 
     def test_overflow_skips_steps_and_resumes_to_the_bit(self, run, monkeypatch):
         """A loss of about 16 overflows at the first scale, and again when the scale has grown."""
-        monkeypatch.setattr(gan_loop, "generator_loss", lambda scores: 16 * generator_loss(scores))
+        monkeypatch.setattr(game, "generator_loss", lambda scores: 16 * generator_loss(scores))
         options = {
             "init_scale": 2.0**127,
             "growth_interval": 8,
@@ -506,7 +504,7 @@ class TestFloat16:
         assert 0 < change < 0.1
 
     def test_networks_are_bounded(self, config):
-        generator, discriminator = gan_loop.create_networks(replace(config, precision="fp16"))
+        generator, discriminator = networks.create_networks(replace(config, precision="fp16"))
         assert generator.config.clamp == discriminator.config.clamp == 256
         assert (
             generator.config.num_reduced_resolutions
@@ -514,7 +512,7 @@ class TestFloat16:
             == 4
         )
         own = replace(config.generator, clamp=64.0, num_reduced_resolutions=2)
-        generator, _ = gan_loop.create_networks(replace(config, precision="fp16", generator=own))
+        generator, _ = networks.create_networks(replace(config, precision="fp16", generator=own))
         assert (generator.config.clamp, generator.config.num_reduced_resolutions) == (64.0, 2)
         with refuses_config("stylegan1 has no bound"):
             replace(
@@ -553,7 +551,7 @@ def test_presets(name):
 def test_paper_preset_is_the_studys_best_gan():
     config = PRESETS["paper"]()
     with torch.device("meta"):
-        generator, _ = gan_loop.create_networks(config)
+        generator, _ = networks.create_networks(config)
     assert generator.config.mapping_depth == 4
     assert [block.conv1.weight.shape[0] for block in generator.synthesis_network.blocks] == [
         1024

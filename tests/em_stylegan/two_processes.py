@@ -9,7 +9,8 @@ import torch
 
 from em_data import load_data
 from em_stylegan import gan_loop
-from em_stylegan.gan_loop import create_networks, train_stylegan
+from em_stylegan.gan_loop import train_stylegan
+from em_stylegan.networks import create_networks
 from em_stylegan.presets import test as preset
 from em_training import create_accelerator, leave_processes, list_checkpoints, step_optimizer
 
