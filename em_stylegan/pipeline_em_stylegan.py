@@ -100,7 +100,7 @@ class EMStyleGANPipeline(DiffusionPipeline):
                 one for all, or rows of weights [B, num_classes]. Default: drawn from `generator`
                 after z, all classes alike, since such a generator has no images without a class.
             latents: w [B, num_ws, w_dim] or [B, w_dim], as output_type "latent" returns them, in
-                place of a random z. `batch_size` and truncation then have no effect.
+                place of a random z. `batch_size`, classes and truncation then have no effect.
             output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]), "pt" (float32
                 [B, 1, H, W] in [0, 1]) or "latent" (w of every layer after truncation, float32
                 [B, num_ws, w_dim]).
