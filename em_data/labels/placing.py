@@ -90,6 +90,12 @@ def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect
 def _draw(annotation, shape, told):
     """Return (box in whole pixels, mask inside it or None) in an image of `shape`, or None."""
     if annotation.mask is not None:
+        if annotation.mask_box is None and annotation.mask.shape != shape:
+            raise BadLabels(
+                f"{annotation.where} has a mask of {annotation.mask.shape[0]} x "
+                f"{annotation.mask.shape[1]} pixels, but the image has {shape[0]} x {shape[1]}. "
+                "Export labels and image in one size."
+            )
         box = annotation.mask_box or (0, 0, shape[1], shape[0])
         drawn = fit_box(box, annotation.mask)
         if drawn is None:
