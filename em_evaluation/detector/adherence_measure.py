@@ -14,8 +14,8 @@ from em_evaluation.interval import Interval
 from em_evaluation.numbers import format_interval
 
 NUM_REPLICATES = 1000
-MOST_SHOWN = 6  # images of a set in a picture
-LONGEST_PX = 260  # side of an image in a picture, about
+MOST_SHOWN = 4  # images of a set in a picture
+LONGEST_PX = 256  # side of an image in a picture, about
 MEASURES = {"recall": score_functions.recall, "precision": score_functions.precision}
 
 
