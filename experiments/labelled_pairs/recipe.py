@@ -65,7 +65,8 @@ class Recipe:
         self.call("detectors without pairs", [*self.gain, *self.seeds, *words("--pairs", raw)])
         wait(ldm)
         say_minutes("the LDM and the detectors without pairs", start)
-        pairs = [*raw, *self.make_way1(), *self.make_way2(), *self.make_way3()]
+        makers = (self.make_way1, self.make_way2, self.make_way3)
+        pairs = raw + [word for way in self.arguments.ways for word in makers[way - 1]()]
         say_minutes("all pairs", start)
         jobs = ["--jobs", str(self.arguments.jobs)]
         self.call("detectors", [*self.gain, *self.seeds, *words("--pairs", pairs), *jobs])
@@ -123,7 +124,8 @@ class Recipe:
         """Return the command that fine-tunes the LDM on labelled micrographs."""
         command = ["train_ldm.py", "demo", "--data", str(self.out / "labelled" / f"{num}/{split}")]
         command += ["--out", str(self.out / run), "--init-from", str(self.out / "ldm")]
-        command += ["--autoencoder.num-images", "0", "--denoiser.mask-conditional", "True"]
+        command += ["--autoencoder.num-images", "0", "--denoiser.mask-conditional"]
+        command += ["--denoiser.learning-rate", "1e-3"]
         return [*command, *words("--denoiser.num-images", [self.arguments.num_mask_images])]
 
     def make_way3(self) -> list[str]:
@@ -223,6 +225,14 @@ def main(arguments=None):
         type=float,
         default=0.2,
         help="of way 1; 0.5 draws other defects than labelled",
+    )
+    add(
+        "--ways",
+        nargs="*",
+        type=int,
+        default=[1, 2, 3],
+        choices=(1, 2, 3),
+        help="ways to make pairs",
     )
     add("--num-images", type=int, default=48_000, help="training images of the LDM")
     add("--num-mask-images", type=int, default=6_400, help="training images of way 2, each split")

@@ -45,7 +45,7 @@ def test_labelled_and_unlabelled_micrographs_are_of_other_specimens(commands):
 
 
 def test_ways_that_see_labels_have_a_folder_for_each_split(commands):
-    printed = commands("--nums", "10", "--splits", "2")
+    printed = commands("--nums", "10", "--splits", "2", "--ways", "1", "2", "3")
     folders = {words[words.index("--out") + 1] for words in printed if words[0] == "generate.py"}
     made = {folder.partition("/runs/")[2] for folder in folders}
     assert made == {"way1", *(f"way{way}/10/{split}" for way in (2, 3) for split in (0, 1))}
