@@ -52,6 +52,7 @@ class Recipe:
         self.labelled = EMBEDDED["labelled"].split() if self.is_embedded else tiles
         kinds = arguments.kinds or (EMBEDDED["kinds"].split() if self.is_embedded else [])
         self.gain = ["-m", "em_evaluation.detector_gain", "--data", arguments.data]
+        self.gain += ["--out", str(self.out / "gain")]
         self.gain += [*self.labelled, *(["--kinds", *kinds] if kinds else [])]
         self.gain += words("--nums", arguments.nums) + words("--splits", [arguments.splits])
         self.seeds = words("--curve", arguments.curve) + words("--seeds", [arguments.seeds])
