@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from em_evaluation.classes import measure_classes
 from em_evaluation.conclusions import conclude
 from em_evaluation.environment import describe_environment
 from em_evaluation.feature_cache import content_digest
@@ -113,7 +114,7 @@ def evaluate_models(
         return None
     measurements, distances, remarks = zip(*found)
     notes += dict.fromkeys(note for each in remarks for note in each)
-    sections, pairs = measure_sections(models, real, sets, extractors[0], protocol, **options)
+    sections, grids = measure_parts(models, real, sets, extractors[0], protocol, notes, **options)
     report = {
         "format": FORMAT,
         "title": TITLE,
@@ -129,7 +130,7 @@ def evaluate_models(
         "reproduce": list(reproduce),
         "evaluation_seconds": round(time.perf_counter() - start, 2),
     }
-    pictures = choose_pictures(sets, protocol.num_pictures, make_gallery(pairs), protocol.seed)
+    pictures = choose_pictures(sets, protocol.num_pictures, grids, protocol.seed)
     return to_json(report), pictures
 
 
@@ -215,8 +216,10 @@ def refuse_sizes(expected: tuple[int, int], sets: dict[str, ImageSet]) -> None:
         )
 
 
-def measure_sections(models, real: RealImages, sets: Sets, extractor, protocol, *, log, **options):
-    """Return the sections on microscopy and memorisation, None if left out, and closest pairs.
+def measure_parts(
+    models, real: RealImages, sets: Sets, extractor, protocol, notes: list, *, log, **options
+):
+    """Return the sections, None if left out, and grids of images; add notes for the reader.
 
     Copies of models with grain are sought without it, since it would hide them.
     """
@@ -235,7 +238,10 @@ def measure_sections(models, real: RealImages, sets: Sets, extractor, protocol, 
         if memorisation is not None:
             memorisation["partial"] = measure_partial_copies(*images, log=log)
             memorisation["without_grain"] = list(bare)
-    return {"microscopy": microscopy, "memorisation": memorisation}, pairs
+    classes, grids, remarks = measure_classes(models, real, extractor, log=log, **options)
+    notes += remarks
+    sections = {"microscopy": microscopy, "memorisation": memorisation, "classes": classes}
+    return sections, [*make_gallery(pairs), *grids]
 
 
 def describe_protocol(measurement, sets: Sets, real: RealImages, protocol, notes) -> dict:

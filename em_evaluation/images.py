@@ -14,6 +14,23 @@ from em_evaluation.feature_cache import iterate_batches
 ENOUGH_MICROGRAPHS = 5  # held out, for an interval over micrographs
 
 
+@dataclass(frozen=True)
+class ClassImages:
+    """Images of a model that was asked for classes in turn.
+
+    names: Image i was asked for as names[i mod their number].
+    images: A tensor [N, 1, H, W] in [-1, 1], or `em_data.Images`.
+    guided: Guidance scale -> such images.
+    """
+
+    names: tuple[str, ...]
+    images: Any
+    guided: Mapping[float, Any] = field(default_factory=dict)
+
+    def list_images(self) -> list:
+        return [self.images, *self.guided.values()]
+
+
 @dataclass
 class ModelImages:
     """The generated images of a model, and what is known about it.
@@ -35,6 +52,7 @@ class ModelImages:
             the seed alone, and the seed. The report shows their median and range.
         untrained, transferred: Images of the network before this training, with random weights
             or with the weights it started from. Each is a reference level.
+        of_classes: Images by class, for a model with classes.
     """
 
     name: str
@@ -53,6 +71,7 @@ class ModelImages:
     transferred: Any = None
     repeat_of: str = ""
     training_seed: str = ""
+    of_classes: ClassImages | None = None
 
 
 @dataclass

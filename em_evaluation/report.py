@@ -10,6 +10,7 @@ from em_data.files import write_atomically
 from em_data.views import SYMMETRIES
 from em_evaluation import wording
 from em_evaluation.charts import draw_curves, draw_distances, draw_overview
+from em_evaluation.class_report import view_classes
 from em_evaluation.detector.adherence_measure import list_colours
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.memorisation_report import view_memorisation
@@ -99,6 +100,7 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         conclusions=wording.conclude(report),
         distances_svg=draw_distances(report),
         microscopy=view_microscopy(report),
+        classes=view_classes(report, pictures),
         memorisation=view_memorisation(report),
         adherence=view_adherence(report, pictures),
         closest_pairs=pairs,

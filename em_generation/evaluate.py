@@ -5,6 +5,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from em_evaluation.levels import LEVELS, LevelName
 from em_evaluation.numbers import format_interval
 from em_generation.adherence import add_adherence
 from em_generation.candidates import Candidate, name_candidates, refuse_other_splits
+from em_generation.class_images import draw_class_images, list_classes
 from em_generation.extractors import create_extractors
 from em_generation.families import make_options
 from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
@@ -76,6 +78,9 @@ class EvaluationConfig:
     """JSON file with published numbers to show in the report."""
     seed: int = 0
     """Seed of the generated images, of the tiles drawn and of the intervals."""
+    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    """Guidance scales at which models with classes are also judged, if they have guidance: as many
+    images at each. Give none to leave this out."""
     batch_size: int = 50
     """Images at once."""
     resize_mode: Literal["clean", "legacy_pytorch", "own"] | None = None
@@ -137,7 +142,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     with state.main_process_first():
         extractors = create_extractors(config, real.summary["resolution"], state.device)
     evaluated = evaluate_models(
-        make_models(config, candidates, state.device),
+        make_models(config, candidates, list_classes(real), state.device),
         real,
         extractors,
         Protocol(
@@ -281,8 +286,11 @@ def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]
     return source, tiles
 
 
-def make_models(config, candidates: Sequence[Candidate], device) -> list[ModelImages]:
-    """Return the images of all candidates, generated if they are missing."""
+def make_models(config, candidates: Sequence[Candidate], classes, device) -> list[ModelImages]:
+    """Return the images of all candidates, generated if they are missing.
+
+    classes: Those of the micrographs.
+    """
     families = [each.model.family for each in candidates if each.model is not None]
     options = make_options(families, config.sampling)
     if any(getattr(each, "size", None) is not None for each in options.values()):
@@ -294,12 +302,12 @@ def make_models(config, candidates: Sequence[Candidate], device) -> list[ModelIm
     return [
         ModelImages(each.name, each.images, family_title="images of a folder")
         if each.model is None
-        else make_model(config, each, each.model, options[each.model.family.name], device)
+        else make_model(config, each, each.model, options[each.model.family.name], classes, device)
         for each in candidates
     ]
 
 
-def make_model(config, candidate: Candidate, model: Model, options, device) -> ModelImages:
+def make_model(config, candidate: Candidate, model: Model, options, classes, device) -> ModelImages:
     """Return the images of a model, and what its run and its family bring."""
     name, family = candidate.name, model.family
     images, record = generate(config, name, model, options)
@@ -315,6 +323,7 @@ def make_model(config, candidate: Candidate, model: Model, options, device) -> M
         if model.folder is not None and (model.folder / start / "model_index.json").exists():
             first = read_model(str(model.folder / start))
             starts[kind], _ = generate(config, name, first, options, kind=f"images-{start}")
+    draw = partial(draw_for_classes, config, name, model)
     stages = [model.folder / stage for stage in family.stages] if model.folder else []
     return ModelImages(
         name,
@@ -332,8 +341,17 @@ def make_model(config, candidate: Candidate, model: Model, options, device) -> M
         reconstructions=reconstructions,
         repeat_of=candidate.repeat_of,
         training_seed=candidate.training_seed,
+        of_classes=draw_class_images(
+            model, options, classes, config.guidance_scales, draw, config.num_images
+        ),
         **starts,
     )
+
+
+def draw_for_classes(config, name: str, model: Model, options, kind: str, num_images: int):
+    """Return images of a model's classes."""
+    config = dataclasses.replace(config, num_images=num_images)
+    return generate(config, name, model, options, f"images-{kind}")[0]
 
 
 def generate(config, name: str, model: Model, options, kind: str = "images") -> tuple:

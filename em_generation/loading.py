@@ -10,7 +10,7 @@ from em_generation.families import read_family
 from em_hub.transport import HUB_ID
 from em_training.config import read_json_object
 from em_training.family import Family
-from em_training.saved_models import check_pipeline, refuse_diverged
+from em_training.saved_models import check_class_names, check_pipeline, refuse_diverged
 from em_training.sources import (
     OTHER_VARIANTS,
     fetch_pipeline_folder,
@@ -65,6 +65,14 @@ class Model:
     def title(self) -> str:
         """The kind of model in what people read, such as "StyleGAN3-T"."""
         return self.family.titles[self.kind]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the model's classes by their numbers; () if it has no named classes."""
+        path = self.pipeline_folder / "model_index.json"
+        names = read_json_object(path).get("id2label") or {}
+        check_class_names(path, names)
+        return tuple(names[str(number)] for number in range(len(names)))
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from em_data.markdown import escape_markdown
 from em_evaluation import wording
+from em_evaluation.class_report import conclude_classes, keep_classes
 from em_evaluation.compare import read_report
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.memorisation_report import conclude_memorisation
@@ -183,6 +184,7 @@ def read_evaluation(path, weights_sha256: str) -> dict:
             if name in each["models"]
         ],
         "memorisation": keep_model(memorisation, name) if memorisation else None,
+        "classes": keep_classes(report.get("classes"), name),
         "environment": report["environment"],
     }
 
@@ -212,6 +214,8 @@ def list_sentences(evaluation: dict) -> list[str]:
     sentences += wording.conclude_model(evaluation, name) + wording.warn(evaluation, name)
     if evaluation["memorisation"]:
         sentences += conclude_memorisation(evaluation["memorisation"], [name])
+    if evaluation.get("classes"):
+        sentences += conclude_classes(evaluation["classes"], [name])
     return sentences + wording.list_notes(evaluation)
 
 

@@ -15,41 +15,43 @@ from em_stylegan.pictures.files import (
     save_grid,
     save_video,
 )
-from em_stylegan.pictures.styles import load_generator, make_mixing, make_truncation, make_walk
+from em_stylegan.pictures.styles import load_for_class, make_mixing, make_truncation, make_walk
 from em_training.cli import run_command
 
 
 def run_walk(args):
     check_video_format(args.out)  # before the work
+    generator, class_label = load_for_class(args.model, args.class_label)
     images = make_walk(
-        load_generator(args.model),
+        generator,
         args.seed,
         args.num_keys,
         args.frames_per_key,
         args.truncation_psi,
-        args.class_label,
+        class_label,
     )
     save_video(images, args.out, args.fps)
 
 
 def run_mixing(args):
     check_grid_format(args.out)
+    generator, class_label = load_for_class(args.model, args.class_label)
     images = make_mixing(
-        load_generator(args.model),
+        generator,
         args.seed,
         args.num_rows,
         args.num_columns,
         args.layers,
         args.truncation_psi,
-        args.class_label,
+        class_label,
     )
     save_grid(images, args.out, args.num_columns + 1)
 
 
 def run_truncation(args):
     check_grid_format(args.out)
-    generator = load_generator(args.model)
-    images = make_truncation(generator, args.seed, args.num_rows, args.psi, args.class_label)
+    generator, class_label = load_for_class(args.model, args.class_label)
+    images = make_truncation(generator, args.seed, args.num_rows, args.psi, class_label)
     save_grid(images, args.out, len(args.psi))
 
 
@@ -64,7 +66,7 @@ def parse_arguments(argv=None):
         command.add_argument("model", help="folder of a finished run or of a saved pipeline")
         command.add_argument("out", help="file to write")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--class-label", type=int, help="for a generator with classes")
+        command.add_argument("--class-label", help="name or number of a class")
         command.set_defaults(run=run)
         return command
 

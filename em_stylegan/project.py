@@ -13,7 +13,7 @@ from em_stylegan.pictures.projection import (
     read_tile,
     save_projection,
 )
-from em_stylegan.pictures.styles import load_generator
+from em_stylegan.pictures.styles import load_for_class
 from em_training.cli import run_command
 
 
@@ -33,7 +33,7 @@ def parse_arguments(argv=None):
     add("--num-steps", type=int, default=ProjectionConfig.num_steps)
     add("--pixel-weight", type=float, default=ProjectionConfig.pixel_weight)
     add("--seed", type=int, default=0)
-    add("--class-label", type=int, help="for a generator with classes")
+    add("--class-label", help="name or number of a class, where to start")
     return parser.parse_args(argv)
 
 
@@ -42,7 +42,7 @@ def main():
     config = ProjectionConfig(
         num_steps=args.num_steps, pixel_weight=args.pixel_weight, seed=args.seed
     )
-    generator = load_generator(args.model)
+    generator, class_label = load_for_class(args.model, args.class_label)
     target = read_tile(
         args.micrograph,
         generator.config.resolution,
@@ -51,7 +51,7 @@ def main():
         args.downsample,
         args.intensity,
     )
-    found, image, distances = project(generator, target, config, class_label=args.class_label)
+    found, image, distances = project(generator, target, config, class_label=class_label)
     facts = {
         "micrograph": Path(args.micrograph).name,
         "row": args.row,

@@ -8,19 +8,34 @@ from tqdm.auto import tqdm
 import em_pretrained
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import make_generator
+from em_training.classes import find_class
 from em_training.saved_models import check_pipeline, explain_failure, refuse_diverged
 from em_training.walk import walk
 
 
 def load_generator(model):
     """Load the generator, in evaluation mode, of a run, a saved pipeline or a model's name."""
+    return load_pipeline(model).generator
+
+
+def load_for_class(model, class_label: str | None):
+    """Load a generator, and return it with the number of a class; its name or number is given."""
+    pipeline = load_pipeline(model)
+    if class_label is None:
+        return pipeline.generator, None
+    return pipeline.generator, find_class(pipeline, class_label, "--class-label")
+
+
+def load_pipeline(model):
+    """Load the pipeline, in evaluation mode, of a run, a saved pipeline or a model's name."""
     path = em_pretrained.find(str(model)) or Path(model)
     for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():
             check_pipeline(folder, EMStyleGANPipeline)
-            generator = EMStyleGANPipeline.from_pretrained(folder).generator
-            refuse_diverged(str(model), generator)
-            return generator.eval().requires_grad_(False)
+            pipeline = EMStyleGANPipeline.from_pretrained(folder)
+            refuse_diverged(str(model), pipeline.generator)
+            pipeline.generator.eval().requires_grad_(False)
+            return pipeline
     raise ValueError(
         f"{model} holds no finished StyleGAN (no model_index.json). Give the folder of a finished "
         f"run or of a saved pipeline.{em_pretrained.suggest(model)}"

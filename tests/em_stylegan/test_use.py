@@ -251,6 +251,24 @@ def test_projection_and_pictures_of_a_class():
         projection.project(generator, target, config, distance)
 
 
+def test_pictures_of_a_class_by_name(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(
+        8, z_dim=8, w_dim=8, mapping_depth=2, channel_base=64, max_channels=8, num_classes=2
+    )
+    EMStyleGANPipeline(generator.eval(), id2label={0: "iron", 1: "tin"}).save_pretrained(tmp_path)
+    for name, label in (("tin", 1), ("0", 0)):
+        loaded, found = styles.load_for_class(tmp_path, name)
+        assert (found, loaded.config.num_classes) == (label, 2)
+    out = tmp_path / "truncation.png"
+    words = ["truncation", str(tmp_path), str(out), "--num-rows", "1", "--class-label", "tin"]
+    monkeypatch.setattr(sys, "argv", ["interpolate", *words])
+    interpolate.main()
+    assert out.is_file()
+    with pytest.raises(ValueError, match="--class-label has lead, but the model's"):
+        styles.load_for_class(tmp_path, "lead")
+
+
 def draw_z(seed, count):
     return torch.randn(count, 8, generator=make_generator(seed, stream="interpolation"))
 
