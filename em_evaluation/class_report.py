@@ -25,11 +25,22 @@ def view_classes(report: dict, pictures: list[dict]) -> dict | None:
         "chance": 1 / len(section["names"]),
         "sentences": conclude_classes(section, list(section["models"])),
         "figures": {
-            name: [make_figure(each, pixel_size_nm) for each in shown if each["title"] == name]
+            name: [
+                make_figure(each | name_set(each["key"]), pixel_size_nm)
+                for each in shown
+                if each["title"] == name
+            ]
             for name in names
         },
         "charts": draw_guidance(section),
     }
+
+
+def name_set(key: str) -> dict:
+    """Return title and caption of a set's grid below the name of its class."""
+    if key == "held_out":
+        return {"title": "Real", "caption": "held out"}
+    return {"title": key, "caption": "generated"}
 
 
 def conclude_classes(section: dict, models: list[str]) -> list[str]:

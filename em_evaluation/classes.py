@@ -31,8 +31,8 @@ from em_evaluation.levels import make_surrogates
 LEAST_VIEWS = 12  # of a class, on each side of the split
 NUM_PICTURES, MOST_PICTURED = 8, 6  # images of a class, classes
 LEVELS = {
-    "real": "training tiles of the class",
-    "others": "training tiles of other classes",
+    "real": "real images",
+    "others": "other classes",
     "texture": "texture only",
 }
 
@@ -153,14 +153,14 @@ def measure_classes(
         texture = make_surrogates(sets.train[i], seed).images
         row["texture"] = judge.measure_distance(i, find(texture), texture.groups)
         log(f"class {name}: {number:,} images of each set")
-    pictures = list_pictures("held_out", "held-out real images", sets.names, sets.held_out)
+    pictures = list_pictures("held_out", sets.names, sets.held_out)
     for model, images in drawn.items():
         generated = judge.read(images.images, images.names)
         features = [find(each) for each in generated]
         for i, row in enumerate(section["rows"].values()):
             row[model] = judge.measure_distance(i, features[i])
         section["models"][model] = judge.judge_model(features) | {"guidance": judge.sweep(images)}
-        pictures += list_pictures(model, f"by {model}", sets.names, generated)
+        pictures += list_pictures(model, sets.names, generated)
     return section, pictures, notes
 
 
@@ -282,13 +282,13 @@ def _bound(accuracy: Resampled) -> Interval:
     return accuracy.interval().limited(0.0, 1.0)
 
 
-def list_pictures(key: str, caption: str, names: Sequence[str], sets) -> list[dict]:
+def list_pictures(key: str, names: Sequence[str], sets: Sequence[ImageSet]) -> list[dict]:
     """Return a grid of each class: the first images, not selected."""
     return [
         {
             "key": key,
             "title": name,
-            "caption": caption,
+            "caption": key,
             "levels": images.levels[:NUM_PICTURES, 0],
             "role": "class",
         }
