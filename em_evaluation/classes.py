@@ -130,29 +130,17 @@ def measure_classes(
     def find(images):
         return compute_features(images, extractor, **options)
 
-    number = len(sets.held_out[0])
-    train, held_out = ([find(each) for each in side] for side in (sets.train, sets.held_out))
-    classes = np.repeat(np.arange(len(sets.names)), number)
-    probe = fit_probe(np.concatenate(train), classes, len(sets.names))
-    judge = ClassJudge(sets, held_out, probe, seed, find)
+    judge = ClassJudge(sets, find, seed)
     section: dict = {
         "names": sets.names,
-        "num_images": number,
-        "num_train_images": len(classes),
+        "num_images": len(sets.held_out[0]),
+        "num_train_images": sum(map(len, sets.train)),
         "extractor": extractor.name,
         "levels": LEVELS,
         "held_out": judge.real[1],
-        "rows": {name: {} for name in sets.names},
+        "rows": {name: judge.measure_levels(i) for i, name in enumerate(sets.names)},
         "models": {},
     }
-    for i, (name, row) in enumerate(section["rows"].items()):
-        row["real"] = judge.measure_distance(i, train[i], sets.train[i].groups)
-        others = [each for j, each in enumerate(train) if j != i]
-        share = -(-number // len(others))
-        row["others"] = judge.measure_distance(i, np.concatenate([e[:share] for e in others]))
-        texture = make_surrogates(sets.train[i], seed).images
-        row["texture"] = judge.measure_distance(i, find(texture), texture.groups)
-        log(f"class {name}: {number:,} images of each set")
     pictures = list_pictures("held_out", sets.names, sets.held_out)
     for model, images in drawn.items():
         generated = judge.read(images.images, images.names)
@@ -161,6 +149,7 @@ def measure_classes(
             row[model] = judge.measure_distance(i, features[i])
         section["models"][model] = judge.judge_model(features) | {"guidance": judge.sweep(images)}
         pictures += list_pictures(model, sets.names, generated)
+    log(f"classes {', '.join(sets.names)}: {section['num_images']:,} images of each set")
     return section, pictures, notes
 
 
@@ -200,15 +189,29 @@ def read_views(tiles, ids, count: int, seed: int) -> ImageSet:
 class ClassJudge:
     """Compares sets of each class with the held-out images of that class.
 
-    sets, held_out: The real images, and the features of the held-out ones of each class.
-    probe: Recognises classes. seed: Of the intervals. find: images -> features.
+    sets: The real images. find: images -> features. seed: Of the surrogates and the intervals.
     """
 
-    def __init__(self, sets: RealClasses, held_out, probe: Probe, seed: int, find: Callable):
-        self.sets, self.held_out, self.probe = sets, held_out, probe
-        self.seed, self.find = seed, find
+    def __init__(self, sets: RealClasses, find: Callable, seed: int):
+        self.sets, self.find, self.seed = sets, find, seed
+        self.train, self.held_out = (
+            [find(each) for each in side] for side in (sets.train, sets.held_out)
+        )
+        classes = np.repeat(np.arange(len(sets.names)), [len(each) for each in self.train])
+        self.probe = fit_probe(np.concatenate(self.train), classes, len(sets.names))
         self.groups = [each.groups for each in sets.held_out]
-        self.real = self.recognise(held_out, self.groups, seed)
+        self.real = self.recognise(self.held_out, self.groups, seed)
+
+    def measure_levels(self, i: int) -> dict[str, Interval]:
+        """Return the distances of the reference levels to the held-out images of class i."""
+        train, others = self.sets.train[i], [e for j, e in enumerate(self.train) if j != i]
+        mixed = np.concatenate([each[: -(-len(train) // len(others))] for each in others])
+        texture = make_surrogates(train, self.seed).images
+        return {
+            "real": self.measure_distance(i, self.train[i], train.groups),
+            "others": self.measure_distance(i, mixed[: len(train)]),
+            "texture": self.measure_distance(i, self.find(texture), texture.groups),
+        }
 
     def read(self, images, names: Sequence[str]) -> list[ImageSet]:
         """Return the images of each class; image i was asked for as names[i mod their number]."""
