@@ -4,14 +4,16 @@ import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from tqdm.auto import tqdm
 
 from em_data import load_data, to_uint8
 from em_data.files import write_atomically
+from em_diffusion.classes import share_classes
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import load_denoiser
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
@@ -22,13 +24,16 @@ from em_evaluation.feature_metrics import choose_metrics, measure
 from em_evaluation.images import ImageSet, read_images
 from em_training import create_process_state, load_config, make_generator
 from em_training.cli import run_command
+from em_training.config import read_json_object
 from em_training.family import check_options
 
 DESCRIPTION = """Choose the guidance of a trained latent diffusion model: scale and interval.
 
 Training keeps an early snapshot of the U-Net, the guide. A guided model steps away from the guide's
-mistakes (autoguidance, Karras et al. 2024, arXiv:2406.02507). It may be guided in part of the steps
-only (Kynkäänniemi et al. 2024, arXiv:2404.07724). This command generates images at each scale in
+mistakes (autoguidance, Karras et al. 2024, arXiv:2406.02507). A model with classes may instead step
+away from its own prediction without the class (classifier-free guidance, Ho and Salimans 2022,
+arXiv:2207.12598). It may be guided in part of the steps only (Kynkäänniemi et al. 2024,
+arXiv:2404.07724). This command generates images at each scale in
 each interval, measures them against training tiles, and stores the scale and the interval with the
 smallest Frechet distance in RUN/pipeline, together with the guide. Held-out tiles play no part, so
 that a later evaluation on them stays honest. RUN/guidance.json and RUN/guidance.png show all of
@@ -57,6 +62,9 @@ class GuidanceConfig:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a finished run of train_ldm.py."""
+    by: Literal["guide", "classes"] = "guide"
+    """What a model with classes is guided by: "guide", the snapshot, which is asked for the same
+    class, or "classes", its own prediction without the class, which needs no guide."""
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
     """Guidance scales to try; 1 is no guidance."""
     intervals: tuple[str, ...] = ("0:1",)
@@ -96,10 +104,10 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
         scale and interval of steps), "guidance_scale", "guidance_start" and "guidance_stop".
 
     Raises:
-        ValueError: If the run is not finished, or kept no guide.
+        ValueError: If the run is not finished, or has nothing to be guided by.
     """
     run = Path(config.run)
-    pipeline, guide = load_run(run)
+    pipeline, guide = load_run(run, config.by)
     training = load_config(LDMConfig, run / "config.json")
     tiles = replace(training.tiles, cache_dir=config.cache_dir)
     data = load_data(training.data, tiles, log=log)
@@ -115,11 +123,15 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     pipeline.guide = guide
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
+    labels = None
+    if pipeline.num_classes:  # as often as in the training tiles
+        classes = data.train.class_labels(np.arange(data.train.num_views))
+        labels = share_classes(classes, range(len(real)))
     real_features = compute_features(real, extractor, cache_dir=tiles.cache_dir)
     for arm in config.list_arms():
         if arm in measured:
             continue
-        images = generate(pipeline, arm, len(real), config)
+        images = generate(pipeline, arm, len(real), config, labels)
         features = compute_features(images, extractor, use_cache=False)
         metrics, _ = measure(names, features, real_features, groups_b=real.groups, seed=config.seed)
         measured[arm] = {name: each.to_json() for name, each in metrics.items()}
@@ -143,21 +155,31 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     return result
 
 
-def load_run(run: Path):
-    """Return the pipeline and the guide of a finished run; raise a `ValueError` otherwise."""
+def load_run(run: Path, by: str = "guide"):
+    """Return the pipeline and the guide of a finished run; raise a `ValueError` otherwise.
+
+    By "classes" there is no guide.
+    """
     if not (run / "run.json").is_file() or not (run / "config.json").is_file():
         raise ValueError(
             f"{run} holds no finished run of train_ldm.py. Give the folder of one, such as "
             "runs/demo/ldm."
         )
+    has_classes = read_json_object(run / "config.json").get("conditional")
     folder = run / "denoiser" / "guide"
-    if not (folder / "config.json").is_file():
+    if by == "classes" and not has_classes:
+        raise ValueError(
+            f"--by is classes, but the model of {run} has none. Leave it out, or train a model "
+            "with classes: train_ldm.py --conditional."
+        )
+    if by == "guide" and not (folder / "config.json").is_file():
+        way = "Use --by classes." if has_classes else "Train it anew."
         raise ValueError(
             f"{run} kept no guide: it was trained before version 0.2, or with "
-            "--denoiser.guide-images 0 or more images than the run has. Train it anew."
+            f"--denoiser.guide-images 0 or more images than the run has. {way}"
         )
     pipeline = EMLatentDiffusionPipeline.from_pretrained(run / "pipeline")
-    return pipeline, load_denoiser(folder)
+    return pipeline, load_denoiser(folder) if by == "guide" else None
 
 
 def describe_protocol(config, pipeline, guide, extractor, real, notes) -> dict:
@@ -167,7 +189,7 @@ def describe_protocol(config, pipeline, guide, extractor, real, notes) -> dict:
         "extractor": extractor.identity,
         "seed": config.seed,
         "unet": hash_weights(pipeline.unet),
-        "guide": hash_weights(guide),
+        "guide": "no class" if guide is None else hash_weights(guide),
         "scheduler": type(pipeline.scheduler).__name__,
         "num_inference_steps": pipeline.config.default_num_inference_steps,
         "intervals": "95 %, linearised bootstrap over micrographs",
@@ -198,22 +220,30 @@ def list_measured(measured: dict[tuple, dict]) -> list[dict]:
 
 
 @torch.no_grad()
-def generate(pipeline, arm, num_images: int, config) -> ImageSet:
-    """Generate images of one arm (scale, start, stop); image i has the same noise in all arms."""
+def generate(pipeline, arm, num_images: int, config, class_labels=None) -> ImageSet:
+    """Generate images of one arm (scale, start, stop); image i has the same noise in all arms.
+
+    class_labels: the class of each image, for a model with classes.
+    """
     scale, start, stop = arm
     levels, numbers = [], torch.arange(num_images).split(config.batch_size)
     title = f"scale {scale:g}" + ("" if (start, stop) == (0, 1) else f" in {start:g}:{stop:g}")
     for batch in tqdm(numbers, title, unit="batch", leave=False, dynamic_ncols=True):
         rngs = [make_generator(config.seed, stream=f"guidance {i}") for i in batch.tolist()]
         latents = pipeline.denoise(
-            len(rngs), rngs, guidance_scale=scale, guidance_start=start, guidance_stop=stop
+            len(rngs),
+            rngs,
+            guidance_scale=scale,
+            guidance_start=start,
+            guidance_stop=stop,
+            class_labels=class_labels and [class_labels[i] for i in batch.tolist()],
         )
         levels.append(torch.from_numpy(to_uint8(pipeline.decode(latents, rngs))))
     return ImageSet(torch.cat(levels).numpy())
 
 
 def store(pipeline, guide, arm, run: Path):
-    """Save the run's pipeline with its guidance, and with the guide unless the scale is 1."""
+    """Save the run's pipeline with its guidance, and the guide unless the scale is 1."""
     pipeline.to("cpu")
     scale, start, stop = (float(value) for value in arm)
     pipeline.guide = None if scale == 1 else guide
@@ -228,7 +258,7 @@ def write_json(path: Path, content: dict):
 def say_guided(arm) -> str:
     scale, start, stop = arm
     if scale == 1:
-        return "has no guide"
+        return "has no guidance"
     return f"is guided at scale {scale:g} in {say_steps(start, stop)}"
 
 

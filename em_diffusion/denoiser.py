@@ -6,10 +6,13 @@ from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.pipeline_em_ldm import align_weights
 
 
-def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DModel:
+def create_denoiser(
+    config, latent_size: int, latent_channels: int, num_classes: int = 0
+) -> UNet2DModel:
     """Create a U-Net over latents [B, latent_channels, latent_size, latent_size].
 
-    It is a stock `UNet2DModel`, or with `config.num_attention_heads` an `EMUNet2DModel`.
+    It is a stock `UNet2DModel`, or with `config.num_attention_heads` an `EMUNet2DModel`. With
+    classes, it has one more embedding than classes: the last one is that of no class.
     """
     cls, heads = UNet2DModel, {"attention_head_dim": config.attention_head_dim}
     if config.num_attention_heads:
@@ -25,6 +28,7 @@ def create_denoiser(config, latent_size: int, latent_channels: int) -> UNet2DMod
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         norm_num_groups=config.norm_num_groups,
+        num_class_embeds=num_classes + 1 if num_classes else None,
         **heads,
     )
 

@@ -41,7 +41,7 @@ from em_training import (
 OPTIMIZERS = {"adam": create_optimizer, "muon": create_muon}
 
 
-def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
+def compute_denoising_loss(unet, scheduler, latents, noise, timesteps, class_labels=None):
     """Return ||target - unet(x_t, t)||^2, mean over elements, of each sample: float32 [B].
 
     The scheduler decides x_t and the target. With a `DDIMScheduler`, x_t = sqrt(abar_t) latents +
@@ -54,6 +54,7 @@ def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
     Args:
         latents, noise: Float32 [B, C, h, w]; latents are normalised.
         timesteps: [B], int64, or float32 for flow matching.
+        class_labels: Int64 [B] for a U-Net with classes, else None.
     """
     if is_flow(scheduler):
         s = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
@@ -62,7 +63,8 @@ def compute_denoising_loss(unet, scheduler, latents, noise, timesteps):
         noisy = scheduler.add_noise(latents, noise, timesteps)
         is_velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-    predicted = unet(noisy, timesteps).sample
+    options = {} if class_labels is None else {"class_labels": class_labels}
+    predicted = unet(noisy, timesteps, **options).sample
     return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
@@ -79,6 +81,16 @@ def compute_min_snr_weights(scheduler, timesteps, gamma: float):
     snr = abar / (1 - abar)
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     return snr.clamp(max=gamma) / (snr + 1 if is_velocity else snr)
+
+
+def compute_training_loss(unet, scheduler, batch: Batch, config):
+    """Return the mean loss over a batch, weighted as `config` says."""
+    losses = compute_denoising_loss(
+        unet, scheduler, batch.images, batch.noise, batch.timesteps, batch.class_labels
+    )  # [B]
+    if gamma := config.min_snr_gamma:
+        losses = losses * compute_min_snr_weights(scheduler, batch.timesteps, gamma)
+    return losses.mean()
 
 
 def draw_timesteps(count: int, num_train_timesteps: int, rng, density="uniform", continuous=False):
@@ -128,7 +140,7 @@ def train_denoiser(
     Returns:
         The folder of the averaged U-Net, `out_dir`/denoiser/unet, and the training time in seconds.
     """
-    model = build_denoiser(config, latents.shape, accelerator.device, start)
+    model = build_denoiser(config, latents, accelerator.device, start)
     ema = create_ema(model, config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -141,12 +153,7 @@ def train_denoiser(
 
     def backward(part, share):
         with accelerator.autocast():
-            losses = compute_denoising_loss(
-                network, scheduler, part.images, part.noise, part.timesteps
-            )  # [B]
-        if gamma := config.min_snr_gamma:
-            losses = losses * compute_min_snr_weights(scheduler, part.timesteps, gamma)
-        loss = losses.mean()
+            loss = compute_training_loss(network, scheduler, part, config)
         accelerator.backward(loss * share)
         return {"loss": loss}
 
@@ -155,7 +162,11 @@ def train_denoiser(
 
     def generate(numbers, num_steps, stream="sample"):
         pipeline = EMLatentDiffusionPipeline(vqvae, ema.model, scheduler, grain=grain)
-        return generate_images(pipeline, config.seed, numbers, num_steps, accelerator, stream)
+        views = held_out_latents if stream == "evaluation" else latents
+        labels = views.share_classes(numbers)
+        return generate_images(
+            pipeline, config.seed, numbers, num_steps, accelerator, stream, labels
+        )
 
     with TrainingRun(out_dir, "denoiser", config, accelerator) as run:
         micro_batching = MicroBatching(
@@ -203,18 +214,19 @@ def train_denoiser(
     return save_from_main_process(ema.model, folder, accelerator), train_seconds
 
 
-def build_denoiser(config, shape, device, start=None):
-    """Create the U-Net for latents of `shape`, [C, h, w], or a copy of `start` for them.
+def build_denoiser(config, latents, device, start=None):
+    """Create the U-Net for `Latents`, or a copy of `start` for them.
 
     The weights of a new one depend on the seed alone.
     """
+    channels, _, side = latents.shape
     if start is not None:
         model = deepcopy(start)
-        model.register_to_config(sample_size=shape[-1])
+        model.register_to_config(sample_size=side)
         return model.to(device, memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "denoiser"))
-        model = create_denoiser(config, shape[-1], shape[0])
+        model = create_denoiser(config, side, channels, latents.num_classes)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -272,7 +284,8 @@ def draw_batches(latents, sampler, config, accelerator, num_images_seen):
     )
     for batch in loader:
         rng = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen)
-        yield draw_noise(batch, config, rng)
+        batch = draw_noise(batch, config, rng)
+        yield replace(batch, class_labels=draw_classes(latents, batch.ids, config, rng))
         num_images_seen += config.batch_size
 
 
@@ -289,11 +302,24 @@ def draw_noise(batch: Batch, config, rng) -> Batch:
     return replace(batch, noise=noise, timesteps=timesteps)
 
 
+def draw_classes(latents, ids, config, rng):
+    """Return the classes of these views, int64 [B], some of them dropped; None without classes.
+
+    A dropped class is that of no class, `latents.num_classes`.
+    """
+    labels = latents.class_labels(ids)
+    if labels is None:
+        return None
+    is_dropped = torch.rand(len(labels), generator=rng) < config.class_dropout
+    return torch.where(is_dropped, latents.num_classes, labels)
+
+
 def draw_validation_batch(latents, config) -> Batch:
     """Return held-out latents with the noise and timesteps of every validation of this seed."""
     ids = torch.from_numpy(choose_spaced_views(latents, config.num_validation_images))
     rng = make_generator(config.seed, stream="validation")
-    batch = draw_noise(Batch(latents.batch(ids), ids), config, rng)
+    batch = Batch(latents.batch(ids), ids, latents.class_labels(ids))
+    batch = draw_noise(batch, config, rng)
     assert batch.timesteps is not None  # just drawn
     order = torch.randperm(len(batch), generator=rng)
     return replace(batch, timesteps=batch.timesteps[order])
@@ -308,17 +334,19 @@ def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> di
         of the timesteps, from the least noise to the most, that have any.
     """
 
-    def compute_losses(images, noise, timesteps):
+    def compute_losses(images, noise, timesteps, *labels):
         images, noise = (
             x.to(accelerator.device, memory_format=torch.channels_last) for x in (images, noise)
         )
-        timesteps = timesteps.to(accelerator.device)
+        timesteps, *labels = (x.to(accelerator.device) for x in (timesteps, *labels))
         with accelerator.autocast():
-            return compute_denoising_loss(unet, scheduler, images, noise, timesteps)
+            return compute_denoising_loss(unet, scheduler, images, noise, timesteps, *labels)
 
     assert batch.noise is not None
     assert batch.timesteps is not None
-    tensors = (batch.images, batch.noise, batch.timesteps)
+    tensors = [batch.images, batch.noise, batch.timesteps]
+    if batch.class_labels is not None:
+        tensors.append(batch.class_labels)
     losses = run_in_parts(compute_losses, *tensors, size=config.batch_size)  # [N]
     quarters = (batch.timesteps * 4 / config.num_train_timesteps).long().clamp(max=3)  # [N]
     means = {"held_out_loss": losses.mean()}
@@ -329,18 +357,28 @@ def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> di
 
 
 def generate_images(
-    pipeline, seed, numbers, num_steps, accelerator, stream="sample", batch_size: int = 32
+    pipeline,
+    seed,
+    numbers,
+    num_steps,
+    accelerator,
+    stream="sample",
+    class_labels: list[int] | None = None,
+    batch_size: int = 32,
 ):
     """Generate the images of these numbers: float32 [N, 1, R, R] in [-1, 1] on the CPU.
 
-    Each image depends on the seed and its number alone.
+    Each image depends on the seed, its number and its class alone.
     """
     pipeline.set_progress_bar_config(disable=True)
 
-    def generate(numbers):
+    def generate(numbers, *labels):
         rngs = [make_generator(seed, stream=f"{stream} {number}") for number in numbers.tolist()]
         with accelerator.autocast():
-            latents = pipeline.denoise(len(rngs), rngs, num_steps)
+            latents = pipeline.denoise(
+                len(rngs), rngs, num_steps, class_labels=labels[0] if labels else None
+            )
             return pipeline.decode(latents, rngs).cpu()
 
-    return run_in_parts(generate, torch.tensor(numbers), size=batch_size)
+    tensors = [numbers] if class_labels is None else [numbers, class_labels]
+    return run_in_parts(generate, *map(torch.tensor, tensors), size=batch_size)

@@ -12,6 +12,7 @@ from em_diffusion.autoencoder import decode, encode
 from em_diffusion.pipeline_em_ldm import place_windows
 from em_diffusion.samplers import create_sampler
 from em_training import make_image_rng
+from em_training.classes import assign_classes
 from em_training.family import EXACT_BATCH, WALK_KEYS, parse_size
 from em_training.memory import halve_batch
 from em_training.walk import walk_noise
@@ -39,10 +40,13 @@ class LDMDrawer:
         on_progress: Callable[[float], None] | None = None,
     ):
         self.options, self.seed, self.say, self.on_progress = options, seed, say, on_progress
-        if options.guidance_scale not in (None, 1) and pipeline.guide is None:
+        assign_classes(pipeline, options.classes, [0])  # an unknown class is an error now
+        if options.guidance_scale not in (None, 1) and not self._can_guide(pipeline):
+            classes = ", name classes with --classes" if pipeline.num_classes else ""
             raise ValueError(
                 f"--guidance-scale is {options.guidance_scale}, but this model has no guide. Leave "
-                "it out, or add the guide of a run: python -m em_diffusion.choose_guidance RUN"
+                f"it out{classes}, or add the guide of a run: python -m "
+                "em_diffusion.choose_guidance RUN"
             )
         self.size = find_size(pipeline, options.size)
         self.fixed_batch = options.compile
@@ -85,7 +89,8 @@ class LDMDrawer:
         if guidance and (start, stop) != (0, 1):
             guidance |= {"guidance_start": start, "guidance_stop": stop}
         size = {} if self.size is None else {"size": "{}x{}".format(*self.size)}
-        return (size | grain | guidance) | {
+        classes = {"classes": list(self.options.classes)} if self.options.classes else {}
+        return (classes | size | grain | guidance) | {
             "scheduler": type(scheduler).__name__,
             "scheduler_options": json.dumps(changed, sort_keys=True),
             "num_inference_steps": self.num_steps,
@@ -97,14 +102,14 @@ class LDMDrawer:
         if self.size is not None:
             return self._draw_whole(numbers)
         rngs = [make_image_rng(self.seed, number) for number in numbers]
-        return self._decode(self._denoise(rngs), rngs, self.options.grain)
+        return self._decode(self._denoise(rngs, numbers), rngs, self.options.grain)
 
     def _draw_whole(self, numbers):
         """Draw images larger than a tile, in smaller batches of windows when the memory is full."""
         while True:
             rngs = [make_image_rng(self.seed, number) for number in numbers]
             try:
-                latents = self._denoise(rngs, size=self.size)
+                latents = self._denoise(rngs, numbers, size=self.size)
                 windows = min(self.window_batch_size, self.decode_batch_size)
                 return self.pipeline.decode(latents, rngs, self.options.grain, windows)
             except (RuntimeError, MemoryError) as error:
@@ -116,17 +121,18 @@ class LDMDrawer:
         """Yield batches of frames of a closed walk through the noise of the first images.
 
         Noise that the sampler adds on the way is the same in all frames. Frames have no grain: it
-        would flicker, or stand still in front of what moves.
+        would flicker, or stand still in front of what moves. They are all of the first class.
         """
         shape = (1, *self.pipeline.latent_shape)
         rngs = [make_image_rng(self.seed, i) for i in range(WALK_KEYS)]
         keys = [torch.randn(shape, generator=rng) for rng in rngs]
         for noise in walk_noise(torch.cat(keys), frames_per_key).split(EXACT_BATCH):
             rngs = [make_image_rng(self.seed, 0) for _ in noise]
-            yield self._decode(self._denoise(rngs, noise), rngs, add_grain=False)
+            latents = self._denoise(rngs, [0] * len(noise), noise)
+            yield self._decode(latents, rngs, add_grain=False)
 
-    def _denoise(self, rngs, noise=None, size=None):
-        """Return latents [B, C, h, w] in the autoencoder's scale."""
+    def _denoise(self, rngs, numbers, noise=None, size=None):
+        """Return latents [B, C, h, w] in the autoencoder's scale, of the classes of `numbers`."""
 
         def report(pipeline, step, timestep, tensors):
             if self.on_progress is not None:
@@ -148,14 +154,23 @@ class LDMDrawer:
             guidance_scale=scale,
             guidance_start=start,
             guidance_stop=stop,
+            class_labels=assign_classes(self.pipeline, self.options.classes, numbers),
             **whole,
         )
 
+    def _can_guide(self, pipeline):
+        """Return whether there is a weaker prediction, see `EMLatentDiffusionPipeline.denoise`."""
+        return pipeline.guide is not None or bool(self.options.classes)
+
     def _find_guidance(self) -> list[float]:
-        """Return scale, start and stop of the guidance: the options', else the pipeline's."""
+        """Return scale, start and stop of the guidance: the options', else the pipeline's.
+
+        Images of no class are not guided if there is no guide.
+        """
         names = ("guidance_scale", "guidance_start", "guidance_stop")
         values = ((getattr(self.options, name), self.pipeline.config[name]) for name in names)
-        return [saved if given is None else given for given, saved in values]
+        found = [saved if given is None else given for given, saved in values]
+        return found if self._can_guide(self.pipeline) else [1.0, *found[1:]]
 
     def _decode(self, latents, rngs, add_grain: bool):
         """Decode in parts, and in smaller ones after an out-of-memory error.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
+from em_training.classes import list_class_controls
 from em_training.family import Card, Control, Family, check_options, parse_size
 
 SamplerName = Literal[
@@ -20,6 +21,7 @@ SamplerName = Literal[
     "flow-euler",
     "flow-heun",
 ]
+NO_CLASS = "none"  # in the demo
 # usual numbers of steps, which the demo proposes when another sampler is chosen
 DEMO_STEPS = {
     "ddim": 50,
@@ -52,9 +54,14 @@ class LDMOptions:
     all but the last two."""
     eta: float = 0.0
     """Noise added back in each step of ddim: 0 (deterministic) to 1 (as noisy as ddpm)."""
+    classes: tuple[str, ...] = ()
+    """Classes of the images by name or number, such as --classes copper steel: images take them in
+    turn, and a class that is named twice gets twice as many. Default: no class, which draws from
+    all that the model has learnt. For models that have classes."""
     guidance_scale: float | None = None
-    """Guidance by the weaker U-Net that the model holds: 1 is none, more trades variety for
-    fidelity. Default: the scale saved with the model."""
+    """Guidance by the weaker U-Net that the model holds or, if it holds none, by its own prediction
+    without the class: 1 is none, more trades variety for fidelity. Default: the scale saved with
+    the model."""
     guidance_start: float | None = None
     """Fraction of the steps at which the guidance begins. Default: that saved with the model."""
     guidance_stop: float | None = None
@@ -116,6 +123,7 @@ def describe_for_card(pipeline) -> dict:
         "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,
         "guidance_scale": pipeline.config.guidance_scale,
+        "guided_by": "guide" if pipeline.guide is not None else "classes",
         "guided_percent": tuple(
             f"{100 * pipeline.config[name]:g}" for name in ("guidance_start", "guidance_stop")
         ),
@@ -124,7 +132,7 @@ def describe_for_card(pipeline) -> dict:
 
 
 def list_controls(pipeline) -> tuple[Control, ...]:
-    """Return the demo's inputs: the sampler and its number of steps."""
+    """Return the demo's inputs: the class, the sampler, its number of steps, and the guidance."""
     from em_diffusion.samplers import list_samplers
 
     saved = type(pipeline.scheduler).__name__.removesuffix("Scheduler") + ", as saved"
@@ -141,7 +149,11 @@ def list_controls(pipeline) -> tuple[Control, ...]:
         maximum=4,
         step=0.25,
     )
+    classes = list_class_controls(pipeline, NO_CLASS)
+    if pipeline.guide is None:  # then images of no class cannot be guided
+        classes = tuple(replace(c, sets={NO_CLASS: {"guidance_scale": 1.0}}) for c in classes)
     return (
+        *classes,
         Control(
             "scheduler",
             "Sampler",
@@ -160,7 +172,7 @@ def list_controls(pipeline) -> tuple[Control, ...]:
             minimum=1,
             maximum=max(250, saved_steps),
         ),
-        *([] if pipeline.guide is None else [guidance]),
+        *([guidance] if pipeline.guide is not None or pipeline.num_classes else []),
     )
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from em_data import Tiles
 from em_data.files import flush_to_disk, make_folder, write_atomically
 from em_diffusion.autoencoder import encode
+from em_diffusion.classes import share_classes
 from em_diffusion.weights import hash_weights
 from em_training import run_in_parts
 
@@ -30,10 +31,20 @@ class Latents:
         array: Float16 [num_views, C, h, w] in the autoencoder's scale. Encoder outputs are of order
             one, where float16 is eight times finer than bfloat16, and numpy can map it from disk.
         mean, std: C numbers each, measured over the training views.
+        class_names: Names of the classes; () for latents without classes.
+        classes: Number of each view's class, int64 [num_views]; -1 if it is unknown.
     """
 
-    def __init__(self, array: np.ndarray, mean: Sequence[float], std: Sequence[float]):
-        self.array = array
+    def __init__(
+        self,
+        array: np.ndarray,
+        mean: Sequence[float],
+        std: Sequence[float],
+        class_names: Sequence[str] = (),
+        classes: np.ndarray | torch.Tensor | None = None,
+    ):
+        self.array, self.class_names = array, tuple(class_names)
+        self._classes = None if classes is None else torch.as_tensor(classes)
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
 
@@ -49,6 +60,27 @@ class Latents:
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
         return self.array.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for latents without classes."""
+        return len(self.class_names)
+
+    def class_labels(
+        self, view_ids: Sequence[int] | np.ndarray | torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the class of each view, int64 [B]; `num_classes` for an unknown one.
+
+        None for latents without classes.
+        """
+        if self._classes is None:
+            return None
+        labels = self._classes[np.asarray(view_ids)]
+        return torch.where(labels < 0, self.num_classes, labels)
+
+    def share_classes(self, numbers: Sequence[int]) -> list[int] | None:
+        """Return a class for each image, in the shares of the views; None without classes."""
+        return None if self._classes is None else share_classes(self._classes, numbers)
 
     def batch(self, view_ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """Return normalised latents of these views: float32 [B, C, h, w]."""

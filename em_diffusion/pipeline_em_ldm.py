@@ -88,7 +88,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             interface of one of the two. Its config holds `latents_mean` and `latents_std`, one
             number per latent channel, which put the denoiser's latents into its own scale; without
             them, its `scaling_factor` and `shift_factor` do.
-        unet: An unconditional `UNet2DModel` over latents [B, C, h, w], or an `EMUNet2DModel`.
+        unet: A `UNet2DModel` over latents [B, C, h, w], or an `EMUNet2DModel`. With
+            `num_class_embeds` K + 1 it has K classes, and the last number is that of no class.
         scheduler: Solver of the denoising equation. The saved one, with
             `default_num_inference_steps`, is the model's default. Another one is made by
             `OtherScheduler.from_config(pipe.scheduler.config)`: for flow matching
@@ -101,6 +102,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             autoguidance (Karras et al. 2024, arXiv:2406.02507); None cannot guide.
         guidance_scale, guidance_start, guidance_stop: The guidance of a call that does not say
             otherwise; see `denoise`.
+        id2label: {number of a class: its name} for a U-Net with classes, or None for classes
+            without names.
     """
 
     model_cpu_offload_seq = "unet->vqvae->grain"
@@ -119,6 +122,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_start: float | None = None,
         guidance_stop: float | None = None,
+        id2label: dict[int, str] | dict[str, str] | str | None = "kept",
     ):
         super().__init__()
         self._kept_codes = None
@@ -135,13 +139,19 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         }
         kept: dict[str, Any] = _find_kept_options(unet)
         size = kept.get("pixel_size_nm") if pixel_size_nm == "kept" else pixel_size_nm
-        if guide is None:
+        names = kept.get("id2label") if id2label == "kept" else id2label
+        had_guide = kept.get("guide", (None, None))[0] is not None
+        if guide is None and (had_guide or not self.num_classes):
             kept = {name: each for name, each in kept.items() if not name.startswith("guidance_")}
         options: dict[str, Any] = {
             name: type(default)(kept.get(name, default) if given[name] is None else given[name])
             for name, default in DEFAULTS.items()
         }
-        self.register_to_config(pixel_size_nm=None if size is None else float(size), **options)
+        self.register_to_config(
+            pixel_size_nm=None if size is None else float(size),
+            id2label=_check_class_names(names, self.num_classes),
+            **options,
+        )
         _keep_options(self, unet)
 
     def __setattr__(self, name, value):
@@ -173,6 +183,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         window_batch_size: int = EXACT_BATCH,
         image: Any = None,
         strength: float | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `batch_size` images by `denoise` and `decode`; see there for other arguments.
 
@@ -204,6 +215,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             window_batch_size,
             image,
             strength,
+            class_labels,
         )
         images = latents
         if output_type != "latent":
@@ -230,11 +242,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         window_batch_size: int = EXACT_BATCH,
         image: Any = None,
         strength: float | None = None,
+        class_labels: torch.Tensor | list[int | str] | int | str | None = None,
     ) -> torch.Tensor:
         """Generate latents, float32 [B, C, h, w] in the autoencoder's scale, for `decode`.
 
         Args:
-            batch_size: Number of images. Default: 1, or as many as `image` has.
+            batch_size: Number of images. Default: as many as `image` or `class_labels` has, or 1.
             generator: One for the batch, or a list of `batch_size`. With a list, image i depends on
                 generator i alone.
             num_inference_steps: Denoising steps. Default: `default_num_inference_steps`. Heun's
@@ -244,21 +257,25 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end: Called as f(pipe, step, timestep, {"latents": ...}) after each
                 step. The latents that it returns, in the denoiser's scale, replace the step's. It
                 can set `pipe._interrupt = True` to skip the other steps.
-            guidance_scale: The prediction is guide + scale (unet - guide); 1 skips the guide.
+            guidance_scale: The prediction is weaker + scale (unet - weaker); 1 is the U-Net's own.
+                The guide is the weaker one, asked for the same classes; without a guide it is the
+                U-Net for no class (classifier-free guidance, arXiv:2207.12598).
             guidance_start, guidance_stop: Fractions of the steps between which that holds.
             height, width: In pixels. Default: those of `image`, or of a tile.
             window_batch_size: Windows that the U-Net sees at a time, which bounds the memory.
             image: Images to start from, see `to_pixels`; one serves the whole batch.
             strength: Fraction of the steps that change `image`: at 0 it is only reconstructed, at 1
                 next to nothing is left of it. Default: 0.5.
+            class_labels: Number or name of a class, for each image or for all. Default: no class.
 
         Raises:
             ValueError: For arguments that do not fit, or if the model diverged.
         """
         pixels = None if image is None else to_pixels(image)  # [N, 1, H, W]
-        batch_size = self._check_image(pixels, strength, batch_size, height, width)
+        batch_size = self._check_image(pixels, strength, batch_size, height, width, class_labels)
         self._check_inputs(batch_size, generator, callback_on_step_end_tensor_inputs)
-        guidance = self._check_guidance(guidance_scale, guidance_start, guidance_stop)
+        labels = self._check_classes(class_labels, batch_size)
+        guidance = self._check_guidance(guidance_scale, guidance_start, guidance_stop, class_labels)
         size = self.find_latent_size(*((height, width) if pixels is None else pixels.shape[2:]))
         latents = self._prepare_latents(batch_size, generator, latents, size)  # [B, C, h, w]
         self._prepare_scheduler(num_inference_steps, batch_size, generator)
@@ -266,7 +283,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         step_arguments = self._find_step_arguments(generator, eta)
         latents, first = self._start(latents, pixels, strength, window_batch_size)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._solve(latents, first, guidance, *windows, step_arguments, *callback)
+        latents = self._solve(latents, first, labels, guidance, *windows, step_arguments, *callback)
         return _refuse_non_finite(self.denormalise_latents(latents), "latents")
 
     def _start(self, noise, pixels, strength, window_batch_size):
@@ -278,12 +295,22 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         return self._add_noise(encoded, noise, first), first
 
     def _solve(
-        self, latents, first, guidance, windows, window_batch_size, step_arguments, callback, names
+        self,
+        latents,
+        first,
+        labels,
+        guidance,
+        windows,
+        window_batch_size,
+        step_arguments,
+        callback,
+        names,
     ):
         """Take noisy latents [B, C, h, w] through the steps from `first` on.
 
-        windows are those of each step.
+        windows are those of each step, labels int64 [B] or None.
         """
+        labels = None if labels is None else labels.to(latents.device)
         timesteps, (scale, start, stop) = self.scheduler.timesteps, guidance
         timesteps_on_device = timesteps.to(latents.device)
         guided_steps = range(int(start * len(timesteps)), int(stop * len(timesteps)))
@@ -297,7 +324,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
             guided = scale if i in guided_steps else 1.0
             output = self._predict(
-                model_input, timesteps_on_device[i], guided, windows[i], window_batch_size
+                model_input, timesteps_on_device[i], labels, guided, windows[i], window_batch_size
             )  # [B, C, h, w]
             latents = self.scheduler.step(output, timestep, latents, **step_arguments).prev_sample
             if callback is not None:
@@ -307,19 +334,28 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 )
         return latents
 
-    def _predict(self, latents, timestep, scale, windows, window_batch_size):
-        """Return the guided prediction for scaled noisy latents [B, C, h, w]; float32."""
+    def _predict(self, latents, timestep, labels, scale, windows, window_batch_size):
+        """Return the guided prediction for scaled noisy latents [B, C, h, w]; float32.
 
-        def predict(latents):
-            output = self.unet(latents.to(self.unet.dtype), timestep).sample.float()
+        labels: Int64 [B], or None for a U-Net without classes.
+        """
+
+        def predict(latents, *labels):
+            output = _run(self.unet, latents, timestep, *labels)
             if scale == 1:
                 return output
-            weaker = self.guide(latents.to(self.guide.dtype), timestep).sample.float()
+            if self.guide is not None:
+                weaker = _run(self.guide, latents, timestep, *labels)
+            else:
+                no_class = torch.full_like(labels[0], self.num_classes)
+                weaker = _run(self.unet, latents, timestep, no_class)
             return weaker + scale * (output - weaker)
 
+        conditions = () if labels is None else (labels,)
         if windows is None:
-            return predict(latents)
-        return blend_windows(predict, latents, windows, self.latent_shape[1:], window_batch_size)
+            return predict(latents, *conditions)
+        tile = self.latent_shape[1:]
+        return blend_windows(predict, latents, windows, tile, window_batch_size, *conditions)
 
     def _draw_windows(self, batch_size, generator, size):
         """Return the windows of each step and image, as `blend_windows` takes them.
@@ -354,6 +390,26 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a U-Net without classes."""
+        return max(0, (self.unet.config.get("num_class_embeds") or 0) - 1)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Number of each class by its name, sorted by name; empty if there are no names."""
+        names = self.config.get("id2label") or {}
+        return dict(sorted((name, int(number)) for number, name in names.items()))
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Return the numbers of classes from their names; `ValueError` for an unknown name."""
+        names, labels = [label] if isinstance(label, str) else list(label), self.labels
+        for name in names:
+            if name not in labels:
+                known = f"choose from {', '.join(labels)}" if labels else "this model has no names"
+                raise ValueError(f"`label` {name!r} is no class of this model; {known}.")
+        return [labels[name] for name in names]
 
     @torch.no_grad()
     def find_latent_size(
@@ -638,7 +694,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 "given."
             )
 
-    def _check_image(self, pixels, strength, batch_size, height, width):
+    def _check_image(self, pixels, strength, batch_size, height, width, class_labels=None):
         """Return the number of images to draw."""
         if strength is not None and not 0 <= strength <= 1:
             raise ValueError(f"`strength` is {strength}; it must be from 0 to 1.")
@@ -648,6 +704,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                     f"`strength` is {strength}, but there is no `image`; give one, or leave "
                     "`strength` out."
                 )
+            if batch_size is None and isinstance(class_labels, list | tuple):
+                return len(class_labels)
             return 1 if batch_size is None else batch_size
         if batch_size is not None and len(pixels) not in (1, batch_size):
             raise ValueError(
@@ -662,10 +720,46 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 )
         return len(pixels) if batch_size is None else batch_size
 
-    def _check_guidance(self, scale, start, stop):
-        """Return scale, start and stop, those of the pipeline for None."""
-        config = self.config
-        scale = config.guidance_scale if scale is None else scale
+    def _check_classes(self, class_labels, batch_size):
+        """Return numbers of classes, int64 [batch_size]; None for a U-Net without classes."""
+        if not self.num_classes:
+            if class_labels is not None:
+                raise ValueError(
+                    f"`class_labels` is {class_labels!r}, but this model has no classes; leave it "
+                    "out."
+                )
+            return None
+        if class_labels is None:
+            return torch.full((batch_size,), self.num_classes)
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        is_one = isinstance(class_labels, int | str)
+        given = [class_labels] * batch_size if is_one else list(class_labels)
+        if len(given) != batch_size:
+            raise ValueError(
+                f"{len(given)} `class_labels` for {batch_size} images; give one for each, or one "
+                "for all."
+            )
+        labels = self.labels
+        numbers = [labels.get(each) if isinstance(each, str) else each for each in given]
+        for each, number in zip(given, numbers):
+            is_number = isinstance(number, int) and not isinstance(number, bool)
+            if not (is_number and 0 <= number < self.num_classes):
+                names = f", or a name: {', '.join(labels)}" if labels else ""
+                raise ValueError(
+                    f"`class_labels` has {each!r}, which is no class of this model; give a number "
+                    f"from 0 to {self.num_classes - 1}{names}."
+                )
+        return torch.tensor(numbers)
+
+    def _check_guidance(self, scale, start, stop, class_labels=None):
+        """Return scale, start and stop, those of the pipeline for None.
+
+        Images of no class are not guided if there is no guide.
+        """
+        config, can_guide = self.config, self.guide is not None or class_labels is not None
+        if scale is None:
+            scale = 1.0 if self.num_classes and not can_guide else config.guidance_scale
         start = config.guidance_start if start is None else start
         stop = config.guidance_stop if stop is None else stop
         if not math.isfinite(scale):
@@ -675,11 +769,19 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
                 f"`guidance_start` is {start} and `guidance_stop` {stop}; they must be rising "
                 "fractions of the steps, from 0 to 1."
             )
-        if scale != 1 and self.guide is None:
+        if scale != 1 and not can_guide:
+            classes = ", give `class_labels`" if self.num_classes else ""
             raise ValueError(
-                f"`guidance_scale` is {scale}, but this pipeline has no guide; leave it at 1, or "
-                "set `pipe.guide` to a weaker U-Net."
+                f"`guidance_scale` is {scale}, but this pipeline has no guide; leave it at 1"
+                f"{classes}, or set `pipe.guide` to a weaker U-Net."
             )
+        if self.guide is not None:
+            num = self.guide.config.get("num_class_embeds")
+            if num not in (None, self.unet.config.get("num_class_embeds")):
+                raise ValueError(
+                    f"the guide has {num - 1} classes, but the U-Net {self.num_classes}; set "
+                    "`pipe.guide` to a U-Net of the same classes, or without classes."
+                )
         return scale, start, stop
 
     def _check_generators(self, batch_size, generator):
@@ -891,7 +993,13 @@ def place_windows(length: int, window: int, shift: float = 0.0) -> list[int]:
     return sorted({min(max(start, 0), length - window) for start in starts})
 
 
-def blend_windows(function, inputs, windows, size, batch_size):
+def _run(network, latents, timestep, labels=None):
+    """Return a U-Net's prediction in float32; labels go to a U-Net that has classes."""
+    options = {"class_labels": labels} if network.config.get("num_class_embeds") else {}
+    return network(latents.to(network.dtype), timestep, **options).sample.float()
+
+
+def blend_windows(function, inputs, windows, size, batch_size, *conditions):
     """Apply a function of tiles to inputs [B, C, H, W] window by window and blend the results.
 
     The weight of a window is a product of squared sines, divided by the sum over all windows.
@@ -899,9 +1007,10 @@ def blend_windows(function, inputs, windows, size, batch_size):
     depend on the other ones.
 
     Args:
-        function: Tiles [N, C, h, w] -> float32 [N, K, h f, w f].
+        function: Tiles [N, C, h, w] and conditions [N, ...] -> float32 [N, K, h f, w f].
         windows: Of each image, where windows start in rows and in columns.
         size: (h, w).
+        conditions: Tensors [B, ...]; a tile gets the row of its image.
 
     Returns:
         Float32 [B, K, H f, W f].
@@ -912,7 +1021,8 @@ def blend_windows(function, inputs, windows, size, batch_size):
         part = jobs[start : start + batch_size]
         padded = part + part[-1:] * (min(batch_size, EXACT_BATCH) - len(part))
         tiles = [inputs[i, :, y : y + height, x : x + width] for i, y, x in padded]
-        results = function(torch.stack(tiles))  # [N, K, h f, w f]
+        images = [i for i, _, _ in padded]
+        results = function(torch.stack(tiles), *(each[images] for each in conditions))
         if outputs is None:
             factor = results.shape[-1] // width
             sides = [n * factor for n in inputs.shape[-2:]]
@@ -1033,6 +1143,23 @@ def _is_own_component(name, value):
         and len(value) == 2
         and value[0] not in (None, "diffusers")
     )
+
+
+def _check_class_names(names, num_classes):
+    """Return {"0": name, ...} of `num_classes` classes, or None; raise `ValueError` otherwise."""
+    if names is None:
+        return None
+    names = {str(number): str(names[number]) for number in sorted(names, key=int)}
+    if (
+        list(names) != [str(number) for number in range(num_classes)]
+        or len(set(names.values())) < len(names)
+        or not num_classes
+    ):
+        raise ValueError(
+            f"`id2label` is {names}, but the U-Net has {num_classes} classes, counted from 0. Give "
+            "each one a name of its own."
+        )
+    return names
 
 
 def _find_kept_options(model):

@@ -18,6 +18,7 @@ from em_diffusion.train import choose_sampler
 from em_diffusion.weights import save_model
 from em_training import load_config
 from em_training.cli import run_command
+from em_training.config import read_json_object
 from em_training.posthoc_ema import reconstruct_average
 
 DESCRIPTION = """Average the denoiser's weights over another width after the training.
@@ -60,18 +61,14 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
     if (trained / "config.json").is_file():  # it may have the architecture of another model
         unet = load_denoiser(trained).eval()
     elif config.denoiser.init_from is None:
-        unet = create_denoiser(config.denoiser, side, num_channels).eval()
+        num_classes = max(0, len(weights.get("class_embedding.weight", ())) - 1)
+        unet = create_denoiser(config.denoiser, side, num_channels, num_classes).eval()
     else:
         raise ValueError(f"{run} is not finished. Finish it first, with the same command.")
     unet.load_state_dict(unet.state_dict() | weights)
     result = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else None
     pixel_size_nm = result["data"].get("pixel_size_nm") if result else None
-    scheduler, num_steps = choose_sampler(config)
-    # runs made before version 0.1 have no grain
-    has_grain = config.grain_images and (run / "grain" / "config.json").exists()
-    grain = EMGrain.from_pretrained(run / "grain") if has_grain else None
-    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
-    save_model(pipeline, out / "pipeline")
+    save_model(make_pipeline(run, config, vqvae, unet, pixel_size_nm), out / "pipeline")
     made = {
         "run": str(run),
         "sigma_rel": sigma_rel,
@@ -83,6 +80,20 @@ def make_posthoc_pipeline(run, sigma_rel: float, out, num_images_seen: int | Non
         result |= {"name": out.name, "num_images_seen": num_images_seen, "posthoc_ema": made}
         write_atomically(out / "run.json", json.dumps(result, indent=2) + "\n")
     return error
+
+
+def make_pipeline(run, config, vqvae, unet, pixel_size_nm) -> EMLatentDiffusionPipeline:
+    """Return the pipeline of a run with another U-Net."""
+    scheduler, num_steps = choose_sampler(config)
+    # runs made before version 0.1 have no grain
+    has_grain = config.grain_images and (run / "grain" / "config.json").exists()
+    grain = EMGrain.from_pretrained(run / "grain") if has_grain else None
+    names = None
+    if config.conditional:
+        names = dict(enumerate(read_json_object(run / "data.json")["classes"]))
+    return EMLatentDiffusionPipeline(
+        vqvae, unet, scheduler, pixel_size_nm, num_steps, grain, id2label=names
+    )
 
 
 def main():

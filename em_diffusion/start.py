@@ -27,11 +27,15 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A trained denoiser, and the mean and deviation of the latents that it was trained on."""
+    """A trained denoiser, and the mean and deviation of the latents that it was trained on.
+
+    class_names: Names of its classes; () for one without classes.
+    """
 
     unet: UNet2DModel
     mean: list[float]
     std: list[float]
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_halvings(self) -> int:
@@ -66,7 +70,8 @@ def load_start(config, accelerator) -> Start:
     if changes := list_changes(config.denoiser, pipeline.unet):
         accelerator.print(f"the denoiser of {source} keeps its architecture: {', '.join(changes)}")
     mean, std = read_statistics(pipeline)
-    return Start(pipeline.unet.requires_grad_(True), mean, std)
+    names = sorted(pipeline.labels, key=pipeline.labels.__getitem__)
+    return Start(pipeline.unet.requires_grad_(True), mean, std, tuple(names))
 
 
 def check_pipeline_class(folder: Path, source: str):

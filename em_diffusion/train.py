@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from em_data import load_data, warn_if_few
@@ -12,6 +13,7 @@ from em_data.files import write_atomically
 from em_data.look.tile_size import warn_of_tile_size
 from em_diffusion.autoencoder import encode, is_trainable
 from em_diffusion.autoencoder_loop import train_autoencoder
+from em_diffusion.classes import check_classes, fit_classes, read_classes
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
@@ -75,8 +77,11 @@ def train_stages(config, accelerator, out):
     warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
     if accelerator.is_main_process:
         warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
+    if unused := check_classes(config, data):
+        accelerator.print(unused)
     if accelerator.is_main_process:
-        refuse_other_data(out, data.identity)
+        classes = {"classes": list(data.train.class_names)} if config.conditional else {}
+        refuse_other_data(out, data.identity | classes)
         save_config(config, out / "config.json")
 
     if start is not None:
@@ -132,7 +137,10 @@ def save_pipeline(config, data, out, vqvae, unet, grain):
     """Save the pipeline in place of what an earlier end of the run left."""
     scheduler, num_steps = choose_sampler(config)
     pixel_size_nm = data.summary.get("pixel_size_nm")
-    pipeline = EMLatentDiffusionPipeline(vqvae, unet, scheduler, pixel_size_nm, num_steps, grain)
+    names = dict(enumerate(data.train.class_names)) if config.conditional else None
+    pipeline = EMLatentDiffusionPipeline(
+        vqvae, unet, scheduler, pixel_size_nm, num_steps, grain, id2label=names
+    )
     save_model(pipeline, out / "pipeline")
 
 
@@ -210,7 +218,14 @@ def run_latents_stage(config, data, vqvae, accelerator, out, start=None):
         store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     accelerator.wait_for_everyone()
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
-    return Latents(train, mean, std), Latents(held_out, mean, std), seconds + more
+    latents = [
+        Latents(array, mean, std, *(read_classes(tiles, view_ids) if config.conditional else ()))
+        for array, tiles, view_ids in (
+            (train, data.train, np.arange(data.train.num_views)),
+            (held_out, data.held_out, validation),
+        )
+    ]
+    return *latents, seconds + more
 
 
 def run_grain_stage(config, data, vqvae, accelerator, out):
@@ -257,7 +272,9 @@ def run_denoiser_stage(
             out_dir=out,
             held_out=data.held_out,
             grain=grain,
-            start=start.unet if start else None,
+            start=fit_classes(start.unet, start.class_names, latents.class_names)
+            if start
+            else None,
         )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
     with accelerator.main_process_first():  # the first may have to tidy up after a kill

@@ -11,7 +11,12 @@ from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 
 
-def make_ldm(seed=0):
+def make_conditional_ldm(names=("copper", "steel", "tin")):
+    """A latent diffusion model of 16 x 16 pixels whose U-Net and guide have classes."""
+    return make_ldm(names=names)
+
+
+def make_ldm(seed=0, names=()):
     """A latent diffusion model of 16 x 16 pixels: codebook, U-Net and guide of our own, grain."""
     torch.manual_seed(seed)
     blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
@@ -25,6 +30,7 @@ def make_ldm(seed=0):
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
+    kinds |= {"num_class_embeds": len(names) + 1} if names else {}
     unet, guide = (
         EMUNet2DModel(8, 2, 2, num_attention_heads=2, **kinds, **blocks).eval() for _ in range(2)
     )
@@ -39,6 +45,7 @@ def make_ldm(seed=0):
         grain=grain,
         guide=guide,
         guidance_scale=1.25,
+        id2label=dict(enumerate(names)) if names else None,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
