@@ -14,6 +14,7 @@ import time
 import em_pretrained
 from em_generation import demo
 from em_training.cli import run_command
+from em_training.family import Control
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 BUTTONS = ["download", "fullscreen"]  # of a picture: without gradio's "share", which uploads it
@@ -95,14 +96,18 @@ def _add_family(gr, models, shared, out):
     with gr.Column():
         gr.Markdown(f"### {models[0].model.title}")
         choice = gr.Dropdown(list(by_source), value=models[0].source, label="Model")
-        controls = models[0].controls
-        inputs = {control.name: _make_input(gr, control) for control in controls}
-        _connect_controls(choice, by_source, inputs)
+        controls: dict[str, Control] = {}
+        for control in (each for model in models for each in model.controls):
+            controls.setdefault(control.name, control)
+        shown = {control.name for control in models[0].controls}
+        inputs = {name: _make_input(gr, each, name in shown) for name, each in controls.items()}
+        _connect_controls(gr, choice, by_source, inputs)
         return _add_results(gr, family, by_source, choice, inputs, shared, out)
 
 
-def _make_input(gr, control):
+def _make_input(gr, control, visible=True):
     options = {"label": control.label, "info": control.help or None, "elem_id": control.name}
+    options["visible"] = visible
     if control.kind == "slider":
         return gr.Slider(
             control.minimum, control.maximum, control.value, step=control.step, **options
@@ -115,15 +120,21 @@ def _make_input(gr, control):
     return gr.Dropdown(choices, value=control.value, **options)
 
 
-def _connect_controls(choice, by_source, inputs):
-    """Let another model reset the controls, and a control set those that depend on it."""
+def _connect_controls(gr, choice, by_source, inputs):
+    """Let another model reset the controls, and a control set those that depend on it.
+
+    Controls that the chosen model does not have are hidden.
+    """
 
     def reset(source):
         controls = {control.name: control for control in by_source[source].controls}
         updates = []
         for name, component in inputs.items():
+            if name not in controls:
+                updates.append(type(component)(visible=False))
+                continue
             control = controls[name]
-            update = {"value": "" if control.value is None else control.value}
+            update = {"value": "" if control.value is None else control.value, "visible": True}
             if control.kind == "choice":
                 update["choices"] = list(control.choices)
             elif control.kind == "slider":
@@ -132,19 +143,21 @@ def _connect_controls(choice, by_source, inputs):
         return updates
 
     choice.change(reset, choice, list(inputs.values()), api_visibility="private")
-    for control in next(iter(by_source.values())).controls:
-        targets = sorted({name for values in control.sets.values() for name in values})
-        if not targets:
-            continue
+    setters: dict[str, set[str]] = {}
+    for control in (each for model in by_source.values() for each in model.controls):
+        for values in control.sets.values():
+            setters.setdefault(control.name, set()).update(values)
+    for name, targets in ((name, sorted(targets)) for name, targets in setters.items()):
 
-        def follow(source, value, name=control.name, targets=targets):
+        def follow(source, value, name=name, targets=targets):
             found = next(each for each in by_source[source].controls if each.name == name)
-            values = [found.sets.get(value, {}).get(target) for target in targets]
+            new = found.sets.get(value, {})
+            values = [new.get(target, gr.skip()) for target in targets]
             return values[0] if len(values) == 1 else values
 
-        inputs[control.name].input(
+        inputs[name].input(
             follow,
-            [choice, inputs[control.name]],
+            [choice, inputs[name]],
             [inputs[target] for target in targets],
             api_visibility="private",
         )

@@ -126,6 +126,7 @@ def choose_guidance(config: GuidanceConfig, *, log=print) -> dict:
     labels = None
     if pipeline.num_classes:  # as often as in the training tiles
         classes = data.train.class_labels(np.arange(data.train.num_views))
+        assert classes is not None
         labels = share_classes(classes, range(len(real)))
     real_features = compute_features(real, extractor, cache_dir=tiles.cache_dir)
     for arm in config.list_arms():

@@ -123,7 +123,6 @@ def describe_for_card(pipeline) -> dict:
         "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,
         "guidance_scale": pipeline.config.guidance_scale,
-        "guided_by": "guide" if pipeline.guide is not None else "classes",
         "guided_percent": tuple(
             f"{100 * pipeline.config[name]:g}" for name in ("guidance_start", "guidance_stop")
         ),

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from em_generation.loading import Model, read_model
 from em_generation.sampling import draw_images
 from em_generation.store import create_store, remove_remains, scan_names
 from em_training import choose_precision, create_process_state
+from em_training.classes import name_classes
 from em_training.family import check_options
 
 RECORD = "generation.json"
@@ -153,7 +155,9 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
             write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
 
     pixel_size_nm = getattr(pipeline.config, "pixel_size_nm", None)
-    store = create_store(out, config.format, config.bits, pixel_size_nm)
+    store = create_store(
+        out, config.format, config.bits, pixel_size_nm, find_class_names(pipeline, config.options)
+    )
     missing = store.find_missing(config.num_images)
     state.wait_for_everyone()  # all have seen the same folder before any writes to it
     mine = store.share(missing, state.process_index, state.num_processes)
@@ -175,6 +179,14 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
         write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
     state.wait_for_everyone()
     return record
+
+
+def find_class_names(pipeline, options) -> Callable[[Sequence[int]], Sequence[str]] | None:
+    """Return a function that names the classes of images by number; None without --classes."""
+    classes = getattr(options, "classes", ())
+    if not classes:
+        return None
+    return lambda numbers: name_classes(pipeline, classes, numbers) or []
 
 
 class Progress:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import PIL.Image
 from em_data import to_uint8, to_uint16, write_image
 from em_data.files import flush_to_disk, write_atomically
 
+NameClasses = Callable[[Sequence[int]], Sequence[str]]
 SHARD_IMAGES = 256  # of a data set: written together, and lost together by a kill
 SHARD_NAME = r"images-(\d+)-(\d+)\.arrow"
 
@@ -27,17 +28,30 @@ class FileStore:
         suffix: "png" or "tif".
         bits: 8 or 16.
         pixel_size_nm: Written into each file; None if unknown.
+        name_classes: Numbers of images -> names of their classes, for metadata.jsonl; None if they
+            have no class.
     """
 
-    def __init__(self, out: Path, suffix: str, bits: int, pixel_size_nm: float | None):
+    def __init__(
+        self,
+        out: Path,
+        suffix: str,
+        bits: int,
+        pixel_size_nm: float | None,
+        name_classes: NameClasses | None = None,
+    ):
         self.out, self.suffix, self.bits, self.pixel_size_nm = out, suffix, bits, pixel_size_nm
+        self.name_classes = name_classes
 
     def find_missing(self, num_images: int) -> list[int]:
         """Return the numbers below `num_images` that have no file, by one scan of the folder."""
+        present = self._find_present()
+        return [i for i in range(num_images) if i not in present]
+
+    def _find_present(self):
         name = re.compile(rf"(\d{{6,}})\.{self.suffix}")
         matches = map(name.fullmatch, scan_names(self.out))
-        present = {int(match[1]) for match in matches if match}
-        return [i for i in range(num_images) if i not in present]
+        return {int(match[1]) for match in matches if match}
 
     def share(self, missing: list[int], process_index: int, num_processes: int) -> list[int]:
         """Return the part of `missing` that one of several processes makes."""
@@ -51,11 +65,21 @@ class FileStore:
         return len(images)
 
     def finish(self) -> None:
-        """Do nothing: every file stands for itself."""
+        """Write the classes as metadata.jsonl, which `datasets` and our sources read."""
+        if self.name_classes is None:
+            return
+        numbers = sorted(self._find_present())
+        lines = [
+            json.dumps({"file_name": f"{number:06d}.{self.suffix}", "class_name": name})
+            for number, name in zip(numbers, self.name_classes(numbers), strict=True)
+        ]
+        write_atomically(self.out / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
 class ArrowStore:
-    """A `datasets.Dataset` with the columns "image", "number" and, if known, "pixel_size_nm".
+    """A `datasets.Dataset` with the columns "image", "number" and, if known, others.
+
+    These are "pixel_size_nm" and "class_name".
 
     Images are stored as PNG in a column of the type `datasets.Image`, so that viewers show them; 8
     and 16 bits are kept without loss. Rows are images 0, 1, 2 ... in order. Shards of up to 256
@@ -63,8 +87,15 @@ class ArrowStore:
     once `finish` has written its index. A finished folder that is being extended opens as it was.
     """
 
-    def __init__(self, out: Path, bits: int, pixel_size_nm: float | None):
+    def __init__(
+        self,
+        out: Path,
+        bits: int,
+        pixel_size_nm: float | None,
+        name_classes: NameClasses | None = None,
+    ):
         self.out, self.bits, self.pixel_size_nm = out, bits, pixel_size_nm
+        self.name_classes = name_classes
         self._waiting: dict[int, bytes] = {}
         self._shard_of: dict[int, range] = {}
         self._lock = threading.Lock()
@@ -139,6 +170,9 @@ class ArrowStore:
         if self.pixel_size_nm is not None:
             columns["pixel_size_nm"] = datasets.Value("float64")
             values["pixel_size_nm"] = [self.pixel_size_nm] * len(shard)
+        if self.name_classes is not None:
+            columns["class_name"] = datasets.Value("string")
+            values["class_name"] = self.name_classes(shard)
         path = self.out / f"images-{shard.start:06d}-{shard.stop:06d}.arrow"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with ArrowWriter(path=str(temporary), features=datasets.Features(columns)) as writer:
@@ -149,11 +183,18 @@ class ArrowStore:
         flush_to_disk(self.out)
 
 
-def create_store(out: Path, format: str, bits: int, pixel_size_nm: float | None):
+def create_store(
+    out: Path,
+    format: str,
+    bits: int,
+    pixel_size_nm: float | None,
+    name_classes: NameClasses | None = None,
+):
     """Return the store of a format: "png", "tiff" or "arrow"."""
     if format == "arrow":
-        return ArrowStore(out, bits, pixel_size_nm)
-    return FileStore(out, {"png": "png", "tiff": "tif"}[format], bits, pixel_size_nm)
+        return ArrowStore(out, bits, pixel_size_nm, name_classes)
+    suffix = {"png": "png", "tiff": "tif"}[format]
+    return FileStore(out, suffix, bits, pixel_size_nm, name_classes)
 
 
 def encode_png(levels: np.ndarray) -> bytes:

@@ -1,6 +1,7 @@
 """The model card of a published run, from the templates in model_cards."""
 
 import math
+import re
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
@@ -22,6 +23,7 @@ SAMPLING = (
     "scheduler",
     "num_inference_steps",
     "eta",
+    "classes",
     "guidance_scale",
     "guidance_start",
     "guidance_stop",
@@ -82,6 +84,7 @@ def make_card(
         },
         "data": record.get("data"),
         "pixel_size_nm": pipeline.config.pixel_size_nm,
+        **view_classes(pipeline),
         **view_evaluation(evaluation),
         "run": record if record.get("num_images_seen") is not None else None,
         "started_from": say_starts(record.get("started_from")),
@@ -94,6 +97,17 @@ def make_card(
     }
     page = create_environment().get_template(family.card.template).render(values)
     return f"---\n{metadata.to_yaml()}\n---\n\n{page}"
+
+
+def view_classes(pipeline) -> dict:
+    """Return the names of a pipeline's classes, and one as the page's code has it.
+
+    A name that has more than letters, digits and some signs is there by its number.
+    """
+    names = list(getattr(pipeline, "labels", ()))
+    is_plain = names and re.fullmatch(r"[\w .+-]+", names[0])
+    example = f'"{names[0]}"' if is_plain else pipeline.labels[names[0]] if names else None
+    return {"classes": names, "example_class": example}
 
 
 def view_evaluation(evaluation: dict | None) -> dict:
@@ -234,10 +248,11 @@ def find_metrics(evaluation: dict) -> dict:
 def say_sampling(info: dict) -> dict:
     """Return how the images that were measured were drawn; yes and no in words."""
     known = {key: info[key] for key in SAMPLING if info.get(key) is not None}
-    return {
-        key: ("added" if value else "left out") if key == "grain" else value
-        for key, value in known.items()
+    said = {
+        key: ("added" if value else "left out") for key, value in known.items() if key == "grain"
     }
+    lists = {key: ", ".join(value) for key, value in known.items() if isinstance(value, list)}
+    return known | said | lists
 
 
 def list_metrics(evaluation: dict) -> list[dict]:

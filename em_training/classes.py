@@ -28,6 +28,16 @@ def assign_classes(
     return [ids[number % len(ids)] for number in numbers]
 
 
+def name_classes(pipeline: Any, classes: Sequence[str], numbers: Sequence[int]) -> list[str] | None:
+    """Return the name of the class of each image, its number as text if it has none.
+
+    Arguments and errors are those of `assign_classes`.
+    """
+    ids = assign_classes(pipeline, classes, numbers)
+    names = {number: name for name, number in pipeline.labels.items()} if ids else {}
+    return None if ids is None else [names.get(each, str(each)) for each in ids]
+
+
 def find_class(pipeline: Any, name: str, flag: str = "--classes") -> int:
     """Return the number of a class from its name, or from its number as text."""
     labels, num_classes = pipeline.labels, pipeline.num_classes
