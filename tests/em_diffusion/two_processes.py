@@ -1,5 +1,5 @@
-"""Train a denoiser in one process or two: run by test_evaluation.py as `torchrun two_processes.py
-OUT`.
+"""Train a denoiser with classes in one process or two: run by test_evaluation.py as `torchrun
+two_processes.py OUT`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ config = dataclasses.replace(
 torch.manual_seed(0)
 vqvae = create_autoencoder(PRESETS["test"]().autoencoder, 16).eval()
 array = torch.randn(24, 4, 8, 8).half().numpy()
-latents = Latents(array, [0.0] * 4, [1.0] * 4)
+latents = Latents(array, [0.0] * 4, [1.0] * 4, ("a", "b", "c"), torch.arange(24) % 3)
 held_out = FakeTiles(num_views=5, seed=1)
 models = []
 create_ema = denoiser_loop.create_ema
@@ -45,10 +45,14 @@ weights = torch.cat([value.flatten() for value in models[0].state_dict().values(
 assert (accelerator.gather(weights[None]) == weights).all(), "the processes have grown apart"
 
 torch.manual_seed(1)
-unet = create_denoiser(config, 8, 4).eval()  # the same weights whatever the number of processes
+unet = create_denoiser(config, 8, 4, 3).eval()  # the same weights whatever the number of processes
 distance = HeldOutDistance(held_out, 5, 0, accelerator=accelerator)
 pipeline = EMLatentDiffusionPipeline(vqvae, unet, create_scheduler(config))
-value = distance.measure(lambda numbers: generate_images(pipeline, 0, numbers, 2, accelerator))
+value = distance.measure(
+    lambda numbers: generate_images(
+        pipeline, 0, numbers, 2, accelerator, class_labels=latents.share_classes(numbers)
+    )
+)
 assert (accelerator.gather(torch.tensor([value], dtype=torch.float64)) == value).all()
 if accelerator.is_main_process:
     (out / "measured.json").write_text(

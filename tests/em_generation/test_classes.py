@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from em_data import to_uint8
+from em_data import DataConfig, load_tiles, to_uint8
 from em_diffusion.family import LDMOptions
 from em_generation import demo
 from em_generation.generate import GenerationConfig, generate_images
@@ -65,6 +65,18 @@ def test_files_name_their_classes(folder, tmp_path):
         generate(folder, tmp_path, 5, ("tin",))
 
 
+def test_generated_classes_are_read_back(folder, tmp_path):
+    """As the classes of micrographs, by the images' names."""
+    generate(folder, tmp_path / "images", 8, ("tin", "copper"))
+    config = DataConfig(resolution=16, symmetries="none", cache_dir=str(tmp_path / "cache"))
+    tiles = load_tiles(str(tmp_path / "images"), config, log=lambda line: None)
+    assert tiles.class_names == ("copper", "tin")
+    names = [tiles.class_names[i] for i in tiles.class_labels(range(8))]
+    numbers = [int(Path(name).stem) for name in tiles.rows["micrograph"]]
+    assert sorted(numbers) == list(range(8))
+    assert names == [("tin", "copper")[number % 2] for number in numbers]
+
+
 def test_a_data_set_names_its_classes(folder, tmp_path):
     import datasets
 
@@ -83,6 +95,12 @@ def test_without_classes_there_is_no_metadata(folder, tmp_path):
     assert not (tmp_path / "metadata.jsonl").exists()
 
 
+# gradio leaves an event loop and its sockets to the garbage collector
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
 def test_the_page_draws_a_class(folder, tmp_path):
     """As generate.py does; a model without classes beside it does not show the choice."""
     pytest.importorskip("gradio")
