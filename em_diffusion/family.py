@@ -123,6 +123,9 @@ def describe_for_card(pipeline) -> dict:
         "autoencoder": {"num_codes": pipeline.vqvae.config.get("num_vq_embeddings")},
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,
         "guidance_scale": pipeline.config.guidance_scale,
+        "is_guided_by_classes": bool(
+            pipeline.guide is None and pipeline.num_classes and pipeline.config.guidance_scale != 1
+        ),
         "guided_percent": tuple(
             f"{100 * pipeline.config[name]:g}" for name in ("guidance_start", "guidance_stop")
         ),
