@@ -10,7 +10,7 @@ KIND_COLOURS = {
     "loop": "#b197fc",
 }
 OTHER_COLOURS = (
-    *("#f8961e", "#90be6d", "#f15bb5", "#00bbf9", "#fee440", "#9b5de5", "#00f5d4", "#e56b6f"),
+    *("#f8961e", "#00bbf9", "#f15bb5", "#fee440", "#90be6d", "#9b5de5", "#00f5d4", "#e56b6f"),
     *("#b5e48c", "#c77dff", "#ffafcc", "#a98467"),
 )
 

@@ -36,14 +36,15 @@ def describe_found(source, micrographs) -> list[str]:
     num_labelled = sum(each["defects"] is not None for each in micrographs)
     sentences, num = [], len(micrographs)
     if source.labels or num_labelled:
-        counts = ", ".join(f"{name} {count:,}" for name, count in kinds.items())
+        counts = ", ".join(f"{name}: {count:,}" for name, count in kinds.items())
         origin = f" from {source.labels}" if source.labels else ""
         sentences.append(
             f"labels{origin}: {num_labelled:,} of {num:,} micrographs, "
             f"{sum(kinds.values()):,} defects" + (f" ({counts})" if counts else "")
         )
     if classes:
-        counts = ", ".join(f"{name} {count:,}" for name, count in classes.items())
+        counts = ", ".join(f"{name}: {count:,}" for name, count in classes.items())
         origin = f" from {source.classes}" if source.classes else ""
-        sentences.append(f"classes{origin}: {counts} micrographs")
+        num_known = sum(classes.values())
+        sentences.append(f"classes{origin}: {num_known:,} of {num:,} micrographs ({counts})")
     return sentences

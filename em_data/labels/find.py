@@ -69,7 +69,7 @@ def find_labels(
     if unused:
         names = "; ".join(each.describe() for each in unused)
         notes.append(
-            f"labels not used: {names}. {chosen[0].name if chosen else 'No set'} is used; choose "
+            f"other labels: {names}. {chosen[0].name if chosen else 'No set'} is used; choose "
             "with --tiles.labels."
         )
     named = {file for each in sets for files in each.files.values() for file in files}

@@ -7,7 +7,7 @@ import yaml
 
 NAMES_FILE = re.compile(
     r"data\.ya?ml|dataset\.ya?ml|(classes|names|obj\.names|class_names|_darknet\.labels)(\.txt)?|"
-    r".*\.names|labels?\.txt|notes\.json",
+    r".*\.names|labels?\.txt",
     re.IGNORECASE,
 )
 NUMBERED = re.compile(r"(?P<key>\d+|#[0-9a-fA-F]{6})\s*[:=,;\t ]\s*(?P<name>.+)")

@@ -43,7 +43,9 @@ def find_masks(
     groups = defaultdict(list)
     for mask in masks:
         groups[_find_group(mask)].append(mask)
-    names, sets = read_names(folder, files), []
+    # data.yaml numbers the classes of YOLO, which has no number for the background
+    texts = [each for each in files if each.suffix.lower() not in (".yaml", ".yml")]
+    names, sets = read_names(folder, texts), []
     for name, group in groups.items():
         pairs, alone, unclear = defaultdict(list), [], []
         for mask in group:

@@ -27,7 +27,7 @@ def find_yolo(folder: Path, files: list[Path], index: ImageIndex) -> list[LabelS
     for file in files:
         if file.suffix.lower() == ".txt":
             by_folder[_find_top(file)].append(file)
-    names = read_names(folder, [each for each in files if each.suffix.lower() != ".json"])
+    names = read_names(folder, files)
     sets = []
     for top, texts in by_folder.items():
         pairs, alone, unclear = {}, [], []

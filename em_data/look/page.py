@@ -10,8 +10,9 @@ from em_data.cutting import average_area, find_tile_positions
 from em_data.data import merge_notices
 from em_data.figures import make_data_uri, make_figure
 from em_data.look import text as look_text
+from em_data.look.pixels import to_display
 from em_data.look.recommendation import Advice, list_pixel_sizes
-from em_data.look.survey import HISTOGRAM_BINS, Survey, to_display
+from em_data.look.survey import HISTOGRAM_BINS, Survey
 
 MOST_SHOWN = 24  # micrographs of the contact sheet
 MOST_ROWS = 30  # of a table
@@ -41,6 +42,8 @@ def render_page(survey: Survey, advice: Advice, source: str, command: str) -> st
         bars=draw_histogram(survey.histogram),
         sizes=list_sizes(survey),
         sheet=make_sheet(survey),
+        kinds=survey.labels.list_kinds(),
+        outlines=survey.labels.draw_pictures(),
     )
 
 

@@ -13,6 +13,8 @@ from em_data.cutting import average_area, find_pixel_size, read_all
 from em_data.intensity import FULL_RANGE, find_levels
 from em_data.label_images import is_label_image
 from em_data.labels.describe import describe_found
+from em_data.look.labels import LabelTally
+from em_data.look.pixels import to_display
 from em_data.look.structure_size import StructureSize, measure_structure_size, subtract_background
 from em_data.micrograph import Micrograph
 from em_data.near_copies import (
@@ -66,6 +68,7 @@ class Survey:
         similarity: {k: median correlation of frames of a stack that are k apart}.
         copies: Lists of names of micrographs that are copies of each other.
         found: Sentences on the labels and classes that were found.
+        labels: Their numbers, sizes and pictures.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Survey:
     similarity: dict[int, float] = field(default_factory=dict)
     copies: list[list[str]] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
+    labels: LabelTally = field(default_factory=LabelTally)
 
 
 def survey_source(source: Source, config, progress: Callable = lambda entries: entries) -> Survey:
@@ -103,6 +107,7 @@ def survey_source(source: Source, config, progress: Callable = lambda entries: e
         number = len(survey.micrographs)
         levels = find_levels(micrograph.image, config.intensity, config.percentiles)
         survey.micrographs.append(_list_facts(entry, micrograph, levels[2]))
+        survey.labels.add(micrograph, levels[:2])
         survey.histogram += _count_levels(micrograph.image, levels)
         if "frame" in micrograph.metadata and len(stacks[entry.group]) < MOST_FRAMES:
             stacks[entry.group].append(_reduce(micrograph.image))
@@ -225,13 +230,6 @@ def compare_frames(stacks) -> dict[int, float]:
             return similarity
         similarity[step] = float(np.median(pairs))
         step *= 2
-
-
-def to_display(image: np.ndarray, levels: tuple[int, int]) -> np.ndarray:
-    """Return uint8 or uint16 [H, W] as uint8, so that the two levels become 0 and 255."""
-    low, high = levels
-    scaled = (image.astype(np.float32) - low) * (255 / max(high - low, 1))
-    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
 def find_series(micrographs: list[dict]) -> dict[str, int]:

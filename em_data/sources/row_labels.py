@@ -74,7 +74,7 @@ def find_row_labels(features, image, config, read_rows, ignored) -> RowLabels | 
     others = [each.name for each in found if each not in chosen[:1]]
     if others:
         ignored.append(
-            f"labels not used: columns {', '.join(others)}. Column {chosen[0].name} is used; "
+            f"other labels: columns {', '.join(others)}. Column {chosen[0].name} is used; "
             "choose with --tiles.labels."
         )
     return chosen[0] if chosen else None

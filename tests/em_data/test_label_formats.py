@@ -219,7 +219,7 @@ def test_folders_tell_images_of_one_name_apart(tmp_path, noise, config):
     assert other.defects is None
     used = [each.defects for each in both if each.defects is not None]
     assert [each[0].box_px[3] for each in used] == [4]  # one set is used, the other is named
-    assert any("labels not used: train/masks/" in line for line in source.ignored)
+    assert any("other labels: train/masks/" in line for line in source.ignored)
 
 
 def test_metadata_jsonl_of_an_imagefolder(folder, config):
@@ -261,7 +261,7 @@ def test_classes_of_folders(tmp_path, noise, config):
     said = []
     data = load_data(tmp_path / "set", config(classes="folder"), log=said.append)
     assert data.summary["classes"] == {"iron": 1, "steel": 2}
-    assert "classes from the folders: iron 1, steel 2 micrographs" in said
+    assert "classes from the folders: 3 of 4 micrographs (iron: 1, steel: 2)" in said
 
 
 def encode(pixels):
@@ -310,7 +310,7 @@ def test_one_of_several_sets_is_used_and_named_and_another_can_be_chosen(folder,
     save(draw_truth()["void"].astype(np.uint8), folder / "masks" / "a.png")
     source, _ = read(folder, config())
     assert source.ignored == [
-        "labels not used: masks/ (masks, 1 images). coco.json is used; choose with --tiles.labels."
+        "other labels: masks/ (masks, 1 images). coco.json is used; choose with --tiles.labels."
     ]
     source, micrographs = read(folder, config(labels="masks", masks="kinds"))
     assert source.labels == "masks/ (masks of kinds, 1 images)"

@@ -15,10 +15,11 @@ from scipy import ndimage
 
 from em_data import DataConfig, load_data
 from em_data.look.command import LookConfig, look
+from em_data.look.labels import draw_outlines
 from em_data.look.recommendation import advise, choose_scale, count_tiles
 from em_data.look.survey import MOST_MEASURED, Spread, survey_source
 from em_data.look.text import describe_frames
-from em_data.micrograph import Micrograph
+from em_data.micrograph import Defect, Micrograph
 from em_data.sources import open_source
 from em_data.sources.base import Entry, Source
 
@@ -348,3 +349,36 @@ def test_the_command_prints_page_and_next_command_last(tmp_path):
     result = subprocess.run([*command[:-1], "nowhere"], check=False, **options)
     assert result.returncode
     assert result.stderr.startswith("error: There is no folder 'nowhere'")
+
+
+def test_the_page_shows_labels_with_outlines_and_classes(tmp_path):
+    save_several(tmp_path / "set", ["a.png", "b.png", "c.png"])
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[20:40, 30:60] = mask[100:110, 100:110] = 3
+    save(tmp_path / "set", "masks/a.png", mask)
+    (tmp_path / "set" / "labels.csv").write_text("file_name,class\na.png,steel\nb.png,iron\n")
+    page, text = call(tmp_path / "set", tmp_path, tiles=DataConfig(pixel_size_nm=0.5))
+    found = "labels from masks/ (masks of kinds, 1 images): 1 of 3 micrographs, 2 defects (3: 2)"
+    assert found in text
+    assert "classes from column class of labels.csv: 2 of 3 micrographs (iron: 1, steel: 1)" in text
+    assert f"L{found[1:]}." in page
+    assert "a.png, from row 0 and column 0: 2 labels" in page
+    assert "19.5 (12.1 to 26.8)" in page  # px; discs of 600 and of 100 pixels
+    assert "9.73 (6.05 to 13.4)" in page  # nm
+    for name in ("iron", "steel"):
+        assert f'<tr><th scope="row">{name}</th><td>1</td></tr>' in page
+
+
+def test_an_outline_lies_on_the_edge_of_a_mask():
+    mask = np.ones((3, 4), bool)
+    mask[0, 0] = False
+    defects = [Defect("dot", (1, 2, 5, 5), mask), Defect("x", (-2, -2, 2, 2))]
+    drawn = draw_outlines(np.zeros((8, 9), np.uint8), defects, {"dot": "#00ff00", "x": "#ff0000"})
+    assert drawn.shape == (16, 18, 3)
+    inside = np.zeros((8, 9), bool)
+    inside[2:5, 1:5] = mask
+    large = inside.repeat(2, axis=0).repeat(2, axis=1)
+    outside = ndimage.binary_dilation(~large, np.ones((3, 3), bool))
+    assert np.array_equal(drawn[..., 1] > 0, large & outside)
+    assert drawn[:4, 3, 0].min() == 255  # the box ends at the second pixel
+    assert drawn[..., 0].sum() == 255 * 7
