@@ -7,10 +7,10 @@ TITLES = {
     WEAK: "flips and turns",
     STRONG: "strong classical augmentation",
     ALL: "all labels",
-    "raw": "raw simulation added",
-    "way1": "simulated, made real, added",
-    "way2": "mask-conditioned LDM added",
-    "way3": "copy-paste on generated grounds added",
+    "raw": "raw simulation",
+    "way1": "way 1 (simulated, made real)",
+    "way2": "way 2 (LDM conditioned on masks)",
+    "way3": "way 3 (copy-paste on generated grounds)",
 }
 EXPECTED = ("raw", "way1", "way2", "way3")
 
@@ -30,7 +30,7 @@ class Arm:
     def title(self) -> str:
         if self.key.startswith(ONLY):
             return f"{name_pairs(self.pairs)} alone"
-        return TITLES.get(self.key, f"{self.key} added")
+        return TITLES.get(self.key, self.key)
 
     @property
     def has_real(self) -> bool:
@@ -49,7 +49,7 @@ class Task:
 
 def name_pairs(name) -> str:
     """Return the title of pairs, such as "raw simulation"."""
-    return TITLES.get(name, name).removesuffix(", added").removesuffix(" added")
+    return TITLES.get(name, name)
 
 
 def list_tasks(nums, num_pool, pairs, synthetic_only, num_splits, num_seeds, curve) -> list[Task]:

@@ -6,7 +6,14 @@ from em_evaluation.charts import ACCENTS, INK, draw_panel
 from em_evaluation.detector.adherence_measure import list_colours
 from em_evaluation.detector.arms import ALL, ONLY, STRONG
 from em_evaluation.detector.gain_statistics import METRICS
-from em_evaluation.numbers import format_count, format_duration, format_interval, format_number
+from em_evaluation.numbers import (
+    DASH,
+    MINUS,
+    format_count,
+    format_duration,
+    format_interval,
+    format_number,
+)
 
 COLOURS = (*ACCENTS, "#56b4e9", "#e69f00")
 PUBLISHED = (
@@ -42,6 +49,10 @@ def render_gain(results: dict, figures: list[dict]) -> str:
         metrics=METRICS,
         sentences=conclude(results),
         published=PUBLISHED,
+        curves=[
+            (results["arms"][key], "currentColor" if colour == INK else colour)
+            for key, colour in list_curves(results).items()
+        ],
         charts=[draw_curves(results, metric) for metric in METRICS],
         say_equivalent=say_equivalent,
         judge=judge,
@@ -55,24 +66,31 @@ def draw_curves(results: dict, metric: str) -> str:
     """Draw a metric against the number of labelled micrographs, a line an arm, as SVG."""
     label, unit, _ = METRICS[metric]
     lines, bands = [], []
-    arms = [key for key in results["arms"] if key not in (ALL,) and not key.startswith(ONLY)]
-    for i, key in enumerate(arms):
+    arms = list_curves(results)
+    for i, (key, colour) in enumerate(arms.items()):
         cells = [each for each in results["cells"] if each["arm"] == key and each[metric]]
         if key == STRONG:  # all labels are its last point
             cells += [each for each in results["cells"] if each["arm"] == ALL and each[metric]]
         cells.sort(key=lambda each: each["num"])
-        colour = INK if key == STRONG else COLOURS[i % len(COLOURS)]
         x = [each["num"] * 1.025 ** (i - len(arms) / 2) for each in cells]
         value, low, high = (
             [each[metric][end] for each in cells] for end in ("value", "low", "high")
         )
         style = {"color": colour, "marker": "o", "markersize": 3.5}
-        lines.append((results["arms"][key], x, value, style))
+        lines.append(("", x, value, style))
         bands += [([at, at], [a, b], colour) for at, a, b in zip(x, low, high)]
     return draw_panel(
         lines, bands=bands, title=label, y_label=unit, x_label="labelled micrographs", log_x=True,
         label=f"{label} against the number of labelled micrographs, a line per arm",
     )  # fmt: skip
+
+
+def list_curves(results: dict) -> dict[str, str]:
+    """Return {key of each arm that depends on N: colour of its line}."""
+    keys = [key for key in results["arms"] if key != ALL and not key.startswith(ONLY)]
+    others = [key for key in keys if key != STRONG]
+    colours = {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(others)}
+    return {key: INK if key == STRONG else colours[key] for key in keys}
 
 
 def judge(metric: str, difference: dict | None) -> str:
@@ -82,10 +100,14 @@ def judge(metric: str, difference: dict | None) -> str:
     return "as_real" if (difference["low"] > 0) == METRICS[metric][2] else "differs"
 
 
-def format_change(interval: dict | None) -> str:
+def format_change(interval: dict | None, metric: str = "f1") -> str:
     """Return a difference with its sign, such as "+0.012 (−0.003 to 0.027)"."""
-    text = format_interval(interval)
-    return f"+{text}" if interval and interval["value"] > 0 else text
+    if interval is None:
+        return DASH
+    decimals = 1 if METRICS[metric][1] else 3
+    value, low, high = (f"{interval[key]:.{decimals}f}" for key in ("value", "low", "high"))
+    sign = "+" if interval["value"] > 0 else ""
+    return f"{sign}{value} ({low} to {high})".replace("-", MINUS)
 
 
 def say_equivalent(row: dict) -> str:
@@ -94,7 +116,7 @@ def say_equivalent(row: dict) -> str:
     def say(key):
         word = "at least " if key in row["at_least"] else ""
         word = "at most " if key in row["at_most"] else word
-        return word + format_number(round(row[key]), 2)
+        return word + str(round(row[key])).replace("-", MINUS)
 
     return f"{say('value')} ({say('low')} to {say('high')})"
 
@@ -125,11 +147,11 @@ def capitalise(text: str) -> str:
 def describe_gain(results: dict) -> list[str]:
     """Return the differences and label equivalents as lines of text."""
     equivalents = {(row["arm"], row["num"]): row for row in results["equivalents"]}
-    lines = ["", f"{'added to strong classical augmentation':42} {'N':>4}  change of F1 (95 %)"]
+    lines = ["", f"{'compared with strong classical':40} {'N':>4}  change of F1 (95 %)"]
     for row in results["differences"]:
         worth = equivalents.get((row["arm"], row["num"]))
         lines.append(
-            f"{results['arms'][row['arm']]:42} {row['num']:4}  {format_change(row['f1']):28}"
+            f"{results['arms'][row['arm']]:40} {row['num']:4}  {format_change(row['f1']):28}"
             + (f"  worth {say_equivalent(worth)} more labelled micrographs" if worth else "")
         )
     return lines + ["", *conclude(results)]

@@ -20,8 +20,8 @@ NUM_REPLICATES = 1000
 METRICS = {  # name: (label, unit, whether more is better)
     "f1": ("F1 at IoU 0.5", "", True),
     "ap50": ("AP50", "", True),
-    "density_error": ("error of density", "%", False),
-    "size_error": ("error of mean size", "%", False),
+    "density_error": ("Error of density", "%", False),
+    "size_error": ("Error of mean size", "%", False),
 }
 FROM_SUMS = {
     "f1": score_functions.f1_score,
