@@ -56,13 +56,19 @@ untrained = torch.cat(
 assert torch.isfinite(weights).all()
 assert not torch.equal(weights, untrained)
 
-# StyleGAN3's running magnitudes are those of all images: equal in both processes, in the model that
-# trains as in its average
+# StyleGAN3's running magnitudes, and the means of w of each class, are those of all images: equal in
+# both processes, in the model that trains as in its average
 config = replace(
     config,
+    conditional=True,
     generator=replace(config.generator, architecture="stylegan3-t", magnitude_half_life_images=50),
-    training=replace(config.training, num_images=24, path_length_weight=0.0),
+    training=replace(
+        config.training, num_images=24, path_length_weight=0.0, class_ramp_images=(8, 16)
+    ),
 )
+with accelerator.main_process_first():
+    tiles = replace(config.tiles, num_synthetic=6)
+    data = load_data("synthetic-materials", tiles, log=accelerator.print)
 models.clear()
 train_stylegan(config, data.train, accelerator=accelerator, out_dir=f"{out}/alias-free")
 for network in (averages[-1].model, *models):
@@ -73,5 +79,6 @@ for network in (averages[-1].model, *models):
     magnitudes = [value.item() for name, value in state.items() if name.endswith("magnitude")]
     assert magnitudes
     assert all(magnitude != 1 for magnitude in magnitudes)
+    assert state["mapping_network.class_w_means"].abs().amax(dim=1).min() > 0
 accelerator.print("agreed at", list_checkpoints(f"{out}/stylegan/checkpoints")[-1].name.lstrip("0"))
 leave_processes()
