@@ -197,6 +197,18 @@ def test_other_architectures_and_plain_conditioning(config, tmp_path, architectu
     assert "out_unconditional.weight" not in state["discriminator"]
 
 
+def test_the_relativistic_game_in_parts_of_a_batch(config, tmp_path):
+    """Pairs of a real and a generated image are of one class."""
+    training = replace(
+        config.training, num_images=16, class_ramp_images=(0, 16), micro_batch_size=4,
+        loss="relativistic", r1_every_steps=1, path_length_weight=0.0,
+    )  # fmt: skip
+    out = train_gan(replace(config, out=str(tmp_path), training=training))
+    assert EMStyleGANPipeline.from_pretrained(out / "pipeline").num_classes == 3
+    lines = (out / "stylegan" / "stats.jsonl").read_text().splitlines()
+    assert {"r1", "r2", "class_weight"} <= json.loads(lines[0]).keys()
+
+
 def test_training_with_classes_starts_from_a_model_without(config, tmp_path):
     """While the classes have no weight, both networks compute what those without classes do."""
     plain = replace(config, conditional=False, out=str(tmp_path / "plain"))
