@@ -56,8 +56,8 @@ untrained = torch.cat(
 assert torch.isfinite(weights).all()
 assert not torch.equal(weights, untrained)
 
-# StyleGAN3's running magnitudes, and the means of w of each class, are those of all images: equal in
-# both processes, in the model that trains as in its average
+# StyleGAN3's running magnitudes, and the means of w of each class, are those of all images: equal
+# in both processes, in the model that trains as in its average
 config = replace(
     config,
     conditional=True,
