@@ -6,10 +6,13 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from em_generation.families import FAMILIES
 from em_generation.generate import GenerationConfig, generate_images, write_preview
 from em_generation.loading import Model, read_model
+from em_generation.pairs import PairOptions
+from em_generation.pairs.preview import write_pairs_preview
 from em_training.cli import run_command
 from em_training.flags import UsageError, parse_flags
 
@@ -18,6 +21,8 @@ HELP = """Generate images from a trained model into a folder.
   python generate.py --model runs/demo/ldm --out images --num-images 5000
   python generate.py --model MODEL --help
       also shows the sampling options of MODEL's family
+  python generate.py --model MODEL --out pairs --pairs simulated --labels coco yolo
+      writes images with the labels of their defects
 
 Beside the folder, OUT-preview.png shows the first images. The same command resumes where it
 stopped."""
@@ -35,13 +40,15 @@ def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
     if source is None:
         if not {"--help", "-h"} & set(argv):
             raise UsageError("Name a model: python generate.py --model MODEL --out FOLDER")
-        parse_flags([GenerationConfig], ["--help"], command="generate.py", description=HELP)
+        parse_flags(
+            [GenerationConfig, PairOptions], ["--help"], command="generate.py", description=HELP
+        )
     model = read_model(source)
     refuse_options_of_others(argv, model)
-    config, options = parse_flags(
-        [GenerationConfig, model.family.options], argv, command="generate.py", description=HELP
-    )
-    return dataclasses.replace(config, options=options), model
+    classes = [GenerationConfig, PairOptions, model.family.options]
+    config, pairs, options = parse_flags(classes, argv, command="generate.py", description=HELP)
+    pairs = None if pairs.pairs is None else pairs
+    return dataclasses.replace(config, pairs=pairs, options=options), model
 
 
 def refuse_options_of_others(argv: Sequence[str], model: Model) -> None:
@@ -63,6 +70,9 @@ def refuse_options_of_others(argv: Sequence[str], model: Model) -> None:
 def run() -> None:
     config, model = parse(sys.argv[1:])
     record = generate_images(config, model)
+    if config.pairs is not None:
+        say_pairs(config, record)
+        return
     preview = write_preview(config.out)
     print(f"{record['num_images']:,} images in {config.out}, the first ones in {preview}")
     if record["num_images"] > config.num_images:
@@ -72,6 +82,21 @@ def run() -> None:
         )
     if model.config and model.config.get("data"):  # else evaluate.py asks for real images
         print(f"Next: judge the model by such images: {say_evaluation(config)}")
+
+
+def say_pairs(config: GenerationConfig, record: dict) -> None:
+    """Say where pairs are, and what to do with them."""
+    out = Path(config.out)
+    preview = write_pairs_preview(out)
+    files = {"coco": "labels/coco.json", "yolo": "data.yaml", "masks": "masks/"}
+    if config.format == "arrow":
+        files = {"coco": "column objects", "masks": "columns mask and semantic"}
+    labels = ", ".join(files[name] for name in files if name in config.pairs.labels)
+    print(
+        f"{record['num_images']:,} images with labels in {out} ({labels}), the first ones in "
+        f"{preview}"
+    )
+    print(f"Next: look at them: {shlex.join(['python', '-m', 'em_data.look', str(out)])}")
 
 
 def say_evaluation(config: GenerationConfig) -> str:

@@ -103,7 +103,7 @@ def write_image(
     if pixels.ndim != 2:
         raise ValueError(f"one grey image is [H, W] or [1, H, W], not {list(pixels.shape)}.")
     if path.suffix.lower() == ".png":
-        data = encode_png(pixels, **_make_png_options(pixel_size_nm))
+        data = encode_png(pixels, **make_png_options(pixel_size_nm))
     elif path.suffix.lower() in (".tif", ".tiff"):
         data = _encode_tiff(pixels, 2**bits - 1, pixel_size_nm)
     else:
@@ -136,7 +136,8 @@ def _encode_tiff(pixels, full, pixel_size_nm):
     return buffer.getvalue()
 
 
-def _make_png_options(pixel_size_nm):
+def make_png_options(pixel_size_nm: float | None) -> dict[str, Any]:
+    """Return options of `encode_png` that put the pixel size into the file, if it is known."""
     if pixel_size_nm is None:
         return {}
     info = PIL.PngImagePlugin.PngInfo()

@@ -99,17 +99,33 @@ class LDMDrawer:
 
     def draw(self, numbers: list[int]) -> torch.Tensor:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
-        if self.size is not None:
-            return self._draw_whole(numbers)
-        rngs = [make_image_rng(self.seed, number) for number in numbers]
-        return self._decode(self._denoise(rngs, numbers), rngs, self.options.grain)
+        return self._draw(numbers)
 
-    def _draw_whole(self, numbers):
+    def draw_from(self, numbers: list[int], images, strength: float | None = None) -> torch.Tensor:
+        """Return images like `draw` that start from images [B, 1, H, W] in [-1, 1]."""
+        return self._draw(numbers, image=torch.as_tensor(images) / 2 + 0.5, strength=strength)
+
+    def draw_references(self, num_images: int) -> torch.Tensor:
+        """Return images of a tile's size without grain; they depend on the seed alone."""
+        images = []
+        for start in range(0, num_images, EXACT_BATCH):
+            numbers = range(start, start + EXACT_BATCH)
+            rngs = [make_image_rng(self.seed, -1 - number) for number in numbers]
+            images.append(self._decode(self._denoise(rngs, numbers), rngs, add_grain=False))
+        return torch.cat(images)[:num_images]
+
+    def _draw(self, numbers, **from_image):
+        if self.size is not None:
+            return self._draw_whole(numbers, **from_image)
+        rngs = [make_image_rng(self.seed, number) for number in numbers]
+        return self._decode(self._denoise(rngs, numbers, **from_image), rngs, self.options.grain)
+
+    def _draw_whole(self, numbers, **from_image):
         """Draw images larger than a tile, in smaller batches of windows when the memory is full."""
         while True:
             rngs = [make_image_rng(self.seed, number) for number in numbers]
             try:
-                latents = self._denoise(rngs, numbers, size=self.size)
+                latents = self._denoise(rngs, numbers, size=self.size, **from_image)
                 windows = min(self.window_batch_size, self.decode_batch_size)
                 return self.pipeline.decode(latents, rngs, self.options.grain, windows)
             except (RuntimeError, MemoryError) as error:
@@ -131,13 +147,17 @@ class LDMDrawer:
             latents = self._denoise(rngs, [0] * len(noise), noise)
             yield self._decode(latents, rngs, add_grain=False)
 
-    def _denoise(self, rngs, numbers, noise=None, size=None):
-        """Return latents [B, C, h, w] in the autoencoder's scale, of the classes of `numbers`."""
+    def _denoise(self, rngs, numbers, noise=None, size=None, **from_image):
+        """Return latents [B, C, h, w] in the autoencoder's scale, of the classes of `numbers`.
+
+        from_image: `image` and `strength` of `denoise`.
+        """
 
         def report(pipeline, step, timestep, tensors):
             if self.on_progress is not None:
-                # Heun's methods call twice a step
-                self.on_progress(min(1.0, (step + 1) / self.num_steps))
+                # Heun's methods call twice a step; fewer steps follow on an image
+                num_steps = min(self.num_steps, pipeline.num_timesteps)
+                self.on_progress(min(1.0, (step + 1) / num_steps))
             return tensors
 
         scale, start, stop = self._find_guidance()
@@ -156,6 +176,7 @@ class LDMDrawer:
             guidance_stop=stop,
             class_labels=assign_classes(self.pipeline, self.options.classes, numbers),
             **whole,
+            **from_image,
         )
 
     def _can_guide(self, pipeline):

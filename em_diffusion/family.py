@@ -197,6 +197,7 @@ FAMILY = Family(
     read_kind=lambda folder: "ldm",
     reconstructions=find_reconstructions,
     without_grain=lambda options: replace(options, grain=False),
+    draws_from_images=True,
     find_exact_modules=find_codebook,
     controls=list_controls,
     walk_help="The noise that images start from changes smoothly; frames have no grain.",

@@ -519,7 +519,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """Encode images [B, 1, H, W] in [-1, 1] to latents that `decode` takes.
 
         A VQ autoencoder's latents are not quantised, and a KL autoencoder's are the mean. Images
-        larger than a tile are encoded in overlapping windows, which are blended smoothly.
+        are encoded in windows of a tile's size, which overlap in larger ones and are blended.
 
         Args:
             window_batch_size: Windows encoded at a time, which bounds the memory.
@@ -530,8 +530,6 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         tile, size = self.latent_shape[1:], self.find_latent_size(*images.shape[-2:])
         images = images.to(self._execution_device, torch.float32)
         _wake(self.vqvae)
-        if size == tile:
-            return self._encode(images)
         factor = images.shape[-1] // size[-1]
         # the pixels of a latent become channels, so that windows have the places of latents
         folded = torch.nn.functional.pixel_unshuffle(images, factor)

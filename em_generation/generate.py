@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 from em_data import read_image_folder
 from em_data.figures import save_grid_with_scale_bar
 from em_data.files import lock, make_folder, name_full_disk, write_atomically
+from em_generation.label_store import LabelFormat, create_labelled_store
 from em_generation.loading import Model, read_model
+from em_generation.pairs import create_pair_drawer
 from em_generation.sampling import draw_images
 from em_generation.store import create_store, remove_remains, scan_names
 from em_training import choose_precision, create_process_state
@@ -59,6 +61,8 @@ class GenerationConfig:
     precision: Precision = "auto"
     """Number type of the model. auto: that of `accelerate launch
     --mixed_precision`, else bf16 if the hardware has it, else float32. no: float32."""
+    pairs: Any = None
+    """An `em_generation.pairs.PairOptions`, if labels are to be written, too."""
     options: Any = None
     """Sampling options of the model's family, such as `em_diffusion.family.LDMOptions`. Default:
     the family's."""
@@ -134,7 +138,7 @@ def refuse_foreign_folder(out: Path) -> None:
 def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
     pipeline = model.load(device=state.device, dtype=config.dtype)
     progress = Progress()
-    drawer = model.family.start(
+    drawer: Any = model.family.start(
         pipeline,
         config.options,
         seed=config.seed,
@@ -142,6 +146,11 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
         say=say,
         on_progress=progress.advance,
     )
+    pixel_size_nm = getattr(pipeline.config, "pixel_size_nm", None)
+    if config.pairs is not None:
+        drawer = create_pair_drawer(
+            drawer, model, config.pairs, pixel_size_nm=pixel_size_nm, seed=config.seed, say=say
+        )
     record: dict[str, Any] = {
         "name": model.name,
         "family": model.kind,
@@ -154,10 +163,13 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
         if before is None:
             write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
 
-    pixel_size_nm = getattr(pipeline.config, "pixel_size_nm", None)
-    store = create_store(
-        out, config.format, config.bits, pixel_size_nm, find_class_names(pipeline, config.options)
-    )
+    written = (out, config.format, config.bits, pixel_size_nm)
+    classes = find_class_names(pipeline, config.options)
+    if config.pairs is None:
+        store = create_store(*written, classes)
+    else:
+        labels = LabelFormat(drawer.kinds, config.pairs.labels, drawer.take)
+        store = create_labelled_store(*written, labels, classes)
     missing = store.find_missing(config.num_images)
     state.wait_for_everyone()  # all have seen the same folder before any writes to it
     mine = store.share(missing, state.process_index, state.num_processes)

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -158,21 +159,30 @@ class ArrowStore:
         info.write_to_directory(str(self.out))
         write_atomically(self.out / "state.json", json.dumps(state, indent=2) + "\n")
 
+    def list_columns(self, shard: range, files: list[bytes]) -> dict[str, tuple[Any, list]]:
+        """Return {column: (type, values)} of a shard."""
+        import datasets
+
+        images = [{"bytes": file, "path": None} for file in files]
+        columns: dict[str, tuple[Any, list]] = {
+            "image": (datasets.Image(), images),
+            "number": (datasets.Value("int64"), list(shard)),
+        }
+        if self.pixel_size_nm is not None:
+            sizes = [self.pixel_size_nm] * len(shard)
+            columns["pixel_size_nm"] = (datasets.Value("float64"), sizes)
+        if self.name_classes is not None:
+            names = list(self.name_classes(shard))
+            columns["class_name"] = (datasets.Value("string"), names)
+        return columns
+
     def _write_shard(self, shard: range, files: list[bytes]) -> None:
         import datasets
         from datasets.arrow_writer import ArrowWriter
 
-        columns = {"image": datasets.Image(), "number": datasets.Value("int64")}
-        values = {
-            "image": [{"bytes": file, "path": None} for file in files],
-            "number": list(shard),
-        }
-        if self.pixel_size_nm is not None:
-            columns["pixel_size_nm"] = datasets.Value("float64")
-            values["pixel_size_nm"] = [self.pixel_size_nm] * len(shard)
-        if self.name_classes is not None:
-            columns["class_name"] = datasets.Value("string")
-            values["class_name"] = self.name_classes(shard)
+        found = self.list_columns(shard, files)
+        columns = {name: kind for name, (kind, _) in found.items()}
+        values = {name: each for name, (_, each) in found.items()}
         path = self.out / f"images-{shard.start:06d}-{shard.stop:06d}.arrow"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with ArrowWriter(path=str(temporary), features=datasets.Features(columns)) as writer:
@@ -211,9 +221,9 @@ def scan_names(folder: Path) -> list[str]:
 
 
 def remove_remains(folder: Path) -> None:
-    """Delete what a killed process left half-written: a dot, and an image's or a shard's name."""
+    """Delete what a killed process left half-written: a dot, and the name of one of our files."""
     for name in scan_names(folder):
-        if re.fullmatch(rf"\.(\d{{6,}}\.(png|tif)|{SHARD_NAME})\..+", name):
+        if re.fullmatch(rf"\.(\d{{6,}}\.(png|tif|txt|json)|{SHARD_NAME})\..+", name):
             (folder / name).unlink(missing_ok=True)
 
 

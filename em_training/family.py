@@ -37,6 +37,22 @@ class Drawer(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the settings that decide the images, as JSON values for the record."""
 
+    def draw_from(self, numbers: list[int], images: Any, strength: float | None) -> Any:
+        """Return images like `draw` that start from images [B, 1, H, W] in [-1, 1].
+
+        strength: from 0 (kept but for the model's reconstruction) to 1 (replaced); None: the
+            model's own. Only drawers of a family with `draws_from_images` need it and the next.
+        """
+
+    def draw_references(self, num_images: int) -> Any:
+        """Return `num_images` images of a tile's size without grain, [B, 1, R, R] in [-1, 1]."""
+
+    def draw_layouts(self, numbers: list[int]) -> tuple[Any, list[list[Any]]]:
+        """Return images like `draw`, and the defects that each was drawn for (`em_data.Defect`).
+
+        Only drawers of a family with `draws_layouts` need it; they have the attribute `kinds`.
+        """
+
     def walk(self, frames_per_key: int) -> Iterator[Any]:
         """Yield batches of frames [B, 1, H, W] in [-1, 1] on a closed path through images 0 to
         `WALK_KEYS` - 1. Only drawers of a family with `walk_help` need it.
@@ -104,6 +120,8 @@ class Family:
         family has no grain.
     find_exact_modules: pipeline -> modules whose `weight` stays float32 when the rest is
         published in a narrower type.
+    draws_from_images, draws_layouts: whether its drawer has `draw_from`, or `draw_layouts`. Without
+        them the family draws no images with labels (generate.py --pairs).
     controls: pipeline -> what the demo page shows.
     walk_help: one sentence about the drawer's walk, for the demo page; "" if it has none.
     script: the command that trains it, such as "train_ldm.py".
@@ -122,6 +140,8 @@ class Family:
     reconstructions: Callable[[Any, Any, int], Mapping[str, Callable]] = lambda *_: {}
     without_grain: Callable[[Any], Any] | None = None
     find_exact_modules: Callable[[Any], tuple[Any, ...]] = lambda pipeline: ()
+    draws_from_images: bool = False
+    draws_layouts: bool = False
     controls: Callable[[Any], tuple[Control, ...]] = lambda pipeline: ()
     walk_help: str = ""
     script: str = ""

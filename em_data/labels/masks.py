@@ -12,8 +12,13 @@ def draw_instance_mask(micrograph) -> np.ndarray:
             f"{micrograph.name} has {len(micrograph.defects)} defects, but an instance mask holds "
             "at most 65,535."
         )
-    instances = np.zeros(micrograph.image.shape, dtype=np.uint16)
-    for k, defect in enumerate(micrograph.defects, start=1):
+    return draw_instances(micrograph.defects, micrograph.image.shape)
+
+
+def draw_instances(defects, shape) -> np.ndarray:
+    """Return the instance mask of defects in an image of `shape` (H, W), uint16 [H, W]."""
+    instances = np.zeros(shape, dtype=np.uint16)
+    for k, defect in enumerate(defects, start=1):
         instances[draw_whole_mask(defect, instances.shape)] = k
     return instances
 
