@@ -18,7 +18,7 @@ from em_data.config import DataConfig
 from em_data.files import find_cache_dir
 from em_data.images import encode_png
 from em_data.labels import draw_instance_mask, make_objects
-from em_data.labels.describe import count_defects, describe_found
+from em_data.labels.describe import count_defects, count_labels, describe_found
 from em_data.markdown import escape_markdown
 from em_data.sources import open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
@@ -204,12 +204,14 @@ def make_card(config: PushConfig, name: str, facts: list[dict], has_labels: bool
     )
     bits = " and ".join(str(each) for each in sorted({each["bits"] for each in facts}))
     num_specimens = len({each["specimen"] for each in facts} - {None})
-    num_objects = sum(sum((each["defects"] or {}).values()) for each in facts)
+    kinds, classes = count_labels(facts)
+    num_labelled = sum(each["defects"] is not None for each in facts)
     labels = f"""
-`objects` has the {num_objects:,} labelled defects with their boxes in pixels (x0, y0, x1, y1; the
-last two exclusive), and the whole mask of each as COCO's uncompressed run lengths (`runs`) if the
-labels have it. `mask` is an instance mask of 16 bits: 0 for the matrix, k for the k-th object.
-Later objects lie on top.
+`objects` has the {sum(kinds.values()):,} labelled defects of {num_labelled:,} micrographs
+({list_counts(kinds)}): their boxes in pixels (x0, y0, x1, y1; the last two exclusive), and the
+whole mask of each as COCO's uncompressed run lengths (`runs`) if the labels have it. It is null for
+micrographs without labels. `mask` is an instance mask of 16 bits: 0 for the matrix, k for the k-th
+object. Later objects lie on top.
 """
     unstated = "The publisher has not stated one. Ask before you use the images."
     licence = f"{config.license}." if config.license else unstated
@@ -223,6 +225,7 @@ Later objects lie on top.
 
 - pixel size: {describe_sizes(facts)} (column `pixel_size_nm`)
 - specimens: {num_specimens} named (column `specimen`). Split by specimen if its frames are alike.
+{f"- classes: {list_counts(classes)} (column `class_name`)" if classes else ""}
 {labels if has_labels else ""}
 `datasets` cuts images of 16 bits to 8 when it decodes them. To keep 16 bits, cast the column with
 `datasets.Image(decode=False)` and decode its bytes.
@@ -231,6 +234,11 @@ Later objects lie on top.
 
 {licence}
 """
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    """Return names with their numbers as text."""
+    return ", ".join(f"{escape_markdown(name)}: {num:,}" for name, num in counts.items()) or "none"
 
 
 def describe_sizes(facts) -> str:

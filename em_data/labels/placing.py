@@ -24,7 +24,8 @@ class Annotation:
         where: What messages call it, such as "annotation 17" or "line 3".
         box: (x0, y0, x1, y1), used where there are neither polygons nor a mask.
         polygons: Float [n, 2] each, corners (x, y); pixel 0 reaches from 0 to 1.
-        mask: Bool [H, W] of the whole image, or of `mask_box` (x0, y0, x1, y1).
+        mask: Bool, the pixels inside `mask_box` (x0, y0, x1, y1). `take_mask` sets both.
+        mask_shape: (H, W) of the mask of the whole image that the file holds, or None.
         sizes_nm: Diameter and length in nm, or None.
         metadata: Anything else.
     """
@@ -35,8 +36,15 @@ class Annotation:
     polygons: list[np.ndarray] = field(default_factory=list)
     mask: np.ndarray | None = None
     mask_box: tuple | None = None
+    mask_shape: tuple | None = None
     sizes_nm: tuple = (None, None)
     metadata: dict = field(default_factory=dict)
+
+    def take_mask(self, whole: np.ndarray) -> None:
+        """Keep what is True of the mask of the whole image, bool [H, W]."""
+        self.mask_shape = whole.shape
+        box, mask = fit_box((0, 0), whole) or ((0, 0, 0, 0), np.empty((0, 0), bool))
+        self.mask_box, self.mask = box, mask.copy()
 
 
 def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect]:
@@ -90,14 +98,13 @@ def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect
 def _draw(annotation, shape, told):
     """Return (box in whole pixels, mask inside it or None) in an image of `shape`, or None."""
     if annotation.mask is not None:
-        if annotation.mask_box is None and annotation.mask.shape != shape:
+        stated = annotation.mask_shape
+        if stated is not None and stated != shape:
             raise BadLabels(
-                f"{annotation.where} has a mask of {annotation.mask.shape[0]} x "
-                f"{annotation.mask.shape[1]} pixels, but the image has {shape[0]} x {shape[1]}. "
-                "Export labels and image in one size."
+                f"{annotation.where} has a mask of {stated[0]} x {stated[1]} pixels, but the image "
+                f"has {shape[0]} x {shape[1]}. Export labels and image in one size."
             )
-        box = annotation.mask_box or (0, 0, shape[1], shape[0])
-        drawn = fit_box(box, annotation.mask)
+        drawn = fit_box(annotation.mask_box, annotation.mask)
         if drawn is None:
             told["not used: their masks are empty"] += 1
         return drawn

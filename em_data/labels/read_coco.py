@@ -154,7 +154,7 @@ class CocoFile:
                 annotation.box = x, y, x + width, y + height
             segmentation = each.get("segmentation")
             if isinstance(segmentation, dict):
-                annotation.mask = decode_segmentation(segmentation)
+                annotation.take_mask(decode_segmentation(segmentation))
             elif segmentation:
                 annotation.polygons = read_polygons(segmentation)
         except BadLabels as error:

@@ -54,7 +54,7 @@ def make_defects(objects, instances, shape) -> list[Defect]:
         if each.get("runs"):
             mask = decode_runs(each["runs"], (sum(each["runs"]) // width, width))
         if mask is not None:
-            mask = mask[box[1] : box[3], box[0] : box[2]]
+            mask = mask[box[1] : box[3], box[0] : box[2]].copy()
         sizes = each.get("diameter_nm"), each.get("length_nm")
         metadata = json.loads(each.get("attributes") or "{}")
         defects.append(Defect(each["kind"], box, mask, *sizes, metadata))
@@ -101,7 +101,7 @@ def _convert(i, each, name_kind) -> Annotation:
     shape = next((each[key] for key in SHAPE_KEYS if each.get(key)), None)
     try:
         if isinstance(shape, Mapping):
-            annotation.mask = decode_segmentation(shape)
+            annotation.take_mask(decode_segmentation(shape))
         elif shape:
             annotation.polygons = read_polygons(shape)
         if box is not None and len(box):

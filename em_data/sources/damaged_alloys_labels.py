@@ -33,23 +33,32 @@ def read_defects(label, micrograph) -> list[Defect]:
 
     Three formats are known: .txt in a folder bounding_boxes with lines `[type] ymin xmin ymax xmax`
     (from 0), .txt elsewhere with lines `x y w h` (from 1), and .xls, which is comma-separated text
-    of ImageJ. A loop without a type is a "loop".
+    of ImageJ. A loop without a type is a "loop". What lies in a cropped label bar is cut off.
     """
+    num_cropped = 0
+    full_height, full_width = micrograph.metadata.get("full_shape", micrograph.image.shape)
     (height, width), pixel_size_nm = micrograph.image.shape, micrograph.pixel_size_nm
     is_table, defects = label.suffix.lower() == ".xls", []
     objects = _read_ellipses(label, micrograph) if is_table else _read_boxes(label)
     for number, kind, corners, diameter_px, metadata in objects:
         x0, y0, x1, y1 = (round(corner) for corner in corners)
         box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
-        if box[0] >= box[2] or box[1] >= box[3]:
+        if min(x1, full_width) <= max(x0, 0) or min(y1, full_height) <= max(y0, 0):
             raise ValueError(
                 f"{label}, line {number}: the box {(x0, y0, x1, y1)} lies outside of the "
-                f"{height} x {width} image"
+                f"{full_height} x {full_width} image"
             )
+        if box[0] >= box[2] or box[1] >= box[3]:
+            num_cropped += 1
+            continue
         if diameter_px is None:
             diameter_px = max(x1 - x0, y1 - y0)
         diameter_nm = diameter_px * pixel_size_nm if pixel_size_nm else None
         defects.append(Defect(kind, box, diameter_nm=diameter_nm, metadata=metadata))
+    if num_cropped:
+        micrograph.metadata["notices"].append(
+            f"{num_cropped} labels not used: they lie in what was cropped from the image"
+        )
     return defects
 
 

@@ -55,7 +55,13 @@ def test_masks_and_classes_survive_to_the_bit(road, micrographs, hub, tmp_path, 
     ]
     (folder / "classes.csv").write_text("\n".join(["file_name,class", *rows]))
     source = str(folder)
-    if road != "folder":
+    if road == "folder":
+        out = push_folder(PushConfig(source, "you/set", dry_run=str(tmp_path / "set")))
+        card = (tmp_path / "set" / "README.md").read_text()
+        assert "- classes: iron: 2, steel: 3 (column `class_name`)" in card
+        assert "labelled defects of 5 micrographs\n(dot: " in card
+        assert out == str(tmp_path / "set")
+    else:
         push_folder(PushConfig(source, "you/set"), say=lambda _: None)
         source = f"{road}:you/set"
     config = DataConfig(resolution=SIDE, symmetries="d4", cache_dir=str(tmp_path / "tiles"))
