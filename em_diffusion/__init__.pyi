@@ -9,5 +9,6 @@ from .latents import encode_latents as encode_latents
 from .layouts import draw_layout as draw_layout
 from .layouts import fit_layout_sampler as fit_layout_sampler
 from .pipeline_em_ldm import EMLatentDiffusionPipeline as EMLatentDiffusionPipeline
+from .pipeline_em_mask_ldm import EMMaskLatentDiffusionPipeline as EMMaskLatentDiffusionPipeline
 from .presets import PRESETS as PRESETS
 from .train import train_ldm as train_ldm

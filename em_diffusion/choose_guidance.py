@@ -16,7 +16,7 @@ from em_data.files import write_atomically
 from em_diffusion.classes import share_classes
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import load_denoiser
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_diffusion.masks import load_pipeline
 from em_diffusion.weights import hash_weights, save_model
 from em_evaluation import compute_features, get_extractor
 from em_evaluation.environment import describe_environment
@@ -179,7 +179,7 @@ def load_run(run: Path, by: str = "guide"):
             f"{run} kept no guide: it was trained before version 0.2, or with "
             f"--denoiser.guide-images 0 or more images than the run has. {way}"
         )
-    pipeline = EMLatentDiffusionPipeline.from_pretrained(run / "pipeline")
+    pipeline = load_pipeline(run / "pipeline")
     return pipeline, load_denoiser(folder) if by == "guide" else None
 
 

@@ -173,7 +173,6 @@ class DenoiserConfig:
     """"scaled_linear": sqrt(beta) is linear in t, as in latent diffusion; or "linear"."""
     beta_start: Annotated[float, Gt(0), Le(1)] = 0.0015
     beta_end: Annotated[float, Gt(0), Le(1)] = 0.0195
-
     num_images: Positive = 5_000_000
     """Latents that the denoiser is trained on, repetitions counted."""
     batch_size: Size = 64
@@ -211,6 +210,10 @@ class DenoiserConfig:
     num_validation_images: Size = 512
     num_sample_images: Size = 16
     num_sample_steps: Size = 20
+    mask_conditional: bool = False
+    """Train on labelled tiles alone, with the masks of their defects as input. Needs init_from."""
+    mask_dropout: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of these images whose masks are hidden, for guidance by the mask."""
     evaluate_every: IntervalOrNever = 0
     """Interval in images for comparing the averaged weights' images with held-out tiles (Frechet
     distance, efficientnet-lite0). The best weights are kept in best/unet and go into the pipeline.

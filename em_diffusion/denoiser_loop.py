@@ -15,6 +15,7 @@ from em_diffusion.config import DenoiserConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.latents import Latents
+from em_diffusion.masks import create_pipeline, draw_conditions
 from em_diffusion.muon import create_muon
 from em_diffusion.optimization import (
     create_ema,
@@ -22,7 +23,7 @@ from em_diffusion.optimization import (
     learning_rate_at,
     set_learning_rate,
 )
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline, is_flow
+from em_diffusion.pipeline_em_ldm import is_flow
 from em_diffusion.validation import choose_spaced_views
 from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance
@@ -41,7 +42,9 @@ from em_training import (
 OPTIMIZERS = {"adam": create_optimizer, "muon": create_muon}
 
 
-def compute_denoising_loss(unet, scheduler, latents, noise, timesteps, class_labels=None):
+def compute_denoising_loss(
+    unet, scheduler, latents, noise, timesteps, class_labels=None, masks=None
+):
     """Return ||target - unet(x_t, t)||^2, mean over elements, of each sample: float32 [B].
 
     The scheduler decides x_t and the target. With a `DDIMScheduler`, x_t = sqrt(abar_t) latents +
@@ -55,6 +58,7 @@ def compute_denoising_loss(unet, scheduler, latents, noise, timesteps, class_lab
         latents, noise: Float32 [B, C, h, w]; latents are normalised.
         timesteps: [B], int64, or float32 for flow matching.
         class_labels: Int64 [B] for a U-Net with classes, else None.
+        masks: Float32 [B, M, h, w], which a U-Net with masks takes as further channels, or None.
     """
     if is_flow(scheduler):
         s = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
@@ -64,7 +68,8 @@ def compute_denoising_loss(unet, scheduler, latents, noise, timesteps, class_lab
         is_velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     options = {} if class_labels is None else {"class_labels": class_labels}
-    predicted = unet(noisy, timesteps, **options).sample
+    inputs = noisy if masks is None else torch.cat([noisy, masks], dim=1)
+    predicted = unet(inputs, timesteps, **options).sample
     return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
@@ -83,11 +88,17 @@ def compute_min_snr_weights(scheduler, timesteps, gamma: float):
     return snr.clamp(max=gamma) / (snr + 1 if is_velocity else snr)
 
 
+def compute_batch_losses(unet, scheduler, batch: Batch):
+    """Return the loss of each sample of a batch, float32 [B]."""
+    conditions = {"class_labels": batch.class_labels, "masks": batch.masks}
+    return compute_denoising_loss(
+        unet, scheduler, batch.images, batch.noise, batch.timesteps, **conditions
+    )
+
+
 def compute_training_loss(unet, scheduler, batch: Batch, config):
     """Return the mean loss over a batch, weighted as `config` says."""
-    losses = compute_denoising_loss(
-        unet, scheduler, batch.images, batch.noise, batch.timesteps, batch.class_labels
-    )  # [B]
+    losses = compute_batch_losses(unet, scheduler, batch)
     if gamma := config.min_snr_gamma:
         losses = losses * compute_min_snr_weights(scheduler, batch.timesteps, gamma)
     return losses.mean()
@@ -161,7 +172,7 @@ def train_denoiser(
         return evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config)
 
     def generate(numbers, num_steps, stream="sample"):
-        pipeline = EMLatentDiffusionPipeline(vqvae, ema.model, scheduler, grain=grain)
+        pipeline = create_pipeline(vqvae, ema.model, scheduler, latents.layout_sampler, grain=grain)
         views = held_out_latents if stream == "evaluation" else latents
         labels = views.share_classes(numbers)
         return generate_images(
@@ -285,7 +296,11 @@ def draw_batches(latents, sampler, config, accelerator, num_images_seen):
     for batch in loader:
         rng = make_generator(config.seed, rank=rank, num_images_seen=num_images_seen)
         batch = draw_noise(batch, config, rng)
-        yield replace(batch, class_labels=draw_classes(latents, batch.ids, config, rng))
+        yield replace(
+            batch,
+            class_labels=draw_classes(latents, batch.ids, config, rng),
+            masks=draw_conditions(latents, batch.ids, config.mask_dropout, rng),
+        )
         num_images_seen += config.batch_size
 
 
@@ -318,7 +333,8 @@ def draw_validation_batch(latents, config) -> Batch:
     """Return held-out latents with the noise and timesteps of every validation of this seed."""
     ids = torch.from_numpy(choose_spaced_views(latents, config.num_validation_images))
     rng = make_generator(config.seed, stream="validation")
-    batch = Batch(latents.batch(ids), ids, latents.class_labels(ids))
+    masks = draw_conditions(latents, ids, 0.0, rng)
+    batch = Batch(latents.batch(ids), ids, latents.class_labels(ids), masks)
     batch = draw_noise(batch, config, rng)
     assert batch.timesteps is not None  # just drawn
     order = torch.randperm(len(batch), generator=rng)
@@ -334,20 +350,14 @@ def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> di
         of the timesteps, from the least noise to the most, that have any.
     """
 
-    def compute_losses(images, noise, timesteps, *labels):
-        images, noise = (
-            x.to(accelerator.device, memory_format=torch.channels_last) for x in (images, noise)
-        )
-        timesteps, *labels = (x.to(accelerator.device) for x in (timesteps, *labels))
+    def compute_losses(rows):
+        part = batch.map(lambda tensor: tensor[rows].to(accelerator.device))
+        part = replace(part, images=part.images.contiguous(memory_format=torch.channels_last))
         with accelerator.autocast():
-            return compute_denoising_loss(unet, scheduler, images, noise, timesteps, *labels)
+            return compute_batch_losses(unet, scheduler, part)
 
-    assert batch.noise is not None
     assert batch.timesteps is not None
-    tensors = [batch.images, batch.noise, batch.timesteps]
-    if batch.class_labels is not None:
-        tensors.append(batch.class_labels)
-    losses = run_in_parts(compute_losses, *tensors, size=config.batch_size)  # [N]
+    losses = run_in_parts(compute_losses, torch.arange(len(batch)), size=config.batch_size)  # [N]
     quarters = (batch.timesteps * 4 / config.num_train_timesteps).long().clamp(max=3)  # [N]
     means = {"held_out_loss": losses.mean()}
     for quarter in quarters.unique().tolist():

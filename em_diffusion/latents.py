@@ -18,6 +18,7 @@ from em_data import Tiles
 from em_data.files import flush_to_disk, make_folder, write_atomically
 from em_diffusion.autoencoder import encode
 from em_diffusion.classes import share_classes
+from em_diffusion.em_layout_sampler import EMLayoutSampler
 from em_diffusion.weights import hash_weights
 from em_training import run_in_parts
 
@@ -34,6 +35,8 @@ class Latents:
         class_names: Names of the classes; () for latents without classes.
         classes: Number of each view's class, int64 [num_views]; -1 if it is unknown.
     """
+
+    layout_sampler: EMLayoutSampler | None = None  # of `em_diffusion.masks.MaskedLatents`
 
     def __init__(
         self,

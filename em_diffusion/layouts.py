@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from em_data.micrograph import Defect
 from em_data.synthetic_micrographs import PIXEL_SIZE_NM, synthesise_micrographs
+from em_data.tile_labels import IS_CUT
+from em_data.tiles import Tiles
 from em_diffusion.em_layout_sampler import EMLayoutSampler
 from em_training.seeding import seed_for
 
@@ -129,13 +132,15 @@ def get_mask(defect: Defect) -> np.ndarray:
 
 
 def find_whole(layout, shape) -> list[int]:
-    """Return the indices of defects that have pixels and do not touch the border of the image."""
+    """Return the indices of defects that have pixels and are not cut by the border of the image."""
     height, width = shape
-    return [
-        i
-        for i, (x0, y0, x1, y1) in enumerate(defect.box_px for defect in layout)
-        if x0 > 0 and y0 > 0 and x1 < width and y1 < height and get_mask(layout[i]).any()
-    ]
+    whole = []
+    for i, defect in enumerate(layout):
+        x0, y0, x1, y1 = defect.box_px
+        is_inside = x0 > 0 and y0 > 0 and x1 < width and y1 < height
+        if is_inside and not defect.metadata.get(IS_CUT) and get_mask(defect).any():
+            whole.append(i)
+    return whole
 
 
 def weigh_instance(defect, shape) -> float:
@@ -202,6 +207,90 @@ def find_centre(defect) -> np.ndarray:
     """Return the centre of a defect's box as (y, x) in pixels."""
     x0, y0, x1, y1 = defect.box_px
     return np.array([(y0 + y1) / 2, (x0 + x1) / 2])
+
+
+def stitch_layouts(tiles: Tiles, downsample: int = 1):
+    """Put the labels of tiles together again, micrograph by micrograph.
+
+    Parts of one kind that touch across the edge between two tiles are one defect.
+
+    Args:
+        tiles: One side of a split; a micrograph of which it has tiles is taken whole.
+        downsample: Pixels of the micrographs per pixel of a tile, along one side.
+
+    Returns:
+        Layouts and shapes of the labelled micrographs, in pixels of tiles, as `fit_layout_sampler`
+        takes them. Tiles that were left out are empty.
+    """
+    cut, side = tiles.cut, tiles.resolution
+    if cut.tile_labels is None:
+        return [], []
+    places: dict[int, list[tuple[int, int, int]]] = {}
+    rows = cut.dataset.select_columns(["micrograph_index", "row_px", "col_px"]).to_dict()
+    for tile, (micrograph, row, column) in enumerate(zip(*rows.values())):
+        place = (tile, row // downsample, column // downsample)
+        places.setdefault(micrograph, []).append(place)
+    layouts, shapes = [], []
+    for micrograph in tiles.micrograph_ids.tolist():
+        if cut.micrographs[micrograph]["defects"] is None:
+            continue
+        mine = places[micrograph]
+        parts = [
+            (tile, _shift(each, row, column))
+            for tile, row, column in mine
+            for each in cut.tile_labels.defects(tile)
+        ]
+        layouts.append(_merge_parts(parts, side))
+        shapes.append((max(r for _, r, _ in mine) + side, max(c for _, _, c in mine) + side))
+    return layouts, shapes
+
+
+def _shift(defect, row, column):
+    """Return a defect of a tile with this upper left corner, in pixels of the micrograph."""
+    x0, y0, x1, y1 = defect.box_px
+    return replace(defect, box_px=(x0 + column, y0 + row, x1 + column, y1 + row))
+
+
+def _merge_parts(parts, side):
+    """Merge (tile, defect) parts that touch across edges of tiles of `side` pixels."""
+    groups, edges = list(range(len(parts))), {}
+
+    def find(i):
+        while groups[i] != i:
+            i = groups[i]
+        return i
+
+    for i, (tile, part) in enumerate(parts):
+        if not part.metadata.get(IS_CUT):
+            continue
+        x0, y0, _, _ = part.box_px
+        y, x = np.nonzero(get_mask(part))
+        y, x = y + y0, x + x0
+        at_edge = (
+            (y % side == 0) | (y % side == side - 1) | (x % side == 0) | (x % side == side - 1)
+        )
+        what = (part.kind, part.diameter_nm, part.length_nm)
+        for row, column in zip(y[at_edge].tolist(), x[at_edge].tolist()):
+            for near in ((row + dy, column + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
+                for other, other_tile in edges.get((what, *near), ()):
+                    if other_tile != tile:
+                        groups[find(other)] = find(i)
+            edges.setdefault((what, row, column), []).append((i, tile))
+    merged = {}
+    for i, (_, part) in enumerate(parts):
+        merged.setdefault(find(i), []).append(part)
+    return [_unite(each) if len(each) > 1 else each[0] for each in merged.values()]
+
+
+def _unite(parts):
+    """Return several parts as one defect, which is whole as far as is known."""
+    boxes = np.array([each.box_px for each in parts])
+    (x0, y0), (x1, y1) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
+    mask = np.zeros((y1 - y0, x1 - x0), dtype=bool)
+    for part in parts:
+        left, top, right, bottom = part.box_px
+        mask[top - y0 : bottom - y0, left - x0 : right - x0] |= get_mask(part)
+    return replace(parts[0], box_px=(x0, y0, x1, y1), mask=mask, metadata={})
 
 
 def simulate_layouts(kinds, pixel_size_nm, seed):

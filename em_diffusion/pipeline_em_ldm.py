@@ -389,7 +389,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """Channels, height and width of a latent."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.unet.config.out_channels, height, width
 
     @property
     def num_classes(self) -> int:

@@ -13,6 +13,7 @@ from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_denoiser, load_denoiser
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.load_autoencoder import load_autoencoder
+from em_diffusion.masks import create_pipeline, load_layout_sampler
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.train import choose_sampler
 from em_diffusion.weights import save_model
@@ -91,8 +92,15 @@ def make_pipeline(run, config, vqvae, unet, pixel_size_nm) -> EMLatentDiffusionP
     names = None
     if config.conditional:
         names = dict(enumerate(read_json_object(run / "data.json")["classes"]))
-    return EMLatentDiffusionPipeline(
-        vqvae, unet, scheduler, pixel_size_nm, num_steps, grain, id2label=names
+    return create_pipeline(
+        vqvae,
+        unet,
+        scheduler,
+        load_layout_sampler(run),
+        pixel_size_nm,
+        num_steps,
+        grain,
+        id2label=names,
     )
 
 

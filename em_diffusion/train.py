@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from em_data import load_data, warn_if_few
@@ -13,18 +12,25 @@ from em_data.files import write_atomically
 from em_data.look.tile_size import warn_of_tile_size
 from em_diffusion.autoencoder import encode, is_trainable
 from em_diffusion.autoencoder_loop import train_autoencoder
-from em_diffusion.classes import check_classes, fit_classes, read_classes
+from em_diffusion.classes import check_classes, read_classes
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.grain import fit_grain
 from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
+from em_diffusion.layout_stage import run_layout_stage
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_diffusion.masks import (
+    add_masks,
+    check_masks,
+    choose_views,
+    create_pipeline,
+    fit_start,
+)
 from em_diffusion.samplers import choose_default_sampler, create_sampler
 from em_diffusion.start import load_start, record_start
-from em_diffusion.validation import choose_spaced_views, read_spaced_images, reconstruct
+from em_diffusion.validation import read_spaced_images, reconstruct
 from em_diffusion.weights import hash_weights, save_model
 from em_evaluation.feature_metrics import check_metrics
 from em_training import (
@@ -74,6 +80,7 @@ def train_stages(config, accelerator, out):
     with accelerator.main_process_first():  # the first cuts the tiles, the others read them
         data = load_data(config.data, config.tiles, log=accelerator.print)
     accelerator.wait_for_everyone()
+    check_masks(config, data, accelerator.print)
     warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
     if accelerator.is_main_process:
         warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
@@ -97,12 +104,14 @@ def train_stages(config, accelerator, out):
     latents, held_out_latents, seconds = run_latents_stage(
         config, data, vqvae, accelerator, out, start
     )
+    layout_sampler = run_layout_stage(config, data, accelerator, out)
+    latents, held_out_latents = add_masks(config, data, latents, held_out_latents, layout_sampler)
     grain = run_grain_stage(config, data, vqvae, accelerator, out)
     unet, denoiser = run_denoiser_stage(
         config, data, latents, held_out_latents, vqvae, accelerator, out, grain, start
     )
     if accelerator.is_main_process and not is_complete(out, config):
-        save_pipeline(config, data, out, vqvae, unet, grain)
+        save_pipeline(config, data, out, vqvae, unet, grain, layout_sampler)
         run = describe_run(config, data, out, autoencoder, seconds, denoiser)
         write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
@@ -117,7 +126,7 @@ def describe_run(config, data, out, autoencoder, latents_seconds, denoiser) -> d
     }
     return {
         "name": out.name,
-        "family": "ldm",
+        "family": "mask-ldm" if config.denoiser.mask_conditional else "ldm",
         **describe_preset(out),
         "train_seconds": sum(seconds.values()),
         "train_seconds_by_stage": seconds,
@@ -133,13 +142,20 @@ def describe_run(config, data, out, autoencoder, latents_seconds, denoiser) -> d
     }
 
 
-def save_pipeline(config, data, out, vqvae, unet, grain):
+def save_pipeline(config, data, out, vqvae, unet, grain, layout_sampler=None):
     """Save the pipeline in place of what an earlier end of the run left."""
     scheduler, num_steps = choose_sampler(config)
     pixel_size_nm = data.summary.get("pixel_size_nm")
     names = dict(enumerate(data.train.class_names)) if config.conditional else None
-    pipeline = EMLatentDiffusionPipeline(
-        vqvae, unet, scheduler, pixel_size_nm, num_steps, grain, id2label=names
+    pipeline = create_pipeline(
+        vqvae,
+        unet,
+        scheduler,
+        layout_sampler,
+        pixel_size_nm,
+        num_steps,
+        grain,
+        id2label=names,
     )
     save_model(pipeline, out / "pipeline")
 
@@ -198,15 +214,15 @@ def check_first_autoencoder(config, accelerator, out, start):
 
 
 def run_latents_stage(config, data, vqvae, accelerator, out, start=None):
-    """Encode all training views and the validation views, or read their latents.
+    """Encode the training views and the validation views, or read their latents.
 
     Returns both as `Latents`, and the seconds of encoding. Mean and deviation are measured on the
     training side alone; those of a trained denoiser that the run starts from are kept.
     """
-    validation = choose_spaced_views(data.held_out, config.denoiser.num_validation_images)
+    training, validation = choose_views(config, data)
     batch_size, folder = config.autoencoder.batch_size, out / "latents"
     encode_side = partial(encode_latents, vqvae, accelerator=accelerator, batch_size=batch_size)
-    train, seconds = encode_side(data.train, folder, name="train")
+    train, seconds = encode_side(data.train, folder, name="train", view_ids=training)
     held_out, more = encode_side(data.held_out, folder, name="held_out", view_ids=validation)
     if start is not None:
         mean, std = start.mean, start.std
@@ -221,7 +237,7 @@ def run_latents_stage(config, data, vqvae, accelerator, out, start=None):
     latents = [
         Latents(array, mean, std, *(read_classes(tiles, view_ids) if config.conditional else ()))
         for array, tiles, view_ids in (
-            (train, data.train, np.arange(data.train.num_views)),
+            (train, data.train, training),
             (held_out, data.held_out, validation),
         )
     ]
@@ -272,9 +288,7 @@ def run_denoiser_stage(
             out_dir=out,
             held_out=data.held_out,
             grain=grain,
-            start=fit_classes(start.unet, start.class_names, latents.class_names)
-            if start
-            else None,
+            start=None if start is None else fit_start(start, latents),
         )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
     with accelerator.main_process_first():  # the first may have to tidy up after a kill

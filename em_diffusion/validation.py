@@ -10,8 +10,12 @@ from em_training import run_in_parts
 
 def choose_spaced_views(tiles, count: int):
     """Return the ids of up to `count` views, evenly spaced over all: int64 [N]."""
-    spaced = np.linspace(0, tiles.num_views - 1, min(count, tiles.num_views))
-    return np.unique(spaced.astype(np.int64))
+    return space_evenly(tiles.num_views, count)
+
+
+def space_evenly(num: int, count: int):
+    """Return up to `count` of the numbers 0 to num - 1, evenly spaced: int64 [N]."""
+    return np.unique(np.linspace(0, num - 1, min(count, num)).astype(np.int64))
 
 
 def read_spaced_images(tiles, count: int):

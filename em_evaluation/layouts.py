@@ -80,7 +80,7 @@ def compare_layouts(
 
 
 def describe_tests(tests: Sequence[LayoutTest]) -> str:
-    """Return a table of tests for people, one line each."""
+    """Return a table of tests for people, one line each; KS is the statistic."""
     lines = [f"{'quantity':9} {'kind':12} {'real':>9} {'drawn':>9}  {'unit':13} {'KS':>5} {'p':>6}"]
     for each in tests:
         lines.append(

@@ -5,11 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import em_diffusion.family
+import em_diffusion.mask_family
 import em_stylegan.family
 from em_training.config import read_json_object
 from em_training.family import Family
 
-FAMILIES: list[Family] = [em_diffusion.family.FAMILY, em_stylegan.family.FAMILY]
+FAMILIES: list[Family] = [
+    em_diffusion.family.FAMILY,
+    em_stylegan.family.FAMILY,
+    em_diffusion.mask_family.FAMILY,
+]
 
 
 def find_family(name: str, where: str = "the model") -> Family:

@@ -181,10 +181,10 @@ def test_memory_that_runs_out_is_survived_and_resumed(config, train, monkeypatch
     with them.
     """
 
-    def small_memory(unet, scheduler, latents, noise, timesteps):
+    def small_memory(unet, scheduler, latents, *rest, **conditions):
         if unet.training and len(latents) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-        return compute_denoising_loss(unet, scheduler, latents, noise, timesteps)
+        return compute_denoising_loss(unet, scheduler, latents, *rest, **conditions)
 
     monkeypatch.setattr(denoiser_loop, "compute_denoising_loss", small_memory)
     whole = train(config.denoiser, "whole")
@@ -229,7 +229,7 @@ class TestFloat16:
         monkeypatch.setattr(
             denoiser_loop,
             "compute_denoising_loss",
-            lambda *args: 16 * compute_denoising_loss(*args),
+            lambda *args, **conditions: 16 * compute_denoising_loss(*args, **conditions),
         )
         stage = dataclasses.replace(config.denoiser, log_every=8)
         options = {

@@ -1,15 +1,17 @@
 """Layouts that are drawn are like those that were labelled, and tests of that can fail."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from em_data import DataConfig, load_data
 from em_data.micrograph import Defect
 from em_data.synthetic_micrographs import synthesise_micrographs
 from em_diffusion.em_layout_sampler import EMLayoutSampler, turn_mask
-from em_diffusion.layouts import draw_layout, fit_layout_sampler, measure_densities
+from em_diffusion.layouts import draw_layout, fit_layout_sampler, measure_densities, stitch_layouts
 from em_evaluation.layouts import compare_layouts, describe_tests, measure_layout
 
 KINDS = ("loop_111", "loop_100", "dot")
@@ -181,3 +183,25 @@ def test_kinds_that_are_never_whole_are_said():
     )
     assert said == ["layouts: no line is whole in any labelled image, so layouts have none"]
     assert {each.kind for each in draw(sampler, 1, (200, 200))[0]} == {"dot"}
+
+
+def test_labels_of_tiles_are_stitched_to_those_of_the_micrographs(tmp_path):
+    config = DataConfig(
+        resolution=64, num_synthetic=4, micrograph_size=256, cache_dir=str(tmp_path)
+    )
+    data = load_data("synthetic", config, log=lambda text: None)
+    layouts, shapes = stitch_layouts(data.train)
+    names = [data.train.cut.micrographs[i]["name"] for i in data.train.micrograph_ids]
+    micrographs = [*synthesise_micrographs(4, size=256)]
+    originals = [micrographs[int(Path(name).stem.rpartition("_")[2])] for name in names]
+    assert len(layouts) == len(originals) > 0
+    assert set(shapes) == {(256, 256)}
+
+    def describe(defects):
+        return sorted((each.kind, each.box_px, int(each.mask.sum())) for each in defects)
+
+    for layout, original in zip(layouts, originals):
+        first, second = describe(layout), describe(original.defects)
+        # a defect of two pieces, such as a line cut twice by a corner, may stay in two
+        assert len(set(first) & set(second)) > 0.97 * len(second)
+        assert abs(len(first) - len(second)) < 0.03 * len(second)

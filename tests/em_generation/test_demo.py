@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "ldm": {"scheduler": "ddim", "num_inference_steps": 2},
     "stylegan": {"truncation_psi": 0.7},
+    "mask-ldm": {"mask_scale": 1.5},
 }
 
 

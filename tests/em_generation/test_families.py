@@ -10,6 +10,7 @@ from diffusers import VQModel
 
 from em_diffusion.drawing import reconstruct
 from em_diffusion.family import DEMO_STEPS, LDMOptions, SamplerName
+from em_diffusion.mask_family import MaskLDMOptions
 from em_diffusion.samplers import SAMPLERS
 from em_generation.families import FAMILIES, find_family, find_title, make_options, read_family
 from em_stylegan.drawing import LAYER_GROUPS, find_layers
@@ -27,7 +28,9 @@ def test_the_registry_imports_nothing_heavy():
         "[m for m in sys.modules if m.startswith(('em_diffusion.', 'em_stylegan.'))])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout == "set() ['em_diffusion.family', 'em_stylegan.family']\n", result.stderr
+    assert result.stdout == (
+        "set() ['em_diffusion.family', 'em_diffusion.mask_family', 'em_stylegan.family']\n"
+    ), result.stderr
 
 
 def test_samplers_by_name_are_the_ones_there_are():
@@ -89,6 +92,7 @@ def test_options_of_several_families_are_given_as_pairs():
     assert options == {
         "ldm": LDMOptions(grain=False),
         "stylegan": StyleGANOptions(truncation_psi=0.7),
+        "mask-ldm": MaskLDMOptions(grain=False),
     }
     with pytest.raises(ValueError, match="no model here has the sampling option eta"):
         make_options([find_family("stylegan")], ["eta=1"])

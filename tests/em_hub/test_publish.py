@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from em_commands.training import read_push_flags, train_and_publish
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline
+from em_generation.families import find_family
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import load_pipeline, read_model
 from em_hub.publish import PublishConfig, hide_paths, publish_run
-from em_stylegan import EMStyleGANPipeline
 from support.models import MAKERS, draw, make_ldm, make_stylegan
 
 
@@ -155,7 +155,7 @@ def test_a_published_run_is_loaded_generated_from_and_published_again(
     )
     assert read_model("you/em-model").weights_sha256 == read_model(str(run)).weights_sha256
 
-    cls = EMLatentDiffusionPipeline if family == "ldm" else EMStyleGANPipeline
+    cls = find_family(family).import_pipeline()
     owned = cls.from_pretrained("you/em-model")
     np.testing.assert_array_equal(draw(owned, 5), draw(pipeline, 5))
     narrow = cls.from_pretrained("you/em-model", variant="bf16", dtype=torch.bfloat16)

@@ -4,8 +4,11 @@ import torch
 from diffusers import DDIMScheduler, VQModel
 
 from em_diffusion.em_grain import EMGrain
+from em_diffusion.em_layout_sampler import EMLayoutSampler
 from em_diffusion.em_unet2d_model import EMUNet2DModel
+from em_diffusion.masks import widen_input
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_diffusion.pipeline_em_mask_ldm import EMMaskLatentDiffusionPipeline
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
@@ -51,6 +54,42 @@ def make_ldm(seed=0, names=()):
     return pipeline
 
 
+def make_layout_sampler():
+    """Squares as dots and loops, about three to a tile of 16 pixels."""
+    sampler = EMLayoutSampler(("dot", "loop"), num_layouts=2, num_shapes=2, num_bytes=6)
+    values = {
+        "densities": torch.tensor([[2.0, 1.0], [1.0, 0.0]]) / 256,
+        "shape_kinds": torch.tensor([0, 1]),
+        "shape_sizes": torch.tensor([[3, 3], [5, 6]]),
+        "shape_bits": torch.full((6,), 255, dtype=torch.uint8),
+    }
+    sampler.load_state_dict(sampler.state_dict() | values)
+    return sampler
+
+
+def make_mask_ldm(seed=0, trained=True, **options):
+    """The latent diffusion model of `make_ldm` with masks of two kinds; its guide takes them."""
+    plain = make_ldm(seed)
+    unet, guide = (widen_input(each, 13) for each in (plain.unet, plain.guide))
+    if trained:
+        for each in (unet, guide):
+            torch.nn.init.normal_(each.conv_in.weight[:, 2:], std=0.2)
+    pipeline = EMMaskLatentDiffusionPipeline(
+        plain.vqvae,
+        unet,
+        plain.scheduler,
+        make_layout_sampler(),
+        pixel_size_nm=0.5,
+        default_num_inference_steps=3,
+        grain=plain.grain,
+        guide=guide,
+        guidance_scale=1.0,
+        **options,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def make_stylegan(seed=0):
     """A StyleGAN2 of 16 x 16 pixels."""
     torch.manual_seed(seed)
@@ -71,7 +110,7 @@ def make_stylegan3(seed=0):
     return EMStyleGANPipeline(generator, pixel_size_nm=0.5)
 
 
-MAKERS = {"ldm": make_ldm, "stylegan": make_stylegan}
+MAKERS = {"ldm": make_ldm, "stylegan": make_stylegan, "mask-ldm": make_mask_ldm}
 
 
 def draw(pipeline, *seeds, **options):
