@@ -39,6 +39,7 @@ EMBEDDED = {
     "--tiles.resolution 64 --tiles.split specimen --tiles.held-out-fraction 0.5",
     "kinds": "loop=loop_100+loop_111",  # dots of 4 px are too small for an overlap of a half
 }
+OTHER_TILES = ("resolution=64", "split=micrograph", "held_out_fraction=0.33")  # of --data FOLDER
 
 
 class Recipe:
@@ -47,7 +48,8 @@ class Recipe:
     def __init__(self, arguments):
         self.arguments, self.out = arguments, Path(arguments.runs)
         self.is_embedded = arguments.data == "synthetic-other"
-        tiles = [word for pair in arguments.tiles for word in split_pair(pair)]
+        # the LDM and the detectors split alike, so that the LDM does not see the test set
+        tiles = [word for pair in (*OTHER_TILES, *arguments.tiles) for word in split_pair(pair)]
         self.unlabelled = EMBEDDED["unlabelled"].split() if self.is_embedded else tiles
         self.labelled = EMBEDDED["labelled"].split() if self.is_embedded else tiles
         kinds = arguments.kinds or (EMBEDDED["kinds"].split() if self.is_embedded else [])
@@ -125,6 +127,7 @@ class Recipe:
         """Return the command that fine-tunes the LDM on labelled micrographs."""
         command = ["train_ldm.py", "demo", "--data", str(self.out / "labelled" / f"{num}/{split}")]
         command += ["--out", str(self.out / run), "--init-from", str(self.out / "ldm")]
+        command += ["--tiles.held-out-fraction", "0.1"]  # one of ten, for the loss while it trains
         command += ["--autoencoder.num-images", "0", "--denoiser.mask-conditional"]
         command += ["--denoiser.learning-rate", "1e-3"]
         return [*command, *words("--denoiser.num-images", [self.arguments.num_mask_images])]

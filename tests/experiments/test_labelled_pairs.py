@@ -52,8 +52,13 @@ def test_ways_that_see_labels_have_a_folder_for_each_split(commands):
 
 
 def test_other_micrographs_have_no_raw_simulation(commands):
-    printed = commands("--data", "some folder", "--tiles", "resolution=128", "split=specimen")
+    printed = commands("--data", "some folder", "--tiles", "downsample=4", "split=specimen")
     last = read_gains(printed)[-1]
     assert last.data == "some folder"
-    assert last.tiles.resolution == 128
+    train = next(words for words in printed if words[0] == "train_ldm.py")
+    config, _ = parse_preset(
+        PRESETS, train[1:], command="", default="demo", description="", main_flags=()
+    )
+    assert config.tiles == last.tiles  # the same test set
+    assert (last.tiles.downsample, last.tiles.split) == (4, "specimen")
     assert not any(word.startswith("raw=") for word in last.pairs)
