@@ -66,6 +66,7 @@ FAMILY = Family(
     drawer="em_diffusion.mask_drawing:MaskLDMDrawer",
     read_kind=lambda folder: "mask-ldm",
     reconstructions=find_reconstructions,
+    draws_layouts=True,
     without_grain=lambda options: replace(options, grain=False),
     find_exact_modules=find_codebook,
     controls=list_mask_controls,

@@ -19,6 +19,8 @@ from em_diffusion.pipeline_em_mask_ldm import (
 from em_diffusion.validation import space_evenly
 from em_training.config import read_json_object
 
+MASK_SCALE = 2.0  # guidance by the mask that models are saved with; see docs/masks.md
+
 
 class MaskedLatents(Latents):
     """Latents of labelled views, and their masks.
@@ -163,6 +165,7 @@ def create_pipeline(vqvae, unet, scheduler, layout_sampler, *arguments, **option
     """Return a pipeline with masks, or one without if `layout_sampler` is None."""
     if layout_sampler is None:
         return EMLatentDiffusionPipeline(vqvae, unet, scheduler, *arguments, **options)
+    options["mask_scale"] = MASK_SCALE
     return EMMaskLatentDiffusionPipeline(
         vqvae, unet, scheduler, layout_sampler, *arguments, **options
     )

@@ -19,7 +19,7 @@ from em_diffusion import (
 )
 from em_diffusion.latents import Latents
 from em_diffusion.mask_family import FAMILY
-from em_diffusion.masks import MaskedLatents, draw_conditions
+from em_diffusion.masks import MASK_SCALE, MaskedLatents, draw_conditions
 from em_generation.generate import GenerationConfig, generate_images
 from em_training import make_generator, make_image_rng
 from em_training.family import EXACT_BATCH
@@ -92,6 +92,8 @@ def test_a_run_with_masks_draws_images_and_tells_their_layouts(
     images = tmp_path / "images"
     generate_images(GenerationConfig(str(out), out=str(images), num_images=3, batch_size=4))
     assert len([*images.rglob("*.png")]) >= 3
+    assert FAMILY.draws_layouts
+    assert pipe.config.mask_scale == MASK_SCALE
     drawer = FAMILY.start(pipe, FAMILY.options(), seed=5, batch_size=16)
     numbers = [3, 0, 8]
     drawn, layouts = drawer.draw_layouts(numbers)
