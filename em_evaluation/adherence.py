@@ -100,8 +100,9 @@ def measure_adherence(config: AdherenceConfig, say=print) -> dict:
         figures.append(draw_adherence(each, comparisons, name, caption))
     result: dict = {"sets": rows}
     if config.keep_adherent is not None:
-        worst = choose_worst(scores.quality, config.keep_adherent)
-        dropped = {images[i].micrograph for i in worst}
+        dropped = choose_worst(
+            scores.quality, [each.micrograph for each in images], config.keep_adherent
+        )
         target = Path(config.keep_in or f"{config.images.rstrip('/')}-adherent")
         num_kept = keep_images(Path(config.images), target, dropped)
         result |= {"kept": num_kept, "dropped": len(dropped), "folder": str(target)}

@@ -120,7 +120,16 @@ def list_colours() -> list[tuple[str, str]]:
     return [(meanings[key], colour) for key, colour in COLOURS.items()]
 
 
-def choose_worst(quality: np.ndarray, share: float) -> np.ndarray:
-    """Return the indices of the images to drop so that `share` of them is kept, worst first."""
-    num_kept = max(1, round(share * len(quality)))
-    return np.argsort(quality, kind="stable")[: len(quality) - num_kept]
+def choose_worst(quality: np.ndarray, names: Sequence[str], share: float) -> set[str]:
+    """Return the names of the images to drop so that `share` of them is kept.
+
+    Args:
+        quality: Quality of each piece of an image [N].
+        names: Name of the image of each piece [N]; the mean of its pieces counts.
+        share: Above 0 and at most 1; one image is always kept.
+    """
+    images, number = np.unique(names, return_inverse=True)
+    means = np.bincount(number, quality) / np.bincount(number)
+    num_kept = max(1, round(share * len(images)))
+    worst = np.argsort(means, kind="stable")[: len(images) - num_kept]
+    return set(images[worst].tolist())

@@ -58,6 +58,7 @@ class Recipe:
         self.gain += [*self.labelled, *(["--kinds", *kinds] if kinds else [])]
         self.gain += words("--nums", arguments.nums) + words("--splits", [arguments.splits])
         self.seeds = words("--curve", arguments.curve) + words("--seeds", [arguments.seeds])
+        self.seeds += words("--segmenter.num-steps", [arguments.num_steps])
 
     def run(self):
         """Do all steps; print the minutes of each."""
@@ -240,6 +241,7 @@ def main(arguments=None):
     )
     add("--num-images", type=int, default=48_000, help="training images of the LDM")
     add("--num-mask-images", type=int, default=6_400, help="training images of way 2, each split")
+    add("--num-steps", type=int, default=600, help="steps of each training of a detector")
     add("--jobs", type=int, default=2, help="processes")
     add("--dry-run", action="store_true", help="print the commands")
     Recipe(parser.parse_args(arguments)).run()
