@@ -6,6 +6,7 @@ import numpy as np
 
 # kinds of the simulator and of Damaged Alloys; labels of users have kinds of their own
 DEFECT_KINDS = ("loop_111", "loop_100", "dot", "line", "loop")
+IS_CUT = "is_cut_by_border"  # metadata of a defect: a part of it lies outside of the picture
 
 
 @dataclass(eq=False)

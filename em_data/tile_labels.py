@@ -12,10 +12,8 @@ import numpy as np
 
 from em_data.labels.masks import crop_mask, fit_box
 from em_data.labels.runs import decode_runs, encode_runs
-from em_data.micrograph import Defect
+from em_data.micrograph import IS_CUT, Defect
 from em_data.views import ELEMENTS, apply_symmetry
-
-IS_CUT = "is_cut_by_border"  # metadata of a defect: a part of it lies outside of the picture
 
 
 def cut_defects(defects, shape, corners, resolution, factor=1) -> list[list[Defect]]:

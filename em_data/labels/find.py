@@ -69,8 +69,7 @@ def find_labels(
     if unused:
         names = "; ".join(each.describe() for each in unused)
         notes.append(
-            f"other labels: {names}. {chosen[0].name if chosen else 'No set'} is used; choose "
-            "with --tiles.labels."
+            f"other labels: {names}. {chosen[0].name} is used; choose with --tiles.labels."
         )
     named = {file for each in sets for files in each.files.values() for file in files}
     return (_merge(chosen) if chosen else None), notes, named

@@ -1,12 +1,13 @@
 """From labels as files hold them to defects in the pixels of a micrograph."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from em_data.labels.masks import fit_box
-from em_data.micrograph import Defect, Micrograph
+from em_data.micrograph import IS_CUT, Defect, Micrograph
 
 BEYOND_PX = 1.0  # so far beyond the border, a label is cut off without a word
 
@@ -45,6 +46,16 @@ class Annotation:
         self.mask_shape = whole.shape
         box, mask = fit_box((0, 0), whole) or ((0, 0, 0, 0), np.empty((0, 0), bool))
         self.mask_box, self.mask = box, mask.copy()
+
+
+def read_sizes(fields, where: str) -> tuple[float | None, float | None]:
+    """Return the `diameter_nm` and `length_nm` among the fields of a label, None where unknown."""
+    sizes = [fields.get("diameter_nm"), fields.get("length_nm")]
+    for each in sizes:
+        if each is not None and not (isinstance(each, int | float) and math.isfinite(each)):
+            raise BadLabels(f"{where} has the size {each!r} nm, which is no number. Correct it.")
+    diameter_nm, length_nm = (None if each is None else float(each) for each in sizes)
+    return diameter_nm, length_nm
 
 
 def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect]:
@@ -88,8 +99,9 @@ def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect
             told["not used: they lie in what was cropped from the image"] += 1
             continue
         diameter_nm, length_nm = each.sizes_nm
+        metadata = each.metadata | ({IS_CUT: True} if box != (x0, y0, x1, y1) else {})
         box, mask = fitted
-        defects.append(Defect(each.kind, box, mask, diameter_nm, length_nm, each.metadata))
+        defects.append(Defect(each.kind, box, mask, diameter_nm, length_nm, metadata))
     notices = micrograph.metadata.setdefault("notices", [])
     notices += [f"{num} of {len(annotations)} labels {what}" for what, num in told.items()]
     return defects

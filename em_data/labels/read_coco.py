@@ -3,13 +3,14 @@
 import json
 import mmap
 from collections import Counter, defaultdict
+from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
 
 from em_data.labels.label_set import LabelSet, say_unmatched
 from em_data.labels.matching import ImageIndex
-from em_data.labels.placing import Annotation, BadLabels, place
+from em_data.labels.placing import Annotation, BadLabels, place, read_sizes
 from em_data.labels.runs import decode_runs
 from em_data.micrograph import Micrograph
 
@@ -138,16 +139,17 @@ class CocoFile:
 
     def _convert(self, each) -> Annotation:
         where = f"annotation {each.get('id')}"
-        kind = self.kinds.get(each.get("category_id"))
+        category, attributes = each.get("category_id"), each.get("attributes")
+        kind = self.kinds.get(category) if isinstance(category, Hashable) else None
         if kind is None:
             raise BadLabels(
-                f"{where} has the category {each.get('category_id')}, which {self.name} does not "
-                "name. Add it to its categories."
+                f"{where} has the category {category}, which {self.name} does not name. Add it to "
+                "its categories."
             )
-        sizes = each.get("diameter_nm"), each.get("length_nm")
-        annotation = Annotation(
-            kind, where, sizes_nm=sizes, metadata=dict(each.get("attributes") or {})
-        )
+        if attributes is not None and not isinstance(attributes, dict):
+            attributes = {"attributes": attributes}
+        annotation = Annotation(kind, where, metadata=dict(attributes or {}))
+        annotation.sizes_nm = read_sizes(each, where)
         try:
             if each.get("bbox"):
                 x, y, width, height = (float(number) for number in each["bbox"])
@@ -159,7 +161,7 @@ class CocoFile:
                 annotation.polygons = read_polygons(segmentation)
         except BadLabels as error:
             raise BadLabels(f"{where}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BadLabels(
                 f"{where} has no readable box or segmentation ({str(error)[:80]}). Correct it."
             ) from error
@@ -210,5 +212,5 @@ def _decode_compressed(text, shape):
 
 
 def _list_twice(items):
-    counts = Counter(each.get("id") for each in items if each.get("id") is not None)
-    return ", ".join(str(key) for key, num in counts.items() if num > 1)[:80]
+    counts = Counter(str(each["id"]) for each in items if each.get("id") is not None)
+    return ", ".join(key for key, num in counts.items() if num > 1)[:80]

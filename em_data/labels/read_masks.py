@@ -252,6 +252,11 @@ def _decode(source):
             if name in (".tif", ".tiff"):
                 return tifffile.imread(source)
             with PIL.Image.open(source) as image:
+                if image.format == "PNG":
+                    image.verify()  # its checksums, which decoding does not compare
+            if hasattr(source, "seek"):
+                source.seek(0)
+            with PIL.Image.open(source) as image:
                 if image.format == "JPEG":
                     raise BadLabels(
                         "the mask is a JPEG, which blurs its grey levels. Save it as PNG."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from em_data.labels.masks import draw_whole_mask
-from em_data.labels.placing import Annotation, BadLabels, place
+from em_data.labels.placing import Annotation, BadLabels, place, read_sizes
 from em_data.labels.read_coco import decode_segmentation, read_polygons
 from em_data.labels.runs import decode_runs, encode_runs
 from em_data.micrograph import Defect, Micrograph
@@ -82,10 +82,14 @@ def read_objects(objects, micrograph: Micrograph, name_kind: Callable = str) -> 
         BadLabels: The objects cannot be read.
     """
     if isinstance(objects, Mapping):
-        lengths = {len(values) for values in objects.values()}
-        if len(lengths) > 1:
+        lists = objects.values()
+        if not all(isinstance(values, list) for values in lists):
+            raise BadLabels("its objects are no lists. Write a list of each field, or of objects.")
+        if len({len(values) for values in lists}) > 1:
             raise BadLabels("the lists of its objects have different lengths. Correct them.")
-        objects = [dict(zip(objects, values)) for values in zip(*objects.values())]
+        objects = [dict(zip(objects, values)) for values in zip(*lists)]
+    if not (isinstance(objects, list) and all(isinstance(each, Mapping) for each in objects)):
+        raise BadLabels("its objects are no list of objects. Write one of each bbox and category.")
     return place([_convert(i, each, name_kind) for i, each in enumerate(objects, 1)], micrograph)
 
 
@@ -96,8 +100,11 @@ def _convert(i, each, name_kind) -> Annotation:
     kind, box = each[keys[0]], each[keys[1]]
     if kind is None or (isinstance(kind, float) and math.isnan(kind)):
         raise BadLabels(f"{where} has no kind. Give it a {keys[0]}.")
-    annotation = Annotation(name_kind(kind), where)
-    annotation.sizes_nm = each.get("diameter_nm"), each.get("length_nm")
+    name = name_kind(kind).strip()
+    if not name or not name.isprintable():
+        raise BadLabels(f"{where} has the kind {name!r}, which is no name. Give it one.")
+    annotation = Annotation(name, where)
+    annotation.sizes_nm = read_sizes(each, where)
     shape = next((each[key] for key in SHAPE_KEYS if each.get(key)), None)
     try:
         if isinstance(shape, Mapping):
@@ -107,7 +114,7 @@ def _convert(i, each, name_kind) -> Annotation:
         if box is not None and len(box):
             a, b, c, d = (float(number) for number in np.asarray(box).tolist())
             annotation.box = (a, b, c, d) if keys[1] == "box_px" else (a, b, a + c, b + d)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, BadLabels):
             raise
         raise BadLabels(f"{where} has no readable box ({str(error)[:80]}). Correct it.") from error

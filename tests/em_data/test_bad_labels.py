@@ -7,8 +7,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from em_data import load_data
+from em_data import DataConfig, load_data
 from em_data.labels import encode_runs, read_coco
+from em_data.sources import open_source
 
 SHAPE = (48, 64)
 NAMES = ("a", "b", "c")
@@ -352,3 +353,42 @@ def test_bad_labels_fail_if_bad_images_do(tmp_path, noise, config):
     message = r"a.png: its labels in labels/: line 1 has the value 30"
     with pytest.raises(ValueError, match=message):
         load_data(folder, config(on_bad_image="fail"), log=lambda _: None)
+
+
+def list_places(content, place=()):
+    """Yield the keys that lead to each value inside of lists and dictionaries."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        yield (*place, key)
+        if isinstance(value, dict | list):
+            yield from list_places(value, (*place, key))
+
+
+def test_one_wrong_value_never_ends_in_another_error(tmp_path, noise):
+    """A wrong value anywhere in a COCO file: a word about it, or it does not matter."""
+    folder = tmp_path / "data"
+    for name in "ab":
+        save(noise(ord(name), SHAPE), folder / f"{name}.png")
+    coco(BOX, polygon(*SQUARE, attributes={"a": 1}, diameter_nm=2.0), runs(FULL))(folder)
+    content = json.loads((folder / "coco.json").read_text())
+    content["annotations"][2]["segmentation"]["counts"] = [0, FULL.size]
+    wrong = [None, "x", -1, float("inf"), [], {}, [[]], [None], "", 2**70, {"a": 1}]
+    num = 0
+    for i, place in enumerate(list_places(content)):
+        for value in (wrong[i % len(wrong)], wrong[(5 * i + 3) % len(wrong)]):
+            changed = json.loads(json.dumps(content))
+            inner = changed
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            write(folder / "coco.json", changed)
+            said = "coco.json: ... --tiles.labels none"
+            try:
+                source = open_source(folder, DataConfig(), tmp_path / "cache")
+                num_read = len([entry.read() for entry in source.entries])
+            except ValueError as error:
+                num_read, said = 2, str(error)
+            assert num_read == 2
+            assert re.search(r"coco\.json: .*--tiles\.labels none", said)
+            num += 1
+    assert num > 90

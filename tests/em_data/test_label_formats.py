@@ -12,6 +12,7 @@ from faster_coco_eval.core import mask as mask_of
 from em_data import load_data
 from em_data.labels import encode_runs
 from em_data.labels.placing import fill_polygon
+from em_data.micrograph import IS_CUT
 from em_data.sources import open_source
 
 SHAPE = (48, 64)
@@ -335,6 +336,14 @@ def test_coordinates_follow_cropped_pixels(tmp_path, noise, config):
     assert micrograph.image.shape == (46, 58)
     for kind, mask in draw(micrograph).items():
         assert np.array_equal(mask, draw_truth()[kind][2:, :-6])
+    assert [each.metadata.get(IS_CUT, False) for each in micrograph.defects] == [False] * 3
+    coco["annotations"][0]["segmentation"] = list_polygons((50, 1, 60, 9), "void")
+    write(tmp_path / "data" / "coco.json", coco)
+    _, (micrograph,) = read(tmp_path / "data", config())
+    first, *others = micrograph.defects
+    assert first.box_px == (50, 0, 58, 7)
+    assert first.metadata[IS_CUT]
+    assert not any(each.metadata.get(IS_CUT) for each in others)
 
 
 def test_other_labels_are_other_tiles(folder, config):

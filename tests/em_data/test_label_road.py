@@ -3,11 +3,13 @@
 from collections import Counter
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from em_data import DataConfig, Micrograph, load_data
 from em_data.labels import draw_whole_mask, write_labelled
 from em_data.push import PushConfig, push_folder
+from em_data.sources import open_source
 from em_data.synthetic_micrographs import synthesise_micrographs
 from em_data.views import SYMMETRIES, apply_symmetry
 
@@ -81,3 +83,28 @@ def test_masks_and_classes_survive_to_the_bit(road, micrographs, hub, tmp_path, 
             num_defects += len(defects)
     assert not expected
     assert num_defects > 100
+
+
+def test_boxes_and_micrographs_without_labels_come_back(noise, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = tmp_path / "set"
+    for i, name in enumerate(("a", "b", "c")):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(noise(i, (40, 60))).save(folder / "images" / f"{name}.png")
+    (folder / "labels").mkdir()
+    (folder / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.1\n1 .1 .1 .3 .1 .3 .4\n")
+    (folder / "labels" / "b.txt").write_text("")
+    said = []
+    push_folder(PushConfig(str(folder), "x", dry_run=str(tmp_path / "out")), say=said.append)
+    found = "labels from labels/ (YOLO, 2 images): 2 of 3 micrographs, 2 defects"
+    assert f"{found} (class 0: 1, class 1: 1)" in said
+    sent, got = (
+        [entry.read().defects for entry in open_source(name, DataConfig(), tmp_path).entries]
+        for name in (folder, f"datasets:{tmp_path / 'out'}")
+    )
+    assert got[1:] == sent[1:] == [[], None]
+    for a, b in zip(got[0], sent[0], strict=True):
+        assert (a.kind, a.box_px, a.metadata) == (b.kind, b.box_px, b.metadata)
+        assert (a.mask is None) == (b.mask is None) == (a.kind == "class 0")
+        assert a.mask is None or np.array_equal(a.mask, b.mask)
