@@ -61,6 +61,7 @@ def compare(runs, arguments) -> dict:
         models=tuple(f"{kind}={runs[kind]}" for kind in KINDS),
         out=str(out),
         num_images=arguments.num_images,
+        levels=("real",),
         microscopy=False,
         memorisation=False,
         cache_dir=arguments.cache_dir,
