@@ -39,7 +39,10 @@ from em_training import (
     step_optimizer,
 )
 
-OPTIMIZERS = {"adam": create_optimizer, "muon": create_muon}
+OPTIMIZERS = {
+    "adam": lambda model, config: create_optimizer(list(model.parameters()), config),
+    "muon": create_muon,
+}
 
 
 def compute_denoising_loss(
@@ -158,7 +161,7 @@ def train_denoiser(
     network = torch.compile(model) if config.compile else model
     scheduler = create_scheduler(config)
     parameters = list(model.train().parameters())
-    optimizer = OPTIMIZERS[config.optimizer](parameters, config)
+    optimizer = OPTIMIZERS[config.optimizer](model, config)
     sampler = ImageSampler(latents.num_views, seed_for(config.seed, "denoiser data"))
     validation_batch = draw_validation_batch(held_out_latents, config)
 

@@ -8,7 +8,7 @@ MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and convolutions, Adam for vectors (biases and norms).
+    """Muon for matrices and convolutions, Adam for vectors (biases, norms, rows of tables).
 
     Muon replaces the averaged gradient of a matrix by the nearest orthogonal matrix (Jordan et al.
     2024, https://kellerjordan.github.io/posts/muon): directions that the gradient hardly ever
@@ -20,15 +20,37 @@ class Muon(torch.optim.Optimizer):
         parameters: Tensors.
         lr: Learning rate of Adam.
         betas: Of Adam.
-        matrix_rate_scale: Learning rate of matrices relative to lr.
+        matrix_rate_scale: Learning rate of matrices and tables relative to lr.
+        tables: Those of `parameters` that are tables of vectors, such as class embeddings. Adam
+            moves each element: an orthogonal step of a table with few rows would hardly move them.
     """
 
-    def __init__(self, parameters, lr: float, betas=(0.9, 0.999), matrix_rate_scale: float = 5.0):
+    def __init__(
+        self,
+        parameters,
+        lr: float,
+        betas=(0.9, 0.999),
+        matrix_rate_scale: float = 5.0,
+        tables=(),
+    ):
         parameters = list(parameters)
-        matrices = {"params": [each for each in parameters if each.ndim > 1]}
-        vectors = {"params": [each for each in parameters if each.ndim <= 1]}
-        groups = [matrices | {"rate_scale": matrix_rate_scale}, vectors | {"rate_scale": 1.0}]
-        super().__init__([each for each in groups if each["params"]], {"lr": lr, "betas": betas})
+        self._tables = {id(each) for each in tables}
+        matrices = [each for each in parameters if self._is_matrix(each)]
+        vectors = [each for each in parameters if each.ndim <= 1]
+        others = [each for each in parameters if id(each) in self._tables]
+        groups = [
+            {"params": each, "rate_scale": scale}
+            for each, scale in (
+                (matrices, matrix_rate_scale),
+                (vectors, 1.0),
+                (others, matrix_rate_scale),
+            )
+            if each
+        ]
+        super().__init__(groups, {"lr": lr, "betas": betas})
+
+    def _is_matrix(self, parameter):
+        return parameter.ndim > 1 and id(parameter) not in self._tables
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -37,14 +59,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    step = _step_matrix if parameter.ndim > 1 else _step_vector
+                    step = _step_matrix if self._is_matrix(parameter) else _step_vector
                     step(parameter, self.state[parameter], group["lr"], group["betas"])
         return loss
 
 
-def create_muon(parameters, config) -> Muon:
-    """Create `Muon` with the learning rate and betas of a `DenoiserConfig`."""
-    return Muon(parameters, config.learning_rate, config.adam_betas)
+def create_muon(model, config) -> Muon:
+    """Create `Muon` for a model, with the learning rate and betas of a `DenoiserConfig`."""
+    tables = [each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)]
+    return Muon(model.parameters(), config.learning_rate, config.adam_betas, tables=tables)
 
 
 def _step_matrix(parameter, state, rate, betas):

@@ -35,9 +35,11 @@ def test_vectors_get_adams_steps():
 
 
 def test_a_step_of_a_convolution_is_orthogonal_and_as_large_as_asked():
-    weight = torch.nn.Parameter(torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last))
-    bias = torch.nn.Parameter(torch.zeros(8))
-    optimizer = create_muon([weight, bias], PRESETS["test"]().denoiser)
+    model = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    weight, bias = model.weight, model.bias
+    for parameter in (weight, bias):
+        torch.nn.init.zeros_(parameter)
+    optimizer = create_muon(model, PRESETS["test"]().denoiser)
     set_learning_rate(optimizer, 0.01)
     weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     optimizer.step()
@@ -45,6 +47,19 @@ def test_a_step_of_a_convolution_is_orthogonal_and_as_large_as_asked():
     assert values.min() > 0.5 * 0.05
     assert values.max() < 1.3 * 0.05
     assert not bias.any()
+
+
+def test_a_table_gets_adams_steps_at_the_rate_of_matrices():
+    """However few its rows are, each element moves by the rate."""
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 32), torch.nn.Linear(32, 2))
+    before = model[0].weight.detach().clone()
+    optimizer = create_muon(model, PRESETS["test"]().denoiser)
+    set_learning_rate(optimizer, 0.01)
+    model(torch.tensor([0, 2])).square().sum().backward()
+    optimizer.step()
+    moved = (model[0].weight - before).abs()
+    torch.testing.assert_close(moved[[0, 2]], torch.full((2, 32), 0.05), atol=1e-3, rtol=0)
+    assert not moved[1].any()
 
 
 def test_it_resumes_to_the_bit():
