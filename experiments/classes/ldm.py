@@ -123,9 +123,13 @@ def run():
     add("--cache-dir", help="folder of the cut tiles")
     arguments = parser.parse_args()
     configs = {kind: make_config(kind, arguments) for kind in KINDS}
-    runs = {kind: train_ldm(config) for kind, config in configs.items()}
+    RESULTS.mkdir(exist_ok=True)
+    runs = {"conditional": train_ldm(configs["conditional"])}
+    draw_grid(runs["conditional"], configs["conditional"], RESULTS / "ldm.png")
+    runs["unconditional"] = train_ldm(configs["unconditional"])
     result = compare(runs, arguments) | {
-        "command": "python experiments/classes/ldm.py",
+        "command": f"python experiments/classes/ldm.py --train-images {arguments.train_images} "
+        f"--num-images {arguments.num_images}",
         "hardware": arguments.hardware,
         "date": date.today().isoformat(),
         "num_images": arguments.num_images,
@@ -135,9 +139,7 @@ def run():
             for kind, each in runs.items()
         },
     }
-    RESULTS.mkdir(exist_ok=True)
     write_atomically(RESULTS / "ldm.json", json.dumps(result, indent=1) + "\n")
-    draw_grid(runs["conditional"], configs["conditional"], RESULTS / "ldm.png")
     print(f"{RESULTS}/ldm.json and ldm.png")
 
 
