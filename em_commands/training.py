@@ -29,6 +29,7 @@ The same command resumes a run that was stopped or killed.
 `python {{script}} PRESET --help` shows the main flags of a preset."""
 # of any family; a preset's help shows those that it has
 MAIN_FLAGS = (
+    "source",
     "data",
     "out",
     "init_from",
@@ -42,7 +43,9 @@ MAIN_FLAGS = (
     "denoiser.num_images",
     "denoiser.batch_size",
     "last_stage",
+    "source_tiles.downsample",
     "generator.architecture",
+    "training.method",
     "training.num_images",
     "training.batch_size",
     "training.r1_gamma",
@@ -52,19 +55,25 @@ MAIN_FLAGS = (
 )
 
 
-def run_training(family: Family) -> None:
+def run_training(
+    family: Family, argv: Sequence[str] | None = None, description: str | None = None
+) -> None:
     """Train a model of a family as the command line asks, and say where the result is.
+
+    Args:
+        argv: The words of the command line. Default: those of this process.
+        description: Text of `--help`. Default: that of the other families.
 
     torch is imported only after the flags were read.
     """
     presets = family.import_presets()
-    push, argv = read_push_flags(sys.argv[1:])
+    push, argv = read_push_flags(sys.argv[1:] if argv is None else argv)
     config, preset = parse_preset(
         presets,
         argv,
         command=family.script,
         default="demo",
-        description=DESCRIPTION.format(noun=family.card.noun, script=family.script),
+        description=description or DESCRIPTION.format(noun=family.card.noun, script=family.script),
         main_flags=MAIN_FLAGS,
         epilog=EPILOG,
     )

@@ -18,6 +18,7 @@ from em_training.config import (
 )
 
 STRIDE, MIN_SIDE = 4, 8  # of the generators, see `em_cyclegan.em_resnet_generator`
+SAME_PIXEL_SIZE = 0.1  # relative difference of two pixel sizes that is not told
 PAPER_RESOLUTION = 256  # from here on, the paper's generator has 9 blocks and not 6
 
 

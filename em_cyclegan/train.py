@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from em_cyclegan.config import CycleGANConfig
+from em_cyclegan.config import SAME_PIXEL_SIZE, CycleGANConfig
 from em_cyclegan.networks import Translators
 from em_cyclegan.pipeline_em_translation import EMTranslationPipeline
 from em_cyclegan.translation_loop import (
@@ -27,7 +27,6 @@ from em_training import (
 )
 
 KINDS = {"cycle": "cyclegan", "contrastive": "cut"}  # training.method -> kind of model
-SAME_PIXEL_SIZE = 0.1  # relative difference of two pixel sizes that is not told
 
 
 def train_cyclegan(config: CycleGANConfig) -> Path:
@@ -96,8 +95,8 @@ def check_sources(source: dict, target: dict, say) -> None:
             f"Source and target are the same tiles ({source['name']}), so there is nothing to "
             "translate. Give another target with --data."
         )
-    sizes = [each.get("pixel_size_nm") for each in (source, target)]
-    if None in sizes:
+    sizes = [each["pixel_size_nm"] for each in (source, target) if each.get("pixel_size_nm")]
+    if len(sizes) < 2:
         say(
             "The pixel size of the source or of the target is unknown. Structures should have the "
             "same size in pixels in both: a translation does not change sizes. Use "

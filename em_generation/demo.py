@@ -286,7 +286,7 @@ def make_result_folder(root, *key) -> Path:
 
 def _start(model, options, seed, batch_size, progress):
     settings = {"seed": seed, "batch_size": batch_size, "on_progress": progress}
-    return model.model.family.start(model.pipeline, options, say=lambda text: None, **settings)
+    return model.model.start(model.pipeline, options, say=lambda text: None, **settings)
 
 
 def _check(name, value, most):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import em_cyclegan.family
 import em_diffusion.family
 import em_diffusion.mask_family
 import em_stylegan.family
@@ -14,6 +15,7 @@ FAMILIES: list[Family] = [
     em_diffusion.family.FAMILY,
     em_stylegan.family.FAMILY,
     em_diffusion.mask_family.FAMILY,
+    em_cyclegan.family.FAMILY,
 ]
 
 

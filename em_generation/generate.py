@@ -138,7 +138,7 @@ def refuse_foreign_folder(out: Path) -> None:
 def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
     pipeline = model.load(device=state.device, dtype=config.dtype)
     progress = Progress()
-    drawer: Any = model.family.start(
+    drawer: Any = model.start(
         pipeline,
         config.options,
         seed=config.seed,

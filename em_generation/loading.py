@@ -9,7 +9,7 @@ from typing import Any
 from em_generation.families import read_family
 from em_hub.transport import HUB_ID
 from em_training.config import read_json_object
-from em_training.family import Family
+from em_training.family import Drawer, Family
 from em_training.saved_models import check_class_names, check_pipeline, refuse_diverged
 from em_training.sources import (
     OTHER_VARIANTS,
@@ -18,6 +18,7 @@ from em_training.sources import (
     say_starts,
 )
 
+SOURCES = ("data", "source")  # fields of a configuration that name micrographs
 PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
 _TEXT, _NUMBER, _OBJECT = (str, "a text"), ((int, float), "a number"), (dict, "an object")
 RECORD: dict[str, tuple[Any, str]] = {
@@ -96,6 +97,23 @@ class Model:
             if isinstance(part, torch.nn.Module):
                 refuse_diverged(f"{self.source}: {name}", part)
         return pipeline.to(device)
+
+    def start(self, pipeline: Any, options: Any, **settings: Any) -> Drawer:
+        """Return the drawer of this model's pipeline, see `Family.start`."""
+        if self.family.reads_run:
+            settings["run"] = self.find_sources()
+        return self.family.start(pipeline, options, **settings)
+
+    def find_sources(self) -> dict[str, Any]:
+        """Return the configuration of the training without names of others' folders.
+
+        A repository of others may name any folder of this machine.
+        """
+        return {
+            key: value
+            for key, value in (self.config or {}).items()
+            if self.folder or key not in SOURCES or is_public(str(value))
+        }
 
 
 def read_model(source: str) -> Model:

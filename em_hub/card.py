@@ -18,7 +18,6 @@ from em_generation.families import find_family
 from em_training.sources import say_starts
 
 CODE_LICENSE = "Apache-2.0"
-TASK = "unconditional-image-generation"
 SAMPLING = (
     "scheduler",
     "num_inference_steps",
@@ -65,10 +64,12 @@ def make_card(
     metadata = ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=family.card.task,
         tags=["electron-microscopy", "synthetic-data", "materials-science", family.card.tag],
         model_name=name,
-        eval_results=(make_eval_results(evaluation) or None) if evaluation else None,
+        eval_results=(make_eval_results(evaluation, family.card.task) or None)
+        if evaluation
+        else None,
     )
     values = {
         "title": f"Electron micrographs by a {family.card.noun}: {name}",
@@ -275,14 +276,14 @@ def is_measured(metric) -> bool:
     return bool(metric) and metric["value"] is not None and math.isfinite(metric["value"])
 
 
-def make_eval_results(evaluation: dict) -> list[EvalResult]:
+def make_eval_results(evaluation: dict, task: str) -> list[EvalResult]:
     """Return the metrics as the Hub shows them beside a model: value, interval and protocol."""
     protocol, dataset = evaluation["protocol"], evaluation["dataset"]
     extractor = evaluation["measurements"][0]["extractor"]
     split = dataset.get("split")
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type="electron-micrographs",
             dataset_name=dataset["name"],
             dataset_split="reference" if split is None else f"held out by {split}",

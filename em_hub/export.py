@@ -53,7 +53,9 @@ def write_card(folder: str | Path, license: str, report: str | Path | None = Non
     model = read_model(str(folder))
     evaluation = None if report is None else read_evaluation(report, model.weights_sha256)
     pipeline = model.load()
-    save_image_grid(draw_samples(pipeline, NUM_SAMPLES), folder / "samples.png", min_width=512)
+    save_image_grid(
+        draw_samples(model, pipeline, NUM_SAMPLES), folder / "samples.png", min_width=512
+    )
     card = make_card(
         pipeline,
         repo_id=folder.name,

@@ -17,7 +17,7 @@ import em_pretrained
 from em_data import save_image_grid
 from em_data.files import write_atomically
 from em_evaluation.environment import describe_environment
-from em_generation.loading import Model, find_pipeline_folder, is_public, read_model
+from em_generation.loading import SOURCES, Model, find_pipeline_folder, is_public, read_model
 from em_hub.card import HIDDEN, VARIANT, make_card, read_evaluation
 from em_hub.transport import HUB_ID, MAIN, check_dry_run_folder, find_account, upload_folder
 from em_training.config import read_json_object
@@ -150,7 +150,7 @@ def build_repository(config: PublishConfig, model: Model, out: Path) -> None:
     record = make_record(model)
     if config.num_samples:
         save_image_grid(
-            draw_samples(pipeline, config.num_samples), out / "samples.png", min_width=512
+            draw_samples(model, pipeline, config.num_samples), out / "samples.png", min_width=512
         )
     try:
         card = make_card(
@@ -196,8 +196,14 @@ def save_weights(pipeline, exact_modules, out: Path) -> None:
     pipeline.save_pretrained(out, variant=VARIANT)
 
 
-def draw_samples(pipeline, num: int):
+def draw_samples(model: Model, pipeline, num: int):
     """Return the card's images [N, 1, H, W] in [-1, 1]; image i is that of the card's own call."""
+    if model.family.card.samples_by_drawer:
+        try:
+            drawer = model.start(pipeline, model.family.options(), seed=0, batch_size=num, say=say)
+            return drawer.draw(list(range(num)))
+        except ValueError as error:
+            raise ValueError(f"{error} --num-samples 0 leaves out the card's picture.") from error
     rngs = [torch.Generator().manual_seed(seed) for seed in range(num)]
     pipeline.set_progress_bar_config(desc="samples of the card", disable=not sys.stderr.isatty())
     with explain_failure():
@@ -216,12 +222,11 @@ def make_record(model: Model) -> dict:
         return {"name": name, "family": model.kind, "versions": list_versions()}
     content = read_json_object(path)
     config = dict(content.get("config") or {})
-    source = str(config.pop("data", ""))
+    sources = {key: str(config.pop(key, "")) for key in SOURCES}
     stages = content.get("train_seconds_by_stage") or content.get("stages") or {}
     config.pop("out", None)
     config = hide_paths(config)
-    if is_public(source):
-        config["data"] = source
+    config |= {key: source for key, source in sources.items() if is_public(source)}
     known = ("name", "family", "train_seconds", "num_images_seen")
     optional = ("preset", "note", "started_from")
     return {

@@ -65,6 +65,8 @@ class Card:
 
     template: its file in model_cards. package: the package to install. tag: the Hub's tag. noun:
     the kind of model in a sentence. describe: pipeline -> values that only this template needs.
+    task: the Hub's pipeline tag. samples_by_drawer: whether the card's images are drawn by the
+    family's drawer, since the pipeline's call needs more than random numbers.
     """
 
     template: str
@@ -72,6 +74,8 @@ class Card:
     tag: str
     noun: str
     describe: Callable[[Any], dict[str, Any]]
+    task: str = "unconditional-image-generation"
+    samples_by_drawer: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Family:
         published in a narrower type.
     draws_from_images, draws_layouts: whether its drawer has `draw_from`, or `draw_layouts`. Without
         them the family draws no images with labels (generate.py --pairs).
+    reads_run: whether its drawer takes `run`, the configuration of the model's training, {} if
+        unknown. Sources in it that others cannot have are left out.
     controls: pipeline -> what the demo page shows.
     walk_help: one sentence about the drawer's walk, for the demo page; "" if it has none.
     script: the command that trains it, such as "train_ldm.py".
@@ -142,6 +148,7 @@ class Family:
     find_exact_modules: Callable[[Any], tuple[Any, ...]] = lambda pipeline: ()
     draws_from_images: bool = False
     draws_layouts: bool = False
+    reads_run: bool = False
     controls: Callable[[Any], tuple[Control, ...]] = lambda pipeline: ()
     walk_help: str = ""
     script: str = ""

@@ -53,14 +53,16 @@ def assert_same_weights(a, b):
             assert torch.equal(a[part][name], b[part][name]), f"{part}: {name}"
 
 
-@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py", "generate.py", "evaluate.py"])
+@pytest.mark.parametrize(
+    "script", ["train_ldm.py", "train_gan.py", "train_cyclegan.py", "generate.py", "evaluate.py"]
+)
 def test_help_explains_the_flags(script):
     text = run(script, "--help").stdout
     assert len(text.splitlines()) > 15
     assert "micrograph" in text or "images" in text
 
 
-@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py"])
+@pytest.mark.parametrize("script", ["train_ldm.py", "train_gan.py", "train_cyclegan.py"])
 def test_help_of_a_preset_fits_on_two_screens(script):
     presets = "demo", "small", "paper"
     for preset in presets:

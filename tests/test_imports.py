@@ -37,7 +37,7 @@ PUBLISHED = sorted(
     [*ROOT.glob("em_*/em_*.py"), *ROOT.glob("em_*/pipeline_em_*.py")], key=lambda path: path.name
 )
 PUBLISHED_MAY_IMPORT = {"torch", "numpy", "diffusers", "PIL", *sys.stdlib_module_names}
-SCRIPTS = ["train_ldm", "train_gan", "generate", "evaluate", "publish"]
+SCRIPTS = ["train_ldm", "train_gan", "train_cyclegan", "generate", "evaluate", "publish"]
 PROGRAMS = [*SCRIPTS, "look"]  # a program without a root script is python -m em_data.look, too
 NEVER_IMPORTED = {*SCRIPTS, "app", "experiments", "benchmarks", "tests", "support"}
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

@@ -13,7 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SCRIPTS = ("train_ldm.py", "train_gan.py", "generate.py", "evaluate.py", "publish.py")
+SCRIPTS = (
+    "train_ldm.py",
+    "train_gan.py",
+    "train_cyclegan.py",
+    "generate.py",
+    "evaluate.py",
+    "publish.py",
+)
 # commands of the README that no test runs, and why
 NOT_RUN = {
     "make demo": "trains for minutes; tests/test_commands.py runs its steps",
