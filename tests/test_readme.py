@@ -33,6 +33,7 @@ NOT_RUN = {
 REPLACED = {
     " small ": " test ",
     " --data path/to/micrographs": "",
+    "synthetic path/to/micrographs": "synthetic synthetic-varied",
     "em_data.look path/to/micrographs": "em_data.look synthetic",
     "--num-images 10000": "--num-images 6",
     "runs/demo/ldm": "runs/ldm",
