@@ -53,6 +53,7 @@ FAMILY = Family(
     ),
     drawer="em_cyclegan.drawing:TranslationDrawer",
     read_kind=read_kind,
+    draws_layouts=True,
     reads_run=True,
     script="train_cyclegan.py",
     presets="em_cyclegan.presets:PRESETS",

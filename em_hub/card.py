@@ -67,9 +67,7 @@ def make_card(
         pipeline_tag=family.card.task,
         tags=["electron-microscopy", "synthetic-data", "materials-science", family.card.tag],
         model_name=name,
-        eval_results=(make_eval_results(evaluation, family.card.task) or None)
-        if evaluation
-        else None,
+        eval_results=make_eval_results(evaluation, family.card.task) or None,
     )
     values = {
         "title": f"Electron micrographs by a {family.card.noun}: {name}",
@@ -276,8 +274,10 @@ def is_measured(metric) -> bool:
     return bool(metric) and metric["value"] is not None and math.isfinite(metric["value"])
 
 
-def make_eval_results(evaluation: dict, task: str) -> list[EvalResult]:
+def make_eval_results(evaluation: dict | None, task: str) -> list[EvalResult]:
     """Return the metrics as the Hub shows them beside a model: value, interval and protocol."""
+    if evaluation is None:
+        return []
     protocol, dataset = evaluation["protocol"], evaluation["dataset"]
     extractor = evaluation["measurements"][0]["extractor"]
     split = dataset.get("split")

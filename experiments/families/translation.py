@@ -1,0 +1,142 @@
+"""Is a translation nearer to its target than the source is, and do the source's masks still hold?
+
+    python experiments/families/translation.py RUN --out experiments/families/results
+
+Source and target must be labelled. All images are held-out tiles. Distances are Frechet distances
+to held-out tiles of the target. A segmenter that learned from the target's training tiles searches
+them for the labelled defects: recall is the share of labelled defects that it finds, precision the
+share of found ones that are labelled.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from em_cyclegan.config import CycleGANConfig
+from em_data import load_data, save_image_grid, to_uint8
+from em_data.files import write_atomically
+from em_data.sampler import make_permutation
+from em_evaluation.detector.adherence_measure import describe_set, search_images
+from em_evaluation.detector.labelled_tiles import list_labelled, parse_kinds
+from em_evaluation.detector.segmenter import SegmenterConfig, TrainingSet, train_segmenter
+from em_evaluation.distances import frechet_distance
+from em_evaluation.feature_cache import compute_features
+from em_evaluation.features import get_extractor
+from em_evaluation.images import ImageSet
+from em_generation.loading import read_model
+from em_training import config_from_dict
+
+SHOWN = 8
+
+
+def choose(tiles, num_images, seed):
+    """Return `num_images` tiles in a random order, as ids of the tiles."""
+    return make_permutation(tiles.num_tiles, seed)[:num_images]
+
+
+def read(tiles, ids):
+    return tiles.batch(ids * tiles.num_symmetries)  # the identity is the first symmetry
+
+
+def measure_distances(sets, reference):
+    """Return {name: Frechet distance to the reference}, images [N, 1, R, R]."""
+    extractor = get_extractor("efficientnet-lite0", resolution=reference.shape[-1], device="cpu")
+    features = {
+        name: compute_features(ImageSet(to_uint8(images)), extractor, use_cache=False)
+        for name, images in {**sets, "": reference}.items()
+    }
+    return {name: float(frechet_distance(features[name], features[""])) for name in sets}
+
+
+def train_searcher(tiles, kinds, config, seed):
+    """Train a segmenter on the labelled tiles of a training side."""
+    labelled = list_labelled(tiles, kinds)
+    names = sorted(set(kinds.values()))
+    return train_segmenter(TrainingSet.from_images(labelled, names), names, config, seed=seed)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run")
+    parser.add_argument("--out", default="experiments/families/results")
+    parser.add_argument("--name", default="translation")
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=600, help="of the segmenters")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+
+    model = read_model(flags.run)
+    config = config_from_dict(CycleGANConfig, model.config)
+    source = load_data(config.source, config.tiles_of_source)
+    target = load_data(config.data, config.tiles)
+    pipeline = model.load()
+
+    ids = choose(source.held_out, flags.num_images, flags.seed)
+    plain = read(source.held_out, ids)
+    translated = torch.cat([pipeline.translate(part) for part in plain.split(50)]).cpu()
+    real = read(target.held_out, choose(target.held_out, flags.num_images, flags.seed + 1))
+    trained_on = read(target.train, choose(target.train, flags.num_images, flags.seed + 2))
+    names = ("source before translation", "source after translation", "target, training tiles")
+    distances = measure_distances(dict(zip(names, (plain, translated, trained_on))), real)
+
+    known = [each for each in target.train.kinds if each in source.train.kinds]
+    loops = [each for each in known if each.startswith("loop")]
+    others = [each for each in known if each not in loops]
+    kinds = parse_kinds([f"loop={'+'.join(loops)}", *others] if loops else others, known)
+    segmenter_config = SegmenterConfig(num_steps=flags.num_steps)
+    searcher = train_searcher(target.train, kinds, segmenter_config, flags.seed)
+    own = train_searcher(source.train, kinds, segmenter_config, flags.seed)
+    labelled = list_labelled(source.held_out, kinds)
+    assert len(labelled) == source.held_out.num_tiles, "all of the source must be labelled"
+    before = [labelled[i] for i in ids.tolist()]
+    after = [
+        replace(each, image=image)
+        for each, image in zip(before, to_uint8(translated)[:, 0], strict=True)
+    ]
+    held_out = list_labelled(target.held_out, kinds)[: flags.num_images]
+    rows = [
+        describe_set(name, search_images(segmenter, images)[1])
+        for name, segmenter, images in (
+            ("target, held out", searcher, held_out),
+            ("source after translation", searcher, after),
+            ("source before translation", searcher, before),
+            ("source, by a segmenter of its own", own, before),
+        )
+    ]
+    result = {
+        "command": f"python experiments/families/translation.py RUN --num-images "
+        f"{flags.num_images} --num-steps {flags.num_steps} --seed {flags.seed}",
+        "date": date.today().isoformat(),
+        "run": {
+            "preset": model.about.get("preset"),
+            "source": config.source,
+            "target": config.data,
+            "train_seconds": model.train_seconds,
+            "num_images_seen": model.num_images_seen,
+        },
+        "num_images": len(ids),
+        "frechet_distance": distances,
+        "adherence": rows,
+    }
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / f"{flags.name}.json", json.dumps(result, indent=1) + "\n")
+    shown = torch.cat([plain[:SHOWN], translated[:SHOWN], real[:SHOWN]])
+    save_image_grid(shown, out / f"{flags.name}.png", num_columns=SHOWN, min_width=1500)
+    for name, distance in distances.items():
+        print(f"{name:36} Frechet distance {distance:.1f}")
+    for row in rows:
+        recall, precision = (
+            "{value:.3f} ({low:.3f} to {high:.3f})".format(**row[key])
+            for key in ("recall", "precision")
+        )
+        print(f"{row['name']:36} recall {recall}, precision {precision}")
+
+
+if __name__ == "__main__":
+    main()
