@@ -54,13 +54,13 @@ class TranslationDrawer:
         return {
             "source": self.name,
             "source_fingerprint": self.tiles.fingerprint,
-            "translate": self.options.translate,
+            "untranslated": self.options.untranslated,
         }
 
     def draw(self, numbers: list[int]) -> torch.Tensor:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
         images = self.tiles.batch([self.find_view(number) for number in numbers])
-        return self.pipeline.translate(images) if self.options.translate else images
+        return images if self.options.untranslated else self.pipeline.translate(images)
 
     def draw_layouts(self, numbers: list[int]) -> tuple[torch.Tensor, list[list[Defect]]]:
         """Return images like `draw`, and the defects of the tile that each shows.

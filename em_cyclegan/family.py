@@ -17,8 +17,8 @@ class TranslationOptions:
     """Micrographs to translate, cut as the source of the training was: a folder, "synthetic", or
     any other source of the training commands. Default: the source of the training. Image i shows
     tile i, in an order that the seed decides."""
-    translate: bool = True
-    """Translate the tiles. --no-translate writes them as they are, for comparison."""
+    untranslated: bool = False
+    """Write the tiles as they are, for comparison with their translations."""
 
 
 def read_kind(folder: Path) -> str:

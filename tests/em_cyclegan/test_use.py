@@ -80,7 +80,7 @@ def test_image_i_is_tile_i_of_the_source(model):
     assert [start(model, seed=4)[0].find_view(number) for number in range(count)] != views[:count]
     images = drawer.draw(list(range(20)))
     torch.testing.assert_close(drawer.draw([7, 19]), images[[7, 19]], rtol=1e-4, atol=1e-5)
-    plain, _ = start(model, seed=3, translate=False)
+    plain, _ = start(model, seed=3, untranslated=True)
     expected = drawer.tiles.batch(views[:20])
     assert torch.equal(plain.draw(list(range(20))), expected)
     assert torch.equal(images, model.load().translate(expected))
@@ -132,17 +132,17 @@ def test_a_source_without_labels_has_none(model, bare_source):
 
 def test_generate_writes_translations_and_the_tiles_before(run, tmp_path):
     sets = {}
-    for name, flags in (("after", []), ("before", ["--no-translate"])):
+    for name, flags in (("after", []), ("before", ["--untranslated"])):
         words = ["--model", str(run), "--out", str(tmp_path / name), "--num-images", "5", *flags]
         config, model = command.parse(words)
         record = generate_images(config, model)
-        assert record["settings"]["translate"] is (name == "after")
+        assert record["settings"]["untranslated"] is (name == "before")
         sets[name] = read_image_folder(tmp_path / name).batch(range(5))
     drawer, _ = start(read_model(str(run)))
     torch.testing.assert_close(sets["after"], drawer.draw(list(range(5))), atol=0.005, rtol=0)
     tiles = drawer.tiles.batch([drawer.find_view(i) for i in range(5)])
     torch.testing.assert_close(sets["before"], tiles, atol=0.005, rtol=0)
-    assert command.say_evaluation(config).endswith("--sampling translate=false")
+    assert command.say_evaluation(config).endswith("--sampling untranslated=true")
     with pytest.raises(ValueError, match="--source: only models of the family CycleGAN"):
         command.parse(["--model", "em-ldm-64", "--out", "x", "--source", "synthetic"])
 
@@ -198,7 +198,7 @@ def test_other_pixel_sizes_are_said(model):
 
 def test_it_is_evaluated_beside_its_source(run, model, tmp_path, capsys):
     plain = tmp_path / "simulated"
-    options = TranslationOptions(translate=False)
+    options = TranslationOptions(untranslated=True)
     generate_images(GenerationConfig(str(run), str(plain), num_images=12, options=options))
     config = EvaluationConfig(
         models=(str(run), str(plain)),
