@@ -17,7 +17,8 @@ class PairOptions:
     pairs: Way | None = None
     """Write labels beside the images, by this way. simulated: simulated micrographs, which the
     model makes real. copy-paste: defects of labelled micrographs, pasted on grounds that the model
-    draws. mask: the model draws images for masks, if it was trained to."""
+    draws. mask: the model draws images for layouts of its own: a model that was trained with masks,
+    or one that translates simulated tiles."""
     labels: tuple[LabelName, ...] = ("coco", "yolo", "masks")
     """What to write of the labels. coco: labels/coco.json. yolo: labels/*.txt and data.yaml. masks:
     instance masks of 16 bits in masks/, masks of the kinds in semantic/."""
@@ -54,5 +55,5 @@ class PairOptions:
         if self.pairs == "mask" and {"--strength", "--labelled"} & set(given):
             raise ValueError(
                 "--pairs mask takes neither --strength nor --labelled: the model has layouts of "
-                "its own and starts from noise. Leave them out."
+                "its own. Leave them out."
             )

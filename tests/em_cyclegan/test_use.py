@@ -343,3 +343,28 @@ def test_a_preset_that_was_trained_loads_its_data(run, model):
     data = load_data("synthetic", config.tiles, log=lambda line: None)
     assert drawer.tiles.cut.key == data.train.cut.key
     assert drawer.tiles.num_tiles == data.train.num_tiles + data.held_out.num_tiles
+
+
+def test_pairs_are_translations_with_the_labels_of_the_source(run, tmp_path):
+    out = tmp_path / "pairs"
+    words = ["--model", str(run), "--out", str(out), "--num-images", "4", "--pairs", "mask"]
+    record = generate_images(*command.parse([*words, "--labels", "coco", "masks"]))
+    assert record["settings"]["source"] == "synthetic"
+    coco = json.loads((out / "labels" / "coco.json").read_text())
+    names = {each["id"]: each["name"] for each in coco["categories"]}
+    drawer, _ = start(read_model(str(run)))
+    images, layouts = drawer.draw_layouts([0, 1, 2, 3])
+    assert sum(map(len, layouts)) == len(coco["annotations"]) > 0
+    for number, defects in enumerate(layouts):
+        (image,) = (each for each in coco["images"] if each["file_name"] == f"{number:06d}.png")
+        kinds = [
+            names[each["category_id"]]
+            for each in coco["annotations"]
+            if each["image_id"] == image["id"]
+        ]
+        assert sorted(kinds) == sorted(each.kind for each in defects)
+        mask = np.asarray(Image.open(out / "masks" / f"{number:06d}.png"))
+        expected = drawer.tiles.masks([drawer.find_view(number)])[0].amax(dim=0)
+        np.testing.assert_array_equal(mask > 0, expected > 0)
+    written = read_image_folder(out / "images").batch(range(4))
+    torch.testing.assert_close(written, images, atol=0.005, rtol=0)
