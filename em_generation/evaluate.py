@@ -106,6 +106,7 @@ class EvaluationConfig:
             seed=(0, 2**63),
             batch_size=(1, 65_536),
             input_px=(32, 4096),
+            guidance_scales=(-100, 100),
         )
 
 

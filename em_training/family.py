@@ -213,10 +213,16 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def check_options(options, **ranges: tuple[float, float]) -> None:
-    """Raise `ValueError` for a field outside its (smallest, largest) value; None passes."""
+    """Raise `ValueError` for a field outside its (smallest, largest) value; None passes.
+
+    Of a field of several values, each must lie inside.
+    """
     for name, (smallest, largest) in ranges.items():
-        value = getattr(options, name)
-        if value is not None and not smallest <= value <= largest:
+        found = getattr(options, name)
+        values = found if isinstance(found, tuple) else (found,)
+        for value in values:
+            if value is None or smallest <= value <= largest:
+                continue
             flag = "--" + name.replace("_", "-")
             bound = (
                 f"at least {smallest}" if largest == float("inf") else f"{smallest} to {largest}"
