@@ -106,6 +106,8 @@ class Game:
             penalties["r2"] = compute_gradient_penalty(score, images, show)
         scale = self.discriminator.config.image_std  # gradients are those of scaled images
         weight = self.config.r1_gamma / 2 * self.training.r1_every_steps * scale**2
+        # two outputs with the same gradient are penalised as their losses are weighted, not squared
+        weight = weight / sum(self.output_weights)
         self.accelerator.backward(
             sum(penalties.values()) * (weight * share), inputs=self.parameters_D
         )

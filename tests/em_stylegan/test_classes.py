@@ -86,7 +86,12 @@ def test_losses_are_those_of_the_paper(config, tmp_path, seen, weight):
     images = batch.images.clone().requires_grad_()
     scores = game.discriminator(images, labels)
     expected = r1_penalty(scores[:, 0] + weight * scores[:, 1], images).mean()
+    parameter = game.discriminator.conv.weight
+    scale = config.r1_gamma / 2 * config.training.r1_every_steps / (1 + weight)
+    (gradient,) = torch.autograd.grad(expected * scale, parameter, retain_graph=True)
+    before = parameter.grad.clone()
     torch.testing.assert_close(game.backward_penalty_D(batch, 1.0)["r1"], expected)
+    torch.testing.assert_close(parameter.grad - before, gradient, rtol=1e-3, atol=1e-5)
     # before the ramp nothing flows into what knows classes
     embedding = game.model.mapping_network.embed.weight.grad
     assert (embedding.abs().max() > 0) == (weight > 0)
