@@ -64,14 +64,17 @@ class Recipe:
         """Do all steps; print the minutes of each."""
         start = time.perf_counter()
         self.write_labelled()
-        ldm = self.start("ldm", self.list_ldm(), is_done=(self.out / "ldm" / "run.json").is_file())
         raw = [f"raw={self.make_raw()}"] if self.is_embedded else []
-        self.call("detectors without pairs", [*self.gain, *self.seeds, *words("--pairs", raw)])
-        wait(ldm)
-        say_minutes("the LDM and the detectors without pairs", start)
+        without = [*self.gain, *self.seeds, *words("--pairs", raw)]
+        before = self.start("detectors without pairs", without)  # beside the LDM and its pairs
+        if not (self.out / "ldm" / "run.json").is_file():
+            self.call("ldm", self.list_ldm())
+        say_minutes("the LDM", start)
         makers = (self.make_way1, self.make_way2, self.make_way3)
         pairs = raw + [word for way in self.arguments.ways for word in makers[way - 1]()]
         say_minutes("all pairs", start)
+        wait(before)
+        say_minutes("the detectors without pairs", start)
         jobs = ["--jobs", str(self.arguments.jobs)]
         self.call("detectors", [*self.gain, *self.seeds, *words("--pairs", pairs), *jobs])
         say_minutes("everything", start)
@@ -170,10 +173,8 @@ class Recipe:
         """Run a command to its end."""
         wait(self.start(title, command))
 
-    def start(self, title, command, is_done=False):
+    def start(self, title, command):
         """Start a command; its output goes to logs/."""
-        if is_done:
-            return None
         log = self.out / "logs" / f"{title.replace(' ', '_').replace('/', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{title}: {log}", flush=True)
