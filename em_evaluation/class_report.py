@@ -4,7 +4,7 @@ import numpy as np
 
 from em_data.figures import make_figure
 from em_evaluation.charts import colour_of, draw_panel
-from em_evaluation.numbers import format_number, format_percent
+from em_evaluation.numbers import format_interval, format_number, format_percent
 from em_evaluation.wording import join_words
 
 GOAL = 0.9  # of the probe's accuracy on held-out images
@@ -75,18 +75,15 @@ def conclude_classes(section: dict, models: list[str]) -> list[str]:
 
 
 def conclude_guidance(name: str, rows: list[dict]) -> list[str]:
-    """Return what the largest guidance scale changes."""
+    """Return recall and accuracy at the smallest and the largest guidance scale."""
     if len(rows) < 2:
         return []
-    first, last = rows[0], rows[-1]
-    before, after = (each["recall"]["value"] for each in (first, last))
-    parts = [f"recall {'falls' if after < before else 'does not fall'}"]
-    return [
-        f"From guidance {first['scale']:g} to {last['scale']:g}, {parts[0]} for {name} "
-        f"({format_number(before, 2)} to {format_number(after, 2)}), and "
-        f"{format_number(100 * first['accuracy']['value'], 2)} % and "
-        f"{format_number(100 * last['accuracy']['value'], 2)} % are taken for their class."
+    at_ends = [
+        f"recall is {format_interval(row['recall'])} at guidance {row['scale']:g}, where "
+        f"{format_percent(row['accuracy'])} are taken for their class"
+        for row in (rows[0], rows[-1])
     ]
+    return [f"For {name}, {at_ends[0]}; {at_ends[1]}."]
 
 
 def draw_guidance(section: dict) -> list[str]:
