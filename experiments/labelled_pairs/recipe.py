@@ -29,8 +29,6 @@ from em_data.synthetic_micrographs import synthesise_micrograph
 
 NUMS = (10, 50)
 CURVE = (5, 25, 100)
-NUM_PAIRS = 400  # images of raw and way1
-NUM_PER_SPLIT = 200  # of way2 and way3, for each N and split
 EMBEDDED = {
     # micrographs without labels, of other specimens than those with labels
     "unlabelled": "--tiles.seed 0 --tiles.num-synthetic 48",
@@ -97,7 +95,7 @@ class Recipe:
         """Write simulated micrographs as they are."""
         folder = self.out / "raw"
         if not folder.is_dir() and not self.arguments.dry_run:
-            seeds = range(2_000_000, 2_000_000 + 4 * NUM_PAIRS, 4)  # a specimen each
+            seeds = range(2_000_000, 2_000_000 + 4 * self.arguments.num_pairs, 4)  # a specimen each
             write_labelled([synthesise_micrograph(seed, 64) for seed in seeds], folder)
         return folder
 
@@ -105,12 +103,14 @@ class Recipe:
         """Make simulated micrographs real; of other data, with layouts like the labelled ones."""
         strength = ["--strength", str(self.arguments.strength)]
         if self.is_embedded:
-            folder = self.generate("ldm", "way1", "simulated", NUM_PAIRS, strength)
+            folder = self.generate("ldm", "way1", "simulated", self.arguments.num_pairs, strength)
             return [f"way1={folder}"]
 
         def make(num, split):
             labelled = ["--labelled", str(self.out / "labelled" / f"{num}/{split}"), *strength]
-            self.generate("ldm", f"way1/{num}/{split}", "simulated", NUM_PER_SPLIT, labelled)
+            self.generate(
+                "ldm", f"way1/{num}/{split}", "simulated", self.arguments.num_per_split, labelled
+            )
 
         self.for_each_split(make)
         return [f"way1={self.out}/way1/{{num}}/{{split}}"]
@@ -122,7 +122,7 @@ class Recipe:
             run = f"mask/{num}/{split}"
             if not (self.out / run / "run.json").is_file():
                 self.call(f"way2 {num} {split}", self.list_mask(run, num, split))
-            self.generate(run, f"way2/{num}/{split}", "mask", NUM_PER_SPLIT)
+            self.generate(run, f"way2/{num}/{split}", "mask", self.arguments.num_per_split)
 
         self.for_each_split(make)
         return [f"way2={self.out}/way2/{{num}}/{{split}}"]
@@ -141,7 +141,9 @@ class Recipe:
 
         def make(num, split):
             labelled = ["--labelled", str(self.out / "labelled" / f"{num}/{split}")]
-            self.generate("ldm", f"way3/{num}/{split}", "copy-paste", NUM_PER_SPLIT, labelled)
+            self.generate(
+                "ldm", f"way3/{num}/{split}", "copy-paste", self.arguments.num_per_split, labelled
+            )
 
         self.for_each_split(make)
         return [f"way3={self.out}/way3/{{num}}/{{split}}"]
@@ -226,12 +228,9 @@ def main(arguments=None):
     add("--curve", nargs="*", type=int, default=CURVE, help="more numbers, without pairs")
     add("--splits", type=int, default=5)
     add("--seeds", type=int, default=3)
-    add(
-        "--strength",
-        type=float,
-        default=0.2,
-        help="of way 1; 0.5 draws other defects than labelled",
-    )
+    add("--num-pairs", type=int, default=400, help="images of raw and way 1")
+    add("--num-per-split", type=int, default=200, help="images of ways 2 and 3, each N and split")
+    add("--strength", type=float, default=0.2, help="of way 1; 0.5 draws other defects")
     add(
         "--ways",
         nargs="*",

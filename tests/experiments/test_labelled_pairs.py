@@ -1,6 +1,10 @@
 """The recipe of `make pairs`: the commands that it prints are ones that the commands take."""
 
+import json
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tyro
@@ -62,3 +66,19 @@ def test_other_micrographs_have_no_raw_simulation(commands):
     assert config.tiles == last.tiles  # the same test set
     assert (last.tiles.downsample, last.tiles.split) == (4, "specimen")
     assert not any(word.startswith("raw=") for word in last.pairs)
+
+
+@pytest.mark.slow
+def test_all_three_ways_reach_the_page(tmp_path):
+    words = ["--runs", str(tmp_path), "--nums", "10", "--curve", "--splits", "1", "--seeds", "1"]
+    words += ["--num-steps", "5", "--num-images", "256", "--num-mask-images", "128", "--jobs", "1"]
+    words += ["--num-pairs", "8", "--num-per-split", "8"]
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "experiments/labelled_pairs/recipe.py", *words]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gain" / "results.json").read_text())
+    arms = {row["arm"] for row in results["differences"]}
+    assert arms == {"weak", "raw", "way1", "way2", "way3"}
+    assert len(results["adherence"]) == 5
+    assert (tmp_path / "gain" / "gain.html").is_file()
