@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from em_data.sources.synthetic import SYNTHETIC
 from em_generation.families import read_family
 from em_hub.transport import HUB_ID
 from em_training.config import read_json_object
@@ -19,7 +20,7 @@ from em_training.sources import (
 )
 
 SOURCES = ("data", "source")  # fields of a configuration that name micrographs
-PUBLIC_DATA = ("synthetic", "hub:", "hub-stream:")
+PUBLIC_DATA = ("hub:", "hub-stream:")
 _TEXT, _NUMBER, _OBJECT = (str, "a text"), ((int, float), "a number"), (dict, "an object")
 RECORD: dict[str, tuple[Any, str]] = {
     "name": _TEXT,
@@ -171,7 +172,7 @@ def is_public(source: str) -> bool:
     if source.startswith("datasets:"):
         name = source.removeprefix("datasets:")
         return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
-    return source.startswith(PUBLIC_DATA)
+    return source in SYNTHETIC or source.startswith(PUBLIC_DATA)
 
 
 def load_pipeline(source: str, *, device: Any = "cpu", dtype: Any = None) -> Any:

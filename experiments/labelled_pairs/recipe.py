@@ -71,8 +71,7 @@ class Recipe:
         makers = (self.make_way1, self.make_way2, self.make_way3)
         pairs = raw + [word for way in self.arguments.ways for word in makers[way - 1]()]
         say_minutes("all pairs", start)
-        wait(before)
-        say_minutes("the detectors without pairs", start)
+        stop(before)  # the next command goes on with its trainings, on all cores
         jobs = ["--jobs", str(self.arguments.jobs)]
         self.call("detectors", [*self.gain, *self.seeds, *words("--pairs", pairs), *jobs])
         say_minutes("everything", start)
@@ -198,6 +197,15 @@ def wait(started) -> None:
     if process.wait() != 0:
         lines = log.read_text().splitlines()[-5:]
         raise SystemExit("\n".join([*lines, f"error: a step failed; see {log}"]))
+
+
+def stop(started) -> None:
+    """Stop a command that can go on later; end like `wait` if it has failed already."""
+    if started is not None and started[0].poll() is None:
+        started[0].terminate()
+        started[0].wait()
+    elif started is not None:
+        wait(started)
 
 
 def words(flag, values) -> list[str]:
