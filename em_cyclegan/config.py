@@ -104,7 +104,7 @@ class TranslationTrainingConfig:
     """Weight of the contrastive loss. Only for "contrastive"."""
     num_patches: Size = 256
     """Places of an image that the contrastive loss compares."""
-    temperature: PositiveFloat = 0.07
+    temperature: Annotated[float, Gt(0), Le(1000)] = 0.07
     """Temperature of the contrastive loss."""
     pool_size: Annotated[int, Ge(0), Le(65_536)] = 50
     """Generated images that are kept to be shown to the discriminators again; 0 for none."""

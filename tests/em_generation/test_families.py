@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import VQModel
 
+from em_cyclegan.family import TranslationOptions
 from em_diffusion.drawing import reconstruct
 from em_diffusion.family import DEMO_STEPS, LDMOptions, SamplerName
 from em_diffusion.mask_family import MaskLDMOptions
@@ -93,6 +94,7 @@ def test_options_of_several_families_are_given_as_pairs():
         "ldm": LDMOptions(grain=False),
         "stylegan": StyleGANOptions(truncation_psi=0.7),
         "mask-ldm": MaskLDMOptions(grain=False),
+        "cyclegan": TranslationOptions(),
     }
     with pytest.raises(ValueError, match="no model here has the sampling option eta"):
         make_options([find_family("stylegan")], ["eta=1"])

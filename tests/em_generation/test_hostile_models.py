@@ -263,7 +263,9 @@ def test_names_write_nothing_outside(folder, tmp_path, name):
     }
 
 
-@pytest.mark.parametrize("source", ["/etc", "../x", "C:\\x", "datasets:/etc", "folder", "synthetic/x"])
+@pytest.mark.parametrize(
+    "source", ["/etc", "../x", "C:\\x", "datasets:/etc", "folder", "synthetic/x"]
+)
 def test_a_repository_names_no_folder_of_this_machine(ldm, tmp_path, source):
     """evaluate.py takes the data and the tiling of the models, but no folder from others."""
     assert not is_public(source)

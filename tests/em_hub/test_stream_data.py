@@ -84,7 +84,8 @@ def test_a_streamed_set_is_the_fetched_one(pushed, tmp_path, split):
     footers = (
         3 * num_files * FOOTER_BYTES
     )  # each file is opened for its list, for its columns and for its rows
-    assert whole < count_sent(pushed) < 1.05 * whole + footers  # each row once
+    # each row once; the columns of facts, one of them the class, cost some requests of 4 kB each
+    assert whole < count_sent(pushed) < 1.1 * whole + footers
     fetched = load_data(
         "hub:you/set", make_config(tmp_path, "fetched", split=split), log=lambda text: None
     )
