@@ -132,7 +132,6 @@ class Recipe:
         command += ["--out", str(self.out / run), "--init-from", str(self.out / "ldm")]
         command += ["--tiles.held-out-fraction", "0.1"]  # one of ten, for the loss while it trains
         command += ["--autoencoder.num-images", "0", "--denoiser.mask-conditional"]
-        command += ["--denoiser.learning-rate", "1e-3"]
         return [*command, *words("--denoiser.num-images", [self.arguments.num_mask_images])]
 
     def make_way3(self) -> list[str]:
@@ -248,7 +247,7 @@ def main(arguments=None):
         help="ways to make pairs",
     )
     add("--num-images", type=int, default=48_000, help="training images of the LDM")
-    add("--num-mask-images", type=int, default=6_400, help="training images of way 2, each split")
+    add("--num-mask-images", type=int, default=16_000, help="training images of way 2, each split")
     add("--num-steps", type=int, default=600, help="steps of each training of a detector")
     add("--jobs", type=int, default=2, help="processes")
     add("--dry-run", action="store_true", help="print the commands")
