@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import jinja2
 import tyro
 
 from em_data.config import DataConfig
@@ -32,7 +31,7 @@ from em_evaluation.detector.gain_trainings import (
 from em_evaluation.detector.keep_images import keep_images
 from em_evaluation.detector.segmenter import SegmenterConfig
 from em_evaluation.interval import to_json
-from em_evaluation.numbers import format_count, format_interval
+from em_evaluation.pages import render_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +118,8 @@ def measure_adherence(config: AdherenceConfig, say=print) -> dict:
 
 def render_adherence(result: dict, figures: list[dict]) -> str:
     """Return the page as HTML that refers to nothing outside itself."""
-    loaders = [jinja2.PackageLoader(each) for each in ("em_evaluation", "em_data")]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"interval": format_interval, "count": format_count}
-    return environment.get_template("adherence_page.html.j2").render(
-        rows=result["sets"], figures=figures, colours=list_colours()
+    return render_template(
+        "adherence_page.html.j2", rows=result["sets"], figures=figures, colours=list_colours()
     )
 
 

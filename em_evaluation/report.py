@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jinja2
-
 from em_data.figures import make_figure
 from em_data.files import write_atomically
 from em_data.views import SYMMETRIES
@@ -17,15 +15,12 @@ from em_evaluation.memorisation_report import view_memorisation
 from em_evaluation.microscopy_report import view_microscopy
 from em_evaluation.numbers import (
     format_count,
-    format_duration,
-    format_interval,
     format_number,
-    format_percent,
 )
+from em_evaluation.pages import render_template
 from em_evaluation.quiz import make_quiz
 from em_evaluation.repeats import count_outcomes, list_units, name_group
 
-TEMPLATES = ("em_evaluation", "em_data")  # the style of all pages lies in em_data
 FIRST_TABLE = ("frechet_distance", "precision", "recall")
 
 
@@ -56,20 +51,6 @@ def write_report(report: dict, pictures: list[dict], out_dir: str | Path) -> Pat
 
 def render_page(report: dict, pictures: list[dict]) -> str:
     """Render the page from the JSON's content and the grids of images."""
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(each) for each in TEMPLATES]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": format_number,
-        "interval": format_interval,
-        "percent": format_percent,
-        "duration": format_duration,
-        "count": format_count,
-    }
     pixel_size_nm = report["dataset"].get("pixel_size_nm")
     figures = {
         role: [
@@ -83,7 +64,8 @@ def render_page(report: dict, pictures: list[dict]) -> str:
         if picture["role"] == "pairs"
     ]
     measured = report["measurements"][0]["metrics"]
-    return environment.get_template("report.html.j2").render(
+    return render_template(
+        "report.html.j2",
         report=report,
         names=wording.name_sets(report),
         wording=wording,

@@ -13,18 +13,22 @@ from em_data.micrograph import Defect
 Shape = tuple[int, int]  # (H, W) of the image
 
 
-def make_annotation(defect: Defect, shape: Shape, **ids: int) -> dict:
+def make_annotation(
+    defect: Defect, shape: Shape, *, with_polygons: bool = True, **ids: int
+) -> dict:
     """Return a defect as a COCO annotation; ids are `id`, `image_id` and `category_id`.
 
     The segmentation is a polygon along the edges of pixels if the mask is one piece without a hole,
-    else uncompressed run lengths, else (only a box is labelled) empty.
+    else uncompressed run lengths, else (only a box is labelled) empty. Without `with_polygons`, all
+    masks are run lengths.
     """
     x0, y0, x1, y1 = defect.box_px
     mask = crop_mask(defect, shape)
     area = (x1 - x0) * (y1 - y0)
     segmentation: list | dict = []
     if mask is not None:
-        area, outlines = int(mask.sum()), trace_outlines(mask, (x0, y0))
+        area = int(mask.sum())
+        outlines = trace_outlines(mask, (x0, y0)) if with_polygons else []
         if len(outlines) == 1:
             segmentation = [[number for point in outlines[0] for number in point]]
         else:

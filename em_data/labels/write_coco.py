@@ -10,9 +10,9 @@ import PIL.ImageDraw
 from em_data.files import write_atomically
 from em_data.images import encode_png, write_image
 from em_data.intensity import from_uint
+from em_data.labels.annotations import make_annotation
 from em_data.labels.colours import choose_colours
-from em_data.labels.masks import draw_instance_mask, draw_whole_mask
-from em_data.labels.runs import encode_runs
+from em_data.labels.masks import draw_instance_mask
 from em_data.micrograph import DEFECT_KINDS
 
 
@@ -45,7 +45,7 @@ def write_labelled(micrographs, folder):
 def make_coco(micrographs) -> dict:
     """Return labelled micrographs as a COCO dictionary: images, annotations and categories.
 
-    A segmentation is COCO's uncompressed run lengths, so that overlapping defects stay whole.
+    A segmentation is COCO's uncompressed run lengths, and empty where only a box is labelled.
     Beyond COCO, images have pixel_size_nm, specimen and class_name; annotations have diameter_nm,
     length_nm and, as attributes, the defect's metadata.
     """
@@ -72,22 +72,13 @@ def make_coco(micrographs) -> dict:
             }
         )
         for defect in micrograph.defects:
-            x0, y0, x1, y1 = defect.box_px
-            mask = draw_whole_mask(defect, (height, width))
-            coco["annotations"].append(
-                {
-                    "id": len(coco["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": kinds.index(defect.kind) + 1,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                    "segmentation": {"size": [height, width], "counts": encode_runs(mask)},
-                    "diameter_nm": defect.diameter_nm,
-                    "length_nm": defect.length_nm,
-                    "attributes": defect.metadata,
-                }
-            )
+            ids = {
+                "id": len(coco["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": kinds.index(defect.kind) + 1,
+            }
+            shape = (height, width)
+            coco["annotations"].append(make_annotation(defect, shape, with_polygons=False, **ids))
     return coco
 
 

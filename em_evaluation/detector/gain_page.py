@@ -1,7 +1,5 @@
 """The page on the gain: curves, paired differences, label equivalents and adherence."""
 
-import jinja2
-
 from em_evaluation.charts import ACCENTS, INK, draw_panel
 from em_evaluation.detector.adherence_measure import list_colours
 from em_evaluation.detector.arms import ALL, ONLY, STRONG
@@ -9,11 +7,8 @@ from em_evaluation.detector.gain_statistics import METRICS
 from em_evaluation.numbers import (
     DASH,
     MINUS,
-    format_count,
-    format_duration,
-    format_interval,
-    format_number,
 )
+from em_evaluation.pages import render_template
 
 COLOURS = (*ACCENTS, "#56b4e9", "#e69f00")
 PUBLISHED = (
@@ -29,22 +24,9 @@ def render_gain(results: dict, figures: list[dict]) -> str:
         results: The content of results.json.
         figures: Pictures as of `draw_adherence`.
     """
-    loaders = [jinja2.PackageLoader(each) for each in ("em_evaluation", "em_data")]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": format_number,
-        "interval": format_interval,
-        "duration": format_duration,
-        "count": format_count,
-        "change": format_change,
-    }
-    return environment.get_template("gain.html.j2").render(
+    return render_template(
+        "gain.html.j2",
+        {"change": format_change},
         results=results,
         metrics=METRICS,
         sentences=conclude(results),
