@@ -3,7 +3,7 @@
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from em_diffusion.em_unet2d_model import EMUNet2DModel
-from em_diffusion.pipeline_em_ldm import align_weights
+from em_training.em_saved_pipeline import align_weights
 
 
 def create_denoiser(

@@ -11,9 +11,9 @@ from em_diffusion.em_taming_models import EMGumbelVQModel, EMTamingAutoencoderKL
 from em_diffusion.grey import fold_to_grey
 from em_diffusion.original.dalle import find_dalle
 from em_diffusion.original.load import load_official_autoencoder
-from em_diffusion.pipeline_em_ldm import align_weights
 from em_hub.transport import HUB_ID, fetch_repository
 from em_training.config import read_json_object
+from em_training.em_saved_pipeline import align_weights
 from em_training.saved_models import check_model, refuse_diverged
 
 KINDS = {

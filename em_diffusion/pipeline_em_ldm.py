@@ -1,19 +1,11 @@
 """Latent diffusion for grey electron micrographs: one file, which every saved pipeline contains."""
 
 import contextlib
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import json
 import logging
 import math
 import os
-import re
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,10 +23,23 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
+from em_training.em_saved_pipeline import (
+    HUB_OPTIONS,
+    NamesClasses,
+    SavedWithCode,
+    check_class_names,
+    find_kept_options,
+    find_own_class,
+    import_own_component,
+    is_own_component,
+    keep_options,
+    load_component,
+    read_source,
+    refuse_pickles,
+    wake,
+)
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PACKAGE = "em_diffusion"  # where this file and the components that it may load are installed
-_MOVED: dict[str, Any] = {}  # modules of repositories by their first name, see `_read_source`
-HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # parts of the names of diffusers' schedulers for other models or tasks
 OTHER_SCHEDULERS = ("LCM", "Inverse", "CogVideoX", "UnCLIP", "RePaint", "Wuerstchen")
@@ -61,7 +66,7 @@ def _is_about_other_things(record: logging.LogRecord) -> bool:
 logging.getLogger("diffusers.configuration_utils").addFilter(_is_about_other_things)
 
 
-class EMLatentDiffusionPipeline(DiffusionPipeline):
+class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
     """Generates 1-channel micrographs: noise, denoised latents, decoded images, grain.
 
     `from_pretrained` of the installed class runs no code of a repository. Types narrower than
@@ -106,6 +111,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             without names.
     """
 
+    _package = "em_diffusion"
     model_cpu_offload_seq = "unet->vqvae->grain"
     _optional_components: ClassVar[list[str]] = ["grain", "guide"]
     _callback_tensor_inputs = ("latents",)
@@ -128,8 +134,8 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         self._kept_codes = None
         self._num_timesteps, self._interrupt = 0, False
         for component in (vqvae, unet, scheduler, grain, guide):
-            if cls := _find_own_class(component):
-                _read_source(cls)
+            if cls := find_own_class(component):
+                read_source(cls)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, grain=grain, guide=guide)
         given: dict[str, Any] = {
             "default_num_inference_steps": default_num_inference_steps,
@@ -137,7 +143,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             "guidance_start": guidance_start,
             "guidance_stop": guidance_stop,
         }
-        kept: dict[str, Any] = _find_kept_options(unet)
+        kept: dict[str, Any] = find_kept_options(unet)
         size = kept.get("pixel_size_nm") if pixel_size_nm == "kept" else pixel_size_nm
         names = kept.get("id2label") if id2label == "kept" else id2label
         had_guide = kept.get("guide", (None, None))[0] is not None
@@ -149,16 +155,14 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         }
         self.register_to_config(
             pixel_size_nm=None if size is None else float(size),
-            id2label=_check_class_names(names, self.num_classes),
+            id2label=check_class_names(names, self.num_classes),
             **options,
         )
-        _keep_options(self, unet)
+        keep_options(self, unet)
 
     def __setattr__(self, name, value):
-        """Set an attribute; a model's weights are brought to aligned memory first."""
-        if isinstance(value, torch.nn.Module):
-            align_weights(value)
-        elif isinstance(value, SchedulerMixin):
+        """Set an attribute; a scheduler is made exchangeable first."""
+        if isinstance(value, SchedulerMixin):
             make_exchangeable(value)
         super().__setattr__(name, value)
 
@@ -381,7 +385,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     @property
     def components(self) -> dict[str, Any]:
         """The models and the scheduler by name; a new pipeline of them has the same options."""
-        _keep_options(self, self.unet)
+        keep_options(self, self.unet)
         return super().components
 
     @property
@@ -395,21 +399,6 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     def num_classes(self) -> int:
         """Number of classes; 0 for a U-Net without classes."""
         return max(0, (self.unet.config.get("num_class_embeds") or 0) - 1)
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Number of each class by its name, sorted by name; empty if there are no names."""
-        names = self.config.get("id2label") or {}
-        return dict(sorted((name, int(number)) for number, name in names.items()))
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Return the numbers of classes from their names; `ValueError` for an unknown name."""
-        names, labels = [label] if isinstance(label, str) else list(label), self.labels
-        for name in names:
-            if name not in labels:
-                known = f"choose from {', '.join(labels)}" if labels else "this model has no names"
-                raise ValueError(f"`label` {name!r} is no class of this model; {known}.")
-        return [labels[name] for name in names]
 
     @torch.no_grad()
     def find_latent_size(
@@ -428,7 +417,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         tile = self.latent_shape[1:]
         if height is None and width is None:
             return tile
-        _wake(self.vqvae)
+        wake(self.vqvae)
         cell = self._decode(
             torch.zeros(1, self.latent_shape[0], 1, 1, device=self._execution_device)
         )
@@ -487,7 +476,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             if is_whole:
                 pixels = [n * px // side for n, px, side in zip(size, pixels, tile)]
             drawn = self.grain.draw(len(latents), generator, latents.device, pixels)
-        _wake(self.vqvae)
+        wake(self.vqvae)
         codes = self._find_codes()
         if codes is not None:
             latents = self._quantise(latents, codes)
@@ -529,7 +518,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         """
         tile, size = self.latent_shape[1:], self.find_latent_size(*images.shape[-2:])
         images = images.to(self._execution_device, torch.float32)
-        _wake(self.vqvae)
+        wake(self.vqvae)
         factor = images.shape[-1] // size[-1]
         # the pixels of a latent become channels, so that windows have the places of latents
         folded = torch.nn.functional.pixel_unshuffle(images, factor)
@@ -803,53 +792,9 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Save the pipeline, also with a grain or guide that was set after it was created.
-
-        Options are those of `DiffusionPipeline.save_pretrained`.
-
-        Raises:
-            ValueError: For safe_serialization=False.
-        """
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization=False would write pickled weights, which this pipeline does "
-                "not load. Leave it at True, which writes safetensors."
-            )
+        """Save the pipeline, also with a grain or guide that was set after it was created."""
         self.register_modules(grain=self.grain, guide=self.guide)
-        super().save_pretrained(save_directory, **kwargs)
-
-    def save_config(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Write model_index.json, and the files of all classes that are not diffusers'.
-
-        The folder can then be loaded without our packages. Local paths from which components were
-        loaded are removed.
-        """
-        super().save_config(save_directory, push_to_hub=False, **kwargs)
-        folder = Path(save_directory)
-        paths = [folder / name / "config.json" for name in self.components]
-        paths = [folder / self.config_name, *filter(Path.exists, paths)]
-        configs = [json.loads(path.read_text()) for path in paths]
-        index = configs[0]
-        index["_class_name"] = _write_source(type(self), folder)
-        for name, component in self.components.items():
-            if cls := _find_own_class(component):
-                index[name] = _write_source(cls, folder / name)
-        for path, config in zip(paths, configs):
-            config.pop("_name_or_path", None)
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
-        """Make a pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
-
-        diffusers takes over only models of exactly the annotated class; ours is a base class.
-        """
-        own = cls._get_signature_keys(cls)[0]
-        return super().from_pipe(
-            pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs
-        )
+        super().save_pretrained(save_directory, safe_serialization, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -863,11 +808,7 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: For a component that this version does not have, or pickled weights.
         """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "use_safetensors is False, but pickled weights can run code when they are loaded. "
-                "Leave use_safetensors out, and convert the weights to safetensors."
-            )
+        refuse_pickles(kwargs)
         source = pretrained_model_name_or_path
         if not cls._is_installed():
             return super().from_pretrained(source, **kwargs)
@@ -882,12 +823,12 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         index = DiffusionPipeline.load_config(source, **hub_options)
         for name, value in index.items():
-            if _is_own_component(name, value) and name not in kwargs:
-                component = _import_own_component(source, name, *value)
+            if is_own_component(name, value) and name not in kwargs:
+                component = import_own_component(cls._package, source, name, *value)
                 options = hub_options | {"subfolder": name, "use_safetensors": True}
                 if name != "vqvae" and find_dtype(name) != torch.float32:
                     options["torch_dtype"] = find_dtype(name)
-                kwargs[name] = _load(component, source, kwargs.get("variant"), options)
+                kwargs[name] = load_component(component, source, kwargs.get("variant"), options)
         narrow = find_dtype("vqvae")
         if narrow == torch.float32:
             return super().from_pretrained(source, dtype=dtype, **kwargs)
@@ -897,30 +838,6 @@ class EMLatentDiffusionPipeline(DiffusionPipeline):
             # diffusers' own `to` warns of every narrower type
             torch.nn.Module.to(pipeline.vqvae, narrow)
         return pipeline
-
-    @classmethod
-    def _is_installed(cls):
-        """Return False if this file came with a repository."""
-        return __name__.rpartition(".")[0] == PACKAGE
-
-    @classmethod
-    def _dict_from_json_file(cls, *args, **kwargs):
-        """Read model_index.json as that of this class: diffusers then runs no code of the folder.
-
-        Components of our own, which `from_pretrained` loads, are listed as diffusers' for the same
-        reason.
-        """
-        index = super()._dict_from_json_file(*args, **kwargs)
-        name = index.get("_class_name")
-        name = name[-1] if isinstance(name, list | tuple) else name
-        if name is not None and name != cls.__name__:
-            raise ValueError(
-                f"This is a {name}, not a {cls.__name__}. Load it with {name} or DiffusionPipeline."
-            )
-        if name is None or not cls._is_installed():
-            return index
-        own = [key for key, value in index.items() if _is_own_component(key, value)]
-        return {**index, "_class_name": name} | {key: ["diffusers", "ModelMixin"] for key in own}
 
 
 def to_pixels(image) -> torch.Tensor:
@@ -1120,144 +1037,4 @@ def nearest_codes(vectors, codebook):
     return torch.cat(found)
 
 
-def align_weights(model):
-    """Copy weights whose address is no multiple of 64 bytes to aligned memory; return `model`.
-
-    safetensors loads tensors at any address. Some CPU kernels round differently there, so that a
-    loaded model and the same model in memory would give images that differ in their last digits.
-    """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu
-        if is_plain and tensor.layout == torch.strided and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-    return model
-
-
-def _is_own_component(name, value):
-    """Return True if an entry of model_index.json names a component that is not diffusers'."""
-    return (
-        not name.startswith("_")
-        and isinstance(value, list)
-        and len(value) == 2
-        and value[0] not in (None, "diffusers")
-    )
-
-
-def _check_class_names(names, num_classes):
-    """Return {"0": name, ...} of `num_classes` classes, or None; raise `ValueError` otherwise."""
-    if names is None:
-        return None
-    names = {str(number): str(names[number]) for number in sorted(names, key=int)}
-    if (
-        list(names) != [str(number) for number in range(num_classes)]
-        or len(set(names.values())) < len(names)
-        or not num_classes
-    ):
-        raise ValueError(
-            f"`id2label` is {names}, but the U-Net has {num_classes} classes, counted from 0. Give "
-            "each one a name of its own."
-        )
-    return names
-
-
-def _find_kept_options(model):
-    """Return the options of the last pipeline that had `model`; {} if there was none."""
-    return getattr(getattr(model, "_orig_mod", model), "_pipeline_options", {})
-
-
-def _keep_options(pipeline, model):
-    """Let `model` remember the options of its pipeline, in memory only."""
-    if isinstance(model, torch.nn.Module):
-        model = getattr(model, "_orig_mod", model)  # torch.compile wraps
-        model._pipeline_options = dict(pipeline.config)
-
-
-def _find_own_class(component):
-    """Return the class of a component that is not diffusers', compiled or not; else None."""
-    cls = type(getattr(component, "_orig_mod", component))
-    is_own = component is not None and cls.__module__.split(".")[0] != "diffusers"
-    return cls if is_own else None
-
-
-def _load(component, source, variant, options):
-    """Load a component; like diffusers, without the variant if it has none."""
-    if variant:
-        with contextlib.suppress(OSError):
-            return component.from_pretrained(source, variant=variant, **options)
-    return component.from_pretrained(source, **options)
-
-
-def _import_own_component(source, name, module, class_name):
-    """Return the installed class that model_index.json names, or raise `ValueError`."""
-    is_ours = isinstance(module, str) and re.fullmatch(r"em_[a-z0-9_]+", module)
-    found = is_ours and importlib.util.find_spec(f"{PACKAGE}.{module}")
-    component = None
-    if found:
-        component = getattr(importlib.import_module(f"{PACKAGE}.{module}"), class_name, None)
-    if not isinstance(component, type) or not issubclass(component, ModelMixin):
-        raise ValueError(
-            f"{source} holds the {name} {module}.{class_name}, which this version of {PACKAGE} "
-            "does not have. Update the package, or use DiffusionPipeline with "
-            "trust_remote_code=True if you have read the repository's code."
-        )
-    return component
-
-
-def _wake(model):
-    """Bring an offloaded model to its device before a method other than `forward` is called."""
-    hook = getattr(model, "_hf_hook", None)
-    if hasattr(hook, "pre_forward"):
-        hook.pre_forward(model)
-
-
-def _read_source(cls):
-    """Return the file that defines a class: (name without suffix, content).
-
-    diffusers copies the files of all repositories into one folder. A second repository's file
-    replaces a first one's of the same name, in the module that already runs, too. So the class
-    keeps its source from the first call on, and a class that came with a repository moves with its
-    module to a name of its own. The compiled file goes, since Python may take it for the second
-    file's if both have one size. A second component from the same file is a class of the module
-    that has just moved.
-    """
-    if "_source" in vars(cls):
-        return cls._source
-    module = sys.modules.get(cls.__module__) or _MOVED[cls.__module__]
-    path = Path(inspect.getsourcefile(module))
-    cls._source = (path.stem, path.read_bytes())
-    if cls.__module__.startswith("diffusers_modules."):
-        with contextlib.suppress(OSError):
-            Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-        name = cls.__module__
-        _MOVED[name] = module
-        sys.modules.pop(name, None)
-        new_name = f"{name}_{hashlib.sha256(cls._source[1]).hexdigest()[:12]}"
-        while new_name in sys.modules:
-            new_name += "_"
-        _move(cls, module, new_name)
-    return cls._source
-
-
-def _move(cls, module, new_name):
-    """Give a class and all that its module defines a module of another name, as pickle needs it."""
-    moved = types.ModuleType(new_name)
-    vars(moved).update({k: v for k, v in vars(module).items() if k != "__name__"})
-    setattr(moved, cls.__name__, cls)
-    name = cls.__module__
-    for each in vars(moved).values():
-        if (inspect.isclass(each) or inspect.isfunction(each)) and each.__module__ == name:
-            each.__module__ = new_name
-    sys.modules[new_name] = moved
-
-
-def _write_source(cls, folder: Path):
-    """Write the file that defines a class into `folder`; return [name without suffix, class]."""
-    stem, content = _read_source(cls)
-    path = folder / f"{stem}.py"
-    if not path.is_file() or path.read_bytes() != content:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return [stem, cls.__name__]
-
-
-_read_source(EMLatentDiffusionPipeline)
+read_source(EMLatentDiffusionPipeline)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from .pipeline_em_ldm import (
-    EMLatentDiffusionPipeline,
-    _find_kept_options,
-    _find_own_class,
-    _read_source,
-    _wake,
-)
+from em_training.em_saved_pipeline import find_kept_options, find_own_class, read_source, wake
+
+from .pipeline_em_ldm import EMLatentDiffusionPipeline
 
 # a kind, its box (x0, y0, x1, y1) and its mask in the box; or an object with these attributes
 Layout = Sequence[tuple[str, tuple[int, int, int, int], np.ndarray]] | Sequence[Any]
@@ -72,7 +67,7 @@ class EMMaskLatentDiffusionPipeline(EMLatentDiffusionPipeline):
         mask_scale: float | None = None,
         id2label: dict[int, str] | dict[str, str] | str | None = "kept",
     ):
-        kept = _find_kept_options(unet)
+        kept = find_kept_options(unet)
         super().__init__(
             vqvae,
             unet,
@@ -86,8 +81,8 @@ class EMMaskLatentDiffusionPipeline(EMLatentDiffusionPipeline):
             guidance_stop=guidance_stop,
             id2label=id2label,
         )
-        if cls := _find_own_class(layout_sampler):
-            _read_source(cls)
+        if cls := find_own_class(layout_sampler):
+            read_source(cls)
         self.register_modules(layout_sampler=layout_sampler)
         scale = kept.get("mask_scale", 1.0) if mask_scale is None else mask_scale
         self.register_to_config(mask_scale=float(scale))
@@ -215,7 +210,7 @@ class EMMaskLatentDiffusionPipeline(EMLatentDiffusionPipeline):
         height, width = (side * self.mask_factor for side in size)
         self._layouts = None
         if mask is None:
-            _wake(self.layout_sampler)
+            wake(self.layout_sampler)
             rngs = generator if isinstance(generator, list | tuple) else [generator] * batch_size
             mask = [self.layout_sampler.sample(height, width, rng) for rng in rngs]
         if len(mask) not in (1, batch_size):
@@ -329,16 +324,4 @@ def make_condition(masks: torch.Tensor, factor: int) -> torch.Tensor:
     return torch.cat([stacked, torch.ones_like(stacked[:, :1])], dim=1)
 
 
-def _inline_base(text: bytes) -> bytes:
-    """Return the text of this file with its base in place of the import, to be published.
-
-    diffusers copies files that a pipeline's file imports, but Python does not find them in a
-    repository whose name has a dot.
-    """
-    pattern = rb"^from \.pipeline_em_ldm import (?:\([^)]*\)|[^\n(]*)\n"
-    base = _read_source(EMLatentDiffusionPipeline)[1]
-    return re.sub(pattern, lambda _: base, text, flags=re.MULTILINE)
-
-
-_stem, _text = _read_source(EMMaskLatentDiffusionPipeline)
-EMMaskLatentDiffusionPipeline._source = (_stem, _inline_base(_text))
+read_source(EMMaskLatentDiffusionPipeline)

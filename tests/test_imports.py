@@ -255,6 +255,7 @@ print(*sorted(set(sys.modules) - before))
     imported = result.stdout.split()
     ours = {module for module in imported if top(module) in PACKAGES}
     published = {module_of(path) for path in PUBLISHED}
-    assert ours <= {package} | published
+    # of em_training there is one published file, beside the package itself, which is lazy
+    assert ours <= {package, "em_training"} | published
     forbidden = {"accelerate", "datasets", "matplotlib", "scipy", "tensorboard", "tyro"}
     assert not {top(module) for module in imported} & forbidden

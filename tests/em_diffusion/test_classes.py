@@ -195,7 +195,7 @@ def test_a_model_without_classes_refuses_them(pipeline):
         denoise(pipeline, class_labels=0)
     with pytest.raises(ValueError, match="this model has no names"):
         pipeline.get_label_ids("copper")
-    with pytest.raises(ValueError, match="the U-Net has 0 classes"):
+    with pytest.raises(ValueError, match="the model has 0 classes"):
         EMLatentDiffusionPipeline(
             pipeline.vqvae, pipeline.unet, pipeline.scheduler, id2label={0: "copper"}
         )
@@ -205,7 +205,7 @@ def test_a_model_without_classes_refuses_them(pipeline):
     "names", [{0: "a", 1: "b"}, {0: "a", 1: "b", 3: "c"}, {0: "a", 1: "a", 2: "b"}]
 )
 def test_names_must_be_those_of_the_classes(pipe, names):
-    with pytest.raises(ValueError, match="the U-Net has 3 classes, counted from 0"):
+    with pytest.raises(ValueError, match="the model has 3 classes, counted from 0"):
         EMLatentDiffusionPipeline(pipe.vqvae, pipe.unet, pipe.scheduler, id2label=names)
 
 

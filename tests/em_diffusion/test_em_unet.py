@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from em_diffusion.em_unet2d_model import EMUNet2DModel
-from em_diffusion.pipeline_em_ldm import align_weights
+from em_training.em_saved_pipeline import align_weights
 
 SHAPE = {
     "sample_size": 8,
