@@ -31,8 +31,8 @@ import tyro
 from sampler_points import choose_clock, is_as_good, load_reference
 
 from em_diffusion.drawing import LDMDrawer
+from em_diffusion.em_schedulers import is_flow
 from em_diffusion.family import LDMOptions
-from em_diffusion.pipeline_em_ldm import is_flow
 from em_diffusion.presets import PRESETS
 from em_diffusion.samplers import create_sampler
 from em_generation.loading import load_pipeline

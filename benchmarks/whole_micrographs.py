@@ -42,6 +42,7 @@ from em_data.synthetic_micrographs import (
     list_seeds,
     synthesise_micrograph,
 )
+from em_diffusion import em_windows
 from em_diffusion import pipeline_em_ldm as code
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.family import LDMOptions
@@ -219,7 +220,7 @@ def change_windows(options: dict | None):
     weights = own.pop("weights", "smooth")
     with (
         mock.patch.object(code, "place_windows", lambda *a, **k: place(*a, **k, **own)),
-        mock.patch.object(code, "weigh_windows", lambda *a: weigh(*a, weights=weights)),
+        mock.patch.object(em_windows, "weigh_windows", lambda *a: weigh(*a, weights=weights)),
         mock.patch.object(code, "blend_windows", whole)
         if options is None
         else contextlib.nullcontext(),

@@ -14,6 +14,7 @@ from em_data.batch import Batch
 from em_diffusion.config import DenoiserConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.em_grain import EMGrain
+from em_diffusion.em_schedulers import is_flow
 from em_diffusion.latents import Latents
 from em_diffusion.masks import create_pipeline, draw_conditions
 from em_diffusion.muon import create_muon
@@ -23,7 +24,6 @@ from em_diffusion.optimization import (
     learning_rate_at,
     set_learning_rate,
 )
-from em_diffusion.pipeline_em_ldm import is_flow
 from em_diffusion.validation import choose_spaced_views
 from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance

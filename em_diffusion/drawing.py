@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from em_diffusion.autoencoder import decode, encode
-from em_diffusion.pipeline_em_ldm import place_windows
+from em_diffusion.em_windows import place_windows
 from em_diffusion.samplers import create_sampler
 from em_training import make_image_rng
 from em_training.classes import assign_classes

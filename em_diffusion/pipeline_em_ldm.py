@@ -12,9 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import (
-    ConfigMixin,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
@@ -39,10 +37,16 @@ from em_training.em_saved_pipeline import (
     wake,
 )
 
+from .em_schedulers import is_flow, make_exchangeable, refuse_unsuitable
+from .em_windows import (
+    EXACT_BATCH,
+    MAX_PIXELS,
+    blend_windows,
+    find_nearest_size,
+    place_windows,
+)
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-# parts of the names of diffusers' schedulers for other models or tasks
-OTHER_SCHEDULERS = ("LCM", "Inverse", "CogVideoX", "UnCLIP", "RePaint", "Wuerstchen")
 DEFAULT_STRENGTH = 0.5  # of a call with an image
 # of a pipeline whose U-Net is new
 DEFAULTS = {
@@ -52,9 +56,6 @@ DEFAULTS = {
     "guidance_stop": 1.0,
 }
 MAX_DISTANCES = 2**24  # between latents and codes, computed at a time: 64 MiB in float32
-MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which take about 2 GB of memory
-# from this number on, every row of a batch is computed alike, bit for bit (seen with oneDNN, MKL)
-EXACT_BATCH = 16
 
 
 def _is_about_other_things(record: logging.LogRecord) -> bool:
@@ -600,7 +601,7 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         `DPMSolverSDEScheduler` takes no generator, but a seed for each image.
         """
         scheduler, num_steps = self.scheduler, num_inference_steps
-        _refuse_unsuitable(scheduler)
+        refuse_unsuitable(scheduler)
         if num_steps is None:
             num_steps = self.config.default_num_inference_steps
         if num_steps < 1:
@@ -887,132 +888,10 @@ def to_pixels(image) -> torch.Tensor:
     return image * 2 - 1
 
 
-def find_nearest_size(size, tile, factors) -> list[int]:
-    """Return the possible [height, width] nearest to `size`, see `find_latent_size`."""
-    sides = [max(least, round(n / f) * f) for n, least, f in zip(size, tile, factors)]
-    if math.prod(sides) > MAX_PIXELS:
-        shrink = math.sqrt(MAX_PIXELS / math.prod(sides))
-        sides = [max(least, int(n * shrink / f) * f) for n, least, f in zip(sides, tile, factors)]
-        most = MAX_PIXELS // min(sides)  # one side may be at its least
-        sides = [min(n, most // f * f) for n, f in zip(sides, factors)]
-    return sides
-
-
-def place_windows(length: int, window: int, shift: float = 0.0) -> list[int]:
-    """Return where windows start that cover `length` and overlap by at least half.
-
-    shift: share of the distance between two windows by which the grid is shifted, from 0 to 1.
-    """
-    step = max(1, window // 2)
-    starts = range(-int(shift * step), length - window + step, step)
-    return sorted({min(max(start, 0), length - window) for start in starts})
-
-
 def _run(network, latents, timestep, labels=None):
     """Return a U-Net's prediction in float32; labels go to a U-Net that has classes."""
     options = {"class_labels": labels} if network.config.get("num_class_embeds") else {}
     return network(latents.to(network.dtype), timestep, **options).sample.float()
-
-
-def blend_windows(function, inputs, windows, size, batch_size, *conditions):
-    """Apply a function of tiles to inputs [B, C, H, W] window by window and blend the results.
-
-    The weight of a window is a product of squared sines, divided by the sum over all windows.
-    Batches are filled up to `EXACT_BATCH` if `batch_size` allows it, so that an image does not
-    depend on the other ones.
-
-    Args:
-        function: Tiles [N, C, h, w] and conditions [N, ...] -> float32 [N, K, h f, w f].
-        windows: Of each image, where windows start in rows and in columns.
-        size: (h, w).
-        conditions: Tensors [B, ...]; a tile gets the row of its image.
-
-    Returns:
-        Float32 [B, K, H f, W f].
-    """
-    (height, width), outputs = size, None
-    jobs = [(i, y, x) for i, (rows, columns) in enumerate(windows) for y in rows for x in columns]
-    for start in range(0, len(jobs), batch_size):
-        part = jobs[start : start + batch_size]
-        padded = part + part[-1:] * (min(batch_size, EXACT_BATCH) - len(part))
-        tiles = [inputs[i, :, y : y + height, x : x + width] for i, y, x in padded]
-        images = [i for i, _, _ in padded]
-        results = function(torch.stack(tiles), *(each[images] for each in conditions))
-        if outputs is None:
-            factor = results.shape[-1] // width
-            sides = [n * factor for n in inputs.shape[-2:]]
-            outputs = results.new_zeros(len(inputs), results.shape[1], *sides)
-            weights = [
-                [
-                    weigh_windows(starts, n, side, factor, results.device)
-                    for starts, n, side in zip(each, inputs.shape[-2:], size)
-                ]
-                for each in windows
-            ]
-        for result, (i, y, x) in zip(results, part):
-            down, across = weights[i][0][y], weights[i][1][x]
-            place = outputs[i, :, y * factor :, x * factor :][:, : len(down), : len(across)]
-            place += result * down[:, None] * across
-    return outputs
-
-
-def weigh_windows(starts, length, window, factor, device):
-    """Return {start: weights [window factor]} of windows along one side; their sum is 1."""
-    length, window = length * factor, window * factor
-    bump = torch.sin((torch.arange(window, dtype=torch.float64) + 0.5) * (math.pi / window)) ** 2
-    total = torch.zeros(length, dtype=torch.float64)
-    for start in starts:
-        total[start * factor :][:window] += bump
-    weights = {start: bump / total[start * factor :][:window] for start in starts}
-    return {start: each.float().to(device) for start, each in weights.items()}
-
-
-def is_flow(scheduler) -> bool:
-    """Return True if the model of `scheduler` was trained by flow matching.
-
-    Its path is x = (1 - s) latents + s noise, and the U-Net predicts noise - latents.
-    """
-    by_class = type(scheduler).__name__.startswith("FlowMatch")
-    return by_class or bool(scheduler.config.get("use_flow_sigmas"))
-
-
-def make_exchangeable(scheduler):
-    """Let `OtherScheduler.from_config(scheduler.config)` give a scheduler that suits the model.
-
-    diffusers ignores entries that are listed in `_use_default_values`. An `algorithm_type` of
-    stochastic DPM-Solvers, which others refuse, is listed there; a DPM-Solver that was made with
-    the default gets it back. The noise schedule is not listed, since others' defaults differ.
-    Entries with an underscore pass through any class.
-    """
-    if not isinstance(scheduler, ConfigMixin):
-        return
-    config = scheduler.config
-    defaults = set(config.get("_use_default_values", ()))
-    kept = {"_em_is_flow": config.get("_em_is_flow", is_flow(scheduler))}
-    algorithm = config.get("algorithm_type")
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
-        if "algorithm_type" in defaults:
-            algorithm = config.get("_em_algorithm_type", algorithm)
-        kept |= {"algorithm_type": algorithm, "_em_algorithm_type": algorithm}
-        defaults = {*defaults, "algorithm_type"} if algorithm.startswith("sde") else defaults
-    defaults -= {"beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
-    scheduler.register_to_config(**kept, _use_default_values=sorted(defaults))
-
-
-def _refuse_unsuitable(scheduler):
-    """Raise `ValueError` for a scheduler of diffusers that cannot sample from the model."""
-    name = type(scheduler).__name__
-    if not type(scheduler).__module__.startswith("diffusers."):
-        return
-    needs_flow = scheduler.config.get("_em_is_flow", False)
-    known = FLOW_SCHEDULERS if needs_flow else ("DDIMScheduler", "DPMSolverMultistepScheduler")
-    known = " or ".join(known)
-    if needs_flow != is_flow(scheduler):
-        kind = "flow matching" if needs_flow else "diffusion"
-        raise ValueError(f"{name} is not set up for a model of {kind}. Use {known}.")
-    is_known = name in FLOW_SCHEDULERS or hasattr(scheduler, "alphas_cumprod")
-    if not is_known or any(part in name for part in OTHER_SCHEDULERS):
-        raise ValueError(f"{name} is made for other models or tasks. Use {known}.")
 
 
 def _refuse_non_finite(tensor, name):

@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers
 
 from em_data.files import write_atomically
-from em_diffusion.pipeline_em_ldm import is_flow
+from em_diffusion.em_schedulers import is_flow
 
 # keys of a scheduler's config that belong to the trained model
 NOISE_SCHEDULE = (

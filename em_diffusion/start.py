@@ -7,9 +7,10 @@ import torch
 from diffusers import UNet2DModel
 
 from em_diffusion.denoiser import create_denoiser, create_scheduler
+from em_diffusion.em_schedulers import is_flow
 from em_diffusion.latents import hash_encoder
 from em_diffusion.load_autoencoder import load_autoencoder
-from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline, is_flow
+from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.weights import hash_weights
 from em_training.config import read_json_object
 from em_training.saved_models import check_pipeline, refuse_diverged

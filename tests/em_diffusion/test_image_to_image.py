@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 import torch
 
-from em_diffusion.pipeline_em_ldm import is_flow, to_pixels
+from em_diffusion.em_schedulers import is_flow
+from em_diffusion.pipeline_em_ldm import to_pixels
 from em_diffusion.samplers import create_sampler, list_samplers
 from support.models import make_ldm
 

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from em_diffusion import EMLatentDiffusionPipeline
+from em_diffusion import EMLatentDiffusionPipeline, em_windows
 from em_diffusion import pipeline_em_ldm as code
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.em_grain import EMGrain
-from em_diffusion.family import LDMOptions
-from em_diffusion.pipeline_em_ldm import (
+from em_diffusion.em_windows import (
     MAX_PIXELS,
     blend_windows,
     find_nearest_size,
     place_windows,
     weigh_windows,
 )
+from em_diffusion.family import LDMOptions
 from em_diffusion.samplers import create_sampler, list_samplers
 from em_evaluation.micrograph_statistics import ring_powers
 from support.models import draw, make_ldm
@@ -279,7 +279,7 @@ def test_there_are_no_seams(bordered):
     assert seam(draw_many(bordered), 8, 2) == pytest.approx(1, abs=0.05)
     with mock.patch.object(code, "place_windows", side_by_side):
         assert seam(draw_many(bordered), 16, 2) > 2
-    with mock.patch.object(code, "weigh_windows", weigh_equally):
+    with mock.patch.object(em_windows, "weigh_windows", weigh_equally):
         assert seam(draw_many(bordered), 8, 2) > 2
 
 
