@@ -51,7 +51,6 @@ from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.denoiser import create_denoiser
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.family import LDMOptions
-from em_diffusion.latents import Latents
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.train import choose_sampler
 from em_evaluation.environment import describe_environment
@@ -61,6 +60,7 @@ from em_generation.store import create_store
 from em_stylegan import gan_loop
 from em_stylegan import presets as gan_presets
 from em_training import MicroBatching, choose_precision, create_accelerator
+from em_training.latents import Latents
 
 PARTS = {"gan": 0.2, "ldm": 0.2, "step": 0.1, "sampling": 0.15, "compiled": 0.35}
 """Part -> its share of the budget."""

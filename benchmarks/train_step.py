@@ -39,10 +39,11 @@ from em_diffusion import denoiser_loop
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import compute_denoising_loss
-from em_diffusion.latents import Latents, encode_latents, measure_latents
+from em_diffusion.latents import encode_latents, measure_latents
 from em_diffusion.optimization import create_optimizer
 from em_diffusion.presets import PRESETS
 from em_training import EMA, Prefetcher, TrainingRun, create_accelerator, make_generator
+from em_training.latents import Latents
 
 NUM_VIEWS = 16  # latents to train on: their number changes no step's time
 

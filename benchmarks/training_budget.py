@@ -54,7 +54,6 @@ from em_diffusion.family import LDMOptions
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.samplers import DEFAULT_SAMPLERS, SAMPLERS
 from em_diffusion.train import run_autoencoder_stage, run_grain_stage, run_latents_stage
-from em_diffusion.weights import save_model
 from em_evaluation import (
     ModelImages,
     Protocol,
@@ -77,6 +76,7 @@ from em_training import (
     seed_for,
 )
 from em_training.cli import run_command
+from em_training.weights import save_model
 
 OURS, PLAIN = "ours", "plain loop"
 OURS_BARE, PLAIN_GRAINY = "ours without grain", "plain loop with our grain"

@@ -47,7 +47,7 @@ class Views(Images, Protocol):
 
 
 class TrainingViews(Protocol):
-    """Views to train on. `Tiles` and `em_diffusion.latents.Latents` follow it."""
+    """Views to train on. `Tiles` and `em_training.latents.Latents` follow it."""
 
     @property
     def num_views(self) -> int:

@@ -4,7 +4,6 @@ from .config import DenoiserConfig as DenoiserConfig
 from .config import LDMConfig as LDMConfig
 from .denoiser_loop import train_denoiser as train_denoiser
 from .em_layout_sampler import EMLayoutSampler as EMLayoutSampler
-from .latents import Latents as Latents
 from .latents import encode_latents as encode_latents
 from .layouts import draw_layout as draw_layout
 from .layouts import fit_layout_sampler as fit_layout_sampler

@@ -23,7 +23,6 @@ from em_diffusion.optimization import (
 )
 from em_diffusion.patch_discriminator import adaptive_weight, create_discriminator, hinge_loss
 from em_diffusion.validation import evaluate_reconstruction, read_spaced_images, reconstruct
-from em_diffusion.weights import save_from_main_process
 from em_evaluation.perceptual import LPIPSDistance, PerceptualDistance
 from em_training import (
     MicroBatching,
@@ -35,6 +34,7 @@ from em_training import (
     seed_for,
     step_optimizer,
 )
+from em_training.weights import save_from_main_process
 
 NUM_GRID_COLUMNS = 8
 

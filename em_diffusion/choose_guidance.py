@@ -13,11 +13,9 @@ from tqdm.auto import tqdm
 
 from em_data import load_data, to_uint8
 from em_data.files import write_atomically
-from em_diffusion.classes import share_classes
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import load_denoiser
 from em_diffusion.masks import load_pipeline
-from em_diffusion.weights import hash_weights, save_model
 from em_evaluation import compute_features, get_extractor
 from em_evaluation.environment import describe_environment
 from em_evaluation.feature_metrics import choose_metrics, measure
@@ -26,6 +24,8 @@ from em_training import create_process_state, load_config, make_generator
 from em_training.cli import run_command
 from em_training.config import read_json_object
 from em_training.family import check_options
+from em_training.latents import share_classes
+from em_training.weights import hash_weights, save_model
 
 DESCRIPTION = """Choose the guidance of a trained latent diffusion model: scale and interval.
 

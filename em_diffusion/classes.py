@@ -8,8 +8,6 @@ from diffusers import UNet2DModel
 
 from em_data import Tiles
 
-GOLDEN_RATIO = (5**0.5 - 1) / 2
-
 
 def check_classes(config, data) -> str | None:
     """Return a sentence if the data's classes are not used, else None.
@@ -38,18 +36,6 @@ def check_classes(config, data) -> str | None:
 def read_classes(tiles: Tiles, view_ids: np.ndarray) -> tuple:
     """Return the class names, and the class of each view, as `Latents` take them."""
     return tiles.class_names, tiles.class_labels(view_ids)
-
-
-def share_classes(classes: torch.Tensor, numbers: Sequence[int]) -> list[int]:
-    """Return a class for each image number: any first images have them in the shares of `classes`.
-
-    The views whose class is known are passed in steps of the golden ratio.
-
-    Args:
-        classes: Class of each view, int64 [num_views]; negative if it is unknown.
-    """
-    known = classes[classes >= 0]
-    return [int(known[int(number * GOLDEN_RATIO % 1 * len(known))]) for number in numbers]
 
 
 def fit_classes(unet: UNet2DModel, before: Sequence[str], after: Sequence[str]) -> UNet2DModel:

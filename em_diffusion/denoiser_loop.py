@@ -15,8 +15,7 @@ from em_diffusion.config import DenoiserConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.em_schedulers import is_flow
-from em_diffusion.latents import Latents
-from em_diffusion.masks import create_pipeline, draw_conditions
+from em_diffusion.masks import create_pipeline, draw_conditions, find_layout_sampler
 from em_diffusion.muon import create_muon
 from em_diffusion.optimization import (
     create_ema,
@@ -25,7 +24,6 @@ from em_diffusion.optimization import (
     set_learning_rate,
 )
 from em_diffusion.validation import choose_spaced_views
-from em_diffusion.weights import hash_weights, save_from_main_process
 from em_evaluation.held_out import HeldOutDistance
 from em_training import (
     BestWeights,
@@ -38,6 +36,8 @@ from em_training import (
     seed_for,
     step_optimizer,
 )
+from em_training.latents import Latents
+from em_training.weights import hash_weights, save_from_main_process
 
 OPTIMIZERS = {
     "adam": lambda model, config: create_optimizer(list(model.parameters()), config),
@@ -175,9 +175,10 @@ def train_denoiser(
         return evaluate_denoising(ema.model, scheduler, validation_batch, accelerator, config)
 
     def generate(numbers, num_steps, stream="sample"):
-        pipeline = create_pipeline(vqvae, ema.model, scheduler, latents.layout_sampler, grain=grain)
-        views = held_out_latents if stream == "evaluation" else latents
-        labels = views.share_classes(numbers)
+        pipeline = create_pipeline(
+            vqvae, ema.model, scheduler, find_layout_sampler(latents), grain=grain
+        )
+        labels = (held_out_latents if stream == "evaluation" else latents).share_classes(numbers)
         return generate_images(
             pipeline, config.seed, numbers, num_steps, accelerator, stream, labels
         )

@@ -1,94 +1,25 @@
-"""Latents of all views, encoded once, kept on disk and read through a memory map."""
+"""Latents of an autoencoder of ours or of others: encoded once, measured, and standardised."""
 
-import hashlib
 import json
 import os
-import sys
-import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
-from tqdm.auto import tqdm
 
 from em_data import Tiles
-from em_data.files import flush_to_disk, make_folder, write_atomically
+from em_data.files import write_atomically
 from em_diffusion.autoencoder import encode
-from em_diffusion.classes import share_classes
-from em_diffusion.em_layout_sampler import EMLayoutSampler
-from em_diffusion.weights import hash_weights
-from em_training import run_in_parts
+from em_training import latents
+from em_training.weights import hash_weights
 
-BATCHES_PER_CHUNK = 4  # what a kill may cost each process
-
-
-class Latents:
-    """Latents of every view of some tiles, read like tiles and normalised.
-
-    Args:
-        array: Float16 [num_views, C, h, w] in the autoencoder's scale. Encoder outputs are of order
-            one, where float16 is eight times finer than bfloat16, and numpy can map it from disk.
-        mean, std: C numbers each, measured over the training views.
-        class_names: Names of the classes; () for latents without classes.
-        classes: Number of each view's class, int64 [num_views]; -1 if it is unknown.
-    """
-
-    layout_sampler: EMLayoutSampler | None = None  # of `em_diffusion.masks.MaskedLatents`
-
-    def __init__(
-        self,
-        array: np.ndarray,
-        mean: Sequence[float],
-        std: Sequence[float],
-        class_names: Sequence[str] = (),
-        classes: np.ndarray | torch.Tensor | None = None,
-    ):
-        self.array, self.class_names = array, tuple(class_names)
-        self._classes = None if classes is None else torch.as_tensor(classes)
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    @property
-    def num_views(self) -> int:
-        """Number of views."""
-        return len(self.array)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one latent."""
-        return self.array.shape[1:]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 for latents without classes."""
-        return len(self.class_names)
-
-    def class_labels(
-        self, view_ids: Sequence[int] | np.ndarray | torch.Tensor
-    ) -> torch.Tensor | None:
-        """Return the class of each view, int64 [B]; `num_classes` for an unknown one.
-
-        None for latents without classes.
-        """
-        if self._classes is None:
-            return None
-        labels = self._classes[np.asarray(view_ids)]
-        return torch.where(labels < 0, self.num_classes, labels)
-
-    def share_classes(self, numbers: Sequence[int]) -> list[int] | None:
-        """Return a class for each image, in the shares of the views; None without classes."""
-        return None if self._classes is None else share_classes(self._classes, numbers)
-
-    def batch(self, view_ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Return normalised latents of these views: float32 [B, C, h, w]."""
-        raw = torch.from_numpy(self.array[np.asarray(view_ids)]).float()
-        return (raw - self.mean) / self.std
+REMEDY = (
+    "it has diverged. Train it again with a smaller --autoencoder.learning-rate, or in float32 "
+    "with --precision no."
+)
 
 
 def encode_latents(
@@ -97,175 +28,27 @@ def encode_latents(
     folder: str | os.PathLike,
     *,
     accelerator: Accelerator,
-    batch_size: int = 64,
-    name: str = "train",
-    view_ids: Sequence[int] | np.ndarray | None = None,
+    **options: Any,
 ) -> tuple[np.ndarray, float]:
-    """Encode views of `tiles` once and keep them in `folder`.
+    """Encode views of `tiles` by an autoencoder once and keep them in `folder`.
 
-    An autoencoder does not commute with flips and turns: each view is encoded by itself. The file
-    `folder`/`name`-<key>.npy is keyed by the tiles' fingerprint, the encoder's weights and the
-    precision. An existing one is read.
-
-    All processes encode, each its share of the chunks, into one file under another name; `folder`
-    is common to them. A second file holds the seconds that each chunk took, 0 for chunks that are
-    not done. After a kill, the next start encodes what is not done. A batch is the same views
-    whatever the number of processes.
-
-    Args:
-        view_ids: Default: all views.
-
-    Returns:
-        A memory map of the latents, float16 [N, C, h, w], and the seconds of encoding, summed over
-        all starts and divided by the number of processes.
-
-    Raises:
-        ValueError: If latents are not finite in float16.
+    options: `batch_size`, `name` and `view_ids` of `em_training.latents.encode_latents`, which also
+    tells what is returned and raised.
     """
-    view_ids = np.arange(tiles.num_views) if view_ids is None else np.asarray(view_ids)
-    views = hashlib.sha256(view_ids.astype(np.int64).tobytes()).hexdigest()
-    weights = hash_encoder(model)
-    key = "\n".join([tiles.fingerprint, views, weights, accelerator.mixed_precision])
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
-    path = Path(folder) / f"{name}-{key}.npy"
-    if not is_whole(path):
-        partial = path.with_suffix(".partial")
-        done = path.with_suffix(f".done-{batch_size * BATCHES_PER_CHUNK}")
-        shape = encode_views(model, tiles, view_ids[:1], accelerator).shape[1:]
-        if accelerator.is_main_process:
-            begin(partial, done, (len(view_ids), *shape), batch_size * BATCHES_PER_CHUNK)
-        accelerator.wait_for_everyone()
-        encode_missing(partial, done, model, tiles, view_ids, batch_size, accelerator, name)
-        if accelerator.is_main_process:
-            finish(partial, done, path, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    seconds = json.loads(path.with_suffix(".json").read_text())["seconds"]
-    return np.load(path, mmap_mode="r"), seconds
+    return latents.encode_latents(
+        partial(encode, model.eval()),
+        tiles,
+        folder,
+        weights=hash_encoder(model),
+        remedy=REMEDY,
+        accelerator=accelerator,
+        **options,
+    )
 
 
 def hash_encoder(model: ModelMixin) -> str:
     """Return the SHA-256 of the weights of an autoencoder that decide its latents."""
     return hash_weights(model, without=("decoder.", "post_quant_conv.", "quantize."))
-
-
-def is_whole(path) -> bool:
-    """Say whether finished latents and their record can be read."""
-    try:
-        json.loads(path.with_suffix(".json").read_text())["seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return read_shape(path) is not None
-
-
-def read_shape(path) -> tuple[int, ...] | None:
-    """Return the shape of an array on the disk; None if it is absent or damaged."""
-    try:
-        return np.load(path, mmap_mode="r").shape
-    except (OSError, ValueError, EOFError):
-        return None
-
-
-def begin(partial, done, shape, chunk_size: int):
-    """Create the two files, unless a killed start left them; remove latents of other weights."""
-    make_folder(partial.parent)
-    is_begun = read_shape(partial) == shape and read_shape(done) is not None
-    for stale in partial.parent.glob(f"{partial.name.rsplit('-', 1)[0]}-*"):
-        if not (is_begun and stale in (partial, done)):
-            stale.unlink()
-    if not is_begun:
-        num_chunks = -(-shape[0] // chunk_size)
-        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
-        np.lib.format.open_memmap(done, mode="w+", dtype=np.float64, shape=(num_chunks,)).flush()
-
-
-def write_chunk(latents, seconds, number: int, rows: slice, chunk, elapsed: float):
-    """Write a chunk to the disk and then mark it as done."""
-    latents[rows] = chunk
-    latents.flush()
-    seconds[number] = max(elapsed, 1e-9)
-    seconds.flush()
-
-
-def finish(partial, done, path, num_processes: int):
-    """Give the file its name, and keep the time that it took."""
-    seconds = np.load(done)
-    assert seconds.all(), f"chunks {np.flatnonzero(seconds == 0)} of {path} are missing"
-    record = json.dumps({"seconds": seconds.sum() / num_processes})
-    write_atomically(path.with_suffix(".json"), record + "\n")
-    os.replace(partial, path)
-    flush_to_disk(path.parent)
-    done.unlink()
-
-
-def encode_missing(partial, done, model, tiles, view_ids, batch_size, accelerator, name):
-    """Encode this process's share of the chunks that are not done.
-
-    Raises `ValueError` in all processes if one fails.
-    """
-    latents, seconds = np.load(partial, mmap_mode="r+"), np.load(done, mmap_mode="r+")
-    missing = np.flatnonzero(seconds == 0)
-    accelerator.wait_for_everyone()  # all read the same list before anyone marks a chunk
-    size, failure = batch_size * BATCHES_PER_CHUNK, None
-
-    def count_done():
-        return min(np.count_nonzero(seconds) * size, len(view_ids))
-
-    with tqdm(
-        total=len(view_ids),
-        initial=count_done(),
-        desc=f"latents ({name})",
-        unit="img",
-        unit_scale=True,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-        disable=not accelerator.is_main_process,
-    ) as bar:
-        for number in missing[accelerator.process_index :: accelerator.num_processes]:
-            started = time.monotonic()
-            rows = slice(number * size, min((number + 1) * size, len(view_ids)))
-            try:
-                chunk = [
-                    encode_views(model, tiles, view_ids[rows][i : i + batch_size], accelerator)
-                    for i in range(0, rows.stop - rows.start, batch_size)
-                ]
-            except ValueError as error:
-                failure = error
-                break
-            chunk = torch.cat(chunk).numpy()
-            write_chunk(latents, seconds, number, rows, chunk, time.monotonic() - started)
-            bar.update(count_done() - bar.n)
-        failed = torch.tensor([float(failure is not None)], device=accelerator.device)
-        failed = accelerator.reduce(failed, "sum")
-        bar.update(count_done() - bar.n)
-    if failure is not None:
-        raise failure
-    if failed > 0:
-        raise ValueError(
-            "another process could not encode its share of the latents; see its error."
-        )
-
-
-def encode_views(model, tiles, view_ids, accelerator):
-    """Return latents of these views, float16 [B, C, h, w] on the CPU.
-
-    Raises `ValueError` if they are not finite in float16.
-    """
-    model = model.eval()
-
-    def encode_part(images):
-        images = images.to(accelerator.device, memory_format=torch.channels_last)
-        with accelerator.autocast():
-            latents = encode(model, images)
-        return latents.float().cpu().half()
-
-    latents = run_in_parts(encode_part, tiles.batch(view_ids), size=len(view_ids))
-    if not torch.isfinite(latents).all():
-        raise ValueError(
-            f"the autoencoder's latents of views {view_ids[0]} to {view_ids[-1]} are not finite in "
-            "float16: it has diverged. Train it again with a smaller --autoencoder.learning-rate, "
-            "or in float32 with --precision no."
-        )
-    return latents
 
 
 def measure_latents(array, chunk: int = 4096):

@@ -2,9 +2,9 @@
 
 from em_diffusion.layouts import draw_layout, fit_layout_sampler, stitch_layouts
 from em_diffusion.masks import load_layout_sampler
-from em_diffusion.weights import save_model
 from em_evaluation.layouts import compare_layouts, describe_tests
 from em_training import make_image_rng
+from em_training.weights import save_model
 
 NUM_DRAWN_LAYOUTS = 24  # that are compared with those of labelled micrographs
 

@@ -9,7 +9,6 @@ import torch
 from em_data.tiles import Tiles
 from em_diffusion.classes import fit_classes
 from em_diffusion.em_layout_sampler import EMLayoutSampler
-from em_diffusion.latents import Latents
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.pipeline_em_mask_ldm import (
     EMMaskLatentDiffusionPipeline,
@@ -18,6 +17,7 @@ from em_diffusion.pipeline_em_mask_ldm import (
 )
 from em_diffusion.validation import space_evenly
 from em_training.config import read_json_object
+from em_training.latents import Latents
 
 MASK_SCALE = 2.0  # guidance by the mask that models are saved with; see docs/masks.md
 
@@ -119,6 +119,11 @@ def load_layout_sampler(folder: Path) -> EMLayoutSampler | None:
     folder = folder / "layouts"
     is_there = (folder / "config.json").is_file()
     return EMLayoutSampler.from_pretrained(folder).eval() if is_there else None
+
+
+def find_layout_sampler(latents: Latents) -> EMLayoutSampler | None:
+    """Return the layout sampler of latents with masks; None for others."""
+    return latents.layout_sampler if isinstance(latents, MaskedLatents) else None
 
 
 def draw_conditions(latents, ids, dropout: float, rng) -> torch.Tensor | None:

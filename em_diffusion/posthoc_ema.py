@@ -16,11 +16,11 @@ from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.masks import create_pipeline, load_layout_sampler
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_diffusion.train import choose_sampler
-from em_diffusion.weights import save_model
 from em_training import load_config
 from em_training.cli import run_command
 from em_training.config import read_json_object
 from em_training.posthoc_ema import reconstruct_average
+from em_training.weights import save_model
 
 DESCRIPTION = """Average the denoiser's weights over another width after the training.
 

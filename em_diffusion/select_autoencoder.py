@@ -22,7 +22,6 @@ from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 from em_diffusion.patch_basis import fit_to_tiles
 from em_diffusion.reconstruction import psnr, spectrum_difference_db, ssim
 from em_diffusion.selection_output import draw_selection, format_table
-from em_diffusion.weights import hash_weights
 from em_evaluation import bootstrap_interval, compute_features, get_extractor
 from em_evaluation.baselines import read_baselines
 from em_evaluation.distances import Distance, frechet_influence
@@ -31,6 +30,7 @@ from em_evaluation.images import ImageSet, note_few_micrographs, read_images
 from em_training import create_process_state
 from em_training.cli import run_command
 from em_training.family import check_options
+from em_training.weights import hash_weights
 
 DESCRIPTION = """Compare autoencoders on micrographs.
 

@@ -11,10 +11,10 @@ from em_diffusion.em_schedulers import is_flow
 from em_diffusion.latents import hash_encoder
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
-from em_diffusion.weights import hash_weights
 from em_training.config import read_json_object
 from em_training.saved_models import check_pipeline, refuse_diverged
 from em_training.sources import fetch_pipeline_folder, read_starts, write_starts
+from em_training.weights import hash_weights
 
 ARCHITECTURE = (
     "block_out_channels",

@@ -18,7 +18,7 @@ from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.grain import fit_grain
-from em_diffusion.latents import Latents, encode_latents, measure_latents, store_latent_statistics
+from em_diffusion.latents import encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.layout_stage import run_layout_stage
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.masks import (
@@ -31,7 +31,6 @@ from em_diffusion.masks import (
 from em_diffusion.samplers import choose_default_sampler, create_sampler
 from em_diffusion.start import load_start, record_start
 from em_diffusion.validation import read_spaced_images, reconstruct
-from em_diffusion.weights import hash_weights, save_model
 from em_evaluation.feature_metrics import check_metrics
 from em_training import (
     create_accelerator,
@@ -46,8 +45,10 @@ from em_training import (
     seed_for,
 )
 from em_training.config import is_complete
+from em_training.latents import Latents
 from em_training.noise import MAX_PIXELS
 from em_training.sources import TRAINED_FURTHER, read_starts
+from em_training.weights import hash_weights, save_model
 
 
 def train_ldm(config: LDMConfig) -> Path:

@@ -20,6 +20,7 @@ from .config import refuse_other_run as refuse_other_run
 from .config import save_config as save_config
 from .config import strict as strict
 from .ema import EMA as EMA
+from .latents import Latents as Latents
 from .memory import MicroBatching as MicroBatching
 from .memory import is_out_of_memory as is_out_of_memory
 from .memory import run_in_parts as run_in_parts

@@ -9,7 +9,8 @@ import torch
 from em_data import DataConfig, load_data
 from em_diffusion import PRESETS
 from em_diffusion.autoencoder import create_autoencoder
-from em_diffusion.latents import Latents, encode_latents, measure_latents
+from em_diffusion.latents import encode_latents, measure_latents
+from em_training.latents import Latents
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from em_diffusion import latents
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.latents import encode_latents
 from em_diffusion.presets import test as preset
-from em_training import create_accelerator, leave_processes
+from em_training import create_accelerator, latents, leave_processes
 
 
 class CountedTiles:

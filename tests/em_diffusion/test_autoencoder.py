@@ -11,8 +11,8 @@ from em_diffusion.autoencoder_loop import compute_losses, create_perceptual_dist
 from em_diffusion.codebook import CodebookMonitor, move_codes, quantise
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import nearest_codes
-from em_diffusion.weights import hash_weights
 from em_evaluation.perceptual import PerceptualDistance
+from em_training.weights import hash_weights
 from support.config import refuses_config
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from em_diffusion import PRESETS, EMLatentDiffusionPipeline, posthoc_ema, train_ldm
 from em_diffusion.choose_guidance import GuidanceConfig, choose_guidance
-from em_diffusion.classes import check_classes, fit_classes, share_classes
+from em_diffusion.classes import check_classes, fit_classes
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import (
     compute_denoising_loss,
@@ -28,9 +28,9 @@ from em_diffusion.denoiser_loop import (
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.em_unet2d_model import EMUNet2DModel
 from em_diffusion.family import LDMOptions, list_controls
-from em_diffusion.latents import Latents
 from em_diffusion.samplers import create_sampler, list_samplers
 from em_training import make_generator
+from em_training.latents import Latents, share_classes
 from support.models import draw, make_conditional_ldm
 
 sys.path.insert(0, str(Path(__file__).parent))

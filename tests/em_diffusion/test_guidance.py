@@ -16,9 +16,9 @@ from em_diffusion.denoiser import load_denoiser
 from em_diffusion.drawing import LDMDrawer
 from em_diffusion.family import LDMOptions, list_controls
 from em_diffusion.samplers import SAMPLERS, create_sampler, list_samplers
-from em_diffusion.weights import hash_weights
 from em_generation.sampling import draw_images
 from em_training import config_to_json
+from em_training.weights import hash_weights
 from support.models import make_ldm
 
 

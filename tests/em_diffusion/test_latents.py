@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from em_diffusion import latents as latents_module
 from em_diffusion.autoencoder import create_autoencoder
-from em_diffusion.latents import Latents, encode_latents, encode_views, measure_latents
+from em_diffusion.latents import encode_latents, measure_latents
+from em_training import latents as latents_module
+from em_training.latents import Latents, encode_views
 
 sys.path.insert(0, str(Path(__file__).parent))
 from encode_latents_in_processes import make_parts

@@ -19,7 +19,6 @@ from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import compute_denoising_loss, draw_timesteps, train_denoiser
-from em_diffusion.latents import Latents
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at
 from em_diffusion.reconstruction import spectrum_error_db, ssim
@@ -32,6 +31,7 @@ from em_training import (
     match_memory_format,
     read_stats,
 )
+from em_training.latents import Latents
 from support.config import refuses_config
 
 

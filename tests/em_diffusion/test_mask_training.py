@@ -17,12 +17,12 @@ from em_diffusion import (
     train,
     train_ldm,
 )
-from em_diffusion.latents import Latents
 from em_diffusion.mask_family import FAMILY
 from em_diffusion.masks import MASK_SCALE, MaskedLatents, draw_conditions
 from em_generation.generate import GenerationConfig, generate_images
 from em_training import make_generator, make_image_rng
 from em_training.family import EXACT_BATCH
+from em_training.latents import Latents
 from support.models import make_layout_sampler
 
 UNET = "pipeline/unet/diffusion_pytorch_model.safetensors"

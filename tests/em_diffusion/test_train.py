@@ -18,8 +18,8 @@ from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.em_grain import EMGrain
 from em_diffusion.grain import fit_grain
 from em_diffusion.validation import choose_spaced_views
-from em_diffusion.weights import hash_weights
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
+from em_training.weights import hash_weights
 from support.config import refuses_config
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def test_second_start_trains_nothing(run, monkeypatch):
 
     monkeypatch.setattr("em_diffusion.train.train_autoencoder", refuse)
     monkeypatch.setattr("em_diffusion.train.train_denoiser", refuse)
-    monkeypatch.setattr("em_diffusion.latents.encode_views", refuse)
+    monkeypatch.setattr("em_training.latents.encode_views", refuse)
     monkeypatch.setattr("em_diffusion.train.save_model", refuse)
     train_ldm(config)
     assert (out / "run.json").read_text() == before

@@ -14,10 +14,10 @@ from em_diffusion import PRESETS, denoiser_loop
 from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.denoiser import create_denoiser, create_scheduler
 from em_diffusion.denoiser_loop import generate_images, train_denoiser
-from em_diffusion.latents import Latents
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
 from em_evaluation.held_out import HeldOutDistance
 from em_training import create_accelerator, leave_processes, read_best
+from em_training.latents import Latents
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
