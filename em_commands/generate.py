@@ -7,12 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from em_generation.families import FAMILIES
 from em_generation.generate import GenerationConfig, generate_images, write_preview
 from em_generation.loading import Model, read_model
 from em_generation.pairs import PairOptions
 from em_generation.pairs.preview import write_pairs_preview
+from em_generation.shards.check import check_shards, describe_check
+from em_generation.shards.plan import SUFFIXES, ShardOptions
+from em_generation.shards.work import Written, generate_shard
 from em_training.cli import run_command
 from em_training.flags import UsageError, parse_flags
 
@@ -23,6 +27,10 @@ HELP = """Generate images from a trained model into a folder.
       also shows the sampling options of MODEL's family
   python generate.py --model MODEL --out pairs --pairs simulated --labels coco yolo
       writes images with the labels of their defects
+  python generate.py --model MODEL --out OUT --num-images 1000000 --format arrow --shard 3/20
+      writes one of 20 shards
+  python generate.py --check OUT
+      says which files of OUT are missing
 
 Beside the folder, OUT-preview.png shows the first images. The same command resumes where it
 stopped."""
@@ -37,18 +45,30 @@ def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model")
     source = finder.parse_known_args(argv)[0].model
+    general = [GenerationConfig, PairOptions, ShardOptions]
+    settings: dict[str, Any] = {
+        "command": "generate.py",
+        "description": HELP,
+        "headings": {PairOptions: "pairs", ShardOptions: "shards"},
+    }
     if source is None:
         if not {"--help", "-h"} & set(argv):
             raise UsageError("Name a model: python generate.py --model MODEL --out FOLDER")
-        parse_flags(
-            [GenerationConfig, PairOptions], ["--help"], command="generate.py", description=HELP
-        )
+        parse_flags(general, ["--help"], **settings)
     model = read_model(source)
     refuse_options_of_others(argv, model)
-    classes = [GenerationConfig, PairOptions, model.family.options]
-    config, pairs, options = parse_flags(classes, argv, command="generate.py", description=HELP)
+    config, pairs, shards, options = parse_flags([*general, model.family.options], argv, **settings)
+    if shards.check is not None:
+        raise UsageError("--check only takes the name of a folder. Leave the other flags out.")
+    if shards.shard is None and config.format == "webdataset":
+        raise UsageError("--format webdataset is written by shards. Add --shard 1/1.")
+    if shards.shard is not None and config.format not in SUFFIXES:
+        raise UsageError(
+            f"--format is {config.format}, but shards are arrow or webdataset. Add --format arrow."
+        )
     pairs = None if pairs.pairs is None else pairs
-    return dataclasses.replace(config, pairs=pairs, options=options), model
+    shards = None if shards.shard is None else shards
+    return dataclasses.replace(config, pairs=pairs, shards=shards, options=options), model
 
 
 def refuse_options_of_others(argv: Sequence[str], model: Model) -> None:
@@ -68,7 +88,15 @@ def refuse_options_of_others(argv: Sequence[str], model: Model) -> None:
 
 
 def run() -> None:
-    config, model = parse(sys.argv[1:])
+    argv = sys.argv[1:]
+    if len(argv) == 2 and argv[0] == "--check":
+        check_folder(argv[1])
+        return
+    config, model = parse(argv)
+    if config.shards is not None:
+        command = shlex.join(["python", "generate.py", *drop_shard(argv)])
+        say_shard(config.shards.shard, generate_shard(config, model, command))
+        return
     record = generate_images(config, model)
     if config.pairs is not None:
         say_pairs(config, record)
@@ -82,6 +110,37 @@ def run() -> None:
         )
     if model.config and model.config.get("data"):  # else evaluate.py asks for real images
         print(f"Next: judge the model by such images: {say_evaluation(config)}")
+
+
+def check_folder(out: str) -> None:
+    """Say what is missing in a folder of shards; end with code 1 if it is not whole."""
+    check = check_shards(out)
+    print(describe_check(check))
+    if not check.is_whole:
+        raise SystemExit(1)
+
+
+def drop_shard(argv: Sequence[str]) -> list[str]:
+    """Return a command line without --shard and its value."""
+    words = zip(["", *argv], argv, strict=False)
+    return [
+        word for before, word in words if before != "--shard" and not word.startswith("--shard")
+    ]
+
+
+def say_shard(shard: str, written: Written) -> None:
+    """Say what a worker wrote, and what to do next."""
+    plan = written.plan
+    print(
+        f"shard {shard}: {len(written.files):,} files written, {written.num_done_before:,} were "
+        "done before"
+    )
+    missing = plan.num_files - len(plan.list_marked())
+    if missing > 0:
+        print(f"{missing:,} of {plan.num_files:,} files in {plan.out} are missing: other shards")
+    else:
+        print(f"{plan.num_images:,} images in {plan.out}")
+        print(f"Next: check them: python generate.py --check {shlex.quote(str(plan.out))}")
 
 
 def say_pairs(config: GenerationConfig, record: dict) -> None:

@@ -22,7 +22,7 @@ from em_generation.label_store import LabelFormat, create_labelled_store
 from em_generation.loading import Model, read_model
 from em_generation.pairs import create_pair_drawer
 from em_generation.sampling import draw_images
-from em_generation.store import create_store, remove_remains, scan_names
+from em_generation.store import NameClasses, create_store, remove_remains, scan_names
 from em_training import choose_precision, create_process_state
 from em_training.classes import name_classes
 from em_training.family import check_options
@@ -31,9 +31,10 @@ RECORD = "generation.json"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
 PREVIEW_IMAGES, PREVIEW_PX = 16, 2048  # at most, in number and side
-MOST_IMAGES = 10_000_000  # of one folder
+MOST_IN_SHARDS = 1_000_000_000  # images of a folder of shards
+MOST_IMAGES = 10_000_000  # of another folder
 
-ImageFormat = Literal["png", "tiff", "arrow"]
+ImageFormat = Literal["png", "tiff", "arrow", "webdataset"]
 Precision = Literal["auto", "bf16", "fp16", "no"]
 
 
@@ -55,7 +56,8 @@ class GenerationConfig:
     batch_size: int = 50
     """Images drawn at a time by each process. It is halved when the memory runs out."""
     format: ImageFormat = "png"
-    """png or tiff: one file per image. arrow: a data set for `datasets.load_from_disk`."""
+    """png or tiff: one file per image. arrow: a data set for `datasets.load_from_disk`. webdataset:
+    tar files; needs --shard."""
     bits: Literal[8, 16] = 8
     """Bits per pixel."""
     precision: Precision = "auto"
@@ -63,12 +65,14 @@ class GenerationConfig:
     --mixed_precision`, else bf16 if the hardware has it, else float32. no: float32."""
     pairs: Any = None
     """An `em_generation.pairs.PairOptions`, if labels are to be written, too."""
+    shards: Any = None
+    """An `em_generation.shards.plan.ShardOptions`, if `generate_shard` is to write a shard."""
     options: Any = None
     """Sampling options of the model's family, such as `em_diffusion.family.LDMOptions`. Default:
     the family's."""
 
     def __post_init__(self):
-        check_options(self, num_images=(1, MOST_IMAGES), seed=(0, 2**63), batch_size=(1, 65_536))
+        check_options(self, num_images=(1, MOST_IN_SHARDS), seed=(0, 2**63), batch_size=(1, 65_536))
         for name, kind in (
             ("format", ImageFormat),
             ("bits", Literal[8, 16]),
@@ -77,6 +81,11 @@ class GenerationConfig:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(map(str, get_args(kind)))
                 raise ValueError(f"--{name} is {getattr(self, name)}; choose one of {choices}.")
+        if self.num_images > MOST_IMAGES and self.format in ("png", "tiff"):
+            raise ValueError(
+                f"--num-images is {self.num_images:,}, but a folder holds at most {MOST_IMAGES:,} "
+                "files. Use --format arrow or webdataset with --shard."
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,14 +109,10 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
             writes into it, or the model diverged.
         OSError: The disk is full. Images written so far are whole.
     """
+    if config.format == "webdataset":
+        raise ValueError("--format webdataset is written by shards. Add --shard 1/1.")
     model = read_model(config.model) if model is None else model
-    options = model.family.options() if config.options is None else config.options
-    if not isinstance(options, model.family.options):
-        raise ValueError(
-            f"{config.model} is a {model.title} and takes {model.family.options.__name__}, "
-            f"not {type(options).__name__}."
-        )
-    config = dataclasses.replace(config, options=options)
+    config = fill_options(config, model)
     state = create_process_state()
     out = Path(config.out)
     refuse_foreign_folder(out)
@@ -120,6 +125,17 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
         lock(out / ".lock", message) if state.is_main_process else contextlib.nullcontext(),
     ):
         return _generate(config, model, state, out)
+
+
+def fill_options(config: GenerationConfig, model: Model) -> GenerationConfig:
+    """Return the configuration with the family's sampling options where it has none."""
+    options = model.family.options() if config.options is None else config.options
+    if not isinstance(options, model.family.options):
+        raise ValueError(
+            f"{config.model} is a {model.title} and takes {model.family.options.__name__}, "
+            f"not {type(options).__name__}."
+        )
+    return dataclasses.replace(config, options=options)
 
 
 def refuse_foreign_folder(out: Path) -> None:
@@ -136,46 +152,23 @@ def refuse_foreign_folder(out: Path) -> None:
 
 
 def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
-    pipeline = model.load(device=state.device, dtype=config.dtype)
     progress = Progress()
-    drawer: Any = model.start(
-        pipeline,
-        config.options,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        say=say,
-        on_progress=progress.advance,
-    )
-    pixel_size_nm = getattr(pipeline.config, "pixel_size_nm", None)
-    if config.pairs is not None:
-        drawer = create_pair_drawer(
-            drawer, model, config.pairs, pixel_size_nm=pixel_size_nm, seed=config.seed, say=say
-        )
-    record: dict[str, Any] = {
-        "name": model.name,
-        "family": model.kind,
-        "settings": describe_settings(config, model) | drawer.describe(),
-    }
-    before = _read_matching_record(out, record)
+    started = start_drawing(config, model, state.device, progress)
+    drawer, record = started.drawer, started.record
+    before = read_matching_record(out, record)
     state.wait_for_everyone()
     if state.is_main_process:
         remove_remains(out)
         if before is None:
             write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
 
-    written = (out, config.format, config.bits, pixel_size_nm)
-    classes = find_class_names(pipeline, config.options)
-    if config.pairs is None:
-        store = create_store(*written, classes)
-    else:
-        labels = LabelFormat(drawer.kinds, config.pairs.labels, drawer.take)
-        store = create_labelled_store(*written, labels, classes)
+    store = started.create_store(out, config.format)
     missing = store.find_missing(config.num_images)
     state.wait_for_everyone()  # all have seen the same folder before any writes to it
     mine = store.share(missing, state.process_index, state.num_processes)
-    started = time.monotonic()
-    _draw_missing(drawer, mine, config, model, store, state, progress)
-    parts = [(len(mine), time.monotonic() - started)]
+    began = time.monotonic()
+    draw_missing(drawer, mine, config, model, store.write, state, progress)
+    parts = [(len(mine), time.monotonic() - began)]
     if state.num_processes > 1:
         parts = accelerate.utils.gather_object(parts)
 
@@ -193,7 +186,56 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
     return record
 
 
-def find_class_names(pipeline, options) -> Callable[[Sequence[int]], Sequence[str]] | None:
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A model that is ready to draw.
+
+    record: name, family and the settings that decide the images. labels: None without --pairs.
+    """
+
+    drawer: Any
+    record: dict[str, Any]
+    bits: int
+    pixel_size_nm: float | None
+    name_classes: NameClasses | None
+    labels: LabelFormat | None
+
+    def create_store(self, out: Path, format: str):
+        """Return the store of a format: "png", "tiff" or "arrow"."""
+        written = (out, format, self.bits, self.pixel_size_nm)
+        if self.labels is None:
+            return create_store(*written, self.name_classes)
+        return create_labelled_store(*written, self.labels, self.name_classes)
+
+
+def start_drawing(config: GenerationConfig, model: Model, device, progress: "Progress") -> Started:
+    """Load the model, and start its drawer with the options of the configuration."""
+    pipeline = model.load(device=device, dtype=config.dtype)
+    drawer: Any = model.start(
+        pipeline,
+        config.options,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        say=say,
+        on_progress=progress.advance,
+    )
+    pixel_size_nm = getattr(pipeline.config, "pixel_size_nm", None)
+    labels = None
+    if config.pairs is not None:
+        drawer = create_pair_drawer(
+            drawer, model, config.pairs, pixel_size_nm=pixel_size_nm, seed=config.seed, say=say
+        )
+        labels = LabelFormat(drawer.kinds, config.pairs.labels, drawer.take)
+    record: dict[str, Any] = {
+        "name": model.name,
+        "family": model.kind,
+        "settings": describe_settings(config, model) | drawer.describe(),
+    }
+    classes = find_class_names(pipeline, config.options)
+    return Started(drawer, record, config.bits, pixel_size_nm, classes, labels)
+
+
+def find_class_names(pipeline, options) -> NameClasses | None:
     """Return a function that names the classes of images by number; None without --classes."""
     classes = getattr(options, "classes", ())
     if not classes:
@@ -224,13 +266,24 @@ class Progress:
         self.bar.update(max(0, num_images - self.bar.n))
 
 
-def _draw_missing(
-    drawer, numbers: list[int], config, model: Model, store, state, progress: Progress
+def draw_missing(
+    drawer,
+    numbers: Sequence[int],
+    config,
+    model: Model,
+    write: Callable[[Sequence[int], Any], int],
+    state,
+    progress: Progress,
+    part: str = "",
 ) -> None:
-    """Draw and write the images, under a bar with the speed and the time left of this process."""
+    """Draw and write the images, under a bar with the speed and the time left of this process.
+
+    part: what of the whole these images are, for the bar.
+    """
     if not numbers:
         return
-    description = f"drawing by {model.title}"
+    progress.num_written = 0
+    description = f"drawing {part}by {model.title}"
     if state.num_processes > 1:
         description += f" (process {state.process_index + 1} of {state.num_processes})"
     # threads that encode and write: the cores that do not compute
@@ -255,7 +308,7 @@ def _draw_missing(
         draw_images(
             drawer,
             numbers,
-            store.write,
+            write,
             batch_size=progress.images_at_once or config.batch_size,
             num_writers=max(1, min(MAX_WRITERS, cores - computing)),
             progress=progress.finish,
@@ -265,7 +318,7 @@ def _draw_missing(
 
 def describe_settings(config: GenerationConfig, model: Model) -> dict:
     """Return the settings beside the drawer's that decide an image's content."""
-    stored = {"stored_as": "png"} if config.format == "arrow" else {}
+    stored = {"stored_as": "png"} if config.format in ("arrow", "webdataset") else {}
     return {
         "weights_sha256": model.weights_sha256,
         "seed": config.seed,
@@ -276,7 +329,7 @@ def describe_settings(config: GenerationConfig, model: Model) -> dict:
     }
 
 
-def _read_matching_record(out: Path, record: dict) -> dict | None:
+def read_matching_record(out: Path, record: dict) -> dict | None:
     """Return the folder's record; `ValueError` if its images are not of the same settings."""
     path = out / RECORD
     if not path.exists():

@@ -25,6 +25,7 @@ from em_data.micrograph import Defect
 from em_generation.store import ArrowStore, FileStore, NameClasses, remove_remains, scan_names
 
 FOLDERS = ("images", "masks", "semantic", "labels", "records")
+SUFFIXES = {"masks": "png", "semantic": "png", "labels": "txt", "records": "json"}
 COCO, METADATA, YOLO = "labels/coco.json", "metadata.jsonl", "data.yaml"
 
 
@@ -50,6 +51,43 @@ class LabelFormat:
     kinds: tuple[str, ...]
     formats: tuple[str, ...]
     take: Callable[[int], Labels]
+
+
+def encode_labels(
+    number: int,
+    found: Labels,
+    shape: tuple[int, int],
+    labels: LabelFormat,
+    pixel_size_nm: float | None,
+    name_classes: NameClasses | None = None,
+) -> dict[str, bytes]:
+    """Return the files about one image: its masks, YOLO's lines and, always, its record.
+
+    The keys are those of `SUFFIXES`; the record comes last.
+    """
+    kinds, files = labels.kinds, {}
+    if "masks" in labels.formats:
+        options = make_png_options(pixel_size_nm)
+        files["masks"] = encode_png(draw_instances(found.defects, shape), **options)
+        semantic = draw_semantic_mask(found.defects, kinds, shape)
+        files["semantic"] = encode_png(semantic, **options)
+    if "yolo" in labels.formats:
+        files["labels"] = make_yolo_lines(found.defects, kinds, shape).encode()
+    annotations = [
+        make_annotation(each, shape, category_id=kinds.index(each.kind) + 1)
+        for each in found.defects
+    ]
+    names = {} if name_classes is None else {"class_name": name_classes([number])[0]}
+    record = {
+        "number": number,
+        "height": shape[0],
+        "width": shape[1],
+        "pixel_size_nm": pixel_size_nm,
+        **names,
+        **found.facts,
+        "annotations": annotations,
+    }
+    return files | {"records": (json.dumps(record) + "\n").encode()}
 
 
 class LabelledFileStore(FileStore):
@@ -91,33 +129,10 @@ class LabelledFileStore(FileStore):
             self._write_labels(number, self.labels.take(number), tuple(image.shape[-2:]))
         return super().write(numbers, images)
 
-    def _write_labels(self, number, labels, shape):
-        name, kinds, formats = f"{number:06d}", self.labels.kinds, self.labels.formats
-        if "masks" in formats:
-            options = make_png_options(self.pixel_size_nm)
-            for folder, mask in (
-                ("masks", draw_instances(labels.defects, shape)),
-                ("semantic", draw_semantic_mask(labels.defects, kinds, shape)),
-            ):
-                write_atomically(self.root / folder / f"{name}.png", encode_png(mask, **options))
-        if "yolo" in formats:
-            text = make_yolo_lines(labels.defects, kinds, shape)
-            write_atomically(self.root / "labels" / f"{name}.txt", text)
-        annotations = [
-            make_annotation(each, shape, category_id=kinds.index(each.kind) + 1)
-            for each in labels.defects
-        ]
-        names = {} if self.name_classes is None else {"class_name": self.name_classes([number])[0]}
-        record = {
-            "number": number,
-            "height": shape[0],
-            "width": shape[1],
-            "pixel_size_nm": self.pixel_size_nm,
-            **names,
-            **labels.facts,
-            "annotations": annotations,
-        }
-        write_atomically(self.root / "records" / f"{name}.json", json.dumps(record) + "\n")
+    def _write_labels(self, number, found, shape):
+        options = (self.labels, self.pixel_size_nm, self.name_classes)
+        for folder, data in encode_labels(number, found, shape, *options).items():
+            write_atomically(self.root / folder / f"{number:06d}.{SUFFIXES[folder]}", data)
 
     def finish(self) -> None:
         """Write the files about all images: metadata.jsonl, coco.json and data.yaml."""
@@ -189,11 +204,11 @@ class LabelledArrowStore(ArrowStore):
         self.labels = labels
         self._labels_of: dict[int, tuple[Labels, tuple[int, int]]] = {}
 
-    def write(self, numbers: Sequence[int], images) -> int:
-        """Take images [B, 1, H, W] in [-1, 1] with their labels; write complete shards."""
+    def encode(self, numbers: Sequence[int], images) -> list[bytes]:
+        """Return images [B, 1, H, W] in [-1, 1] as PNG files; keep their labels for the columns."""
         shape = tuple(images.shape[-2:])
         self._labels_of.update((number, (self.labels.take(number), shape)) for number in numbers)
-        return super().write(numbers, images)
+        return super().encode(numbers, images)
 
     def list_columns(self, shard: range, files: list[bytes]) -> dict[str, tuple[Any, list]]:
         """Return {column: (type, values)} of a shard."""

@@ -122,8 +122,7 @@ class ArrowStore:
 
         Returns how many images these hold. Thread-safe.
         """
-        levels = (to_uint8 if self.bits == 8 else to_uint16)(images)[:, 0]  # [B, H, W]
-        files = [encode_png(image) for image in levels]
+        files = self.encode(numbers, images)
         complete = []
         with self._lock:
             self._waiting.update(zip(numbers, files, strict=True))
@@ -134,30 +133,14 @@ class ArrowStore:
             self._write_shard(shard, files)
         return sum(len(shard) for shard, _ in complete)
 
+    def encode(self, numbers: Sequence[int], images) -> list[bytes]:
+        """Return images [B, 1, H, W] in [-1, 1] as PNG files. Thread-safe."""
+        levels = (to_uint8 if self.bits == 8 else to_uint16)(images)[:, 0]  # [B, H, W]
+        return [encode_png(image) for image in levels]
+
     def finish(self) -> None:
         """Write the index that makes the folder a data set, once no image is missing."""
-        import datasets
-        import pyarrow
-
-        shards = self.list_shards()
-        if not shards:
-            return
-        with (self.out / shards[0][2]).open("rb") as file:
-            schema = pyarrow.ipc.open_stream(file).schema
-        features = datasets.Features.from_arrow_schema(schema)
-        info = datasets.DatasetInfo(description="generated micrographs", features=features)
-        content = "".join(f"{name} {(self.out / name).stat().st_size}" for _, _, name in shards)
-        state = {
-            "_data_files": [{"filename": name} for _, _, name in shards],
-            "_fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        }
-        info.write_to_directory(str(self.out))
-        write_atomically(self.out / "state.json", json.dumps(state, indent=2) + "\n")
+        write_index(self.out, [name for _, _, name in self.list_shards()])
 
     def list_columns(self, shard: range, files: list[bytes]) -> dict[str, tuple[Any, list]]:
         """Return {column: (type, values)} of a shard."""
@@ -191,6 +174,34 @@ class ArrowStore:
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(self.out)
+
+
+def write_index(out: Path, names: Sequence[str]) -> None:
+    """Write the index by which `datasets.load_from_disk` opens a folder of Arrow files.
+
+    names: The files, relative to the folder, in order. Nothing is written for none.
+    """
+    import datasets
+    import pyarrow
+
+    if not names:
+        return
+    with (out / names[0]).open("rb") as file:
+        schema = pyarrow.ipc.open_stream(file).schema
+    features = datasets.Features.from_arrow_schema(schema)
+    info = datasets.DatasetInfo(description="generated micrographs", features=features)
+    content = "".join(f"{name} {(out / name).stat().st_size}" for name in names)
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info.write_to_directory(str(out))
+    write_atomically(out / "state.json", json.dumps(state, indent=2) + "\n")
 
 
 def create_store(

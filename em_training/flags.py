@@ -95,6 +95,7 @@ def parse_flags(
     command: str,
     description: str = "",
     positional: Sequence[str] = (),
+    headings: Mapping[type, str] | None = None,
 ) -> list[Any]:
     """Return an object of each dataclass that the flags of a command without presets ask for.
 
@@ -105,43 +106,57 @@ def parse_flags(
         command: The command's name in messages, such as "generate.py".
         description: Text of `--help`. Default: the docstring of the first class.
         positional: Fields that are words without a flag.
+        headings: Classes whose flags have a heading of their own in `--help`, and the heading.
 
     Raises:
         UsageError: For unknown flags and impossible values.
     """
-    fields, flags = [], []
+    headings = headings or {}
+    fields, flags, shown = [], [], []
     for cls in classes:
-        hints, texts = typing.get_type_hints(cls, include_extras=True), _read_help_texts(cls)
-        for field in dataclasses.fields(cls):
-            if hints[field.name] is Any:
-                continue
-            text = " ".join(texts.get(field.name, "").split())
-            about = [tyro.conf.arg(help=text)]
-            if field.name in positional:
-                metavar = field.name.upper()
-                about = [tyro.conf.arg(help=text, metavar=metavar), tyro.conf.Positional]
-            hint: Any = Annotated[hints[field.name], *about]
-            default = dataclasses.field(
-                default=field.default, default_factory=field.default_factory
-            )
-            fields.append((field.name, hint, default))
-            flags.append(Flag(field.name.replace("_", "-"), field.default, text))
+        own = list(_list_fields(cls, positional))
+        fields += own
+        flags += [Flag(name.replace("_", "-"), field.default, text) for name, _, field, text in own]
+        plain = [(name, hint, field) for name, hint, field, _ in own]
+        if cls in headings:
+            group: Any = dataclasses.make_dataclass(cls.__name__, plain, frozen=True, kw_only=True)
+            group.__doc__ = inspect.cleandoc(cls.__doc__ or "")
+            hint: Any = Annotated[group, tyro.conf.OmitArgPrefixes]
+            plain = [(headings[cls], hint, dataclasses.field(default_factory=group))]
+        shown += plain
     _refuse_unknown(flags, argv, f"`python {command} --help` lists all flags.")
-    _refuse_missing(fields, argv, positional, command)
-    shape = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
+    _refuse_missing([each[:3] for each in fields], argv, positional, command)
+    shape = dataclasses.make_dataclass("Flags", shown, frozen=True, kw_only=True)
     description = description or inspect.cleandoc(classes[0].__doc__ or "")
     with _plain_errors(command):
         values = tyro.cli(shape, args=list(argv), prog=command, description=description)
     return [
         cls(
             **{
-                f.name: getattr(values, f.name)
+                f.name: getattr(found, f.name)
                 for f in dataclasses.fields(cls)
-                if hasattr(values, f.name)
+                if hasattr(found, f.name)
             }
         )
         for cls in classes
+        for found in [getattr(values, headings[cls]) if cls in headings else values]
     ]
+
+
+def _list_fields(cls: type, positional: Sequence[str]) -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield (name, annotation for tyro, field, help text) of each flag of a class."""
+    hints, texts = typing.get_type_hints(cls, include_extras=True), _read_help_texts(cls)
+    for field in dataclasses.fields(cls):
+        if hints[field.name] is Any:
+            continue
+        text = " ".join(texts.get(field.name, "").split())
+        about = [tyro.conf.arg(help=text)]
+        if field.name in positional:
+            metavar = field.name.upper()
+            about = [tyro.conf.arg(help=text, metavar=metavar), tyro.conf.Positional]
+        hint: Any = Annotated[hints[field.name], *about]
+        default = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        yield field.name, hint, default, text
 
 
 def list_flags(config: Any, prefix: str = "") -> Iterator[Flag]:
