@@ -86,7 +86,11 @@ def run_training(
             is_named=preset in argv[:1],
             has_data=any(w.split("=")[0] == "--data" for w in argv),
         )
-        if is_complete(config.out, config):
+        from em_training.nodes import ask_main_process
+        from em_training.precision import create_process_state
+
+        state = create_process_state()
+        if ask_main_process(state, lambda: is_complete(config.out, config)):
             say(f"The run in {config.out} is already complete.")
         else:
             if not int(os.environ.get("RANK", "0")):

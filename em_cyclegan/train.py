@@ -16,9 +16,14 @@ from em_cyclegan.translation_loop import (
 from em_data import load_data, warn_if_few
 from em_data.files import replace_folder, write_atomically
 from em_training import (
+    ask_main_process,
+    check_same_config,
+    check_same_tiles,
     create_accelerator,
     describe_preset,
-    lock_folder,
+    fail_together,
+    fill_cache,
+    lock_run,
     read_best,
     read_stats,
     refuse_other_data,
@@ -41,35 +46,36 @@ def train_cyclegan(config: CycleGANConfig) -> Path:
 
     Raises:
         ValueError: If the folder holds a run of another configuration, another process is training
-            in it, or source and target are the same.
+            in it, source and target are the same, or several processes do not share the folder or
+            have other tiles.
         TrainingInterrupted: After saving, if the run was asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
-    with lock_folder(out, is_main_process=accelerator.is_main_process):
+    with lock_run(out, accelerator):
         train_and_save(config, accelerator, out)
     return out
 
 
 def train_and_save(config, accelerator, out):
     """Train and save in a folder that this process has locked."""
-    check_batch_size(config, accelerator)
     config = replace(config, precision=accelerator.mixed_precision)
-    refuse_other_run(out, config)
-    with accelerator.main_process_first():  # the first process cuts the tiles, the others find them
-        accelerator.print("Source:")
-        source = load_data(config.source, config.tiles_of_source, log=accelerator.print)
-        accelerator.print("Target:")
-        target = load_data(config.data, config.tiles, log=accelerator.print)
-    accelerator.wait_for_everyone()
-    check_sources(source.summary, target.summary, accelerator.print)
-    for data in (source, target):
-        views = len(data.train)
-        warn_if_few(data.summary, views, config.training.num_images, accelerator.print)
-    if accelerator.is_main_process:
-        refuse_other_data(out, {"source": source.identity, "target": target.identity})
-        save_config(config, out / "config.json")
-    if is_finished(config, out):
+    check_same_config(config, accelerator)
+    with fail_together(accelerator):
+        check_batch_size(config, accelerator)
+        refuse_other_run(out, config)
+    source, target = fill_cache(accelerator, lambda: load_sources(config, accelerator.print))
+    identity = {"source": source.identity, "target": target.identity}
+    check_same_tiles(identity, accelerator)
+    with fail_together(accelerator):
+        check_sources(source.summary, target.summary, accelerator.print)
+        for data in (source, target):
+            views = len(data.train)
+            warn_if_few(data.summary, views, config.training.num_images, accelerator.print)
+        if accelerator.is_main_process:
+            refuse_other_data(out, identity)
+            save_config(config, out / "config.json")
+    if ask_main_process(accelerator, lambda: is_finished(config, out)):
         accelerator.print(f"The run in {out} is already complete.")
         return
     path, train_seconds = train_translation(
@@ -79,9 +85,17 @@ def train_and_save(config, accelerator, out):
         out_dir=out,
         held_out=Domains(source.held_out, target.held_out),
     )
-    if accelerator.is_main_process:
-        save_run(config, source, target, path, train_seconds, out)
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            save_run(config, source, target, path, train_seconds, out)
+
+
+def load_sources(config, say):
+    """Return the data of the source and of the target."""
+    say("Source:")
+    source = load_data(config.source, config.tiles_of_source, log=say)
+    say("Target:")
+    return source, load_data(config.data, config.tiles, log=say)
 
 
 def check_sources(source: dict, target: dict, say) -> None:

@@ -26,6 +26,7 @@ from em_training import (
     BestWeights,
     Prefetcher,
     TrainingRun,
+    fail_together,
     make_generator,
     run_in_parts,
     seed_for,
@@ -122,9 +123,9 @@ def train_translation(
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
 
-    if accelerator.is_main_process:
-        save_generators(ema.model, path)
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            save_generators(ema.model, path)
     return path, train_seconds
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from em_training import (
     Prefetcher,
     TrainingRun,
     average_gradients,
+    fill_cache,
     make_generator,
     run_in_parts,
     seed_for,
@@ -167,7 +169,7 @@ def train_autoencoder(
         return keep_untrained(model, build_seconds, validation_images, folder, accelerator, config)
     ema = create_ema(model, config) if config.ema_half_life_images > 0 else None
     averaged = ema.model if ema else model
-    perceptual = create_perceptual_distance(config, accelerator.device)
+    perceptual = load_perceptual_distance(config, accelerator)
     discriminator, optimizer_D = create_discriminator(config, accelerator.device)
     parameters = list_trained(model)
     parameters_D = list(discriminator.parameters()) if discriminator else []
@@ -242,8 +244,8 @@ def keep_untrained(model, seconds, images, folder, accelerator, config):
     """Save a fitted or given model with a line of statistics and a sample grid of its own."""
     metrics = evaluate_reconstruction(model, images, accelerator, config.batch_size)
     line = {"num_images_seen": config.num_images, "train_seconds": seconds} | metrics
-    write_atomically(folder.parent / "stats.jsonl", json.dumps(line) + "\n")
     if accelerator.is_main_process:
+        write_atomically(folder.parent / "stats.jsonl", json.dumps(line) + "\n")
         path = folder.parent / "samples" / f"{config.num_images:012d}.png"
         save_samples(model, images, path, accelerator)
     return save_from_main_process(model, folder, accelerator), seconds
@@ -271,6 +273,11 @@ def draw_batches(tiles, sampler, model, config, accelerator, num_images_seen):
             batch = replace(batch, noise=torch.randn(shape, generator=rng))
         yield batch
         num_images_seen += config.batch_size
+
+
+def load_perceptual_distance(config, accelerator):
+    """Return `create_perceptual_distance` on the device; the first process may download it."""
+    return fill_cache(accelerator, partial(create_perceptual_distance, config, accelerator.device))
 
 
 def create_perceptual_distance(config, device="cpu"):

@@ -7,7 +7,7 @@ import torch
 from em_diffusion.autoencoder import create_autoencoder, is_trainable
 from em_diffusion.load_autoencoder import KINDS, load_autoencoder
 from em_diffusion.patch_basis import fit_to_tiles
-from em_training import seed_for
+from em_training import fill_cache, seed_for
 
 
 def build_autoencoder(config, tiles, accelerator):
@@ -28,8 +28,7 @@ def build_autoencoder(config, tiles, accelerator):
             torch.manual_seed(seed_for(config.seed, "autoencoder"))
             model = create_autoencoder(config, tiles.resolution)
         return model.to(accelerator.device, memory_format=torch.channels_last), 0.0
-    with accelerator.main_process_first():  # the first may download it
-        model = load_autoencoder(config.init_from)
+    model = fill_cache(accelerator, lambda: load_autoencoder(config.init_from))
     if config.freeze_encoder and not is_trainable(model):
         accelerator.print(f"{config.init_from} has an autoencoder that is used unchanged")
     elif config.num_images > 0 and not is_trainable(model):

@@ -11,6 +11,7 @@ from em_diffusion.em_schedulers import is_flow
 from em_diffusion.latents import hash_encoder
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.pipeline_em_ldm import EMLatentDiffusionPipeline
+from em_training import ask_main_process, fail_together, fill_cache
 from em_training.config import read_json_object
 from em_training.saved_models import check_pipeline, refuse_diverged
 from em_training.sources import fetch_pipeline_folder, read_starts, write_starts
@@ -54,12 +55,15 @@ def load_start(config, accelerator) -> Start:
             `config.autoencoder.init_from`'s, or predicts something else than `config.denoiser`.
     """
     source = config.denoiser.init_from
-    with accelerator.main_process_first():  # the first may download it
+
+    def load():
         folder = fetch_pipeline_folder(source)
         check_pipeline_class(folder, source)
         check_pipeline(folder, EMLatentDiffusionPipeline)
         pipeline = EMLatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-        encoder = load_autoencoder(config.autoencoder.init_from)
+        return pipeline, load_autoencoder(config.autoencoder.init_from)
+
+    pipeline, encoder = fill_cache(accelerator, load)
     refuse_diverged(source, pipeline.unet)
     if hash_encoder(encoder) != hash_encoder(pipeline.vqvae):
         raise ValueError(
@@ -148,12 +152,17 @@ def record_start(out: Path, part: str, source: str, model, accelerator, use: str
         model: The network as loaded.
         use: What becomes of it, such as "unchanged".
     """
-    sha256, started = hash_weights(model), read_starts(out)
-    if part not in started and accelerator.is_main_process:
-        write_starts(out, source, {part: {"use": use, "weights_sha256": sha256}})
-    accelerator.wait_for_everyone()
-    if started.get(part, {}).get("weights_sha256", sha256) != sha256:
-        raise ValueError(
-            f"{source} is not the model that the run in {out} began with: its {part} has other "
-            "weights. Restore it, or train in another folder with --out."
-        )
+    sha256 = hash_weights(model)
+
+    def record():
+        if part not in read_starts(out):
+            write_starts(out, source, {part: {"use": use, "weights_sha256": sha256}})
+        return read_starts(out)[part]
+
+    started = ask_main_process(accelerator, record)
+    with fail_together(accelerator):
+        if started.get("weights_sha256", sha256) != sha256:
+            raise ValueError(
+                f"{source} is not the model that the run in {out} began with: its {part} has other "
+                "weights. Restore it, or train in another folder with --out."
+            )

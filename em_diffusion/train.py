@@ -16,8 +16,7 @@ from em_diffusion.classes import check_classes, read_classes
 from em_diffusion.config import LDMConfig
 from em_diffusion.denoiser import create_scheduler, load_denoiser
 from em_diffusion.denoiser_loop import train_denoiser
-from em_diffusion.em_grain import EMGrain
-from em_diffusion.grain import fit_grain
+from em_diffusion.grain_stage import run_grain_stage
 from em_diffusion.latents import encode_latents, measure_latents, store_latent_statistics
 from em_diffusion.layout_stage import run_layout_stage
 from em_diffusion.load_autoencoder import load_autoencoder
@@ -30,14 +29,18 @@ from em_diffusion.masks import (
 )
 from em_diffusion.samplers import choose_default_sampler, create_sampler
 from em_diffusion.start import load_start, record_start
-from em_diffusion.validation import read_spaced_images, reconstruct
 from em_evaluation.feature_metrics import check_metrics
 from em_training import (
+    ask_main_process,
+    check_same_config,
+    check_same_tiles,
     create_accelerator,
     describe_preset,
+    fail_together,
+    fill_cache,
     list_checkpoints,
     load_config,
-    lock_folder,
+    lock_run,
     read_best,
     refuse_other_data,
     refuse_other_run,
@@ -46,9 +49,8 @@ from em_training import (
 )
 from em_training.config import is_complete
 from em_training.latents import Latents
-from em_training.noise import MAX_PIXELS
 from em_training.sources import TRAINED_FURTHER, read_starts
-from em_training.weights import hash_weights, save_model
+from em_training.weights import save_model
 
 
 def train_ldm(config: LDMConfig) -> Path:
@@ -58,39 +60,40 @@ def train_ldm(config: LDMConfig) -> Path:
     "autoencoder" only the first. The run's folder gets config.json, pipeline/ (for
     `EMLatentDiffusionPipeline.from_pretrained`) and run.json. The same call on the same folder
     resumes the run; on the same hardware the result is equal to the bit. Several processes share
-    the work if they were started by torchrun or `accelerate launch`.
+    the work if they were started by torchrun or `accelerate launch`, on one node or more.
 
     Raises:
-        ValueError: If the folder holds a run with another configuration, or is in use.
+        ValueError: If the folder holds a run with another configuration, or is in use, or if the
+            processes do not share it or have other tiles.
         TrainingInterrupted: After saving, if asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
-    with lock_folder(out, is_main_process=accelerator.is_main_process):
+    with lock_run(out, accelerator):
         train_stages(config, accelerator, out)
     return out
 
 
 def train_stages(config, accelerator, out):
     """Run the stages in a folder that nothing else trains in."""
-    check_batch_sizes(config, accelerator.num_processes)
-    check_metrics(config.denoiser.evaluation_metrics, in_training=True)
     config = replace(config, precision=accelerator.mixed_precision)
-    check_same_run(config, out)
+    check_same_config(config, accelerator)
+    with fail_together(accelerator):
+        check_batch_sizes(config, accelerator.num_processes)
+        check_metrics(config.denoiser.evaluation_metrics, in_training=True)
+        check_same_run(config, out)
     start = load_denoiser_start(config, accelerator, out)
-    with accelerator.main_process_first():  # the first cuts the tiles, the others read them
-        data = load_data(config.data, config.tiles, log=accelerator.print)
-    accelerator.wait_for_everyone()
-    check_masks(config, data, accelerator.print)
-    warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
-    if accelerator.is_main_process:
-        warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
-    if unused := check_classes(config, data):
-        accelerator.print(unused)
-    if accelerator.is_main_process:
-        classes = {"classes": list(data.train.class_names)} if config.conditional else {}
-        refuse_other_data(out, data.identity | classes)
-        save_config(config, out / "config.json")
+    data = fill_cache(
+        accelerator, lambda: load_data(config.data, config.tiles, log=accelerator.print)
+    )
+    classes = {"classes": list(data.train.class_names)} if config.conditional else {}
+    identity = data.identity | classes
+    check_same_tiles(identity, accelerator)
+    with fail_together(accelerator):
+        check_data(config, data, accelerator)
+        if accelerator.is_main_process:
+            refuse_other_data(out, identity)
+            save_config(config, out / "config.json")
 
     if start is not None:
         source = config.denoiser.init_from
@@ -111,11 +114,21 @@ def train_stages(config, accelerator, out):
     unet, denoiser = run_denoiser_stage(
         config, data, latents, held_out_latents, vqvae, accelerator, out, grain, start
     )
-    if accelerator.is_main_process and not is_complete(out, config):
-        save_pipeline(config, data, out, vqvae, unet, grain, layout_sampler)
-        run = describe_run(config, data, out, autoencoder, seconds, denoiser)
-        write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process and not is_complete(out, config):
+            save_pipeline(config, data, out, vqvae, unet, grain, layout_sampler)
+            run = describe_run(config, data, out, autoencoder, seconds, denoiser)
+            write_atomically(out / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def check_data(config, data, accelerator):
+    """Refuse data that the run cannot use, and say what it does not use or will repeat often."""
+    check_masks(config, data, accelerator.print)
+    warn_if_few(data.summary, len(data.train), config.autoencoder.num_images, accelerator.print)
+    if accelerator.is_main_process:
+        warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
+    if unused := check_classes(config, data):
+        accelerator.print(unused)
 
 
 def describe_run(config, data, out, autoencoder, latents_seconds, denoiser) -> dict:
@@ -166,15 +179,15 @@ def load_denoiser_start(config, accelerator, out):
 
     It is loaded before anything is written, so that a model that does not fit is refused at once.
     """
-    is_finished = read_result(out / "denoiser", config.denoiser.num_images) is not None
-    if config.denoiser.init_from is None or is_finished or not config.makes_pipeline:
+    result = find_result(out / "denoiser", config.denoiser, accelerator)
+    if config.denoiser.init_from is None or result is not None or not config.makes_pipeline:
         return None
     return load_start(config, accelerator)
 
 
 def run_autoencoder_stage(config, data, accelerator, out, start=None):
     """Train or load the autoencoder; return it and its result."""
-    result = read_result(out / "autoencoder", config.autoencoder.num_images)
+    result = find_result(out / "autoencoder", config.autoencoder, accelerator)
     if result is None:
         stage = replace(config.autoencoder, seed=seed_for(config.seed, config.autoencoder.seed))
         if stage.init_from is not None:
@@ -193,8 +206,7 @@ def check_first_autoencoder(config, accelerator, out, start):
     """
     stage, resolution = config.autoencoder, config.tiles.resolution
     source = stage.init_from
-    with accelerator.main_process_first():  # the first may download it
-        model = load_autoencoder(source)
+    model = fill_cache(accelerator, lambda: load_autoencoder(source))
     use = "decoder trained further" if stage.freeze_encoder else TRAINED_FURTHER
     if stage.num_images == 0 or not is_trainable(model):
         use = "unchanged"
@@ -231,9 +243,9 @@ def run_latents_stage(config, data, vqvae, accelerator, out, start=None):
         mean, std = vqvae.config.latents_mean, vqvae.config.latents_std
     else:
         mean, std = measure_latents(train)
-    if accelerator.is_main_process:
-        store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            store_latent_statistics(out / "autoencoder" / "vqvae", mean, std)
     vqvae.register_to_config(latents_mean=mean, latents_std=std)
     latents = [
         Latents(array, mean, std, *(read_classes(tiles, view_ids) if config.conditional else ()))
@@ -245,31 +257,6 @@ def run_latents_stage(config, data, vqvae, accelerator, out, start=None):
     return *latents, seconds + more
 
 
-def run_grain_stage(config, data, vqvae, accelerator, out):
-    """Measure the grain that the autoencoder removes from training views, or load it.
-
-    Returns an `EMGrain`, or None with `grain_images` 0.
-    """
-    if not config.grain_images:
-        return None
-    path, record = out / "grain", out / "grain" / "measured.json"
-    made_for = {"num_images": config.grain_images, "autoencoder": hash_weights(vqvae)}
-    is_measured = record.exists() and record.read_text() == json.dumps(made_for) + "\n"
-    if accelerator.is_main_process and not is_measured:
-        num_images = min(config.grain_images, max(1, MAX_PIXELS // config.tiles.resolution**2))
-        images = read_spaced_images(data.train, num_images)
-        grain = fit_grain(images, reconstruct(vqvae, images, accelerator))
-        accelerator.print(
-            f"grain: the autoencoder removes noise of {100 * grain.deviations.mean() / 2:.1f} % of "
-            f"the range of grey levels from {len(images):,} training views; generated images get "
-            "new noise like it"
-        )
-        save_model(grain, path)
-        write_atomically(record, json.dumps(made_for) + "\n")
-    accelerator.wait_for_everyone()
-    return EMGrain.from_pretrained(path).to(accelerator.device)
-
-
 def run_denoiser_stage(
     config, data, latents, held_out_latents, vqvae, accelerator, out, grain=None, start=None
 ):
@@ -277,7 +264,7 @@ def run_denoiser_stage(
 
     Its weights are the best ones if distances were measured, else those of the last step.
     """
-    result = read_result(out / "denoiser", config.denoiser.num_images)
+    result = find_result(out / "denoiser", config.denoiser, accelerator)
     if result is None:
         stage = replace(config.denoiser, seed=seed_for(config.seed, config.denoiser.seed))
         _, seconds = train_denoiser(
@@ -292,8 +279,7 @@ def run_denoiser_stage(
             start=None if start is None else fit_start(start, latents),
         )
         result = write_result(out / "denoiser", stage, seconds, accelerator)
-    with accelerator.main_process_first():  # the first may have to tidy up after a kill
-        best = read_best(out / "denoiser")
+    best = ask_main_process(accelerator, lambda: read_best(out / "denoiser"))
     folder = out / "denoiser" / "best" if best else out / "denoiser"
     result["weights"] = {"of": "the best checkpoint", **best} if best else {"of": "the last step"}
     return load_denoiser(folder / "unet"), result
@@ -307,6 +293,11 @@ def choose_sampler(config):
     else:
         scheduler, num_steps = create_sampler(config.sampler, scheduler), 50
     return scheduler, config.num_inference_steps or num_steps
+
+
+def find_result(folder, stage, accelerator) -> dict | None:
+    """Return what `read_result` finds on the main process."""
+    return ask_main_process(accelerator, lambda: read_result(folder, stage.num_images))
 
 
 def read_result(folder, num_images: int) -> dict | None:
@@ -328,9 +319,9 @@ def write_result(folder, config, train_seconds: float, accelerator) -> dict:
     """Mark a stage as finished."""
     num_images_seen = -(-config.num_images // config.batch_size) * config.batch_size
     result = {"num_images_seen": num_images_seen, "train_seconds": train_seconds}
-    if accelerator.is_main_process:
-        write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -19,6 +19,9 @@ from em_training import (
     MicroBatching,
     Prefetcher,
     TrainingRun,
+    ask_main_process,
+    fail_together,
+    fill_cache,
     list_checkpoints,
     make_generator,
     seed_for,
@@ -122,18 +125,22 @@ def train_stylegan(config, tiles, *, accelerator, out_dir, held_out=None) -> tup
                 run.step(num_images_seen)
         train_seconds = run.finish(num_images_seen)
 
-    if accelerator.is_main_process:
-        save_generator(ema.model, path)
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            save_generator(ema.model, path)
     return path, train_seconds
 
 
 def start_networks(config, model, discriminator, average, accelerator, out):
     """Load the weights of `init_from` into the networks of a new run, and record them."""
-    if config.init_from is None or list_checkpoints(out / "stylegan" / "checkpoints"):
+    folder = out / "stylegan" / "checkpoints"
+    if config.init_from is None or ask_main_process(accelerator, lambda: list_checkpoints(folder)):
         return
     recorded = out if accelerator.is_main_process else None
-    start_from(config, model, discriminator, average, accelerator.print, recorded)
+    fill_cache(
+        accelerator,
+        lambda: start_from(config, model, discriminator, average, accelerator.print, recorded),
+    )
 
 
 def save_generator(model, path):

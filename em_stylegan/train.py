@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +17,15 @@ from em_stylegan.networks import count_classes, create_networks, fill_scale, mea
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_stylegan.transfer import adopt_scale, start_from
 from em_training import (
+    ask_main_process,
+    check_same_config,
+    check_same_tiles,
     create_accelerator,
     describe_preset,
+    fail_together,
+    fill_cache,
     load_config,
-    lock_folder,
+    lock_run,
     read_best,
     refuse_other_data,
     refuse_other_run,
@@ -41,42 +47,52 @@ def train_gan(config: StyleGANConfig) -> Path:
 
     Raises:
         ValueError: If the folder holds a run of another configuration, or another process is
-            training in it.
+            training in it, or if several processes do not share it or have other tiles.
         TrainingInterrupted: After saving, if the run was asked to stop.
     """
     out = Path(config.out)
     accelerator = create_accelerator(out, config.precision)
-    with lock_folder(out, is_main_process=accelerator.is_main_process):
+    with lock_run(out, accelerator):
         train_and_save(config, accelerator, out)
     return out
 
 
 def train_and_save(config, accelerator, out):
     """Train and save in a folder that this process has locked."""
-    check_batch_size(config, accelerator)
     config = replace(config, precision=accelerator.mixed_precision)
-    check_same_run(config, out)
-    with accelerator.main_process_first():  # the first process cuts the tiles, the others find them
-        data = load_data(config.data, config.tiles, log=accelerator.print)
-    accelerator.wait_for_everyone()
-    check_classes(config, data, accelerator.print)
-    config = settle_scale(config, data.train, out)
+    check_same_config(config, accelerator)
+    with fail_together(accelerator):
+        check_batch_size(config, accelerator)
+        check_same_run(config, out)
+    data = fill_cache(
+        accelerator, lambda: load_data(config.data, config.tiles, log=accelerator.print)
+    )
+    check_same_tiles(data.identity, accelerator)
+    with fail_together(accelerator):
+        check_classes(config, data, accelerator.print)
+    config = ask_main_process(accelerator, partial(settle_scale, config, data.train, out))
     warn_if_few(data.summary, len(data.train), config.training.num_images, accelerator.print)
-    if accelerator.is_main_process:
-        warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
-        refuse_other_data(out, data.identity)
-        save_config(config, out / "config.json")
-        if config.save_untrained:
-            save_untrained(config, data, accelerator, out)
-    if is_finished(config, out):
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            begin_run(config, data, accelerator, out)
+    if ask_main_process(accelerator, lambda: is_finished(config, out)):
         accelerator.print(f"The run in {out} is already complete.")
     else:
         path, train_seconds = train_stylegan(
             config, data.train, accelerator=accelerator, out_dir=out, held_out=data.held_out
         )
-        if accelerator.is_main_process:
-            save_run(config, data, path, train_seconds, out)
-        accelerator.wait_for_everyone()
+        with fail_together(accelerator):
+            if accelerator.is_main_process:
+                save_run(config, data, path, train_seconds, out)
+
+
+def begin_run(config, data, accelerator, out):
+    """Record what a new run begins with; refuse one that began with other data."""
+    warn_of_tile_size(data.train.cut, config.tiles.downsample, config.data, accelerator.print)
+    refuse_other_data(out, data.identity)
+    save_config(config, out / "config.json")
+    if config.save_untrained:
+        save_untrained(config, data, accelerator, out)
 
 
 def check_classes(config, data, say=print):

@@ -24,6 +24,13 @@ from .latents import Latents as Latents
 from .memory import MicroBatching as MicroBatching
 from .memory import is_out_of_memory as is_out_of_memory
 from .memory import run_in_parts as run_in_parts
+from .nodes import ask_main_process as ask_main_process
+from .nodes import check_same_config as check_same_config
+from .nodes import check_same_tiles as check_same_tiles
+from .nodes import fail_together as fail_together
+from .nodes import fill_cache as fill_cache
+from .nodes import lock_folder as lock_folder
+from .nodes import lock_run as lock_run
 from .optimizer import average_gradients as average_gradients
 from .optimizer import match_memory_format as match_memory_format
 from .optimizer import step_optimizer as step_optimizer
@@ -38,7 +45,6 @@ from .prefetch import Prefetcher as Prefetcher
 from .run import NonFiniteLossError as NonFiniteLossError
 from .run import TrainingInterrupted as TrainingInterrupted
 from .run import TrainingRun as TrainingRun
-from .run import lock_folder as lock_folder
 from .seeding import make_generator as make_generator
 from .seeding import make_image_rng as make_image_rng
 from .seeding import seed_for as seed_for

@@ -12,6 +12,10 @@ from pydantic import ValidationError
 from em_data.files import FullDiskError, is_full_disk, printable
 from em_training.config import describe_error
 
+LOST_CONNECTION = (
+    "error: the connection to another process of this run is lost; it has ended or its node has "
+    "failed. See its output. The same command goes on from the last checkpoint."
+)
 TOO_LARGE = (MemoryError, OverflowError, RecursionError)
 
 
@@ -42,10 +46,14 @@ def run_command(main: Callable[[], object]) -> None:
 def _report(error: Exception) -> None:
     """End the process with one sentence, or with the traceback of an error that is our own."""
     kind = type(error).__name__
+    if kind == "OtherProcessError":
+        sys.exit(2)  # the other one says why
     if kind == "TrainingInterrupted":
         _fail(str(error), 130)
     if kind == "NonFiniteLossError":
         _fail(f"error: {error}", 1)
+    if _is_lost_connection(error):
+        _fail(f"{LOST_CONNECTION} ({str(error).strip().splitlines()[-1]})", 1)
     text = _describe(error)
     if text is None or "EM_TRACEBACK" in os.environ:
         traceback.print_exception(error)
@@ -80,6 +88,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     from em_training.memory import is_out_of_memory
 
     return is_out_of_memory(error)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Say whether an exchange between processes failed: Gloo and NCCL raise a `RuntimeError`."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _report_of_thread(arguments: threading.ExceptHookArgs) -> None:

@@ -1,8 +1,10 @@
 """Latents of all views, encoded once, kept on disk and read through a memory map."""
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 
 from em_data.files import flush_to_disk, make_folder, write_atomically
 from em_training.memory import run_in_parts
+from em_training.nodes import ask_main_process, fail_together
 
 BATCHES_PER_CHUNK = 4  # what a kill may cost each process
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -116,10 +119,9 @@ def encode_latents(
     `folder`/`name`-<key>.npy is keyed by the tiles' fingerprint, the encoder's weights and the
     precision. An existing one is read.
 
-    All processes encode, each its share of the chunks, into one file under another name; `folder`
-    is common to them. A second file holds the seconds that each chunk took, 0 for chunks that are
-    not done. After a kill, the next start encodes what is not done. A batch is the same views
-    whatever the number of processes.
+    All processes encode, each its share of the chunks, a file each. The main process joins them;
+    `folder` is common to them. After a kill, the next start encodes the chunks that are missing. A
+    batch is the same views whatever the number of processes.
 
     Args:
         encode: Images float32 [B, 1, R, R] in [-1, 1] on the device -> latents [B, C, h, w].
@@ -140,18 +142,17 @@ def encode_latents(
     key = "\n".join([tiles.fingerprint, views, weights, accelerator.mixed_precision])
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}-{key}.npy"
-    if not is_whole(path):
+    if not ask_main_process(accelerator, lambda: is_whole(path)):
         encode_part = partial(encode_views, encode, tiles, remedy, accelerator)
-        unfinished = path.with_suffix(".partial")
-        done = path.with_suffix(f".done-{batch_size * BATCHES_PER_CHUNK}")
-        shape = encode_part(view_ids[:1]).shape[1:]
-        if accelerator.is_main_process:
-            begin(unfinished, done, (len(view_ids), *shape), batch_size * BATCHES_PER_CHUNK)
-        accelerator.wait_for_everyone()
-        encode_missing(unfinished, done, encode_part, batch_size, view_ids, accelerator, name)
-        if accelerator.is_main_process:
-            finish(unfinished, done, path, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+        size = batch_size * BATCHES_PER_CHUNK
+        chunks = path.with_suffix(f".chunks-{size}")
+        parts = [view_ids[start : start + size] for start in range(0, len(view_ids), size)]
+        missing = ask_main_process(accelerator, lambda: begin(chunks, len(parts)))
+        with fail_together(accelerator):
+            encode_missing(chunks, missing, parts, encode_part, batch_size, accelerator, name)
+        with fail_together(accelerator):
+            if accelerator.is_main_process:
+                join_chunks(chunks, parts, path, accelerator.num_processes)
     seconds = json.loads(path.with_suffix(".json").read_text())["seconds"]
     return np.load(path, mmap_mode="r"), seconds
 
@@ -173,54 +174,59 @@ def read_shape(path) -> tuple[int, ...] | None:
         return None
 
 
-def begin(partial, done, shape, chunk_size: int):
-    """Create the two files, unless a killed start left them; remove latents of other weights."""
-    make_folder(partial.parent)
-    is_begun = read_shape(partial) == shape and read_shape(done) is not None
-    for stale in partial.parent.glob(f"{partial.name.rsplit('-', 1)[0]}-*"):
-        if not (is_begun and stale in (partial, done)):
+def begin(chunks, num_chunks: int) -> list[int]:
+    """Return the numbers of the chunks that are missing; remove latents of other weights."""
+    make_folder(chunks)
+    for stale in chunks.parent.glob(f"{chunks.name.rsplit('-', 2)[0]}-*"):
+        if stale.is_file():
             stale.unlink()
-    if not is_begun:
-        num_chunks = -(-shape[0] // chunk_size)
-        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
-        np.lib.format.open_memmap(done, mode="w+", dtype=np.float64, shape=(num_chunks,)).flush()
+        elif stale != chunks:
+            shutil.rmtree(stale)
+    done = {path.name for path in chunks.iterdir()}
+    return [number for number in range(num_chunks) if name_chunk(number) not in done]
 
 
-def write_chunk(latents, seconds, number: int, rows: slice, chunk, elapsed: float):
-    """Write a chunk to the disk and then mark it as done."""
-    latents[rows] = chunk
-    latents.flush()
-    seconds[number] = max(elapsed, 1e-9)
-    seconds.flush()
+def name_chunk(number: int) -> str:
+    """Return the name of the file of a chunk."""
+    return f"{number:08d}.npz"
 
 
-def finish(partial, done, path, num_processes: int):
-    """Give the file its name, and keep the time that it took."""
-    seconds = np.load(done)
-    assert seconds.all(), f"chunks {np.flatnonzero(seconds == 0)} of {path} are missing"
-    record = json.dumps({"seconds": seconds.sum() / num_processes})
-    write_atomically(path.with_suffix(".json"), record + "\n")
-    os.replace(partial, path)
-    flush_to_disk(path.parent)
-    done.unlink()
+def write_chunk(path, latents, seconds: float):
+    """Write the latents of a chunk, and the seconds that they took, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, latents=latents, seconds=seconds)
+    write_atomically(path, buffer.getvalue())
 
 
-def encode_missing(partial, done, encode_part, batch_size, view_ids, accelerator, name):
-    """Encode this process's share of the chunks that are not done.
+def join_chunks(chunks, parts, path, num_processes: int):
+    """Join all chunks to one array, keep the time that it took, and remove the chunks.
 
-    Raises `ValueError` in all processes if one fails.
+    Network disks do not bear that several nodes write parts of one file.
     """
-    latents, seconds = np.load(partial, mmap_mode="r+"), np.load(done, mmap_mode="r+")
-    missing = np.flatnonzero(seconds == 0)
-    accelerator.wait_for_everyone()  # all read the same list before anyone marks a chunk
-    size, failure = batch_size * BATCHES_PER_CHUNK, None
+    unfinished, seconds, rows = path.with_suffix(".partial"), 0.0, 0
+    for number, views in enumerate(parts):
+        with np.load(chunks / name_chunk(number)) as chunk:
+            latents, seconds = chunk["latents"], seconds + float(chunk["seconds"])
+        if number == 0:
+            shape = (sum(map(len, parts)), *latents.shape[1:])
+            array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
+        array[rows : rows + len(views)] = latents
+        rows += len(views)
+    array.flush()
+    record = json.dumps({"seconds": seconds / num_processes})
+    write_atomically(path.with_suffix(".json"), record + "\n")
+    os.replace(unfinished, path)
+    flush_to_disk(path.parent)
+    shutil.rmtree(chunks)
 
-    def count_done():
-        return min(np.count_nonzero(seconds) * size, len(view_ids))
 
+def encode_missing(chunks, missing, parts, encode_part, batch_size, accelerator, name):
+    """Encode this process's share of the missing chunks."""
+    num_views = sum(map(len, parts))
+    num_missing = sum(len(parts[number]) for number in missing)
     with tqdm(
-        total=len(view_ids),
-        initial=count_done(),
+        total=num_views,
+        initial=num_views - num_missing,
         desc=f"latents ({name})",
         unit="img",
         unit_scale=True,
@@ -229,28 +235,13 @@ def encode_missing(partial, done, encode_part, batch_size, view_ids, accelerator
         disable=not accelerator.is_main_process,
     ) as bar:
         for number in missing[accelerator.process_index :: accelerator.num_processes]:
-            started = time.monotonic()
-            rows = slice(number * size, min((number + 1) * size, len(view_ids)))
-            try:
-                chunk = [
-                    encode_part(view_ids[rows][i : i + batch_size])
-                    for i in range(0, rows.stop - rows.start, batch_size)
-                ]
-            except ValueError as error:
-                failure = error
-                break
-            chunk = torch.cat(chunk).numpy()
-            write_chunk(latents, seconds, number, rows, chunk, time.monotonic() - started)
-            bar.update(count_done() - bar.n)
-        failed = torch.tensor([float(failure is not None)], device=accelerator.device)
-        failed = accelerator.reduce(failed, "sum")
-        bar.update(count_done() - bar.n)
-    if failure is not None:
-        raise failure
-    if failed > 0:
-        raise ValueError(
-            "another process could not encode its share of the latents; see its error."
-        )
+            started, views = time.monotonic(), parts[number]
+            batches = [views[i : i + batch_size] for i in range(0, len(views), batch_size)]
+            latents = [encode_part(batch) for batch in batches]
+            seconds = time.monotonic() - started
+            write_chunk(chunks / name_chunk(number), torch.cat(latents).numpy(), seconds)
+            # the others are about as far
+            bar.update(min(len(views) * accelerator.num_processes, num_views - bar.n))
 
 
 def encode_views(encode, tiles, remedy, accelerator, view_ids):

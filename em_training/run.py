@@ -1,6 +1,5 @@
 """One stage of training on disk and on screen: resume, log, progress bar, checkpoints, stop."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,18 +14,21 @@ import accelerate
 import torch
 from tqdm.auto import tqdm
 
-from em_data.files import flush_to_disk, lock, name_full_disk
+from em_data.files import flush_to_disk, name_full_disk
 from em_training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from em_training.nodes import ask_main_process, fail_together, lock_run, share_tensors
 from em_training.optimizer import match_memory_format
 from em_training.stats import cut_stats
 
 # how often several processes tell each other that one of them was asked to stop
 AGREE_EVERY_STEPS = 8
+# SLURM's --signal can ask for one that launchers leave alone; Windows has none
+STOP_SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 SECONDS_TO_ESTIMATE, LONG_HOURS = 10, 3
 
 
 class TrainingInterrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved itself; it can be resumed."""
+    """The run was asked to stop (by one of `STOP_SIGNALS`) and has saved itself."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -45,7 +46,8 @@ class TrainingRun:
         num_checkpoints: How many are kept.
 
     Raises:
-        ValueError: If another process is training in the same folder.
+        ValueError: If another process is training in the same folder, or the processes of this
+            training do not share it.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class TrainingRun:
         self._bar = tqdm(disable=True)  # until `resume`
         self._has_estimate = False
         self._old_handlers: dict = {}
-        self._lock = lock_folder(self.dir, is_main_process=accelerator.is_main_process)
+        self._lock = lock_run(self.dir, accelerator)
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
@@ -82,7 +84,7 @@ class TrainingRun:
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.stage)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
         self._started = time.monotonic()
         return self
@@ -104,7 +106,8 @@ class TrainingRun:
     def resume(self, state: dict) -> int:
         """Load the newest sound checkpoint into `state` and return its number of images seen, or 0.
 
-        A damaged checkpoint is named, and the one before it is used.
+        A damaged checkpoint is named, and the one before it is used. Several processes load what
+        the main one chooses, or get its first weights.
 
         Args:
             state: {name: object with state_dict and load_state_dict, or None for an absent part}.
@@ -166,7 +169,7 @@ class TrainingRun:
         """Close an optimiser step: move the bar, log and save when due, stop when asked to.
 
         Raises:
-            TrainingInterrupted: After saving, on SIGINT or SIGTERM.
+            TrainingInterrupted: After saving, on one of `STOP_SIGNALS`.
             NonFiniteLossError: Without saving.
         """
         self._bar.update(num_images_seen - self._bar.n)
@@ -201,19 +204,10 @@ class TrainingRun:
             return
         self._refuse_non_finite(self._mean_sums(), num_images_seen)
         pending = self._gather_sums()
-        if self.accelerator.is_main_process:
-            content = {
-                "num_images_seen": num_images_seen,
-                "train_seconds": self.train_seconds,
-                "pending": pending,
-                "state": {name: part.state_dict() for name, part in self._state.items()},
-            }
-            if (self.dir / "stats.jsonl").exists():
-                flush_to_disk(self.dir / "stats.jsonl")
-            folder = self.dir / "checkpoints"
-            save_checkpoint(folder, num_images_seen, content, keep=self.num_checkpoints)
+        with fail_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._write_checkpoint(num_images_seen, pending)
         self._last_saved = num_images_seen
-        self.accelerator.wait_for_everyone()
 
     def say(self, text: str, *, from_any_process: bool = False) -> None:
         """Print a line above the progress bar, from the main process or from any process."""
@@ -221,6 +215,19 @@ class TrainingRun:
             tqdm.write(text, file=sys.stderr)
         elif from_any_process:
             tqdm.write(f"process {self.accelerator.process_index}: {text}", file=sys.stderr)
+
+    def _write_checkpoint(self, num_images_seen: int, pending: dict) -> None:
+        content = {
+            "num_images_seen": num_images_seen,
+            "num_processes": self.accelerator.num_processes,
+            "train_seconds": self.train_seconds,
+            "pending": pending,
+            "state": {name: part.state_dict() for name, part in self._state.items()},
+        }
+        if (self.dir / "stats.jsonl").exists():
+            flush_to_disk(self.dir / "stats.jsonl")
+        folder = self.dir / "checkpoints"
+        save_checkpoint(folder, num_images_seen, content, keep=self.num_checkpoints)
 
     def _say_estimate(self, num_images_seen: int) -> None:
         """Say once, after the first steps, that the stage will take long, as measured so far."""
@@ -239,11 +246,22 @@ class TrainingRun:
             )
 
     def _load_newest(self) -> int:
+        saved: dict = {}
+        name = ask_main_process(self.accelerator, lambda: self._read_newest(saved))
+        if name is None:
+            share_tensors(self._state, self.accelerator)
+            return 0
+        with fail_together(self.accelerator):
+            self._restore(saved or load_checkpoint(self.dir / "checkpoints" / name))
+        return int(name)
+
+    def _read_newest(self, saved: dict) -> str | None:
+        """Fill `saved` from the newest sound checkpoint and return its name; None without one."""
         folder = self.dir / "checkpoints"
         paths = list_checkpoints(folder)
         for path in reversed(paths):
             try:
-                saved = load_checkpoint(path)
+                saved.update(load_checkpoint(path))
             except ValueError as error:
                 if path == paths[0]:
                     raise ValueError(
@@ -252,13 +270,12 @@ class TrainingRun:
                     ) from error
                 self.say(f"{error}; trying the one before it")
                 continue
-            self._restore(saved)
             self.say(
                 f"{self.stage}: resuming at {saved['num_images_seen']:,} of {self.num_images:,} "
                 f"images from {path}"
             )
-            return saved["num_images_seen"]
-        return 0
+            return path.name
+        return None
 
     def _restore(self, saved: dict) -> None:
         different = set(self._state) ^ set(saved["state"])
@@ -267,6 +284,12 @@ class TrainingRun:
                 f"The checkpoint in {self.dir} has other parts ({', '.join(sorted(different))}), "
                 "so another version wrote it. Finish the run with that version, or use another "
                 "folder."
+            )
+        before, now = saved.get("num_processes"), self.accelerator.num_processes
+        if before not in (None, now):
+            self.say(
+                f"{self.stage}: the checkpoint is of {before} processes, this training has {now}. "
+                "It draws other random numbers than with as many as before, so the result differs."
             )
         for name, part in self._state.items():
             part.load_state_dict(saved["state"][name])
@@ -368,20 +391,3 @@ class TrainingRun:
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
             how = "the launcher may end first; wait for 'stopped and saved'"
         self.say(f"\n{signal.Signals(number).name}: saving after this step, then stopping ({how})")
-
-
-@contextlib.contextmanager
-def lock_folder(folder: str | Path, *, is_main_process: bool = True) -> Iterator[None]:
-    """Keep other trainings out of `folder` for the block; only the main process of several locks.
-
-    Raises:
-        ValueError: If another training holds the folder.
-    """
-    if not is_main_process:
-        yield
-        return
-    message = (
-        f"another process is training in {folder}; wait for it, or use another folder with --out"
-    )
-    with lock(Path(folder) / ".lock", message):
-        yield

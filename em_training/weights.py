@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from em_data.files import replace_folder
+from em_training.nodes import fail_together
 
 
 def hash_weights(module: nn.Module, without: tuple[str, ...] = ()) -> str:
@@ -26,9 +27,9 @@ def hash_weights(module: nn.Module, without: tuple[str, ...] = ()) -> str:
 
 def save_from_main_process(model, path, accelerator) -> Path:
     """Save a trained model from the main process, while the others wait; return `path`."""
-    if accelerator.is_main_process:
-        save_model(model.eval(), path)
-    accelerator.wait_for_everyone()
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            save_model(model.eval(), path)
     return Path(path)
 
 

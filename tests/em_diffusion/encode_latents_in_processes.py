@@ -17,9 +17,7 @@ from em_training import create_accelerator, latents, leave_processes
 
 
 class CountedTiles:
-    """Random tiles that remember which of them were asked for in batches, after the one that tells
-    the latents' shape.
-    """
+    """Random tiles that remember which of them were asked for in batches."""
 
     def __init__(self):
         self.images = torch.rand(48, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -55,7 +53,7 @@ def main(folder, killed_after):
     latents.write_chunk = write_or_die
     model, tiles = make_parts()
     encode_latents(model, tiles, folder / "latents", accelerator=accelerator, batch_size=1)
-    seen = [view for views in tiles.calls[1:] for view in views]
+    seen = [view for views in tiles.calls for view in views]
     assert len(seen) == len(set(seen))
     (folder / f"seen-{accelerator.process_index}.json").write_text(json.dumps(seen))
     leave_processes()

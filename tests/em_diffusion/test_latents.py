@@ -75,7 +75,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("killed_at", [2, 5, 6, 9])
+@pytest.mark.parametrize("killed_at", [1, 5, 6, 9])
 def test_a_killed_encoding_goes_on_chunk_by_chunk(
     vqvae, tiles, accelerator, tmp_path, monkeypatch, killed_at
 ):
@@ -96,8 +96,8 @@ def test_a_killed_encoding_goes_on_chunk_by_chunk(
 
     with monkeypatch.context() as patch:
         patch.setattr(latents_module, "encode_views", mortal)
-        if killed_at == 5:  # the first chunk: half of it is on the disk, and not noted as done
-            patch.setattr(latents_module, "write_chunk", half_write)
+        if killed_at == 5:  # the first chunk: half of it is on the disk, not under its name
+            patch.setattr("em_data.files.os.replace", die)
         with pytest.raises(Killed):
             encode_latents(vqvae, tiles, tmp_path / "parts", accelerator=accelerator, batch_size=2)
     assert not list((tmp_path / "parts").glob("*.npy"))
@@ -105,16 +105,14 @@ def test_a_killed_encoding_goes_on_chunk_by_chunk(
     parts, seconds = encode_latents(
         vqvae, tiles, tmp_path / "parts", accelerator=accelerator, batch_size=2
     )
-    num_done = {2: 0, 5: 0, 6: 8, 9: 8}[killed_at]  # one call finds the shape, then four a chunk
-    assert tiles.seen == set(range(num_done, 24)) | {0}
+    num_done = {1: 0, 5: 0, 6: 8, 9: 16}[killed_at]  # four calls a chunk
+    assert tiles.seen == set(range(num_done, 24))
     assert np.array_equal(parts, whole)
     assert seconds > 0
     assert sorted(path.suffix for path in (tmp_path / "parts").iterdir()) == [".json", ".npy"]
 
 
-def half_write(latents, seconds, number, rows, chunk, elapsed):
-    latents[rows][:4] = chunk[:4]
-    latents.flush()
+def die(*_):
     raise Killed
 
 
@@ -122,12 +120,12 @@ def test_an_unfinished_file_of_other_weights_or_chunks_is_not_gone_on_with(
     vqvae, tiles, accelerator, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(latents_module, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(latents_module, "join_chunks", die)
         with pytest.raises(Killed):
             encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator, batch_size=2)
     tiles.seen.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(latents_module, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(latents_module, "join_chunks", die)
         with pytest.raises(Killed):
             encode_latents(vqvae, tiles, tmp_path, accelerator=accelerator, batch_size=3)
     assert tiles.seen == set(range(24))
@@ -171,8 +169,7 @@ def test_two_processes_share_the_encoding_and_survive_a_kill(accelerator, tmp_pa
     killed = run_two_processes(tmp_path, 2)
     assert killed.returncode != 0
     assert not list((tmp_path / "latents").glob("*.npy"))
-    (done,) = (tmp_path / "latents").glob("*.done-4")
-    before = set(np.flatnonzero(np.load(done)).tolist())
+    before = {int(path.stem) for path in (tmp_path / "latents").glob("*.chunks-4/*.npz")}
     assert 2 <= len(before) < 12
     done = run_two_processes(tmp_path, 1000)
     assert done.returncode == 0, done.stderr[-3000:]
