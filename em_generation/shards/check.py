@@ -12,6 +12,8 @@ from em_generation.shards.plan import FILE_NAME, Plan, read_mark, read_plan
 from em_generation.shards.reading import ImageFile
 from em_generation.store import scan_names
 
+MOST_TASKS = 1000  # of an array, as SLURM allows by default
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -120,8 +122,12 @@ def describe_check(check: Check) -> str:
         )
     if check.to_write:
         lines.append(f"Write them: {read_command(plan.out)} --shard 1/1")
-        shards = compress([file + 1 for file in check.to_write])
-        lines.append(f"As a SLURM array: sbatch --array={shards} with NUM_SHARDS={plan.num_files}")
+        number = min(plan.num_files, MOST_TASKS)
+        shards = compress(sorted({file % number + 1 for file in check.to_write}))
+        words = read_command(plan.out).removeprefix("python generate.py ")
+        lines.append(
+            f"As a SLURM array: NUM_SHARDS={number} sbatch --array={shards} generate.sbatch {words}"
+        )
     return "\n".join(lines)
 
 

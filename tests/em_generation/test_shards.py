@@ -132,7 +132,7 @@ def test_check_names_what_is_missing_damaged_and_doubled(model, tmp_path, capsys
     assert "images-000001.arrow is damaged: its SHA-256 differs" in text
     assert "images-000002.arrow has 5 bytes instead of" in text
     assert "Write them: python generate.py --model m --shard 1/1" in text
-    assert "--array=1-4 with NUM_SHARDS=5" in text
+    assert "NUM_SHARDS=5 sbatch --array=1-4 generate.sbatch --model m" in text
 
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
