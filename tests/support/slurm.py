@@ -128,6 +128,7 @@ class Task:
         self.num_restarts = 0
         self.process: subprocess.Popen | None = None
         self._is_cancelled = self._has_failed = False
+        self._starts = threading.Lock()  # held until `process` is known
         num_nodes, num_tasks = find_sizes(settings)
         self.environment = environment | {
             "SLURM_JOB_ID": str(job),
@@ -138,6 +139,8 @@ class Task:
             "SLURM_JOB_NODELIST": f"node[0-{num_nodes - 1}]",
             "SLURM_STAND_IN": str(self.steps),
         }
+        if "cpus-per-task" in settings:
+            self.environment["SLURM_CPUS_PER_TASK"] = settings["cpus-per-task"]
         if number is not None:
             self.environment |= {
                 "SLURM_ARRAY_JOB_ID": str(job),
@@ -154,12 +157,11 @@ class Task:
 
     def wait_for(self, text: str, count: int = 1, seconds: float = 120) -> None:
         """Wait until it has printed `text` so often."""
-        deadline = time.monotonic() + seconds
-        while self.text.count(text) < count:
-            ended = self.code is not None
-            if ended or time.monotonic() > deadline:
-                raise AssertionError(f"it has not printed {text!r} {count} times:\n{self.text}")
-            time.sleep(POLL)
+        self._wait(lambda: self.text.count(text) >= count, f"{count} times {text!r}", seconds)
+
+    def wait_for_path(self, path: Path, seconds: float = 120) -> None:
+        """Wait until it has made a file or folder."""
+        self._wait(path.exists, path, seconds)
 
     def warn(self) -> None:
         """Send the signal that --signal asks for before the time limit."""
@@ -176,7 +178,8 @@ class Task:
     def fail_node(self) -> None:
         """End all of its processes without a warning, as the failure of a node does."""
         self._has_failed = True
-        processes = psutil.Process(self.process.pid)
+        with self._starts:
+            processes = psutil.Process(self.process.pid)
         for each in [*processes.children(recursive=True), processes]:
             kill(each.pid, signal.SIGKILL)
 
@@ -187,7 +190,7 @@ class Task:
                 left.unlink()
             self._has_failed = False
             restarts = {"SLURM_RESTART_COUNT": str(self.num_restarts)} if self.num_restarts else {}
-            with self.output.open("ab") as out:
+            with self._starts, self.output.open("ab") as out:
                 self.process = subprocess.Popen(
                     ["bash", *self.command],
                     env=self.environment | restarts,
@@ -196,7 +199,7 @@ class Task:
                     stdout=out,
                     stderr=out,
                 )
-                code = self.process.wait()
+            code = self.process.wait()
             code = 128 - code if code < 0 else code
             fails = self._has_failed and "requeue" in self.settings
             if not (fails or (self.steps / "requeue").exists()):
@@ -204,9 +207,17 @@ class Task:
             self.num_restarts += 1
         self.code = 130 if self.process is None else code
 
+    def _wait(self, is_done, what, seconds):
+        deadline = time.monotonic() + seconds
+        while not is_done():
+            if self.code is not None or time.monotonic() > deadline:
+                raise AssertionError(f"there is no {what}:\n{self.text}")
+            time.sleep(POLL)
+
     def _send(self, number, *, to_batch=False):
         if to_batch:
-            kill(self.process.pid, number)
+            with self._starts:
+                kill(self.process.pid, number)
             return
         for step in self.steps.glob("step-*"):
             kill(int(step.name.removeprefix("step-")), number)

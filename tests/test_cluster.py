@@ -1,0 +1,49 @@
+"""The batch script for training, run by the stand-in for SLURM."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.slurm import Slurm
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = ROOT / "docs" / "slurm" / "train.sbatch"
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+HERE = ["--ntasks-per-node=1", "--cpus-per-task=1"]
+
+
+def start(tmp_path, *words):
+    """Start the template on two nodes with one process each."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_PORT": str(port),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    slurm = Slurm(tmp_path / "slurm")
+    return slurm.sbatch(TEMPLATE, *words, options=HERE, env=environment, cwd=ROOT)
+
+
+def test_a_training_saves_itself_before_the_time_limit_and_is_queued_again(tmp_path):
+    """A toy training: it is warned, saves in both processes, is queued again, resumes and ends."""
+    job = start(tmp_path, "tests/support/toy_loop.py", str(tmp_path / "run"), "1200", "0.01")
+    task = job.tasks[None]
+    task.wait_for_path(tmp_path / "run/toy/checkpoints/000000000016")
+    task.warn()
+    assert job.wait(120) == {None: 0}, task.text
+    assert task.num_restarts == 1
+    assert task.text.count("SIGUSR1: saving after this step") == 1
+    assert "toy: resuming at" in task.text
+    assert (tmp_path / "run/toy/checkpoints/000000001200").is_dir()
+
+
+def test_a_mistake_of_the_user_is_not_queued_again(tmp_path):
+    job = start(tmp_path, "train_gan.py", "test", "--out", str(tmp_path), "--no-such-flag")
+    assert job.wait(60)[None] not in (0, None)
+    assert job.tasks[None].num_restarts == 0
