@@ -241,7 +241,21 @@ def list_notes(report: dict) -> list[str]:
                 f"real images: the {name_reference(report)} are unlike the other real ones. Use "
                 "more of them."
             )
-    return notes + say_help(report)
+    return notes + say_other_data(report) + say_help(report)
+
+
+def say_other_data(report: dict) -> list[str]:
+    """Return a note for each model of embedded micrographs other than the held-out ones."""
+    if report["dataset"].get("fingerprint") is None:  # real images of --reference
+        return []
+    name = report["dataset"]["name"]
+    trained = {each["name"]: each.get("info", {}).get("trained_on") for each in report["models"]}
+    return [
+        f"{model} was trained on {data}, but the reference is {name}: its distance holds the "
+        "difference between the two sets of micrographs, too."
+        for model, data in trained.items()
+        if data not in (None, name)
+    ]
 
 
 def say_help(report: dict) -> list[str]:

@@ -154,7 +154,9 @@ def describe_run(content: dict[str, Any]) -> dict[str, Any]:
     """Return what reports say of a run beside its numbers."""
     about = {key: content[key] for key in ("preset", "note") if content.get(key)}
     started = say_starts(content.get("started_from"))
-    return about | ({"started_from": started} if started else {})
+    about |= {"started_from": started} if started else {}
+    source = str((content.get("config") or {}).get("data"))
+    return about | ({"trained_on": source} if source.startswith("synthetic") else {})
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from em_evaluation import ModelImages, Protocol, evaluate_models, microscopy, wr
 from em_evaluation.detector import adherence_section
 from em_evaluation.evaluator import RealImages
 from em_evaluation.features import Extractor
+from em_evaluation.wording import list_notes
 
 SUMMARY = {
     "name": "tiles",
@@ -127,6 +128,20 @@ def test_the_page_says_what_a_model_was_given_beforehand(evaluated, tmp_path):
     report["models"][1]["info"]["started_from"] = "em-stylegan2-64's generator"
     page = write_report(report, pictures, tmp_path).read_text()
     assert "Honest started from em-stylegan2-64&#39;s generator. A comparison is fair" in page
+
+
+def test_a_model_of_other_embedded_micrographs_is_named(evaluated):
+    _, (report, _), _ = evaluated
+    report = json.loads(json.dumps(report))
+    report["dataset"] |= {"name": "synthetic", "fingerprint": "1"}
+    for model in report["models"]:
+        model["info"]["trained_on"] = "synthetic"
+    assert "was trained on" not in " ".join(list_notes(report))
+    report["models"][0]["info"]["trained_on"] = "synthetic-other"
+    (note,) = [note for note in list_notes(report) if "was trained on" in note]
+    assert note.startswith("Copier was trained on synthetic-other, but the reference is synthetic:")
+    report["dataset"]["fingerprint"] = None  # real images of --reference
+    assert "was trained on" not in " ".join(list_notes(report))
 
 
 def test_labelled_images_have_a_section_on_adherence(evaluated, tmp_path, monkeypatch):
