@@ -143,11 +143,17 @@ def _advise_scale(survey, advice):
         )
     advice.reasons.append(("downsample", text))
     tiles = f"{advice.num_tiles:,} tiles of {len(shapes):,} micrograph{'s' * (len(shapes) > 1)}"
+    advice.reasons.append(("", f"This gives {tiles}."))
+    if not advice.num_tiles:
+        advice.warnings.append(
+            f"No micrograph has {resolution} x {resolution} px, so that there is nothing to train "
+            "on. Use larger ones, or, if these are all there is, a smaller --tiles.resolution."
+        )
+        return
     if advice.num_tiles < FEW_TILES:
         advice.warnings.append(
             f"Only {tiles}: a model will copy them rather than learn from them. Add micrographs."
         )
-    advice.reasons.append(("", f"This gives {tiles}."))
     num_small = sum(min(shape) < resolution * factor for shape in shapes)
     if num_small:
         advice.warnings.append(

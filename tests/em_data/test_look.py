@@ -148,6 +148,15 @@ def test_large_micrographs_of_coarse_structures_are_downsampled(tmp_path):
     assert 1 / 16 < 160 / (advice.flags["resolution"] * advice.flags["downsample"]) < 1 / 3
 
 
+def test_images_smaller_than_any_tile_are_said(tmp_path):
+    folder = tmp_path / "data"
+    save_several(folder, ["a.png", "b.png"], diameter=8, side=40)
+    advice = advise(*survey(folder))
+    assert advice.num_tiles == 0
+    assert any(text.startswith("No micrograph has 64 x 64 px") for text in advice.warnings)
+    assert not any("copy them" in text for text in advice.warnings)
+
+
 def test_folders_of_specimens_are_split_by_specimen(tmp_path):
     folder = tmp_path / "data"
     save_several(folder, [f"{specimen}/{i}.png" for specimen in "abc" for i in range(2)])
