@@ -6,11 +6,10 @@ It needs only torch, numpy, PIL, diffusers and the standard library.
 import os
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from PIL import Image
 
+from em_training.em_grey_images import from_pixels, to_pixels
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     SavedWithCode,
@@ -74,10 +73,8 @@ class EMTranslationPipeline(SavedWithCode, DiffusionPipeline):
         """Translate one image or several of one size. There is no noise, and so no generator.
 
         Args:
-            image: A grey image or a list of them: PIL images (8 or 16 bits), arrays [H, W],
-                [B, H, W] or [B, H, W, 1], or tensors [H, W], [B, H, W] or [B, 1, H, W]. Floats are
-                in [0, 1]; uint8 and uint16 are divided by 255 and 65535. H and W are multiples of
-                4, at least 8.
+            image: A grey image or a list of them, see `em_training.em_grey_images.to_pixels`. H and
+                W are multiples of 4, at least 8.
             direction: "a_to_b" or "b_to_a".
             output_type: "pil" (mode "L"), "np" (float32 [B, H, W, 1] in [0, 1]) or "pt" (float32
                 [B, 1, H, W] in [0, 1]).
@@ -90,7 +87,7 @@ class EMTranslationPipeline(SavedWithCode, DiffusionPipeline):
             raise ValueError(
                 f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
             )
-        images = self._convert(self.translate(prepare_images(image), direction), output_type)
+        images = from_pixels(self.translate(to_pixels(image), direction), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -132,14 +129,6 @@ class EMTranslationPipeline(SavedWithCode, DiffusionPipeline):
         keep_options(self, self.generator_a_to_b)
         return super().components
 
-    # Copied from em_stylegan.pipeline_em_stylegan.EMStyleGANPipeline._convert
-    def _convert(self, images, output_type):
-        images = (images.float() / 2 + 0.5).clamp(0, 1)  # [B, 1, H, W]
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
-        return images if output_type == "np" else self.numpy_to_pil(images)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
@@ -171,79 +160,6 @@ class EMTranslationPipeline(SavedWithCode, DiffusionPipeline):
                     options["torch_dtype"] = found
                 kwargs[name] = load_component(component, source, kwargs.get("variant"), options)
         return super().from_pretrained(source, dtype=dtype, **kwargs)
-
-
-def prepare_images(image: Any) -> torch.Tensor:
-    """Return images as float32 [B, 1, H, W] in [-1, 1]; see `EMTranslationPipeline.__call__`.
-
-    Raises:
-        ValueError: No image, colours, values outside of [0, 1], or images of different sizes.
-    """
-    if isinstance(image, list | tuple):
-        if not image:
-            raise ValueError("`image` is an empty list. Give at least one image.")
-        images = [prepare_images(each) for each in image]
-        sizes = sorted({tuple(each.shape[-2:]) for each in images})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"The images have different sizes ({', '.join(f'{h} x {w}' for h, w in sizes)}). "
-                "Translate those of each size by a call of their own."
-            )
-        return torch.cat(images)
-    if isinstance(image, Image.Image):
-        image = _read_grey(image)
-    if isinstance(image, torch.Tensor):
-        channel, image = 1, image.detach().cpu()
-        image = image.float().numpy() if image.is_floating_point() else image.numpy()
-    elif isinstance(image, np.ndarray):
-        channel = -1
-    else:
-        raise ValueError(
-            f"`image` is a {type(image).__name__}; give a PIL image, an array, a tensor, or a list "
-            "of them."
-        )
-    shape = image.shape
-    if image.ndim == 4 and shape[channel] == 1:
-        image = image.squeeze(channel)
-    if image.ndim not in (2, 3) or 0 in shape:
-        raise ValueError(
-            f"`image` has the shape {list(shape)}; give [H, W], [B, H, W], or four dimensions of "
-            "which one is the single channel. Colours are not translated."
-        )
-    image = image if image.ndim == 3 else image[None]
-    return torch.from_numpy(_scale(image)).unsqueeze(1) * 2 - 1
-
-
-def _read_grey(image):
-    """Return a PIL image as an array [H, W] of its own levels; refuse colours."""
-    if image.mode in ("L", "I;16", "I;16L", "I;16B", "I;16N"):
-        pixels = np.asarray(image)
-        return pixels if image.mode == "L" else pixels.astype(np.uint16)
-    if image.mode in ("RGB", "RGBA", "P", "LA"):
-        colours = np.asarray(image.convert("RGB"))
-        if (colours == colours[..., :1]).all():
-            return colours[..., 0]
-        raise ValueError(
-            'The image has colours, and this model translates grey images. Use image.convert("L").'
-        )
-    raise ValueError(
-        f"The image has the mode {image.mode}, whose range of grey levels is unknown. Give 8 or 16 "
-        "bits, or an array of floats in [0, 1]."
-    )
-
-
-def _scale(image):
-    """Return an array as float32 in [0, 1]."""
-    if image.dtype in (np.uint8, np.uint16):
-        return image.astype(np.float32) / np.iinfo(image.dtype).max
-    if image.dtype.kind != "f":
-        raise ValueError(f"`image` holds {image.dtype}; give uint8, uint16, or floats in [0, 1].")
-    if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise ValueError(
-            f"`image` holds floats from {image.min():g} to {image.max():g}, but they must be in "
-            "[0, 1]. Scale them first, as the tiles of the training were scaled."
-        )
-    return image.astype(np.float32)
 
 
 read_source(EMTranslationPipeline)

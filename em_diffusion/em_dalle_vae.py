@@ -1,14 +1,12 @@
 """OpenAI's DALL-E dVAE as an autoencoder of images in [-1, 1].
 
-One self-contained file that is published with the weights. It follows the published encoder and
+It follows the published encoder and
 decoder: residual blocks without normalisation, each of n adding 1 / n^2 of its branch; maximum
 pooling; repeated pixels on the way up; a classifier over the codes at the end of the encoder; and
 an output distribution on (0, 1) whose location is the sigmoid of the decoder's answer.
 """
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils import BaseOutput
 from torch import nn
+
+from em_training.em_saved_model import SavesSafetensors
 
 PIXEL_MARGIN = 0.1  # pixels in [0, 1] are mapped to [0.1, 0.9] before the encoder
 
@@ -28,7 +28,7 @@ class DalleEncoderOutput(BaseOutput):
     latents: torch.Tensor
 
 
-class EMDalleVAE(ModelMixin, ConfigMixin):
+class EMDalleVAE(SavesSafetensors, ModelMixin, ConfigMixin):
     """The dVAE with the interface of diffusers' `VQModel`.
 
     Latents [B, num_init, h, w] are the codes themselves, the most probable one at each position;
@@ -71,32 +71,6 @@ class EMDalleVAE(ModelMixin, ConfigMixin):
         self.quantize = NearestCode(num_vq_embeddings, num_init)
         self.decoder = DalleDecoder(
             num_init, widths[::-1], num_blocks_per_level, decoder_channels, gain
-        )
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
         )
 
     def encode(self, images, return_dict=True):

@@ -1,7 +1,4 @@
-"""The grain of micrographs, which autoencoders remove: one self-contained file."""
-
-import os
-from typing import Any
+"""The grain of micrographs, which autoencoders remove."""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -9,8 +6,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from em_training.em_saved_model import OwnLayers
 
-class EMGrain(ModelMixin, ConfigMixin):
+
+class EMGrain(OwnLayers, ModelMixin, ConfigMixin):
     """Adds noise to decoded images as a detector adds it to micrographs: x = y + s d(y) (h * n).
 
     An autoencoder has fewer numbers than pixels, and none to spare for noise: it decodes to the
@@ -74,40 +73,6 @@ class EMGrain(ModelMixin, ConfigMixin):
         noise, normal = (each.to(images.device) for each in drawn)
         deviation = noise_deviation(images, self.grey_levels, self.deviations)
         return images + deviation * self.filter(noise) * self.find_strengths(normal)
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
-    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
-        """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
-        raise NotImplementedError(
-            "Layerwise casting has no effect on this network, whose layers are its own. Use "
-            "model.to(torch.bfloat16) to halve its memory."
-        )
 
     def draw(self, num_images, generator, device, size=None):
         """Draw white noise [B, 1, H, W] and a normal number for each image [B, 1], float32.

@@ -1,9 +1,7 @@
-"""Layouts of defects, drawn as they lie in labelled micrographs: one self-contained file."""
+"""Layouts of defects, drawn as they lie in labelled micrographs."""
 
 import math
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +10,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from em_training.em_saved_model import OwnLayers
+
 NUM_TRIES = 16  # places that are tried for each defect, and again while all of them are bad
 MAX_ROUNDS = 8
 GOOD_WEIGHT = 0.3  # product of pair correlations
 LEAST_WEIGHT = 1e-4  # of a place: even where everything is full, the better place wins
 
 
-class EMLayoutSampler(ModelMixin, ConfigMixin):
+class EMLayoutSampler(OwnLayers, ModelMixin, ConfigMixin):
     """Draws layouts: the kinds, places and masks of the defects of an image.
 
     A layout takes its numbers per area from one labelled image, so that kinds that come together
@@ -76,40 +76,6 @@ class EMLayoutSampler(ModelMixin, ConfigMixin):
         }
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.enable_layerwise_casting
-    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
-        """Raise `NotImplementedError`: diffusers casts layers of torch.nn only; there are none."""
-        raise NotImplementedError(
-            "Layerwise casting has no effect on this network, whose layers are its own. Use "
-            "model.to(torch.bfloat16) to halve its memory."
-        )
 
     @torch.no_grad()
     def sample(

@@ -1,7 +1,4 @@
-"""A linear autoencoder of patches, fitted in closed form: one self-contained file."""
-
-import os
-from typing import Any
+"""A linear autoencoder of patches, fitted in closed form."""
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -9,8 +6,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from torch import nn
 
+from em_training.em_saved_model import SavesSafetensors
 
-class EMPatchBasis(ModelMixin, ConfigMixin):
+
+class EMPatchBasis(SavesSafetensors, ModelMixin, ConfigMixin):
     """Principal components of patches, and a linear decoder whose patches overlap.
 
     Each latent position holds the first `latent_channels` principal components of its patch. The
@@ -54,29 +53,3 @@ class EMPatchBasis(ModelMixin, ConfigMixin):
     def forward(self, x):
         """Encode and decode images [B, 1, H, W]."""
         return self.decode(self.encode(x).latents)
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )

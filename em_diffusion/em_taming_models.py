@@ -1,11 +1,9 @@
 """Original autoencoders that diffusers' stock classes cannot represent.
 
-One self-contained file that is published with the weights. All parameters have the stock names.
+All parameters have the stock names.
 """
 
 import inspect
-import os
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -15,8 +13,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from em_training.em_saved_model import SavesSafetensors
 
-class EMTamingVQModel(VQModel):
+
+class EMTamingVQModel(SavesSafetensors, VQModel):
     """diffusers' `VQModel` with everything else that the original format allows.
 
     Args:
@@ -67,32 +67,6 @@ class EMTamingVQModel(VQModel):
             self.quantize = self.quantizer_class(num_vq_embeddings, vq_embed_dim or latent_channels)
         _adapt(self)
 
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
-
     def decode(self, h, force_not_quantize=False, return_dict=True, shape=None):
         """Return images [B, out, H, W] of latents [B, C, h, w], as the stock model does."""
         output = super().decode(h, force_not_quantize, True, shape)
@@ -133,7 +107,7 @@ class EMGumbelVQModel(EMTamingVQModel):
     quantizer_class = GumbelQuantizer
 
 
-class EMTamingAutoencoderKL(AutoencoderKL):
+class EMTamingAutoencoderKL(SavesSafetensors, AutoencoderKL):
     """diffusers' `AutoencoderKL` with everything else that the original format allows.
 
     Args:
@@ -179,32 +153,6 @@ class EMTamingAutoencoderKL(AutoencoderKL):
             self.post_quant_conv = nn.Conv2d(latent_channels, z_channels, 1)
             self.decoder.conv_in = nn.Conv2d(z_channels, last, 3, padding=1)
         _adapt(self)
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
 
     def decode(self, z, return_dict=True, generator=None):
         """Return images [B, out, H, W] of latents [B, C, h, w], as the stock model does."""

@@ -1,7 +1,4 @@
-"""A `UNet2DModel` with a fixed number of attention heads: one self-contained file."""
-
-import os
-from typing import Any
+"""A `UNet2DModel` with a fixed number of attention heads."""
 
 import torch
 from diffusers import UNet2DModel
@@ -10,8 +7,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 
+from em_training.em_saved_model import SavesSafetensors
 
-class EMUNet2DModel(UNet2DModel):
+
+class EMUNet2DModel(SavesSafetensors, UNet2DModel):
     """diffusers' `UNet2DModel` with two more arguments; parameters have the stock names and shapes.
 
     The stock model has one width of head for all levels: a width of 64 gives 8 heads at 512
@@ -85,32 +84,6 @@ class EMUNet2DModel(UNet2DModel):
             set_attention_heads(self, num_attention_heads)
         if not resample_with_conv:
             remove_resampling_convolutions(self)
-
-    # Copied from em_stylegan.em_stylegan2_generator.StyleGAN2Generator.save_pretrained
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        save_function: Any = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
-        """Save as `ModelMixin.save_pretrained` does; weights are always safetensors."""
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization is False, but pickled weights can run code when they are "
-                "loaded, and our models do not load them. Leave safe_serialization out."
-            )
-        super().save_pretrained(
-            save_directory,
-            is_main_process,
-            save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
 
 
 def set_attention_heads(model: torch.nn.Module, num_heads: int) -> None:

@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -21,6 +19,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
+from em_training.em_grey_images import from_pixels, to_pixels
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     NamesClasses,
@@ -225,7 +224,7 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         images = latents
         if output_type != "latent":
             images = self.decode(latents, generator, add_grain, window_batch_size)
-            images = self._convert(images, output_type)
+            images = from_pixels(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -268,7 +267,7 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
             guidance_start, guidance_stop: Fractions of the steps between which that holds.
             height, width: In pixels. Default: those of `image`, or of a tile.
             window_batch_size: Windows that the U-Net sees at a time, which bounds the memory.
-            image: Images to start from, see `to_pixels`; one serves the whole batch.
+            image: Images to start from, one serves all; see `em_training.em_grey_images.to_pixels`.
             strength: Fraction of the steps that change `image`: at 0 it is only reconstructed, at 1
                 next to nothing is left of it. Default: 0.5.
             class_labels: Number or name of a class, for each image or for all. Default: no class.
@@ -783,13 +782,6 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
             )
         return list(generator)
 
-    def _convert(self, images, output_type):
-        images = (images / 2 + 0.5).clamp(0, 1)  # [B, 1, H, W]
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
-        return images if output_type == "np" else self.numpy_to_pil(images)
-
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
@@ -839,53 +831,6 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
             # diffusers' own `to` warns of every narrower type
             torch.nn.Module.to(pipeline.vqvae, narrow)
         return pipeline
-
-
-def to_pixels(image) -> torch.Tensor:
-    """Return grey images as float32 [B, 1, H, W] in [-1, 1].
-
-    Args:
-        image: An image or a list of images of one size. PIL images in colour become grey. Arrays
-            are [H, W], [H, W, 1] or [B, H, W, 1], tensors [H, W], [1, H, W] or [B, 1, H, W], as the
-            pipeline returns them. uint8 and uint16 are grey levels; floats are in [0, 1].
-
-    Raises:
-        ValueError: For other shapes or values, with the way to mend it.
-    """
-    if isinstance(image, list | tuple):
-        parts = [to_pixels(each) for each in image]
-        sizes = sorted({tuple(part.shape[2:]) for part in parts})
-        if len(sizes) != 1:
-            raise ValueError(f"`image` has images of the sizes {sizes}; give one size only.")
-        return torch.cat(parts)
-    if isinstance(image, PIL.Image.Image):
-        is_deep = image.mode.startswith("I")  # 16 bits
-        image = np.asarray(image, np.float32) / 65535 if is_deep else np.asarray(image.convert("L"))
-    if isinstance(image, np.ndarray):
-        full = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(image.dtype, 1)
-        image = torch.from_numpy(image.astype(np.float32) / full)
-        image = image.movedim(-1, -3) if image.ndim > 2 else image
-    elif isinstance(image, torch.Tensor):
-        full = {torch.uint8: 255, torch.uint16: 65535}.get(image.dtype, 1)
-        image = image.to(torch.float32) / full
-    else:
-        raise ValueError(
-            f"`image` is a {type(image).__name__}; give a PIL image, an array, a tensor, or a "
-            "list of them."
-        )
-    image = image[(None,) * max(0, 4 - image.ndim)]
-    if image.ndim != 4 or image.shape[1] != 1 or not image.numel():
-        raise ValueError(
-            "`image` does not hold grey images; give arrays [H, W] or [B, H, W, 1], or tensors "
-            "[B, 1, H, W]."
-        )
-    low, high = float(image.min()), float(image.max())
-    if not 0 <= low <= high <= 1:
-        raise ValueError(
-            f"`image` has values from {low:g} to {high:g}, but floats must be in [0, 1]; put "
-            "images in [-1, 1] there by `image / 2 + 0.5`."
-        )
-    return image * 2 - 1
 
 
 def _run(network, latents, timestep, labels=None):

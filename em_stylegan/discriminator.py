@@ -9,15 +9,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from em_stylegan.em_stylegan2_generator import (
-    ARCHITECTURES,
-    EqualizedConv2d,
-    EqualizedLinear,
-    MappingNetwork,
-    blur,
-    blur_kernel,
-    encode_classes,
-)
+from em_stylegan.em_style_mapping import EqualizedLinear, MappingNetwork, encode_classes
+from em_stylegan.em_stylegan2_generator import ARCHITECTURES, EqualizedConv2d, blur, blur_kernel
 
 
 def minibatch_standard_deviation(x, group_size, num_maps=1, num_batches=1):

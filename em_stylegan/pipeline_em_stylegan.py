@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from em_training.em_grey_images import from_pixels
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     NamesClasses,
@@ -117,7 +118,7 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
             images = self.check_finite(
                 self.generator.synthesis(ws, noise_mode, generator, **options)
             )
-            images = self._convert(images, output_type)
+            images = from_pixels(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -233,13 +234,6 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
                 "single one."
             )
         return latents.to(self._execution_device, self.generator.dtype)
-
-    def _convert(self, images, output_type):
-        images = (images.float() / 2 + 0.5).clamp(0, 1)  # [B, 1, H, W]
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 1]
-        return images if output_type == "np" else self.numpy_to_pil(images)
 
     @classmethod
     def from_pretrained(

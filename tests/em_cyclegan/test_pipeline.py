@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from em_cyclegan.em_resnet_generator import EMResnetGenerator
-from em_cyclegan.pipeline_em_translation import EMTranslationPipeline, prepare_images
+from em_cyclegan.pipeline_em_translation import EMTranslationPipeline
+from em_training.em_grey_images import to_pixels
 
 
 def make_pipeline(seed=0, both=True):
@@ -83,17 +84,17 @@ def test_directions(pipeline, image):
         (np.zeros((15, 16), np.uint8), "15 x 16 pixels, but both sides must be multiples of 4"),
         (np.zeros((4, 16), np.uint8), "at least 8"),
         (np.zeros((0, 16), np.uint8), r"the shape \[0, 16\]"),
-        (np.zeros((2, 16, 16, 3), np.uint8), "Colours are not translated"),
+        (np.zeros((2, 16, 16, 3), np.uint8), "does not hold grey images"),
         (np.zeros(16, np.uint8), r"the shape \[16\]"),
         (np.zeros((16, 16), np.int64), "holds int64"),
         (np.zeros((16, 16), bool), "holds bool"),
-        (np.full((16, 16), np.nan), r"floats from nan"),
-        (np.full((16, 16), -0.5), r"floats from -0.5 to -0.5, but they must be in \[0, 1\]"),
-        (np.full((16, 16), 255.0), r"floats from 255"),
-        (torch.zeros(1, 3, 16, 16), "Colours are not translated"),
+        (np.full((16, 16), np.nan), "values from nan"),
+        (np.full((16, 16), -0.5), r"values from -0.5 to -0.5, but floats must be in \[0, 1\]"),
+        (np.full((16, 16), 255.0), "values from 255"),
+        (torch.zeros(1, 3, 16, 16), "does not hold grey images"),
         (torch.zeros(16, 16, dtype=torch.complex64), "holds complex64"),
         ([], "empty list"),
-        ([np.zeros((8, 8), np.uint8), np.zeros((8, 16), np.uint8)], r"\(8 x 8, 8 x 16\)"),
+        ([np.zeros((8, 8), np.uint8), np.zeros((8, 16), np.uint8)], r"sizes 8 x 8, 8 x 16"),
         ("image.png", "is a str"),
         (None, "is a NoneType"),
         (Image.new("RGB", (16, 16), (255, 0, 0)), 'Use image.convert\\("L"\\)'),
@@ -120,7 +121,7 @@ def test_grey_levels_are_those_of_the_tiles():
     from em_data import from_uint
 
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    torch.testing.assert_close(prepare_images(levels)[:, 0], from_uint(levels))
+    torch.testing.assert_close(to_pixels(levels)[:, 0], from_uint(levels))
 
 
 @pytest.mark.parametrize("both", [True, False])

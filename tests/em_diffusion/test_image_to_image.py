@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from em_diffusion.em_schedulers import is_flow
-from em_diffusion.pipeline_em_ldm import to_pixels
 from em_diffusion.samplers import create_sampler, list_samplers
+from em_training.em_grey_images import to_pixels
 from support.models import make_ldm
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and numpy 2
@@ -186,6 +186,7 @@ def test_all_forms_of_an_image_are_one_image():
         deep,
         unit,
         unit[None, ..., None],
+        unit[None],
         torch.from_numpy(grey),
         torch.from_numpy(unit)[None],
         torch.from_numpy(unit)[None, None].to(torch.bfloat16),
@@ -215,10 +216,11 @@ def test_what_the_pipeline_draws_it_also_takes(pipe):
         ({"image": pictures(1) * 2 - 1}, r"must be in \[0, 1\]; put images in \[-1, 1\] there"),
         ({"image": pictures(1) * math.nan}, "values from nan to nan"),
         ({"image": pictures(1).expand(1, 3, 16, 16)}, "does not hold grey images"),
-        ({"image": np.zeros((2, 16, 16))}, "does not hold grey images"),
+        ({"image": np.zeros((16, 16, 3))[None]}, "does not hold grey images"),
+        ({"image": PIL.Image.new("RGB", (16, 16), "red")}, "has colours"),
         ({"image": torch.zeros(0, 1, 16, 16)}, "does not hold grey images"),
         ({"image": "cat.png"}, "is a str; give a PIL image"),
-        ({"image": [pictures(1), pictures(1, 18)]}, r"sizes \[\(16, 16\), \(18, 16\)\]"),
+        ({"image": [pictures(1), pictures(1, 18)]}, r"sizes 16 x 16, 18 x 16"),
         ({"image": pictures(1), "height": 32}, "`height` is 32, but the images have 16"),
         ({"image": pictures(1, 17, 20)}, "The nearest size is 16 x 20"),
     ],

@@ -73,7 +73,7 @@ def run(pipeline, family):
 # ---------------------------------------------------------------- over the Hub
 
 SEEN = {  # changes that are seen in the images, of the same length, too
-    "ldm": ("pipeline_em_ldm.py", "images / 2 + 0.5", "images / 4 + 0.5"),
+    "ldm": ("pipeline_em_ldm.py", "images.float() / 2 + 0.5", "images.float() / 4 + 0.5"),
     "stylegan": CHANGES["stylegan"],
 }
 

@@ -10,7 +10,7 @@ from em_data import DataConfig, load_data
 from em_data.batch import Batch
 from em_stylegan import gan_loop
 from em_stylegan.discriminator import StyleGANDiscriminator
-from em_stylegan.em_stylegan2_generator import MappingNetwork
+from em_stylegan.em_style_mapping import MappingNetwork
 from em_stylegan.game import Game, draw_ws, map_to_ws, update_w_means
 from em_stylegan.losses import (
     discriminator_loss,

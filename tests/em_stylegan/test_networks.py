@@ -7,13 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_stylegan.discriminator import StyleGANDiscriminator
+from em_stylegan.em_style_mapping import MappingNetwork, normalize_second_moment
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator, adaptive_instance_norm
-from em_stylegan.em_stylegan2_generator import (
-    MappingNetwork,
-    StyleGAN2Generator,
-    modulated_conv2d,
-    normalize_second_moment,
-)
+from em_stylegan.em_stylegan2_generator import StyleGAN2Generator, modulated_conv2d
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
 from em_stylegan.game import compute_gradient_penalty, compute_path_lengths
 from em_stylegan.losses import path_lengths, r1_penalty
