@@ -1,12 +1,14 @@
 """The batch script for training, run by the stand-in for SLURM."""
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 
+from em_training import list_checkpoints
 from support.slurm import Slurm
 
 ROOT = Path(__file__).parents[1]
@@ -31,16 +33,17 @@ def start(tmp_path, *words):
 
 
 def test_a_training_saves_itself_before_the_time_limit_and_is_queued_again(tmp_path):
-    """A toy training: it is warned, saves in both processes, is queued again, resumes and ends."""
-    job = start(tmp_path, "tests/support/toy_loop.py", str(tmp_path / "run"), "1200", "0.01")
+    """A toy training: warned, it saves and is queued again; `scancel --signal` ends it for good."""
+    job = start(tmp_path, "tests/support/toy_loop.py", str(tmp_path / "run"), "40000", "0.01")
     task = job.tasks[None]
     task.wait_for_path(tmp_path / "run/toy/checkpoints/000000000016")
     task.warn()
-    assert job.wait(120) == {None: 0}, task.text
+    task.wait_for("toy: resuming at")
+    task.signal_steps(signal.SIGUSR1)
+    assert job.wait(120) == {None: 130}, task.text
     assert task.num_restarts == 1
-    assert task.text.count("SIGUSR1: saving after this step") == 1
-    assert "toy: resuming at" in task.text
-    assert (tmp_path / "run/toy/checkpoints/000000001200").is_dir()
+    assert task.text.count("SIGUSR1: saving after this step") == 2
+    assert list_checkpoints(tmp_path / "run/toy/checkpoints")
 
 
 def test_a_mistake_of_the_user_is_not_queued_again(tmp_path):

@@ -1,7 +1,7 @@
 """Nodes on this machine, each with one process, started by torchrun or as `srun` starts them."""
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -72,9 +72,13 @@ class Nodes:
 
     def fail_node(self, rank: int) -> None:
         """End the processes of a node at once."""
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             agent = psutil.Process(self.processes[rank].pid)
             for each in [agent, *agent.children(recursive=True)]:
-                os.kill(each.pid, signal.SIGKILL)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            pass
+                each.kill()
+
+    def kill_process(self, rank: int) -> None:
+        """End the process that the agent of a node has started, but not the agent."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(self.processes[rank].pid).children(recursive=True):
+                each.kill()

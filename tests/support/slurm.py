@@ -168,6 +168,10 @@ class Task:
         batch, name = re.fullmatch(r"(B:)?(\w+)(?:@\d+)?", self.settings["signal"]).groups()
         self._send(getattr(signal, f"SIG{name.removeprefix('SIG')}"), to_batch=bool(batch))
 
+    def signal_steps(self, number: int) -> None:
+        """Send a signal to the steps, as `scancel --signal` does."""
+        self._send(number)
+
     def cancel(self, number: int = signal.SIGTERM) -> None:
         """Cancel the task for good, as `scancel` does."""
         self._is_cancelled = True
