@@ -188,7 +188,7 @@ def share_tensors(parts: dict[str, Any], state: Any) -> None:
         return
     for part in parts.values():
         for tensor in _list_tensors(part.state_dict()):
-            dense = tensor.detach().contiguous()
+            dense = tensor.detach().to(state.device).contiguous()
             torch.distributed.broadcast(dense, 0)
             with torch.no_grad():
                 tensor.copy_(dense)

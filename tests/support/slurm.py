@@ -41,7 +41,7 @@ SHORT = {"-N": "--nodes", "-n": "--ntasks", "-a": "--array", "-J": "--job-name",
          "-p": "--partition", "-A": "--account", "-c": "--cpus-per-task", "-o": "--output",
          "-l": "--label", "-K": "--kill-on-bad-exit"}  # fmt: skip
 FLAGS = {"requeue", "label", "exclusive", "kill-on-bad-exit"}  # a value only after "="
-POLL = 0.02
+POLL, KILL_WAIT = 0.02, 10.0  # seconds
 
 
 class Slurm:
@@ -301,9 +301,14 @@ def srun(words: Sequence[str]) -> int:
         tasks.append(subprocess.Popen(command, env=os.environ | variables))
     mark = folder / f"step-{os.getpid()}"  # from now on the step can be signalled
     mark.touch()
+    deadline = None
     while any(task.poll() is None for task in tasks):
         if "kill-on-bad-exit" in settings and any(task.poll() for task in tasks):
-            forward(signal.SIGKILL, None)
+            if deadline is None:
+                deadline = time.monotonic() + KILL_WAIT
+                forward(signal.SIGTERM, None)
+            elif time.monotonic() > deadline:
+                forward(signal.SIGKILL, None)
         time.sleep(POLL)
     mark.unlink()
     return max(128 - task.returncode if task.returncode < 0 else task.returncode for task in tasks)
