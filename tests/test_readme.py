@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from support import slurm
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -139,9 +141,21 @@ def known_flags():
     return flags
 
 
+def list_flags_of_launchers():
+    """Return the flags of torchrun, `accelerate launch` and SLURM."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    parsers = launch_command_parser(), get_args_parser()
+    flags = {flag for each in parsers for flag in each._option_string_actions}
+    return flags | {f"--{name}" for name in slurm.USED | slurm.IGNORED}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page, known_flags):
     text = page.read_text()
     flags = set(re.findall(r"(?<![\w-])(--[a-z][\w.-]*[a-z])\b", text))
     known = known_flags | {"--help"}
+    if page.name == "cluster.md":
+        known |= list_flags_of_launchers()
     assert not {flag for flag in flags if flag not in known and f"--no-{flag[2:]}" not in known}
