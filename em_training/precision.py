@@ -71,6 +71,13 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+class _Accelerator(accelerate.Accelerator):
+    def print(self, *args, **kwargs):
+        """Print from the main process alone; accelerate does so from one process of each node."""
+        if self.is_main_process:
+            print(*args, **kwargs)
+
+
 def create_accelerator(out_dir: str | Path, precision: str = "auto") -> accelerate.Accelerator:
     """Return an Accelerator that logs to TensorBoard under `out_dir`/tensorboard.
 
@@ -87,7 +94,7 @@ def create_accelerator(out_dir: str | Path, precision: str = "auto") -> accelera
     configuration = accelerate.utils.ProjectConfiguration(
         project_dir=str(out_dir), logging_dir=str(out_dir) + "/tensorboard"
     )
-    return accelerate.Accelerator(
+    return _Accelerator(
         cpu=use_cpu(),
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         mixed_precision=precision,

@@ -40,6 +40,7 @@ def test_two_nodes_agree(folders, tmp_path):
     nodes = Nodes([[str(program), str(shared), str(folder)] for folder in folders], folders)
     assert nodes.wait(120) == [0, 0], "\n".join(nodes.texts)
     assert all(f"node {rank} is done" in text for rank, text in enumerate(nodes.texts))
+    assert ["from the main process" in text for text in nodes.texts] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path, is_finished, error, 
     assert list_checkpoints(tmp_path / "toy/checkpoints")
 
 
-def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path):
+def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path, capsys):
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -240,6 +240,10 @@ def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stopped: toy stopped and saved at 20 of 20") == 2
     assert "both done" in done.stdout
+    # one process goes on with the checkpoint of two
+    train(tmp_path / "parts", 80)
+    assert "is of 2 processes, this training has 1" in capsys.readouterr().err
+    assert list_checkpoints(tmp_path / "parts/toy/checkpoints")[-1].name == "000000000080"
 
 
 def test_intervals_are_crossed_once_whatever_the_batch():

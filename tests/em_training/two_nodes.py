@@ -109,5 +109,6 @@ except (ValueError, OSError) as raised:
     error = raised
 assert isinstance(error, OtherProcessError) == (rank == 1), error
 assert rank == 1 or "cannot be written" in str(error)
+accelerator.print("from the main process")
 print(f"node {rank} is done")
 leave_processes()
