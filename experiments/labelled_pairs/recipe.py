@@ -177,12 +177,12 @@ class Recipe:
         """Start a command; its output goes to logs/."""
         log = self.out / "logs" / f"{title.replace(' ', '_').replace('/', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{title}: {log}", flush=True)
+        shown = f"\n  {shlex.join(command)}" if self.arguments.dry_run else ""
+        print(f"{title}: {log}{shown}\n", end="", flush=True)  # one text: threads call this
+        if self.arguments.dry_run:
+            return None
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with log.open("w") as file:
-            if self.arguments.dry_run:
-                print("  " + shlex.join(command), flush=True)
-                return None
             return subprocess.Popen(
                 [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment
             ), log
