@@ -13,6 +13,7 @@ from em_data.sampler import make_permutation
 from em_training import config_from_dict, seed_for
 
 Say = Callable[[str], Any]
+MOST_PIXELS = 2**33  # of synthetic micrographs that a run, which may be another's, may ask for
 
 
 class TranslationDrawer:
@@ -136,6 +137,16 @@ def read_tiling(run: Mapping[str, Any], say: Say) -> DataConfig:
         say(f"How this model's source was cut is unknown: tiles of {tiling.resolution} px are used")
         return tiling
     tiling = config_from_dict(CycleGANConfig, parts).tiles_of_source
+    num_pixels = (tiling.num_synthetic or tiling.num_micrographs or 0) * tiling.micrograph_size**2
+    if num_pixels > MOST_PIXELS:
+        say(f"The run asks for {num_pixels:,} synthetic pixels; the default number is drawn")
+        defaults = DataConfig()
+        tiling = replace(
+            tiling,
+            num_synthetic=defaults.num_synthetic,
+            num_micrographs=defaults.num_micrographs,
+            micrograph_size=defaults.micrograph_size,
+        )
     return replace(tiling, cache_dir=None)  # a run of others may name any folder
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from em_commands import generate as command
 from em_commands.train_cyclegan import name_sources
 from em_cyclegan import PRESETS, EMTranslationPipeline, train_cyclegan
-from em_cyclegan.drawing import TranslationDrawer
+from em_cyclegan.drawing import TranslationDrawer, read_tiling
 from em_cyclegan.family import TranslationOptions
 from em_data import load_data, read_image_folder
 from em_generation import demo
@@ -186,6 +186,17 @@ def test_a_repository_of_others_names_no_folder_of_this_machine(model, tmp_path)
     assert foreign.find_sources()["tiles"] == model.config["tiles"]
     assert replace(model, folder=None).find_sources()["source"] == "synthetic"
     assert model.find_sources() == model.config
+
+
+def test_a_run_of_others_does_not_decide_how_much_is_drawn(model):
+    lines = []
+    run = {"tiles": model.config["tiles"] | {"num_synthetic": 10_000_000}}
+    tiling = read_tiling(run, lines.append)
+    assert tiling.num_synthetic is None
+    assert tiling.resolution == model.config["tiles"]["resolution"]
+    assert lines == [
+        "The run asks for 655,360,000,000 synthetic pixels; the default number is drawn"
+    ]
 
 
 def test_other_pixel_sizes_are_said(model):
