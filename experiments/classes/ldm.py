@@ -117,7 +117,7 @@ def run():
     )
     add = parser.add_argument
     add("--runs", default="runs/classes", help="folder of the trainings (default: %(default)s)")
-    add("--train-images", type=int, default=20_000, help="of each training")
+    add("--train-images", type=int, default=64_000, help="of each training")
     add("--num-images", type=int, default=1000, help="of each set")
     add("--hardware", default="2 cores of a server CPU", help="as it is recorded")
     add("--cache-dir", help="folder of the cut tiles")
