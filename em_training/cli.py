@@ -53,7 +53,9 @@ def _report(error: Exception) -> None:
     if kind == "NonFiniteLossError":
         _fail(f"error: {error}", 1)
     if _is_lost_connection(error):
-        _fail(f"{LOST_CONNECTION} ({str(error).strip().splitlines()[-1]})", 1)
+        if "EM_TRACEBACK" in os.environ:
+            traceback.print_exception(error)
+        _fail(LOST_CONNECTION, 1)
     text = _describe(error)
     if text is None or "EM_TRACEBACK" in os.environ:
         traceback.print_exception(error)

@@ -7,11 +7,20 @@ from safetensors import SafetensorError
 
 from em_training import TrainingInterrupted
 from em_training.cli import run_command
+from em_training.nodes import OtherProcessError
 from em_training.precision import leave_processes
 
 
 def fail():
     raise ValueError("no such thing")
+
+
+def lose_connection():
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+
+
+def fail_after_another():
+    raise OtherProcessError
 
 
 def test_a_command_leaves_its_group_of_processes_unless_it_failed(capsys):
@@ -23,6 +32,12 @@ def test_a_command_leaves_its_group_of_processes_unless_it_failed(capsys):
         run_command(fail)
     assert "error: no such thing" in capsys.readouterr().err
     assert torch.distributed.is_initialized()
+    with pytest.raises(SystemExit, match="1"):
+        run_command(lose_connection)
+    assert "error: the connection to another process" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_command(fail_after_another)
+    assert not capsys.readouterr().err
     run_command(lambda: None)
     assert not torch.distributed.is_initialized()
     leave_processes()  # alone there is nothing to leave
