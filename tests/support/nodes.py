@@ -65,6 +65,21 @@ class Nodes:
             texts = "\n".join(text[-3000:] for text in self.texts)
             raise AssertionError(f"they did not end within {seconds} s:\n{texts}") from None
 
+    def end(self, seconds: float = 120) -> list[int]:
+        """Wait until the agents' processes have ended, and return the agents' exit codes.
+
+        An agent that waits for one that has failed, as it does for five minutes, is ended.
+        """
+        deadline = time.monotonic() + seconds
+        while any(map(self._list_processes, range(len(self.processes)))):
+            if time.monotonic() > deadline:
+                return self.wait(0)  # which says what they have printed
+            time.sleep(0.1)
+        time.sleep(5)
+        for rank in range(len(self.processes)):
+            self.fail_node(rank)
+        return self.wait()
+
     @property
     def texts(self) -> list[str]:
         """What each has printed."""
@@ -72,13 +87,22 @@ class Nodes:
 
     def fail_node(self, rank: int) -> None:
         """End the processes of a node at once."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(self.processes[rank].pid)
-            for each in [agent, *agent.children(recursive=True)]:
-                each.kill()
+        processes = self._list_processes(rank)
+        self.processes[rank].kill()
+        self._kill(processes)
 
     def kill_process(self, rank: int) -> None:
         """End the process that the agent of a node has started, but not the agent."""
+        self._kill(self._list_processes(rank))
+
+    def _list_processes(self, rank):
+        """Return what runs below the first process of a node."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            for each in psutil.Process(self.processes[rank].pid).children(recursive=True):
+            if self.processes[rank].poll() is None:
+                return psutil.Process(self.processes[rank].pid).children(recursive=True)
+        return []
+
+    def _kill(self, processes):
+        for each in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
