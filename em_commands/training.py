@@ -1,4 +1,4 @@
-"""What the two training commands share: flags, then the training, then what to do next."""
+"""What the training commands share: flags, then the training, then what to do next."""
 
 import argparse
 import inspect
@@ -29,10 +29,12 @@ The same command resumes a run that was stopped or killed.
 `python {{script}} PRESET --help` shows the main flags of a preset."""
 # of any family; a preset's help shows those that it has
 MAIN_FLAGS = (
+    "base",
     "source",
     "data",
     "out",
     "init_from",
+    "prompt",
     "tiles.resolution",
     "tiles.downsample",
     "tiles.pixel_size_nm",
@@ -45,6 +47,7 @@ MAIN_FLAGS = (
     "last_stage",
     "source_tiles.downsample",
     "generator.architecture",
+    "lora.rank",
     "training.method",
     "training.num_images",
     "training.batch_size",

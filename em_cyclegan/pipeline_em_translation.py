@@ -11,14 +11,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 
 from em_training.em_grey_images import from_pixels, to_pixels
 from em_training.em_saved_pipeline import (
-    HUB_OPTIONS,
     SavedWithCode,
     find_kept_options,
     find_own_class,
-    import_own_component,
-    is_own_component,
     keep_options,
-    load_component,
     read_source,
     refuse_pickles,
 )
@@ -145,21 +141,7 @@ class EMTranslationPipeline(SavedWithCode, DiffusionPipeline):
         source = pretrained_model_name_or_path
         if not cls._is_installed():
             return super().from_pretrained(source, **kwargs)
-        for name in ("trust_remote_code", "output_loading_info"):
-            kwargs.pop(name, None)
-        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
-        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        index = DiffusionPipeline.load_config(source, **hub_options)
-        for name, value in index.items():
-            if is_own_component(name, value) and name not in kwargs:
-                component = import_own_component(cls._package, source, name, *value)
-                options = hub_options | {"subfolder": name, "use_safetensors": True}
-                found = dtypes.get(name, dtypes.get("default"))
-                if isinstance(found, torch.dtype):
-                    options["torch_dtype"] = found
-                kwargs[name] = load_component(component, source, kwargs.get("variant"), options)
-        return super().from_pretrained(source, dtype=dtype, **kwargs)
+        return super().from_pretrained(source, **cls._load_own_components(source, kwargs))
 
 
 read_source(EMTranslationPipeline)

@@ -7,6 +7,7 @@ from pathlib import Path
 import em_cyclegan.family
 import em_diffusion.family
 import em_diffusion.mask_family
+import em_stable_diffusion.family
 import em_stylegan.family
 from em_training.config import read_json_object
 from em_training.family import Family
@@ -16,6 +17,7 @@ FAMILIES: list[Family] = [
     em_stylegan.family.FAMILY,
     em_diffusion.mask_family.FAMILY,
     em_cyclegan.family.FAMILY,
+    em_stable_diffusion.family.FAMILY,
 ]
 
 

@@ -20,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+REMOTE_OPTIONS = ("trust_remote_code", "output_loading_info")
 _MOVED: dict[str, Any] = {}  # modules of repositories by their first name, see `read_source`
 # imports of files of ours, which become a part of a published file
 _OWN_IMPORT = re.compile(
@@ -91,6 +92,29 @@ class SavedWithCode:
         return super().from_pipe(  # type: ignore[misc]
             pipeline, **{k: v for k, v in pipeline.components.items() if k in own} | kwargs
         )
+
+    @classmethod
+    def _load_own_components(cls, source, options):
+        """Load the components that are not diffusers' by installed code.
+
+        options: Those of `from_pretrained`. Returned with the components, and without what would
+            run code of the folder.
+        """
+        options = {k: v for k, v in options.items() if k not in REMOTE_OPTIONS}
+        dtype = options.pop("torch_dtype", options.pop("dtype", None))
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+        index = DiffusionPipeline.load_config(source, **hub_options)
+        for name, value in index.items():
+            if is_own_component(name, value) and name not in options:
+                component = import_own_component(cls._package, source, name, *value)
+                found = dtypes.get(name, dtypes.get("default"))
+                typed = {"torch_dtype": found} if isinstance(found, torch.dtype) else {}
+                where = {"subfolder": name, "use_safetensors": True}
+                options[name] = load_component(
+                    component, source, options.get("variant"), hub_options | where | typed
+                )
+        return options | {"dtype": dtype}
 
     @classmethod
     def _is_installed(cls):

@@ -19,8 +19,9 @@ LIBRARY = {
     "em_diffusion": {"em_data", "em_training", "em_evaluation"},
     "em_stylegan": {"em_data", "em_training", "em_evaluation"},
     "em_cyclegan": {"em_data", "em_training", "em_evaluation"},
+    "em_stable_diffusion": {"em_data", "em_training", "em_evaluation"},
 }
-FAMILIES = {"em_diffusion", "em_stylegan", "em_cyclegan"}
+FAMILIES = {"em_diffusion", "em_stylegan", "em_cyclegan", "em_stable_diffusion"}
 LIBRARY["em_generation"] = {*LIBRARY} - {"em_pretrained"}
 LIBRARY["em_hub"] = {*LIBRARY}
 COMMANDS = "em_commands"
@@ -37,7 +38,8 @@ PUBLISHED = sorted(
     [*ROOT.glob("em_*/em_*.py"), *ROOT.glob("em_*/pipeline_em_*.py")], key=lambda path: path.name
 )
 PUBLISHED_MAY_IMPORT = {"torch", "numpy", "diffusers", "PIL", *sys.stdlib_module_names}
-SCRIPTS = ["train_ldm", "train_gan", "train_cyclegan", "generate", "evaluate", "publish"]
+SCRIPTS = ["train_ldm", "train_gan", "train_cyclegan", "train_lora"]
+SCRIPTS += ["generate", "evaluate", "publish"]
 PROGRAMS = [*SCRIPTS, "look"]  # a program without a root script is python -m em_data.look, too
 NEVER_IMPORTED = {*SCRIPTS, "app", "experiments", "benchmarks", "tests", "support"}
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
@@ -238,6 +240,7 @@ def names_of(node):
         ("em_diffusion", "EMLatentDiffusionPipeline"),
         ("em_stylegan", "EMStyleGANPipeline"),
         ("em_cyclegan", "EMTranslationPipeline"),
+        ("em_stable_diffusion", "EMLoRAPipeline"),
     ],
 )
 def test_a_pipeline_imports_no_trainer(package, name):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["em-look", "em-train-ldm", "em-train-gan", "em-train-cyclegan"]
+COMMANDS = ["em-look", "em-train-ldm", "em-train-gan", "em-train-cyclegan", "em-train-lora"]
 COMMANDS += ["em-generate", "em-evaluate", "em-publish"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 PACKAGES = [*sorted(path.parent.name for path in ROOT.glob("em_*/__init__.py")), "model_cards"]

@@ -18,7 +18,7 @@ from em_diffusion.autoencoder_loop import (
 from em_diffusion.codebook import CodebookMonitor
 from em_diffusion.config import AutoencoderConfig, DenoiserConfig, LDMConfig
 from em_diffusion.denoiser import create_denoiser, create_scheduler
-from em_diffusion.denoiser_loop import compute_denoising_loss, draw_timesteps, train_denoiser
+from em_diffusion.denoiser_loop import compute_denoising_loss, train_denoiser
 from em_diffusion.load_autoencoder import load_autoencoder
 from em_diffusion.optimization import create_optimizer, learning_rate_at
 from em_diffusion.reconstruction import spectrum_error_db, ssim
@@ -32,6 +32,7 @@ from em_training import (
     read_stats,
 )
 from em_training.latents import Latents
+from em_training.timesteps import draw_timesteps
 from support.config import refuses_config
 
 

@@ -15,9 +15,9 @@ from em_diffusion.denoiser import create_scheduler
 from em_diffusion.denoiser_loop import (
     compute_denoising_loss,
     compute_min_snr_weights,
-    draw_timesteps,
 )
 from em_diffusion.optimization import learning_rate_at
+from em_training.timesteps import draw_timesteps
 from support.config import refuses_config
 
 

@@ -1,0 +1,92 @@
+"""Where a base lies: a folder in diffusers' layout, or a repository on the Hub at a commit."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from em_hub.transport import HUB_ID, fetch_repository, split_hub_id
+from em_stable_diffusion.em_base_models import BASE_MODELS, BaseModel
+from em_training.config import read_json_object
+from em_training.sources import OTHER_VARIANTS
+
+INDEX = "model_index.json"
+SUFFIXES = ("json", "txt", "jinja", "safetensors")  # of files that are read: no code, no pickles
+IGNORED = [*OTHER_VARIANTS, "*non_ema*"]  # other copies of the same weights
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base that was found.
+
+    Attributes:
+        name: As the user named it.
+        folder: Its local folder.
+        kind: Key of `BASE_MODELS`.
+        repository, revision: Its repository on the Hub and the commit; None for a folder.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    repository: str | None = None
+    revision: str | None = None
+
+    @property
+    def model(self) -> BaseModel:
+        """Its classes in diffusers."""
+        return BASE_MODELS[self.kind]
+
+    def identify(self) -> dict[str, str]:
+        """Return what must not change while it is tuned: the commit, or a hash of the weights."""
+        if self.revision is not None:
+            return {"commit": self.revision}
+        digest = hashlib.sha256()
+        for part in (self.model.denoiser, "vae"):
+            for path in sorted((self.folder / part).glob("*.safetensors")):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return {"weights_sha256": digest.hexdigest()}
+
+
+def find_base(name: str) -> BaseSource:
+    """Find a base, and download the files of a repository that are needed; no code is read.
+
+    Args:
+        name: A folder in diffusers' layout, or owner/name[@revision] on the Hub.
+
+    Raises:
+        ValueError: There is no such base, its class is not known, or the Hub cannot be reached.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            raise ValueError(
+                f"base is {name}, which holds no {INDEX}. Give a folder in diffusers' layout, as "
+                "`hf download owner/name --local-dir FOLDER` makes one, or a repository on the Hub."
+            )
+        return BaseSource(name, folder, read_kind(folder, name))
+    if HUB_ID.fullmatch(name) is None:
+        raise ValueError(
+            f"base is {name}, but there is no such folder, and it is not a Hub id (owner/name or "
+            "owner/name@revision). Use --base."
+        )
+    folder = fetch_repository(name, [INDEX, "README.md"])
+    kind = read_kind(folder, name)
+    parts = (BASE_MODELS[kind].denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
+    patterns = [f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES]
+    folder = fetch_repository(name, [INDEX, *patterns], ignore=IGNORED)
+    # the cache names the folder of a snapshot by its commit
+    return BaseSource(name, folder, kind, split_hub_id(name)[0], folder.name)
+
+
+def read_kind(folder: Path, name: str) -> str:
+    """Return the kind of the base in `folder`, from its model_index.json."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"The Hub repository {name} holds no pipeline (no {INDEX}).")
+    found = read_json_object(path).get("_class_name")
+    for kind, base in BASE_MODELS.items():
+        if found == base.pipeline:
+            return kind
+    known = ", ".join(f"{base.pipeline} ({base.title})" for base in BASE_MODELS.values())
+    raise ValueError(f"base is {name}, a {found}, but must be one of {known}. Use --base.")
