@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, VQModel
 
 import em_pretrained
 from em_diffusion.em_dalle_vae import EMDalleVAE
@@ -19,6 +19,7 @@ from em_training.saved_models import check_model, refuse_diverged
 KINDS = {
     VQModel: "VQ",
     AutoencoderKL: "KL",
+    AutoencoderKLFlux2: "KL",
     EMTamingVQModel: "VQ",
     EMGumbelVQModel: "Gumbel VQ",
     EMTamingAutoencoderKL: "KL",
@@ -39,10 +40,10 @@ def load_autoencoder(source, *, device="cpu", config=None, use_ema=None, revisio
     repeated three times and the answer averaged. No code of a checkpoint or repository is executed.
 
     Args:
-        source: Folder of a run, of a pipeline or of a diffusers `VQModel` or `AutoencoderKL`; the
-            name of a model in the package (`em_pretrained`); Hub id (owner/name) of a pipeline or
-            model; a .ckpt file of taming-transformers or latent-diffusion; or a folder with
-            DALL-E's encoder.pkl and decoder.pkl.
+        source: Folder of a run, of a pipeline or of a diffusers `VQModel`, `AutoencoderKL` or
+            `AutoencoderKLFlux2`; the name of a model in the package (`em_pretrained`); Hub id
+            (owner/name) of a pipeline or model; a .ckpt file of taming-transformers or
+            latent-diffusion; or a folder with DALL-E's encoder.pkl and decoder.pkl.
         config: The yaml of a .ckpt file. Default: the yaml beside it.
         use_ema: Which weights of a .ckpt file, as in `em_diffusion.original.load.load_official`.
         revision: Branch, tag or commit of a Hub repository.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, VQModel
 
 from em_diffusion.autoencoder import decode, encode, find_codes
 from em_diffusion.grey import fold_to_grey
@@ -32,6 +32,11 @@ def create_kl(channels=3, seed=0):
     return AutoencoderKL(in_channels=channels, out_channels=channels, **SHAPE).eval()
 
 
+def create_flux2(channels=3, seed=0):
+    torch.manual_seed(seed)
+    return AutoencoderKLFlux2(in_channels=channels, out_channels=channels, **SHAPE).eval()
+
+
 @pytest.fixture
 def images():
     return torch.rand(3, 1, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -57,9 +62,11 @@ def test_vq_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
 
 
 @torch.no_grad()
-def test_kl_model_folded_to_grey_is_repeat_and_average(tmp_path, images):
-    model = create_kl()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("create", [create_kl, create_flux2])
+def test_kl_model_folded_to_grey_is_repeat_and_average(tmp_path, create, images):
+    """It may be a part of a text-to-image model, which names it so."""
+    model = create()
+    model.save_pretrained(tmp_path / "vae")
     loaded = load_autoencoder(tmp_path)
     latents = encode(loaded, images)
     expected = model.encode(images.repeat(1, 3, 1, 1)).latent_dist.mean
