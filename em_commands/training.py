@@ -175,7 +175,7 @@ def say_what_is_used(
     if hardware and "GPU" in hardware[1] and use_cpu():
         say(
             f"Preset {preset} is made for {hardware[1]}, but there is no GPU: expect days to "
-            "months. `demo` is made for CPUs."
+            f"months.{'' if preset == 'demo' else ' `demo` is made for CPUs.'}"
         )
 
 
