@@ -61,14 +61,7 @@ def make_card(
     """
     family = find_family(type(pipeline).__name__)
     name = " ".join(str(record["name"]).split())
-    metadata = ModelCardData(
-        license=license or "unknown",
-        library_name="diffusers",
-        pipeline_tag=family.card.task,
-        tags=["electron-microscopy", "synthetic-data", "materials-science", family.card.tag],
-        model_name=name,
-        eval_results=make_eval_results(evaluation, family.card.task) or None,
-    )
+    described = family.card.describe(pipeline)
     values = {
         "title": f"Electron micrographs by a {family.card.noun}: {name}",
         "repo_id": repo_id,
@@ -92,10 +85,24 @@ def make_card(
         "versions": record["versions"],
         "license": license,
         "code_license": CODE_LICENSE,
-        **family.card.describe(pipeline),
+        **described,
     }
     page = create_environment().get_template(family.card.template).render(values)
+    metadata = make_metadata(family.card, name, license, evaluation, described.get("base_model"))
     return f"---\n{metadata.to_yaml()}\n---\n\n{page}"
+
+
+def make_metadata(card, name: str, license, evaluation, base_model: str | None) -> ModelCardData:
+    """Return what the Hub reads of a card: by it, models are found and listed."""
+    return ModelCardData(
+        license=license or "unknown",
+        library_name="diffusers",
+        pipeline_tag=card.task,
+        tags=["electron-microscopy", "synthetic-data", "materials-science", card.tag],
+        model_name=name,
+        base_model=base_model,
+        eval_results=make_eval_results(evaluation, card.task) or None,
+    )
 
 
 def view_classes(pipeline) -> dict:

@@ -48,11 +48,12 @@ class BaseSource:
         return {"weights_sha256": digest.hexdigest()}
 
 
-def find_base(name: str) -> BaseSource:
+def find_base(name: str, commit: str | None = None) -> BaseSource:
     """Find a base, and download the files of a repository that are needed; no code is read.
 
     Args:
         name: A folder in diffusers' layout, or owner/name[@revision] on the Hub.
+        commit: Of the repository, whatever the name says.
 
     Raises:
         ValueError: There is no such base, its class is not known, or the Hub cannot be reached.
@@ -70,13 +71,15 @@ def find_base(name: str) -> BaseSource:
             f"base is {name}, but there is no such folder, and it is not a Hub id (owner/name or "
             "owner/name@revision). Use --base."
         )
-    folder = fetch_repository(name, [INDEX, "README.md"])
+    repository = split_hub_id(name)[0]
+    pinned = f"{repository}@{commit}" if commit else name
+    folder = fetch_repository(pinned, [INDEX, "README.md"])
     kind = read_kind(folder, name)
     parts = (BASE_MODELS[kind].denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
     patterns = [f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES]
-    folder = fetch_repository(name, [INDEX, *patterns], ignore=IGNORED)
+    folder = fetch_repository(pinned, [INDEX, *patterns], ignore=IGNORED)
     # the cache names the folder of a snapshot by its commit
-    return BaseSource(name, folder, kind, split_hub_id(name)[0], folder.name)
+    return BaseSource(name, folder, kind, repository, folder.name)
 
 
 def read_kind(folder: Path, name: str) -> str:

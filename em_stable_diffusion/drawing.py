@@ -1,5 +1,6 @@
 """Draw images of a tuned text-to-image model by their numbers."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ class LoRADrawer:
         on_progress: Callable[[float], None] | None = None,
     ):
         assign_classes(pipeline, options.classes, [0])  # an unknown class is an error now
-        self.pipeline, self.options, self.seed = pipeline, options, seed
+        self.pipeline, self.options, self.seed = copy.copy(pipeline), options, seed
         self.say, self.on_progress, self._has_said_colour = say, on_progress, False
         self.pipeline.set_progress_bar_config(disable=True)
         config = pipeline.config

@@ -109,7 +109,7 @@ def draw_grey(
     Raises:
         ValueError: An image is not finite.
     """
-    embeddings = embeddings.to(pipeline.device)
+    embeddings = embeddings.to(pipeline._execution_device)
     images = pipeline(
         prompt_embeds=embeddings,
         negative_prompt_embeds=empty.to(embeddings).expand_as(embeddings),

@@ -64,11 +64,12 @@ def describe_card(pipeline) -> dict:
         },
         "prompts": list(pipeline.prompts.config.texts),
         "rank": config.rank,
-        "alpha": config.alpha,
+        "alpha": f"{config.alpha:g}",
         "num_layers": len(config.layers),
         "colourfulness": config.colourfulness,
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,
-        "guidance_scale": pipeline.config.guidance_scale,
+        "guidance_scale": f"{pipeline.config.guidance_scale:g}",
+        "base_model": config.repository,
     }
 
 

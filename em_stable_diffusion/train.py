@@ -77,7 +77,7 @@ def train_and_save(config, accelerator, out):
         check_batch_size(config, accelerator.num_processes)
         check_metrics(config.training.evaluation_metrics, in_training=True)
         refuse_other_run(out, config)
-    base = fill_cache(accelerator, lambda: open_fitting_base(config))
+    base = fill_cache(accelerator, lambda: open_fitting_base(config, out))
     data = fill_cache(
         accelerator, lambda: load_data(config.data, config.tiles, log=accelerator.print)
     )
@@ -128,9 +128,13 @@ def check_batch_size(config, num_processes: int) -> None:
         )
 
 
-def open_fitting_base(config) -> Base:
-    """Find the base; raise `ValueError` if it cannot draw images of a tile's size."""
-    base = open_base(find_base(config.base))
+def open_fitting_base(config, out: Path) -> Base:
+    """Find the base, at the commit that a run in `out` began with.
+
+    Raises `ValueError` if it cannot draw images of a tile's size.
+    """
+    started = read_starts(out).get("base", {})
+    base = open_base(find_base(config.base, started.get("commit")))
     resolution, factor = config.tiles.resolution, base.factor
     if resolution % factor:
         raise ValueError(
@@ -164,8 +168,8 @@ def record_base(base: Base, out: Path) -> None:
         write_starts(out, base.source.name, {"base": facts})
     elif started | identity != started:
         raise ValueError(
-            f"{base.source.name} is not the model that the run in {out} began with: it has another "
-            "commit or other weights. Restore it, or train in another folder with --out."
+            f"{base.source.name} is not the model that the run in {out} began with: it has "
+            "other weights. Restore it, or train in another folder with --out."
         )
 
 

@@ -64,7 +64,8 @@ class Card:
     """How a family's model card is written.
 
     template: its file in model_cards. package: the package to install. tag: the Hub's tag. noun:
-    the kind of model in a sentence. describe: pipeline -> values that only this template needs.
+    the kind of model in a sentence. describe: pipeline -> values that only this template needs;
+    "base_model" among them is a repository that the Hub shows as the model's origin.
     task: the Hub's pipeline tag. samples_by_drawer: whether the card's images are drawn by the
     family's drawer, since the pipeline's call needs more than random numbers.
     """
