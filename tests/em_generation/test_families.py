@@ -14,6 +14,7 @@ from em_diffusion.family import DEMO_STEPS, LDMOptions, SamplerName
 from em_diffusion.mask_family import MaskLDMOptions
 from em_diffusion.samplers import SAMPLERS
 from em_generation.families import FAMILIES, find_family, find_title, make_options, read_family
+from em_stable_diffusion.family import LoRAOptions
 from em_stylegan.drawing import LAYER_GROUPS, find_layers
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
@@ -95,6 +96,7 @@ def test_options_of_several_families_are_given_as_pairs():
         "stylegan": StyleGANOptions(truncation_psi=0.7),
         "mask-ldm": MaskLDMOptions(grain=False),
         "cyclegan": TranslationOptions(),
+        "lora": LoRAOptions(),
     }
     with pytest.raises(ValueError, match="no model here has the sampling option eta"):
         make_options([find_family("stylegan")], ["eta=1"])
