@@ -49,7 +49,7 @@ def find_reconstructions(pipeline, options: LoRAOptions, seed: int) -> Mapping[s
 
 def describe_card(pipeline) -> dict:
     """Return what only this family's card needs."""
-    from em_stable_diffusion.em_base_models import BASE_MODELS
+    from em_stable_diffusion.em_base_models import BASE_MODELS, GREY_LEVELS
 
     config = pipeline.adapters.config
     base = BASE_MODELS[config.base]
@@ -67,6 +67,7 @@ def describe_card(pipeline) -> dict:
         "alpha": f"{config.alpha:g}",
         "num_layers": len(config.layers),
         "colourfulness": config.colourfulness,
+        "grey_levels": GREY_LEVELS,
         "default_num_inference_steps": pipeline.config.default_num_inference_steps,
         "guidance_scale": f"{pipeline.config.guidance_scale:g}",
         "base_model": config.repository,
