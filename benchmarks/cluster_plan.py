@@ -15,6 +15,8 @@ that fails leaves a half-written file. It then counts what is lost, doubled and 
 """
 
 import argparse
+import collections
+import contextlib
 import hashlib
 import heapq
 import json
@@ -117,7 +119,7 @@ def measure_metadata(folder: Path, num=50) -> dict:
     }
 
 
-def measure_features(folder: Path, num=2000) -> dict:
+def measure_features(folder: Path, num=10_000) -> dict:
     """Measure bytes and seconds of files of 1,280 features."""
     rng = np.random.default_rng(0)
     sizes = {}
@@ -207,23 +209,28 @@ class Failure(Exception):
     """A worker ends in the middle of a file."""
 
 
-def simulate(args, images_per_file: int, hours: float, folder: Path) -> dict:
-    """Simulate the shards of `gpus` workers with stragglers and failures, with real marks.
+def simulate(
+    args, images_per_file: int, num_shards: int, hours: float, start_hours: float, folder: Path
+) -> dict:
+    """Simulate an array of shards on `gpus` workers with stragglers and failures, with real marks.
 
-    hours: Of all images on one GPU. A share of the workers takes three times as long. Workers fail
-    at random and are started again after five minutes, in the same shard.
+    hours: Of all images on one GPU. start_hours: Of a start of a shard. A share of the workers
+    takes three times as long. Workers fail at random; the shard starts again after five minutes.
     """
     rng = np.random.default_rng(args.seed)
     plan = Plan(folder, args.num_images, images_per_file, "arrow")
     (plan.out / "data").mkdir(parents=True)
     per_file = hours * images_per_file / args.num_images
     slow = np.where(rng.random(args.gpus) < args.straggling, 3.0, 1.0)
-    events = [(0.0, worker) for worker in range(args.gpus)]
+    waiting = collections.deque(range(num_shards))
+    events = [(start_hours, worker, waiting.popleft()) for worker in range(args.gpus)]
     draws, vain, num_failures, end = np.zeros(plan.num_files, int), 0.0, 0, 0.0
     while events:
-        now, worker = heapq.heappop(events)
-        left = [file for file in plan.share(worker, args.gpus) if find_fault(plan, file)]
+        now, worker, shard = heapq.heappop(events)
+        left = [file for file in plan.share(shard, num_shards) if find_fault(plan, file)]
         if not left:
+            if waiting:
+                heapq.heappush(events, (now + start_hours, worker, waiting.popleft()))
             continue
         needed = per_file * slow[worker] * rng.lognormal(0, 0.1)
         fails_at = rng.exponential(args.hours_between_failures)
@@ -236,20 +243,20 @@ def simulate(args, images_per_file: int, hours: float, folder: Path) -> dict:
             return {}
 
         if fails_at < needed:
-            try:
+            with contextlib.suppress(Failure):
                 write_file(plan, left[0], draw)
-            except Failure:
-                num_failures, vain = num_failures + 1, vain + fails_at
-            heapq.heappush(events, (now + fails_at + 5 / 60, worker))
+            num_failures, vain = num_failures + 1, vain + fails_at
+            heapq.heappush(events, (now + fails_at + 5 / 60 + start_hours, worker, shard))
             continue
         assert write_file(plan, left[0], draw)
         end = max(end, now + needed)
-        heapq.heappush(events, (now + needed, worker))
+        heapq.heappush(events, (now + needed, worker, shard))
     contents = [int(plan.data(file).read_text()) for file in range(plan.num_files)]
     assert contents == list(range(plan.num_files))
     return {
         "images_per_file": images_per_file,
         "files": plan.num_files,
+        "shards": num_shards,
         "failures": num_failures,
         "files_lost": int((draws == 0).sum()),
         "files_doubled": int((draws > 1).sum()),
@@ -305,9 +312,17 @@ def main(argv=None) -> dict:
             "simulations": [],
         }
         hours = results["plan"]["gpu_hours"][f"LDM paper, {STEPS} steps"]
-        for images_per_file in (args.images_per_file, max(1, args.images_per_file // 10)):
-            out = Path(simulated) / f"{images_per_file}"
-            results["simulations"].append(simulate(args, images_per_file, hours, out))
+        start_hours = measured["metadata"]["start_cpu_seconds"] / 3600
+        fewer = max(1, args.images_per_file // 10)
+        for images_per_file, num_shards in (
+            (args.images_per_file, args.gpus),
+            (fewer, args.gpus),
+            (fewer, 10 * args.gpus),
+        ):
+            out = Path(simulated) / "simulation"
+            results["simulations"].append(
+                simulate(args, images_per_file, num_shards, hours, start_hours, out)
+            )
             shutil.rmtree(out)
     text = json.dumps(results, indent=1, default=float)
     print(text)

@@ -82,7 +82,7 @@ def find_fault(plan: Plan, file: int, *, reads_numbers: bool = False) -> str | N
         return f"has {path.stat().st_size:,} bytes instead of {mark['bytes']:,}"
     with path.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != mark["sha256"]:
-            return "is damaged: its SHA-256 differs from its mark's"
+            return "has another SHA-256 than its mark"
     if reads_numbers and ImageFile(path).numbers != list(range(mark["first"], mark["end"])):
         return "does not hold the images of its mark, each once and in order"
     return None
