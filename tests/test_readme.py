@@ -29,6 +29,7 @@ NOT_RUN = {
     "make test": "is what runs this test",
     "python3.11 -m venv": "installs over the network",
     "pip install": "installs over the network",
+    "python train_lora.py": "downloads a model; tests/em_stable_diffusion tune small ones",
     "python app.py": "serves until it is stopped; tests/em_generation holds the page",
 }
 # README -> test: small networks on the embedded micrographs, no upload
