@@ -10,8 +10,8 @@ assumption: what a GPU sustains. Measure images/s on your own card (`benchmarks/
 sampling`) and give them as `--images-per-second`.
 
 The simulation draws stragglers and failures of workers for a thousand GPUs. Each file is written by
-the functions of `generate.py --shard`, on a disk here, at the time at which it would be: a worker
-that fails leaves a half-written file. It then counts what is lost, doubled and drawn in vain.
+the functions of `generate.py --shard`, here, in the order in which it would be; a worker that fails
+ends in the middle of a file. It then counts what is lost, doubled and drawn in vain.
 """
 
 import argparse
