@@ -26,7 +26,7 @@ class AdapterConfig:
     """Strength of the change. Default: the rank."""
     targets: tuple[str, ...] = ()
     """Linear layers of the denoiser that get adapters, by the ends of their names, such as to_q.
-    Default: the projections of all attention layers."""
+    Default: the projections of the attention layers; those of the image where text has its own."""
 
 
 @dataclass(frozen=True, config=strict("training"))

@@ -68,6 +68,7 @@ def test_kl_model_folded_to_grey_is_repeat_and_average(tmp_path, create, images)
     model = create()
     model.save_pretrained(tmp_path / "vae")
     loaded = load_autoencoder(tmp_path)
+    model, loaded, images = model.double(), loaded.double(), images.double()
     latents = encode(loaded, images)
     expected = model.encode(images.repeat(1, 3, 1, 1)).latent_dist.mean
     assert find_codes(loaded, latents) is None

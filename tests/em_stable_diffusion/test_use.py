@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -244,3 +245,23 @@ def test_a_saved_model_names_no_folder_of_this_machine(runs, tmp_path):
         pipeline.adapters.register_to_config(repository=name)
         with pytest.raises(ValueError, match="which is no repository on the Hub"):
             EMLoRAPipeline(pipeline.adapters, pipeline.prompts, pipeline.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rank", 10**9, "rank is 1000000000, which is not possible"),
+        ("rank", 5, "has the shape"),
+        ("alpha", "large", 'alpha is "large", but must be of the type float'),
+        ("layers", {"a": [2]}, "does not describe a EMAdapters"),
+        ("layers", {"a.b": [4, 4]}, "lacks 2 of the weights"),
+        ("base", "other", "base is 'other', but known are stable-diffusion, flux2-klein"),
+    ],
+)
+def test_damaged_adapters_are_refused(runs, tmp_path, key, value, message):
+    folder = tmp_path / "model"
+    shutil.copytree(runs["stable-diffusion"] / "pipeline", folder)
+    path = folder / "adapters" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_model(str(folder)).load()
