@@ -191,8 +191,8 @@ def conclude_model(report: dict, model: str) -> list[str]:
 def warn(report: dict, model: str | None = None) -> list[str]:
     """Return what limits the models: what their runs note, autoencoders with most of a distance."""
     way_out = (
-        "Train the autoencoder longer (--autoencoder.num-images) or compare others: "
-        "python -m em_diffusion.select_autoencoder."
+        "Train the autoencoder longer, or compare others: python -m "
+        "em_diffusion.select_autoencoder."
     )
     told = [
         f"{each['name']}: {each['info']['note']}"
