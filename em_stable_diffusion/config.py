@@ -22,7 +22,7 @@ class AdapterConfig:
 
     rank: Size = 16
     """Rank of the change of each weight."""
-    alpha: PositiveFloat | None = None
+    alpha: Annotated[float, Gt(0), Le(65_536)] | None = None
     """Strength of the change. Default: the rank."""
     targets: tuple[str, ...] = ()
     """Linear layers of the denoiser that get adapters, by the ends of their names, such as to_q.
