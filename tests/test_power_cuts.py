@@ -168,10 +168,12 @@ def test_a_training_goes_on_after_a_power_cut_at_any_moment(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run of each family with preset test, as {family's name: (family, config)}."""
+    """A finished run of two families with preset test, as {family's name: (family, config)}."""
     runs = {}
     folder = tmp_path_factory.mktemp("runs")
     for family in FAMILIES:
+        if family.name not in ("ldm", "stylegan"):
+            continue
         config = family.import_presets()["test"]()
         tiles = replace(config.tiles, cache_dir=str(folder / "cache"))
         config = replace(config, out=str(folder / family.name), tiles=tiles)
