@@ -128,18 +128,19 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         print(compare_reports(config.compare))
         return None
     state = create_process_state()
+    say = state.on_main_process(print)  # state.print prints once on each node
     candidates = name_candidates(config.models)
     for remark in explain_others(
         [read_training(each.model) for each in candidates], [each.name for each in candidates]
     ):
-        state.print(remark)
+        say(remark)
     baselines = read_baselines(config.baselines)
     if state.is_main_process:
         check_writable(config.out, "--out")
         check_writable(find_cache_dir(config.cache_dir), "--cache-dir")
     with state.main_process_first():
-        real = load_real_images(config, candidates, log=state.print)
-        candidates = cut_candidates(config, candidates, log=state.print)
+        real = load_real_images(config, candidates, log=say)
+        candidates = cut_candidates(config, candidates, log=say)
     with state.main_process_first():
         extractors = create_extractors(config, real.summary["resolution"], state.device)
     evaluated = evaluate_models(
@@ -159,12 +160,12 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
         baselines=baselines,
         reproduce=list_commands(config, candidates),
         state=state,
-        log=state.print,
+        log=say,
     )
     page = None
     if evaluated is not None:
         report, pictures = evaluated
-        pictures += add_adherence(report, config, candidates, real, log=state.print)
+        pictures += add_adherence(report, config, candidates, real, log=say)
         page = write_report(report, pictures, config.out)
         print_summary(report, page, candidates)
     state.wait_for_everyone()
