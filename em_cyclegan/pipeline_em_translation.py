@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 
-from em_training.em_grey_images import from_pixels, to_pixels
+from em_training.em_grey_images import OUTPUT_TYPES, check_choice, from_pixels, to_pixels
 from em_training.em_saved_pipeline import (
     SavedWithCode,
     find_kept_options,
@@ -19,7 +19,6 @@ from em_training.em_saved_pipeline import (
     refuse_pickles,
 )
 
-OUTPUT_TYPES = ("pil", "np", "pt")
 DIRECTIONS = ("a_to_b", "b_to_a")
 STRIDE, MIN_SIDE = 4, 8  # of the generators: sides are multiples of 4, at least 8
 
@@ -79,10 +78,7 @@ class EMTranslationPipeline(SavedWithCode, DiffusionPipeline):
         Raises:
             ValueError: For an impossible argument, or if the output is not finite.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
-            )
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         images = from_pixels(self.translate(to_pixels(image), direction), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -37,7 +37,7 @@ from em_training import (
     step_optimizer,
 )
 from em_training.latents import Latents
-from em_training.timesteps import draw_timesteps
+from em_training.timesteps import average_losses, draw_timesteps
 from em_training.weights import hash_weights, save_from_main_process
 
 OPTIMIZERS = {
@@ -328,12 +328,7 @@ def draw_validation_batch(latents, config) -> Batch:
 
 @torch.no_grad()
 def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> dict:
-    """Return mean denoising losses over `batch`, without weights.
-
-    Returns:
-        "held_out_loss" over all, and "held_out_loss_q1" to "held_out_loss_q4" over those quarters
-        of the timesteps, from the least noise to the most, that have any.
-    """
+    """Return mean denoising losses over `batch`, without weights, see `average_losses`."""
 
     def compute_losses(rows):
         part = batch.map(lambda tensor: tensor[rows].to(accelerator.device))
@@ -343,12 +338,7 @@ def evaluate_denoising(unet, scheduler, batch: Batch, accelerator, config) -> di
 
     assert batch.timesteps is not None
     losses = run_in_parts(compute_losses, torch.arange(len(batch)), size=config.batch_size)  # [N]
-    quarters = (batch.timesteps * 4 / config.num_train_timesteps).long().clamp(max=3)  # [N]
-    means = {"held_out_loss": losses.mean()}
-    for quarter in quarters.unique().tolist():
-        in_quarter = (quarters == quarter).to(losses.device)
-        means[f"held_out_loss_q{quarter + 1}"] = losses[in_quarter].mean()
-    return means
+    return average_losses(losses, batch.timesteps, config.num_train_timesteps)
 
 
 def generate_images(

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from em_training.em_grey_images import from_pixels, to_pixels
+from em_training.em_grey_images import check_batch, check_choice, from_pixels, to_pixels
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     NamesClasses,
@@ -199,10 +199,7 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         Returns:
             `ImagePipelineOutput`, or a tuple of one element with return_dict=False.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
-            )
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         latents = self.denoise(
             batch_size,
             generator,
@@ -471,7 +468,8 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         is_whole = size != tile and all(n >= side for n, side in zip(size, tile))
         add_grain = add_grain and self.grain is not None
         if add_grain:
-            generator = self._check_generators(len(latents), generator)
+            check_batch(len(latents), generator)
+            generator = list(generator) if isinstance(generator, tuple) else generator
             pixels = self.grain.config.sample_size
             if is_whole:
                 pixels = [n * px // side for n, px, side in zip(size, pixels, tile)]
@@ -671,9 +669,7 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         return {name: value for name, value in arguments.items() if name in accepted}
 
     def _check_inputs(self, batch_size, generator, callback_tensor_inputs):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-        self._check_generators(batch_size, generator)
+        check_batch(batch_size, generator)
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -770,17 +766,6 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
                     "`pipe.guide` to a U-Net of the same classes, or without classes."
                 )
         return scale, start, stop
-
-    def _check_generators(self, batch_size, generator):
-        """Return a generator as it is, and a sequence of `batch_size` generators as a list."""
-        if not isinstance(generator, list | tuple):
-            return generator
-        if len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or one "
-                "for all."
-            )
-        return list(generator)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any

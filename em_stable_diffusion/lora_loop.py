@@ -29,7 +29,7 @@ from em_training import (
     seed_for,
     step_optimizer,
 )
-from em_training.timesteps import draw_timesteps
+from em_training.timesteps import average_losses, draw_timesteps
 from em_training.weights import save_from_main_process
 
 STAGE = "lora"
@@ -256,12 +256,7 @@ def draw_validation_batch(latents: Latents, base: Base, config: LoRAConfig) -> B
 
 @torch.no_grad()
 def evaluate_denoising(compute_losses, batch: Batch, accelerator, training) -> dict:
-    """Return mean denoising losses over `batch`.
-
-    Returns:
-        "held_out_loss" over all, and "held_out_loss_q1" to "held_out_loss_q4" over those quarters
-        of the timesteps, from the least noise to the most, that have any.
-    """
+    """Return mean denoising losses over `batch`, see `average_losses`."""
 
     def compute_part(rows):
         part = batch.map(lambda tensor: tensor[rows].to(accelerator.device))
@@ -270,12 +265,7 @@ def evaluate_denoising(compute_losses, batch: Batch, accelerator, training) -> d
 
     assert batch.timesteps is not None
     losses = run_in_parts(compute_part, torch.arange(len(batch)), size=training.batch_size)  # [N]
-    quarters = (batch.timesteps * 4 / NUM_TRAIN_TIMESTEPS).long().clamp(max=3)  # [N]
-    means = {"held_out_loss": losses.mean()}
-    for quarter in quarters.unique().tolist():
-        in_quarter = (quarters == quarter).to(losses.device)
-        means[f"held_out_loss_q{quarter + 1}"] = losses[in_quarter].mean()
-    return means
+    return average_losses(losses, batch.timesteps, NUM_TRAIN_TIMESTEPS)
 
 
 def find_rows(latents: Latents, numbers) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from em_stable_diffusion.em_base_models import BASE_MODELS, draw_grey
-from em_training.em_grey_images import from_pixels
+from em_training.em_grey_images import OUTPUT_TYPES, check_batch, check_choice, from_pixels
 from em_training.em_saved_pipeline import (
     NamesClasses,
     SavedWithCode,
@@ -25,7 +25,6 @@ from em_training.em_saved_pipeline import (
     refuse_pickles,
 )
 
-OUTPUT_TYPES = ("pil", "np", "pt")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a repository; a saved model names no path
 DEFAULTS = {
     "resolution": 512,
@@ -142,10 +141,7 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         Raises:
             ValueError: For an impossible argument, or if an image is not finite.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f'`output_type` is "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}.'
-            )
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         images, _ = self.draw(
             batch_size, generator, num_inference_steps, guidance_scale, class_labels
         )
@@ -170,13 +166,7 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         Returns:
             Grey images, float32 [B, 1, H, W] in [-1, 1], and float32 [B], see `draw_grey`.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or a "
-                "single one."
-            )
+        check_batch(batch_size, generator)
         steps = num_inference_steps or self.config.default_num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         rows = self._find_rows(class_labels, batch_size)

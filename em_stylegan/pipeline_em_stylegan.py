@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from em_training.em_grey_images import from_pixels
+from em_training.em_grey_images import check_batch, check_choice, from_pixels
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     NamesClasses,
@@ -188,19 +188,9 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         return torch.cat(draws)
 
     def _check_inputs(self, batch_size, generator, noise_mode, output_type):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images; give one for each, or a "
-                "single one."
-            )
-        for name, value, choices in (
-            ("noise_mode", noise_mode, NOISE_MODES),
-            ("output_type", output_type, OUTPUT_TYPES),
-        ):
-            if value not in choices:
-                raise ValueError(f'`{name}` is "{value}"; choose one of {", ".join(choices)}.')
+        check_batch(batch_size, generator)
+        check_choice("noise_mode", noise_mode, NOISE_MODES)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
 
     def check_finite(self, values: torch.Tensor) -> torch.Tensor:
         """Return `values`, or raise `ValueError` if a NaN or infinity is among them."""

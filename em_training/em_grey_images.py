@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+OUTPUT_TYPES = ("pil", "np", "pt")
+
 
 def to_pixels(image: Any) -> torch.Tensor:
     """Return grey images as float32 [B, 1, H, W] in [-1, 1].
@@ -58,6 +60,23 @@ def from_pixels(images: torch.Tensor, output_type: str) -> Any:
         return images
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     return arrays if output_type == "np" else DiffusionPipeline.numpy_to_pil(arrays)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` if an argument of a pipeline is none of its choices."""
+    if value not in choices:
+        raise ValueError(f'`{name}` is "{value}"; choose one of {", ".join(choices)}.')
+
+
+def check_batch(batch_size: int, generator: Any) -> None:
+    """Raise `ValueError` for no image, or a list of generators that is not one for each image."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    if isinstance(generator, list | tuple) and len(generator) != batch_size:
+        raise ValueError(
+            f"{len(generator)} generators for {batch_size} images; give one for each, or a single "
+            "one."
+        )
 
 
 def _read_grey(image):

@@ -27,3 +27,24 @@ def draw_timesteps(
         quantiles = torch.special.ndtri(quantiles).sigmoid()
     timesteps = quantiles * num_train_timesteps
     return timesteps if continuous else timesteps.long().clamp(0, num_train_timesteps - 1)
+
+
+def average_losses(
+    losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int
+) -> dict[str, torch.Tensor]:
+    """Return mean losses on held-out images.
+
+    Args:
+        losses: Of each image, [N].
+        timesteps: Of each image, [N] in 0 .. num_train_timesteps.
+
+    Returns:
+        "held_out_loss" over all, and "held_out_loss_q1" to "held_out_loss_q4" over those quarters
+        of the timesteps, from the least noise to the most, that have any.
+    """
+    quarters = (timesteps * 4 / num_train_timesteps).long().clamp(max=3)  # [N]
+    means = {"held_out_loss": losses.mean()}
+    for quarter in quarters.unique().tolist():
+        in_quarter = (quarters == quarter).to(losses.device)
+        means[f"held_out_loss_q{quarter + 1}"] = losses[in_quarter].mean()
+    return means
