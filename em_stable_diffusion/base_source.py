@@ -73,7 +73,10 @@ def find_base(name: str, commit: str | None = None) -> BaseSource:
         )
     repository = split_hub_id(name)[0]
     pinned = f"{repository}@{commit}" if commit else name
-    folder = fetch_repository(pinned, [INDEX, "README.md"])
+    try:
+        folder = fetch_repository(pinned, [INDEX, "README.md"])
+    except ValueError as error:
+        raise ValueError(f"{error} Or name a folder that holds a base with --base.") from error
     kind = read_kind(folder, name)
     parts = (BASE_MODELS[kind].denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
     patterns = [f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES]

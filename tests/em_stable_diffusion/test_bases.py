@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from em_stable_diffusion import base_source
 from em_stable_diffusion.base_source import find_base
 from em_stable_diffusion.bases import open_base
 from em_stable_diffusion.reconstruction import reconstruct
@@ -155,3 +156,12 @@ def test_what_is_no_base_is_refused(tmp_path):
         find_base(str(tmp_path))
     with pytest.raises(ValueError, match=r"no such folder, and it is not a Hub id"):
         find_base(str(tmp_path / "nowhere"))
+
+
+def test_a_base_that_cannot_be_fetched_may_be_named_as_a_folder(monkeypatch):
+    def fail(*_):
+        raise ValueError("downloading some/base: no connection.")
+
+    monkeypatch.setattr(base_source, "fetch_repository", fail)
+    with pytest.raises(ValueError, match=r"no connection\. Or name a folder .* with --base"):
+        base_source.find_base("some/base")
