@@ -29,6 +29,7 @@ from em_evaluation.detector.gain_trainings import (
     train_task,
 )
 from em_evaluation.detector.keep_images import keep_images
+from em_evaluation.detector.labelled_tiles import compare_kinds
 from em_evaluation.detector.segmenter import SegmenterConfig
 from em_evaluation.interval import to_json
 from em_evaluation.pages import render_template
@@ -55,8 +56,8 @@ class AdherenceConfig:
     keep_in: str | None = None
     """New folder for the kept images. Default: FOLDER-adherent."""
     kinds: tuple[str, ...] = ()
-    """Kinds to find: KIND, or NEW=KIND+KIND for kinds that count as one. Default: all, each by
-    itself."""
+    """Kinds to find: KIND, or NEW=KIND+KIND for kinds that count as one, also where micrographs and
+    images name them otherwise. Default: all kinds of the micrographs, each by itself."""
     seed: int = 0
     """Of the segmenter and the intervals."""
     segmenter: SegmenterConfig = dataclasses.field(
@@ -83,11 +84,14 @@ def measure_adherence(config: AdherenceConfig, say=print) -> dict:
         "kept" and "dropped" if images were dropped.
 
     Raises:
-        ValueError: There are no labelled micrographs or images.
+        ValueError: There are no labelled micrographs or images, or none of a kind.
     """
     settings = TrainingSettings(config.data, config.tiles, config.kinds, config.segmenter, 1.0)
     materials = read_materials(settings, log=say)
-    images, _ = read_pairs(config.images, settings, materials.kind_map)
+    images, tiles = read_pairs(config.images, settings, materials.kind_map)
+    generated = {"the generated images": tiles.kinds}
+    for line in compare_kinds(materials.kind_map, materials.real_kinds, generated):
+        say(line)
     segmenter = train_task(
         Task(Arm(ALL), len(materials.micrographs), 0, config.seed), None, materials
     )

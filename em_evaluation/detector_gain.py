@@ -64,8 +64,8 @@ class GainConfig:
     synthetic_share: float = 0.5
     """Share of pairs in a batch at the first step; it falls to 0 at the last one."""
     kinds: tuple[str, ...] = ()
-    """Kinds to find: KIND, or NEW=KIND+KIND for kinds that count as one. Default: all, each by
-    itself."""
+    """Kinds to find: KIND, or NEW=KIND+KIND for kinds that count as one, also where micrographs and
+    pairs name them otherwise. Default: all kinds of the micrographs, each by itself."""
     jobs: int = 1
     """Trainings side by side. Each has one thread and reads the data once (about 1 GB)."""
     seed: int = 0
@@ -113,7 +113,8 @@ def measure_gain(config: GainConfig, say=print) -> Path:
         The page's path.
 
     Raises:
-        ValueError: There are no labelled micrographs, or a folder of pairs cannot be used.
+        ValueError: There are no labelled micrographs, a folder of pairs cannot be used, or neither
+            has a kind.
     """
     start, out = time.perf_counter(), Path(config.out)
     settings = TrainingSettings(
@@ -127,6 +128,8 @@ def measure_gain(config: GainConfig, say=print) -> Path:
         if name not in folders:
             say(f"{name_pairs(name)}: left out; --pairs has no {name}=FOLDER")
     tasks = choose_tasks(config, materials, folders, say)
+    for line in materials.compare_kinds(tasks):
+        say(line)
     done = run_tasks(tasks, materials, out / "trainings", config.jobs, say)
     cells: dict = {}
     for task, scores in done.items():
@@ -154,6 +157,8 @@ def write_labelled_sets(config, materials: Materials, say) -> Path:
     Raises:
         ValueError: The name of the folder has no {num} or {split}, or a folder is not empty.
     """
+    for line in materials.compare_kinds():
+        say(line)
     pattern = config.write_labelled
     if "{num}" not in pattern or "{split}" not in pattern:
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from em_data.config import DataConfig
 from em_data.data import load_data, load_tiles
 from em_data.files import make_folder_name, write_atomically
 from em_data.micrograph import Micrograph
+from em_data.tiles import Tiles
 from em_evaluation.detector.arms import WEAK, Task
 from em_evaluation.detector.labelled import LabelledImage
-from em_evaluation.detector.labelled_tiles import list_labelled, parse_kinds
+from em_evaluation.detector.labelled_tiles import compare_kinds, list_labelled, parse_kinds
 from em_evaluation.detector.scores import Scores, score_segmenter
 from em_evaluation.detector.segmenter import (
     Segmenter,
@@ -42,16 +44,26 @@ class TrainingSettings:
     synthetic_share: float
 
 
+class PairSet(NamedTuple):
+    """A folder of pairs, ready for the segmenter."""
+
+    training: TrainingSet
+    fingerprint: str  # of the content
+    kinds: tuple[str, ...]  # in the labels
+
+
 @dataclass(eq=False)
 class Materials:
     """What trainings draw on, read once per process."""
 
     settings: TrainingSettings
-    kind_map: dict[str, str]  # kind in the labels -> kind for the segmenter
+    kind_map: dict[str, str]  # kind in the labels, real or of pairs -> kind for the segmenter
+    real_kinds: tuple[str, ...]  # in the labels of the micrographs
     pool: list[LabelledImage]
     test: list[LabelledImage]
     identity: dict  # of the data: what a record depends on
-    sets: dict[str, tuple[TrainingSet, str]] = field(default_factory=dict)  # by folder
+    pool_set: TrainingSet | None = None
+    pair_sets: dict[str, PairSet] = field(default_factory=dict)  # by folder
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -85,16 +97,31 @@ class Materials:
 
     def get_pool_set(self) -> TrainingSet:
         """Return the training set of all labelled tiles."""
-        if "" not in self.sets:
-            self.sets[""] = TrainingSet.from_images(self.pool, self.kinds), ""
-        return self.sets[""][0]
+        if self.pool_set is None:
+            self.pool_set = TrainingSet.from_images(self.pool, self.kinds)
+        return self.pool_set
 
-    def get_pairs(self, folder: str) -> tuple[TrainingSet, str]:
-        """Return the training set of a folder of pairs and the hash of its content."""
-        if folder not in self.sets:
-            images, key = read_pairs(folder, self.settings, self.kind_map)
-            self.sets[folder] = TrainingSet.from_images(images, self.kinds), key
-        return self.sets[folder]
+    def get_pairs(self, folder: str) -> PairSet:
+        """Return the training set of a folder of pairs, with its hash and its kinds."""
+        if folder not in self.pair_sets:
+            images, tiles = read_pairs(folder, self.settings, self.kind_map)
+            training = TrainingSet.from_images(images, self.kinds)
+            self.pair_sets[folder] = PairSet(training, tiles.fingerprint, tiles.kinds)
+        return self.pair_sets[folder]
+
+    def compare_kinds(self, tasks: Sequence[tuple[Task, str | None]] = ()) -> list[str]:
+        """Return sentences on kinds that micrographs or the pairs of the trainings lack.
+
+        Raises:
+            ValueError: Neither micrographs nor pairs have a kind of --kinds.
+        """
+        generated: dict[str, set[str]] = {}
+        for task, folder in tasks:
+            if folder is not None:
+                name = f"the pairs {task.arm.pairs}"
+                generated.setdefault(name, set()).update(self.get_pairs(folder).kinds)
+        generated_kinds = {name: sorted(kinds) for name, kinds in generated.items()}
+        return compare_kinds(self.kind_map, self.real_kinds, generated_kinds)
 
 
 def read_materials(settings: TrainingSettings, log=print) -> Materials:
@@ -115,11 +142,13 @@ def read_materials(settings: TrainingSettings, log=print) -> Materials:
                 "split with --tiles.seed or --tiles.held-out-fraction."
             )
     identity = {"train": data.train.fingerprint, "test": data.held_out.fingerprint}
-    return Materials(settings, kind_map, sides[0], sides[1], identity)
+    return Materials(settings, kind_map, data.train.kinds, sides[0], sides[1], identity)
 
 
-def read_pairs(folder: str, settings: TrainingSettings, kind_map):
-    """Return the labelled images of pairs, cut to the segmenter's crops, and their hash.
+def read_pairs(
+    folder: str, settings: TrainingSettings, kind_map
+) -> tuple[list[LabelledImage], Tiles]:
+    """Return the labelled images of pairs, cut to the segmenter's crops, and the tiles.
 
     Raises:
         ValueError: No image has labels, or none of the kinds is one that the segmenter looks for.
@@ -136,13 +165,13 @@ def read_pairs(folder: str, settings: TrainingSettings, kind_map):
     images = list_labelled(cut, kind_map, "micrograph")
     if not images:
         raise ValueError(f"{folder} holds no labelled images. Make them with generate.py --pairs.")
-    others = [kind for kind in cut.kinds if kind not in kind_map]
-    if len(others) == len(cut.kinds):
+    if not set(cut.kinds) & set(kind_map):
         raise ValueError(
-            f"{folder} has defects of the kinds {', '.join(others) or 'none'}, but the segmenter "
-            f"looks for {', '.join(kind_map)}. Make pairs of these kinds, with --labelled."
+            f"{folder} has defects of the kinds {', '.join(cut.kinds) or 'none'}, but the "
+            f"segmenter looks for {', '.join(kind_map)}. Join kinds that mean the same with "
+            "--kinds NEW=KIND+KIND, or make pairs of these kinds with --labelled."
         )
-    return images, cut.fingerprint
+    return images, cut
 
 
 def make_record_settings(task: Task, folder: str | None, materials: Materials) -> dict:
@@ -151,12 +180,16 @@ def make_record_settings(task: Task, folder: str | None, materials: Materials) -
     record = {
         "version": VERSION,
         **materials.identity,
-        "kinds": materials.kind_map,
+        "kinds": {
+            kind: new
+            for kind, new in materials.kind_map.items()
+            if folder is not None or kind in materials.real_kinds
+        },
         "segmenter": asdict(settings.segmenter),
         "is_strong": task.arm.key != WEAK,
         "micrographs": hashlib.sha256("\n".join(sorted(micrographs)).encode()).hexdigest()[:16],
         "num": task.num,
-        "pairs": None if folder is None else materials.get_pairs(folder)[1],
+        "pairs": None if folder is None else materials.get_pairs(folder).fingerprint,
         "share": settings.synthetic_share if folder is not None and task.arm.has_real else None,
         "seed": [task.split, task.seed],
     }
@@ -177,7 +210,7 @@ def train_task(task: Task, folder: str | None, materials: Materials) -> Segmente
         materials.get_pool_set().select(indices),
         materials.kinds,
         materials.settings.segmenter,
-        synthetic=None if folder is None else materials.get_pairs(folder)[0],
+        synthetic=None if folder is None else materials.get_pairs(folder).training,
         synthetic_share=materials.settings.synthetic_share,
         is_strong=task.arm.key != WEAK,
         seed=1000 * task.split + task.seed,

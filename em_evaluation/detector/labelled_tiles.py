@@ -1,6 +1,6 @@
 """Labelled images from tiles, and which kinds the detector tells apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,24 +16,63 @@ def parse_kinds(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     Args:
         words: KIND, or NEW=KIND+KIND for kinds that count as one, such as
             loop=loop_111+loop_100. Empty: all known kinds, each by itself.
-        known: Kinds in the labels.
+        known: Kinds in the labels of the micrographs. A join may also name kinds that only
+            generated images have: see `compare_kinds`.
 
     Raises:
-        ValueError: A kind is not in the labels, or is named twice.
+        ValueError: The micrographs have no kind of a word, or a kind is named twice.
     """
     kinds: dict[str, str] = {}
     for word in words or known:
         name, _, parts = word.partition("=")
-        for part in (parts or name).split("+"):
-            if part not in known:
-                raise ValueError(
-                    f"--kinds has {word}, but the labels have no kind {part!r}. Use some of "
-                    f"{', '.join(known) or 'none: the data have no labels'}."
-                )
+        names = (parts or name).split("+")
+        if not set(names) & set(known):
+            raise ValueError(
+                f"--kinds has {word}, but the labels of the micrographs, which the detector learns "
+                f"from, have no kind {' or '.join(map(repr, names))}. Name or join some of "
+                f"{', '.join(known) or 'none: the data have no labels'}."
+            )
+        for part in names:
             if part in kinds:
                 raise ValueError(f"--kinds names {part!r} twice. Name each kind once.")
             kinds[part] = name
     return kinds
+
+
+def compare_kinds(
+    kinds: Mapping[str, str], real: Sequence[str], generated: Mapping[str, Collection[str]]
+) -> list[str]:
+    """Return sentences that say which kinds each side lacks, and which are not looked for.
+
+    Args:
+        kinds: {kind in the labels: kind for the detector}.
+        real: Kinds in the labels of the micrographs.
+        generated: {name of a set of generated images: kinds in its labels}. There, a defect may
+            also be labelled as the detector's kind.
+
+    Raises:
+        ValueError: There are generated images, and no side has a kind.
+    """
+    sides = {"the micrographs": real, **generated}
+    for kind in kinds if generated else ():
+        if not any(kind in own for own in sides.values()):
+            known = "; ".join(f"{', '.join(own)} in {name}" for name, own in sides.items())
+            raise ValueError(
+                f"--kinds names {kind!r}, but no labels have this kind. There are {known}."
+            )
+    sentences = []
+    for name, own in sides.items():
+        lacks = [
+            kind
+            for kind, new in kinds.items()
+            if kind not in own and not (name in generated and new in own)
+        ]
+        others = [kind for kind in own if kind not in {*kinds, *kinds.values(), *real}]
+        if lacks:
+            sentences.append(f"{name} have no {' or '.join(lacks)}")
+        if others:
+            sentences.append(f"{name} also have {' and '.join(others)}, which are not looked for")
+    return sentences
 
 
 def list_labelled(tiles: Tiles, kinds: Mapping[str, str], split="specimen") -> list[LabelledImage]:

@@ -1,6 +1,7 @@
 """The gain: the protocol, paired differences, label equivalents, and the command end to end."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from em_data.config import DataConfig
 from em_data.labels import write_labelled
 from em_data.synthetic_other import synthesise_other_micrograph
+from em_evaluation.adherence import AdherenceConfig, measure_adherence
 from em_evaluation.detector.adherence_measure import choose_worst
 from em_evaluation.detector.arms import list_tasks
 from em_evaluation.detector.gain_statistics import (
@@ -148,6 +150,48 @@ def test_the_command_resumes_and_says_what_is_left_out(tmp_path):
     assert "14 trainings: 13 are on the disk, 1 to do" in said
     again = json.loads((tmp_path / "gain" / "results.json").read_text())
     assert again["cells"] == results["cells"]
+
+
+def write_pairs_with_other_names(folder):
+    """Write labelled images; both kinds of loops are called hcloop."""
+    micrographs = [synthesise_other_micrograph(seed, 64) for seed in range(3_000_000, 3_000_006)]
+    for each in micrographs:
+        each.defects = [
+            replace(defect, kind="hcloop" if defect.kind.startswith("loop") else defect.kind)
+            for defect in each.defects
+        ]
+    write_labelled(micrographs, folder)
+    return str(folder)
+
+
+def test_pairs_may_name_kinds_otherwise_than_micrographs(tmp_path):
+    folder = write_pairs_with_other_names(tmp_path / "pairs")
+    config = make_config(tmp_path)
+    kinds = ("loop=loop_111+loop_100+hcloop",)
+    changes = {"nums": (2,), "splits": 1, "kinds": kinds}
+    measure_gain(replace(config, **changes), say=lambda text: None)
+    said = []
+    measure_gain(replace(config, **changes, pairs=("way1=" + folder,)), say=said.append)
+    assert "the micrographs have no hcloop" in said
+    assert "the pairs way1 have no loop_111 or loop_100" in said
+    assert "5 trainings: 3 are on the disk, 2 to do" in said  # those without pairs count
+    results = json.loads((tmp_path / "gain" / "results.json").read_text())
+    assert results["adherence"][1]["by_kind"]["loop"]["num_true"] > 0
+
+    said.clear()
+    adherence = AdherenceConfig(
+        folder,
+        out=str(tmp_path / "adherence"),
+        kinds=kinds,
+        segmenter=config.segmenter,
+        tiles=config.tiles,
+    )
+    sets = measure_adherence(adherence, say=said.append)["sets"]
+    assert said[-1].endswith("adherence.html")
+    assert "the generated images have no loop_111 or loop_100" in said
+    assert all(row["by_kind"]["loop"]["num_true"] > 0 for row in sets)
+    with pytest.raises(ValueError, match="names 'disc', but no labels"):
+        measure_adherence(replace(adherence, kinds=("loop=loop_111+hcloop+disc",)), say=said.append)
 
 
 def test_writes_the_labelled_micrographs_of_each_split(tmp_path):

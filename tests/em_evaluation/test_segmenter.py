@@ -9,7 +9,7 @@ from em_data.data import load_data
 from em_data.micrograph import Defect
 from em_evaluation.detector.augmentation import change_levels, distort, paste
 from em_evaluation.detector.labelled import LabelledImage, cut_instances, draw_targets
-from em_evaluation.detector.labelled_tiles import list_labelled, parse_kinds
+from em_evaluation.detector.labelled_tiles import compare_kinds, list_labelled, parse_kinds
 from em_evaluation.detector.matching import match, overlap_masks
 from em_evaluation.detector.segmenter import SegmenterConfig, TrainingSet, separate, train_segmenter
 
@@ -148,6 +148,25 @@ def test_kinds_are_joined_and_left_out_by_name():
         parse_kinds(["disc"], known)
     with pytest.raises(ValueError, match="'dot' twice"):
         parse_kinds(["dot", "a=dot"], known)
+
+
+def test_a_join_may_name_kinds_that_one_side_lacks():
+    kinds = parse_kinds(["loop=hcloop+loop_100+loop_111"], ["hcloop", "line"])
+    assert kinds == dict.fromkeys(("hcloop", "loop_100", "loop_111"), "loop")
+    generated = {"the images": ["dot", "line", "loop_100"], "the pairs": ["loop"]}
+    assert compare_kinds({**kinds, "loop_111": "disc"}, ["hcloop", "loop_111"], generated) == [
+        "the micrographs have no loop_100",
+        "the images have no hcloop or loop_111",
+        "the images also have dot and line, which are not looked for",
+        "the pairs have no loop_111",
+    ]
+    assert compare_kinds(kinds, ["hcloop", "line"], {}) == [
+        "the micrographs have no loop_100 or loop_111"  # pairs may be made later
+    ]
+    with pytest.raises(ValueError, match=r"'loop_111', but no .* hcloop in the micrographs; "):
+        compare_kinds(kinds, ["hcloop"], {"the images": ["loop_100"]})
+    with pytest.raises(ValueError, match="no kind 'loop_100' or 'loop_111'"):
+        parse_kinds(["loop=loop_100+loop_111"], ["hcloop"])
 
 
 def test_lists_labelled_tiles_of_the_embedded_micrographs(tmp_path):
