@@ -11,6 +11,7 @@ import pytest
 
 from support.commands import ROOT, Command
 from support.nodes import Nodes
+from support.tiny_bases import make_stable_diffusion
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals"),
@@ -47,9 +48,13 @@ def disturb(nodes, kind, rank):
         nodes.processes[rank].send_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("name", ["train_ldm", "train_gan", "train_cyclegan"])
+@pytest.mark.parametrize("name", ["train_ldm", "train_gan", "train_cyclegan", "train_lora"])
 def test_nodes_that_fail_at_random_moments_change_nothing(tmp_path, name):
-    command = Command(name, WORDS, RESULTS)
+    words = WORDS
+    if name == "train_lora":
+        pytest.importorskip("peft")
+        words = [*words, "--base", str(make_stable_diffusion(tmp_path / "base"))]
+    command = Command(name, words, RESULTS)
     nodes = start(command, tmp_path / "whole")
     wait_for_start(nodes)
     started = time.monotonic()

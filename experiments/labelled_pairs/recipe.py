@@ -1,4 +1,4 @@
-"""Make labelled pairs in three ways, and measure what they add to a detector.
+"""Make labelled pairs in four ways, and measure what they add to a detector.
 
     python experiments/labelled_pairs/recipe.py                    # what `make pairs` runs
     python experiments/labelled_pairs/recipe.py --data FOLDER --tiles resolution=128 downsample=2
@@ -9,7 +9,8 @@ The microscope of the user is the source synthetic-other; the simulator is `synt
 2. The LDM makes pairs: raw (the simulation as it is), way1 (simulated, made real), way3 (defects of
    the N labelled micrographs, pasted on grounds) and way2 (fine-tuned on the N labelled micrographs
    with their masks). Ways 2 and 3 see the labelled micrographs, so that there is a folder for each
-   N and split. No generator sees a micrograph of the test set.
+   N and split. way4 is a CycleGAN that translates the simulation to the micrographs without
+   labels. No generator sees a micrograph of the test set.
 3. Detectors train on each. The page says how well pairs follow their labels, and what they add.
 
 A second start goes on where the first was stopped.
@@ -68,7 +69,7 @@ class Recipe:
         if not (self.out / "ldm" / "run.json").is_file():
             self.call("ldm", self.list_ldm())
         say_minutes("the LDM", start)
-        makers = (self.make_way1, self.make_way2, self.make_way3)
+        makers = (self.make_way1, self.make_way2, self.make_way3, self.make_way4)
         pairs = raw + [word for way in self.arguments.ways for word in makers[way - 1]()]
         say_minutes("all pairs", start)
         stop(before)  # the next command goes on with its trainings, on all cores
@@ -145,6 +146,16 @@ class Recipe:
 
         self.for_each_split(make)
         return [f"way3={self.out}/way3/{{num}}/{{split}}"]
+
+    def make_way4(self) -> list[str]:
+        """Train a CycleGAN from the simulation to the micrographs; translate simulated tiles."""
+        if not (self.out / "cyclegan" / "run.json").is_file():
+            command = ["train_cyclegan.py", "demo", "synthetic", self.arguments.data]
+            command += [*self.unlabelled, "--out", str(self.out / "cyclegan")]
+            command += [] if self.is_embedded else ["--source-tiles.downsample", "1"]
+            command += words("--training.num-images", [self.arguments.num_translation_images])
+            self.call("cyclegan", command)
+        return [f"way4={self.generate('cyclegan', 'way4', 'mask', self.arguments.num_pairs)}"]
 
     def for_each_split(self, make):
         """Call `make(num, split)` for all of them, several at a time."""
@@ -235,19 +246,20 @@ def main(arguments=None):
     add("--curve", nargs="*", type=int, default=CURVE, help="more numbers, without pairs")
     add("--splits", type=int, default=5)
     add("--seeds", type=int, default=3)
-    add("--num-pairs", type=int, default=400, help="images of raw and way 1")
+    add("--num-pairs", type=int, default=400, help="images of raw, way 1 and way 4")
     add("--num-per-split", type=int, default=200, help="images of ways 2 and 3, each N and split")
     add("--strength", type=float, default=0.2, help="of way 1; 0.5 draws other defects")
     add(
         "--ways",
         nargs="*",
         type=int,
-        default=[1, 2, 3],
-        choices=(1, 2, 3),
-        help="ways to make pairs",
+        default=[1, 2, 3, 4],
+        choices=(1, 2, 3, 4),
+        help="ways to make pairs; way 4 labels the kinds of the simulation, see --kinds",
     )
     add("--num-images", type=int, default=48_000, help="training images of the LDM")
     add("--num-mask-images", type=int, default=16_000, help="training images of way 2, each split")
+    add("--num-translation-images", type=int, default=6_000, help="training images of way 4")
     add("--num-steps", type=int, default=600, help="steps of each training of a detector")
     add("--jobs", type=int, default=2, help="processes")
     add("--dry-run", action="store_true", help="print the commands")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+import em_cyclegan
+from em_commands.train_cyclegan import name_sources
 from em_diffusion import PRESETS
 from em_evaluation.detector_gain import GainConfig
 from em_training.flags import parse_preset
@@ -38,7 +40,7 @@ def test_labelled_and_unlabelled_micrographs_are_of_other_specimens(commands):
     assert before.tiles == last.tiles == written.tiles
     assert last.tiles.split == "specimen"
     names = [word.partition("=")[0] for word in last.pairs]
-    assert names == ["raw", "way1", "way2", "way3"]
+    assert names == ["raw", "way1", "way2", "way3", "way4"]
     train = next(words for words in printed if words[0] == "train_ldm.py")
     config, _ = parse_preset(
         PRESETS, train[1:], command="", default="demo", description="", main_flags=()
@@ -46,6 +48,20 @@ def test_labelled_and_unlabelled_micrographs_are_of_other_specimens(commands):
     assert config.data == last.data == "synthetic-other"
     assert config.tiles.seed != last.tiles.seed
     assert config.tiles.resolution == last.tiles.resolution
+    translate = next(words for words in printed if words[0] == "train_cyclegan.py")
+    translation, _ = parse_preset(
+        em_cyclegan.PRESETS,
+        name_sources(translate[1:], list(em_cyclegan.PRESETS)),
+        command="",
+        default="demo",
+        description="",
+        main_flags=(),
+    )
+    assert (translation.source, translation.data) == ("synthetic", config.data)
+    assert (translation.tiles.seed, translation.tiles.num_synthetic) == (
+        config.tiles.seed,
+        config.tiles.num_synthetic,
+    )
 
 
 def test_ways_that_see_labels_have_a_folder_for_each_split(commands):
@@ -69,9 +85,10 @@ def test_other_micrographs_have_no_raw_simulation(commands):
 
 
 @pytest.mark.slow
-def test_all_three_ways_reach_the_page(tmp_path):
+def test_all_ways_reach_the_page(tmp_path):
     words = ["--runs", str(tmp_path), "--nums", "10", "--curve", "--splits", "1", "--seeds", "1"]
     words += ["--num-steps", "5", "--num-images", "256", "--num-mask-images", "128", "--jobs", "1"]
+    words += ["--num-translation-images", "64"]
     words += ["--num-pairs", "8", "--num-per-split", "8"]
     root = Path(__file__).parents[2]
     command = [sys.executable, "experiments/labelled_pairs/recipe.py", *words]
@@ -79,6 +96,6 @@ def test_all_three_ways_reach_the_page(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gain" / "results.json").read_text())
     arms = {row["arm"] for row in results["differences"]}
-    assert arms == {"weak", "raw", "way1", "way2", "way3"}
-    assert len(results["adherence"]) == 5
+    assert arms == {"weak", "raw", "way1", "way2", "way3", "way4"}
+    assert len(results["adherence"]) == 6
     assert (tmp_path / "gain" / "gain.html").is_file()

@@ -1,0 +1,87 @@
+"""The comparison of families: its commands are ones that the commands take; times are equal."""
+
+import json
+
+import pytest
+
+from em_generation.families import find_family
+from em_training.flags import parse_preset
+
+
+@pytest.fixture
+def recipe(load_recipe):
+    return load_recipe("families/recipe.py")
+
+
+@pytest.fixture
+def trained(recipe, tmp_path, monkeypatch):
+    """The commands that the recipe ran; each training leaves a log of a speed of its own."""
+    speeds = {"train_ldm.py": 200, "train_gan.py": 50, "train_cyclegan.py": 20}
+    commands = []
+
+    def call(title, words, arguments):
+        commands.append(words)
+        if words[0] in speeds:
+            family = next(each for each in recipe.FAMILIES.values() if each.script == words[0])
+            out = tmp_path / words[words.index("--out") + 1]
+            (out / family.stage).mkdir(parents=True)
+            lines = [
+                {"num_images_seen": images, "train_seconds": 3 + images / speeds[words[0]]}
+                for images in (320, 640, 960)
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (out / family.stage / "stats.jsonl").write_text(text)
+
+    monkeypatch.setattr(recipe, "call", call)
+    recipe.main(["--runs", str(tmp_path), "--minutes", "5", "--seeds", "2", "--jobs", "1"])
+    return commands
+
+
+def find_trainings(commands, script):
+    return [words for words in commands if words[0] == script and "speed" not in " ".join(words)]
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "length"),
+    [
+        ("ldm", "train_ldm.py", 60_000),
+        ("stylegan", "train_gan.py", 15_000),
+        ("cyclegan", "train_cyclegan.py", 6_000),
+    ],
+)
+def test_each_family_trains_as_long_as_its_speed_allows(trained, name, script, length):
+    trainings = find_trainings(trained, script)
+    family = find_family(name)
+    configs = [
+        parse_preset(
+            family.import_presets(),
+            words[1:],
+            command="",
+            default="demo",
+            description="",
+            main_flags=(),
+        )[0]
+        for words in trainings
+    ]
+    assert [each.seed for each in configs] == [0, 1]
+    assert {each.data for each in configs} == {"synthetic-other"}
+    assert {each.tiles.symmetries for each in configs} == {"d4"}
+    stage = configs[0].denoiser if name == "ldm" else configs[0].training
+    assert stage.num_images == length
+
+
+def test_runs_of_a_family_share_a_name_in_the_report(trained):
+    report = trained[-1]
+    models = report[report.index("--models") + 1 : report.index("--out")]
+    names = [each.partition("=")[0] for each in models]
+    assert names == ["LDM", "StyleGAN2", "CycleGAN"] * 2 + ["simulation"]
+
+
+def test_a_base_adds_lora(recipe, tmp_path):
+    arguments = recipe.parse_arguments(["--base", "some/base", "--tiles", "downsample=4"])
+    words = recipe.list_words("LoRA", tmp_path, 3, 2_000, arguments)
+    family = find_family("lora")
+    options = {"command": "", "default": "demo", "description": "", "main_flags": ()}
+    config, _ = parse_preset(family.import_presets(), words[1:], **options)
+    assert (config.base, config.seed, config.training.num_images) == ("some/base", 3, 2_000)
+    assert config.tiles.downsample == 4
