@@ -153,6 +153,16 @@ def test_images_of_a_hub_id_then_offline_then_of_a_pinned_revision(server, owner
     assert "it is private and HF_TOKEN" in stranger.stderr.splitlines()[0]
 
 
+def test_what_a_login_node_fetched_suffices_for_a_training_without_internet(server, owner, user):
+    user.run("-m", "em_data.look", "hub:you/set")  # the two commands of docs/cluster.md
+    user.run("-m", "huggingface_hub.cli.hf", "download", "you/em-gan")
+    num_requests = len(server.requests)
+    words = ["test", "--data", "hub:you/set", "--init-from", "you/em-gan", "--out", "offline"]
+    user.run("train_gan.py", *words, HF_HUB_OFFLINE="1")
+    assert len(server.requests) == num_requests
+    assert (user.home / "offline" / "run.json").is_file()
+
+
 def test_hub_ids_are_judged_at_a_revision_and_offline(server, owner, user):
     def judge(out, *models, **changes):
         words = ["--num-images", "8", "--no-microscopy", "--no-memorisation", "--levels", "real"]
