@@ -171,12 +171,19 @@ def say_what_is_used(
     from em_training.precision import describe_device, use_cpu
 
     say(f"Device: {describe_device()}.")
-    hardware = re.search(r"Hardware: ([^.]+)", inspect.getdoc(presets[preset]) or "")
-    if hardware and "GPU" in hardware[1] and use_cpu():
+    hardware = find_hardware(presets[preset])
+    if "GPU" in hardware and use_cpu():
+        hint = " `demo` is made for CPUs." if "CPU" in find_hardware(presets["demo"]) else ""
         say(
-            f"Preset {preset} is made for {hardware[1]}, but there is no GPU: expect days to "
-            f"months.{'' if preset == 'demo' else ' `demo` is made for CPUs.'}"
+            f"Preset {preset} is made for {hardware}, but there is no GPU: expect a very long "
+            f"training.{hint}"
         )
+
+
+def find_hardware(preset: Callable) -> str:
+    """Return what a preset's docstring says of the hardware; "" if nothing."""
+    found = re.search(r"Hardware: ([^.]+)", inspect.getdoc(preset) or "")
+    return found[1] if found else ""
 
 
 def say(text: str) -> None:

@@ -238,11 +238,10 @@ class TrainingRun:
         rate = (num_images_seen - self._start_count) / seconds
         hours = (self.num_images - num_images_seen) / rate / 3600
         if hours > LONG_HOURS:
-            is_cpu = self.accelerator.device.type == "cpu"
-            device, hint = ("CPU", "; preset demo takes minutes") if is_cpu else ("device", "")
+            device = "CPU" if self.accelerator.device.type == "cpu" else "device"
             self.say(
                 f"{self.stage}: about {hours:,.0f} hours to go on this {device} at {rate:.2g} "
-                f"images/s{hint}"
+                "images/s"
             )
 
     def _load_newest(self) -> int:

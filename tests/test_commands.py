@@ -270,4 +270,20 @@ def test_what_a_training_will_do_is_said_before_and_after_it(tmp_path, monkeypat
     small = train(["small", "--data", "x"])
     assert "No preset was named" not in small
     assert "Preset small is made for one GPU of 12 GB, but there is no GPU" in small
+    assert "`demo` is made for CPUs" in small
     assert "Next:" not in train(["demo", "--last-stage", "autoencoder"])
+
+
+def test_only_a_demo_for_cpus_is_recommended_without_a_gpu(monkeypatch, capsys):
+    """That of LoRA needs a GPU."""
+    from em_commands.training import say_what_is_used
+    from em_generation.families import FAMILIES
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for_cpus = []
+    for family in FAMILIES:
+        presets = family.import_presets()
+        say_what_is_used(presets["small"](), "small", presets, is_named=True)
+        if "`demo` is made for CPUs" in capsys.readouterr().err:
+            for_cpus.append(family.name)
+    assert set(for_cpus) == {family.name for family in FAMILIES} - {"lora"}

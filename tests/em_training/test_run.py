@@ -267,5 +267,5 @@ def test_a_long_stage_is_estimated_once_after_the_first_steps(tmp_path, capfd, m
     monkeypatch.setattr("em_training.run.SECONDS_TO_ESTIMATE", 0)
     monkeypatch.setattr("em_training.run.LONG_HOURS", 0)
     train(tmp_path, 32)
-    said = r"about \d+ hours to go on this CPU at [\d.e+]+ images/s; preset demo takes minutes"
+    said = r"about \d+ hours to go on this CPU at [\d.e+]+ images/s\n"
     assert len(re.findall(said, capfd.readouterr().err)) == 1
