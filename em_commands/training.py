@@ -1,6 +1,7 @@
 """What the training commands share: flags, then the training, then what to do next."""
 
 import argparse
+import contextlib
 import inspect
 import os
 import re
@@ -10,10 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_training.config import TEST_NOTE, OtherRunError, is_complete, read_preset, save_preset
+from em_data.files import leave_nothing_if_refused
+from em_training.config import (
+    PRESET_FILE,
+    TEST_NOTE,
+    OtherRunError,
+    is_complete,
+    read_preset,
+    save_preset,
+)
 from em_training.family import Family
 from em_training.flags import parse_preset
 
+# what a run's folder holds before its first result
+START_FILES = (PRESET_FILE, "config.json", "data.json", "started_from.json")
 EPILOG = "--push-to-hub REPO publishes the finished run (--private: for you alone)."
 DESCRIPTION = f"""Train a {{noun}} on electron micrographs.
 
@@ -96,17 +107,7 @@ def run_training(
         if ask_main_process(state, lambda: is_complete(config.out, config)):
             say(f"The run in {config.out} is already complete.")
         else:
-            if not int(os.environ.get("RANK", "0")):
-                save_preset(config.out, preset)
-            try:
-                family.import_train()(config)
-            except OtherRunError as error:
-                before = read_preset(config.out)
-                if before in (None, preset):
-                    raise
-                raise OtherRunError(
-                    f"The run was made with preset {before}, this is {preset}. {error}"
-                ) from error
+            start_or_resume(family, config, preset)
         if (read_preset(config.out) or preset) == "test":
             say(TEST_NOTE)
         if getattr(config, "makes_pipeline", True):
@@ -118,6 +119,28 @@ def run_training(
             )
 
     train_and_publish(push, config, train)
+
+
+def start_or_resume(family: Family, config: Any, preset: str) -> None:
+    """Train a model in the run's folder; a training that is refused leaves nothing there."""
+    with contextlib.ExitStack() as stack:
+        if is_main_process():
+            stack.enter_context(leave_nothing_if_refused(config.out, START_FILES))
+            save_preset(config.out, preset)
+        try:
+            family.import_train()(config)
+        except OtherRunError as error:
+            before = read_preset(config.out)
+            if before in (None, preset):
+                raise
+            raise OtherRunError(
+                f"The run was made with preset {before}, this is {preset}. {error}"
+            ) from error
+
+
+def is_main_process() -> bool:
+    """Say whether this is the first of the processes that torchrun or accelerate started."""
+    return not int(os.environ.get("RANK", "0"))
 
 
 def read_push_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -148,8 +171,8 @@ def train_and_publish(push: argparse.Namespace, config: Any, train: Callable[[],
 
     repo = find_account(push.push_to_hub)
     train()
-    if int(os.environ.get("RANK", "0")):
-        return  # of several processes, the first publishes
+    if not is_main_process():
+        return
     try:
         publish_run(PublishConfig(run=config.out, repo=repo, private=push.private))
     except (ValueError, OSError) as error:
@@ -188,5 +211,5 @@ def find_hardware(preset: Callable) -> str:
 
 def say(text: str) -> None:
     """Print a line from the main process to stderr."""
-    if not int(os.environ.get("RANK", "0")):
+    if is_main_process():
         print(text, file=sys.stderr)

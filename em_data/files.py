@@ -7,13 +7,14 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
 DAY = 86_400  # seconds
+LOCK = ".lock"  # of a folder that one process at a time works in
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -200,6 +201,44 @@ def lock(path, message: str | None = None) -> Iterator[None]:
         raise ValueError(message) from error
     with held:
         yield
+
+
+@contextmanager
+def leave_nothing_if_refused(folder, names: Collection[str]) -> Iterator[None]:
+    """Remove what the block has written to `folder` if it raises before there is a result.
+
+    Folders above that the block has made go as well. What was there before stays.
+
+    Args:
+        folder: Locked by its LOCK while something works in it.
+        names: Files that are no result. If the block has written others, all stays.
+    """
+    folder = Path(folder)
+    before = {*folder.rglob("*")}
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        new = sorted({*folder.rglob("*")} - before, reverse=True)  # a folder after what it holds
+        if new and all(each.is_dir() or each.name in {LOCK, *names} for each in new):
+            with suppress(OSError, ValueError):  # another process has begun to work there
+                _remove(new, folder / LOCK, before)
+                for each in missing:
+                    each.rmdir()
+        raise
+
+
+def _remove(paths, path, before):
+    """Remove files and folders under a lock, which goes as well unless it was there before."""
+    with lock(path, "in use"):
+        for each in paths:
+            if each.is_dir():
+                each.rmdir()
+            elif each != path:
+                each.unlink()
+        if path not in before:
+            with suppress(OSError):  # Windows removes it on release
+                path.unlink()
 
 
 _UMASK = os.umask(0)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from em_data.files import lock, make_folder
+from em_data.files import LOCK, lock, make_folder
 from em_training.config import MAY_CHANGE, changed_fields, find_marked
 
 SECONDS_TO_SEE = 30.0  # a network disk may show a new file late
@@ -110,7 +110,7 @@ def lock_folder(folder: str | Path, *, is_main_process: bool = True) -> Iterator
     message = (
         f"another process is training in {folder}; wait for it, or use another folder with --out"
     )
-    with lock(Path(folder) / ".lock", message):
+    with lock(Path(folder) / LOCK, message):
         yield
 
 

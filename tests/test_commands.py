@@ -287,3 +287,49 @@ def test_only_a_demo_for_cpus_is_recommended_without_a_gpu(monkeypatch, capsys):
         if "`demo` is made for CPUs" in capsys.readouterr().err:
             for_cpus.append(family.name)
     assert set(for_cpus) == {family.name for family in FAMILIES} - {"lora"}
+
+
+NO_DATA = ["--data", "/nowhere"], "There is no folder '/nowhere'"
+ONE_MICROGRAPH = ["--tiles.num-micrographs", "1"], "There is only one micrograph"
+NO_GPU = ["--precision", "fp16"], "fp16 needs a GPU"
+NO_START = ["--init-from", "nowhere"], "There is no folder nowhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        *((name, *each) for name in ("ldm", "stylegan") for each in (NO_DATA, NO_GPU, NO_START)),
+        ("ldm", *ONE_MICROGRAPH),
+        ("cyclegan", *NO_DATA),
+        ("cyclegan", ["--source", "synthetic-varied"], "are the same tiles"),
+        ("lora", ["--precision", "no", "--base", "/nowhere"], "no such folder"),
+    ],
+)
+def test_a_refused_training_leaves_nothing(name, words, message, tmp_path, monkeypatch):
+    from em_commands.training import run_training
+    from em_generation.families import find_family
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    cache = ["--tiles.cache-dir", str(tmp_path / "cache")]
+    (tmp_path / "with-notes").mkdir()
+    (tmp_path / "with-notes" / "notes.txt").touch()
+    for out in (tmp_path / "runs" / "mine", tmp_path / "with-notes"):
+        with pytest.raises(ValueError, match=message):
+            run_training(find_family(name), ["test", *words, "--out", str(out), *cache])
+    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "with-notes").iterdir()] == ["notes.txt"]
+
+
+def test_an_interrupted_training_keeps_what_it_has_made(tmp_path, monkeypatch):
+    from em_commands.training import run_training
+    from em_generation.families import find_family
+
+    def stop(config):
+        (tmp_path / "run" / "latents").mkdir()
+        (tmp_path / "run" / "latents" / "train.npy").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("em_diffusion.train.train_ldm", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(find_family("ldm"), ["test", "--out", str(tmp_path / "run")])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"latents", "preset.txt"}

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import contextlib
 import os
 
 import pytest
@@ -29,3 +30,36 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_the_old_file(tmp_path, mon
         ):
             raise error
     assert [item.name for item in tmp_path.iterdir()] == ["config.json"]
+
+
+def start_and_fail(folder, *names):
+    with files.leave_nothing_if_refused(folder, ["a"]):
+        for name in names:
+            files.write_atomically(folder / name, "")
+        raise ValueError("refused")
+
+
+def test_what_is_refused_leaves_nothing(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    for names in ((), ("a", "stage/.lock")):
+        with pytest.raises(ValueError, match="refused"):
+            start_and_fail(folder, *names)
+        assert not (tmp_path / "runs").exists()
+    for names in (("a", "stage/result"), ("stage/a",)):  # a result; then a start beside it
+        with pytest.raises(ValueError, match="refused"):
+            start_and_fail(folder, *names)
+        assert {path.name for path in folder.rglob("*")} == {"a", "stage", "result"}
+        assert (folder / "a").exists()
+
+
+def test_what_another_process_has_begun_stays(tmp_path):
+    def fail_beside(held):
+        with files.leave_nothing_if_refused(tmp_path / "run", ["a"]):
+            held.enter_context(files.lock(tmp_path / "run" / ".lock"))
+            files.write_atomically(tmp_path / "run" / "a", "")
+            raise ValueError("refused")
+
+    with contextlib.ExitStack() as held:
+        with pytest.raises(ValueError, match="refused"):
+            fail_beside(held)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"a", ".lock"}
