@@ -17,7 +17,13 @@ from tqdm.auto import tqdm
 
 from em_data import read_image_folder
 from em_data.figures import save_grid_with_scale_bar
-from em_data.files import lock, make_folder, name_full_disk, write_atomically
+from em_data.files import (
+    LOCK,
+    leave_nothing_if_refused,
+    lock,
+    name_full_disk,
+    write_atomically,
+)
 from em_generation.label_store import LabelFormat, create_labelled_store
 from em_generation.loading import Model, read_model
 from em_generation.pairs import create_pair_drawer
@@ -116,14 +122,15 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
     state = create_process_state()
     out = Path(config.out)
     refuse_foreign_folder(out)
-    make_folder(out)
     message = (
         f"Another process generates into {out}. Wait for it, or choose another folder with --out."
     )
-    with (
-        name_full_disk(out),
-        lock(out / ".lock", message) if state.is_main_process else contextlib.nullcontext(),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(name_full_disk(out))
+        if state.is_main_process:
+            if not (out / RECORD).exists():
+                stack.enter_context(leave_nothing_if_refused(out, [RECORD]))
+            stack.enter_context(lock(out / LOCK, message))
         return _generate(config, model, state, out)
 
 

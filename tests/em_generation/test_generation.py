@@ -604,6 +604,23 @@ def test_a_scan_of_50000_files_takes_moments(tmp_path):
     assert time.process_time() - started < 2
 
 
+@pytest.mark.parametrize("options", [{"size": "8x9"}, {}])
+def test_a_refused_generation_leaves_nothing(tmp_path, monkeypatch, options):
+    def refuse(*images):
+        raise ValueError("images are too bad in size")
+
+    make_ldm().save_pretrained(tmp_path / "ldm")
+    monkeypatch.setattr("em_generation.sampling.write_when_ready", refuse)  # without a wrong size
+    out = tmp_path / "images" / "new"
+    with pytest.raises(ValueError, match="size"):
+        generate_images(config_for(tmp_path / "ldm", out, **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["ldm"]
+    out.mkdir(parents=True)
+    with pytest.raises(ValueError, match="size"):
+        generate_images(config_for(tmp_path / "ldm", out, **options))
+    assert list(out.iterdir()) == []
+
+
 def test_two_generations_in_one_folder_are_refused(model, tmp_path):
     with (
         lock(tmp_path / ".lock"),
