@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, Flux2KleinPipeline
@@ -34,6 +35,13 @@ class Base(ABC):
     def load_denoiser(self) -> Any:
         """Load the denoiser, frozen, float32."""
         return self.model.load_denoiser(self.source.folder)
+
+    def outline_denoiser(self) -> Any:
+        """Return the denoiser without memory for its weights."""
+        cls = getattr(diffusers, self.model.denoiser_class)
+        config = cls.load_config(self.source.folder, subfolder=self.model.denoiser)
+        with torch.device("meta"):
+            return cls.from_config(config)
 
     def load_vae(self) -> Any:
         """Load the autoencoder, frozen, float32."""

@@ -11,7 +11,7 @@ from em_data import load_data, warn_if_few
 from em_data.files import write_atomically
 from em_data.look.tile_size import warn_of_tile_size
 from em_evaluation.feature_metrics import check_metrics
-from em_stable_diffusion.adapters import import_peft
+from em_stable_diffusion.adapters import find_layers, import_peft
 from em_stable_diffusion.base_source import find_base
 from em_stable_diffusion.bases import Base, open_base
 from em_stable_diffusion.config import CLASS, LoRAConfig
@@ -131,7 +131,7 @@ def check_batch_size(config, num_processes: int) -> None:
 def open_fitting_base(config, out: Path) -> Base:
     """Find the base, at the commit that a run in `out` began with.
 
-    Raises `ValueError` if it cannot draw images of a tile's size.
+    Raises `ValueError` if it cannot draw images of a tile's size, or lacks a target of adapters.
     """
     started = read_starts(out).get("base", {})
     base = open_base(find_base(config.base, started.get("commit")))
@@ -141,6 +141,8 @@ def open_fitting_base(config, out: Path) -> Base:
             f"tiles.resolution is {resolution}, but must be a multiple of {factor} for this base. "
             "Use --tiles.resolution."
         )
+    if config.lora.targets:  # before anything is encoded
+        find_layers(base.outline_denoiser(), config.lora.targets)
     return base
 
 

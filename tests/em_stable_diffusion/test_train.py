@@ -264,11 +264,13 @@ def test_impossible_configurations_are_refused(make_config, tmp_path):
     config = make_config(tmp_path)
     with pytest.raises(ValueError, match="resolution is 36, but must be a multiple of 8 for this"):
         train_lora(replace(config, tiles=replace(config.tiles, resolution=36)))
+    with pytest.raises(ValueError, match=r"lora\.targets has 'to_x', but no linear layer"):
+        train_lora(replace(config, lora=replace(config.lora, targets=("to_q", "to_x"))))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     with refuses_config(r"lora\.rank is 0, but must be greater than 0"):
         replace(config.lora, rank=0)
     with refuses_config(r"training\.prompt_dropout is 2, but must be at most 1"):
         replace(config.training, prompt_dropout=2)
-    assert not (tmp_path / "config.json").exists()
 
 
 def test_training_without_peft_says_how_to_install_it(make_config, tmp_path, monkeypatch):
