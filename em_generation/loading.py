@@ -86,14 +86,14 @@ class Model:
 
         dtype: torch.float32 by default. Raises `ValueError` if a file is damaged or missing.
         """
-        import diffusers
         import torch
 
-        # two or three components do not need a progress bar
-        diffusers.utils.logging.disable_progress_bar()
+        from em_training.weights import hide_loading_bars
+
         cls: Any = self.family.import_pipeline()
         check_pipeline(self.pipeline_folder, cls)
-        pipeline = cls.from_pretrained(str(self.pipeline_folder), dtype=dtype or torch.float32)
+        with hide_loading_bars():
+            pipeline = cls.from_pretrained(str(self.pipeline_folder), dtype=dtype or torch.float32)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 refuse_diverged(f"{self.source}: {name}", part)

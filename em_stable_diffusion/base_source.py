@@ -36,6 +36,11 @@ class BaseSource:
         """Its classes in diffusers."""
         return BASE_MODELS[self.kind]
 
+    def describe(self) -> str:
+        """Return what is loaded, and from where, as one line."""
+        commit = f" at commit {self.revision[:8]}" if self.revision else ""
+        return f"base: {self.model.title}, loaded from {self.name}{commit}"
+
     def identify(self) -> dict[str, str]:
         """Return what must not change while it is tuned: the commit, or a hash of the weights."""
         if self.revision is not None:

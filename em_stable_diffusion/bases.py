@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, Flux2KleinPipeline
 
 from em_stable_diffusion.base_source import INDEX, BaseSource
 from em_training.config import read_json_object
+from em_training.weights import hide_loading_bars
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -34,7 +35,8 @@ class Base(ABC):
 
     def load_denoiser(self) -> Any:
         """Load the denoiser, frozen, float32."""
-        return self.model.load_denoiser(self.source.folder)
+        with hide_loading_bars():
+            return self.model.load_denoiser(self.source.folder)
 
     def outline_denoiser(self) -> Any:
         """Return the denoiser without memory for its weights."""
@@ -45,7 +47,8 @@ class Base(ABC):
 
     def load_vae(self) -> Any:
         """Load the autoencoder, frozen, float32."""
-        return self.model.load_vae(self.source.folder)
+        with hide_loading_bars():
+            return self.model.load_vae(self.source.folder)
 
     def load_scheduler(self) -> Any:
         """Load the sampler."""
@@ -107,9 +110,10 @@ class Base(ABC):
     def _load_pipeline(self, **parts):
         """Load the text encoder and what belongs to it."""
         parts |= {self.model.denoiser: None, "vae": None, **self.model.without}
-        return self.model.pipeline_class.from_pretrained(
-            self.source.folder, use_safetensors=True, **parts
-        )
+        with hide_loading_bars():
+            return self.model.pipeline_class.from_pretrained(
+                self.source.folder, use_safetensors=True, **parts
+            )
 
 
 class StableDiffusion(Base):

@@ -78,6 +78,7 @@ def train_and_save(config, accelerator, out):
         check_metrics(config.training.evaluation_metrics, in_training=True)
         refuse_other_run(out, config)
     base = fill_cache(accelerator, lambda: open_fitting_base(config, out))
+    accelerator.print(base.source.describe())
     data = fill_cache(
         accelerator, lambda: load_data(config.data, config.tiles, log=accelerator.print)
     )

@@ -1,8 +1,13 @@
-"""Weights of models: their hash, and saving them in one piece."""
+"""Weights of models: their hash, saving them in one piece, and loading them quietly."""
 
+import contextlib
 import hashlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
+import huggingface_hub
 import torch
 from torch import nn
 
@@ -38,3 +43,29 @@ def save_model(model, path) -> Path:
     with replace_folder(path) as folder:
         model.save_pretrained(folder)
     return Path(path)
+
+
+@contextlib.contextmanager
+def hide_loading_bars() -> Iterator[None]:
+    """Hide the bars of diffusers and transformers for the block; downloads keep theirs."""
+    libraries = filter(None, (diffusers, sys.modules.get("transformers")))
+    logs = [
+        each.utils.logging for each in libraries if each.utils.logging.is_progress_bar_enabled()
+    ]
+    shows_downloads = not huggingface_hub.utils.are_progress_bars_disabled()
+
+    def restore_downloads():  # transformers switches them as well
+        if shows_downloads:
+            huggingface_hub.utils.enable_progress_bars()
+        else:
+            huggingface_hub.utils.disable_progress_bars()
+
+    for log in logs:
+        log.disable_progress_bar()
+    restore_downloads()
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.enable_progress_bar()
+        restore_downloads()

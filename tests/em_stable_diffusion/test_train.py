@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 
 from em_stable_diffusion import PRESETS, EMLoRAPipeline, LoRAConfig, lora_loop, train, train_lora
@@ -27,6 +31,7 @@ from em_training import (
     read_best,
     read_stats,
 )
+from em_training.weights import hide_loading_bars
 from support.config import refuses_config
 from support.tiny_bases import MAKERS, make_stable_diffusion
 
@@ -154,6 +159,35 @@ def test_a_finished_run_is_not_trained_again(runs, make_config, monkeypatch, cap
     out = runs["stable-diffusion"]
     assert train_lora(make_config(out)) == out
     assert "is already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shows_downloads", [True, False])
+def test_only_our_line_says_that_a_base_is_loaded(
+    make_config, tmp_path, capfd, monkeypatch, shows_downloads
+):
+    """And the bars of the libraries are as before."""
+    bars = huggingface_hub.utils
+    monkeypatch.setattr("em_stable_diffusion.bases.hide_loading_bars", hide_and_compare)
+    (bars.enable_progress_bars if shows_downloads else bars.disable_progress_bars)()
+    try:
+        train_lora(make_config(tmp_path / "run", "flux2-klein", num_images=4))
+        shown = capfd.readouterr()
+        assert bars.are_progress_bars_disabled() == (not shows_downloads)
+    finally:
+        bars.enable_progress_bars()
+    assert "Loading" not in shown.err
+    assert shown.out.count("base: FLUX.2 [klein], loaded from ") == 1
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert diffusers.utils.logging.is_progress_bar_enabled()
+
+
+@contextmanager
+def hide_and_compare():
+    """Hide the bars of loading; those of downloads are as they were."""
+    before = huggingface_hub.utils.are_progress_bars_disabled()
+    with hide_loading_bars():
+        assert huggingface_hub.utils.are_progress_bars_disabled() == before
+        yield
 
 
 def test_another_base_is_refused(runs, make_config, tmp_path):
