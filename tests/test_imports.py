@@ -1,4 +1,4 @@
-"""Who may import whom (CONTRIBUTING.md, "The house"), read off the source."""
+"""Who may import whom (docs/architecture.md), read off the source."""
 
 import ast
 import functools
