@@ -1,4 +1,4 @@
-"""Write the command reference and the API pages from the code: nothing in them is typed by hand.
+"""Write the command reference and the API pages from the code, and keep flags on one line.
 
 A page asks for a part by a comment on a line of its own:
 
@@ -26,12 +26,22 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 MARKER = re.compile(r"^<!-- (flags|presets|module commands|api)(?:: (\S+))? -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown, **_):
     logging.getLogger("torch").setLevel(logging.ERROR)
     return MARKER.sub(lambda match: WRITERS[match[1]](match[2]), markdown)
+
+
+def on_page_content(html, **_):
+    """Keep each flag in running text on one line; browsers break lines behind hyphens."""
+    return re.sub(
+        r"(?<!>)<code>[^<]*</code>",
+        lambda code: FLAG.sub(r'<span class="flag">\g<0></span>', code[0]),
+        html,
+    )
 
 
 def write_flags(where):
