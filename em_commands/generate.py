@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> tuple[GenerationConfig, Model]:
         for before, word in zip(["", *argv], argv, strict=False)
     ]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model")
+    finder.add_argument("--model", nargs="?")
     source = finder.parse_known_args(argv)[0].model
     general = [GenerationConfig, PairOptions, ShardOptions]
     settings: dict[str, Any] = {

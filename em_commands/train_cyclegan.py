@@ -1,7 +1,9 @@
 """Train a translation from one kind of electron micrographs to another."""
 
+import shlex
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from em_commands.training import EPILOG, run_training
 from em_cyclegan.family import FAMILY
@@ -31,11 +33,11 @@ def name_sources(argv: Sequence[str], presets: Sequence[str]) -> list[str]:
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     if count == 0:
         return list(argv)
-    if count == 1 and not preset:
+    if not preset and (count == 1 or (count == 3 and get_close_matches(words[0], presets))):
         return list(argv)  # a mistyped preset
     if count != 2:
         raise UsageError(
-            f"Give SOURCE and TARGET, not {count} names: python train_cyclegan.py "
+            f"Give SOURCE and TARGET, not {shlex.join(words[:count])}: python train_cyclegan.py "
             f"{preset[0] if preset else 'demo'} synthetic FOLDER."
         )
     return [*(preset or ["demo"]), "--source", words[0], "--data", words[1], *words[2:]]

@@ -187,8 +187,8 @@ def say_what_is_used(
 ) -> None:
     """Say which preset, data and device a new run uses, and whether the device suits it."""
     is_new = not (Path(config.out) / "config.json").exists()
-    if is_new and config.data == "synthetic" and not has_data:
-        say("No --data given: training on the embedded synthetic micrographs.")
+    if is_new and config.data.startswith("synthetic") and not has_data:
+        say(f"No --data given: training on the embedded micrographs ({config.data}).")
     if not is_named and is_new:
         say(f"No preset was named: preset {preset}. Presets: {', '.join(presets)}.")
     from em_training.precision import describe_device, use_cpu

@@ -65,8 +65,11 @@ def make_options(families: Iterable[Family], pairs: Sequence[str]) -> dict[str, 
     }
     for key in values:
         if not any(key in names for names in known.values()):
-            choices = ", ".join(sorted(set().union(*known.values()))) or "none"
-            raise ValueError(f"no model here has the sampling option {key}; there are: {choices}")
+            names = ", ".join(sorted(set().union(*known.values())))
+            raise ValueError(
+                f"--sampling has {key}, but no model here has this option. "
+                f"{f'Choose from {names}.' if names else 'Leave it out.'}"
+            )
     return {
         name: config_from_dict(
             family.options, {key: value for key, value in values.items() if key in known[name]}

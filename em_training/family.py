@@ -228,4 +228,4 @@ def check_options(options, **ranges: tuple[float, float]) -> None:
             bound = (
                 f"at least {smallest}" if largest == float("inf") else f"{smallest} to {largest}"
             )
-            raise ValueError(f"{flag} is {value}, but must be {bound}")
+            raise ValueError(f"{flag} is {value}, but must be {bound}.")

@@ -128,7 +128,7 @@ def parse_flags(
     _refuse_missing([each[:3] for each in fields], argv, positional, command)
     shape = dataclasses.make_dataclass("Flags", shown, frozen=True, kw_only=True)
     description = description or inspect.cleandoc(classes[0].__doc__ or "")
-    with _plain_errors(command):
+    with _plain_errors(command, positional):
         values = tyro.cli(shape, args=list(argv), prog=command, description=description)
     return [
         cls(
@@ -150,13 +150,29 @@ def _list_fields(cls: type, positional: Sequence[str]) -> Iterator[tuple[str, An
         if hints[field.name] is Any:
             continue
         text = " ".join(texts.get(field.name, "").split())
-        about = [tyro.conf.arg(help=text)]
+        metavar = _name_value(hints[field.name])
+        about = [tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=_show_default)]
         if field.name in positional:
             metavar = field.name.upper()
             about = [tyro.conf.arg(help=text, metavar=metavar), tyro.conf.Positional]
         hint: Any = Annotated[hints[field.name], *about]
         default = dataclasses.field(default=field.default, default_factory=field.default_factory)
         yield field.name, hint, default, text
+
+
+def _name_value(hint: Any) -> str | None:
+    """Return how help names a value that may be missing, without None; None for other values."""
+    kinds = [each for each in typing.get_args(hint) if each is not type(None)]
+    if type(None) not in typing.get_args(hint) or len(kinds) != 1:
+        return None
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(kinds[0]))) + "}"
+    return getattr(kinds[0], "__name__", "value").upper()
+
+
+def _show_default(value: str) -> str:
+    """Return how help shows a default; nothing for one that is no value, which the text tells."""
+    return "" if value in ("None", "") else f"(default: {value})"
 
 
 def list_flags(config: Any, prefix: str = "") -> Iterator[Flag]:
@@ -246,7 +262,7 @@ def _refuse_missing(fields, argv: Sequence[str], positional: Sequence[str], comm
 
 
 @contextlib.contextmanager
-def _plain_errors(prog: str) -> Iterator[None]:
+def _plain_errors(prog: str, positional: Sequence[str] = ()) -> Iterator[None]:
     """Turn tyro's boxes into plain errors, and let a configuration's own error through."""
     written = io.StringIO()
     try:
@@ -261,6 +277,8 @@ def _plain_errors(prog: str) -> Iterator[None]:
         if stop.code in (0, None):
             raise
         text = _say_expected(_read_box(written.getvalue()))
+        if positional and text.startswith("Missing from"):
+            text = f"Give {' and '.join(name.upper() for name in positional)}."
         raise UsageError(f"{text} See `python {prog} --help`.") from None
 
 
@@ -269,22 +287,33 @@ def _read_box(text: str) -> str:
     words = []
     for line in text.splitlines()[1:]:
         inner = line.strip().strip("│").strip()
-        if not inner or set(inner) <= set("─╰╯"):
-            break
+        if not inner or set(inner) <= set("-─╰╯"):  # tyro draws hyphens where text is not UTF-8
+            if words:
+                break
+            continue
         words.append(inner)
     return " ".join(words).rstrip(".") + "."
 
 
 def _say_expected(text: str) -> str:
-    """Return tyro's error on a value that is no number in plain words; other errors as they are."""
-    found = re.fullmatch(
+    """Return tyro's error on a value in plain words; other errors as they are."""
+    if found := re.fullmatch(
         r"Error parsing (\S+): (invalid literal for int|could not).*: (.*)\.", text
-    )
-    if not found:
-        return text
-    flag, problem, value = found.groups()
-    number = "a whole number" if problem.startswith("invalid") else "a number"
-    return f"{flag} is {value}, but must be {number}."
+    ):
+        flag, problem, value = found.groups()
+        number = "a whole number" if problem.startswith("invalid") else "a number"
+        return f"{flag} is {value}, but must be {number}."
+    if found := re.match(
+        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", text
+    ):
+        value, flag, choices = found.groups()
+        return f"{flag} is {value}; choose one of {choices.replace(chr(39), '').rstrip(',')}."
+    if found := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+) values", text):
+        flag, count = found.groups()
+        return f"{flag} needs {'a value' if count == '1' else f'{count} values'}."
+    if found := re.match(r"Unrecognized options: (.*)\.$", text):
+        return f"{found[1]} belongs to no flag."
+    return text
 
 
 def _describe_presets(presets, description) -> str:

@@ -90,7 +90,10 @@ def test_help_of_a_preset_fits_on_two_screens(script):
         (["--preset", "small"], r"the preset is the first word, as in `python train_\w+.py demo"),
         (["test", "mine"], r"did you mean --data mine\?"),
         (["smal"], r"no preset 'smal'. Did you mean small\?"),
-        (["test", "--tiles.split", "foo"], r"invalid choice 'foo' for argument '--tiles.split'"),
+        (
+            ["test", "--tiles.split", "foo"],
+            "--tiles.split is foo; choose one of micrograph, specimen, leaky",
+        ),
         (["test", "--tiles.seed", "-1"], r"tiles.seed is -1, but must be at least 0. Use --tiles."),
         (["test", "--tiles.resolution", "0"], r"tiles.resolution is 0, but must be greater than 0"),
         (["test", "--seed", "x"], r"--seed is 'x', but must be a whole number\. See"),
@@ -262,7 +265,7 @@ def test_what_a_training_will_do_is_said_before_and_after_it(tmp_path, monkeypat
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     unnamed = train([])
-    assert unnamed.startswith("No --data given: training on the embedded synthetic micrographs.")
+    assert unnamed.startswith("No --data given: training on the embedded micrographs (synthetic).")
     assert "No preset was named: preset demo. Presets: " in unnamed
     assert "Device: CPU" in unnamed
     assert "made for" not in unnamed

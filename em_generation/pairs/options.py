@@ -49,8 +49,8 @@ class PairOptions:
         ]
         if self.pairs is None and given:
             raise ValueError(
-                f"{' and '.join(given)} only hold for images with labels. Add --pairs simulated, "
-                "copy-paste or mask."
+                f"{' and '.join(given)}: only images with labels have these options. Add --pairs "
+                "simulated, copy-paste or mask."
             )
         if self.pairs == "mask" and {"--strength", "--labelled"} & set(given):
             raise ValueError(

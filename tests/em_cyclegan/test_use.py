@@ -335,6 +335,7 @@ def test_loading_by_diffusers_needs_trust(run):
         (["a", "b"], ["demo", "--source", "a", "--data", "b"]),
         (["test", "--source", "a"], ["test", "--source", "a"]),
         (["smal"], ["smal"]),
+        (["tets", "a", "b"], ["tets", "a", "b"]),
     ],
 )
 def test_source_and_target_are_words(words, expected):

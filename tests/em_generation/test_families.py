@@ -98,7 +98,7 @@ def test_options_of_several_families_are_given_as_pairs():
         "cyclegan": TranslationOptions(),
         "lora": LoRAOptions(),
     }
-    with pytest.raises(ValueError, match="no model here has the sampling option eta"):
+    with pytest.raises(ValueError, match="--sampling has eta, but no model here has this option"):
         make_options([find_family("stylegan")], ["eta=1"])
     with pytest.raises(ValueError, match=r"--eta is 2\.0, but must be 0 to 1"):
         make_options(FAMILIES, ["eta=2"])

@@ -98,7 +98,7 @@ def test_help_shows_the_main_flags_with_the_values_of_the_preset(capsys):
         (["demo", "--otu", "x"], r"no flag --otu. Did you mean:\n  --out here"),
         (["demo", "--tiles.size", "3"], r"Did you mean:\n  --tiles.resolution 64 +Side of a tile"),
         (["demo", "--xyz"], r"no flag --xyz\.\n`python do.py demo --help`"),
-        (["demo", "--tiles.kind", "c"], "invalid choice 'c' for argument '--tiles.kind'"),
+        (["demo", "--tiles.kind", "c"], "--tiles.kind is c; choose one of a, b."),
         (["demo", "--tiles.resolution", "x"], "tiles.resolution"),
         (["demo", "big"], "big"),
     ],
