@@ -124,8 +124,17 @@ def flush_folder(folder) -> None:
 
 
 def make_folder(path) -> None:
-    """Make a folder and its missing parents; their names are flushed to the disk."""
+    """Make a folder and its missing parents; their names are flushed to the disk.
+
+    Raises:
+        ValueError: A file has this name.
+    """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(
+            f"{path} is a file, but a folder is needed. Choose another one, for instance with "
+            "--out."
+        )
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

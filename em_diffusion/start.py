@@ -84,7 +84,9 @@ def check_pipeline_class(folder: Path, source: str):
     name = read_json_object(folder / "model_index.json").get("_class_name")
     name = name[-1] if isinstance(name, list) and name else name
     if name != EMLatentDiffusionPipeline.__name__:
-        raise ValueError(f"{source} is a {name}, not a latent diffusion model.")
+        raise ValueError(
+            f"{source} is an {name}, not a latent diffusion model. Name one with --init-from."
+        )
 
 
 def check_prediction(source: str, scheduler, config):

@@ -351,8 +351,8 @@ def check_same_run(config, out):
         has_denoiser = list_checkpoints(out / "denoiser" / "checkpoints")
         return name == "autoencoder.num_images" and after > before and not has_denoiser
 
-    refuse_raised_rate(config, out)
     refuse_other_run(out, config, is_allowed)
+    refuse_raised_rate(config, out)
 
 
 def refuse_raised_rate(config, out):

@@ -96,6 +96,7 @@ def read_kind(folder: Path, name: str) -> str:
     if not path.is_file():
         raise ValueError(f"The Hub repository {name} holds no pipeline (no {INDEX}).")
     found = read_json_object(path).get("_class_name")
+    found = found[-1] if isinstance(found, list) and found else found
     for kind, base in BASE_MODELS.items():
         if found == base.pipeline:
             return kind

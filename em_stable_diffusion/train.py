@@ -77,11 +77,12 @@ def train_and_save(config, accelerator, out):
         check_batch_size(config, accelerator.num_processes)
         check_metrics(config.training.evaluation_metrics, in_training=True)
         refuse_other_run(out, config)
-    base = fill_cache(accelerator, lambda: open_fitting_base(config, out))
-    accelerator.print(base.source.describe())
+    # the data first: a mistake in them shows before gigabytes are fetched
     data = fill_cache(
         accelerator, lambda: load_data(config.data, config.tiles, log=accelerator.print)
     )
+    base = fill_cache(accelerator, lambda: open_fitting_base(config, out))
+    accelerator.print(base.source.describe())
     classes = {"classes": list(data.train.class_names)} if config.is_conditional else {}
     identity = data.identity | classes
     check_same_tiles(identity, accelerator)

@@ -149,7 +149,10 @@ def _load_pipeline(source, generator_type):
     folder = fetch_pipeline_folder(source)
     average = _load(folder / "generator", generator_type)
     if average is None:
-        raise ValueError(f"init_from {source} holds no StyleGAN.")
+        raise ValueError(
+            f"{source} holds no StyleGAN. Name a run of train_gan.py, or another StyleGAN, with "
+            "--init-from."
+        )
     discriminator = _load(folder / "discriminator", StyleGANDiscriminator)
     return {"model": average, "ema": average, "discriminator": discriminator}
 

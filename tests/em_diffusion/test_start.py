@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused_at_once(config, source, tmp_path, monkeypa
     with pytest.raises(ValueError, match="latents of another encoder than that of"):
         train_ldm(both)
     make_stylegan().save_pretrained(tmp_path / "gan")
-    with pytest.raises(ValueError, match="is a EMStyleGANPipeline, not a latent diffusion model"):
+    with pytest.raises(ValueError, match="is an EMStyleGANPipeline, not a latent diffusion model"):
         train_ldm(continue_from(tmp_path / "gan", config, tmp_path / "next"))
     with pytest.raises(ValueError, match=r"no folder em-ldm-46.*Did you mean em-ldm-64"):
         train_ldm(continue_from("em-ldm-46", config, tmp_path / "next"))
