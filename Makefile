@@ -1,5 +1,5 @@
 # make demo       train, generate, evaluate and report on the embedded micrographs, or on DATA=FOLDER
-# make pairs      labelled pairs in three ways, and what they add to a detector (an hour), or on DATA=FOLDER
+# make pairs      labelled pairs in four ways, and what they add to a detector (an hour), or on DATA=FOLDER
 # make test       lint and the fast tests
 # make test-slow  the tests that take minutes each
 # make test-faults  whole commands under kills, power cuts and full disks (an hour; all of it as root)
