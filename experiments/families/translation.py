@@ -1,6 +1,7 @@
 """Is a translation nearer to its target than the source is, and do the source's masks still hold?
 
-    python experiments/families/translation.py RUN --out experiments/families/results
+    python experiments/families/translation.py RUN
+    python experiments/families/translation.py RUN --kinds loop=hcloop+loop_100+loop_111
 
 Source and target must be labelled. All images are held-out tiles. Distances are Frechet distances
 to held-out tiles of the target. A segmenter that learned from the target's training tiles searches
@@ -34,12 +35,10 @@ SHOWN = 8
 
 
 def choose(tiles, num_images, seed):
-    """Return `num_images` tiles in a random order, as ids of the tiles."""
-    return make_permutation(tiles.num_tiles, seed)[:num_images]
-
-
-def read(tiles, ids):
-    return tiles.batch(ids * tiles.num_symmetries)  # the identity is the first symmetry
+    """Return the ids of views in a random order: each tile once, or all views of too few tiles."""
+    if tiles.num_tiles >= num_images:
+        return make_permutation(tiles.num_tiles, seed)[:num_images] * tiles.num_symmetries
+    return make_permutation(len(tiles), seed)[:num_images]
 
 
 def measure_distances(sets, reference):
@@ -59,11 +58,25 @@ def train_searcher(tiles, kinds, config, seed):
     return train_segmenter(TrainingSet.from_images(labelled, names), names, config, seed=seed)
 
 
+def join_loops(source, target) -> list[str]:
+    """Return the kinds that both sides have, as words of --kinds, with all loops as one."""
+    known = [each for each in target.kinds if each in source.kinds]
+    loops = [each for each in known if each.startswith("loop")]
+    others = [each for each in known if each not in loops]
+    return [f"loop={'+'.join(loops)}", *others] if loops else others
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run")
     parser.add_argument("--out", default="experiments/families/results")
     parser.add_argument("--name", default="translation")
+    parser.add_argument(
+        "--kinds",
+        nargs="*",
+        default=[],
+        help="as of em_evaluation.adherence; default: loops as one",
+    )
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--num-steps", type=int, default=600, help="of the segmenters")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,24 +89,22 @@ def main():
     target = load_data(config.data, config.tiles)
     pipeline = model.load()
 
-    ids = choose(source.held_out, flags.num_images, flags.seed)
-    plain = read(source.held_out, ids)
+    num_source = min(flags.num_images, source.held_out.num_tiles)  # labels are of tiles
+    ids = choose(source.held_out, num_source, flags.seed)
+    plain = source.held_out.batch(ids)
     translated = torch.cat([pipeline.translate(part) for part in plain.split(50)]).cpu()
-    real = read(target.held_out, choose(target.held_out, flags.num_images, flags.seed + 1))
-    trained_on = read(target.train, choose(target.train, flags.num_images, flags.seed + 2))
+    real = target.held_out.batch(choose(target.held_out, flags.num_images, flags.seed + 1))
+    trained_on = target.train.batch(choose(target.train, flags.num_images, flags.seed + 2))
     names = ("source before translation", "source after translation", "target, training tiles")
     distances = measure_distances(dict(zip(names, (plain, translated, trained_on))), real)
 
-    known = [each for each in target.train.kinds if each in source.train.kinds]
-    loops = [each for each in known if each.startswith("loop")]
-    others = [each for each in known if each not in loops]
-    kinds = parse_kinds([f"loop={'+'.join(loops)}", *others] if loops else others, known)
+    kinds = parse_kinds(flags.kinds or join_loops(source.train, target.train), target.train.kinds)
     segmenter_config = SegmenterConfig(num_steps=flags.num_steps)
     searcher = train_searcher(target.train, kinds, segmenter_config, flags.seed)
     own = train_searcher(source.train, kinds, segmenter_config, flags.seed)
     labelled = list_labelled(source.held_out, kinds)
     assert len(labelled) == source.held_out.num_tiles, "all of the source must be labelled"
-    before = [labelled[i] for i in ids.tolist()]
+    before = [labelled[i // source.held_out.num_symmetries] for i in ids.tolist()]
     after = [
         replace(each, image=image)
         for each, image in zip(before, to_uint8(translated)[:, 0], strict=True)
@@ -111,11 +122,12 @@ def main():
     result = {
         "command": f"python experiments/families/translation.py RUN --num-images "
         f"{flags.num_images} --num-steps {flags.num_steps} --seed {flags.seed}",
+        "kinds": kinds,
         "date": date.today().isoformat(),
         "run": {
             "preset": model.about.get("preset"),
             "source": config.source,
-            "target": config.data,
+            "target": Path(config.data).name,
             "train_seconds": model.train_seconds,
             "num_images_seen": model.num_images_seen,
         },
