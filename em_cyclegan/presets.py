@@ -14,7 +14,7 @@ def paper() -> CycleGANConfig:
 
     The learning rate falls over the second half. The paper counts 200 epochs instead.
 
-    Hardware: one GPU with 16 GB or more. Time: not measured. Score: not measured.
+    Hardware: one GPU of 16 GB or more. Time: not measured.
     """
     return CycleGANConfig(out="runs/cyclegan-paper")
 
@@ -24,7 +24,7 @@ def small() -> CycleGANConfig:
 
     The generators compute what is added to an image.
 
-    Hardware: one GPU with 8 GB. Time: not measured. Score: not measured.
+    Hardware: one GPU of 8 GB. Time: not measured.
     """
     return CycleGANConfig(
         out="runs/cyclegan-small",
@@ -41,7 +41,7 @@ def demo() -> CycleGANConfig:
 
     The generators compute what is added to an image.
 
-    Hardware: one CPU core. Time: about 10 minutes, an estimate. Score: see
+    Hardware: one CPU core. Time: about 10 minutes, an estimate. Distances are in
     experiments/families/README.md.
     """
     return CycleGANConfig(
@@ -66,7 +66,7 @@ def demo() -> CycleGANConfig:
 def test() -> CycleGANConfig:
     """A few steps of tiny networks at 32 x 32, to see that everything runs.
 
-    Hardware: any. Time: seconds. Score: meaningless.
+    Hardware: any. Time: seconds. The images mean nothing.
     """
     return CycleGANConfig(
         out="runs/test/cyclegan",

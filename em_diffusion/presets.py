@@ -14,9 +14,8 @@ def paper() -> LDMConfig:
     This gives 475 million parameters. The denoiser sees five epochs of its 56,160 views, after
     which the study calls it converged. Images get no grain.
 
-    Hardware: one GPU of 40 GB or more. Hours: about 6 for the autoencoder and 1 for the denoiser on
-    one H100 (an estimate from the number of operations, not measured). Score to expect: not
-    measured; the study's FID is 36.1.
+    Hardware: one GPU of 40 GB or more. Time: about 6 hours for the autoencoder and 1 for the
+    denoiser on one H100, estimated from the number of operations. The study's FID is 36.1.
     """
     return LDMConfig(
         out="runs/ldm-paper",
@@ -53,9 +52,8 @@ def paper() -> LDMConfig:
 def small() -> LDMConfig:
     """256 x 256 tiles for one consumer GPU: narrow f8 autoencoder, four-level U-Net of width 128.
 
-    Hardware: one GPU of 12 GB. Hours: about 8 for the autoencoder and 6 for the denoiser on a card
-    like an RTX 3060 (an estimate from the number of operations, not measured). Score to expect: not
-    measured.
+    Hardware: one GPU of 12 GB. Time: about 8 hours for the autoencoder and 6 for the denoiser on a
+    card like an RTX 3060, estimated from the number of operations.
     """
     return LDMConfig(
         out="runs/ldm-small",
@@ -89,8 +87,7 @@ def base() -> LDMConfig:
     often. The run keeps the weights that come nearest to held-out tiles, stores what `python -m
     em_diffusion.posthoc_ema` needs, and can be lengthened at any time.
 
-    Hardware: one GPU of 24 GB; a batch that does not fit is computed in parts. Hours: not measured.
-    Score to expect: not measured.
+    Hardware: one GPU of 24 GB. Time: not measured.
     """
     return LDMConfig(
         out="runs/ldm-base",
@@ -121,7 +118,7 @@ def demo() -> LDMConfig:
     which predicts velocity and trains the middle timesteps more often: with the study's noise
     prediction, minutes on a CPU are too short to learn dislocation loops.
 
-    Hardware: one or two CPU cores. Time: see README.md. Score to expect: see README.md.
+    Hardware: one or two CPU cores. Time: minutes; docs/results.md has times and distances.
     """
     return LDMConfig(
         out="runs/demo/ldm",
@@ -163,7 +160,7 @@ def demo() -> LDMConfig:
 def test() -> LDMConfig:
     """The smallest whole run, to test that everything works; its images mean nothing.
 
-    Hardware: one CPU core. Time: seconds. Score to expect: none.
+    Hardware: one CPU core. Time: seconds.
     """
     return LDMConfig(
         out="runs/test/ldm",

@@ -12,7 +12,7 @@ from em_stable_diffusion.config import (
 def small() -> LoRAConfig:
     """Stable Diffusion 1.5 at 512 x 512: rank 16, 40,000 images.
 
-    Hardware: one GPU of 12 GB, an estimate. Time: not measured. Score: not measured.
+    Hardware: one GPU of 12 GB. Time: not measured.
     """
     return LoRAConfig(out="runs/lora-small")
 
@@ -20,7 +20,7 @@ def small() -> LoRAConfig:
 def klein() -> LoRAConfig:
     """FLUX.2 [klein] base 4B, an MMDiT under Apache-2.0, at 512 x 512: rank 16, 20,000 images.
 
-    Hardware: one GPU of 24 GB, an estimate. Time: not measured. Score: not measured.
+    Hardware: one GPU of 24 GB. Time: not measured.
     """
     return LoRAConfig(
         base=FLUX2_KLEIN,
@@ -32,7 +32,7 @@ def klein() -> LoRAConfig:
 def demo() -> LoRAConfig:
     """Stable Diffusion 1.5 on the embedded micrographs at 256 x 256: rank 8, 4,000 images.
 
-    Hardware: one GPU of 8 GB, an estimate. Time: not measured. Score: not measured.
+    Hardware: one GPU of 8 GB. Time: not measured.
     """
     return LoRAConfig(
         out="runs/demo/lora",
@@ -54,7 +54,7 @@ def demo() -> LoRAConfig:
 def test() -> LoRAConfig:
     """A few steps at 32 x 32, to see that everything runs; --base names a tiny model.
 
-    Hardware: any. Time: seconds with a tiny base. Score: meaningless.
+    Hardware: any. Time: seconds with a tiny base. The images mean nothing.
     """
     return LoRAConfig(
         out="runs/test/lora",

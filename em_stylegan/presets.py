@@ -14,9 +14,8 @@ from em_stylegan.config import (
 def paper() -> StyleGANConfig:
     """The study's best GAN: StyleGAN2, mapping depth 4, 1024 feature maps, 256 x 256, 1200 kimg.
 
-    Hardware: one GPU with 40 GB or more. Time: the study took 18 hours; ours is not measured.
-    Score: the study's FID is 58.96, on its own leaky split; ours is not measured. The split is by
-    micrograph.
+    Hardware: one GPU of 40 GB or more. Time: the study took 18 hours; ours is not measured. The
+    study's FID is 58.96, on its own leaky split. This preset splits by micrograph.
     """
     return StyleGANConfig(out="runs/stylegan2-paper")
 
@@ -26,7 +25,7 @@ def small() -> StyleGANConfig:
 
     The tiles are those of the LDM's `small`.
 
-    Hardware: one GPU with 12 GB. Time: about 12 hours, an estimate. Score: not measured.
+    Hardware: one GPU of 12 GB. Time: about 12 hours, an estimate.
     """
     return StyleGANConfig(
         out="runs/stylegan2-small",
@@ -44,7 +43,7 @@ def stylegan3_t() -> StyleGANConfig:
 
     The paper's recipe: no style mixing and no path length regularisation.
 
-    Hardware: one GPU with 40 GB or more. Time: not measured. Score: not measured.
+    Hardware: one GPU of 40 GB or more. Time: not measured.
     """
     return StyleGANConfig(
         out="runs/stylegan3-t",
@@ -70,7 +69,7 @@ def stylegan3_r() -> StyleGANConfig:
 
     It has twice the feature maps. The discriminator sees blurred images for the first 200 kimg.
 
-    Hardware: one GPU with 40 GB or more. Time: not measured. Score: not measured.
+    Hardware: one GPU of 40 GB or more. Time: not measured.
     """
     config = stylegan3_t()
     return replace(
@@ -88,8 +87,7 @@ def demo() -> StyleGANConfig:
 
     The networks work on 32 x 32 pixels of unit variance; grain is added.
 
-    Hardware: one CPU core. Time: about 8 minutes in float32 on a core with AVX-512. Score: see
-    README.md.
+    Hardware: one CPU core. Time: about 8 minutes in float32 on a core with AVX-512.
     """
     return StyleGANConfig(
         out="runs/demo/stylegan2",
@@ -123,7 +121,7 @@ def demo() -> StyleGANConfig:
 def test() -> StyleGANConfig:
     """A few steps of tiny networks at 32 x 32, to see that everything runs.
 
-    Hardware: any. Time: seconds. Score: meaningless.
+    Hardware: any. Time: seconds. The images mean nothing.
     """
     return StyleGANConfig(
         out="runs/test/stylegan2",

@@ -281,7 +281,7 @@ def test_held_out_tiles_are_never_trained_on(tmp_path, monkeypatch):
 def test_presets_are_whole_and_round_trip(name):
     config = PRESETS[name]()
     assert config_from_json(LDMConfig, config_to_json(config)) == config
-    for word in ("Hardware:", "Score to expect:"):
+    for word in ("Hardware:", "Time:"):
         assert word in PRESETS[name].__doc__
 
 

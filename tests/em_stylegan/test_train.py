@@ -545,7 +545,6 @@ def test_presets(name):
     doc = PRESETS[name].__doc__
     assert "Hardware:" in doc
     assert "Time:" in doc
-    assert "Score:" in doc
 
 
 def test_paper_preset_is_the_studys_best_gan():
