@@ -1,4 +1,4 @@
-"""The commands: `em-train-ldm`, `em-train-gan`, `em-generate`, `em-evaluate` and `em-publish`.
+"""The commands: one module each, such as `em-train-ldm`.
 
 The scripts of the same names at the root of the repository call the same functions.
 """

@@ -33,11 +33,6 @@ def find_family(name: str, where: str = "the model") -> Family:
     raise ValueError(f"{where} is of the unknown kind {name}; known are {known}")
 
 
-def find_title(kind: str) -> str:
-    """Return the title of a kind of model, such as "StyleGAN3-T" for "stylegan3-t"."""
-    return find_family(kind).titles[kind]
-
-
 def read_family(folder: Path) -> tuple[Family, str]:
     """Return (family, kind) of the pipeline saved in `folder`, from its model_index.json."""
     path = Path(folder) / "model_index.json"

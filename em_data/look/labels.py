@@ -38,7 +38,7 @@ class LabelTally:
         num_micrographs: {kind: micrographs that have it}.
         num_boxes: {kind: defects that are labelled by a box only}.
         classes: {class: micrographs}.
-        num_labelled, num_unlabelled: Micrographs.
+        num_labelled: Micrographs.
         windows: Parts of micrographs for pictures.
     """
 
@@ -48,7 +48,6 @@ class LabelTally:
     num_boxes: Counter = field(default_factory=Counter)
     classes: Counter = field(default_factory=Counter)
     num_labelled: int = 0
-    num_unlabelled: int = 0
     windows: list[Window] = field(default_factory=list)
     step: int = 1
 
@@ -57,7 +56,6 @@ class LabelTally:
         if micrograph.class_name:
             self.classes[micrograph.class_name] += 1
         if micrograph.defects is None:
-            self.num_unlabelled += 1
             return
         size = micrograph.pixel_size_nm
         for each in micrograph.defects:

@@ -13,7 +13,7 @@ from em_diffusion.drawing import reconstruct
 from em_diffusion.family import DEMO_STEPS, LDMOptions, SamplerName
 from em_diffusion.mask_family import MaskLDMOptions
 from em_diffusion.samplers import SAMPLERS
-from em_generation.families import FAMILIES, find_family, find_title, make_options, read_family
+from em_generation.families import FAMILIES, find_family, make_options, read_family
 from em_stable_diffusion.family import LoRAOptions
 from em_stylegan.drawing import LAYER_GROUPS, find_layers
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
@@ -60,7 +60,7 @@ def make_small_stylegan(kind):
 def test_a_saved_pipeline_tells_its_kind(kind, title, tmp_path):
     EMStyleGANPipeline(make_small_stylegan(kind)).save_pretrained(tmp_path)
     family, found = read_family(tmp_path)
-    assert (family.name, found, find_title(found)) == ("stylegan", kind, title)
+    assert (family.name, found, find_family(found).titles[found]) == ("stylegan", kind, title)
 
 
 def test_an_unknown_pipeline_is_refused(tmp_path):

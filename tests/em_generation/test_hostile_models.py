@@ -17,7 +17,7 @@ from em_generation.evaluate import EvaluationConfig, find_data
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import is_public, read_model
 from em_hub.publish import PublishConfig, publish_run
-from em_stylegan.pictures.styles import load_generator
+from em_stylegan.pictures.styles import load_pipeline
 from em_training.cli import run_command
 from em_training.memory import is_out_of_memory
 from em_training.saved_models import explain_failure
@@ -174,7 +174,7 @@ def test_an_impossible_generator_is_refused(tmp_path, values):
     change(tmp_path / "generator" / "config.json", **values)
     refuse(tmp_path, r"generator")
     with pytest.raises(ValueError, match="generator"):
-        load_generator(tmp_path)
+        load_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_generator_that_diverged_is_refused(tmp_path):
     )
     refuse(tmp_path, "training diverged")
     with pytest.raises(ValueError, match="training diverged"):
-        load_generator(tmp_path)
+        load_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from em_stylegan import equivariance
 from em_stylegan.em_stylegan1_generator import StyleGAN1Generator
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.em_stylegan3_generator import StyleGAN3Generator
-from em_stylegan.equivariance import (
+from support import equivariance
+from support.equivariance import (
     rotation_equivariance,
     sample_image,
     transformed_input,
