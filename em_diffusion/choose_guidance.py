@@ -161,7 +161,8 @@ def load_run(run: Path, by: str = "guide"):
 
     By "classes" there is no guide.
     """
-    if not (run / "run.json").is_file() or not (run / "config.json").is_file():
+    is_finished = (run / "run.json").is_file() and (run / "config.json").is_file()
+    if not is_finished or "denoiser" not in read_json_object(run / "config.json"):
         raise ValueError(
             f"{run} holds no finished run of train_ldm.py. Give the folder of one, such as "
             "runs/demo/ldm."
@@ -317,7 +318,8 @@ def draw_scales(tried: dict[tuple, dict], best, path: Path):
 
 
 def main():
-    choose_guidance(tyro.cli(GuidanceConfig, description=DESCRIPTION))
+    prog = "python -m em_diffusion.choose_guidance"
+    choose_guidance(tyro.cli(GuidanceConfig, prog=prog, description=DESCRIPTION))
 
 
 if __name__ == "__main__":

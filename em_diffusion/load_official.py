@@ -15,7 +15,8 @@ from em_training.cli import run_command
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Convert an original autoencoder or latent diffusion model to safetensors."
+        prog="python -m em_diffusion.load_official",
+        description="Convert an original autoencoder or latent diffusion model to safetensors.",
     )
     parser.add_argument(
         "checkpoint", help="a .ckpt file, or a folder with DALL-E's encoder.pkl and decoder.pkl"

@@ -355,7 +355,8 @@ def conclude(selection) -> list[str]:
 
 
 def main():
-    select_autoencoder(tyro.cli(SelectionConfig, description=DESCRIPTION))
+    prog = "python -m em_diffusion.select_autoencoder"
+    select_autoencoder(tyro.cli(SelectionConfig, prog=prog, description=DESCRIPTION))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from em_training.cli import run_command
 
 def main():
     parser = argparse.ArgumentParser(
+        prog="python -m em_stylegan.load_official",
         description="Convert a network pickle of stylegan2-ada-pytorch or stylegan3 to safetensors "
-        "and to a pipeline."
+        "and to a pipeline.",
     )
     parser.add_argument("pickle", type=Path, help="network-snapshot-*.pkl")
     parser.add_argument("out_dir", type=Path, help="new or empty folder")

@@ -19,7 +19,9 @@ from em_training.cli import run_command
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m em_stylegan.project",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("micrograph")

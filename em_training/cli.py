@@ -71,6 +71,8 @@ def _describe(error: Exception) -> str | None:
         return describe_error(error)
     if is_full_disk(error) and not isinstance(error, FullDiskError):
         return str(FullDiskError(getattr(error, "filename", None) or "a file"))
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"There is no file or folder {error.filename}."
     if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
         return str(error) or type(error).__name__
     if isinstance(error, TOO_LARGE) or _is_out_of_memory(error):

@@ -9,13 +9,9 @@ import em_pretrained
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import make_generator
 from em_training.classes import find_class
+from em_training.config import read_json_object
 from em_training.saved_models import check_pipeline, explain_failure, refuse_diverged
 from em_training.walk import walk
-
-
-def load_generator(model):
-    """Load the generator, in evaluation mode, of a run, a saved pipeline or a model's name."""
-    return load_pipeline(model).generator
 
 
 def load_for_class(model, class_label: str | None):
@@ -31,6 +27,10 @@ def load_pipeline(model):
     path = em_pretrained.find(str(model)) or Path(model)
     for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():
+            name = read_json_object(folder / "model_index.json").get("_class_name")
+            name = name[-1] if isinstance(name, list) and name else name
+            if isinstance(name, str) and name != EMStyleGANPipeline.__name__:
+                raise ValueError(f"{model} is no StyleGAN. Give a run of train_gan.py.")
             check_pipeline(folder, EMStyleGANPipeline)
             pipeline = EMStyleGANPipeline.from_pretrained(folder)
             refuse_diverged(str(model), pipeline.generator)

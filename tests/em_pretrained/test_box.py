@@ -21,7 +21,7 @@ from em_generation.candidates import name_candidates
 from em_generation.generate import GenerationConfig, generate_images
 from em_generation.loading import load_pipeline, read_model
 from em_hub.publish import PublishConfig, publish_run
-from em_stylegan.pictures.styles import load_generator
+from em_stylegan.pictures import styles
 from support.box import MODELS, write_box
 from support.models import MAKERS, draw
 
@@ -64,7 +64,7 @@ def test_a_typo_is_answered_with_the_names(box, wrong):
     with pytest.raises(ValueError, match=said):
         load_autoencoder(wrong)
     with pytest.raises(ValueError, match=r"Did you mean em-"):
-        load_generator(wrong)
+        styles.load_pipeline(wrong)
     with pytest.raises(ValueError, match=r"holds no model em.* Did you mean em-"):
         em_pretrained.path(wrong)
     assert em_pretrained.suggest("runs/em-ldm") == ""
@@ -124,9 +124,9 @@ def test_evaluation_autoencoders_and_walks_take_a_name(box):
     assert [each.model.kind for each in name_candidates(MODELS)] == ["ldm", "stylegan2"]
     assert name_candidates(["mine=em-ldm-64"])[0].name == "mine"
     assert load_autoencoder("em-ldm-64").dtype == torch.float32
-    assert load_generator("em-stylegan2-64").config.resolution == 16
-    with pytest.raises(ValueError, match="generator"):
-        load_generator("em-ldm-64")
+    assert styles.load_pipeline("em-stylegan2-64").generator.config.resolution == 16
+    with pytest.raises(ValueError, match="em-ldm-64 is no StyleGAN"):
+        styles.load_pipeline("em-ldm-64")
 
 
 def test_a_published_model_of_the_package_loads_without_it(box, tmp_path):

@@ -20,7 +20,7 @@ from em_stylegan.load_official import main
 from em_stylegan.losses import path_lengths, r1_penalty
 from em_stylegan.original.networks import discriminator_from_official, generator_from_official
 from em_stylegan.original.reader import ALLOWED, OfficialUnpickler, read_pickle
-from em_stylegan.pictures.styles import load_generator
+from em_stylegan.pictures.styles import load_pipeline
 
 FOLDER = (
     Path(os.environ.get("EM_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
@@ -241,7 +241,7 @@ def test_command_writes_networks_that_load(tmp_path, monkeypatch, numbers, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "G", "G_ema", "pipeline"]
     for generator in (
         StyleGAN2Generator.from_pretrained(tmp_path / "G_ema"),
-        load_generator(tmp_path),
+        load_pipeline(tmp_path).generator,
     ):
         with torch.no_grad():
             assert_agrees(generator(numbers["z"], noise_mode="const"), numbers["img_const_psi1"])

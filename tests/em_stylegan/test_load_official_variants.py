@@ -405,7 +405,7 @@ def test_pipeline_of_the_only_generator(tmp_path):
     model = shake(make_generator())
     path = official_format.write_pickle(tmp_path / "a.pkl", {"G": official_format.generator(model)})
     assert convert(path, tmp_path / "out") == ["G", "pipeline"]
-    assert_same(model, styles.load_generator(tmp_path / "out"))
+    assert_same(model, styles.load_pipeline(tmp_path / "out").generator)
 
 
 def test_folder_that_is_used_loses_nothing(tmp_path, monkeypatch, capsys):

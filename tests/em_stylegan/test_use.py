@@ -321,4 +321,4 @@ def test_projection_of_a_micrograph_on_disk(model, tmp_path, monkeypatch, capsys
     with pytest.raises(ValueError, match="choose --row and --column"):
         project.main()
     with pytest.raises(ValueError, match="holds no finished StyleGAN"):
-        styles.load_generator(tmp_path)
+        styles.load_pipeline(tmp_path)

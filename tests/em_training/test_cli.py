@@ -69,7 +69,7 @@ def test_errors_end_as_a_sentence_and_a_code(capsys, tmp_path):
         (
             FileNotFoundError(2, "No such file", "x.tif"),
             2,
-            "error: [Errno 2] No such file: 'x.tif'",
+            "error: There is no file or folder x.tif.",
         ),
         (SafetensorError("file is damaged"), 2, "error: file is damaged"),
         (
