@@ -101,6 +101,14 @@ class LDMDrawer:
         """Return images float32 [B, 1, H, W] in [-1, 1] on the model's device."""
         return self._draw(numbers)
 
+    def draw_both(self, numbers: list[int]) -> torch.Tensor:
+        """Return images like `draw`, and the same ones without grain: float32 [B, 2, H, W].
+
+        For models with grain and images of a tile's size.
+        """
+        rngs = [make_image_rng(self.seed, number) for number in numbers]
+        return self._decode(self._denoise(rngs, numbers), rngs, True, keep_bare=True)
+
     def draw_from(self, numbers: list[int], images, strength: float | None = None) -> torch.Tensor:
         """Return images like `draw` that start from images [B, 1, H, W] in [-1, 1]."""
         return self._draw(numbers, image=torch.as_tensor(images) / 2 + 0.5, strength=strength)
@@ -193,7 +201,7 @@ class LDMDrawer:
         found = [saved if given is None else given for given, saved in values]
         return found if self._can_guide(self.pipeline) else [1.0, *found[1:]]
 
-    def _decode(self, latents, rngs, add_grain: bool):
+    def _decode(self, latents, rngs, add_grain: bool, keep_bare=False):
         """Decode in parts, and in smaller ones after an out-of-memory error.
 
         A part may be decoded twice, so its grain is drawn by copies of the generators.
@@ -202,8 +210,9 @@ class LDMDrawer:
         while start < len(latents):
             rows = latents[start : start + self.decode_batch_size]
             count = len(rows)
+            part = (rows, rngs[start : start + count], add_grain, keep_bare)
             try:
-                images.append(self._decode_part(rows, rngs[start : start + count], add_grain))
+                images.append(self._decode_part(*part))
             except (RuntimeError, MemoryError) as error:
                 self.decode_batch_size, is_smaller = halve_batch(count, error), True
                 continue
@@ -213,14 +222,19 @@ class LDMDrawer:
             start += count
         return torch.cat(images)
 
-    def _decode_part(self, rows, rngs, add_grain):
+    def _decode_part(self, rows, rngs, add_grain, keep_bare):
         count = len(rows)
         least = self.decode_batch_size if self.fixed_batch else EXACT_BATCH
         padding = max(0, min(self.decode_batch_size, least) - count)
         rngs = [rng.clone_state() for rng in [*rngs, *rngs[-1:] * padding]]
         if padding:
             rows = torch.cat([rows, rows[-1:].expand(padding, -1, -1, -1)])
-        return self.pipeline.decode(rows, rngs, add_grain)[:count]
+        if not keep_bare:
+            return self.pipeline.decode(rows, rngs, add_grain)[:count]
+        grain = self.pipeline.grain
+        drawn = grain.draw(len(rows), rngs, rows.device)
+        bare = self.pipeline.decode(rows, rngs, False)
+        return torch.cat([grain(bare, drawn=drawn).clamp(-1, 1), bare], dim=1)[:count]
 
 
 def choose_decode_batch_size(pipeline, batch_size: int) -> int:

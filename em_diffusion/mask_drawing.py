@@ -32,6 +32,11 @@ class MaskLDMDrawer(LDMDrawer):
         with self.pipeline.conditioned_on(None, self.mask_scale):
             return super().draw(numbers)
 
+    def draw_both(self, numbers: list[int]) -> torch.Tensor:
+        """Return images like `draw`, and the same ones without grain: float32 [B, 2, H, W]."""
+        with self.pipeline.conditioned_on(None, self.mask_scale):
+            return super().draw_both(numbers)
+
     def draw_layouts(self, numbers: list[int]) -> tuple[torch.Tensor, list[list[Defect]]]:
         """Return images as `draw` does, and the defects that each one was drawn for."""
         return self.draw(numbers), [self.find_layout(number) for number in numbers]

@@ -4,15 +4,14 @@ import dataclasses
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from em_data import DataConfig, load_data, load_tiles, read_image_folder
-from em_data.files import find_cache_dir, make_folder_name
+from em_data.files import find_cache_dir
 from em_data.tiles import Tiles
-from em_evaluation import ModelImages, Protocol, evaluate_models, wording, write_report
+from em_evaluation import Protocol, evaluate_models, wording, write_report
 from em_evaluation.baselines import read_baselines
 from em_evaluation.compare import compare_reports
 from em_evaluation.evaluator import RealImages
@@ -20,17 +19,15 @@ from em_evaluation.levels import LEVELS, LevelName
 from em_evaluation.numbers import format_interval
 from em_generation.adherence import add_adherence
 from em_generation.candidates import Candidate, name_candidates, refuse_other_splits
-from em_generation.class_images import draw_class_images, list_classes
+from em_generation.class_images import list_classes
 from em_generation.extractors import create_extractors
-from em_generation.families import make_options
-from em_generation.generate import MOST_IMAGES, GenerationConfig, generate_images
-from em_generation.loading import Model, is_public, read_model
+from em_generation.generate import MOST_IMAGES
+from em_generation.loading import is_public
+from em_generation.model_images import make_models
 from em_generation.repeats import explain_others, read_training
 from em_generation.reproduce import list_commands
-from em_training import config_from_dict, create_process_state, parse_pairs, read_stats
+from em_training import config_from_dict, create_process_state, parse_pairs
 from em_training.family import check_options
-
-STARTS = {"untrained": "untrained", "transferred": "start"}  # kind of level: folder of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ class EvaluationConfig:
     microscopy: bool = True
     """Measure spectrum, noise, two-point correlation and defects."""
     memorisation: bool = True
-    """Search the training tiles for copies. Models with grain are sampled again without it."""
+    """Search the training tiles for copies. Of models with grain, images without it are used."""
     baselines: str | None = None
     """JSON file with published numbers to show in the report."""
     seed: int = 0
@@ -286,92 +283,6 @@ def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]
         sizes = [each.images.shape[0] for each in candidates if each.images is not None]
         tiles = change_tiles(config, {"resolution": sizes[0]} if sizes else {})
     return source, tiles
-
-
-def make_models(config, candidates: Sequence[Candidate], classes, device) -> list[ModelImages]:
-    """Return the images of all candidates, generated if they are missing.
-
-    classes: Those of the micrographs.
-    """
-    families = [each.model.family for each in candidates if each.model is not None]
-    options = make_options(families, config.sampling)
-    if any(getattr(each, "size", None) is not None for each in options.values()):
-        raise ValueError(
-            "--sampling has a size, but models are judged by tiles. Leave it out. Judge larger "
-            "images as a folder beside the model, which is cut into tiles: generate.py --size ... "
-            "--out FOLDER, then --models MODEL FOLDER."
-        )
-    return [
-        ModelImages(each.name, each.images, family_title="images of a folder")
-        if each.model is None
-        else make_model(config, each, each.model, options[each.model.family.name], classes, device)
-        for each in candidates
-    ]
-
-
-def make_model(config, candidate: Candidate, model: Model, options, classes, device) -> ModelImages:
-    """Return the images of a model, and what its run and its family bring."""
-    name, family = candidate.name, model.family
-    images, record = generate(config, name, model, options)
-    without_grain = None
-    if config.memorisation and family.without_grain and record["settings"].get("grain"):
-        bare = family.without_grain(options)
-        without_grain, _ = generate(config, name, model, bare, kind="images-without-grain")
-    reconstructions: Mapping[str, Callable] = {}
-    if "reconstruction" in config.levels:
-        reconstructions = family.reconstructions(model.load(device=device), options, config.seed)
-    starts = {}
-    for kind, start in STARTS.items():
-        if model.folder is not None and (model.folder / start / "model_index.json").exists():
-            first = read_model(str(model.folder / start))
-            starts[kind], _ = generate(config, name, first, options, kind=f"images-{start}")
-    draw = partial(draw_for_classes, config, name, model)
-    stages = [model.folder / stage for stage in family.stages] if model.folder else []
-    return ModelImages(
-        name,
-        images,
-        family=model.kind,
-        family_title=model.title,
-        train_seconds=model.train_seconds,
-        num_images_seen=model.num_images_seen,
-        sample_seconds=record.get("sample_seconds"),
-        sample_images_per_second=record.get("sample_images_per_second"),
-        curves={stage.name: read_stats(stage) for stage in stages if stage.exists()},
-        info={key: value for key, value in record["settings"].items() if key != "format"}
-        | model.about,
-        without_grain=without_grain,
-        reconstructions=reconstructions,
-        repeat_of=candidate.repeat_of,
-        training_seed=candidate.training_seed,
-        of_classes=draw_class_images(
-            model, options, classes, config.guidance_scales, draw, config.num_images
-        ),
-        **starts,
-    )
-
-
-def draw_for_classes(config, name: str, model: Model, options, kind: str, num_images: int):
-    """Return images of a model's classes."""
-    config = dataclasses.replace(config, num_images=num_images)
-    return generate(config, name, model, options, f"images-{kind}")[0]
-
-
-def generate(config, name: str, model: Model, options, kind: str = "images") -> tuple:
-    """Return the images of a model and the record of their generation."""
-    folder = Path(config.out) / kind / make_folder_name(name)
-    record = generate_images(
-        GenerationConfig(
-            model=model.source,
-            out=str(folder),
-            num_images=config.num_images,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            precision=config.precision,
-            options=options,
-        ),
-        model,
-    )
-    return read_image_folder(folder), record
 
 
 def print_summary(report: dict, page: Path, candidates: Sequence[Candidate]) -> None:

@@ -18,22 +18,25 @@ from tqdm.auto import tqdm
 from em_data import read_image_folder
 from em_data.figures import save_grid_with_scale_bar
 from em_data.files import (
-    LOCK,
-    leave_nothing_if_refused,
-    lock,
     name_full_disk,
     write_atomically,
+)
+from em_generation.both import BothGrains
+from em_generation.folder import (
+    RECORD,
+    hold_folder,
+    open_folder,
+    refuse_foreign_folder,
 )
 from em_generation.label_store import LabelFormat, create_labelled_store
 from em_generation.loading import Model, read_model
 from em_generation.pairs import create_pair_drawer
 from em_generation.sampling import draw_images
-from em_generation.store import NameClasses, create_store, remove_remains, scan_names
+from em_generation.store import NameClasses, create_store
 from em_training import choose_precision, create_process_state
 from em_training.classes import name_classes
 from em_training.family import check_options
 
-RECORD = "generation.json"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
 PREVIEW_IMAGES, PREVIEW_PX = 16, 2048  # at most, in number and side
@@ -99,11 +102,15 @@ class GenerationConfig:
         return DTYPES[choose_precision(self.precision)]
 
 
-def generate_images(config: GenerationConfig, model: Model | None = None) -> dict:
+def generate_images(
+    config: GenerationConfig, model: Model | None = None, bare: GenerationConfig | None = None
+) -> dict:
     """Generate the images that are missing and return the record that generation.json holds.
 
     Args:
         model: `read_model(config.model)`, if the caller has it already.
+        bare: Of the same images without grain, in another folder. If the model has grain, what both
+            folders lack is drawn at once. `generate_images(bare)` then generates the rest.
 
     Returns:
         {"name", "family" (the kind of model), "settings", "num_images", "timed_images",
@@ -122,16 +129,11 @@ def generate_images(config: GenerationConfig, model: Model | None = None) -> dic
     state = create_process_state()
     out = Path(config.out)
     refuse_foreign_folder(out)
-    message = (
-        f"Another process generates into {out}. Wait for it, or choose another folder with --out."
-    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(name_full_disk(out))
         if state.is_main_process:
-            if not (out / RECORD).exists():
-                stack.enter_context(leave_nothing_if_refused(out, [RECORD]))
-            stack.enter_context(lock(out / LOCK, message))
-        return _generate(config, model, state, out)
+            stack.enter_context(hold_folder(out))
+        return _generate(config, model, state, out, bare)
 
 
 def fill_options(config: GenerationConfig, model: Model) -> GenerationConfig:
@@ -145,37 +147,28 @@ def fill_options(config: GenerationConfig, model: Model) -> GenerationConfig:
     return dataclasses.replace(config, options=options)
 
 
-def refuse_foreign_folder(out: Path) -> None:
-    """Refuse a folder that holds anything but generated images, before anything is written.
-
-    Hidden files do not count: a killed process may leave some.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file. Choose a new folder with --out.")
-    if not out.exists() or (out / RECORD).exists():
-        return
-    if any(not name.startswith(".") for name in scan_names(out)):
-        raise ValueError(f"{out} holds other files; choose a new folder with --out.")
-
-
-def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
+def _generate(config: GenerationConfig, model: Model, state, out: Path, bare=None) -> dict:
     progress = Progress()
     started = start_drawing(config, model, state.device, progress)
     drawer, record = started.drawer, started.record
-    before = read_matching_record(out, record)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        remove_remains(out)
-        if before is None:
-            write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
-
+    before = open_folder(out, record, state)
     store = started.create_store(out, config.format)
     missing = store.find_missing(config.num_images)
-    state.wait_for_everyone()  # all have seen the same folder before any writes to it
-    mine = store.share(missing, state.process_index, state.num_processes)
-    began = time.monotonic()
-    draw_missing(drawer, mine, config, model, store.write, state, progress)
-    parts = [(len(mine), time.monotonic() - began)]
+    work: list[tuple[Any, Any, list[int]]] = [(drawer, store, missing)]
+    with contextlib.ExitStack() as stack:
+        if bare is not None and record["settings"].get("grain") and missing:
+            bare_store = open_bare(bare, started, state, stack)
+            left = set(bare_store.find_missing(bare.num_images))
+            both = BothGrains(drawer, store, bare_store)
+            work = [(both, both, [i for i in missing if i in left])]
+            work += [(drawer, store, [i for i in missing if i not in left])]
+        state.wait_for_everyone()  # all have seen the same folder before any writes to it
+        count, began = 0, time.monotonic()
+        for draws, writes, numbers in work:
+            mine = writes.share(numbers, state.process_index, state.num_processes)
+            draw_missing(draws, mine, config, model, writes.write, state, progress)
+            count += len(mine)
+    parts = [(count, time.monotonic() - began)]
     if state.num_processes > 1:
         parts = accelerate.utils.gather_object(parts)
 
@@ -191,6 +184,17 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path) -> dict:
         write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
     state.wait_for_everyone()
     return record
+
+
+def open_bare(bare: GenerationConfig, started: "Started", state, stack: contextlib.ExitStack):
+    """Return the store of the same images without grain; `stack` holds its folder."""
+    out = Path(bare.out)
+    refuse_foreign_folder(out)
+    if state.is_main_process:
+        stack.enter_context(hold_folder(out))
+    settings = started.record["settings"] | {"grain": False}
+    open_folder(out, started.record | {"settings": settings}, state)
+    return started.create_store(out, bare.format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,26 +338,6 @@ def describe_settings(config: GenerationConfig, model: Model) -> dict:
         "bits": config.bits,
         "precision": next(name for name, dtype in DTYPES.items() if dtype is config.dtype),
     }
-
-
-def read_matching_record(out: Path, record: dict) -> dict | None:
-    """Return the folder's record; `ValueError` if its images are not of the same settings."""
-    path = out / RECORD
-    if not path.exists():
-        return None
-    try:
-        before = json.loads(path.read_text())
-        theirs = dict(before.get("settings", {}))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged. Choose another folder with --out.") from error
-    ours = record["settings"]
-    changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if changed:
-        raise ValueError(
-            f"{out} holds images made with other settings ({', '.join(changed)} "
-            f"{'differs' if len(changed) == 1 else 'differ'}). Choose another folder with --out."
-        )
-    return before
 
 
 def write_preview(out) -> Path:

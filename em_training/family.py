@@ -37,6 +37,12 @@ class Drawer(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the settings that decide the images, as JSON values for the record."""
 
+    def draw_both(self, numbers: list[int]) -> Any:
+        """Return images like `draw`, and the same ones without grain, [B, 2, H, W] in [-1, 1].
+
+        Only drawers of a family with `without_grain` need it.
+        """
+
     def draw_from(self, numbers: list[int], images: Any, strength: float | None) -> Any:
         """Return images like `draw` that start from images [B, 1, H, W] in [-1, 1].
 
@@ -121,8 +127,8 @@ class Family:
         function that sends real images through it, float [B, 1, H, W] in [-1, 1] -> float32 on
         the CPU}. Each becomes a reference level: the limit that this part sets.
     without_grain: options -> options without noise that is added after the model. Copies of
-        training images are sought in such images, since grain would hide them. None if the
-        family has no grain.
+        training images are sought in such images, since grain would hide them. The drawer then
+        has `draw_both`. None if the family has no grain.
     find_exact_modules: pipeline -> modules whose `weight` stays float32 when the rest is
         published in a narrower type.
     draws_from_images, draws_layouts: whether its drawer has `draw_from`, or `draw_layouts`. Without

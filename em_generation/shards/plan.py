@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from em_data.files import write_atomically
-from em_generation.generate import RECORD
+from em_generation.folder import RECORD
 from em_generation.store import scan_names
 from em_training.config import read_json_object
 

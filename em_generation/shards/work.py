@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from em_data.files import flush_to_disk, lock, make_folder, name_full_disk, write_atomically
+from em_generation.folder import RECORD, read_matching_record, refuse_foreign_folder
 from em_generation.generate import (
-    RECORD,
     GenerationConfig,
     Progress,
     Started,
     draw_missing,
     fill_options,
-    read_matching_record,
-    refuse_foreign_folder,
     say,
     start_drawing,
 )

@@ -604,6 +604,61 @@ def test_a_scan_of_50000_files_takes_moments(tmp_path):
     assert time.process_time() - started < 2
 
 
+def test_images_with_and_without_grain_are_drawn_at_once(tmp_path, monkeypatch):
+    """They equal those of two generations to the byte, also after a kill between the folders."""
+    make_ldm().save_pretrained(tmp_path / "ldm")
+
+    def make(name, grain=True, num_images=37):
+        out = tmp_path / name
+        sizes = {"num_images": num_images, "batch_size": 16}
+        return config_for(tmp_path / "ldm", out, grain=grain, **sizes)
+
+    def read_files(name):
+        return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
+
+    generate_images(make("grain"))
+    generate_images(make("bare", False))
+    draw, calls = LDMDrawer._denoise, []
+
+    def count(self, rngs, *arguments, **options):
+        calls.append(len(rngs))
+        return draw(self, rngs, *arguments, **options)
+
+    monkeypatch.setattr(LDMDrawer, "_denoise", count)
+    generate_images(make("grain-2"), bare=make("bare-2", False))
+    generate_images(make("bare-2", False))
+    assert calls == [16, 16, 16]
+    assert read_files("grain-2") == read_files("grain")
+    assert read_files("bare-2") == read_files("bare")
+    for name, of in (("grain-2", "grain"), ("bare-2", "bare")):
+        records = [
+            json.loads((tmp_path / each / "generation.json").read_text()) for each in (name, of)
+        ]
+        assert records[0]["settings"] == records[1]["settings"]
+        assert records[0]["num_images"] == 37
+
+    for folder, numbers in (("bare-2", (3, 5)), ("grain-2", (4, 5))):
+        for number in numbers:
+            (tmp_path / folder / f"{number:06d}.png").unlink()
+    calls.clear()
+    generate_images(make("grain-2"), bare=make("bare-2", False))
+    generate_images(make("bare-2", False))
+    assert calls == [16, 16, 16]  # number 5 for both, 4, 3; padded
+    assert read_files("grain-2") == read_files("grain")
+    assert read_files("bare-2") == read_files("bare")
+
+
+def test_no_folder_is_made_for_a_model_without_grain(tmp_path):
+    pipeline = make_ldm()
+    pipeline.grain = None
+    pipeline.save_pretrained(tmp_path / "ldm")
+    config = config_for(tmp_path / "ldm", tmp_path / "images")
+    bare = config_for(tmp_path / "ldm", tmp_path / "bare", grain=False)
+    generate_images(config, bare=bare)
+    assert len(read(tmp_path / "images")) == 7
+    assert not (tmp_path / "bare").exists()
+
+
 @pytest.mark.parametrize("options", [{"size": "8x9"}, {}])
 def test_a_refused_generation_leaves_nothing(tmp_path, monkeypatch, options):
     def refuse(*images):
