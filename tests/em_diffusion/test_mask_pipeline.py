@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from diffusers import DiffusionPipeline
 
 from em_data.micrograph import Defect
 from em_diffusion import EMLatentDiffusionPipeline, EMMaskLatentDiffusionPipeline
+from em_diffusion.mask_drawing import MaskLDMDrawer
+from em_diffusion.mask_family import MaskLDMOptions
 from em_diffusion.masks import widen_input
 from em_diffusion.pipeline_em_mask_ldm import draw_masks, make_condition
 from support.models import draw, make_ldm, make_mask_ldm
@@ -258,3 +261,12 @@ def test_remote_code_of_both_pipelines_lives_side_by_side(tmp_path, monkeypatch)
         assert type(each).__module__.startswith("diffusers_modules.")
     np.testing.assert_allclose(draw(loaded["plain"], 0, 1), draw(plain, 0, 1), atol=1e-6)
     np.testing.assert_allclose(draw(loaded["masked"], 0, 1), draw(masked, 0, 1), atol=1e-6)
+
+
+def test_images_with_and_without_grain_are_those_that_are_drawn_apart(pipe):
+    numbers, options = [*range(20)], MaskLDMOptions(num_inference_steps=2)
+    grainy, bare = MaskLDMDrawer(pipe, options).draw_both(numbers).split(1, dim=1)
+    assert torch.equal(grainy, MaskLDMDrawer(pipe, options).draw(numbers))
+    without = MaskLDMDrawer(pipe, replace(options, grain=False))
+    assert torch.equal(bare, without.draw(numbers))
+    assert not torch.equal(bare, grainy)
