@@ -306,8 +306,11 @@ def _say_expected(text: str) -> str:
     if found := re.match(
         r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", text
     ):
-        value, flag, choices = found.groups()
-        return f"{flag} is {value}; choose one of {choices.replace(chr(39), '').rstrip(',')}."
+        value, flag, listed = found.groups()
+        choices = re.findall("'(.*?)'", listed)
+        if "None" in choices:  # tyro has no order then
+            choices = sorted({*choices} - {"None"})
+        return f"{flag} is {value}; choose one of {', '.join(choices)}."
     if found := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+) values", text):
         flag, count = found.groups()
         return f"{flag} needs {'a value' if count == '1' else f'{count} values'}."

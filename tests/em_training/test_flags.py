@@ -1,5 +1,8 @@
 """Presets and flags, by a command of three fields."""
 
+import dataclasses
+import io
+import sys
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -14,6 +17,7 @@ from em_training.flags import (
     _refuse_missing,
     find_nearest_flags,
     list_flags,
+    parse_flags,
     parse_preset,
 )
 
@@ -100,6 +104,8 @@ def test_help_shows_the_main_flags_with_the_values_of_the_preset(capsys):
         (["demo", "--xyz"], r"no flag --xyz\.\n`python do.py demo --help`"),
         (["demo", "--tiles.kind", "c"], "--tiles.kind is c; choose one of a, b."),
         (["demo", "--tiles.resolution", "x"], "tiles.resolution"),
+        (["demo", "--tiles.resolution"], "--tiles.resolution needs a value."),
+        (["demo", "--out", "x", "y"], "y belongs to no flag."),
         (["demo", "big"], "big"),
     ],
 )
@@ -107,6 +113,36 @@ def test_mistakes_are_plain_sentences(words, message):
     with pytest.raises(UsageError, match=message) as refused:
         parse(*words)
     assert not set("│╭╰") & set(str(refused.value))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws its boxes with hyphens
+def test_missing_words_and_values_are_named(encoding, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Flags:
+        """Flags."""
+
+        run: str
+        """A run."""
+        note: str | None = None
+        """A note. Default: no note."""
+        mode: Literal["a", "b"] | None = None
+        """A mode."""
+
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    for words, message in (
+        ([], r"^Give RUN\. See `python do.py --help`\.$"),
+        (["x", "--mode", "c"], r"^--mode is c; choose one of a, b"),
+        (["x", "--note"], r"^--note needs a value\."),
+    ):
+        with pytest.raises(UsageError, match=message):
+            parse_flags([Flags], words, command="do.py", positional=["run"])
+    with pytest.raises(SystemExit):
+        parse_flags([Flags], ["--help"], command="do.py", positional=["run"])
+    sys.stdout.flush()
+    text = sys.stdout.buffer.getvalue().decode(encoding)
+    assert "--note STR" in text
+    assert "--mode {a,b}" in text
+    assert "None" not in text
 
 
 def test_an_impossible_value_is_the_configurations_own_error():
