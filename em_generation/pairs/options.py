@@ -15,7 +15,7 @@ class PairOptions:
     """Images with the labels of their defects."""
 
     pairs: Way | None = None
-    """Write labels beside the images, by this way. simulated: simulated micrographs, which the
+    """Write labels beside the images, made in this way. simulated: simulated micrographs, which the
     model makes real. copy-paste: defects of labelled micrographs, pasted on grounds that the model
     draws. mask: the model draws images for layouts of its own: a model that was trained with masks,
     or one that translates simulated tiles."""
