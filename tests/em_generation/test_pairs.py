@@ -333,8 +333,8 @@ def test_the_command_says_where_pairs_are(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": 0.5}, "--strength only hold"),
-        ({"labels": ("coco",)}, "--labels only hold"),
+        ({"strength": 0.5}, "--strength: only images with labels"),
+        ({"labels": ("coco",)}, "--labels: only images with labels"),
         ({"pairs": "simulated", "strength": 2}, "--strength is 2, but must be 0 to 1"),
         ({"pairs": "drawn"}, "--pairs is drawn; choose simulated, copy-paste, mask"),
         ({"pairs": "simulated", "labels": ("voc",)}, "--labels is voc; choose coco, yolo, masks"),
