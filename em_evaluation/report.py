@@ -118,12 +118,22 @@ def view_units(report: dict) -> list[dict]:
 
 
 def view_for_detector(report: dict) -> list[tuple[str, str]]:
-    """Return what the verdicts mean for a detector, once for all models of which it is true."""
-    models: dict[str, list[str]] = {}
-    for model in report["models"]:
-        text = wording.say_for_detector(report, model["name"])
-        models.setdefault(text, []).append(model["name"])
-    return [(wording.join_words(names), text) for text, names in models.items()]
+    """Return what the verdicts mean for a detector: (names, text).
+
+    Trainings that differ in the seed alone share a text if their verdicts have the same outcomes,
+    and so do all models with the same text.
+    """
+    names_of: dict[str, list[str]] = {}
+    for unit in view_units(report):
+        alike: dict[tuple, list[str]] = {}
+        for name in (model["name"] for model in unit["models"]):
+            outcomes = tuple(each["outcome"] for each in wording.find_verdicts(report, name))
+            alike.setdefault(outcomes, []).append(name)
+        for names in alike.values():
+            text = wording.say_for_detector(report, *names)
+            is_group = unit["group"] and len(alike) == 1
+            names_of.setdefault(text, []).extend([name_group(unit["group"])] if is_group else names)
+    return [(wording.join_words(names), text) for text, names in names_of.items()]
 
 
 DATA_LABELS = {

@@ -1,5 +1,7 @@
 """A report's conclusions in words, for the page, the terminal and the model card."""
 
+from collections.abc import Sequence
+
 from em_evaluation.feature_metrics import METRICS
 from em_evaluation.numbers import format_interval, format_number
 from em_evaluation.repeats import list_units, say_scatter, say_seeds
@@ -94,16 +96,19 @@ def say_measures(report: dict, verdict: dict) -> list[str]:
     ]
 
 
-def say_for_detector(report: dict, model: str) -> str:
-    """Return what the verdicts mean for a detector that is trained on the model's images."""
-    verdicts, caveat = find_verdicts(report, model), say_caveat(report)
-    wrong = [each for each in verdicts if each["outcome"] == "differs"]
+def say_for_detector(report: dict, *models: str) -> str:
+    """Return what the verdicts mean for a detector that is trained on a model's images.
+
+    models: One, or several whose verdicts have the same outcomes.
+    """
+    verdicts, caveat = find_verdicts(report, models[0]), say_caveat(report)
+    wrong = [each["aspect"] for each in verdicts if each["outcome"] == "differs"]
     open_ = [
         each["aspect"] for each in verdicts if each["outcome"] in ("undecided", "not_measured")
     ]
     if wrong:
-        effects = join_words([EFFECTS[each["aspect"]] for each in wrong])
-        shares = "".join(say_share(report, each) for each in wrong)
+        effects = join_words([EFFECTS[aspect] for aspect in wrong])
+        shares = "".join(say_share(report, aspect, models) for aspect in wrong)
         return f"A detector trained on these images alone {effects}.{shares}{caveat}"
     if open_:
         return (
@@ -117,14 +122,23 @@ def say_for_detector(report: dict, model: str) -> str:
     )
 
 
-def say_share(report: dict, verdict: dict) -> str:
+def say_share(report: dict, aspect: str, models: Sequence[str]) -> str:
     """Say which share of the images resembles no real image, if that is what differs."""
-    for each in verdict["measures"]:
-        if each["metric"] == "precision" and each["outcome"] == "differs":
-            own, real = (100 * (1 - each[side]["value"]) for side in ("value", "reference"))
-            beside = name_real(report, verdict["aspect"])
-            return f" {own:.0f} % of the images resemble no real image ({beside}: {real:.0f} %)."
-    return ""
+    measures = [
+        each
+        for model in models
+        for verdict in find_verdicts(report, model)
+        if verdict["aspect"] == aspect
+        for each in verdict["measures"]
+        if each["metric"] == "precision" and each["outcome"] == "differs"
+    ]
+    if not measures:
+        return ""
+    own = sorted({round(100 * (1 - each["value"]["value"])) for each in measures})
+    real = 100 * (1 - measures[0]["reference"]["value"])
+    shares = f"{own[0]}" if len(own) == 1 else f"{own[0]} to {own[-1]}"
+    beside = name_real(report, aspect)
+    return f" {shares} % of the images resemble no real image ({beside}: {real:.0f} %)."
 
 
 def say_caveat(report: dict) -> str:

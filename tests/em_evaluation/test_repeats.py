@@ -15,6 +15,7 @@ from em_evaluation.repeats import (
     say_seeds,
     summarise_repeats,
 )
+from em_evaluation.report import view_for_detector
 
 
 def group_of(distances, half_width=5.0, name="LDM"):
@@ -146,3 +147,42 @@ def test_verdicts_are_counted_over_seeds():
         {"aspect": "fidelity", "outcomes": [("differs", 2), ("as_real", 1)]},
         {"aspect": "variety", "outcomes": [("differs", 3)]},
     ]
+
+
+def make_report(outcomes, shares):
+    """A report of trainings of one model with these outcomes and precisions, and one alone."""
+    models = [f"LDM-{i}" for i in range(len(shares))]
+    return {
+        "models": [{"name": name} for name in [*models, "alone"]],
+        "repeats": [{"name": "LDM", "models": models}],
+        "protocol": {},
+        "verdicts": [
+            {
+                "model": name,
+                "aspect": "fidelity",
+                "outcome": outcome,
+                "beside": "train",
+                "measures": [
+                    {
+                        "metric": "precision",
+                        "outcome": outcome,
+                        "value": {"value": share},
+                        "reference": {"value": 0.8},
+                    }
+                ],
+            }
+            for name, outcome, share in zip(
+                [*models, "alone"], [*outcomes, "differs"], [*shares, 0.1]
+            )
+        ],
+    }
+
+
+def test_trainings_share_what_their_verdicts_mean_for_a_detector():
+    text = dict(view_for_detector(make_report(["differs"] * 3, [0.6, 0.36, 0.5])))
+    assert list(text) == ["LDM, 3 trainings", "alone"]
+    assert " 40 to 64 % of the images resemble no real image" in text["LDM, 3 trainings"]
+    assert " 90 % of the images" in text["alone"]
+    text = dict(view_for_detector(make_report(["differs", "as_real", "differs"], [0.6, 0.8, 0.5])))
+    assert list(text) == ["LDM-0 and LDM-2", "LDM-1", "alone"]
+    assert " 40 to 50 % of the images" in text["LDM-0 and LDM-2"]
