@@ -7,7 +7,8 @@
 2. Each family trains from scratch with preset demo, with several seeds. A CycleGAN also sees the
    labelled micrographs of a simulation (--source), which it translates.
 3. The guidance of the LDMs is chosen on their training tiles.
-4. `evaluate.py` compares all of them, and the simulation before translation, in one report.
+4. `evaluate.py` compares all of them, and the simulation before translation, in one report. Its
+   main numbers go to results/NAME.json.
 
 --base adds a Stable Diffusion tuned by LoRA. A second start goes on where the first was stopped.
 """
@@ -20,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from em_data.files import write_atomically
@@ -75,8 +77,9 @@ def main(argv=None):
     words += ["--out", str(Path(arguments.runs) / "report")]
     words += ["--num-images", str(arguments.num_images)]
     call("report", words, arguments)
+    path = write_results(lengths, arguments)
     say_minutes("everything", start)
-    print(f"The report is {arguments.runs}/report/report.html.")
+    print(f"The report is {arguments.runs}/report/report.html, its main numbers are in {path}.")
 
 
 def measure_lengths(names, arguments) -> dict[str, int]:
@@ -140,6 +143,30 @@ def draw_simulation(run, arguments) -> Path:
     return out
 
 
+def write_results(lengths, arguments) -> Path:
+    """Write the main numbers of the report; return the path of the JSON file."""
+    report = json.loads((Path(arguments.runs) / "report" / "report.json").read_text())
+    of_model = ("name", "family", "train_seconds", "num_images_seen", "sample_images_per_second")
+    results = {
+        "date": date.today().isoformat(),
+        "data": report["dataset"]["name"],
+        "tiles": arguments.tiles,
+        "minutes": arguments.minutes,
+        "lengths": lengths,
+        "models": [{key: model[key] for key in of_model} for model in report["models"]],
+        "levels": [{key: level[key] for key in ("key", "title")} for level in report["levels"]],
+        "measurements": [
+            {key: each[key] for key in ("extractor", "rows")} for each in report["measurements"]
+        ],
+        **{key: report[key] for key in ("protocol", "repeats", "comparisons_of_repeats")},
+        **{key: report[key] for key in ("verdicts", "environment")},
+    }
+    path = Path(arguments.results) / f"{arguments.name or report['dataset']['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
+    return path
+
+
 def call(title, words, arguments) -> None:
     """Run a command; end with the last lines of its log if it fails."""
     log = Path(arguments.runs) / "logs" / f"{title.replace(' ', '_')}.log"
@@ -173,6 +200,8 @@ def parse_arguments(argv=None):
     add("--source", default="synthetic", help="what the CycleGAN translates")
     add("--base", help="base of a LoRA training; without it there is none")
     add("--runs", default="runs/families", help="folder for everything that is made")
+    add("--name", help="of the file of results; default: that of the data")
+    add("--results", default=str(Path(__file__).parent / "results"), help="folder for results")
     add("--minutes", type=float, default=6, help="of one training")
     add("--seeds", type=int, default=3, help="trainings of each family")
     add("--num-images", type=int, default=1_000, help="images of each set in the report")

@@ -7,6 +7,12 @@ import pytest
 from em_generation.families import find_family
 from em_training.flags import parse_preset
 
+REPORT = {"dataset": {"name": "some data"}} | {
+    key: []
+    for key in ("models", "levels", "measurements", "protocol", "repeats", "comparisons_of_repeats")
+    + ("verdicts", "environment")
+}
+
 
 @pytest.fixture
 def recipe(load_recipe):
@@ -32,8 +38,13 @@ def trained(recipe, tmp_path, monkeypatch):
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (out / family.stage / "stats.jsonl").write_text(text)
 
+        elif words[0] == "evaluate.py":
+            (tmp_path / "report").mkdir()
+            (tmp_path / "report" / "report.json").write_text(json.dumps(REPORT))
+
     monkeypatch.setattr(recipe, "call", call)
-    recipe.main(["--runs", str(tmp_path), "--minutes", "5", "--seeds", "2", "--jobs", "1"])
+    words = ["--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    recipe.main([*words, "--minutes", "5", "--seeds", "2", "--jobs", "1"])
     return commands
 
 
@@ -75,6 +86,11 @@ def test_runs_of_a_family_share_a_name_in_the_report(trained):
     models = report[report.index("--models") + 1 : report.index("--out")]
     names = [each.partition("=")[0] for each in models]
     assert names == ["LDM", "StyleGAN2", "CycleGAN"] * 2 + ["simulation"]
+
+
+def test_the_main_numbers_are_written(trained, tmp_path):
+    results = json.loads((tmp_path / "results" / "some data.json").read_text())
+    assert results["lengths"] == {"LDM": 60_000, "StyleGAN2": 15_000, "CycleGAN": 6_000}
 
 
 def test_a_base_adds_lora(recipe, tmp_path):
