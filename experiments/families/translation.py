@@ -6,7 +6,9 @@
 Source and target must be labelled. All images are held-out tiles. Distances are Frechet distances
 to held-out tiles of the target. A segmenter that learned from the target's training tiles searches
 them for the labelled defects: recall is the share of labelled defects that it finds, precision the
-share of found ones that are labelled.
+share of found ones that are labelled. Two more segmenters learned from the source's training tiles,
+before and after translation: the difference between them is what a translation costs the labels,
+also where the target's defects look otherwise.
 """
 
 import argparse
@@ -51,9 +53,20 @@ def measure_distances(sets, reference):
     return {name: float(frechet_distance(features[name], features[""])) for name in sets}
 
 
-def train_searcher(tiles, kinds, config, seed):
-    """Train a segmenter on the labelled tiles of a training side."""
-    labelled = list_labelled(tiles, kinds)
+def translate(pipeline, tiles, ids):
+    """Return translated tiles, float32 [N, 1, R, R] on the CPU."""
+    parts = torch.as_tensor(ids).split(50)
+    return torch.cat([pipeline.translate(tiles.batch(part)).cpu() for part in parts])
+
+
+def put_images(labelled, images):
+    """Return labelled images with other pixels."""
+    pixels = to_uint8(images)[:, 0]
+    return [replace(each, image=image) for each, image in zip(labelled, pixels, strict=True)]
+
+
+def train_searcher(labelled, kinds, config, seed):
+    """Train a segmenter on labelled images."""
     names = sorted(set(kinds.values()))
     return train_segmenter(TrainingSet.from_images(labelled, names), names, config, seed=seed)
 
@@ -92,7 +105,7 @@ def main():
     num_source = min(flags.num_images, source.held_out.num_tiles)  # labels are of tiles
     ids = choose(source.held_out, num_source, flags.seed)
     plain = source.held_out.batch(ids)
-    translated = torch.cat([pipeline.translate(part) for part in plain.split(50)]).cpu()
+    translated = translate(pipeline, source.held_out, ids)
     real = target.held_out.batch(choose(target.held_out, flags.num_images, flags.seed + 1))
     trained_on = target.train.batch(choose(target.train, flags.num_images, flags.seed + 2))
     names = ("source before translation", "source after translation", "target, training tiles")
@@ -100,15 +113,17 @@ def main():
 
     kinds = parse_kinds(flags.kinds or join_loops(source.train, target.train), target.train.kinds)
     segmenter_config = SegmenterConfig(num_steps=flags.num_steps)
-    searcher = train_searcher(target.train, kinds, segmenter_config, flags.seed)
-    own = train_searcher(source.train, kinds, segmenter_config, flags.seed)
+    of_target, of_source = (list_labelled(each.train, kinds) for each in (target, source))
+    all_ids = torch.arange(source.train.num_tiles) * source.train.num_symmetries
+    of_translated = put_images(of_source, translate(pipeline, source.train, all_ids))
+    searcher, own, own_after = (
+        train_searcher(labelled, kinds, segmenter_config, flags.seed)
+        for labelled in (of_target, of_source, of_translated)
+    )
     labelled = list_labelled(source.held_out, kinds)
     assert len(labelled) == source.held_out.num_tiles, "all of the source must be labelled"
     before = [labelled[i // source.held_out.num_symmetries] for i in ids.tolist()]
-    after = [
-        replace(each, image=image)
-        for each, image in zip(before, to_uint8(translated)[:, 0], strict=True)
-    ]
+    after = put_images(before, translated)
     held_out = list_labelled(target.held_out, kinds)[: flags.num_images]
     rows = [
         describe_set(name, search_images(segmenter, images)[1])
@@ -117,6 +132,7 @@ def main():
             ("source after translation", searcher, after),
             ("source before translation", searcher, before),
             ("source, by a segmenter of its own", own, before),
+            ("translated, by a segmenter of their own", own_after, after),
         )
     ]
     result = {
@@ -141,13 +157,13 @@ def main():
     shown = torch.cat([plain[:SHOWN], translated[:SHOWN], real[:SHOWN]])
     save_image_grid(shown, out / f"{flags.name}.png", num_columns=SHOWN, min_width=1500)
     for name, distance in distances.items():
-        print(f"{name:36} Frechet distance {distance:.1f}")
+        print(f"{name:40} Frechet distance {distance:.1f}")
     for row in rows:
         recall, precision = (
             "{value:.3f} ({low:.3f} to {high:.3f})".format(**row[key])
             for key in ("recall", "precision")
         )
-        print(f"{row['name']:36} recall {recall}, precision {precision}")
+        print(f"{row['name']:40} recall {recall}, precision {precision}")
 
 
 if __name__ == "__main__":
