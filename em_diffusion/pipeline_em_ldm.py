@@ -19,7 +19,13 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from em_training.em_grey_images import check_batch, check_choice, from_pixels, to_pixels
+from em_training.em_grey_images import (
+    check_batch,
+    check_choice,
+    count_images,
+    from_pixels,
+    to_pixels,
+)
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     NamesClasses,
@@ -687,9 +693,7 @@ class EMLatentDiffusionPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
                     f"`strength` is {strength}, but there is no `image`; give one, or leave "
                     "`strength` out."
                 )
-            if batch_size is None and isinstance(class_labels, list | tuple):
-                return len(class_labels)
-            return 1 if batch_size is None else batch_size
+            return count_images(batch_size, class_labels)
         if batch_size is not None and len(pixels) not in (1, batch_size):
             raise ValueError(
                 f"{len(pixels)} images for a `batch_size` of {batch_size}; give one image for "

@@ -15,7 +15,7 @@ from em_data.config import DataConfig
 from em_data.files import write_atomically
 from em_data.labels import write_labelled
 from em_evaluation.detector.adherence_measure import describe_set, draw_adherence, search_images
-from em_evaluation.detector.arms import ALL, EXPECTED, Arm, Task, list_tasks, name_pairs
+from em_evaluation.detector.arms import ALL, Arm, Task, list_tasks, name_pairs
 from em_evaluation.detector.gain_page import describe_gain, render_gain
 from em_evaluation.detector.gain_statistics import analyse
 from em_evaluation.detector.gain_trainings import (
@@ -124,9 +124,6 @@ def measure_gain(config: GainConfig, say=print) -> Path:
     if config.write_labelled is not None:
         return write_labelled_sets(config, materials, say)
     folders = parse_folders(config.pairs)
-    for name in EXPECTED:
-        if name not in folders:
-            say(f"{name_pairs(name)}: left out; --pairs has no {name}=FOLDER")
     tasks = choose_tasks(config, materials, folders, say)
     for line in materials.compare_kinds(tasks):
         say(line)

@@ -13,7 +13,13 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from em_stable_diffusion.em_base_models import BASE_MODELS, draw_grey
-from em_training.em_grey_images import OUTPUT_TYPES, check_batch, check_choice, from_pixels
+from em_training.em_grey_images import (
+    OUTPUT_TYPES,
+    check_batch,
+    check_choice,
+    count_images,
+    from_pixels,
+)
 from em_training.em_saved_pipeline import (
     NamesClasses,
     SavedWithCode,
@@ -116,7 +122,7 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -127,6 +133,7 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         """Draw `batch_size` images.
 
         Args:
+            batch_size: Number of images. Default: as many as `class_labels` has, or 1.
             generator: One `torch.Generator` for the batch, or a list of `batch_size`. With a list,
                 image i depends on generator i alone.
             num_inference_steps: Denoising steps. Default: those saved with the model.
@@ -142,6 +149,7 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
             ValueError: For an impossible argument, or if an image is not finite.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        batch_size = count_images(batch_size, class_labels)
         images, _ = self.draw(
             batch_size, generator, num_inference_steps, guidance_scale, class_labels
         )

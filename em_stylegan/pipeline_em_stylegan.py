@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from em_training.em_grey_images import check_batch, check_choice, from_pixels
+from em_training.em_grey_images import check_batch, check_choice, count_images, from_pixels
 from em_training.em_saved_pipeline import (
     HUB_OPTIONS,
     NamesClasses,
@@ -63,7 +63,7 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
@@ -78,6 +78,7 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         """Generate `batch_size` images. There are no steps, and so there is no progress bar.
 
         Args:
+            batch_size: Number of images. Default: as many as `class_labels` has, or 1.
             generator: One `torch.Generator` for the batch, or a list of `batch_size`. With a list,
                 image i depends on generator i alone.
             truncation_psi: 1 draws from the whole distribution. Smaller values move w towards its
@@ -101,6 +102,7 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
             ValueError: For an impossible argument, such as an unknown class, or if the output is
                 not finite: then the training has diverged, or half precision has overflowed.
         """
+        batch_size = count_images(batch_size, class_labels)
         noise_mode = noise_mode or ("random" if latents is None else "const")
         self._check_inputs(
             batch_size, generator if latents is None else None, noise_mode, output_type

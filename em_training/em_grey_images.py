@@ -68,6 +68,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f'`{name}` is "{value}"; choose one of {", ".join(choices)}.')
 
 
+def count_images(batch_size: int | None, class_labels: Any) -> int:
+    """Return the number of images to draw: by default one for each class of a list, or 1."""
+    if batch_size is not None:
+        return batch_size
+    return len(class_labels) if isinstance(class_labels, list | tuple) else 1
+
+
 def check_batch(batch_size: int, generator: Any) -> None:
     """Raise `ValueError` for no image, or a list of generators that is not one for each image."""
     if batch_size < 1:

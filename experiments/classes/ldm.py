@@ -16,25 +16,16 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
-import torch
+from grid import draw_grid
 
-from em_data import load_data, to_uint8
 from em_data.files import write_atomically
-from em_data.images import encode_png
-from em_diffusion import EMLatentDiffusionPipeline
 from em_diffusion.presets import demo
 from em_diffusion.train import train_ldm
 from em_generation.evaluate import EvaluationConfig, evaluate_runs
-from em_training import make_image_rng
 from em_training.cli import run_command
 
 KINDS = ("conditional", "unconditional")
 RESULTS = Path(__file__).parent / "results"
-SHOWN = 8  # images of a class
 
 
 def make_config(kind, arguments):
@@ -85,32 +76,6 @@ def compare(runs, arguments) -> dict:
     }
 
 
-def draw_grid(run, config, path):
-    """Draw a row of generated images of each class, and below it one of held-out tiles."""
-    data = load_data(config.data, config.tiles, log=lambda line: None)
-    pipe = EMLatentDiffusionPipeline.from_pretrained(Path(run) / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    rows, titles = [], []
-    all_views = np.arange(data.held_out.num_views)
-    classes = data.held_out.class_labels(all_views)
-    for name, number in pipe.labels.items():
-        rngs = [make_image_rng(0, i) for i in range(SHOWN)]
-        rows.append(pipe(generator=rngs, class_labels=[name] * SHOWN, output_type="pt").images)
-        views = all_views[np.asarray(classes == number)]
-        spaced = np.linspace(0, len(views) - 1, SHOWN).astype(int)
-        rows.append(torch.as_tensor(data.held_out.batch(views[spaced])) / 2 + 0.5)
-        titles += [f"{name}, generated", f"{name}, held out"]
-    enlarged = [row.repeat_interleave(2, -1).repeat_interleave(2, -2) for row in rows]
-    side, gap, head = enlarged[0].shape[-1], 4, 24
-    page = PIL.Image.new("L", (SHOWN * (side + gap) - gap, len(rows) * (side + head)), 255)
-    pen, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(size=16)
-    for i, (row, title) in enumerate(zip(enlarged, titles, strict=True)):
-        pen.text((2, i * (side + head) + 2), title, fill=0, font=font)
-        for j, levels in enumerate(to_uint8(row * 2 - 1)[:, 0]):
-            page.paste(PIL.Image.fromarray(levels), (j * (side + gap), i * (side + head) + head))
-    write_atomically(path, encode_png(np.asarray(page)))
-
-
 def run():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,7 +90,7 @@ def run():
     configs = {kind: make_config(kind, arguments) for kind in KINDS}
     RESULTS.mkdir(exist_ok=True)
     runs = {"conditional": train_ldm(configs["conditional"])}
-    draw_grid(runs["conditional"], configs["conditional"], RESULTS / "ldm.png")
+    draw_grid(runs["conditional"], RESULTS / "ldm.png")
     runs["unconditional"] = train_ldm(configs["unconditional"])
     result = compare(runs, arguments) | {
         "command": f"python experiments/classes/ldm.py --train-images {arguments.train_images} "

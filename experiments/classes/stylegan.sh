@@ -13,3 +13,4 @@ common="--data synthetic-materials --training.num-images 28000 --training.checkp
 "$python" train_gan.py demo $common --out "$out/unconditional"
 "$python" evaluate.py --models ramp="$out/ramp" unconditional="$out/unconditional" --num-images 600 \
   --no-memorisation --no-microscopy --out "$out/report"
+"$python" experiments/classes/grid.py "$out/ramp" "$out/ramp.png"

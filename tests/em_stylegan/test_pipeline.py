@@ -90,15 +90,14 @@ def test_classes_by_number_and_name(conditional):
     assert conditional.get_label_ids(["iron", "tin"]) == [0, 2]
 
     def draw(labels, count=2):
-        return conditional(
-            count, seeds(*range(count)), class_labels=labels, output_type="np"
-        ).images
+        return conditional(count, seeds(0, 1), class_labels=labels, output_type="np").images
 
     expected = draw([2, 1])
     for labels in (["tin", "copper"], ["tin", 1], torch.tensor([2, 1]), torch.eye(3)[[2, 1]]):
         np.testing.assert_array_equal(draw(labels), expected)
     np.testing.assert_array_equal(draw("iron"), draw([0, 0]))
     assert not np.array_equal(draw("iron"), draw("tin"))
+    np.testing.assert_array_equal(draw(["tin", "copper"], count=None), expected)  # one for each
 
 
 def test_a_generator_with_classes_draws_them_alike(conditional):
