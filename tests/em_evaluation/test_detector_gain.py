@@ -130,7 +130,6 @@ def test_the_command_resumes_and_says_what_is_left_out(tmp_path):
     page = measure_gain(config, say=said.append)
     text = "\n".join(said)
     assert "N = 99: left out; there are 12" in text
-    assert "way1=FOLDER" in text
     assert "way 2 (LDM conditioned on masks) at N = 2: left out" in text
     assert "14 trainings: 0 are on the disk, 14 to do" in text  # 3 arms, 2 N, 2 splits; all; only
     results = json.loads((tmp_path / "gain" / "results.json").read_text())
