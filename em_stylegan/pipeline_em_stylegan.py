@@ -104,9 +104,8 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         """
         batch_size = count_images(batch_size, class_labels)
         noise_mode = noise_mode or ("random" if latents is None else "const")
-        self._check_inputs(
-            batch_size, generator if latents is None else None, noise_mode, output_type
-        )
+        rngs = generator if latents is None else None
+        self._check_inputs(batch_size, rngs, noise_mode, output_type)
         options = self.find_canvas(height, width)
         wake(self.generator)
         styles = self._check_classes(class_labels, batch_size), truncation_psi, truncation_cutoff
@@ -117,10 +116,8 @@ class EMStyleGANPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
         if output_type == "latent":
             images = self.check_finite(ws.float())
         else:
-            images = self.check_finite(
-                self.generator.synthesis(ws, noise_mode, generator, **options)
-            )
-            images = from_pixels(images, output_type)
+            images = self.generator.synthesis(ws, noise_mode, generator, **options)
+            images = from_pixels(self.check_finite(images), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
