@@ -52,6 +52,7 @@ class Recipe:
         self.unlabelled = EMBEDDED["unlabelled"].split() if self.is_embedded else tiles
         self.labelled = EMBEDDED["labelled"].split() if self.is_embedded else tiles
         kinds = arguments.kinds or (EMBEDDED["kinds"].split() if self.is_embedded else [])
+        self.ways = arguments.ways or ([1, 2, 3, 4] if kinds else [1, 2, 3])
         self.gain = ["-m", "em_evaluation.detector_gain", "--data", arguments.data]
         self.gain += ["--out", str(self.out / "gain")]
         self.gain += [*self.labelled, *(["--kinds", *kinds] if kinds else [])]
@@ -70,7 +71,7 @@ class Recipe:
             self.call("ldm", self.list_ldm())
         say_minutes("the LDM", start)
         makers = (self.make_way1, self.make_way2, self.make_way3, self.make_way4)
-        pairs = raw + [word for way in self.arguments.ways for word in makers[way - 1]()]
+        pairs = raw + [word for way in self.ways for word in makers[way - 1]()]
         say_minutes("all pairs", start)
         stop(before)  # the next command goes on with its trainings, on all cores
         jobs = ["--jobs", str(self.arguments.jobs)]
@@ -253,9 +254,9 @@ def main(arguments=None):
         "--ways",
         nargs="*",
         type=int,
-        default=[1, 2, 3, 4],
         choices=(1, 2, 3, 4),
-        help="ways to make pairs; way 4 labels the kinds of the simulation, see --kinds",
+        help="ways to make pairs; None: all, but 1 2 3 for other data without --kinds, since way 4 "
+        "has the kinds of the simulation (join them, such as loop=MINE+loop_100+loop_111)",
     )
     add("--num-images", type=int, default=48_000, help="training images of the LDM")
     add("--num-mask-images", type=int, default=16_000, help="training images of way 2, each split")

@@ -81,7 +81,16 @@ def test_other_micrographs_have_no_raw_simulation(commands):
     )
     assert config.tiles == last.tiles  # the same test set
     assert (last.tiles.downsample, last.tiles.split) == (4, "specimen")
-    assert not any(word.startswith("raw=") for word in last.pairs)
+    names = [word.partition("=")[0] for word in last.pairs]
+    assert names == ["way1", "way2", "way3"]  # way 4 would have the simulator's kinds
+
+
+def test_other_micrographs_with_joined_kinds_have_the_fourth_way(commands):
+    printed = commands("--data", "some folder", "--kinds", "loop=ring+loop_100+loop_111")
+    last = read_gains(printed)[-1]
+    assert last.pairs[-1].startswith("way4=")
+    translate = next(words for words in printed if words[0] == "train_cyclegan.py")
+    assert translate[2:4] == ["synthetic", "some folder"]
 
 
 @pytest.mark.slow
