@@ -31,6 +31,19 @@ class FullDiskError(OSError):
         )
 
 
+class NotAFolderError(NotADirectoryError):
+    """A file is in the place of a folder."""
+
+    def __init__(self, path):
+        super().__init__(errno.ENOTDIR, "it is a file, but a folder is needed", str(path))
+
+    def __str__(self):
+        return (
+            f"{self.filename} is a file, but a folder is needed. Choose another one, for instance "
+            "with --out."
+        )
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Say whether an error, also one of a library that writes by itself, means a full disk."""
     is_rust = re.search(r"\(os error (\d+)\)", str(error))
@@ -127,14 +140,11 @@ def make_folder(path) -> None:
     """Make a folder and its missing parents; their names are flushed to the disk.
 
     Raises:
-        ValueError: A file has this name.
+        NotAFolderError: A file has this name.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(
-            f"{path} is a file, but a folder is needed. Choose another one, for instance with "
-            "--out."
-        )
+        raise NotAFolderError(path)
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
