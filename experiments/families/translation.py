@@ -79,6 +79,14 @@ def join_loops(source, target) -> list[str]:
     return [f"loop={'+'.join(loops)}", *others] if loops else others
 
 
+def name_command(flags) -> str:
+    """Return the command that measures the same again, for any run."""
+    words = ["--kinds", *flags.kinds] if flags.kinds else []
+    for flag in ("num_images", "num_steps", "seed"):
+        words += [f"--{flag.replace('_', '-')}", str(getattr(flags, flag))]
+    return f"python experiments/families/translation.py RUN {' '.join(words)}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run")
@@ -136,8 +144,7 @@ def main():
         )
     ]
     result = {
-        "command": f"python experiments/families/translation.py RUN --num-images "
-        f"{flags.num_images} --num-steps {flags.num_steps} --seed {flags.seed}",
+        "command": name_command(flags),
         "kinds": kinds,
         "date": date.today().isoformat(),
         "run": {
