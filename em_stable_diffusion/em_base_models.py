@@ -104,7 +104,7 @@ def draw_grey(
     Returns:
         The mean of the three channels, float32 [B, 1, R, R] in [-1, 1]; and the colourfulness of
         each image before, float32 [B]: the mean absolute deviation of the channels from their
-        mean, in grey levels of 256.
+        mean, in grey levels of which [-1, 1] has 255.
 
     Raises:
         ValueError: An image is not finite.
