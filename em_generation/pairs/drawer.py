@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,22 @@ from em_training import config_from_dict
 Say = Callable[[str], object]
 
 
-class PairDrawer:
-    """Draws images by their numbers as its base does, and keeps their labels until they are taken.
+class LabelledDrawer:
+    """Draws images around the drawer `base`, and keeps their labels until they are taken."""
+
+    def __init__(self, base: Any, options: PairOptions, seed: int, kinds: Sequence[str]):
+        self.base, self.options, self.seed, self.kinds = base, options, seed, tuple(kinds)
+        self.fixed_batch = base.fixed_batch
+        self.images_at_once = getattr(base, "images_at_once", None)
+        self._labels: dict[int, Labels] = {}
+
+    def take(self, number: int) -> Labels:
+        """Return the labels of an image that was drawn, and forget them."""
+        return self._labels.pop(number)
+
+
+class PairDrawer(LabelledDrawer):
+    """Draws images that its base makes of the pictures of a maker.
 
     Args:
         base: A drawer of a family with `draws_from_images`.
@@ -32,11 +46,8 @@ class PairDrawer:
     def __init__(
         self, base: Any, maker: Maker, options: PairOptions, shape: tuple[int, int], seed: int
     ):
-        self.base, self.maker, self.options = base, maker, options
-        self.shape, self.seed, self.kinds = shape, seed, maker.kinds
-        self.fixed_batch = base.fixed_batch
-        self.images_at_once = getattr(base, "images_at_once", None)
-        self._labels: dict[int, Labels] = {}
+        super().__init__(base, options, seed, maker.kinds)
+        self.maker, self.shape = maker, shape
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that decide images and labels."""
@@ -67,10 +78,6 @@ class PairDrawer:
             self._labels[number] = Labels(defects, self._describe(number))
         return torch.from_numpy(images)
 
-    def take(self, number: int) -> Labels:
-        """Return the labels of an image that was drawn, and forget them."""
-        return self._labels.pop(number)
-
     def _describe(self, number):
         return {
             "seed": self.seed,
@@ -80,14 +87,11 @@ class PairDrawer:
         }
 
 
-class MaskDrawer:
+class MaskDrawer(LabelledDrawer):
     """Draws images for the layouts that a family with `draws_layouts` makes itself."""
 
     def __init__(self, base: Any, options: PairOptions, seed: int):
-        self.base, self.options, self.seed, self.kinds = base, options, seed, base.kinds
-        self.fixed_batch = base.fixed_batch
-        self.images_at_once = getattr(base, "images_at_once", None)
-        self._labels: dict[int, Labels] = {}
+        super().__init__(base, options, seed, base.kinds)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that decide images and labels."""
@@ -104,10 +108,6 @@ class MaskDrawer:
         facts = {"seed": self.seed, "pairs": "mask", "layout": "the model"}
         self._labels |= {i: Labels(each, facts) for i, each in zip(numbers, layouts)}
         return images
-
-    def take(self, number: int) -> Labels:
-        """Return the labels of an image that was drawn, and forget them."""
-        return self._labels.pop(number)
 
 
 def create_pair_drawer(
