@@ -122,7 +122,7 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     originals = read_images(tiles, min(config.num_images, len(tiles)), config.seed)
     features = compute_features(originals, extractor, cache_dir=config.tiles.cache_dir)
 
-    candidates, failed = [], []
+    candidates, failed, reasons = [], [], []
     for name, source in sources.items():
         try:
             model = load_autoencoder(source, device=device)
@@ -132,11 +132,13 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
                 traceback.print_exc()
             # selection.json holds no local paths
             failed.append({"name": name, "error": f"{error}".replace(source, Path(source).name)})
-            log(printable(f"{name} cannot be judged: {error}"))
+            reasons.append(f"{name}: {error}")
     for name, model in fit_floors(candidates, data.train, log) if config.floor else ():
         candidates.append(judge(name, model.to(device), originals, features, extractor, config))
     if not candidates:
-        raise ValueError("no candidate could be judged: " + "; ".join(map(say_failure, failed)))
+        raise ValueError("no candidate could be judged: " + "; ".join(reasons))
+    for reason in reasons:
+        log(printable(f"cannot be judged: {reason}"))
 
     candidates.sort(key=lambda each: each.distance.value)
     selection = {
@@ -157,11 +159,6 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
     log(f"{format_table(selection)}\n\n{out / 'selection.json'}\n{out / 'selection.png'}")
     return selection
-
-
-def say_failure(failure: dict) -> str:
-    """Say which candidate failed and why."""
-    return f"{failure['name']}: {failure['error']}"
 
 
 def fit_floors(candidates, tiles, log):
