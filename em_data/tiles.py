@@ -144,10 +144,6 @@ class Tiles:
         """Return tiles as recorded, uint8 or uint16 [B, R, R]."""
         return self._gather(np.asarray(tile_ids, dtype=np.int64), np.zeros(len(tile_ids), np.int64))
 
-    def raw_views(self, view_ids: Ids) -> np.ndarray:
-        """Return views as recorded, uint8 or uint16 [B, R, R]."""
-        return self._gather(*self.locate(view_ids))
-
     def batch(self, view_ids: Ids) -> torch.Tensor:
         """Return views as float32 [B, 1, R, R] in [-1, 1], scaled by their micrographs' levels."""
         tile_ids, symmetry = self.locate(view_ids)

@@ -18,7 +18,7 @@ class LayoutTest:
     """A two-sample test of one quantity of real and drawn layouts.
 
     quantity: "count", "size", "distance" or "overlap". kind: of the defects, or "all".
-    unit: of the means. real, drawn: means. num_real, num_drawn: values.
+    unit: of the means. real, drawn: means.
     statistic: largest distance of the two distribution functions (Kolmogorov-Smirnov).
     p_value: by permutation of whole images, since the values of one image are not independent.
     """
@@ -28,8 +28,6 @@ class LayoutTest:
     unit: str
     real: float
     drawn: float
-    num_real: int
-    num_drawn: int
     statistic: float
     p_value: float
 
@@ -73,9 +71,8 @@ def compare_layouts(
         values = [np.concatenate(each) for each in (first, second)]
         if all(map(len, values)):
             result = compare_by_image(first, second, seed)
-            (mean, num), (other, num_other) = ((float(x.mean()), len(x)) for x in values)
-            rest = (mean, other, num, num_other, *result)
-            tests.append(LayoutTest(quantity, kind, units[quantity], *rest))
+            means = (float(each.mean()) for each in values)
+            tests.append(LayoutTest(quantity, kind, units[quantity], *means, *result))
     return tests
 
 

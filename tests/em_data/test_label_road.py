@@ -74,7 +74,9 @@ def test_masks_and_classes_survive_to_the_bit(road, micrographs, hub, tmp_path, 
     for side in (data.train, data.held_out):
         ids = np.arange(side.num_views)
         all_masks, classes = side.masks(ids).numpy(), side.class_labels(ids)
-        for view_id, pixels in enumerate(side.raw_views(ids)):
+        tile_ids, symmetries = side.locate(ids)
+        for view_id, tile in enumerate(side.raw(tile_ids)):
+            pixels = apply_symmetry(tile, side.symmetries[symmetries[view_id]])
             masks, areas, class_name = expected.pop(pixels.tobytes())
             assert np.array_equal(all_masks[view_id], masks)
             defects = side.defects(view_id)
