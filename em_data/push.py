@@ -20,6 +20,7 @@ from em_data.images import encode_png
 from em_data.labels import draw_instance_mask, make_objects
 from em_data.labels.describe import count_defects, count_labels, describe_found
 from em_data.markdown import escape_markdown
+from em_data.module_command import run_module
 from em_data.sources import open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
 
@@ -253,12 +254,9 @@ def describe_sizes(facts) -> str:
 
 
 def main():
-    try:
-        options = {"prog": "python -m em_data.push", "config": (tyro.conf.PositionalRequiredArgs,)}
-        push_folder(tyro.cli(PushConfig, **options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    options = {"prog": "python -m em_data.push", "config": (tyro.conf.PositionalRequiredArgs,)}
+    push_folder(tyro.cli(PushConfig, **options))
 
 
 if __name__ == "__main__":
-    main()
+    run_module(main)

@@ -24,6 +24,7 @@ from em_training import create_process_state, load_config, make_generator
 from em_training.cli import run_command
 from em_training.config import read_json_object
 from em_training.family import check_options
+from em_training.flags import parse_config
 from em_training.latents import share_classes
 from em_training.weights import hash_weights, save_model
 
@@ -318,8 +319,7 @@ def draw_scales(tried: dict[tuple, dict], best, path: Path):
 
 
 def main():
-    prog = "python -m em_diffusion.choose_guidance"
-    choose_guidance(tyro.cli(GuidanceConfig, prog=prog, description=DESCRIPTION))
+    choose_guidance(parse_config(GuidanceConfig, "em_diffusion.choose_guidance", DESCRIPTION))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import tyro
 from tqdm.auto import tqdm
 
 from em_data import DataConfig, load_data, to_uint8
@@ -30,6 +29,7 @@ from em_evaluation.images import ImageSet, note_few_micrographs, read_images
 from em_training import create_process_state
 from em_training.cli import run_command
 from em_training.family import check_options
+from em_training.flags import parse_config
 from em_training.weights import hash_weights
 
 DESCRIPTION = """Compare autoencoders on micrographs.
@@ -132,13 +132,11 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
                 traceback.print_exc()
             # selection.json holds no local paths
             failed.append({"name": name, "error": f"{error}".replace(source, Path(source).name)})
-            reasons.append(f"{name}: {error}")
+            reasons.append(printable(f"{name} cannot be judged: {error}"))
     for name, model in fit_floors(candidates, data.train, log) if config.floor else ():
         candidates.append(judge(name, model.to(device), originals, features, extractor, config))
     if not candidates:
-        raise ValueError("no candidate could be judged: " + "; ".join(reasons))
-    for reason in reasons:
-        log(printable(f"cannot be judged: {reason}"))
+        raise ValueError("; ".join(reasons))
 
     candidates.sort(key=lambda each: each.distance.value)
     selection = {
@@ -157,7 +155,8 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     write_atomically(out / "selection.json", text + "\n")
     pictures = {each.numbers["name"]: each.reconstructions.levels for each in candidates}
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
-    log(f"{format_table(selection)}\n\n{out / 'selection.json'}\n{out / 'selection.png'}")
+    log("\n".join([*reasons, format_table(selection)]))
+    log(f"\n{out / 'selection.json'}\n{out / 'selection.png'}")
     return selection
 
 
@@ -352,8 +351,9 @@ def conclude(selection) -> list[str]:
 
 
 def main():
-    prog = "python -m em_diffusion.select_autoencoder"
-    select_autoencoder(tyro.cli(SelectionConfig, prog=prog, description=DESCRIPTION))
+    select_autoencoder(
+        parse_config(SelectionConfig, "em_diffusion.select_autoencoder", DESCRIPTION)
+    )
 
 
 if __name__ == "__main__":

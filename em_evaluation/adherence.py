@@ -5,7 +5,6 @@ The command: python -m em_evaluation.adherence FOLDER --data DATA
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ import tyro
 
 from em_data.config import DataConfig
 from em_data.files import write_atomically
+from em_data.module_command import run_module
 from em_evaluation.detector.adherence_measure import (
     choose_worst,
     describe_set,
@@ -130,15 +130,10 @@ def render_adherence(result: dict, figures: list[dict]) -> str:
 def main():
     """Read the command line and measure."""
     flags = (tyro.conf.PositionalRequiredArgs,)
-    try:
-        measure_adherence(
-            tyro.cli(AdherenceConfig, prog="python -m em_evaluation.adherence", config=flags)
-        )
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    measure_adherence(
+        tyro.cli(AdherenceConfig, prog="python -m em_evaluation.adherence", config=flags)
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_module(main)

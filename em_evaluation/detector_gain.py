@@ -5,7 +5,6 @@ The command: python -m em_evaluation.detector_gain --data DATA --pairs way1=FOLD
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import tyro
 from em_data.config import DataConfig
 from em_data.files import write_atomically
 from em_data.labels import write_labelled
+from em_data.module_command import run_module
 from em_evaluation.detector.adherence_measure import describe_set, draw_adherence, search_images
 from em_evaluation.detector.arms import ALL, Arm, Task, list_tasks, name_pairs
 from em_evaluation.detector.gain_page import describe_gain, render_gain
@@ -254,13 +254,8 @@ def describe_protocol(config, materials: Materials, folders, num_trainings) -> d
 
 def main():
     """Read the command line and measure."""
-    try:
-        measure_gain(tyro.cli(GainConfig, prog="python -m em_evaluation.detector_gain"))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    measure_gain(tyro.cli(GainConfig, prog="python -m em_evaluation.detector_gain"))
 
 
 if __name__ == "__main__":
-    main()
+    run_module(main, "stopped; the same command continues")

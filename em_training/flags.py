@@ -14,7 +14,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from pydantic import ValidationError
@@ -29,6 +29,9 @@ ALIASES = {
     "mixed-precision": "precision",
     "epochs": "num-images",
 }
+
+
+T = TypeVar("T")
 
 
 class UsageError(ValueError):
@@ -173,6 +176,16 @@ def _name_value(hint: Any) -> str | None:
 def _show_default(value: str) -> str:
     """Return how help shows a default; nothing for one that is no value, which the text tells."""
     return "" if value in ("None", "") else f"(default: {value})"
+
+
+def parse_config(cls: type[T], module: str, description: str) -> T:
+    """Return the configuration that the command line of `python -m MODULE` asks for.
+
+    Raises:
+        UsageError: For unknown flags and impossible values.
+    """
+    with _plain_errors(f"-m {module}"):
+        return tyro.cli(cls, prog=f"python -m {module}", description=description)
 
 
 def list_flags(config: Any, prefix: str = "") -> Iterator[Flag]:

@@ -1,18 +1,7 @@
 """Run the look from the command line."""
 
-import sys
-
 from em_data.look.command import run
-
-
-def main():
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
+from em_data.module_command import run_module
 
 if __name__ == "__main__":
-    main()
+    run_module(run)

@@ -356,7 +356,7 @@ def test_the_command_prints_page_and_next_command_last(tmp_path):
     assert result.stdout.splitlines()[-1].startswith("accelerate launch train_ldm.py small")
     assert (tmp_path / "runs/look-data/look.html").is_file()
     result = subprocess.run([*command[:-1], "nowhere"], check=False, **options)
-    assert result.returncode
+    assert result.returncode == 2
     assert result.stderr.startswith("error: There is no folder 'nowhere'")
 
 
