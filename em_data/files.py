@@ -239,7 +239,8 @@ def leave_nothing_if_refused(folder, names: Collection[str]) -> Iterator[None]:
         yield
     except BaseException:
         new = sorted({*folder.rglob("*")} - before, reverse=True)  # a folder after what it holds
-        if new and all(each.is_dir() or each.name in {LOCK, *names} for each in new):
+        is_made = bool(new) or (bool(missing) and folder.is_dir())
+        if is_made and all(each.is_dir() or each.name in {LOCK, *names} for each in new):
             with suppress(OSError, ValueError):  # another process has begun to work there
                 _remove(new, folder / LOCK, before)
                 for each in missing:

@@ -52,6 +52,15 @@ def test_what_is_refused_leaves_nothing(tmp_path):
         assert (folder / "a").exists()
 
 
+def test_an_empty_folder_of_what_is_refused_goes(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    with pytest.raises(ValueError, match="refused"):
+        with files.leave_nothing_if_refused(folder, ["a"]):
+            files.make_folder(folder)
+            raise ValueError("refused")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_another_process_has_begun_stays(tmp_path):
     def fail_beside(held):
         with files.leave_nothing_if_refused(tmp_path / "run", ["a"]):
