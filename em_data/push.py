@@ -21,7 +21,7 @@ from em_data.labels import draw_instance_mask, make_objects
 from em_data.labels.describe import count_defects, count_labels, describe_found
 from em_data.markdown import escape_markdown
 from em_data.module_command import run_module
-from em_data.sources import open_source
+from em_data.sources import check_source, open_source
 from em_hub.transport import check_dry_run_folder, find_account, upload_folder
 
 SHARD_BYTES = 256 * 2**20
@@ -76,6 +76,7 @@ def push_folder(config: PushConfig, *, say=lambda text: print(text, file=sys.std
             f"--license {config.license} is no licence's name on the Hub. Write it as cc-by-4.0 or "
             "other."
         )
+    check_source(config.folder)
     if config.dry_run is not None:
         out = check_dry_run_folder(config.dry_run)
         write_dataset(config, out, say)

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAIN = "main"
@@ -61,6 +62,17 @@ def check_dry_run_folder(folder) -> Path:
     return folder
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise `ValueError` if this cannot be the name of a repository on the Hub."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repo_id} cannot be the name of a repository on the Hub. Give OWNER/NAME, or NAME "
+            "for your own account."
+        ) from error
+
+
 def find_account(repo_id: str, token: str | None = None) -> str:
     """Return the full id of a repository, after asking the Hub whether the token may write there.
 
@@ -69,8 +81,9 @@ def find_account(repo_id: str, token: str | None = None) -> str:
         token: By default HF_TOKEN, or that of the login.
 
     Raises:
-        ValueError: No token, a wrong one, or one that may only read.
+        ValueError: No name of a repository; no token, a wrong one, or one that may only read.
     """
+    check_repo_id(repo_id)
     token = token or get_token()
     if not token:
         raise ValueError(

@@ -227,3 +227,13 @@ def test_what_cannot_be_published_is_refused(folder, hub, tmp_path):
         open_source("hub:you/set", DataConfig(), tmp_path)
     with pytest.raises(ValueError, match="there is no such repository"):
         open_source("hub:you/nothing", DataConfig(), tmp_path)
+
+
+def test_a_wrong_folder_or_name_is_said_before_a_token_is_needed(folder, monkeypatch):
+    monkeypatch.setattr("em_hub.transport.get_token", lambda: None)
+    with pytest.raises(ValueError, match="There is no folder '/nowhere'"):
+        push_folder(PushConfig("/nowhere", "you/set"))
+    with pytest.raises(ValueError, match="a/b/c cannot be the name of a repository"):
+        push_folder(PushConfig(str(folder), "a/b/c"))
+    with pytest.raises(ValueError, match="There is no token"):
+        push_folder(PushConfig(str(folder), "you/set"))
