@@ -40,6 +40,7 @@ class TranslationDrawer:
         run: Mapping[str, Any] | None = None,
     ):
         self.pipeline, self.options, self.seed, self.say = pipeline, options, seed, say
+        self.activity = "writing tiles of the source" if options.untranslated else None
         self.name, self.tiles = load_source(options.source, run or {}, say)
         warn_of_pixel_size(self.tiles, pipeline.config.pixel_size_nm, say)
         self._orders: dict[int, np.ndarray] = {}

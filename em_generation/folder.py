@@ -26,7 +26,7 @@ def refuse_foreign_folder(out: Path) -> None:
 
 @contextlib.contextmanager
 def hold_folder(out: Path) -> Iterator[None]:
-    """Keep other generations out of a folder; a refused one leaves nothing in a new folder."""
+    """Keep other generations out of a folder; a refused one leaves no new folder behind."""
     message = (
         f"Another process generates into {out}. Wait for it, or choose another folder with --out."
     )

@@ -17,17 +17,9 @@ from tqdm.auto import tqdm
 
 from em_data import read_image_folder
 from em_data.figures import save_grid_with_scale_bar
-from em_data.files import (
-    name_full_disk,
-    write_atomically,
-)
+from em_data.files import name_full_disk, write_atomically
 from em_generation.both import BothGrains
-from em_generation.folder import (
-    RECORD,
-    hold_folder,
-    open_folder,
-    refuse_foreign_folder,
-)
+from em_generation.folder import RECORD, hold_folder, open_folder, refuse_foreign_folder
 from em_generation.label_store import LabelFormat, create_labelled_store
 from em_generation.loading import Model, read_model
 from em_generation.pairs import create_pair_drawer
@@ -294,7 +286,8 @@ def draw_missing(
     if not numbers:
         return
     progress.num_written = 0
-    description = f"drawing {part}by {model.title}"
+    activity = getattr(drawer, "activity", None)  # of a drawer that uses no model
+    description = f"{activity} {part}".strip() if activity else f"drawing {part}by {model.title}"
     if state.num_processes > 1:
         description += f" (process {state.process_index + 1} of {state.num_processes})"
     # threads that encode and write: the cores that do not compute

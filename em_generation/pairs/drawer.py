@@ -27,6 +27,7 @@ class LabelledDrawer:
         self.base, self.options, self.seed, self.kinds = base, options, seed, tuple(kinds)
         self.fixed_batch = base.fixed_batch
         self.images_at_once = getattr(base, "images_at_once", None)
+        self.activity = getattr(base, "activity", None)
         self._labels: dict[int, Labels] = {}
 
     def take(self, number: int) -> Labels:

@@ -130,7 +130,7 @@ def test_a_source_without_labels_has_none(model, bare_source):
         drawer.draw_layouts([0])
 
 
-def test_generate_writes_translations_and_the_tiles_before(run, tmp_path):
+def test_generate_writes_translations_and_the_tiles_before(run, tmp_path, capsys):
     sets = {}
     for name, flags in (("after", []), ("before", ["--untranslated"])):
         words = ["--model", str(run), "--out", str(tmp_path / name), "--num-images", "5", *flags]
@@ -138,6 +138,8 @@ def test_generate_writes_translations_and_the_tiles_before(run, tmp_path):
         record = generate_images(config, model)
         assert record["settings"]["untranslated"] is (name == "before")
         sets[name] = read_image_folder(tmp_path / name).batch(range(5))
+        bar = {"after": "drawing by CycleGAN", "before": "writing tiles of the source"}
+        assert bar[name] in capsys.readouterr().err
     drawer, _ = start(read_model(str(run)))
     torch.testing.assert_close(sets["after"], drawer.draw(list(range(5))), atol=0.005, rtol=0)
     tiles = drawer.tiles.batch([drawer.find_view(i) for i in range(5)])
