@@ -71,8 +71,8 @@ def compare_layouts(
         values = [np.concatenate(each) for each in (first, second)]
         if all(map(len, values)):
             result = compare_by_image(first, second, seed)
-            means = (float(each.mean()) for each in values)
-            tests.append(LayoutTest(quantity, kind, units[quantity], *means, *result))
+            mean, other = (float(each.mean()) for each in values)
+            tests.append(LayoutTest(quantity, kind, units[quantity], mean, other, *result))
     return tests
 
 

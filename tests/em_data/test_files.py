@@ -53,11 +53,13 @@ def test_what_is_refused_leaves_nothing(tmp_path):
 
 
 def test_an_empty_folder_of_what_is_refused_goes(tmp_path):
-    folder = tmp_path / "runs" / "new"
-    with pytest.raises(ValueError, match="refused"):
+    def make_and_fail(folder):
         with files.leave_nothing_if_refused(folder, ["a"]):
             files.make_folder(folder)
             raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        make_and_fail(tmp_path / "runs" / "new")
     assert not (tmp_path / "runs").exists()
 
 
