@@ -121,7 +121,6 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     tiles = data.held_out if config.side == "held_out" else data.train
     originals = read_images(tiles, min(config.num_images, len(tiles)), config.seed)
     features = compute_features(originals, extractor, cache_dir=config.tiles.cache_dir)
-
     candidates, failed, reasons = [], [], []
     for name, source in sources.items():
         try:
@@ -155,8 +154,8 @@ def select_autoencoder(config: SelectionConfig, *, log=print) -> dict:
     write_atomically(out / "selection.json", text + "\n")
     pictures = {each.numbers["name"]: each.reconstructions.levels for each in candidates}
     draw_selection(selection, originals.levels, pictures, out / "selection.png", NUM_PICTURES)
-    log("\n".join([*reasons, format_table(selection)]))
-    log(f"\n{out / 'selection.json'}\n{out / 'selection.png'}")
+    files = [f"{out / name}" for name in ("selection.json", "selection.png")]
+    log("\n".join([*reasons, format_table(selection), "", *files]))
     return selection
 
 
