@@ -374,7 +374,7 @@ def test_the_command_ends_with_an_error_when_no_candidate_is_left(saved, cache, 
     )
     assert result.returncode == 2
     assert "a cannot be judged: " in result.stderr
-    assert (result.stdout + result.stderr).count("be judged") == 1
+    assert (result.stdout + result.stderr).count("a cannot be judged") == 1
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "selection.json").exists()
 
