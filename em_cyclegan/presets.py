@@ -41,7 +41,7 @@ def demo() -> CycleGANConfig:
 
     The generators compute what is added to an image.
 
-    Hardware: one CPU core. Time: about 10 minutes, an estimate. Distances are in
+    Hardware: one CPU core. Time: 8 minutes of processor time. Distances are in
     experiments/families/README.md.
     """
     return CycleGANConfig(
