@@ -234,7 +234,8 @@ def find_folder(pattern: str, most: int) -> str | None:
 def describe_protocol(config, materials: Materials, folders, num_trainings) -> dict:
     """Return what a reader must know to judge the numbers."""
     return {
-        "data": config.data,
+        # a page that is passed on shows no local path
+        "data": Path(config.data).name if Path(config.data).is_dir() else config.data,
         "pairs": {name: Path(folder).name for name, folder in folders.items()},
         "kinds": materials.kind_map,
         "num_pool": len(materials.micrographs),
