@@ -148,7 +148,8 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path, bare=Non
     missing = store.find_missing(config.num_images)
     work: list[tuple[Any, Any, list[int]]] = [(drawer, store, missing)]
     with contextlib.ExitStack() as stack:
-        if bare is not None and record["settings"].get("grain") and missing:
+        # the same in all processes, since they wait for each other here
+        if bare is not None and record["settings"].get("grain"):
             bare_store = open_bare(bare, started, state, stack)
             left = set(bare_store.find_missing(bare.num_images))
             both = BothGrains(drawer, store, bare_store)
