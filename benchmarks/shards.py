@@ -204,7 +204,8 @@ def run_shards(function, args, out: Path, num_shards: int, rng=None, typical: fl
             # so many of all shards are killed, each somewhere between its start and its end
             is_chosen = rng is not None and rng.random() * (len(waiting) + 1) < num_left
             num_left -= is_chosen
-            running[shard] = worker, time.monotonic(), rng.random() if is_chosen else None
+            fraction = 0.9 * rng.random() if is_chosen else None  # of the typical seconds
+            running[shard] = worker, time.monotonic(), fraction
         for shard, (worker, started, fraction) in list(running.items()):
             age = time.monotonic() - started
             if fraction is not None and age > fraction * typical:
