@@ -13,7 +13,6 @@ Three kinds of sentence tell the user about the data:
 import hashlib
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from em_data.cutting import cut, make_cut_key
 from em_data.files import find_cache_dir
 from em_data.labels.describe import count_labels, describe_found
 from em_data.near_copies import MAX_FOR_CROPS
+from em_data.series import find_series
 from em_data.sources import open_source
 from em_data.split import describe_copies, group_micrographs, name_some, split_views
 from em_data.tiles import Cut, Tiles
@@ -244,8 +244,8 @@ def _describe_micrographs(cut_tiles, config) -> dict:
         notices.append(
             f"near copies among more than {MAX_FOR_CROPS:,} micrographs: crops are not looked for"
         )
-    if config.split == "micrograph":
-        notices += _list_series_notices(micrographs, cut_tiles.near_copies)
+    if config.split != "leaky":
+        notices += _list_series_notices(micrographs, cut_tiles.near_copies, config.split)
     if config.split == "leaky":
         notices.append(
             "leaky split: training and held-out views show the same micrographs, so scores are "
@@ -259,22 +259,34 @@ def _describe_micrographs(cut_tiles, config) -> dict:
     }
 
 
-def _list_series_notices(micrographs, near_copies) -> list[str]:
-    """Return a hint per series of frames: names that differ only in a frame's number.
+def _list_series_notices(micrographs, near_copies, split) -> list[str]:
+    """Return a hint per series of files that the split may part.
 
     A series whose frames are all near copies of one another stays on one side and needs no hint.
     """
-    series = defaultdict(list)
-    for micrograph, group in zip(micrographs, group_micrographs(micrographs, "", near_copies)):
-        frame = re.fullmatch(r"(.*frame[-_ ]*)\d+", Path(micrograph["name"]).stem, re.I)
-        if frame:
-            series[frame[1]].append(group)
+    groups = group_micrographs(micrographs, split, near_copies)
+    counts = {each: len({groups[i] for i in each.numbers}) for each in find_series(micrographs)}
+    if split == "specimen":
+        return [
+            f"{series.describe()}, but lie in {num} specimens. If they are one series, give them "
+            "one specimen with --tiles.specimen-pattern or one folder."
+            for series, num in counts.items()
+            if num > 1
+        ]
     return [
-        f"{len(groups)} micrographs look like frames of one series ({name}*). If so, use "
-        "--tiles.split specimen, with --tiles.specimen-pattern."
-        for name, groups in series.items()
-        if len(set(groups)) > 1
+        f"{series.describe()}; {_describe_joined(series, num)}. If they are one series, held-out "
+        "frames resemble those of training: use --tiles.split specimen, with "
+        "--tiles.specimen-pattern."
+        for series, num in counts.items()
+        if num > 1
     ]
+
+
+def _describe_joined(series, num_groups) -> str:
+    """Say how far near copies keep a series together."""
+    if num_groups == len(series.files):
+        return "no near copies were found among them"
+    return f"near copies keep some of them together, in {num_groups} groups"
 
 
 def merge_notices(micrographs) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from em_data.config import DataConfig
-from em_data.look.survey import SERIES_NAME, Survey, find_series
+from em_data.look.survey import Survey
+from em_data.series import SERIES_PATTERN, find_series, strip_frame
 
 RESOLUTIONS = (64, 128, 256)
 LARGEST_DOWNSAMPLE = 64
@@ -20,7 +21,6 @@ FEWEST_FRAMES = 8  # that a frame step leaves of a stack
 FIELD_PATTERN = r"(?i)(?:fov|hfw)[-_ ]?(?P<fov>\d+(?:\.\d+)?)[-_ ]?(?P<unit>nm|um|µm)"
 FEWEST_SPECIMENS = 3  # for a split by specimen
 SAME_SIZE = 0.01  # pixel sizes that differ by less are the same
-SERIES_PATTERN = r"(?i)^(.*?)[-_ ]*(?:frame[-_ ]*\d+)?\.\w+$"
 
 
 @dataclass
@@ -184,9 +184,9 @@ def describe_share(share: float) -> str:
 def _advise_split(survey, config, advice):
     """Recommend what is held out: specimens, micrographs, or last of all random views."""
     micrographs = survey.micrographs
-    groups, series = _join_copies(survey), find_series(micrographs)
+    group_of, series = _join_copies(survey), find_series(micrographs)
     specimens = Counter(each["specimen"] for each in micrographs)
-    by_name = Counter(_match_series(each["name"]) for each in micrographs)
+    by_name = Counter(strip_frame(each["name"]) for each in micrographs)
     if config.specimen_pattern is not None:
         advice.flags["specimen_pattern"] = config.specimen_pattern
     if None not in specimens and _are_specimens(specimens):
@@ -194,10 +194,10 @@ def _advise_split(survey, config, advice):
             "specimen",
             f"{len(specimens)} specimens are named by folder, file name or data set",
         )
-    elif series and _are_specimens(by_name):
+    elif any(each.is_named for each in series) and _are_specimens(by_name):
         split, text = "specimen", f"Names without the number of a frame give {len(by_name)} series"
         advice.flags["specimen_pattern"] = SERIES_PATTERN
-    elif len(groups) > 1:
+    elif len(set(group_of.values())) > 1:
         split, text = "micrograph", "Whole micrographs are held out"
     else:
         split, text = "leaky", "All images belong together, so that no independent one is left"
@@ -205,11 +205,16 @@ def _advise_split(survey, config, advice):
             "Training and held-out views will show the same micrographs, so that scores look too "
             "good. Add images of another area or specimen before you trust them."
         )
-    if split == "micrograph" and series:
-        name, num = max(series.items(), key=lambda item: item[1])
+    parted = [
+        each
+        for each in series
+        if len({group_of[micrographs[number]["name"]] for number in each.numbers}) > 1
+    ]
+    if split == "micrograph" and parted:
+        longest = max(parted, key=lambda each: (each.is_named, len(each.files)))
         advice.warnings.append(
-            f"{num} micrographs look like frames of one series ({name}*): held-out frames resemble "
-            "those of training, and scores look too good. Add another area or specimen."
+            f"{longest.describe()}. If they are one series, held-out frames resemble those of "
+            "training, and scores look too good: add another area or specimen."
         )
     if split == "micrograph" and None not in specimens and len(specimens) > 1:
         text += (
@@ -232,19 +237,14 @@ def _are_specimens(counts) -> bool:
     return FEWEST_SPECIMENS <= len(counts) < num and max(counts.values()) <= 0.6 * num
 
 
-def _match_series(name):
-    match = SERIES_NAME.match(name.partition("#")[0])
-    return match["series"] if match else name
-
-
-def _join_copies(survey) -> set[str]:
-    """Return the groups of micrographs that are left when copies are joined."""
+def _join_copies(survey) -> dict[str, str]:
+    """Return {name of a micrograph: its group}, with the groups of copies joined."""
     group_of = {each["name"]: each["group"] for each in survey.micrographs}
     for copies in survey.copies:
         joined = {group_of[name] for name in copies}
         first = min(joined)
         group_of = {name: first if group in joined else group for name, group in group_of.items()}
-    return set(group_of.values())
+    return group_of
 
 
 def _advise_frame_step(survey, config, advice):

@@ -1,6 +1,5 @@
 """What a source of micrographs holds, in one pass over all of its files."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ REDUCED_PX = 64
 THUMBNAIL_PX = 192
 HISTOGRAM_BINS = 64
 HISTOGRAM_PIXELS = 65_536  # of a micrograph, at most
-SERIES_NAME = re.compile(r"^(?P<series>.*?)[-_ ]*frame[-_ ]*\d+\.\w+$", re.IGNORECASE)
 
 
 @dataclass
@@ -230,10 +228,3 @@ def compare_frames(stacks) -> dict[int, float]:
             return similarity
         similarity[step] = float(np.median(pairs))
         step *= 2
-
-
-def find_series(micrographs: list[dict]) -> dict[str, int]:
-    """Return {series: number of frames} of files whose names differ in the number of a frame."""
-    names = {each["name"].partition("#")[0] for each in micrographs}
-    found = Counter(match["series"] for match in map(SERIES_NAME.match, names) if match)
-    return {series: num for series, num in found.items() if num > 1}

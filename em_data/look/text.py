@@ -4,7 +4,8 @@ from collections import Counter
 
 from em_data.data import merge_notices
 from em_data.look.recommendation import Advice, format_size, list_pixel_sizes
-from em_data.look.survey import Survey, find_series
+from em_data.look.survey import Survey
+from em_data.series import find_series
 from em_data.split import name_some
 
 
@@ -58,11 +59,7 @@ def describe_frames(survey: Survey) -> list[str]:
             f"stacks: {count(len(stacks), 'file')} of {frames} frames. Frames of one file are kept "
             "on one side of the split."
         )
-    lines += [
-        f"series: {num} files look like frames of one series ({name}*)"
-        for name, num in find_series(survey.micrographs).items()
-    ]
-    return lines
+    return lines + [f"series: {each.describe()}" for each in find_series(survey.micrographs)]
 
 
 def describe_pixel_sizes(survey: Survey) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from em_data.files import printable, write_atomically
 from em_data.formats.microscopes import find_companions
 from em_data.labels.find import find_classes, find_labels
 from em_data.labels.label_set import attach_labels
 from em_data.reading import read_micrographs
+from em_data.series import drop_time_folders
 from em_data.sources.base import Entry, Source
 from em_data.sources.listing import list_images
 
@@ -110,12 +111,15 @@ def group_of(name: str) -> str:
     return re.sub(r"_\d+\.ser$", ".ser", name, flags=re.IGNORECASE)
 
 
-def find_specimen(path: Path, pattern: str | None) -> str | None:
-    """Return the specimen of a file: by the pattern, or by default the folder that it lies in."""
+def find_specimen(path: PurePath, pattern: str | None) -> str | None:
+    """Return the specimen of a file: by the pattern, or by default the folder that it lies in.
+
+    Folders that only tell when a frame was recorded count as part of the folder above.
+    """
     if pattern is not None:
         match = re.search(pattern, path.as_posix())
         return (match.group(1) if match.re.groups else match.group()) if match else None
-    parts = [part for part in path.parts[:-1] if not IMAGE_FOLDER.match(part)]
+    parts = [part for part in drop_time_folders(path) if not IMAGE_FOLDER.match(part)]
     return "/".join(parts) or None
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import PurePosixPath
 
 import numpy as np
 import PIL.Image
@@ -20,8 +21,10 @@ from em_data.look.recommendation import advise, choose_scale, count_tiles
 from em_data.look.survey import MOST_MEASURED, Spread, survey_source
 from em_data.look.text import describe_frames
 from em_data.micrograph import Defect, Micrograph
+from em_data.series import LONG_RUN, SERIES_PATTERN
 from em_data.sources import open_source
 from em_data.sources.base import Entry, Source
+from em_data.sources.folder import find_specimen
 
 SIDE = 256
 
@@ -190,6 +193,72 @@ def test_one_series_is_warned_of(tmp_path):
     advice = advise(*survey(folder))
     assert advice.flags["split"] == "micrograph"
     assert any("frames of one series (Heat*)" in each for each in advice.warnings)
+
+
+def test_seconds_of_a_recording_are_neither_series_nor_specimens(tmp_path):
+    """Gatan's layout for in-situ data: folders and names hold hour, minute, second and frame."""
+    names = []
+    for chip in "ab":
+        for second in range(3):
+            time = f"Hour_00_Minute_00_Second_{second:02d}"
+            for frame in range(2):
+                names.append(f"{chip}/{time.replace('_M', '/M').replace('_S', '/S')}/{chip}_{time}")
+                names[-1] += f"_Frame_{frame:04d}.png"
+    assert names[0] == (
+        "a/Hour_00/Minute_00/Second_00/a_Hour_00_Minute_00_Second_00_Frame_0000.png"
+    )
+    save_several(tmp_path / "folders", names)
+    found, _ = survey(tmp_path / "folders")
+    assert {each["specimen"] for each in found.micrographs} == {"a", "b"}
+    assert describe_frames(found) == [
+        f"series: 6 micrographs look like frames of one series ({chip}*)" for chip in "ab"
+    ]
+    assert advise(found, DataConfig()).flags["split"] == "micrograph"  # two are too few
+    save_several(tmp_path / "names", [name.rpartition("/")[2] for name in names])
+    found, config = survey(tmp_path / "names")
+    advice = advise(found, config)
+    assert advice.flags["split"] == "micrograph"
+    assert any("frames of one series (a*)" in each for each in advice.warnings)
+    for pattern in (SERIES_PATTERN, None):
+        source = open_source(tmp_path / "folders", DataConfig(specimen_pattern=pattern), None)
+        assert {entry.specimen for entry in source.entries} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("path", "specimen"),
+    [
+        ("steel/Hour_24/a.png", "steel/Hour_24"),  # aged for a day
+        ("Second_03/x_Hour_00_Minute_00_Second_03_Frame_0001.dm4", None),
+        ("steel/images/Time_1/Frame_2/a.png", "steel"),
+        ("lifetime3/a.png", "lifetime3"),
+    ],
+)
+def test_folders_of_times_are_no_specimens(path, specimen):
+    assert find_specimen(PurePosixPath(path), None) == specimen
+
+
+def test_a_long_numbered_run_draws_a_hint_that_says_what_is_known(tmp_path):
+    folder = tmp_path / "data"
+    scene = draw_blobs(9, 0, 96)
+    for i in range(LONG_RUN):
+        image = draw_blobs(9, i, 96) if i % 4 else np.clip(scene + 3.0 * (i // 4), 0, 255)
+        save(folder, f"heat_{i:04d}.png", image.astype(np.uint8))
+    said, config = [], {"resolution": 32, "cache_dir": str(tmp_path / "cache")}
+    load_data(folder, DataConfig(**config), log=said.append)
+    (hint,) = [each for each in said if "numbered names" in each]
+    assert hint.startswith("20 micrographs of one size have numbered names (heat_0000.png to heat_")
+    assert "near copies keep some of them together, in 16 groups. If they are" in hint
+    assert "--tiles.split specimen" in hint
+    found, _ = survey(folder)
+    (warning,) = [each for each in advise(found, DataConfig()).warnings if "numbered" in each]
+    assert "add another area or specimen" in warning
+    parted = DataConfig(**config, split="specimen", specimen_pattern=r"heat_\d+")
+    (hint,) = [each for each in load_data(folder, parted).summary["notices"] if "numbered" in each]
+    assert "but lie in 16 specimens" in hint
+    (folder / "heat_0001.png").unlink()
+    said.clear()
+    load_data(folder, DataConfig(**config), log=said.append)
+    assert not any("numbered" in each for each in said)  # too few
 
 
 def make_stack(num_frames, change):
