@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from em_data.formats.base import (
     Stored,
     explain_failure,
 )
+from em_data.formats.channels import find_planes
 from em_data.formats.colour import to_grey
 from em_data.formats.tiff_pages import COLOURS, check_page, read_page
 from em_data.metadata import read_tiff_metadata, square_pixel_size
@@ -62,9 +62,14 @@ def decode_tiff(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
         group = _choose_group(tif, notices)
         first = _get_page(tif, group.pages[0])
         frames = _find_frames(tif, first, group)
-        if len(frames) > 1:
+        numbers = [page for page, _ in group.pages]
+        if len(numbers) != len(frames):  # several frames lie in one page
+            numbers = list(range(len(frames)))
+        planes = find_planes(tif, numbers, notices)
+        num_frames = len({frame for _, frame in planes})
+        if num_frames > 1:
             notices.append(
-                f"stack of {len(frames)} frames: each is a micrograph; no split parts them"
+                f"stack of {num_frames} frames: each is a micrograph; no split parts them"
             )
         told = (tif.imagej_metadata or {}).get("images", 1)
         if isinstance(told, int) and told > len(frames) and len(group.pages) == num_pages:
@@ -76,9 +81,12 @@ def decode_tiff(source: bytes | Path, frame_step: int = 1) -> Iterator[Stored]:
             )
         metadata, sizes = read_tiff_metadata(tif, first)
         pixel_size = square_pixel_size(sizes, notices)
-        for i, read in islice(enumerate(frames), 0, None, frame_step):
+        for (channel, i), read in zip(planes, frames):
+            if i % frame_step:
+                continue
             stored = Stored(np.empty(0), metadata | {"notices": notices}, pixel_size)
-            stored.frame = i if len(frames) > 1 else None
+            stored.frame = i if num_frames > 1 else None
+            stored.name = f"C{channel}" if channel else None
             try:
                 read(stored)
             except Exception as error:  # the other frames go on

@@ -251,7 +251,8 @@ def _advise_frame_step(survey, config, advice):
     """Recommend to skip frames of stacks whose neighbours are almost equal."""
     if survey.similarity.get(1, 0) < ALIKE or config.frame_step > 1:
         return
-    num_frames = max(Counter(each["group"] for each in survey.micrographs).values())
+    framed = [each["name"] for each in survey.micrographs if each["frame"] is not None]
+    num_frames = max(Counter(each.rpartition("#")[0] for each in framed).values())
     steps = [step for step in survey.similarity if num_frames // step >= FEWEST_FRAMES]
     step = next((step for step in steps if survey.similarity[step] < ALIKE), max(steps, default=1))
     alike = f"{survey.similarity[1]:.2f}"

@@ -107,8 +107,9 @@ def survey_source(source: Source, config, progress: Callable = lambda entries: e
         survey.micrographs.append(_list_facts(entry, micrograph, levels[2]))
         survey.labels.add(micrograph, levels[:2])
         survey.histogram += _count_levels(micrograph.image, levels)
-        if "frame" in micrograph.metadata and len(stacks[entry.group]) < MOST_FRAMES:
-            stacks[entry.group].append(_reduce(micrograph.image))
+        stack = entry.group, micrograph.name.rpartition("#")[0]  # of one channel
+        if "frame" in micrograph.metadata and len(stacks[stack]) < MOST_FRAMES:
+            stacks[stack].append(_reduce(micrograph.image))
         if measured.take(number):
             is_kept = kept.take(number)
             survey.samples.append(_sample(number, micrograph.image, levels[:2], is_kept))

@@ -50,13 +50,15 @@ def count(num: int, noun: str) -> str:
 
 def describe_frames(survey: Survey) -> list[str]:
     """Return a line on stacks and a line per series of files, if there are any."""
-    stacks = Counter(each["group"] for each in survey.micrographs if each["frame"] is not None)
+    framed = [each["name"] for each in survey.micrographs if each["frame"] is not None]
+    stacks = Counter(each.rpartition("#")[0] for each in framed)  # of one channel each
+    files = {each.partition("#")[0] for each in framed}
     lines = []
     if stacks:
         most = max(stacks.values())
         frames = f"{min(stacks.values())} to {most}" if min(stacks.values()) < most else f"{most}"
         lines.append(
-            f"stacks: {count(len(stacks), 'file')} of {frames} frames. Frames of one file are kept "
+            f"stacks: {count(len(files), 'file')} of {frames} frames. Frames of one file are kept "
             "on one side of the split."
         )
     return lines + [f"series: {each.describe()}" for each in find_series(survey.micrographs)]

@@ -460,3 +460,19 @@ def test_an_outline_lies_on_the_edge_of_a_mask():
     assert np.array_equal(drawn[..., 1] > 0, large & outside)
     assert drawn[:4, 3, 0].min() == 255  # the box ends at the second pixel
     assert drawn[..., 0].sum() == 255 * 7
+
+
+def test_frames_are_compared_within_their_channel(tmp_path):
+    scene = draw_blobs(20, 0)
+    other = draw_blobs(20, 1)
+    (tmp_path / "data").mkdir()
+    tifffile.imwrite(
+        tmp_path / "data/a.tif",
+        np.stack([[scene, other]] * 3),
+        imagej=True,
+        metadata={"axes": "TCYX"},
+    )
+    found, _ = survey(tmp_path / "data")
+    assert found.similarity[1] == pytest.approx(1)
+    assert describe_frames(found)[0].startswith("stacks: 1 file of 3 frames.")
+    assert any("2 channels" in notice for each in found.micrographs for notice in each["notices"])

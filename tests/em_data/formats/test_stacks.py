@@ -73,6 +73,64 @@ def test_every_frame_is_a_micrograph_with_its_number(kind, tmp_path):
     assert [notice in each.metadata["notices"] for each in read] == [True] + [False] * 4
 
 
+CHANNELS = FRAMES[:4].reshape(2, 2, 40, 56)  # of two detectors, or of two times
+HYPERSTACKS = {  # file, and axes of its leading two dimensions
+    "imagej": (tiff(CHANNELS, imagej=True, metadata={"axes": "TCYX"}), "TC"),
+    "imagej with slices": (tiff(CHANNELS, imagej=True, metadata={"axes": "ZCYX"}), "TC"),
+    "ome": (ome(CHANNELS, "TCYX"), "TC"),
+    "ome, channels apart": (ome(CHANNELS, "CTYX", bigtiff=True), "CT"),
+    "ome, compressed": (ome(CHANNELS, "CTYX", compression="zlib"), "CT"),
+    "described": (tiff(CHANNELS, photometric="minisblack", metadata={"axes": "CTYX"}), "CT"),
+}
+
+
+@pytest.mark.parametrize("kind", HYPERSTACKS)
+def test_channels_are_named_apart_from_frames(kind):
+    data, axes = HYPERSTACKS[kind]
+    read = {each.name: each for each in read_micrographs(data, name="x.tif")}
+    assert sorted(read) == [f"x.tif#C{channel}#{i:04d}" for channel in (1, 2) for i in (0, 1)]
+    for name, each in read.items():
+        channel, frame = int(name[7]) - 1, int(name[-1])
+        assert each.metadata["frame"] == frame
+        at = (frame, channel) if axes == "TC" else (channel, frame)
+        assert np.array_equal(each.image, CHANNELS[at])
+    notices = next(iter(read.values())).metadata["notices"]
+    assert "stack of 2 frames: each is a micrograph; no split parts them" in notices
+    assert any(each.startswith("2 channels, named #C1 to #C2") for each in notices)
+    every_second = [each.name for each in read_micrographs(data, name="x.tif", frame_step=2)]
+    assert sorted(every_second) == ["x.tif#C1#0000", "x.tif#C2#0000"]
+
+
+def test_two_detectors_of_one_scan_are_no_stack():
+    data = tiff(FRAMES[:2], imagej=True, metadata={"axes": "CYX", "mode": "composite"})
+    read = list(read_micrographs(data, name="x.tif"))
+    assert [each.name for each in read] == ["x.tif#C1", "x.tif#C2"]
+    assert not any("frame" in each.metadata for each in read)
+    assert not any("stack" in notice for notice in read[0].metadata["notices"])
+    maps = tiff(FRAMES, imagej=True, metadata={"axes": "CYX", "mode": "composite"})
+    assert [each.name for each in read_micrographs(maps, name="x")] == [
+        f"x#C{i}" for i in range(1, 6)
+    ]
+
+
+def test_a_stack_told_as_many_channels_is_read_as_frames_and_said():
+    """tifffile writes the frames of a stack so if it is given no axes."""
+    for data in (STACKS["imagej"], tiff(FRAMES, ome=True, photometric="minisblack")):
+        first, *_ = read = list(read_micrographs(data, name="x"))
+        assert [each.name for each in read] == [f"x#{i:04d}" for i in range(5)]
+        assert any("tells 5 channels and no frames" in each for each in first.metadata["notices"])
+
+
+def test_a_damaged_header_tells_no_channels():
+    data = HYPERSTACKS["imagej"][0].replace(b"channels=2", b"channels=0")
+    assert [each.name for each in read_micrographs(data, name="x")] == [
+        f"x#{i:04d}" for i in range(4)
+    ]
+    for size in (b"1", b"9", b"99999999999"):
+        data = HYPERSTACKS["ome"][0].replace(b'SizeT="2"', b'SizeT="%s"' % size)
+        assert len({each.name for each in read_micrographs(data, name="x")}) == 4
+
+
 def test_every_kth_frame_is_read():
     read = list(read_micrographs(STACKS["pages"], name="x", frame_step=2))
     assert [each.metadata["frame"] for each in read] == [0, 2, 4]
