@@ -131,7 +131,12 @@ def test_channels_of_velox_are_micrographs_of_their_own(tmp_path):
     assert haadf.pixel_size_nm == bf.pixel_size_nm == pytest.approx(2.0)
     assert haadf.metadata["voltage_kV"] == 200.0
     assert haadf.metadata["instrument"] == "Talos"
-    assert haadf.metadata["notices"] == ["not used: an X-ray map (Fe), not a micrograph"]
+    assert haadf.metadata["notices"] == [
+        "not used: an X-ray map (Fe), not a micrograph",
+        "2 images (HAADF, BF): each is a micrograph; to train on one of them, save it as a file of "
+        "its own",
+    ]
+    assert bf.metadata["notices"] == []
 
 
 def test_what_is_no_micrograph_is_refused_by_its_name(store, tmp_path):

@@ -156,7 +156,13 @@ def decode_microscope(source: bytes | Path, form: Format, frame_step: int = 1) -
         pictures[0].metadata["notices"] += [
             f"not used: {other.removesuffix('.')}" for other in dict.fromkeys(others)
         ]
-        for picture, name in zip(pictures, _make_names(pictures)):
+        names = _make_names(pictures)
+        if len(pictures) > 1:
+            pictures[0].metadata["notices"].append(
+                f"{len(names)} images ({', '.join(names)}): each is a micrograph; to train on one "
+                "of them, save it as a file of its own"
+            )
+        for picture, name in zip(pictures, names):
             picture.metadata |= facts
             yield from picture.read(name, frame_step)
 
