@@ -201,10 +201,11 @@ def run_shards(function, args, out: Path, num_shards: int, rng=None, typical: fl
         while waiting and len(running) < args.num_workers:
             shard = waiting.popleft()
             worker = fork(function, args, out, f"{shard}/{num_shards}")
-            # so many of all shards are killed, each somewhere between its start and its end
+            # so many of all shards are killed, each at a random time of the first half of its work:
+            # the last ones are quicker than those before, since fewer workers share the cores
             is_chosen = rng is not None and rng.random() * (len(waiting) + 1) < num_left
             num_left -= is_chosen
-            fraction = 0.9 * rng.random() if is_chosen else None  # of the typical seconds
+            fraction = rng.random() / 2 if is_chosen else None
             running[shard] = worker, time.monotonic(), fraction
         for shard, (worker, started, fraction) in list(running.items()):
             age = time.monotonic() - started

@@ -16,18 +16,21 @@ import pytest
 
 from support.commands import Command, make_commands
 from support.faults import Count, FullDisk, Kill, PowerCuts, replace_by
+from support.tiny_bases import make_stable_diffusion
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a fork server")
-NAMES = "train_ldm", "train_gan", "generate", "evaluate"
+TRAININGS = "train_ldm", "train_gan", "train_cyclegan", "train_lora"
+NAMES = *TRAININGS, "generate", "evaluate"
 KILLS = 50  # of each command
 CUTS = 20
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """The commands, and two trained models for generation and evaluation."""
+    """The commands, and what they need: two trained models and the base of a LoRA."""
     models = tmp_path_factory.mktemp("models")
     made = make_commands(models)
+    make_stable_diffusion(models / "base")
     for name in ("train_ldm", "train_gan"):
         assert made[name].run(models).code == 0
     return made

@@ -19,7 +19,9 @@ PRELOAD = [
     "torch",
     "diffusers",
     "datasets",
+    "em_cyclegan.train",
     "em_diffusion.train",
+    "em_stable_diffusion.train",
     "em_stylegan.train",
     "em_generation.evaluate",
     "em_generation.generate",
@@ -91,7 +93,7 @@ class Started:
 
 
 def make_commands(models: Path) -> dict[str, Command]:
-    """Return small calls of the commands; generation and evaluation use the runs in `models`."""
+    """Return small calls of the commands, which use the runs and the base in `models`."""
     train = ["test", "--tiles.cache-dir", "{root}/cache", "--out"]
     generate = ["--num-images", "40", "--batch-size", "8", "--out", "{root}/images"]
     evaluate = ["--num-images", "12", "--cache-dir", "{root}/cache", "--out", "{root}/report"]
@@ -99,6 +101,10 @@ def make_commands(models: Path) -> dict[str, Command]:
     return {
         "train_ldm": Command("train_ldm", [*train, "{root}/ldm"], (weights, log, "ldm/grain/*.s*")),
         "train_gan": Command("train_gan", [*train, "{root}/gan"], (weights, log)),
+        "train_cyclegan": Command("train_cyclegan", [*train, "{root}/cyclegan"], (weights, log)),
+        "train_lora": Command(
+            "train_lora", [*train, "{root}/lora", "--base", f"{models}/base"], (weights, log)
+        ),
         "generate": Command(
             "generate", ["--model", f"{models}/ldm", *generate], ("images/*.png", "*.png")
         ),
