@@ -11,7 +11,15 @@ from em_data.formats import Refusal, decode
 from em_data.formats.microscopes import SUFFIXES, find_format
 from em_data.reading import read_micrographs
 from em_data.sources.folder import list_images, open_folder
-from support.microscope_files import DM_TYPES, MRC_MODES, make_dm, make_mrc, make_ser, write_velox
+from support.microscope_files import (
+    DM_TYPES,
+    MRC_MODES,
+    make_dm,
+    make_mrc,
+    make_ser,
+    write_hspy,
+    write_velox,
+)
 
 RNG = np.random.default_rng(7)
 STACK = RNG.integers(0, 1000, (3, 20, 30)).astype(np.uint16)
@@ -36,36 +44,6 @@ def store(tmp_path):
         return list(decode(path, **options))
 
     return read
-
-
-def write_hspy(path, array, units, navigate=(), title="", signal_type=""):
-    from rsciio.hspy import file_writer
-
-    axes = [
-        {
-            "name": f"axis {i}",
-            "size": size,
-            "index_in_array": i,
-            "scale": 0.5,
-            "offset": 0.0,
-            "units": unit,
-            "navigate": i in navigate,
-            "_type": "UniformDataAxis",
-        }
-        for i, (size, unit) in enumerate(zip(array.shape, units))
-    ]
-    signal = {
-        "data": array,
-        "axes": axes,
-        "metadata": {"General": {"title": title}, "Signal": {"signal_type": signal_type}},
-        "original_metadata": {},
-        "attributes": {"_lazy": False, "ragged": False},
-        "learning_results": {},
-        "tmp_parameters": {},
-        "models": {},
-        "package_info": {"package": "", "package_version": ""},
-    }
-    file_writer(str(path), signal)
 
 
 @pytest.mark.parametrize("version", [3, 4])
@@ -356,3 +334,11 @@ def test_folder_lists_files_of_microscopes_and_names_the_others(tmp_path):
     assert {path.suffix for path in listing.paths} == set(SUFFIXES)
     assert any(each.startswith("1 .blo files: 4D-STEM sets of diffraction") for each in ignored)
     assert "1 .msa files: spectra, not micrographs" in ignored
+
+
+def test_bytes_too_many_in_a_series_of_tia_are_said(store):
+    data = make_ser(STACK)
+    start = data.index(STACK[2][::-1].tobytes())  # of the last one
+    frames = store("a.ser", data[:start] + bytes(40) + data[start:])
+    assert "1 of 3 images have their time elsewhere" in frames[0].metadata["notices"][0]
+    assert all(not frame.metadata["notices"] for frame in store("a.ser", data))

@@ -154,3 +154,34 @@ def write_velox(path, images, units="m"):
             detector = {"dataPath": f"/Data/Image/{i:032x}", "detector": title}
             operations = file.require_group("Operations/StemInputOperation")
             operations.create_dataset(f"{i}", data=[json.dumps(detector).encode()], dtype=strings)
+
+
+def write_hspy(path, array, units, navigate=(), title="", signal_type=""):
+    """Write a file of HyperSpy with an array whose axes have a scale of 0.5 and the given units."""
+    from rsciio.hspy import file_writer
+
+    axes = [
+        {
+            "name": f"axis {i}",
+            "size": size,
+            "index_in_array": i,
+            "scale": 0.5,
+            "offset": 0.0,
+            "units": unit,
+            "navigate": i in navigate,
+            "_type": "UniformDataAxis",
+        }
+        for i, (size, unit) in enumerate(zip(array.shape, units))
+    ]
+    signal = {
+        "data": array,
+        "axes": axes,
+        "metadata": {"General": {"title": title}, "Signal": {"signal_type": signal_type}},
+        "original_metadata": {},
+        "attributes": {"_lazy": False, "ragged": False},
+        "learning_results": {},
+        "tmp_parameters": {},
+        "models": {},
+        "package_info": {"package": "", "package_version": ""},
+    }
+    file_writer(str(path), signal)

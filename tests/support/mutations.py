@@ -7,6 +7,8 @@ import numpy as np
 import PIL.Image
 import tifffile
 
+from support.microscope_files import make_dm, make_mrc, make_ser, write_hspy, write_velox
+
 EXTREMES = (0, 1, 2, 255, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF)
 
 
@@ -60,6 +62,36 @@ def make_pictures() -> dict[str, bytes]:
         "baseline.jpg": encode_with_pil(grey8, "JPEG", quality=90),
         "progressive.jpg": encode_with_pil(grey8, "JPEG", quality=80, progressive=True),
         "grey.bmp": encode_with_pil(grey8, "BMP"),
+    }
+
+
+def make_microscope_files(folder: Path) -> dict[str, tuple[bytes, list[bytes]]]:
+    """Return {file name: (content, stretches of it that are pixels)} of files of microscopes."""
+    grey8, grey16 = make_image(), make_image(np.uint16)
+    stack = np.stack([np.roll(grey16, i, axis=0) for i in range(3)])
+    real, wide = make_image(np.float32), grey16.astype(np.int32) - 1000
+    nm, thumbnail = {"scale": 0.5, "unit": "nm"}, make_image(shape=(12, 16))
+    path = folder / "sample"
+    write_velox(path, {"HAADF": (np.moveaxis(stack, 0, -1), 1e-9), "BF": (grey8[..., None], 1e-9)})
+    velox = path.read_bytes()
+    path.unlink()
+    write_hspy(path, stack, ["s", "nm", "nm"], navigate=[0])
+    hspy = path.read_bytes()
+    path.unlink()
+    files = {
+        "one.dm3": (make_dm([(grey16, nm)], 3), [grey16]),
+        "two.dm4": (make_dm([(stack, nm), (grey8, {})]), [stack, grey8]),
+        "thumbnail.dm4": (make_dm([(wide, nm)], thumbnail=thumbnail), [thumbnail, wide]),
+        "one.ser": (make_ser(grey8[None]), [grey8[::-1]]),
+        "series.ser": (make_ser(stack), [frame[::-1] for frame in stack]),
+        "stack.mrc": (make_mrc(stack, (30.0, 20.0, 3.0)), [stack]),
+        "big_endian.mrc": (make_mrc(grey16, order=">"), [grey16.astype(">u2")]),
+        "real.mrc": (make_mrc(real), [real]),
+        "velox.emd": (velox, [*stack, grey8]),
+        "stack.hspy": (hspy, [stack]),
+    }
+    return {
+        name: (data, [each.tobytes() for each in arrays]) for name, (data, arrays) in files.items()
     }
 
 

@@ -14,8 +14,11 @@ MAX_PHENOM_BYTES = 64 * 1024**2  # unpacked; RosettaSciIO reads them one by one
 JEOL_ITEM_BYTES = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 4, 10: 8}
 
 
-def check_header(path: Path, format_name: str) -> None:
+def check_header(path: Path, format_name: str) -> list[str]:
     """Refuse a file whose header announces more than the file holds.
+
+    Returns:
+        Sentences for the user.
 
     Raises:
         Refusal: The file is cut short or its header is damaged.
@@ -23,11 +26,12 @@ def check_header(path: Path, format_name: str) -> None:
     check = CHECKS.get(format_name)
     if check:
         try:
-            check(path, path.stat().st_size)
+            return check(path, path.stat().st_size) or []
         except (struct.error, ValueError, OverflowError) as error:
             if isinstance(error, Refusal):
                 raise
             raise Refusal("truncated: its header is cut short. Copy it again.") from error
+    return []
 
 
 def _check_tvips(path, size):

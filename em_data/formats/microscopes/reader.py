@@ -142,7 +142,7 @@ def decode_microscope(source: bytes | Path, form: Format, frame_step: int = 1) -
     """
     with _as_file(source, form) as path:
         form = HDF5_FORMATS[find_hdf5_format(path, MISSING)] if form is HDF5 else form
-        check_header(path, form.name)
+        remarks = check_header(path, form.name)
         emi = find_emi(source) if form is TIA and isinstance(source, Path) else None
         facts = read_emi(emi) if emi else {}
         pictures, others = [], []
@@ -153,7 +153,7 @@ def decode_microscope(source: bytes | Path, form: Format, frame_step: int = 1) -
                 others.append(str(refusal))
         if not pictures:
             raise Refusal(others[0] if others else f"no image in this {form.name} file.")
-        pictures[0].metadata["notices"] += [
+        pictures[0].metadata["notices"] += [*remarks] + [
             f"not used: {other.removesuffix('.')}" for other in dict.fromkeys(others)
         ]
         names = _make_names(pictures)

@@ -10,6 +10,7 @@ from em_data.formats.base import Refusal
 ITEM_BYTES = {1: 1, 2: 2, 3: 4, 4: 1, 5: 2, 6: 4, 7: 4, 8: 8, 9: 8, 10: 16}
 IMAGES = 0x4122
 IMAGE_HEADER = "<ddIddIHII"
+TIMES = 0x4152, 0x4142  # first bytes of the time of an image, without and with a position
 PLAIN_KEYS = {
     "Microscope": "instrument",
     "High tension": "voltage_kV",
@@ -18,15 +19,18 @@ PLAIN_KEYS = {
 }
 
 
-def check_ser(path: Path, size: int) -> None:
+def check_ser(path: Path, size: int) -> list[str]:
     """Refuse a series that announces more images than the file holds, or images of many sizes.
+
+    Returns:
+        A sentence if the time of an image, which follows its pixels, is not where the header says.
 
     Raises:
         Refusal: The file is cut short, damaged, or holds no image.
     """
     with open(path, "rb") as file:
         head = file.read(34)
-        version, kind, _, _, num_valid = struct.unpack_from("<HIIII", head, 4)
+        version, kind, _, num_total, num_valid = struct.unpack_from("<HIIII", head, 4)
         word = "I" if version <= 528 else "Q"
         (table,) = struct.unpack_from(f"<{word}", head, 22)
         if num_valid == 0:
@@ -35,11 +39,13 @@ def check_ser(path: Path, size: int) -> None:
         if table + num_valid * word_bytes > size:
             raise Refusal(f"truncated: {num_valid} images are announced. Copy it again.")
         if kind != IMAGES:
-            return
+            return []
         file.seek(table)
         offsets = struct.unpack(f"<{num_valid}{word}", file.read(num_valid * word_bytes))
-        shapes = set()
-        for offset in offsets:
+        file.seek(table + num_total * word_bytes)
+        tags = file.read(num_valid * word_bytes).ljust(num_valid * word_bytes, b"\0")
+        shapes, num_shifted = set(), 0
+        for offset, (tag,) in zip(offsets, struct.iter_unpack(f"<{word}", tags)):
             file.seek(offset)
             *_, item, width, height = struct.unpack(IMAGE_HEADER, file.read(50))
             shapes.add((item, width, height))
@@ -49,8 +55,16 @@ def check_ser(path: Path, size: int) -> None:
                     f"truncated or damaged: an image of {width} x {height} pixels of type {item} "
                     f"at byte {offset} of {size}. Copy it again."
                 )
+            file.seek(min(tag, size))
+            num_shifted += int.from_bytes(file.read(2), "little") not in TIMES
     if len(shapes) > 1:
         raise Refusal("a TIA series of images of several sizes. Export each as TIFF.")
+    if not num_shifted:
+        return []
+    return [
+        f"{num_shifted} of {num_valid} images have their time elsewhere than the header says: the "
+        "file may be damaged and the pixels shifted. Compare it with the original"
+    ]
 
 
 def find_emi(path: Path) -> Path | None:
