@@ -103,7 +103,8 @@ def load_tiles(
     """
     config = replace(config, num_micrographs=None)
     opened, cut_tiles, problems = _open_and_cut(source, config, log, compares=False)
-    for sentence in [*filter(None, [problems]), *opened.ignored]:
+    notices = _list_notices(cut_tiles.micrographs, config)
+    for sentence in [*filter(None, [problems]), *opened.ignored, *notices]:
         log(sentence)
     return Tiles(cut_tiles, np.arange(cut_tiles.num_tiles), "none")
 
@@ -226,9 +227,7 @@ def _describe_micrographs(cut_tiles, config) -> dict:
     sizes = sorted({each["pixel_size_nm"] for each in micrographs if each["pixel_size_nm"]})
     all_known = all(each["pixel_size_nm"] for each in micrographs)
     agree = bool(sizes) and all_known and sizes[-1] - sizes[0] <= 0.01 * sizes[-1]
-    num_tiles = [each["num_tiles"] for each in micrographs]
-    clipped = np.average([each["fraction_clipped"] for each in micrographs], weights=num_tiles)
-    notices = merge_notices(micrographs) + _list_intensity_notices(micrographs, clipped, config)
+    notices = _list_notices(micrographs, config)
     if not sizes:
         notices.append(
             "no file states its pixel size; give it with --tiles.pixel-size-nm, or with "
@@ -252,7 +251,7 @@ def _describe_micrographs(cut_tiles, config) -> dict:
             "too good"
         )
     return {
-        "fraction_clipped": float(clipped),
+        "fraction_clipped": _average_clipped(micrographs),
         "pixel_size_nm": float(np.median(sizes)) if agree else None,
         "specimens": sorted({each["specimen"] for each in micrographs} - {None}),
         "notices": notices,
@@ -302,8 +301,14 @@ def merge_notices(micrographs) -> list[str]:
     ]
 
 
-def _list_intensity_notices(micrographs, clipped, config) -> list[str]:
-    notices = []
+def _average_clipped(micrographs) -> float:
+    weights = [each["num_tiles"] for each in micrographs]
+    return float(np.average([each["fraction_clipped"] for each in micrographs], weights=weights))
+
+
+def _list_notices(micrographs, config) -> list[str]:
+    """Return sentences on how the micrographs were read and scaled."""
+    notices, clipped = merge_notices(micrographs), _average_clipped(micrographs)
     num_16_bit = sum(each["dtype"] == "uint16" for each in micrographs)
     if num_16_bit and config.intensity == "auto":
         notices.append(

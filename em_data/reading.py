@@ -89,7 +89,7 @@ class _Micrographs:
         try:
             stored = next(self.images)
             name = _name_image(name, stored)
-            return _finish(stored, self.label_bar, name, self.specimen)
+            return finish(stored, self.label_bar, name, self.specimen)
         except OSError as error:
             raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
         except (Refusal, MemoryError, OverflowError) as error:
@@ -103,8 +103,12 @@ def _name_image(name, stored):
     return name if stored.frame is None else f"{name}#{stored.frame:04d}"
 
 
-def _finish(stored, label_bar, name, specimen):
-    """Return the micrograph of an image as it is stored."""
+def finish(stored, label_bar, name, specimen) -> Micrograph:
+    """Return the micrograph of an image as it is stored, a `Stored`.
+
+    Raises:
+        Refusal: The image cannot be used, or has a label bar that `label_bar` refuses.
+    """
     if isinstance(stored.array, Refusal):
         raise stored.array
     metadata, notices = stored.metadata, stored.metadata["notices"]
@@ -119,6 +123,7 @@ def _finish(stored, label_bar, name, specimen):
         full_shape = image.shape
         overlay = overlay if overlay is None else orient(overlay, stored.orientation)
         notices.append(f"turned as its orientation tag ({stored.orientation}) says")
+        metadata["orientation"] = stored.orientation
     if image.dtype.kind == "f":
         image, corner = remove_nan(image, notices)
     image = to_uint(image, metadata)

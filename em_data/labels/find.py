@@ -47,9 +47,10 @@ def find_labels(
     coco = find_coco(folder, files, index)
     others = find_yolo(folder, files, index)
     others += sorted(find_masks(folder, masks, files, index, meaning), key=_rank_masks)
-    others += find_object_sets(folder, find_tables(folder, files, index))
+    notes: list[str] = []
+    others += find_object_sets(folder, find_tables(folder, files, index, notes))
     sets = [*coco, *others]
-    notes = _say_other_forms(folder, files)
+    notes += _say_other_forms(folder, files)
     if labels != "auto":
         chosen = [each for each in sets if each.name.rstrip("/") == labels.rstrip("/")]
         if not chosen:
@@ -138,8 +139,8 @@ def find_classes(folder: Path, paths, files, classes: str) -> tuple[dict, str, l
         return {}, "", []
     if classes == "folder":
         return _list_folder_classes(paths), "the folders", []
-    notes = []
-    for table in find_tables(folder, files, ImageIndex(paths)):
+    notes: list[str] = []
+    for table in find_tables(folder, files, ImageIndex(paths), notes):
         column = choose_column(table.columns, classes)
         if column is None or classes not in ("auto", column):
             continue

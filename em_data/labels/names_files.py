@@ -10,6 +10,7 @@ NAMES_FILE = re.compile(
     r".*\.names|labels?\.txt",
     re.IGNORECASE,
 )
+BACKGROUND = re.compile(r"_*(background|bg|ignored?|unlabel+ed)_*", re.IGNORECASE)
 NUMBERED = re.compile(r"(?P<key>\d+|#[0-9a-fA-F]{6})\s*[:=,;\t ]\s*(?P<name>.+)")
 
 
@@ -31,6 +32,14 @@ def read_names(folder: Path, files: list[Path]) -> dict:
         if names:
             return names
     return {}
+
+
+def list_background(names: dict) -> set:
+    """Return the numbers and colours that are named as background, such as 1 or "#000080".
+
+    "void" is no such name: voids are defects of materials.
+    """
+    return {key for key, name in names.items() if BACKGROUND.fullmatch(name)}
 
 
 def _read(path, file):

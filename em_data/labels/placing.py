@@ -58,7 +58,9 @@ def read_sizes(fields, where: str) -> tuple[float | None, float | None]:
     return diameter_nm, length_nm
 
 
-def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect]:
+def place(
+    annotations, micrograph: Micrograph, stated_shape=None, *, is_turned: bool = False
+) -> list[Defect]:
     """Return the defects of a micrograph that annotations describe; say what is cut off or dropped.
 
     Coordinates follow the pixels: what lies in a cropped label bar or border is cut off. Notices
@@ -69,6 +71,7 @@ def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect
         annotations: `Annotation`s.
         micrograph: Its metadata have "full_shape" and "corner_px" if it was cropped.
         stated_shape: (H, W) of the image by the labels, or None.
+        is_turned: Whether the labels were turned by an orientation tag of their own.
 
     Raises:
         BadLabels: The labels are of an image of another size, or have impossible coordinates.
@@ -80,6 +83,13 @@ def place(annotations, micrograph: Micrograph, stated_shape=None) -> list[Defect
         raise BadLabels(
             f"they are of an image of {stated_shape[0]} x {stated_shape[1]} pixels, but the image "
             f"has {full_shape[0]} x {full_shape[1]}. Export labels and image in one size."
+        )
+    orientation = micrograph.metadata.get("orientation", 1)
+    is_clear = orientation >= 5 and stated_shape is not None and full_shape[0] != full_shape[1]
+    if orientation != 1 and not (is_turned or is_clear):
+        raise BadLabels(
+            f"the image is turned by its orientation tag ({orientation}), but the labels do not "
+            "tell whether they are. Save the image without this tag, as the labels show it."
         )
     top, left = micrograph.metadata.get("corner_px", (0, 0))
     height, width = micrograph.image.shape

@@ -12,16 +12,19 @@ import PIL.Image
 import tifffile
 from scipy import ndimage
 
+from em_data.formats.base import orient
+from em_data.formats.pictures import find_orientation
 from em_data.label_images import WORDS, list_stems
 from em_data.labels.label_set import LabelSet, say_unmatched
 from em_data.labels.matching import ImageIndex
-from em_data.labels.names_files import read_names
+from em_data.labels.names_files import list_background, read_names
 from em_data.labels.placing import Annotation, BadLabels, place
 from em_data.micrograph import Micrograph
 
 KIND = "defect"  # of instances, whose kinds a mask does not tell
 MAX_KINDS = 16  # grey levels or colours that are kinds
 NUM_TRIED, MAX_TRIED = 8, 64  # masks, and levels of each, that tell what grey levels are
+LARGE = 0.6  # share of a mask; a level that covers more may be its background
 MIN_WHOLE, MIN_SHARE = 0.9, 0.9  # share of instances in one piece, and the piece's share of one
 INSTANCES = re.compile(r"(?<![a-z])(instances?|inst)(?![a-z])", re.IGNORECASE)
 KINDS = re.compile(r"(?<![a-z])(semantics?|classes|class|trimaps?)(?![a-z])", re.IGNORECASE)
@@ -58,6 +61,7 @@ def find_masks(
         notes += say_unmatched(f"masks of {name} fit several images", unclear)
         reader = MaskReader(folder, name, pairs, names, meaning)
         recipe = f"{meaning} {sorted(names.items(), key=str)}"
+        recipe += " background" if list_background(names) - {0} else ""
         labels = LabelSet(name, "masks", pairs, reader.read, notes, recipe, reader.describe)
         if pairs:
             sets.append(labels)
@@ -93,14 +97,16 @@ class MaskReader:
 
     def read(self, path: Path, micrograph: Micrograph):
         """Return the defects of an image."""
-        annotations, shapes = [], set()
+        annotations, shapes, are_turned = [], set(), True
         for file in self.files[path]:
             levels, kinds = read_mask(self.folder / file)
+            say_large_level(levels, kinds, self.names, micrograph)
             annotations += annotate(levels, kinds, self.names, self.has_instances)
             shapes.add(levels.shape)
+            are_turned &= read_orientation(self.folder / file) != 1
         if len(shapes) > 1:
             raise BadLabels(f"its masks have different sizes: {sorted(shapes)}.")
-        return place(annotations, micrograph, *shapes)
+        return place(annotations, micrograph, *shapes, is_turned=are_turned)
 
     @cached_property
     def has_instances(self) -> bool:
@@ -125,7 +131,7 @@ def find_meaning(name: str, meaning: str, names: dict, masks) -> bool:
     """
     if meaning != "auto":
         return meaning == "instances"
-    if names or KINDS.search(name):
+    if len(names) > len(list_background(names)) or KINDS.search(name):
         return False
     if INSTANCES.search(name):
         return True
@@ -156,9 +162,13 @@ def annotate(
     levels: np.ndarray, colours: dict[int, str] | None, names: dict, has_instances: bool
 ) -> list[Annotation]:
     """Return the labels of a mask as of `read_mask`. names: {grey level or #rrggbb: kind}."""
+    background = list_background(names)
     if has_instances:
+        if background and not colours:
+            levels = np.where(np.isin(levels, list(background)), 0, levels)
         return list_instances(levels)
     kinds = colours or {each: str(each) for each in np.unique(levels).tolist() if each}
+    kinds = {key: each for key, each in kinds.items() if _to_key(each) not in background}
     if len(kinds) > MAX_KINDS and not names:
         raise BadLabels(
             f"the mask has {len(kinds)} grey levels, but at most {MAX_KINDS} can be kinds. Save it "
@@ -167,8 +177,25 @@ def annotate(
     return list_pieces(levels, {level: _name(each, names) for level, each in kinds.items()})
 
 
+def say_large_level(levels, colours, names: dict, micrograph: Micrograph) -> None:
+    """Add a notice if one level that counts as a defect covers most of a mask."""
+    level = int(np.partition(levels.ravel(), levels.size // 2)[levels.size // 2])
+    share = float((levels == level).mean())
+    key = _to_key(colours[level] if colours and level else str(level))
+    if level == 0 or share <= LARGE or key in list_background(names):
+        return
+    micrograph.metadata.setdefault("notices", []).append(
+        f"level {key} covers {share:.0%} of the mask and counts as a defect: if it is the "
+        f'background, save it as 0, or add the line "{key} background" to classes.txt'
+    )
+
+
+def _to_key(level: str):
+    return level if level.startswith("#") else int(level)
+
+
 def _name(level: str, names) -> str:
-    key = level if level.startswith("#") else int(level)
+    key = _to_key(level)
     if names and key not in names:
         raise BadLabels(
             f"the mask has the grey level or colour {level}, but the file of names has only "
@@ -213,7 +240,7 @@ def read_mask(source) -> tuple[np.ndarray, dict[int, str] | None]:
 
     A mask of up to 16 colours gets the levels 1, 2, ... and their names as {1: "#ff0000"}; grey
     pixels are its background, as where colours are painted over a micrograph. Of a palette image,
-    the numbers of the colours are the levels.
+    the numbers of the colours are the levels. A mask is turned as its orientation tag says.
 
     Args:
         source: A path, or a file in memory.
@@ -244,13 +271,31 @@ def read_mask(source) -> tuple[np.ndarray, dict[int, str] | None]:
     return levels, {i: f"#{colour:06x}" for i, colour in enumerate(found, 1)}
 
 
+def read_orientation(source) -> int:
+    """Return how a mask is turned by its own tag, 1 to 8; 1 if it has none or cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if getattr(source, "suffix", "").lower() in (".tif", ".tiff"):
+                with tifffile.TiffFile(source) as file:
+                    tag = file.pages.first.tags.get("Orientation")
+                    return int(tag.value) if tag and tag.value in range(2, 9) else 1
+            with PIL.Image.open(source) as image:
+                return find_orientation(image)
+    except Exception:  # a damaged file is refused where its pixels are read
+        return 1
+    finally:
+        if hasattr(source, "seek"):
+            source.seek(0)
+
+
 def _decode(source):
     name = getattr(source, "suffix", "").lower()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if name in (".tif", ".tiff"):
-                return tifffile.imread(source)
+                return orient(tifffile.imread(source), read_orientation(source))
             with PIL.Image.open(source) as image:
                 if image.format == "PNG":
                     image.verify()  # its checksums, which decoding does not compare
@@ -261,7 +306,8 @@ def _decode(source):
                     raise BadLabels(
                         "the mask is a JPEG, which blurs its grey levels. Save it as PNG."
                     )
-                return np.asarray(image)
+                tag, pixels = find_orientation(image), np.asarray(image)
+                return pixels if image.format == "TIFF" else orient(pixels, tag)  # PIL turns TIFF
     except BadLabels:
         raise
     except Exception as error:  # of a damaged file

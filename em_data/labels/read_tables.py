@@ -32,8 +32,10 @@ class Table:
         return list(dict.fromkeys(key for row in self.rows.values() for key in row))
 
 
-def find_tables(folder: Path, files: list[Path], index: ImageIndex) -> list[Table]:
-    """Return the tables whose rows name images of the folder.
+def find_tables(
+    folder: Path, files: list[Path], index: ImageIndex, notes: list[str]
+) -> list[Table]:
+    """Return the tables whose rows name images of the folder; note which cannot be read.
 
     Raises:
         ValueError: metadata.csv or metadata.jsonl cannot be read. The message says how to go on.
@@ -46,6 +48,10 @@ def find_tables(folder: Path, files: list[Path], index: ImageIndex) -> list[Tabl
             rows = _read_rows(folder / file)
         except (ValueError, OSError, csv.Error) as error:
             if file.stem.lower() != "metadata":
+                notes.append(
+                    f"{file} cannot be read as a table ({str(error)[:80]}): its labels and classes "
+                    "are not used; save it as UTF-8 if it has any"
+                )
                 continue
             raise ValueError(
                 f"{file} cannot be read ({str(error)[:80]}). Correct it, or leave it out with "

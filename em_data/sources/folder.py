@@ -45,7 +45,7 @@ def open_folder(folder, config, cache_dir=None) -> Source:
     classes, where, said = find_classes(folder, paths, files, config.classes)
     label_files = labels.files if labels else {}
     ignored = listing.describe_ignored(named)
-    ignored += [*notes, *(labels.notes if labels else ()), *said]
+    ignored += dict.fromkeys([*notes, *(labels.notes if labels else ()), *said])
     entries = []
     for path, key in zip(paths, _make_keys(folder, paths, labels, classes, cache_dir)):
         name = printable(path.as_posix())

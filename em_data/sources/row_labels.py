@@ -7,7 +7,14 @@ from pathlib import Path
 
 from em_data.label_images import WORDS
 from em_data.labels.placing import BadLabels, place
-from em_data.labels.read_masks import NUM_TRIED, annotate, find_meaning, read_mask
+from em_data.labels.read_masks import (
+    NUM_TRIED,
+    annotate,
+    find_meaning,
+    read_mask,
+    read_orientation,
+    say_large_level,
+)
 from em_data.labels.read_objects import find_keys, make_defects, read_objects
 from em_data.labels.read_tables import check_classes, choose_column
 from em_data.micrograph import Defect, Micrograph
@@ -150,16 +157,22 @@ def _open_masks(name, meaning, read_rows):
         if row[name] is None:
             return None
         levels, kinds = _decode(row[name])
+        say_large_level(levels, kinds, {}, micrograph)
         annotations = annotate(levels, kinds, {}, has_instances)
-        return place(annotations, micrograph, levels.shape)
+        is_turned = read_orientation(_open(row[name])) != 1
+        return place(annotations, micrograph, levels.shape, is_turned=is_turned)
 
     form = f"masks of {'instances' if has_instances else 'kinds'}"
     return RowLabels(name, form, [name], read)
 
 
 def _decode(value):
+    return read_mask(_open(value))
+
+
+def _open(value):
     data = value["bytes"]
-    return read_mask(io.BytesIO(data) if data is not None else Path(value["path"]))
+    return io.BytesIO(data) if data is not None else Path(value["path"])
 
 
 def find_class_column(features, wanted: str) -> str | None:

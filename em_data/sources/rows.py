@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfFileSystem, constants
 
 from em_data.files import printable
+from em_data.formats.base import Stored
 from em_data.micrograph import Micrograph
-from em_data.reading import read_micrograph, to_uint
+from em_data.reading import finish, read_micrograph
 from em_data.sources.base import Entry, Replayed, Source, SourceLost
 from em_data.sources.columns import find_dtype, list_image_columns, read_size, to_plane
 from em_data.sources.row_labels import find_class_column, find_row_labels, name_classes
@@ -267,9 +268,8 @@ def _read_image(value, dtype, name, facts, label_bar) -> Micrograph:
         micrograph = read_micrograph(data, label_bar=label_bar, name=name, specimen=specimen)
         micrograph.pixel_size_nm = pixel_size_nm or micrograph.pixel_size_nm
         return micrograph
-    metadata = {"notices": []}
     try:
-        image = to_uint(to_plane(value, dtype), metadata)
+        stored = Stored(to_plane(value, dtype), {"notices": []}, pixel_size_nm)
+        return finish(stored, label_bar, name, specimen)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Micrograph(image, name, pixel_size_nm, specimen, metadata)

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 import em_data.sources.folder
-from em_data import DataConfig, load_data, to_uint8
+from em_data import DataConfig, load_data, load_tiles, to_uint8
 from em_data.sources.file_types import LABEL_FOLDER
 from em_data.sources.folder import hash_files
 from support.config import refuses_config
@@ -418,3 +418,11 @@ def test_a_number_of_synthetic_micrographs_limits_no_folder(folder, config):
     assert few.identity == same.identity
     assert few.summary["num_micrographs"] == 3
     assert load(folder, config, num_synthetic=2)[0].summary["num_micrographs"] == 6
+
+
+def test_load_tiles_says_how_micrographs_were_read(tmp_path, noise, config):
+    for i in range(2):
+        tifffile.imwrite(tmp_path / f"{i}.tif", noise(i).astype(np.float32) / 7)
+    said = []
+    load_tiles(tmp_path, config(cache_dir=str(tmp_path / "cache")), log=said.append)
+    assert any("float32 scaled to 16 bits" in each for each in said)

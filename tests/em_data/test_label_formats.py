@@ -366,3 +366,44 @@ def test_a_polygon_has_the_pixels_whose_centres_it_holds():
             with np.errstate(divide="ignore", invalid="ignore"):
                 inside ^= is_crossed & (columns > x + (rows - y) * (u - x) / (v - y))
         assert np.array_equal(fill_polygon(points, (9, 12)), inside)
+
+
+def test_a_background_other_than_0_is_said_and_can_be_named(folder, config):
+    truth = draw_truth()
+    save(np.where(truth["loop"], np.uint8(2), np.uint8(1)), folder / "masks" / "a.png")
+    _, (micrograph, *_) = read(folder, config(masks="kinds"))
+    assert any("level 1 covers" in each for each in micrograph.metadata["notices"])
+    write(folder / "classes.txt", "1 Background\n2 loop\n")
+    _, (micrograph, *_) = read(folder, config())
+    assert {each.kind for each in micrograph.defects} == {"loop"}
+    assert not any("covers" in each for each in micrograph.metadata["notices"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_masks_are_turned_by_their_own_tag_and_others_of_a_turned_image_are_refused(
+    folder, config, suffix
+):
+    tag = PIL.Image.Exif()
+    tag[274] = 3
+    with PIL.Image.open(folder / "images" / "a.png") as image:
+        image.copy().save(folder / "images" / "a.png", exif=tag)
+    mask = PIL.Image.fromarray(draw_truth()["loop"] * np.uint8(255))
+    (folder / "masks").mkdir(exist_ok=True)
+    path = folder / "masks" / f"a.{suffix}"
+    mask.save(path)
+    _, (micrograph, *_) = read(folder, config(masks="kinds"))
+    assert micrograph.defects is None
+    assert any("turned by its orientation tag (3)" in e for e in micrograph.metadata["notices"])
+    mask.save(path, **({"exif": tag} if suffix == "png" else {"tiffinfo": {274: 3}}))
+    _, (micrograph, *_) = read(folder, config(masks="kinds"))
+    drawn = np.zeros(micrograph.image.shape, bool)
+    for each in micrograph.defects:
+        x0, y0, x1, y1 = each.box_px
+        drawn[y0:y1, x0:x1] |= each.mask
+    assert np.array_equal(drawn, draw_truth()["loop"][::-1, ::-1])
+
+
+def test_a_table_in_another_encoding_is_said(folder, config):
+    (folder / "table.csv").write_bytes("file_name,class\na.png,Stähle\n".encode("latin-1"))
+    source, _ = read(folder, config())
+    assert sum("table.csv cannot be read as a table" in each for each in source.ignored) == 1

@@ -177,6 +177,10 @@ def test_mrc_without_a_cell_has_no_pixel_size(store):
     data = bytearray(make_mrc(IMAGE, (300.0, 200.0, 1.0)))
     assert store("a.mrc", bytes(data))[0].pixel_size_nm == pytest.approx(1.0)
     assert store("a.mrc", make_mrc(IMAGE))[0].pixel_size_nm is None
+    data[40:48] = np.array(IMAGE.shape[::-1], "<f4").tobytes()  # 1 angstrom per pixel, by default
+    (unstated,) = store("a.mrc", bytes(data))
+    assert unstated.pixel_size_nm is None
+    assert "exactly 1 angstrom per pixel" in unstated.metadata["notices"][0]
     data[28:36] = bytes(8)  # no samples along the cell
     assert store("a.mrc", bytes(data))[0].pixel_size_nm is None
     (stored,) = store("a.mrc", bytes(data) + bytes(77))

@@ -94,3 +94,12 @@ def test_pixel_sizes_that_are_null_or_nan_are_unknown(tmp_path, noise, config):
     rows = {"image": [encode(noise(i)) for i in range(4)], "pixel_size_nm": sizes}
     data, _ = load(Dataset.from_dict(rows).cast_column("image", Image()), tmp_path, config)
     assert [each["pixel_size_nm"] for each in data.train.cut.micrographs] == [None] * 3 + [0.5]
+
+
+def test_arrays_lose_rows_of_nan_as_files_do(tmp_path, noise, config):
+    images = [noise(i).astype(np.float32) for i in range(2)]
+    images[0][-3:] = np.nan
+    feature = Features({"image": Array2D(images[0].shape, "float32")})
+    _, said = load(Dataset.from_dict({"image": images}, features=feature), tmp_path, config)
+    assert any("NaN" in each and "row_000000" in each for each in said)
+    assert not any("cannot be used" in each for each in said)

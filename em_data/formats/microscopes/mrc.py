@@ -12,7 +12,12 @@ from em_data.formats.base import Refusal
 HEADER_BYTES = 1024
 ITEM_BYTES = {0: 1, 1: 2, 2: 4, 4: 8, 6: 2, 12: 2}
 IMOD_STAMP = 1146047817
+UNSTATED_NM = 0.1, 0.1  # a cell of 1 angstrom per pixel is what programs write by default
 FEI_BYTES = 128 * 1024  # of the extended header that RosettaSciIO takes for one of FEI
+UNSTATED = (
+    "the header gives exactly 1 angstrom per pixel, which programs write when they do not know it: "
+    "the pixel size is unknown; give it with --tiles.pixel-size-nm"
+)
 
 
 @dataclass
@@ -86,7 +91,10 @@ def correct_mrc(signal: dict, header: MrcHeader) -> dict:
     elif data.dtype.itemsize > 1 and header.order == ">":
         data = data.view(data.dtype.newbyteorder(">"))
     x, y = axes[-1], axes[-2]
+    size_nm, notices = header.size_nm, header.notices
     if not (header.has_fei and 0 < float(x["scale"]) < math.inf):
-        for axis, length in zip((x, y), header.size_nm or (0, 0)):
-            axis |= {"scale": length, "units": "nm" if header.size_nm else ""}
-    return signal | {"data": data, "notices": header.notices}
+        if size_nm == UNSTATED_NM:
+            size_nm, notices = None, [*notices, UNSTATED]
+        for axis, length in zip((x, y), size_nm or (0, 0)):
+            axis |= {"scale": length, "units": "nm" if size_nm else ""}
+    return signal | {"data": data, "notices": notices}
