@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from em_data.files import build_folder
-from em_data.intensity import describe_spikes, find_levels
+from em_data.intensity import describe_narrow, describe_spikes, find_levels
 from em_data.label_images import is_label_image
 from em_data.labels.describe import count_defects
 from em_data.metadata import pixel_size_from_path
@@ -213,6 +213,8 @@ def cut_micrograph(entry, micrograph, image, padding, levels, config) -> tuple[l
         num_pixels = micrograph.image.size
         spikes = describe_spikes(round(clipped * num_pixels), num_pixels)
         notices.append(f"{spikes} outside of {low} to {high}: clipped")
+    if config.intensity == "auto" and image.dtype == np.uint16:
+        notices += describe_narrow(image, low, high)
     clipped += micrograph.metadata.get("num_spikes", 0) / micrograph.image.size
     size, shape = micrograph.pixel_size_nm, micrograph.image.shape
     common = {

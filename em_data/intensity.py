@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 
-from em_data.spikes import find_range, iterate_slabs
+from em_data.spikes import find_range, iterate_slabs, take_sample
 
 FULL_RANGE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 SLAB_PIXELS = 65_536  # converted at a time, so that all passes stay in the processor's cache
+NARROW = 0.25  # share of the range of levels; less contrast is said
 Levels = float | np.ndarray | None
 
 
@@ -99,6 +100,18 @@ def describe_spikes(num, num_pixels) -> str:
     """Return words for the spikes of an image of so many pixels."""
     share = 100 * num / num_pixels
     return f"{num} spike{'s' if num > 1 else ''} (isolated outliers, {share:.2g} % of the pixels)"
+
+
+def describe_narrow(image: np.ndarray, low: int, high: int) -> list[str]:
+    """Return a sentence if nearly all pixels of an image fill a small part of low to high."""
+    first, last = np.percentile(np.clip(take_sample(image), low, high), (0.1, 99.9))
+    if last - first >= NARROW * (high - low):
+        return []
+    return [
+        f"99.8 % of the pixels fill only {(last - first) / (high - low):.2g} of the grey levels "
+        f"{low} to {high}, so a few pixels take the contrast: use --tiles.intensity percentile if "
+        "they are a dead column, a bar or a fill value"
+    ]
 
 
 def float_to_uint16(image):

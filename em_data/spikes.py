@@ -44,7 +44,7 @@ def find_spikes(image: np.ndarray) -> np.ndarray:
     if min(image.shape) <= 2 * REACH:
         return none
     scale = _find_scale(image)
-    sample = _convert(_take_sample(image), scale)
+    sample = _convert(take_sample(image), scale)
     for percentiles in PERCENTILES:
         low, high = np.percentile(sample, percentiles)
         if low < high:
@@ -105,7 +105,8 @@ def _find_sample(image):
     return np.arange(0, image.size, step)
 
 
-def _take_sample(image):
+def take_sample(image: np.ndarray) -> np.ndarray:
+    """Return up to about a million pixels that spread evenly over an image."""
     return image[np.unravel_index(_find_sample(image), image.shape)]
 
 

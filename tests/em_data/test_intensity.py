@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from em_data import from_uint, to_uint8, to_uint16
-from em_data.intensity import find_levels, float_to_uint16
+from em_data.intensity import describe_narrow, find_levels, float_to_uint16
 
 
 @pytest.mark.parametrize(("dtype", "back"), [(np.uint8, to_uint8), (np.uint16, to_uint16)])
@@ -265,3 +265,11 @@ def test_float_image_is_scaled_to_16_bits_and_whole_numbers_are_kept():
     wide, low, high, _ = float_to_uint16(np.array([[5, 70_000, 140_005]], np.uint32))
     assert np.array_equal(wide, [[0, 32765, 65535]])
     assert (low, high) == (5, 140_005)
+
+
+def test_a_dead_column_that_takes_the_contrast_is_said():
+    image = np.random.default_rng(0).integers(1000, 3000, (256, 2000)).astype(np.uint16)
+    assert describe_narrow(image, 1000, 2999) == []
+    image[:, 700] = 65535
+    (said,) = describe_narrow(image, 1000, 65535)
+    assert "fill only 0.031 of the grey levels 1000 to 65535" in said
