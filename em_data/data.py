@@ -81,6 +81,7 @@ def load_data(
     summary |= _describe_micrographs(cut_tiles, config) | _describe_labels(cut_tiles)
     summary["notices"] += describe_found(opened, cut_tiles.micrographs)
     summary["notices"] += _list_one_sided(cut_tiles, train, held_out)
+    summary["notices"] += _list_uneven(cut_tiles, train, held_out, config)
     summary["ignored"] = cut_tiles.problems + opened.ignored
     for sentence in [*filter(None, [problems]), *opened.ignored, *summary["notices"]]:
         log(sentence)
@@ -218,6 +219,19 @@ def _list_one_sided(cut_tiles, train, held_out) -> list[str]:
         for i, what in enumerate(("kinds of defects", "classes"))
         for side, (here, there) in (("training", sides), ("held-out data", sides[::-1]))
         if (own := set(here[i]) - set(there[i]))
+    ]
+
+
+def _list_uneven(cut_tiles, train, held_out, config) -> list[str]:
+    """Return a sentence if much more than asked for is held out, as a large group is."""
+    share = held_out.num_views / (train.num_views + held_out.num_views)
+    num, num_all = len(held_out.micrograph_ids), len(cut_tiles.micrographs)
+    if config.split == "leaky" or num == 1 or share < 2 * config.held_out_fraction:
+        return []
+    return [
+        f"{share:.0%} of the views are held out, not {config.held_out_fraction:.0%}: {num} of "
+        f"{num_all} micrographs. Stacks, specimens, near copies and large micrographs stay whole; "
+        "another --tiles.seed holds out others."
     ]
 
 

@@ -43,6 +43,23 @@ def load(source, config, **changes):
     return load_data(str(source), config(**changes), log=said.append), said
 
 
+def test_a_large_group_that_is_held_out_is_said(tmp_path, noise, config):
+    frames = np.stack([noise(i, (32, 32), np.uint16) for i in range(12)])
+    tifffile.imwrite(tmp_path / "heat.tif", frames, photometric="minisblack")
+    for i in range(20, 23):
+        PIL.Image.fromarray(noise(i, (32, 32))).save(tmp_path / f"{i}.png")
+
+    def find_sentences(seed):
+        data, said = load(tmp_path, config, held_out_fraction=0.1, seed=seed)
+        return len(data.summary["held_out"]), [line for line in said if "not 10%" in line]
+
+    found = dict(find_sentences(seed) for seed in range(8))
+    assert sorted(found) == [1, 12]  # each seed holds out one of the four groups
+    assert found[1] == []
+    assert len(found[12]) == 1
+    assert "80% of the views are held out, not 10%: 12 of 15 micrographs" in found[12][0]
+
+
 def test_folder_to_batches(folder, config):
     data, said = load(folder, config)
     summary = data.summary
