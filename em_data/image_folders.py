@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from em_data.config import DataConfig
@@ -10,6 +11,8 @@ from em_data.intensity import from_uint
 from em_data.sources.base import Entry
 from em_data.sources.folder import open_folder
 from em_data.sources.rows import is_dataset, open_dataset
+
+NUM_CHECKED = 50  # images whose grey levels are looked at
 
 
 class ImageFolder:
@@ -49,6 +52,24 @@ class ImageFolder:
                 )
             out[0] = from_uint(image)
         return images
+
+    def check_range(self) -> None:
+        """Raise a `ValueError` if images of 16 bits use less than an eighth of the grey levels.
+
+        Cameras of 12 bits write such files. On the full range, the images are nearly black.
+        """
+        numbers = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int))
+        images = [self._read(int(i)).image for i in numbers]
+        if any(image.dtype != np.uint16 for image in images):
+            return
+        low, high = min(int(i.min()) for i in images), max(int(i.max()) for i in images)
+        if high - low < 65536 // 8:
+            raise ValueError(
+                f"{self.source} holds images of 16 bits that use the grey levels {low:,} to "
+                f"{high:,} only. Judged on the full range of 0 to 65,535, they show next to "
+                "nothing. Save them on the full range: multiply the levels of a 12-bit camera by "
+                "16."
+            )
 
     def _read(self, i):
         micrograph = self.entries[i].read()

@@ -66,11 +66,13 @@ class RealImages:
     held_out: `em_data.Views` such as held-out `Tiles`, or any `em_data.Images`: the reference.
     train: the training `Tiles`, or None if they are not known: then what needs them is left out.
     summary: what the report says about the data, `Data.summary`.
+    notes: sentences on the sets, for the report.
     """
 
     held_out: Any
     train: Any
     summary: dict
+    notes: tuple[str, ...] = ()
 
 
 def evaluate_models(
@@ -147,7 +149,7 @@ def gather_sets(models, real: RealImages, protocol: Protocol) -> tuple[Sets, lis
     """Read all sets at one number of images; return them and notes for the reader."""
     num_images, notes = agree_on_number(models, real, protocol.num_images)
     held_out = read_images(real.held_out, num_images, protocol.seed)
-    notes += note_few_micrographs(held_out.groups)
+    notes += [*real.notes, *note_few_micrographs(held_out.groups)]
     train = other = None
     if real.train is not None:
         other = train = read_images(real.train, num_images, protocol.seed + 1)

@@ -22,6 +22,7 @@ from em_generation.candidates import Candidate, name_candidates, refuse_other_sp
 from em_generation.class_images import list_classes
 from em_generation.extractors import create_extractors
 from em_generation.generate import MOST_IMAGES
+from em_generation.judged_sets import describe_sets, find_pixel_size
 from em_generation.loading import is_public
 from em_generation.model_images import make_models
 from em_generation.repeats import explain_others, read_training
@@ -138,6 +139,9 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     with state.main_process_first():
         real = load_real_images(config, candidates, log=say)
         candidates = cut_candidates(config, candidates, log=say)
+        real = dataclasses.replace(real, notes=tuple(describe_sets(real, candidates)))
+    for note in real.notes:
+        say(note)
     with state.main_process_first():
         extractors = create_extractors(config, real.summary["resolution"], state.device)
     evaluated = evaluate_models(
@@ -204,8 +208,7 @@ def load_real_images(config, candidates: Sequence[Candidate], log=print) -> Real
             "name": Path(config.reference).name,
             "num_images": len(images),
             "resolution": images.resolution if is_cut else images.shape[0],
-            "pixel_size_nm": (None if is_cut else images.pixel_size_nm)
-            or (summary or {}).get("pixel_size_nm"),
+            "pixel_size_nm": find_pixel_size(images) or (summary or {}).get("pixel_size_nm"),
             "split": None,
             "split_hash": None,
             "fingerprint": None,
@@ -244,10 +247,14 @@ def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
     """Return images of the size of a run's tiles; larger ones are cut as its micrographs are.
 
     Raises:
-        ValueError: The images are larger or smaller than the tiles and cannot be cut.
+        ValueError: The images are larger or smaller than the tiles and cannot be cut, or they have
+            the size of tiles and are too dark for their 16 bits.
     """
     size = "" if tiles is None else f"tiles of {tiles.resolution} px"
     if tiles is None or images.shape == (tiles.resolution, tiles.resolution):
+        images.check_range()
+        for sentence in images.ignored:
+            log(f"{name}: {sentence}")
         return images
     height, width = images.shape
     factor = tiles.downsample
