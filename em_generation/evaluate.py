@@ -136,12 +136,7 @@ def evaluate_runs(config: EvaluationConfig) -> Path | None:
     if state.is_main_process:
         check_writable(config.out, "--out")
         check_writable(find_cache_dir(config.cache_dir), "--cache-dir")
-    with state.main_process_first():
-        real = load_real_images(config, candidates, log=say)
-        candidates = cut_candidates(config, candidates, log=say)
-        real = dataclasses.replace(real, notes=tuple(describe_sets(real, candidates)))
-    for note in real.notes:
-        say(note)
+    real, candidates = load_sets(config, candidates, state, log=say)
     with state.main_process_first():
         extractors = create_extractors(config, real.summary["resolution"], state.device)
     evaluated = evaluate_models(
@@ -183,6 +178,17 @@ def check_writable(folder, flag: str) -> None:
         raise ValueError(
             f"{folder} cannot be written ({error.strerror}). Name another folder with {flag}."
         ) from error
+
+
+def load_sets(config, candidates: Sequence[Candidate], state, log):
+    """Return the real images and the candidates, cut alike, with notes on what differs."""
+    with state.main_process_first():
+        real = load_real_images(config, candidates, log=log)
+        candidates = cut_candidates(config, candidates, log=log)
+    real = dataclasses.replace(real, notes=tuple(describe_sets(real, candidates)))
+    for note in real.notes:
+        log(note)
+    return real, candidates
 
 
 def load_real_images(config, candidates: Sequence[Candidate], log=print) -> RealImages:
