@@ -21,6 +21,7 @@ from em_generation.adherence import add_adherence
 from em_generation.candidates import Candidate, name_candidates, refuse_other_splits
 from em_generation.class_images import list_classes
 from em_generation.extractors import create_extractors
+from em_generation.folder import RECORD
 from em_generation.generate import MOST_IMAGES
 from em_generation.judged_sets import describe_sets, find_pixel_size
 from em_generation.loading import is_public
@@ -252,6 +253,8 @@ def cut_candidates(config, candidates: Sequence[Candidate], log) -> list[Candida
 def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
     """Return images of the size of a run's tiles; larger ones are cut as its micrographs are.
 
+    Images that `generate.py` wrote have the pixels of the tiles: they are cut as they are.
+
     Raises:
         ValueError: The images are larger or smaller than the tiles and cannot be cut, or they have
             the size of tiles and are too dark for their 16 bits.
@@ -262,6 +265,8 @@ def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
         for sentence in images.ignored:
             log(f"{name}: {sentence}")
         return images
+    if is_generated(source):
+        tiles = dataclasses.replace(tiles, downsample=1, label_bar="keep", intensity="full")
     height, width = images.shape
     factor = tiles.downsample
     if min(height, width) < tiles.resolution * factor:
@@ -277,6 +282,12 @@ def cut_large(name: str, source: str, images, tiles: DataConfig | None, log):
         + (f", averaged {factor} x {factor}" if factor > 1 else "")
     )
     return cut
+
+
+def is_generated(source: str) -> bool:
+    """Return whether `generate.py` wrote a folder, or the folder of images of its pairs."""
+    folder = Path(source)
+    return any((each / RECORD).is_file() for each in (folder, folder.absolute().parent))
 
 
 def find_data(config, candidates: Sequence[Candidate]) -> tuple[str, DataConfig]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from em_data import DataConfig, load_data, load_tiles, read_image_folder
@@ -72,3 +73,14 @@ def test_a_reference_that_was_trained_on_is_named(tmp_path):
     (said,) = describe_sets(real, [])
     assert "1 of 4 micrographs of the reference are also among the training" in said
     assert "seen.png" in said
+
+
+def test_generated_micrographs_have_the_pixels_of_the_tiles(tmp_path):
+    folder = write_images(tmp_path / "theirs", 2, size=128)
+    config, images = tile(tmp_path, downsample=2), read_image_folder(folder)
+    assert len(cut_large("theirs", folder, images, config, print)) == 2 * 2 * 2
+    (tmp_path / "theirs" / "generation.json").write_text("{}")
+    tiles = cut_large("theirs", folder, images, config, print)
+    assert len(tiles) == 2 * 4 * 4
+    first = torch.from_numpy(tifffile.imread(tmp_path / "theirs" / "0.tif")[:32, :32].copy())
+    assert torch.allclose(tiles.batch([0])[0, 0], first / 127.5 - 1, atol=1e-6)
