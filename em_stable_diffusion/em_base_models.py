@@ -19,7 +19,6 @@ class BaseModel:
 
     Attributes:
         title: What people call it.
-        license: Of the weights that its authors published, by its name on the Hub.
         pipeline: The pipeline.
         denoiser: What the pipeline calls its denoiser, in the repository and in LoRA files.
         denoiser_class, vae_class: The denoiser, and the autoencoder.
@@ -27,7 +26,6 @@ class BaseModel:
     """
 
     title: str
-    license: str
     pipeline: str
     denoiser: str
     denoiser_class: str
@@ -62,7 +60,6 @@ class BaseModel:
 BASE_MODELS = {
     "stable-diffusion": BaseModel(
         "Stable Diffusion 1.5",
-        "creativeml-openrail-m",
         "StableDiffusionPipeline",
         "unet",
         "UNet2DConditionModel",
@@ -71,7 +68,6 @@ BASE_MODELS = {
     ),
     "flux2-klein": BaseModel(
         "FLUX.2 [klein]",
-        "apache-2.0",
         "Flux2KleinPipeline",
         "transformer",
         "Flux2Transformer2DModel",

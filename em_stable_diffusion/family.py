@@ -57,7 +57,6 @@ def describe_card(pipeline) -> dict:
         "resolution": pipeline.config.resolution,
         "base": {
             "title": base.title,
-            "license": base.license,
             "pipeline": base.pipeline,
             "repository": config.repository,
             "revision": config.revision,

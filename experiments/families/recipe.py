@@ -10,7 +10,8 @@
 4. `evaluate.py` compares all of them, and the simulation before translation, in one report. Its
    main numbers go to results/NAME.json.
 
---base adds a Stable Diffusion tuned by LoRA. A second start goes on where the first was stopped.
+--base adds a Stable Diffusion tuned by LoRA; give it larger tiles (--tiles resolution=256), since
+such models draw small images badly. A second start goes on where the first was stopped.
 """
 
 import argparse
@@ -26,8 +27,6 @@ from pathlib import Path
 
 from em_data.files import write_atomically
 from em_training import read_stats
-
-LOG_EVERY = 320  # images, of the short trainings
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,12 @@ def main(argv=None):
 def measure_lengths(names, arguments) -> dict[str, int]:
     """Return how many images each family sees in --minutes; measure that unless it is known."""
     path = Path(arguments.runs) / "lengths.json"
-    if path.is_file():
-        return json.loads(path.read_text())
+    lengths = json.loads(path.read_text()) if path.is_file() else {}
+    unknown = [name for name in names if name not in lengths]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        seconds = list(pool.map(lambda name: time_image(name, arguments), names))
-    lengths = {
-        name: max(1_000, round(60 * arguments.minutes / each / 1_000) * 1_000)
-        for name, each in zip(names, seconds, strict=True)
-    }
+        seconds = list(pool.map(lambda name: time_image(name, arguments), unknown))
+    for name, each in zip(unknown, seconds, strict=True):
+        lengths[name] = max(100, round(60 * arguments.minutes / each / 100) * 100)
     write_atomically(path, json.dumps(lengths) + "\n")
     return lengths
 
@@ -101,7 +98,7 @@ def time_image(name, arguments) -> float:
     """Train for a moment; return the seconds of an image."""
     family = FAMILIES[name]
     out = Path(arguments.runs) / "speed" / name
-    more = [f"--{family.section}.log-every", str(LOG_EVERY)]
+    more = [f"--{family.section}.log-every", str(family.probe // 4)]  # 4 lines; the first warms up
     call(f"speed of {name}", list_words(name, out, 0, family.probe, arguments) + more, arguments)
     first, *_, last = read_stats(out / family.stage)
     images = last["num_images_seen"] - first["num_images_seen"]
@@ -126,7 +123,7 @@ def list_words(name, out, seed, num_images, arguments) -> list[str]:
     words += ["--seed", str(seed), f"--{family.section}.num-images", str(num_images)]
     values = {"base": arguments.base, "source": arguments.source, "eighth": num_images // 8}
     words += [word.format(**values) for word in family.words]
-    tiles = {"symmetries": "d4"} | dict(pair.split("=", 1) for pair in arguments.tiles)
+    tiles = {"symmetries": "d4", "resolution": "64"} | dict(pair.split("=", 1) for pair in arguments.tiles)
     for key, value in tiles.items():
         words += [f"--tiles.{key.replace('_', '-')}", value]
     if name == "CycleGAN" and int(tiles.get("downsample", 1)) > 1:

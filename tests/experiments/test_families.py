@@ -22,7 +22,7 @@ def recipe(load_recipe):
 @pytest.fixture
 def trained(recipe, tmp_path, monkeypatch):
     """The commands that the recipe ran; each training leaves a log of a speed of its own."""
-    speeds = {"train_ldm.py": 200, "train_gan.py": 50, "train_cyclegan.py": 20}
+    speeds = {"train_ldm.py": 200, "train_gan.py": 50, "train_cyclegan.py": 20, "train_lora.py": 2}
     commands = []
 
     def call(title, words, arguments):
@@ -30,21 +30,28 @@ def trained(recipe, tmp_path, monkeypatch):
         if words[0] in speeds:
             family = next(each for each in recipe.FAMILIES.values() if each.script == words[0])
             out = tmp_path / words[words.index("--out") + 1]
-            (out / family.stage).mkdir(parents=True)
+            (out / family.stage).mkdir(parents=True, exist_ok=True)
+            flags = dict(zip(words[2::2], words[3::2]))
+            num, every = (
+                int(flags.get(f"--{family.section}.{name}", 1_000))
+                for name in ("num-images", "log-every")
+            )
             lines = [
                 {"num_images_seen": images, "train_seconds": 3 + images / speeds[words[0]]}
-                for images in (320, 640, 960)
+                for images in range(every, num + 1, every)
             ]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (out / family.stage / "stats.jsonl").write_text(text)
 
         elif words[0] == "evaluate.py":
-            (tmp_path / "report").mkdir()
+            (tmp_path / "report").mkdir(exist_ok=True)
             (tmp_path / "report" / "report.json").write_text(json.dumps(REPORT))
 
     monkeypatch.setattr(recipe, "call", call)
     words = ["--runs", str(tmp_path), "--results", str(tmp_path / "results")]
-    recipe.main([*words, "--minutes", "5", "--seeds", "2", "--jobs", "1"])
+    words += ["--minutes", "5", "--seeds", "2", "--jobs", "1"]
+    recipe.main(words)
+    recipe.main([*words, "--base", "some/base"])  # adds a family to what is there
     return commands
 
 
@@ -58,6 +65,7 @@ def find_trainings(commands, script):
         ("ldm", "train_ldm.py", 60_000),
         ("stylegan", "train_gan.py", 15_000),
         ("cyclegan", "train_cyclegan.py", 6_000),
+        ("lora", "train_lora.py", 600),
     ],
 )
 def test_each_family_trains_as_long_as_its_speed_allows(trained, name, script, length):
@@ -74,7 +82,8 @@ def test_each_family_trains_as_long_as_its_speed_allows(trained, name, script, l
         )[0]
         for words in trainings
     ]
-    assert [each.seed for each in configs] == [0, 1]
+    assert {each.seed for each in configs} == {0, 1}
+    assert {each.tiles.resolution for each in configs} == {64}
     assert {each.data for each in configs} == {"synthetic-other"}
     assert {each.tiles.symmetries for each in configs} == {"d4"}
     stage = configs[0].denoiser if name == "ldm" else configs[0].training
@@ -82,15 +91,17 @@ def test_each_family_trains_as_long_as_its_speed_allows(trained, name, script, l
 
 
 def test_runs_of_a_family_share_a_name_in_the_report(trained):
-    report = trained[-1]
+    first, report = (words for words in trained if words[0] == "evaluate.py")
+    assert not any(word.startswith("LoRA") for word in first)
     models = report[report.index("--models") + 1 : report.index("--out")]
     names = [each.partition("=")[0] for each in models]
-    assert names == ["LDM", "StyleGAN2", "CycleGAN"] * 2 + ["simulation"]
+    assert names == ["LDM", "StyleGAN2", "CycleGAN", "LoRA"] * 2 + ["simulation"]
 
 
 def test_the_main_numbers_are_written(trained, tmp_path):
     results = json.loads((tmp_path / "results" / "some data.json").read_text())
-    assert results["lengths"] == {"LDM": 60_000, "StyleGAN2": 15_000, "CycleGAN": 6_000}
+    lengths = {"LDM": 60_000, "StyleGAN2": 15_000, "CycleGAN": 6_000, "LoRA": 600}
+    assert results["lengths"] == lengths
 
 
 def test_a_base_adds_lora(recipe, tmp_path):
