@@ -38,7 +38,7 @@ def train_cyclegan(config: CycleGANConfig) -> Path:
     """Train the translation of `config` and save its averaged generators as a pipeline.
 
     Writes config.json, pipeline/ (load it with `EMTranslationPipeline.from_pretrained`) and
-    run.json. The same call resumes the run, to the bit on the same hardware; a finished run stays
+    run.json. The same call resumes the run, to the bit on the same CPU; a finished run stays
     as it is. Start it with torchrun or `accelerate launch` to use several processes.
 
     Returns:

@@ -49,7 +49,7 @@ def train_lora(config: LoRAConfig) -> Path:
 
     Writes config.json, prompts/, latents/, pipeline/ (load it with
     `EMLoRAPipeline.from_pretrained`) and run.json. The same call resumes the run, to the bit on the
-    same hardware; a finished run stays as it is. Start it with torchrun or `accelerate launch` to
+    same CPU; a finished run stays as it is. Start it with torchrun or `accelerate launch` to
     use several processes.
 
     Returns:
