@@ -123,7 +123,8 @@ def list_words(name, out, seed, num_images, arguments) -> list[str]:
     words += ["--seed", str(seed), f"--{family.section}.num-images", str(num_images)]
     values = {"base": arguments.base, "source": arguments.source, "eighth": num_images // 8}
     words += [word.format(**values) for word in family.words]
-    tiles = {"symmetries": "d4", "resolution": "64"} | dict(pair.split("=", 1) for pair in arguments.tiles)
+    tiles = {"symmetries": "d4", "resolution": "64"}
+    tiles |= dict(pair.split("=", 1) for pair in arguments.tiles)
     for key, value in tiles.items():
         words += [f"--tiles.{key.replace('_', '-')}", value]
     if name == "CycleGAN" and int(tiles.get("downsample", 1)) > 1:
