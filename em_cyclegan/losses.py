@@ -119,11 +119,12 @@ class Game:
         """Return the contrastive loss, mean over layers, of images and their translations."""
         generator, projection = self.generators["a_to_b"], self.projection
         assert projection is not None  # of a contrastive run
+        # queries first: autocast keeps weights that it has cast, and without gradient from no_grad
+        features = find_features(generator, translated)
+        queries = projection(features, self.training.num_patches, self.make_rng(num_images_seen))
         with torch.no_grad():
             features = find_features(generator, images)
             keys = projection(features, self.training.num_patches, self.make_rng(num_images_seen))
-        features = find_features(generator, translated)
-        queries = projection(features, self.training.num_patches, self.make_rng(num_images_seen))
         losses = [
             contrastive_loss(query, key, self.training.temperature)
             for query, key in zip(queries, keys, strict=True)

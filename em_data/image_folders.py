@@ -56,13 +56,17 @@ class ImageFolder:
     def check_range(self) -> None:
         """Raise a `ValueError` if images of 16 bits use less than an eighth of the grey levels.
 
+        Looks at 99.8 % of the pixels of some images.
+
         Cameras of 12 bits write such files. On the full range, the images are nearly black.
         """
         numbers = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int))
         images = [self._read(int(i)).image for i in numbers]
-        if any(image.dtype != np.uint16 for image in images):
+        images = [image for image in images if image.dtype == np.uint16]
+        if not images:
             return
-        low, high = min(int(i.min()) for i in images), max(int(i.max()) for i in images)
+        ranges = np.array([np.percentile(image, (0.1, 99.9)) for image in images])  # no hot pixels
+        low, high = int(ranges[:, 0].min()), int(ranges[:, 1].max())
         if high - low < 65536 // 8:
             raise ValueError(
                 f"{self.source} holds images of 16 bits that use the grey levels {low:,} to "

@@ -31,7 +31,7 @@ def describe_sets(real: RealImages, candidates: Sequence[Candidate]) -> list[str
     ]
     if real.train is not None:
         sets.append(("the training data", find_pixel_size(real.train)))
-    size = real.summary.get("pixel_size_nm")
+    size = find_pixel_size(real.held_out)
     return [
         f"{name}: {other:.4g} nm per pixel, the reference: {size:.4g} nm. The distance compares "
         "magnifications, too. Give images of one pixel size."

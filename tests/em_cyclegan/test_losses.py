@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from em_cyclegan.contrastive import PatchProjection, contrastive_loss, find_features
@@ -44,12 +45,14 @@ def test_least_squares():
     assert discriminator_loss(nn.Identity(), torch.zeros(2, 1), torch.ones(2, 1)) == 1
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("method", ["cycle", "contrastive"])
-def test_a_step_trains_whom_it_names(tmp_path, method):
+def test_a_step_trains_whom_it_names(tmp_path, method, precision):
+    AcceleratorState._reset_state(reset_partial_state=True)
     config = PRESETS["test"]()
     config = replace(config, training=replace(config.training, method=method))
     networks = create_networks(config)
-    game = Game(config, networks, create_accelerator(tmp_path, "no"))
+    game = Game(config, networks, create_accelerator(tmp_path, precision))
     batch = Unpaired(draw_images(2, 1, 32, 32), draw_images(2, 1, 32, 32, seed=1))
     losses, generated = game.backward_G(batch, 0)
     assert all(p.grad.abs().sum() > 0 for p in game.parameters if p.ndim > 1)
@@ -63,6 +66,7 @@ def test_a_step_trains_whom_it_names(tmp_path, method):
     assert set(losses) == {"loss_D", "loss_D_spectrum"}
     assert all(p.grad.abs().sum() > 0 for p in game.parameters_D if p.ndim > 1)
     assert all(p.grad is None for p in game.parameters)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_weights_of_the_losses(tmp_path):

@@ -33,7 +33,12 @@ def tile(tmp_path, **changes):
     [(4095, np.uint16, True), (65535, np.uint16, False), (20, np.uint8, False)],
 )
 def test_images_of_12_bits_in_16_are_refused(tmp_path, high, dtype, is_refused):
-    folder = write_images(tmp_path / "theirs", 3, high=high, dtype=dtype)
+    folder = write_images(tmp_path / "theirs", 3, size=64, high=high, dtype=dtype)
+    if is_refused:  # also with a hot pixel and beside an image of 8 bits
+        image = tifffile.imread(tmp_path / "theirs" / "0.tif")
+        image[0, 0] = 65535
+        tifffile.imwrite(tmp_path / "theirs" / "0.tif", image)
+        write_images(tmp_path / "theirs", 1, size=64, first=9)
     images = read_image_folder(folder)
     if is_refused:
         with pytest.raises(ValueError, match=r"theirs holds .* to 4,09\d only.*by 16"):
