@@ -56,9 +56,8 @@ class ImageFolder:
     def check_range(self) -> None:
         """Raise a `ValueError` if images of 16 bits use less than an eighth of the grey levels.
 
-        Looks at 99.8 % of the pixels of some images.
-
-        Cameras of 12 bits write such files. On the full range, the images are nearly black.
+        Cameras of 12 bits write such files. On the full range, they are nearly black. Looks at
+        99.8 % of the pixels of some images.
         """
         numbers = np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED).astype(int))
         images = [self._read(int(i)).image for i in numbers]

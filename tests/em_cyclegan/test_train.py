@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from em_training import (
     read_best,
     read_stats,
 )
+from support.commands import TORCHRUN
 from support.config import refuses_config
 
 
@@ -237,10 +237,9 @@ def test_impossible_configurations_are_refused():
 def test_two_processes_share_the_work(config, tmp_path):
     """Both hold the same weights and pools, which are those of one process up to rounding."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("two_processes.py")
     result = subprocess.run(
-        [*command, str(script), str(tmp_path)],
+        [*TORCHRUN, str(script), str(tmp_path)],
         cwd=Path(__file__).parents[2],
         env=environment | {"PYTHONPATH": os.pathsep.join(["tests", "."])},
         capture_output=True,

@@ -13,6 +13,7 @@ from em_diffusion.autoencoder import create_autoencoder
 from em_diffusion.latents import encode_latents, measure_latents
 from em_training import latents as latents_module
 from em_training.latents import Latents, encode_views
+from support.commands import TORCHRUN
 
 sys.path.insert(0, str(Path(__file__).parent))
 from encode_latents_in_processes import make_parts
@@ -144,15 +145,7 @@ def run_two_processes(folder, killed_after):
         "PYTHONPATH": str(ROOT),
     }
     script = str(Path(__file__).with_name("encode_latents_in_processes.py"))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        script,
-    ]
+    command = [*TORCHRUN, script]
     return subprocess.run(
         [*command, str(folder), str(killed_after)],
         env=environment,

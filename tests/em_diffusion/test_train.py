@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from em_diffusion.grain import fit_grain
 from em_diffusion.validation import choose_spaced_views
 from em_training import config_from_json, config_to_json, lock_folder, seed_for
 from em_training.weights import hash_weights
+from support.commands import TORCHRUN
 from support.config import refuses_config
 
 ROOT = Path(__file__).parents[2]
@@ -341,16 +341,8 @@ def test_two_processes_train_one_model(tmp_path, discriminator_weight):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     done = subprocess.run(
-        [*command, str(program), str(tmp_path / "config.json")],
+        [*TORCHRUN, str(program), str(tmp_path / "config.json")],
         env=environment,
         capture_output=True,
         text=True,

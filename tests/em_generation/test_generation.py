@@ -1,7 +1,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from em_generation.loading import find_pipeline_folder, load_pipeline, read_mode
 from em_stylegan.em_stylegan2_generator import StyleGAN2Generator
 from em_stylegan.pipeline_em_stylegan import EMStyleGANPipeline
 from em_training import seed_for
+from support.commands import TORCHRUN
 from support.generation import config_for, read
 from support.models import make_ldm, make_stylegan
 
@@ -157,16 +157,7 @@ def test_two_processes_make_the_same_folder(model, tmp_path):
     ]
     if "ldm" in Path(model).name:
         flags += ["--num-inference-steps", "2"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "generate.py",
-        *flags,
-    ]
+    command = [*TORCHRUN, "generate.py", *flags]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     assert np.abs(read(tmp_path / "one") - read(tmp_path / "two")).max() <= 1

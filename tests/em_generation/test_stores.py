@@ -19,6 +19,7 @@ from em_data.sources import open_source
 from em_diffusion.drawing import LDMDrawer
 from em_generation.generate import generate_images, write_preview
 from em_generation.store import ArrowStore, FileStore, cut_into_shards
+from support.commands import TORCHRUN
 from support.generation import config_for, read
 from support.models import make_ldm, make_stylegan
 
@@ -232,12 +233,7 @@ def test_kills_leave_whole_images_and_the_rest_is_filled_in(tmp_path, format):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "generate.py", "--out", tmp_path / "killed", *flags]
     torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
+        *TORCHRUN,
         *command[1:],
     ]
 

@@ -32,6 +32,7 @@ from em_training import (
     read_stats,
 )
 from em_training.weights import hide_loading_bars
+from support.commands import TORCHRUN
 from support.config import refuses_config
 from support.tiny_bases import MAKERS, make_stable_diffusion
 
@@ -329,10 +330,9 @@ def test_two_processes_share_the_work(runs, make_config, tmp_path):
     config = make_config(tmp_path / "run", prompt_dropout=0.0, sample_every=0)
     (tmp_path / "config.json").write_text(config_to_json(config))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("two_processes.py")
     result = subprocess.run(
-        [*command, str(script), str(tmp_path / "config.json")],
+        [*TORCHRUN, str(script), str(tmp_path / "config.json")],
         cwd=Path(__file__).parents[2],
         env=environment | {"PYTHONPATH": os.pathsep.join(["tests", "."])},
         capture_output=True,

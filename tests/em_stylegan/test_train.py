@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from em_training import (
     read_stats,
     step_optimizer,
 )
+from support.commands import TORCHRUN
 from support.config import refuses_config
 
 
@@ -330,16 +330,7 @@ def test_two_processes_share_the_work(tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     script = str(Path(__file__).with_name("two_processes.py"))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        script,
-        str(tmp_path),
-    ]
+    command = [*TORCHRUN, script, str(tmp_path)]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=300
     )

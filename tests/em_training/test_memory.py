@@ -1,6 +1,5 @@
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import torch
 from em_data.batch import Batch
 from em_training import MicroBatching, create_accelerator, is_out_of_memory, run_in_parts
 from em_training.optimizer import _buckets
+from support.commands import TORCHRUN
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,16 +222,8 @@ def test_a_process_that_halves_alone_does_not_hang_the_other(tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), str(tmp_path)],
+        [*TORCHRUN, str(tmp_path / "program.py"), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -23,6 +23,7 @@ from em_training import (
     read_stats,
     save_checkpoint,
 )
+from support.commands import TORCHRUN
 from support.toy_loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -221,17 +222,9 @@ def test_two_processes_resume_their_own_sums_and_stop_together(tmp_path, capsys)
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": PATHS,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     program = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
-        [*command, str(program), str(tmp_path)],
+        [*TORCHRUN, str(program), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ from pathlib import Path
 from support.faults import Watcher, watch
 
 ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PRELOAD = [
     "torch",
     "diffusers",
