@@ -47,6 +47,7 @@ def create_executor(config: RunnerConfig, step: ShardStep) -> Any:
         "tasks": config.tasks,
         "workers": config.workers,
         "logging_dir": os.path.abspath(config.logs),
+        "skip_completed": False,  # files are marked one by one; a task may have more to do now
     }
     if config.executor == "local":
         return LocalPipelineExecutor(**options)

@@ -95,7 +95,10 @@ def generate_shard(
         files = plan.share(index, number)
         written = write_files(plan, files, draw)
         if config.format == "arrow" and len(plan.list_marked()) >= plan.num_files:
-            write_index(out, [f"data/{plan.data(file).name}" for file in range(plan.num_files)])
+            paths = [plan.data(file) for file in range(plan.num_files)]
+            with lock(out / ".locks" / "record.lock"):
+                if all(path.is_file() for path in paths):  # else who writes the rest does this
+                    write_index(out, [f"data/{path.name}" for path in paths])
     return Written(tuple(written), len(files) - len(written), plan)
 
 

@@ -111,6 +111,12 @@ def test_datatrove_runs_shards_on_this_machine(model, tmp_path):
     write_whole(model, tmp_path / "whole")
     assert read_files(out) == read_files(tmp_path / "whole")
     assert len(list((logs / "completions").iterdir())) == 3
+    # the same logs again: what is missing now is written
+    next((out / "data").iterdir()).unlink()
+    assert not check_shards(out).is_whole
+    done = run_module(*runner, "--", "generate.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert read_files(out) == read_files(tmp_path / "whole")
     # a shard that fails is not marked as completed
     failed = run_module(
         "--logs", tmp_path / "other", "--tasks", 1, "--", "generate.py", *words, "--seed", "1"
