@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAIN = "main"
@@ -214,8 +214,8 @@ def fetch_repository(
 ) -> Path:
     """Return a local folder with the files of a Hub repository that match `patterns`.
 
-    What was downloaded once is found without a network. Every file is compared with its checksum;
-    a damaged one is removed from the cache.
+    What was downloaded once is found without a network. Each of these files is compared with its
+    checksum; a damaged one is removed from the cache.
 
     Args:
         name: owner/name, or owner/name@revision.
@@ -235,7 +235,13 @@ def fetch_repository(
                 token=token,
             )
         )
-    damaged = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_sound(path)]
+    files = filter_repo_objects(
+        (path for path in sorted(folder.rglob("*")) if path.is_file()),
+        allow_patterns=patterns,
+        ignore_patterns=list(ignore) or None,
+        key=lambda path: path.relative_to(folder).as_posix(),
+    )
+    damaged = [path for path in files if not _is_sound(path)]
     for path in damaged:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)

@@ -52,9 +52,16 @@ class BaseSource:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return {"weights_sha256": digest.hexdigest()}
 
+    def fetch_text_encoder(self) -> None:
+        """Download the text encoder and its tokenizer of a repository; a folder has them."""
+        if self.repository is not None:
+            fetch_parts(f"{self.repository}@{self.revision}", ("text_encoder", "tokenizer"))
+
 
 def find_base(name: str, commit: str | None = None) -> BaseSource:
-    """Find a base, and download the files of a repository that are needed; no code is read.
+    """Find a base, and download what a training needs of a repository; no code is read.
+
+    The text encoder is not downloaded, see `BaseSource.fetch_text_encoder`.
 
     Args:
         name: A folder in diffusers' layout, or owner/name[@revision] on the Hub.
@@ -83,11 +90,15 @@ def find_base(name: str, commit: str | None = None) -> BaseSource:
     except ValueError as error:
         raise ValueError(f"{error} Or name a folder that holds a base with --base.") from error
     kind = read_kind(folder, name)
-    parts = (BASE_MODELS[kind].denoiser, "vae", "scheduler", "text_encoder", "tokenizer")
-    patterns = [f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES]
-    folder = fetch_repository(pinned, [INDEX, *patterns], ignore=IGNORED)
+    folder = fetch_parts(pinned, (BASE_MODELS[kind].denoiser, "vae", "scheduler"))
     # the cache names the folder of a snapshot by its commit
     return BaseSource(name, folder, kind, repository, folder.name)
+
+
+def fetch_parts(name: str, parts: tuple[str, ...]) -> Path:
+    """Return a local folder with these parts of a repository in diffusers' layout."""
+    patterns = [f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES]
+    return fetch_repository(name, [INDEX, *patterns], ignore=IGNORED)
 
 
 def read_kind(folder: Path, name: str) -> str:

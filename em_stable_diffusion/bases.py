@@ -58,9 +58,10 @@ class Base(ABC):
     def encode_prompts(self, texts: list[str]) -> torch.Tensor:
         """Return the embeddings of prompts, float32 [P, L, D]; load the text encoder and drop it.
 
-        They are encoded on the CPU, so that the device needs no room for the encoder, and one by
-        one, so that none depends on the others.
+        The text encoder of a repository is downloaded now. It computes on the CPU, so that the
+        device needs no room for it, and encodes one by one, so that none depends on the others.
         """
+        self.source.fetch_text_encoder()
         pipeline = self._load_pipeline()
         return torch.cat([pipeline.encode_prompt(text, **self.encoding)[0] for text in texts])
 
@@ -108,11 +109,11 @@ class Base(ABC):
         return len(config["block_out_channels"])
 
     def _load_pipeline(self, **parts):
-        """Load the text encoder and what belongs to it."""
+        """Load the text encoder, float32, and what belongs to it."""
         parts |= {self.model.denoiser: None, "vae": None, **self.model.without}
         with hide_loading_bars():
             return self.model.pipeline_class.from_pretrained(
-                self.source.folder, use_safetensors=True, **parts
+                self.source.folder, use_safetensors=True, dtype=torch.float32, **parts
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from em_stable_diffusion.bases import Base
 from em_stable_diffusion.config import CLASS, LoRAConfig
 from em_stable_diffusion.em_prompts import EMPrompts
+from em_training.config import read_json_object
 from em_training.weights import save_model
 
 
@@ -31,13 +32,19 @@ def encode_prompts(
     base: Base, texts: list[str], folder: Path, say: Callable[[str], object] = print
 ) -> EMPrompts:
     """Encode the empty prompt and `texts` and keep them in `folder`, or read them from there."""
-    if not (folder / "config.json").is_file():
+    if not holds_prompts(folder, texts):
         embeddings = base.encode_prompts(["", *texts])
         prompts = EMPrompts(texts, *embeddings.shape[1:])
         prompts.embeddings.copy_(embeddings)
         save_model(prompts.eval(), folder)
         say(f"prompts: {', '.join(texts)}; encoded once and kept with the run")
     return EMPrompts.from_pretrained(folder).eval()
+
+
+def holds_prompts(folder: Path, texts: list[str]) -> bool:
+    """Return whether `folder` holds these prompts, encoded."""
+    path = folder / "config.json"
+    return path.is_file() and read_json_object(path).get("texts") == texts
 
 
 def draw_rows(latents, ids, dropout: float, rng: torch.Generator) -> torch.Tensor:
