@@ -5,10 +5,11 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import filelock
@@ -16,6 +17,8 @@ import filelock
 DAY = 86_400  # seconds
 LOCK = ".lock"  # of a folder that one process at a time works in
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network disks
+_without_locks: set[Path] = set()  # folders of which a message said so
 
 
 class FullDiskError(OSError):
@@ -209,17 +212,35 @@ def _make_beside(folder, prefix, max_age):
 def lock(path, message: str | None = None) -> Iterator[None]:
     """Hold the lock file `path` for the block; the system releases it however the process ends.
 
+    On a disk without file locks, the block runs without one, and a message says so.
+
     message: raise `ValueError` with this text where another process holds the lock. By default,
     wait for it.
     """
     path = Path(path)
     make_folder(path.parent)
+    # a soft lock, which is a mere file, would outlive a killed process
+    waiting = filelock.FileLock(path, timeout=-1 if message is None else 0, fallback_to_soft=False)
     try:
-        held = filelock.FileLock(path, timeout=-1 if message is None else 0).acquire()
+        held: AbstractContextManager[object] = waiting.acquire()
     except filelock.Timeout as error:
         raise ValueError(message) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _say_without_locks(path.parent)
+        held = nullcontext()
     with held:
         yield
+
+
+def _say_without_locks(folder: Path) -> None:
+    if folder not in _without_locks:
+        _without_locks.add(folder)
+        print(
+            f"The disk of {folder} has no file locks. Let only one process at a time write there.",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

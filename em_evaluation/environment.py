@@ -32,6 +32,13 @@ def describe_environment() -> dict:
     }
 
 
+def count_cores() -> int:
+    """Return how many cores this process may use: those that the system or SLURM gives it."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _find_cpu():
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []

@@ -1,6 +1,5 @@
 """What a microscopist would measure on sets of images, as distances to held-out micrographs."""
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,6 +27,7 @@ from em_evaluation.defects import (
     histogram_by_image,
     sum_by_image,
 )
+from em_evaluation.environment import count_cores
 from em_evaluation.interval import Interval, to_json
 from em_evaluation.levels import Sets
 from em_evaluation.metric import Metric
@@ -255,7 +255,7 @@ def resample_sets(sets, groups, threshold, bins, pixel_size_nm, seed) -> dict[st
             for name, values in rows.items()
         }
 
-    num_at_once = max(1, min(os.cpu_count() or 1, MAX_PIXELS_AT_ONCE // sets["held_out"].size))
+    num_at_once = max(1, min(count_cores(), MAX_PIXELS_AT_ONCE // sets["held_out"].size))
     with ThreadPoolExecutor(num_at_once) as pool:
         bar = tqdm(
             pool.map(measure, sets), "electron microscopy", total=len(sets), unit="set", leave=False

@@ -20,7 +20,8 @@ def refuse_foreign_folder(out: Path) -> None:
         raise ValueError(f"{out} is a file. Choose a new folder with --out.")
     if not out.exists() or (out / RECORD).exists():
         return
-    if any(not name.startswith(".") for name in scan_names(out)):
+    is_foreign = any(not name.startswith(".") for name in scan_names(out))
+    if is_foreign and not (out / RECORD).exists():  # which another process writes first
         raise ValueError(f"{out} holds other files; choose a new folder with --out.")
 
 

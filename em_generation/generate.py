@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from em_data import read_image_folder
 from em_data.figures import save_grid_with_scale_bar
 from em_data.files import name_full_disk, write_atomically
+from em_evaluation.environment import count_cores
 from em_generation.both import BothGrains
 from em_generation.folder import RECORD, hold_folder, open_folder, refuse_foreign_folder
 from em_generation.label_store import LabelFormat, create_labelled_store
@@ -28,6 +29,7 @@ from em_generation.store import NameClasses, create_store
 from em_training import choose_precision, create_process_state
 from em_training.classes import name_classes
 from em_training.family import check_options
+from em_training.nodes import ask_main_process, check_common_folder, fail_together
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WRITERS = 8
@@ -123,8 +125,10 @@ def generate_images(
     refuse_foreign_folder(out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(name_full_disk(out))
-        if state.is_main_process:
-            stack.enter_context(hold_folder(out))
+        with fail_together(state):
+            if state.is_main_process:
+                stack.enter_context(hold_folder(out))
+        check_common_folder(out, state)
         return _generate(config, model, state, out, bare)
 
 
@@ -145,13 +149,14 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path, bare=Non
     drawer, record = started.drawer, started.record
     before = open_folder(out, record, state)
     store = started.create_store(out, config.format)
-    missing = store.find_missing(config.num_images)
+    missing = ask_main_process(state, lambda: store.find_missing(config.num_images))
     work: list[tuple[Any, Any, list[int]]] = [(drawer, store, missing)]
     with contextlib.ExitStack() as stack:
         # the same in all processes, since they wait for each other here
         if bare is not None and record["settings"].get("grain"):
             bare_store = open_bare(bare, started, state, stack)
-            left = set(bare_store.find_missing(bare.num_images))
+            found = ask_main_process(state, lambda: bare_store.find_missing(bare.num_images))
+            left = set(found)
             both = BothGrains(drawer, store, bare_store)
             work = [(both, both, [i for i in missing if i in left])]
             work += [(drawer, store, [i for i in missing if i not in left])]
@@ -292,7 +297,8 @@ def draw_missing(
     if state.num_processes > 1:
         description += f" (process {state.process_index + 1} of {state.num_processes})"
     # threads that encode and write: the cores that do not compute
-    cores = (os.cpu_count() or 1) // state.num_processes
+    # LOCAL_WORLD_SIZE: processes of torchrun on this node
+    cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     computing = 1 if state.device.type == "cuda" else torch.get_num_threads()
     progress.images_at_once = getattr(drawer, "images_at_once", None)
     options: dict[str, Any] = {}

@@ -10,12 +10,19 @@ import pytest
 import torch
 
 from em_data import files
+from em_evaluation.extractor import Extractor
 from em_generation.families import FAMILIES
+from em_generation.generate import GenerationConfig
 from em_generation.loading import hash_weight_files
+from em_generation.shards.check import check_shards, find_fault
+from em_generation.shards.features import write_features
+from em_generation.shards.plan import ShardOptions, read_plan
+from em_generation.shards.work import generate_shard
 from em_generation.store import ArrowStore, FileStore, remove_remains
 from em_training import list_checkpoints, load_checkpoint, read_best, read_stats, save_checkpoint
 from em_training.best_weights import save_best
 from support.faults import list_states, replace_by
+from support.models import make_stylegan
 from support.toy_loop import train
 
 
@@ -138,6 +145,53 @@ def test_images_are_whole_or_missing_after_a_power_cut(tmp_path, kind):
         for name, content in whole.items():
             assert (state / name).read_bytes() == content, f"{state.name}: {name}"
     assert not open_store(found[-1]).find_missing(3)
+
+
+class Means(Extractor):
+    name, identity, num_features = "means", "means", 4
+
+    def _features(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.mark.parametrize("format", ["arrow", "webdataset"])
+def test_shards_and_features_are_whole_or_missing_after_a_power_cut(tmp_path, format):
+    """And the same commands then write what is missing, to the same bytes."""
+    model, root = tmp_path / "model", tmp_path / "out"
+    make_stylegan().save_pretrained(model)
+    root.mkdir()
+    options = {"num_images": 3, "batch_size": 4, "precision": "no", "format": format}
+    shards = ShardOptions("1/1", images_per_file=2)
+    config = GenerationConfig(str(model), str(root), shards=shards, **options)
+
+    def write():
+        generate_shard(config, command="python generate.py")
+        write_features(root, "1/1", [Means()])
+
+    def read():
+        paths = [path for path in root.rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in paths
+            # marks tell the seconds; remains of a cut are hidden
+            if path.parent.name != "done" and path.name[0] != "."
+        }
+
+    found = list_states(root, write, tmp_path / "states", every=4)
+    whole = read()
+    assert len(found) > 25
+    for state in found:
+        replace_by(root, state)
+        if (root / "generation.json").exists():
+            for name in check_shards(root).doubled:
+                pytest.fail(f"{state.name}: {name}")
+            plan = read_plan(root)
+            for file in plan.list_marked():
+                assert find_fault(plan, file, reads_numbers=True) is None, state.name
+        write()
+        assert check_shards(root).is_whole, state.name
+        assert not check_shards(root).remains, state.name
+        assert read() == whole, state.name
 
 
 def test_a_training_goes_on_after_a_power_cut_at_any_moment(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Check:
 
     missing: files without a mark. damaged: file -> what is wrong with it. doubled: name of a file
     that is no part of the plan -> what is wrong with it. remains: files that a killed worker left
-    half-written, or a running one is writing.
+    half-written, or a running one is writing. lacks_index: all files are whole, but
+    `datasets.load_from_disk` does not find them.
     """
 
     plan: Plan
@@ -29,6 +31,7 @@ class Check:
     damaged: dict[int, str]
     doubled: dict[str, str]
     remains: tuple[str, ...]
+    lacks_index: bool = False
 
     @property
     def to_write(self) -> list[int]:
@@ -37,8 +40,8 @@ class Check:
 
     @property
     def is_whole(self) -> bool:
-        """Whether each image is there once."""
-        return not (self.missing or self.damaged or self.doubled)
+        """Whether each image is there once, and the folder can be loaded."""
+        return not (self.missing or self.damaged or self.doubled or self.lacks_index)
 
 
 def check_shards(out) -> Check:
@@ -57,11 +60,24 @@ def check_shards(out) -> Check:
         if fault is not None:
             damaged[file] = fault
     planned = {plan.data(file).name for file in range(plan.num_files)}
-    names = sorted(scan_names(plan.out / "data"))
+    folder = plan.out / "data"  # a start that was killed may have made none
+    names = sorted(scan_names(folder)) if folder.is_dir() else []
     extra = [name for name in names if name not in planned and not name.startswith(".")]
     remains = tuple(name for name in names if re.fullmatch(rf"\.{FILE_NAME}\..+", name))
-    doubled = {name: _describe_extra(plan.out / "data" / name) for name in extra}
-    return Check(plan, tuple(missing), damaged, doubled, remains)
+    doubled = {name: _describe_extra(folder / name) for name in extra}
+    lacks_index = not (missing or damaged) and plan.format == "arrow" and not _has_index(plan)
+    return Check(plan, tuple(missing), damaged, doubled, remains, lacks_index)
+
+
+def _has_index(plan: Plan) -> bool:
+    """Say whether the index names the files of the plan."""
+    try:
+        state = json.loads((plan.out / "state.json").read_text())
+        names = [each["filename"] for each in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    planned = [f"data/{plan.data(file).name}" for file in range(plan.num_files)]
+    return names == planned and (plan.out / "dataset_info.json").is_file()
 
 
 def find_fault(plan: Plan, file: int, *, reads_numbers: bool = False) -> str | None:
@@ -119,6 +135,11 @@ def describe_check(check: Check) -> str:
         lines.append(
             f"{len(check.remains)} half-written files lie in data/. They are removed when their "
             "images are written again."
+        )
+    if check.lacks_index:
+        lines.append(
+            "The index for datasets.load_from_disk is missing or lists other files. Write it: "
+            f"{read_command(plan.out)} --shard 1/1"
         )
     if check.to_write:
         lines.append(f"Write them: {read_command(plan.out)} --shard 1/1")

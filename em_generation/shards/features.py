@@ -69,6 +69,10 @@ class FeatureFile:
     facts: dict[str, Any]
 
 
+class _ImagesChangedError(Exception):
+    """The images of a file are written anew."""
+
+
 def write_features(
     out, shard: str, extractors: Sequence[Extractor], *, batch_size: int = 50, log=print
 ) -> int:
@@ -86,11 +90,19 @@ def write_features(
     """
     plan = read_plan(out)
     files = plan.share(*parse_shard(shard))
-    missing, num_written, others = [], 0, []
+    missing, num_written, others = set(), 0, []
+
+    def write(file: int, extractor: Extractor) -> int:
+        try:
+            return _write_file(plan, file, extractor, batch_size, log)
+        except _ImagesChangedError:
+            missing.add(file)
+            return 0
+
     with name_full_disk(out):
         for file in tqdm(files, desc="features", unit="file", disable=None):
             if find_fault(plan, file) is not None:
-                missing.append(file)
+                missing.add(file)
                 continue
             for extractor in extractors:
                 with contextlib.ExitStack() as held:
@@ -99,14 +111,14 @@ def write_features(
                     except ValueError:
                         others.append((file, extractor))
                         continue
-                    num_written += _write_file(plan, file, extractor, batch_size, log)
+                    num_written += write(file, extractor)
         for file, extractor in others:  # another process has written these, or has ended
             with lock(_lock_path(plan, file, extractor)):
-                num_written += _write_file(plan, file, extractor, batch_size, log)
+                num_written += write(file, extractor)
     if missing:
         raise ValueError(
-            f"{out} lacks whole files of images: {name_files(plan, missing)}. Write them (python "
-            f"generate.py --check {out} says how), and repeat this command."
+            f"{out} lacks whole files of images: {name_files(plan, sorted(missing))}. Write them "
+            f"(python generate.py --check {out} says how), and repeat this command."
         )
     return num_written
 
@@ -123,10 +135,15 @@ def _lock_path(plan: Plan, file: int, extractor: Extractor) -> Path:
 
 
 def _write_file(plan: Plan, file: int, extractor: Extractor, batch_size: int, log) -> bool:
-    """Write the features of a file unless they are done; return whether they were written."""
+    """Write the features of a file unless they are done; return whether they were written.
+
+    Raises:
+        _ImagesChangedError: Another process has begun to write the images anew.
+    """
     path = find_folder(plan.out, extractor) / f"{plan.name(file)}.{SUFFIX}"
     mark = read_mark(plan, file)
-    assert mark
+    if not mark:
+        raise _ImagesChangedError
     if path.exists():
         fault = "is damaged"
         with contextlib.suppress(ValueError):
@@ -134,7 +151,13 @@ def _write_file(plan: Plan, file: int, extractor: Extractor, batch_size: int, lo
                 return False
             fault = "is of other images"
         log(f"{path} {fault}; it is written again")
-    images = ImageFile(plan.data(file))
+    try:
+        images = ImageFile(plan.data(file))
+        features = compute_features(images, extractor, batch_size=batch_size, use_cache=False)
+    finally:  # which reads wrong images, or fails, while they are written
+        if read_mark(plan, file) != mark:
+            raise _ImagesChangedError
+    assert features is not None
     facts = {
         "extractor": extractor.identity,
         "first": mark["first"],
@@ -143,8 +166,6 @@ def _write_file(plan: Plan, file: int, extractor: Extractor, batch_size: int, lo
         "images_sha256": mark["sha256"],
         "num_images": plan.num_images,
     }
-    features = compute_features(images, extractor, batch_size=batch_size, use_cache=False)
-    assert features is not None
     if np.abs(features).max() > MOST:
         raise ValueError(
             f"The features of {extractor.name} exceed {MOST:g}, the largest number in half "

@@ -21,6 +21,8 @@ from em_evaluation.numbers import format_interval
 from em_generation.candidates import Candidate, clean_name
 from em_generation.evaluate import EvaluationConfig, check_writable, load_real_images
 from em_generation.extractors import create_extractors
+from em_generation.folder import RECORD
+from em_generation.shards.check import name_files
 from em_generation.shards.features import (
     SUFFIX,
     FeatureOptions,
@@ -29,7 +31,7 @@ from em_generation.shards.features import (
     read_feature_file,
     write_features,
 )
-from em_generation.shards.plan import read_plan
+from em_generation.shards.plan import read_mark, read_plan
 from em_generation.shards.reading import ImageFile
 from em_training import create_process_state
 
@@ -119,6 +121,30 @@ def list_feature_files(folder: Path, identity: str | None = None) -> list[tuple[
             "evaluate.py --features-of OUT; it writes what is missing."
         )
     return files
+
+
+def check_images(out: Path, files: Sequence[tuple[Path, dict]]) -> None:
+    """Refuse features that are not those of the images in a folder of shards.
+
+    A folder that holds features alone has nothing to compare with.
+    """
+    if not (out / RECORD).exists():
+        return
+    plan = read_plan(out)
+    known = {facts["first"]: facts for _, facts in files}
+    other = []
+    for file in range(plan.num_files):
+        mark, facts = read_mark(plan, file) or {}, known.get(plan.numbers(file).start, {})
+        if not mark or any(
+            mark[key] != facts.get(name)
+            for key, name in (("end", "end"), ("sha256", "images_sha256"))
+        ):
+            other.append(file)
+    if other:
+        raise ValueError(
+            f"{out}: the features are not those of the present images: {name_files(plan, other)}. "
+            f"See python generate.py --check {out}, then repeat evaluate.py --features-of {out}."
+        )
 
 
 def run_feature_step(config: EvaluationConfig, options: FeatureOptions) -> None:
@@ -221,7 +247,8 @@ def compare_with_real(config, folders: Sequence[str], extractor: Extractor, held
         if name in rows:
             raise ValueError(f"Two folders are called {name}. Rename one of them.")
         if (folder / "features").is_dir():
-            folder = find_folder(folder, extractor)
+            out, folder = folder, find_folder(folder, extractor)
+            check_images(out, list_feature_files(folder, extractor.identity))
         merged = merge_features(folder, len(held_out), config.seed, extractor.identity)
         distance = frechet_influence_of_moments(merged.moments, merged.kept, real)
         groups: dict[str, Any] = {"groups_b": held_out.groups, "seed": config.seed}

@@ -21,7 +21,7 @@ from em_generation.generate import (
     start_drawing,
 )
 from em_generation.loading import Model, read_model
-from em_generation.shards.check import find_fault
+from em_generation.shards.check import find_fault, read_command
 from em_generation.shards.files import OrderedWriter, create_sink
 from em_generation.shards.plan import (
     SUFFIXES,
@@ -111,15 +111,16 @@ def open_folder(
     """
     record = started.record
     record["settings"] = record["settings"] | {"images_per_file": images_per_file}
-    make_folder(out / "data")
-    make_folder(out / "done")
     with lock(out / ".locks" / "record.lock"):
+        refuse_foreign_folder(out)
         before = read_matching_record(out, record) or {}
         num_images = max(config.num_images, before.get("num_images", 0))
         if num_images != before.get("num_images"):
             record["num_images"] = num_images
             write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
-        if command:
+        make_folder(out / "data")  # after the record, by which others know the folder
+        make_folder(out / "done")
+        if command and read_command(out) != command:
             write_atomically(out / ".command", command + "\n")
     if num_images > config.num_images:
         say(

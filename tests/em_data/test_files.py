@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 
 import pytest
@@ -74,3 +75,18 @@ def test_what_another_process_has_begun_stays(tmp_path):
         with pytest.raises(ValueError, match="refused"):
             fail_beside(held)
         assert {path.name for path in (tmp_path / "run").iterdir()} == {"a", ".lock"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_named_and_a_kill_leaves_nothing_that_blocks(
+    tmp_path, monkeypatch, capsys, number
+):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):  # the second as after a kill, which leaves the file
+        with files.lock(tmp_path / "x.lock", "in use"):
+            (tmp_path / "x.lock").touch()
+    expected = f"The disk of {tmp_path} has no file locks. Let only one process at a time write"
+    assert capsys.readouterr().err.count(expected) == 1

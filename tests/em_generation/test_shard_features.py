@@ -15,7 +15,7 @@ from em_evaluation.extractor import Extractor
 from em_evaluation.images import read_images
 from em_evaluation.moments import Moments
 from em_generation.generate import GenerationConfig
-from em_generation.shards import merge
+from em_generation.shards import features, merge
 from em_generation.shards.features import find_folder, read_feature_file, write_features
 from em_generation.shards.merge import merge_features
 from em_generation.shards.plan import ShardOptions
@@ -199,3 +199,42 @@ def test_flags_that_a_step_does_not_use_are_refused(out, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(monkeypatch, *words)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["unmarked", "written anew"])
+def test_images_that_change_meanwhile_get_no_features(model, tmp_path, monkeypatch, change):
+    """A generator extends the last file while another process computes its features."""
+    out = tmp_path / "out"
+    generate(model, out)
+    compute, mark = features.compute_features, out / "done" / "images-000003.json"
+
+    def compute_and_change(images, *words, **options):
+        found = compute(images, *words, **options)
+        if len(images) < PER_FILE:  # the last file
+            mark.unlink()
+            if change == "written anew":
+                generate(model, out, num_images=NUM + 8)
+        return found
+
+    monkeypatch.setattr(features, "compute_features", compute_and_change)
+    with pytest.raises(ValueError, match=r"lacks whole files of images: images-000003\.arrow"):
+        write_features(out, "1/1", [Blocks()])
+    monkeypatch.undo()
+    generate(model, out, num_images=NUM + 8)
+    assert write_features(out, "1/1", [Blocks()]) == 1
+    assert merge_features(find_folder(out, Blocks()), 1, 0).moments.num == NUM + 8
+
+
+def test_features_of_other_images_are_not_merged(model, tmp_path):
+    out = tmp_path / "out"
+    generate(model, out)
+    write_features(out, "1/1", [Blocks()])
+    files = merge.list_feature_files(find_folder(out, Blocks()))
+    merge.check_images(out, files)
+    generate(model, out, num_images=NUM + 8)  # the last file is another one now
+    with pytest.raises(ValueError, match=r"not those of the present images: images-000003\.arrow"):
+        merge.check_images(out, files)
+    (out / "done" / "images-000000.json").unlink()
+    with pytest.raises(ValueError, match=r"images-000000\.arrow .* images-000003\.arrow"):
+        merge.check_images(out, files)
+    merge.check_images(find_folder(out, Blocks()), files)  # nothing to compare with

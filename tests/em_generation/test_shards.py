@@ -313,3 +313,58 @@ def test_flags_are_refused_with_a_way_out(model, tmp_path):
             command.parse([*base, *words])
     assert parse_shard("3/20") == (2, 20)
     assert compress([3, 7, 8, 9, 12]) == "3,7-9,12"
+
+
+def test_workers_that_begin_at_once_do_not_take_each_other_for_strangers(
+    model, tmp_path, monkeypatch
+):
+    """One looks into the new folder at the moment in which another has begun to write there."""
+    from em_generation import folder
+
+    def scan_late(out):
+        monkeypatch.setattr(folder, "scan_names", scan_names)
+        write(model, tmp_path, "1/2")
+        return scan_names(out)
+
+    scan_names = folder.scan_names
+    monkeypatch.setattr(folder, "scan_names", scan_late)
+    (tmp_path / ".locks").mkdir()
+    write(model, tmp_path, "2/2")
+    assert check_shards(tmp_path).is_whole
+
+
+def test_strangers_are_refused_also_after_a_look(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "start_drawing", start_and_disturb(tmp_path))
+    with pytest.raises(ValueError, match="holds other files"):
+        write(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs.png", ".locks"}
+
+
+def start_and_disturb(out):
+    def start(*words):
+        (out / "theirs.png").write_bytes(b"x")
+        return start_drawing(*words)
+
+    start_drawing = work.start_drawing
+    return start
+
+
+def test_check_names_a_missing_index_and_the_command_mends_it(model, tmp_path):
+    write(model, tmp_path)
+    for name, content in (("state.json", None), ("state.json", "{}"), ("dataset_info.json", None)):
+        (tmp_path / name).unlink()
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        found = check_shards(tmp_path)
+        assert not found.is_whole
+        assert "The index for datasets.load_from_disk is missing" in describe_check(found)
+        assert write(model, tmp_path).files == ()
+        assert check_shards(tmp_path).is_whole
+
+
+def test_a_start_writes_the_record_and_the_command_once(model, tmp_path):
+    write(model, tmp_path, "1/2")
+    names = ("generation.json", ".command")
+    before = [(tmp_path / name).stat().st_mtime_ns for name in names]
+    write(model, tmp_path, "2/2")
+    assert [(tmp_path / name).stat().st_mtime_ns for name in names] == before
