@@ -9,23 +9,28 @@ operations of each network. The plan multiplies them; it is an estimate. `--tflo
 assumption: what a GPU sustains. Measure images/s on your own card (`benchmarks/gpu.py --parts
 sampling`) and give them as `--images-per-second`.
 
-The simulation draws stragglers and failures of workers for a thousand GPUs. Each file is written by
-the functions of `generate.py --shard`, here, in the order in which it would be; a worker that fails
-ends in the middle of a file. It then counts what is lost, doubled and drawn in vain.
+The simulation draws stragglers and failures for a thousand GPUs. Each worker is a thread that runs
+what `generate.py --shard` runs, with real files, marks and locks, in simulated time; a worker that
+fails ends in the middle of a file and leaves it. Idle workers begin unfinished shards a second
+time. It then counts what is lost, doubled and drawn in vain.
 """
 
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +42,25 @@ from em_data.intensity import from_uint
 from em_data.synthetic_micrographs import synthesise_micrograph
 from em_evaluation import get_extractor
 from em_generation.generate import Started
+from em_generation.shards import work
 from em_generation.shards.check import find_fault
 from em_generation.shards.features import _encode, read_feature_file
 from em_generation.shards.files import OrderedWriter, create_sink
 from em_generation.shards.plan import Plan, write_mark
 from em_generation.shards.reading import ImageFile
-from em_generation.shards.work import write_file
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20  # of the sampler
+FILES_OF_A_FILE = 5  # images, mark, lock, features, lock of the features
+COUNT_FILES = """
+import sys
+opened = set()
+sys.addaudithook(lambda event, words: event == "open" and opened.add(str(words[0])))
+import em_commands.generate, datasets, diffusers
+opened |= {str(module.__file__) for module in sys.modules.values()
+           if getattr(module, "__file__", None)}
+print(len(opened))
+"""  # opened to import what a worker needs
 
 
 def time_it(function, rounds=3, clock=time.process_time) -> float:
@@ -106,9 +121,9 @@ def measure_metadata(folder: Path, num=50) -> dict:
             hashlib.file_digest(file, "sha256")
 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", "import em_commands.generate, datasets, diffusers"]
+    words = [sys.executable, "-c", COUNT_FILES]
     began = os.times()
-    subprocess.run(words, env=environment, check=True)
+    counted = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
     ended = os.times()
     start = ended.children_user + ended.children_system
     start -= began.children_user + began.children_system
@@ -116,6 +131,7 @@ def measure_metadata(folder: Path, num=50) -> dict:
         "mark_and_lock_ms_per_file": 1000 * per_file,
         "sha256_mb_per_s": 2**26 / 1e6 / time_it(hash_file),
         "start_cpu_seconds": start,
+        "start_files": int(counted.stdout.split()[-1]),
     }
 
 
@@ -196,6 +212,8 @@ def make_plan(args, measured) -> dict:
     )
     metadata = measured["metadata"]
     plan["seconds_of_metadata"] = num_files * metadata["mark_and_lock_ms_per_file"] / 1000
+    plan["files_and_locks"] = FILES_OF_A_FILE * num_files
+    plan["files_opened_by_starts"] = args.gpus * metadata["start_files"]
     plan["core_hours_of_starts"] = args.gpus * metadata["start_cpu_seconds"] / 3600
     most = max(each["bytes_per_image"] for each in measured["files"].values())
     plan["core_hours_of_a_check"] = num * most / 1e6 / metadata["sha256_mb_per_s"] / 3600
@@ -209,60 +227,147 @@ class Failure(Exception):
     """A worker ends in the middle of a file."""
 
 
+class Clock:
+    """Simulated time for threads: one runs at a time, the one whose sleep ends first."""
+
+    def __init__(self) -> None:
+        self.now, self.sleeping, self.order = 0.0, [], itertools.count()
+        self.idle = threading.Semaphore(0)
+        self.errors: list[BaseException] = []
+
+    def sleep(self, hours: float) -> None:
+        woken = threading.Event()
+        heapq.heappush(self.sleeping, (self.now + hours, next(self.order), woken))
+        self.idle.release()
+        woken.wait()
+
+    def run(self, functions) -> None:
+        """Run functions that sleep, each in a thread, until all have ended."""
+        threads = [threading.Thread(target=self._call, args=(each,)) for each in functions]
+        for thread in threads:
+            thread.start()
+            self.idle.acquire()
+        while self.sleeping:
+            self.now, _, woken = heapq.heappop(self.sleeping)
+            woken.set()
+            self.idle.acquire()
+        for thread in threads:
+            thread.join()
+        if self.errors:
+            raise self.errors[0]
+
+    def _call(self, function) -> None:
+        try:
+            function()
+        except BaseException as error:
+            self.errors.append(error)
+        finally:
+            self.idle.release()
+
+    @contextlib.contextmanager
+    def lock(self, path, message=None):
+        """Hold a real lock; wait for it in simulated time."""
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(lock(path, "held"))
+                    break
+                except ValueError:
+                    if message is not None:
+                        raise
+                    self.sleep(1 / 60)
+            yield
+
+
+class Array:
+    """Workers that write the shards of a plan, with stragglers and failures.
+
+    A share of the workers takes three times as long. Workers fail at random; the shard starts again
+    after five minutes. When no shard is left, an idle worker takes one that is not finished, beside
+    the worker that has it.
+    """
+
+    def __init__(self, args, plan: Plan, num_shards: int, hours_per_file: float, start: float):
+        self.args, self.plan, self.num_shards = args, plan, num_shards
+        self.hours_per_file, self.start_hours = hours_per_file, start
+        rng = np.random.default_rng(args.seed)
+        self.slow = np.where(rng.random(args.gpus) < args.straggling, 3.0, 1.0)
+        self.clock, self.waiting = Clock(), collections.deque(range(num_shards))
+        self.draws, self.times_shared = np.zeros(plan.num_files, int), collections.Counter()
+        self.num_failures, self.hours_in_vain, self.end = 0, 0.0, 0.0
+
+    def run(self) -> None:
+        workers = [functools.partial(self.work, worker) for worker in range(self.args.gpus)]
+        with unittest.mock.patch.object(work, "lock", self.clock.lock):
+            self.clock.run(workers)
+
+    def work(self, worker: int) -> None:
+        """Write one shard after the other, as the tasks of an array do."""
+        rng = np.random.default_rng([self.args.seed, worker])
+        while (shard := self.take()) is not None:
+            files, is_done = self.plan.share(shard, self.num_shards), False
+            while not is_done:
+                self.clock.sleep(self.start_hours)
+                with contextlib.suppress(Failure):
+                    work.write_files(self.plan, files, functools.partial(self.draw, worker, rng))
+                    is_done = True
+
+    def take(self) -> int | None:
+        """Return a shard that nobody has begun; else an unfinished one, once; else None."""
+        if self.waiting:
+            return self.waiting.popleft()
+        unfinished = {file % self.num_shards for file in np.flatnonzero(self.draws == 0)}
+        shared = [shard for shard in sorted(unfinished) if not self.times_shared[shard]]
+        self.times_shared.update(shared[:1])
+        return shared[0] if shared else None
+
+    def draw(self, worker: int, rng, file: int, path: Path) -> dict:
+        needed = self.hours_per_file * self.slow[worker] * rng.lognormal(0, 0.1)
+        fails_at = rng.exponential(self.args.hours_between_failures)
+        path.write_bytes(b"half of")
+        self.clock.sleep(min(needed, fails_at))
+        if fails_at < needed:
+            path.rename(path.with_name(f"{path.name}.killed"))  # which a kill leaves
+            self.num_failures += 1
+            self.hours_in_vain += fails_at
+            self.clock.sleep(5 / 60)
+            raise Failure
+        path.write_bytes(f"{file}\n".encode())
+        self.draws[file] += 1
+        self.end = self.clock.now
+        return {}
+
+
 def simulate(
     args, images_per_file: int, num_shards: int, hours: float, start_hours: float, folder: Path
 ) -> dict:
-    """Simulate an array of shards on `gpus` workers with stragglers and failures, with real marks.
+    """Simulate an array of shards on `gpus` workers, with real files, marks and locks.
 
-    hours: Of all images on one GPU. start_hours: Of a start of a shard. A share of the workers
-    takes three times as long. Workers fail at random; the shard starts again after five minutes.
+    hours: Of all images on one GPU. start_hours: Of a start of a shard.
     """
-    rng = np.random.default_rng(args.seed)
     plan = Plan(folder, args.num_images, images_per_file, "arrow")
     (plan.out / "data").mkdir(parents=True)
     per_file = hours * images_per_file / args.num_images
-    slow = np.where(rng.random(args.gpus) < args.straggling, 3.0, 1.0)
-    waiting = collections.deque(range(num_shards))
-    events = [(start_hours, worker, waiting.popleft()) for worker in range(args.gpus)]
-    draws, vain, num_failures, end = np.zeros(plan.num_files, int), 0.0, 0, 0.0
-    while events:
-        now, worker, shard = heapq.heappop(events)
-        left = [file for file in plan.share(shard, num_shards) if find_fault(plan, file)]
-        if not left:
-            if waiting:
-                heapq.heappush(events, (now + start_hours, worker, waiting.popleft()))
-            continue
-        needed = per_file * slow[worker] * rng.lognormal(0, 0.1)
-        fails_at = rng.exponential(args.hours_between_failures)
-
-        def draw(file, path, fails=fails_at < needed):
-            path.write_bytes(f"{file}\n".encode())
-            if fails:
-                raise Failure
-            draws[file] += 1
-            return {}
-
-        if fails_at < needed:
-            with contextlib.suppress(Failure):
-                write_file(plan, left[0], draw)
-            num_failures, vain = num_failures + 1, vain + fails_at
-            heapq.heappush(events, (now + fails_at + 5 / 60 + start_hours, worker, shard))
-            continue
-        assert write_file(plan, left[0], draw)
-        end = max(end, now + needed)
-        heapq.heappush(events, (now + needed, worker, shard))
-    contents = [int(plan.data(file).read_text()) for file in range(plan.num_files)]
-    assert contents == list(range(plan.num_files))
+    array = Array(args, plan, num_shards, per_file, start_hours)
+    array.run()
+    contents = [plan.data(file).read_text() for file in range(plan.num_files)]
+    faults = [find_fault(plan, file) for file in range(plan.num_files)]
+    names = {path.name for path in (plan.out / "data").iterdir()}
     return {
         "images_per_file": images_per_file,
         "files": plan.num_files,
         "shards": num_shards,
-        "failures": num_failures,
-        "files_lost": int((draws == 0).sum()),
-        "files_doubled": int((draws > 1).sum()),
-        "hours": end,
+        "failures": array.num_failures,
+        "shards_begun_twice": array.times_shared.total(),
+        "files_lost": sum(
+            fault is not None or content != f"{file}\n"
+            for file, (fault, content) in enumerate(zip(faults, contents, strict=True))
+        ),
+        "files_doubled": int((array.draws > 1).sum()),
+        "files_left_over": len(names) - plan.num_files,
+        "hours": array.end,
         "hours_without_stragglers_and_failures": hours / args.gpus,
-        "gpu_hours_in_vain": vain,
+        "gpu_hours_in_vain": array.hours_in_vain,
     }
 
 

@@ -304,20 +304,19 @@ def measure_features(args) -> dict:
 
 
 def measure_memory(args) -> list[dict]:
-    """Return the peak memory of each command for growing numbers of images."""
-    rows = []
+    """Return the peak memory of each command for growing numbers of images, in small files."""
+    rows, whole = [], args.images_per_file
     run(generate, args, args.folder / "real", "1/1", 500, 5)
-    for part in (40, 20, 10, 4):
-        num, out = args.num_images // part, args.folder / f"memory-{part}"
-        row = {"num_images": num, "generate": measure(generate, args, out, "1/1", num)}
+    args.images_per_file = max(1, whole // 20)
+    for part in (400, 40, 4, 1):
+        num, out = max(BATCH, args.num_images // part), args.folder / f"memory-{part}"
+        row = {"num_images": num, "images_per_file": args.images_per_file}
+        row["generate"] = measure(generate, args, out, "1/1", num)
         row["features"] = measure(judge, args, out, "1/1")
         row |= {"merge": measure(merge, args, out), "check": measure(check, out)}
         shutil.rmtree(out)
         rows.append(row)
-    out = args.folder / "killed"
-    if out.exists():  # all images
-        row = {"num_images": args.num_images}
-        rows.append(row | {"merge": measure(merge, args, out), "check": measure(check, out)})
+    args.images_per_file = whole
     return rows
 
 
