@@ -4,6 +4,7 @@ It needs only torch, numpy, PIL, diffusers, transformers and the standard librar
 """
 
 import copy
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from em_training.em_saved_pipeline import (
 )
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a repository; a saved model names no path
+BASE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 DEFAULTS = {
     "resolution": 512,
     "pixel_size_nm": None,
@@ -49,7 +51,8 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
 
     A model whose base is in a repository is saved without it. Denoiser and autoencoder are then
     loaded from that repository, at the commit of the training, and the adapters are merged into the
-    denoiser.
+    denoiser. `from_pretrained` downloads them with its own `cache_dir`, `force_download`,
+    `local_files_only`, `proxies` and `token`.
 
     Args:
         adapters: An `EMAdapters`.
@@ -255,10 +258,33 @@ def load_base(adapters, denoiser=None, vae=None):
             f"The base of these adapters is {config.repository}, which is no repository on the "
             "Hub. Give `denoiser` and `vae`."
         )
-    options = {"revision": config.revision, "torch_dtype": adapters.dtype}
-    if denoiser is None:
-        denoiser = adapters.merge_into(base.load_denoiser(config.repository, **options))
-    return denoiser, base.load_vae(config.repository, **options) if vae is None else vae
+    options = {"revision": config.revision, "torch_dtype": adapters.dtype} | find_hub_options()
+    try:
+        if denoiser is None:
+            denoiser = adapters.merge_into(base.load_denoiser(config.repository, **options))
+        return denoiser, base.load_vae(config.repository, **options) if vae is None else vae
+    except OSError as error:
+        remedy = "Check the network, give `token` if the repository is private,"
+        if options.get("local_files_only"):
+            remedy = "Leave `local_files_only` out to download it,"
+        raise ValueError(
+            f"The base of these adapters, {config.repository} at the commit {config.revision}, was "
+            f"not loaded ({str(error).splitlines()[0].rstrip('.')}). {remedy} or give `denoiser` "
+            "and `vae`."
+        ) from error
+
+
+def find_hub_options() -> dict[str, Any]:
+    """Return the `BASE_OPTIONS` that the running `DiffusionPipeline.from_pretrained` was given.
+
+    diffusers does not hand them to a pipeline, so its call is looked up among those that run now.
+    """
+    code = inspect.unwrap(DiffusionPipeline.from_pretrained).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    given = {} if frame is None else frame.f_locals
+    return {name: given[name] for name in BASE_OPTIONS if given.get(name) is not None}
 
 
 read_source(EMLoRAPipeline)
