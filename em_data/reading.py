@@ -13,7 +13,7 @@ from em_data.intensity import describe_spikes, float_to_uint16
 from em_data.label_bar import find_label_bar
 from em_data.micrograph import Micrograph
 from em_data.refusal import STACK
-from em_data.valid_area import remove_nan
+from em_data.valid_area import mark_fill, remove_nan
 
 SUFFIXES = (
     *(".tif", ".tiff", ".btf", ".tf8", ".tf2", ".ptif", ".png", ".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -124,6 +124,8 @@ def finish(stored, label_bar, name, specimen) -> Micrograph:
         overlay = overlay if overlay is None else orient(overlay, stored.orientation)
         notices.append(f"turned as its orientation tag ({stored.orientation}) says")
         metadata["orientation"] = stored.orientation
+    if image.dtype.kind in "iuf" and image.dtype not in (np.uint8, np.uint16) and image.size:
+        image = mark_fill(image, notices)
     if image.dtype.kind == "f":
         image, corner = remove_nan(image, notices)
     image = to_uint(image, metadata)

@@ -1,13 +1,46 @@
-"""Pixels without a value: the borders of aligned series, and dead pixels."""
+"""Pixels without a value: borders of aligned series, fill values, and dead pixels."""
 
 import numpy as np
 from scipy import ndimage
 
 from em_data.refusal import Refusal
+from em_data.spikes import find_range
 
 MAX_ISOLATED = 4  # pixels that touch each other
 MAX_ISOLATED_SHARE = 1e-4  # of the image
 MIN_AREA_SHARE = 0.5  # of the image, that must have values
+FILL_SHARE = 1e-3  # of the pixels, at least, have a fill value
+FILL_GAP = 10.0  # times the range of the other values lies between these and a fill value
+
+
+def mark_fill(image: np.ndarray, notices: list[str]) -> np.ndarray:
+    """Return an image whose fill values, such as -9999, have become NaN; it is float64 then.
+
+    A fill value is the least or the largest value of an image, is that of at least 0.1 % of the
+    pixels, and lies outside the other values by ten times their range, spikes apart. An image of
+    two values has none, and an infinite value is none.
+
+    Args:
+        image: Integers or floats [H, W]; may hold NaN.
+        notices: What was found is appended to it.
+    """
+    is_known = ~np.isnan(image) if image.dtype.kind == "f" else np.ones(image.shape, bool)
+    for find in (np.min, np.max):
+        if not is_known.any():
+            break
+        value = find(image[is_known])
+        is_fill = image == value
+        num = np.count_nonzero(is_fill)
+        others = is_known & ~is_fill
+        if not np.isfinite(value) or num < FILL_SHARE * image.size or not others.any():
+            continue
+        low, high, _ = find_range(np.where(others, image, np.median(image[others])))
+        gap = max(low - float(value), float(value) - high)
+        if low < high and gap > FILL_GAP * (high - low):
+            is_known = others
+            notices.append(f"{num} pixels have the fill value {value:.6g}: taken as NaN")
+            image = np.where(is_fill, np.nan, image.astype(np.float64))
+    return image
 
 
 def remove_nan(image, notices) -> tuple[np.ndarray, tuple[int, int]]:

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import tifffile
 
+from em_data import read_micrograph
 from em_data.refusal import Refusal
-from em_data.valid_area import find_largest_rectangle, remove_nan
+from em_data.valid_area import find_largest_rectangle, mark_fill, remove_nan
 
 RNG = np.random.default_rng(7)
 VALUES = RNG.normal(size=(60, 80)).astype(np.float32)
@@ -60,3 +62,49 @@ def test_image_of_mostly_nan_is_refused_with_the_share_that_is_left():
 
 def test_image_without_nan_is_not_copied():
     assert remove_nan(VALUES, [])[0] is VALUES
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(-9999, "float32"), (-3.4e38, "float32"), (1e30, "float64")]
+    + [(-32768, "int16"), (-(2**31), "int32")],
+)
+def test_fill_values_become_nan_and_a_spike_does_not_hide_them(value, dtype):
+    notices = []
+    expected = (100 * VALUES).astype(dtype)
+    expected[20, 30] = 30_000  # a spike
+    image = expected.copy()
+    image[:5] = value
+    marked = mark_fill(image, notices)
+    assert np.isnan(marked[:5]).all()
+    assert np.array_equal(marked[5:], expected[5:])
+    assert notices == [f"400 pixels have the fill value {value:.6g}: taken as NaN"]
+
+
+@pytest.mark.parametrize("kind", ["two values", "saturated", "dark ground", "too few"])
+def test_values_that_belong_to_the_image_are_no_fill(kind):
+    image = VALUES.astype(np.float64)
+    if kind == "two values":
+        image = (image > 0) * 1e6
+    elif kind == "saturated":  # the edges of a bright particle have all values
+        rows, columns = np.indices(image.shape)
+        image += 1e4 * np.clip(20 - np.hypot(rows - 30, columns - 40), 0, 10)
+    elif kind == "dark ground":
+        image[:, :40] = -20
+    else:
+        image[0, 0] = image[0, 1] = -1e9
+    notices = []
+    assert mark_fill(image, notices) is image
+    assert not notices
+
+
+def test_a_file_with_fill_values_keeps_its_grey_levels(tmp_path):
+    image = (1000 + 10 * VALUES).astype(np.float32)
+    image[:, -9:] = -1e30
+    tifffile.imwrite(tmp_path / "x.tif", image)
+    read = read_micrograph(tmp_path / "x.tif")
+    assert read.image.shape == (60, 71)
+    kept = image[:, :71].astype(np.float64)
+    expected = (kept - kept.min()) / (kept.max() - kept.min()) * 65535
+    np.testing.assert_allclose(read.image, expected, atol=1)
+    assert "540 pixels have the fill value -1e+30: taken as NaN" in read.metadata["notices"]
