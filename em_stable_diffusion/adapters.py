@@ -54,7 +54,15 @@ def add_adapters(
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     denoiser.to(device)
-    adapters = EMAdapters(source.kind, layers, lora.rank, alpha, source.repository, source.revision)
+    adapters = EMAdapters(
+        source.kind,
+        layers,
+        lora.rank,
+        alpha,
+        source.repository,
+        source.revision,
+        variants=source.find_variants() or None,
+    )
     for name, pair in adapters.pairs():
         layer: Any = denoiser.get_submodule(name)
         pair.lora_A.weight = layer.lora_A[NAME].weight

@@ -36,7 +36,8 @@ class Base(ABC):
     def load_denoiser(self) -> Any:
         """Load the denoiser, frozen, float32."""
         with hide_loading_bars():
-            return self.model.load_denoiser(self.source.folder)
+            variant = self.source.find_variants().get(self.model.denoiser)
+            return self.model.load_denoiser(self.source.folder, variant=variant)
 
     def outline_denoiser(self) -> Any:
         """Return the denoiser without memory for its weights."""
@@ -48,7 +49,8 @@ class Base(ABC):
     def load_vae(self) -> Any:
         """Load the autoencoder, frozen, float32."""
         with hide_loading_bars():
-            return self.model.load_vae(self.source.folder)
+            variant = self.source.find_variants().get("vae")
+            return self.model.load_vae(self.source.folder, variant=variant)
 
     def load_scheduler(self) -> Any:
         """Load the sampler."""
@@ -62,7 +64,8 @@ class Base(ABC):
         device needs no room for it, and encodes one by one, so that none depends on the others.
         """
         self.source.fetch_text_encoder()
-        pipeline = self._load_pipeline()
+        variant = self.source.find_variants("text_encoder").get("text_encoder")
+        pipeline = self._load_pipeline(variant=variant)
         return torch.cat([pipeline.encode_prompt(text, **self.encoding)[0] for text in texts])
 
     @abstractmethod
@@ -108,12 +111,16 @@ class Base(ABC):
         config = read_json_object(self.source.folder / part / "config.json")
         return len(config["block_out_channels"])
 
-    def _load_pipeline(self, **parts):
+    def _load_pipeline(self, variant=None, **parts):
         """Load the text encoder, float32, and what belongs to it."""
         parts |= {self.model.denoiser: None, "vae": None, **self.model.without}
         with hide_loading_bars():
             return self.model.pipeline_class.from_pretrained(
-                self.source.folder, use_safetensors=True, dtype=torch.float32, **parts
+                self.source.folder,
+                use_safetensors=True,
+                variant=variant,
+                dtype=torch.float32,
+                **parts,
             )
 
 

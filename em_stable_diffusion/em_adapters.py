@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from em_stable_diffusion.em_base_models import BASE_MODELS
+from em_stable_diffusion.em_base_models import BASE_MODELS, VARIANTS
 from em_training.em_saved_model import SavesSafetensors
 
 
@@ -38,6 +38,10 @@ class EMAdapters(SavesSafetensors, ModelMixin, ConfigMixin):
         repository, revision: Repository on the Hub, and commit, that hold the base; None for a base
             that is saved with the model.
         colourfulness: That of images drawn after the training, see `draw_grey`; None if unknown.
+        variants: {part of the base: name of its weight files}, where there are no plain ones.
+
+    Raises:
+        ValueError: The base or a variant is not known.
     """
 
     @register_to_config
@@ -50,10 +54,14 @@ class EMAdapters(SavesSafetensors, ModelMixin, ConfigMixin):
         repository: str | None = None,
         revision: str | None = None,
         colourfulness: float | None = None,
+        variants: dict[str, str] | None = None,
     ):
         super().__init__()
         if base not in BASE_MODELS:
             raise ValueError(f"`base` is {base!r}; known are {', '.join(BASE_MODELS)}.")
+        for variant in (variants or {}).values():  # a part of the names of files
+            if variant not in VARIANTS:
+                raise ValueError(f"A variant is {variant!r}; known are {', '.join(VARIANTS)}.")
         self.changes = nn.Module()
         for name, (num_out, num_in) in layers.items():
             *parents, last = name.split(".")

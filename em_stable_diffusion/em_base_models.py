@@ -11,6 +11,7 @@ import diffusers
 import torch
 
 GREY_LEVELS = 255
+VARIANTS = ("fp16", "bf16")  # names of weight files of 16 bits, in their order of preference
 
 
 @dataclass(frozen=True)

@@ -258,11 +258,16 @@ def load_base(adapters, denoiser=None, vae=None):
             f"The base of these adapters is {config.repository}, which is no repository on the "
             "Hub. Give `denoiser` and `vae`."
         )
+    variants = config.get("variants") or {}
     options = {"revision": config.revision, "torch_dtype": adapters.dtype} | find_hub_options()
     try:
         if denoiser is None:
-            denoiser = adapters.merge_into(base.load_denoiser(config.repository, **options))
-        return denoiser, base.load_vae(config.repository, **options) if vae is None else vae
+            variant = variants.get(base.denoiser)
+            denoiser = base.load_denoiser(config.repository, variant=variant, **options)
+            adapters.merge_into(denoiser)
+        if vae is None:
+            vae = base.load_vae(config.repository, variant=variants.get("vae"), **options)
+        return denoiser, vae
     except OSError as error:
         remedy = "Check the network, give `token` if the repository is private,"
         if options.get("local_files_only"):

@@ -8,8 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 
-from em_stable_diffusion import EMLoRAPipeline, train_lora
+from em_stable_diffusion import EMLoRAPipeline, train, train_lora
+from em_stable_diffusion.base_source import find_base
+from em_stable_diffusion.bases import open_base
+from em_stable_diffusion.em_adapters import EMAdapters
 from em_stable_diffusion.em_prompts import EMPrompts
 from support.hub_server import make_environment
 from support.tiny_bases import MAKERS
@@ -158,3 +162,75 @@ def test_plain_diffusers_downloads_the_base_with_the_options_of_the_call(
         "models--you--em-lora",
         "models--lab--base",
     }
+
+
+def narrow_weights(folder, out, parts=None):
+    """Copy a base; its weights, or those of some parts, as fp16 files alone."""
+    shutil.copytree(folder, out)
+    for path in sorted(out.glob("*/*.safetensors")):
+        if parts is None or path.parent.name in parts:
+            weights = {name: each.half() for name, each in load_file(path).items()}
+            save_file(weights, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
+            path.unlink()
+    return out
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_base_that_is_there_in_16_bits_alone(
+    base_folders, make_config, hub, hub_machine, tmp_path, capsys, kind
+):
+    """Its files are found; training and drawing compute in float32."""
+    folder = narrow_weights(base_folders[kind], tmp_path / "base")
+    push(folder, "lab/base")
+    config = make_config(tmp_path / "run", kind, num_images=4, sample_every=0)
+    run = train_lora(replace(config, base="lab/base"))
+    assert "(fp16 files: there are no others)" in capsys.readouterr().out
+    hub_machine(hub, cache=tmp_path / "second")
+    pipeline = EMLoRAPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.denoiser.dtype == pipeline.vae.dtype == torch.float32
+    base = open_base(find_base(str(folder)))
+    for mine, part in ((pipeline.vae, "vae"), (base.load_denoiser(), base.model.denoiser)):
+        weights = load_file(next((folder / part).glob("*.fp16.safetensors")))
+        for name, value in mine.state_dict().items():
+            assert value.dtype != torch.float16
+            assert torch.equal(value, weights[name].to(value.dtype)), name
+    exact = open_base(find_base(str(base_folders[kind]))).encode_prompts(["dots"])
+    torch.testing.assert_close(base.encode_prompts(["dots"]), exact, rtol=0.02, atol=0.02)
+
+
+def test_plain_weights_are_preferred(base_folders, hub, tmp_path):
+    """The fp16 copy of a part that has plain weights is not even downloaded."""
+    folder = narrow_weights(base_folders["stable-diffusion"], tmp_path / "base", ("unet", "vae"))
+    shutil.copytree(base_folders["stable-diffusion"] / "vae", folder / "vae", dirs_exist_ok=True)
+    push(folder, "lab/base")
+    since = len(hub.requests)
+    assert find_base("lab/base").find_variants() == {"unet": "fp16"}
+    weights = {file for file in list_fetched(hub, since) if file.endswith(".safetensors")}
+    name = "diffusion_pytorch_model"
+    assert weights == {f"unet/{name}.fp16.safetensors", f"vae/{name}.safetensors"}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_base_without_safetensors_is_refused_before_the_training(
+    base_folders, make_config, tmp_path, monkeypatch, part
+):
+    """Pickled weights are not read."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the training began")
+
+    monkeypatch.setattr(train, "encode_both_sides", refuse)
+    folder = tmp_path / "base"
+    shutil.copytree(base_folders["stable-diffusion"], folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.rename(path.with_suffix(".bin"))
+    config = replace(make_config(tmp_path / "run"), base=str(folder))
+    with pytest.raises(ValueError, match=f"holds no weights of its {part} as safetensors"):
+        train_lora(config)
+
+
+def test_an_unknown_variant_is_refused(runs):
+    """It is a part of the name of a file."""
+    config = EMLoRAPipeline.from_pretrained(runs["stable-diffusion"] / "pipeline").adapters.config
+    with pytest.raises(ValueError, match=r"A variant is '\.\./x'; known are fp16, bf16"):
+        EMAdapters(config.base, config.layers, variants={"unet": "../x"})
