@@ -67,7 +67,8 @@ class Materials:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.kind_map.values()))
+        """Kinds of the segmenter, in an order that does not depend on that of --kinds."""
+        return tuple(sorted(set(self.kind_map.values())))
 
     @property
     def micrographs(self) -> list[str]:

@@ -19,7 +19,9 @@ from em_evaluation.detector.gain_statistics import (
     make_interval,
     resample,
 )
+from em_evaluation.detector.gain_trainings import Materials
 from em_evaluation.detector.keep_images import keep_images
+from em_evaluation.detector.labelled_tiles import parse_kinds
 from em_evaluation.detector.scores import Scores
 from em_evaluation.detector.segmenter import SegmenterConfig
 from em_evaluation.detector_gain import GainConfig, measure_gain, parse_folders
@@ -243,3 +245,13 @@ def test_keeps_the_best_images_with_their_labels(tmp_path):
     assert coco["annotations"] == [each for each in whole["annotations"] if each["image_id"] in ids]
     with pytest.raises(ValueError, match="exists"):
         keep_images(tmp_path / "all", tmp_path / "kept", set())
+
+
+def test_the_order_of_kinds_changes_no_training():
+    """A record knows which kinds are joined, not their order; so must the weights."""
+    kinds = [("a", "b=c+d"), ("b=d+c", "a")]
+    found = [
+        Materials(None, parse_kinds(words, "abcd"), ("a", "c", "d"), [], [], {}).kinds
+        for words in kinds
+    ]
+    assert found == [("a", "b"), ("a", "b")]
