@@ -76,7 +76,7 @@ class DiscriminatorConfig:
     trained weights."""
     unconditional_output: bool = True
     """With classes: also judge images regardless of their class, which the ramp of the classes
-    needs. False, as in StyleGAN2-ADA, goes with training.class_ramp_images 0 0."""
+    needs. Without it, as in StyleGAN2-ADA, training.class_ramp_images must be 0 0."""
 
 
 @dataclass(frozen=True, config=strict("training.augmentation"))

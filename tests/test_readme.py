@@ -159,4 +159,6 @@ def test_flags_exist(page, known_flags):
     known = known_flags | {"--help"}
     if page.name == "cluster.md":
         known |= list_flags_of_launchers()
-    assert not {flag for flag in flags if flag not in known and f"--no-{flag[2:]}" not in known}
+    known |= {f"--no-{flag[2:]}" for flag in known}
+    known |= {re.sub(r"^(--.+\.)(?!no-)", r"\1no-", flag) for flag in known}
+    assert not flags - known

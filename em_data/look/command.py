@@ -53,7 +53,7 @@ def look(config: LookConfig, *, say=print) -> Path:
     source = open_source(config.source, config.tiles, find_cache_dir(config.tiles.cache_dir))
     survey = survey_source(source, config.tiles, show_progress)
     advice = advise(survey, config.tiles)
-    command = f"accelerate launch train_ldm.py small --data {shlex.quote(config.source)} "
+    command = f"python train_ldm.py small --data {shlex.quote(config.source)} "
     command += advice.words
     for line in [*describe_survey(survey, advice), "", *describe_advice(survey, advice)]:
         say(line)

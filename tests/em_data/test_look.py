@@ -126,8 +126,8 @@ def test_the_line_recommends_what_a_training_accepts(tmp_path):
     save_several(folder, [f"{i}.png" for i in range(4)], side=512)
     _, text = call(folder, tmp_path)
     words = shlex.split(text.splitlines()[-1])
-    assert words[:6] == ["accelerate", "launch", "train_ldm.py", "small", "--data", str(folder)]
-    flags = dict(zip(words[6::2], words[7::2]))
+    assert words[:5] == ["python", "train_ldm.py", "small", "--data", str(folder)]
+    flags = dict(zip(words[5::2], words[6::2]))
     assert flags["--tiles.split"] == "micrograph"
     config = DataConfig(
         resolution=int(flags["--tiles.resolution"]),
@@ -422,7 +422,7 @@ def test_the_command_prints_page_and_next_command_last(tmp_path):
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     result = subprocess.run(command, check=True, **options)
     assert "The page is runs/look-data/look.html" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("accelerate launch train_ldm.py small")
+    assert result.stdout.splitlines()[-1].startswith("python train_ldm.py small")
     assert (tmp_path / "runs/look-data/look.html").is_file()
     result = subprocess.run([*command[:-1], "nowhere"], check=False, **options)
     assert result.returncode == 2
