@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -23,6 +24,33 @@ class LowRank(nn.Module):
         super().__init__()
         self.lora_A = nn.Linear(num_in, rank, bias=False)
         self.lora_B = nn.Linear(rank, num_out, bias=False)
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with its change beside it: W x + s lora_B (lora_A x), as one product.
+
+    The change is not added to the weight, whose rounding to 16 bits could swallow it; and the sum
+    is rounded once, so that a change below the rounding of W x is kept on average.
+
+    Args:
+        layer: The layer of the base.
+        change: What is added to its weight, divided by `scale`.
+        scale: s above.
+    """
+
+    def __init__(self, layer: Any, change: LowRank, scale: float):
+        super().__init__()
+        weight = layer.weight.detach()
+        lora_A = change.lora_A.weight.detach().to(weight)  # [rank, in]
+        lora_B = (scale * change.lora_B.weight.detach().float()).to(weight)  # [out, rank]
+        self.weight = nn.Parameter(torch.cat([weight, lora_B], dim=1), requires_grad=False)
+        self.lora_A = nn.Parameter(lora_A, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, with the change, of inputs [..., in]."""
+        x = torch.cat([x, F.linear(x, self.lora_A)], dim=-1)  # [..., in + rank]
+        return F.linear(x, self.weight, self.bias)
 
 
 class EMAdapters(SavesSafetensors, ModelMixin, ConfigMixin):
@@ -88,23 +116,43 @@ class EMAdapters(SavesSafetensors, ModelMixin, ConfigMixin):
     def merge_into(self, denoiser: Any) -> Any:
         """Add the changes to the weights of the base's denoiser, in place; return it.
 
-        Sums are computed in float32.
+        Sums are computed in float32. In 16 bits, they lose changes below the rounding of the
+        weights: use `put_into`.
 
         Raises:
             ValueError: The denoiser lacks a layer, or has one of another size.
         """
-        modules = dict(denoiser.named_modules())
+        for layer, pair in self._find_layers(denoiser).values():
+            change = pair.lora_B.weight.float() @ pair.lora_A.weight.float()
+            layer.weight.copy_(layer.weight.float() + self.scale * change.to(layer.weight.device))
+        return denoiser
+
+    @torch.no_grad()
+    def put_into(self, denoiser: Any) -> Any:
+        """Replace layers of the base's denoiser by `AdaptedLinear`, in place; return it.
+
+        Raises:
+            ValueError: The denoiser lacks a layer, or has one of another size.
+        """
+        for name, (layer, pair) in self._find_layers(denoiser).items():
+            place, _, last = name.rpartition(".")
+            adapted = AdaptedLinear(layer, pair, self.scale)
+            setattr(denoiser.get_submodule(place), last, adapted)
+        return denoiser
+
+    def _find_layers(self, denoiser):
+        """Return {name: (layer of the base's denoiser, its change)}, see `merge_into`."""
+        modules, found = dict(denoiser.named_modules()), {}
         for name, pair in self.pairs():
             weight = getattr(modules.get(name), "weight", None)
             if weight is None or list(weight.shape) != list(self.config.layers[name]):
-                found = "no such layer" if weight is None else f"one of {list(weight.shape)}"
+                size = "no such layer" if weight is None else f"one of {list(weight.shape)}"
                 raise ValueError(
                     f"These adapters change the layer {name} of {self.config.layers[name]}, but "
-                    f"the base has {found}. It is another base than they were trained for."
+                    f"the base has {size}. It is another base than they were trained for."
                 )
-            change = pair.lora_B.weight.float() @ pair.lora_A.weight.float()
-            weight.copy_(weight.float() + self.scale * change.to(weight.device))
-        return denoiser
+            found[name] = modules[name], pair
+        return found
 
     def save_lora_weights(self, folder: str | os.PathLike) -> None:
         """Write pytorch_lora_weights.safetensors, which `load_lora_weights` of diffusers reads."""

@@ -50,15 +50,15 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
     mean of the three channels that the model draws.
 
     A model whose base is in a repository is saved without it. Denoiser and autoencoder are then
-    loaded from that repository, at the commit of the training, and the adapters are merged into the
-    denoiser. `from_pretrained` downloads them with its own `cache_dir`, `force_download`,
-    `local_files_only`, `proxies` and `token`.
+    loaded from that repository, at the commit of the training. The adapters are merged into the
+    denoiser or, in 16 bits, put beside its weights. `from_pretrained` downloads the base with its
+    own `cache_dir`, `force_download`, `local_files_only`, `proxies` and `token`.
 
     Args:
         adapters: An `EMAdapters`.
         prompts: An `EMPrompts`.
         scheduler: That of the base. Other schedulers of diffusers can take its place.
-        denoiser: The base's denoiser, with the adapters merged into it. Default: loaded and merged.
+        denoiser: The base's denoiser, with the adapters in it. Default: loaded.
         vae: The base's autoencoder. Default: loaded.
         resolution: Side of an image in pixels.
         pixel_size_nm: Side of a pixel in nanometres, or None if unknown.
@@ -248,7 +248,7 @@ class EMLoRAPipeline(SavedWithCode, NamesClasses, DiffusionPipeline):
 
 
 def load_base(adapters, denoiser=None, vae=None):
-    """Return the base's denoiser with the adapters merged into it, and its autoencoder.
+    """Return the base's denoiser with the adapters in it, and its autoencoder.
 
     denoiser, vae: Kept if given.
     """
@@ -264,7 +264,8 @@ def load_base(adapters, denoiser=None, vae=None):
         if denoiser is None:
             variant = variants.get(base.denoiser)
             denoiser = base.load_denoiser(config.repository, variant=variant, **options)
-            adapters.merge_into(denoiser)
+            is_exact = denoiser.dtype == torch.float32
+            (adapters.merge_into if is_exact else adapters.put_into)(denoiser)
         if vae is None:
             vae = base.load_vae(config.repository, variant=variants.get("vae"), **options)
         return denoiser, vae

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from em_stable_diffusion.adapters import add_adapters, find_layers, use_weights
 from em_stable_diffusion.config import AdapterConfig, LoRAConfig
+from em_stable_diffusion.em_adapters import AdaptedLinear, LowRank
 
 
 def make(base, seed=0, **lora):
@@ -173,3 +175,41 @@ def test_a_narrow_base_keeps_exact_adapters(base):
     adapters = add_adapters(denoiser, base.source, config, base.targets, dtype=torch.bfloat16)
     assert denoiser.dtype == torch.bfloat16
     assert {each.dtype for each in adapters.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [None, 1.5])
+def test_put_in_equals_merged(base, alpha):
+    _, adapters = make(base, alpha=alpha)
+    shake(adapters)
+    merged = adapters.merge_into(base.load_denoiser())
+    adapted = adapters.put_into(base.load_denoiser())
+    assert {each.dtype for each in adapted.parameters()} == {torch.float32}
+    torch.testing.assert_close(predict(base, adapted), predict(base, merged), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [2, 8, 32])
+def test_small_changes_are_kept_in_16_bits(size):
+    """A change that is `size` times smaller than the rounding of the weights in bfloat16.
+
+    The slope says how much of it is there: 1 for all, 0 for nothing.
+    """
+    rng = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(128, 128).to(torch.bfloat16)
+    change = LowRank(128, 128, 4)
+    for weight in (layer.weight, change.lora_A.weight, change.lora_B.weight):
+        weight.copy_(torch.randn(weight.shape, generator=rng))
+    product = change.lora_B.weight @ change.lora_A.weight
+    rounding = layer.weight.float().abs().mean() / 2**9
+    change.lora_B.weight.mul_(rounding / size / product.abs().mean())
+    x = torch.randn(8192, 128, generator=rng).to(torch.bfloat16)
+    expected = x.float() @ (change.lora_B.weight @ change.lora_A.weight).T
+
+    def find_slope(changed):
+        moved = changed.float() - layer(x).float()
+        return float((moved * expected).sum() / expected.square().sum())
+
+    assert find_slope(AdaptedLinear(layer, change, 1.0)(x)) == pytest.approx(1, abs=0.1)
+    merged = layer.weight.float() + change.lora_B.weight @ change.lora_A.weight
+    assert find_slope(F.linear(x, merged.to(torch.bfloat16), layer.bias)) < 0.7

@@ -234,3 +234,21 @@ def test_an_unknown_variant_is_refused(runs):
     config = EMLoRAPipeline.from_pretrained(runs["stable-diffusion"] / "pipeline").adapters.config
     with pytest.raises(ValueError, match=r"A variant is '\.\./x'; known are fp16, bf16"):
         EMAdapters(config.base, config.layers, variants={"unet": "../x"})
+
+
+def test_a_model_in_16_bits_keeps_small_changes(base_folders, make_config, hub, tmp_path):
+    """The base comes in bfloat16, and the changes are below the rounding of its weights."""
+    push(base_folders["stable-diffusion"], "lab/base")
+    config = make_config(tmp_path / "run", num_images=4, sample_every=0, learning_rate=1e-4)
+    run = train_lora(replace(config, base="lab/base"))
+    exact = EMLoRAPipeline.from_pretrained(run / "pipeline")
+    narrow = EMLoRAPipeline.from_pretrained(run / "pipeline", dtype=torch.bfloat16)
+    assert narrow.denoiser.dtype == narrow.vae.dtype == torch.bfloat16
+    for name, pair in exact.adapters.pairs():
+        change = (pair.lora_B.weight @ pair.lora_A.weight).detach()
+        assert change.abs().max() > 0
+        assert type(exact.denoiser.get_submodule(name)) is torch.nn.Linear
+        layer = narrow.denoiser.get_submodule(name)
+        x = torch.eye(change.shape[1], dtype=torch.bfloat16)
+        found = torch.nn.functional.linear(x, layer.lora_A) @ layer.weight[:, len(x) :].T
+        torch.testing.assert_close(found.float(), change.T, rtol=0.05, atol=1e-6)
