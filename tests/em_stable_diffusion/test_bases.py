@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
-from em_stable_diffusion import base_source
+from em_stable_diffusion import EMLoRAPipeline, base_source
 from em_stable_diffusion.base_source import find_base
 from em_stable_diffusion.bases import open_base
 from em_stable_diffusion.reconstruction import reconstruct
@@ -110,6 +111,21 @@ def test_losses_are_those_of_each_image_alone(base):
         ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     assert together.shape == (3,)
+
+
+def test_the_noise_is_that_of_the_scheduler_of_the_base(base_folders, runs):
+    """Stable Diffusion 1.5 comes with PNDM: sqrt(beta) is linear, and PNDM draws the images."""
+    base = open_base(find_base(str(base_folders["stable-diffusion"])))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    expected = torch.cumprod(1 - betas, 0).float()
+    torch.testing.assert_close(base.noise_schedule.alphas_cumprod, expected)
+    pipeline = EMLoRAPipeline.from_pretrained(runs["stable-diffusion"] / "pipeline")
+    for scheduler in (base.load_scheduler(), pipeline.scheduler):
+        assert isinstance(scheduler, PNDMScheduler)
+        torch.testing.assert_close(scheduler.alphas_cumprod, expected)
+        assert scheduler.config.skip_prk_steps
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == [751, 501, 501, 251, 1]
 
 
 def test_a_base_that_predicts_the_velocity(tmp_path):

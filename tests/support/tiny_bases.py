@@ -6,10 +6,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
-    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -38,7 +38,10 @@ def write_vocabulary(folder, special, end=""):
 
 
 def make_stable_diffusion(folder, seed=0, license="creativeml-openrail-m", **scheduler):
-    """A pipeline of Stable Diffusion's class in `folder`: images of 8 times the latents' side."""
+    """A pipeline of Stable Diffusion's class in `folder`: images of 8 times the latents' side.
+
+    Its scheduler has the file of Stable Diffusion 1.5, where PNDM does not know `clip_sample`.
+    """
     torch.manual_seed(seed)
     special = ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = write_vocabulary(folder.with_name(f"{folder.name}-vocabulary"), special, "</w>")
@@ -77,8 +80,8 @@ def make_stable_diffusion(folder, seed=0, license="creativeml-openrail-m", **sch
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
-        "clip_sample": False,
         "set_alpha_to_one": False,
+        "skip_prk_steps": True,
         "steps_offset": 1,
     }
     pipeline = StableDiffusionPipeline(
@@ -86,12 +89,15 @@ def make_stable_diffusion(folder, seed=0, license="creativeml-openrail-m", **sch
         CLIPTextModel(text),
         tokenizer,
         unet,
-        DDIMScheduler(**options | scheduler),
+        PNDMScheduler(**options | scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return save(pipeline, folder, license)
+    save(pipeline, folder, license)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    return folder
 
 
 def make_flux2_klein(folder, seed=0, license="apache-2.0"):
