@@ -57,10 +57,10 @@ import sys
 opened = set()
 sys.addaudithook(lambda event, words: event == "open" and opened.add(str(words[0])))
 import em_commands.generate, datasets, diffusers
-opened |= {str(module.__file__) for module in sys.modules.values()
-           if getattr(module, "__file__", None)}
+opened |= {module.__file__ for module in list(sys.modules.values())
+           if (getattr(module, "__file__", None) or "").endswith((".so", ".pyd"))}
 print(len(opened))
-"""  # opened to import what a worker needs
+"""  # opened to import what a worker needs: compiled modules, and .pyc files or sources
 
 
 def time_it(function, rounds=3, clock=time.process_time) -> float:

@@ -17,7 +17,7 @@ import filelock
 DAY = 86_400  # seconds
 LOCK = ".lock"  # of a folder that one process at a time works in
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network disks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # some network disks
 _without_locks: set[Path] = set()  # folders of which a message said so
 
 
@@ -238,7 +238,8 @@ def _say_without_locks(folder: Path) -> None:
     if folder not in _without_locks:
         _without_locks.add(folder)
         print(
-            f"The disk of {folder} has no file locks. Let only one process at a time write there.",
+            f"The disk of {folder} has no file locks, so nothing keeps two processes from writing "
+            "the same file. Start one at a time, or give each shard to one task only.",
             file=sys.stderr,
         )
 

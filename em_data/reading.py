@@ -124,7 +124,8 @@ def finish(stored, label_bar, name, specimen) -> Micrograph:
         overlay = overlay if overlay is None else orient(overlay, stored.orientation)
         notices.append(f"turned as its orientation tag ({stored.orientation}) says")
         metadata["orientation"] = stored.orientation
-    if image.dtype.kind in "iuf" and image.dtype not in (np.uint8, np.uint16) and image.size:
+    is_kept_as_it_is = image.dtype.kind == "u" and image.dtype.itemsize <= 2
+    if image.dtype.kind in "iuf" and not is_kept_as_it_is and image.size:
         image = mark_fill(image, notices)
     if image.dtype.kind == "f":
         image, corner = remove_nan(image, notices)

@@ -4,7 +4,7 @@ import numpy as np
 from scipy import ndimage
 
 from em_data.refusal import Refusal
-from em_data.spikes import find_range
+from em_data.spikes import find_range, take_sample
 
 MAX_ISOLATED = 4  # pixels that touch each other
 MAX_ISOLATED_SHARE = 1e-4  # of the image
@@ -14,33 +14,64 @@ FILL_GAP = 10.0  # times the range of the other values lies between these and a 
 
 
 def mark_fill(image: np.ndarray, notices: list[str]) -> np.ndarray:
-    """Return an image whose fill values, such as -9999, have become NaN; it is float64 then.
+    """Return an image whose fill values, such as -9999, have become NaN.
 
-    A fill value is the least or the largest value of an image, is that of at least 0.1 % of the
-    pixels, and lies outside the other values by ten times their range, spikes apart. An image of
-    two values has none, and an infinite value is none.
+    A fill value is the least or the largest value of an image. At least 0.1 % of the pixels have
+    it, and it lies ten times the range of the other values, spikes apart, away from these. Images
+    of two values have none. Infinite values are not fill values.
 
     Args:
         image: Integers or floats [H, W]; may hold NaN.
         notices: What was found is appended to it.
+
+    Returns:
+        Float [H, W], or the image itself if it has no fill value or would lose more than half of
+        its area.
     """
-    is_known = ~np.isnan(image) if image.dtype.kind == "f" else np.ones(image.shape, bool)
-    for find in (np.min, np.max):
-        if not is_known.any():
-            break
-        value = find(image[is_known])
-        is_fill = image == value
-        num = np.count_nonzero(is_fill)
-        others = is_known & ~is_fill
-        if not np.isfinite(value) or num < FILL_SHARE * image.size or not others.any():
+    marked, found = image, []
+    while (value := _find_fill(marked)) is not None:
+        is_fill = marked == value
+        found.append(f"{np.count_nonzero(is_fill)} pixels have the fill value {value:.6g}")
+        if marked.dtype.kind != "f":
+            marked = marked.astype(np.float32 if marked.dtype.itemsize <= 2 else np.float64)
+        marked = np.where(is_fill, marked.dtype.type(np.nan), marked)
+    if not found:
+        return image
+    top, bottom, left, right = find_largest_rectangle(~np.isnan(marked))
+    share = (bottom - top) * (right - left) / image.size
+    if share < MIN_AREA_SHARE:
+        notices += [
+            f"{each}, but the largest rectangle without it is {100 * share:.3g} % of the image: "
+            "kept, though it takes the contrast. Crop the image, or replace them"
+            for each in found
+        ]
+        return image
+    notices += [f"{each}: taken as NaN" for each in found]
+    return marked
+
+
+def _find_fill(image):
+    """Return the least or largest value if it is a fill value, else None."""
+    sample = take_sample(image)
+    for reduce in (np.fmin.reduce, np.fmax.reduce):
+        value = reduce(image, axis=None)  # NaN only if all are
+        num = np.count_nonzero(image == value)
+        others = sample[(sample != value) & (sample == sample)]
+        if not np.isfinite(value) or num < FILL_SHARE * image.size or not len(others):
             continue
-        low, high, _ = find_range(np.where(others, image, np.median(image[others])))
-        gap = max(low - float(value), float(value) - high)
-        if low < high and gap > FILL_GAP * (high - low):
-            is_known = others
-            notices.append(f"{num} pixels have the fill value {value:.6g}: taken as NaN")
-            image = np.where(is_fill, np.nan, image.astype(np.float64))
-    return image
+        # most images end here, before anything of their size is made
+        if not _is_far(value, *np.percentile(others.astype(np.float64), (0.1, 99.9))):
+            continue
+        filled = image.copy()
+        filled[(image == value) | (image != image)] = np.sort(others)[len(others) // 2]
+        if _is_far(value, *find_range(filled)[:2]):
+            return value
+    return None
+
+
+def _is_far(value, low, high) -> bool:
+    gap = max(float(low) - float(value), float(value) - float(high))
+    return low < high and gap > FILL_GAP * (float(high) - float(low))
 
 
 def remove_nan(image, notices) -> tuple[np.ndarray, tuple[int, int]]:

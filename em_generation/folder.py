@@ -7,6 +7,7 @@ from pathlib import Path
 
 from em_data.files import LOCK, leave_nothing_if_refused, lock, write_atomically
 from em_generation.store import remove_remains, scan_names
+from em_training.nodes import ask_main_process
 
 RECORD = "generation.json"
 
@@ -21,7 +22,7 @@ def refuse_foreign_folder(out: Path) -> None:
     if not out.exists() or (out / RECORD).exists():
         return
     is_foreign = any(not name.startswith(".") for name in scan_names(out))
-    if is_foreign and not (out / RECORD).exists():  # which another process writes first
+    if is_foreign and not (out / RECORD).exists():  # another process may have written it by now
         raise ValueError(f"{out} holds other files; choose a new folder with --out.")
 
 
@@ -40,8 +41,7 @@ def hold_folder(out: Path) -> Iterator[None]:
 
 def open_folder(out: Path, record: dict, state) -> dict | None:
     """Write the record into a new folder and remove what a kill left; return an earlier record."""
-    before = read_matching_record(out, record)
-    state.wait_for_everyone()
+    before = ask_main_process(state, lambda: read_matching_record(out, record))
     if state.is_main_process:
         remove_remains(out)
         if before is None:

@@ -122,13 +122,9 @@ def generate_images(
     config = fill_options(config, model)
     state = create_process_state()
     out = Path(config.out)
-    refuse_foreign_folder(out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(name_full_disk(out))
-        with fail_together(state):
-            if state.is_main_process:
-                stack.enter_context(hold_folder(out))
-        check_common_folder(out, state)
+        enter_folder(out, state, stack)
         return _generate(config, model, state, out, bare)
 
 
@@ -145,7 +141,8 @@ def fill_options(config: GenerationConfig, model: Model) -> GenerationConfig:
 
 def _generate(config: GenerationConfig, model: Model, state, out: Path, bare=None) -> dict:
     progress = Progress()
-    started = start_drawing(config, model, state.device, progress)
+    with fail_together(state):
+        started = start_drawing(config, model, state.device, progress)
     drawer, record = started.drawer, started.record
     before = open_folder(out, record, state)
     store = started.create_store(out, config.format)
@@ -184,12 +181,19 @@ def _generate(config: GenerationConfig, model: Model, state, out: Path, bare=Non
     return record
 
 
+def enter_folder(out: Path, state, stack: contextlib.ExitStack) -> None:
+    """Refuse a folder with other files or on another disk, and hold it until `stack` ends."""
+    with fail_together(state):
+        refuse_foreign_folder(out)
+        if state.is_main_process:
+            stack.enter_context(hold_folder(out))
+    check_common_folder(out, state)
+
+
 def open_bare(bare: GenerationConfig, started: "Started", state, stack: contextlib.ExitStack):
     """Return the store of the same images without grain; `stack` holds its folder."""
     out = Path(bare.out)
-    refuse_foreign_folder(out)
-    if state.is_main_process:
-        stack.enter_context(hold_folder(out))
+    enter_folder(out, state, stack)
     settings = started.record["settings"] | {"grain": False}
     open_folder(out, started.record | {"settings": settings}, state)
     return started.create_store(out, bare.format)
@@ -297,8 +301,9 @@ def draw_missing(
     if state.num_processes > 1:
         description += f" (process {state.process_index + 1} of {state.num_processes})"
     # threads that encode and write: the cores that do not compute
-    # LOCAL_WORLD_SIZE: processes of torchrun on this node
-    cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = count_cores()
+    if cores == os.cpu_count():  # else SLURM has shared them out already
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this node
     computing = 1 if state.device.type == "cuda" else torch.get_num_threads()
     progress.images_at_once = getattr(drawer, "images_at_once", None)
     options: dict[str, Any] = {}

@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from em_data import DataConfig, load_data
+from em_data.files import build_folder
 from em_data.labels import write_labelled
 from em_data.micrograph import Micrograph
 from em_data.module_command import run_module
@@ -21,8 +22,8 @@ from em_generation.pairs.drawer import enlarge_tiles
 from em_generation.pairs.labelled import LabelledImages, read_labelled
 
 STREAM = 77  # of random numbers
-# change of the log-transmission for a contrast of 1, which is half of the grey levels: what a
-# defect leaves of the light behind it depends on levels of the display that are unknown
+# change of the log-transmission for a contrast of 1, half of the grey levels. Grey levels do not
+# give the absolute intensity, so this factor is a guess
 LOG_PER_CONTRAST = 1.3
 
 
@@ -69,8 +70,13 @@ def write_simulation(config: SimulationConfig, say=print) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder. Use another one with --out.")
     labelled = read_training_side(config, say)
+    if labelled.pixel_size_nm is None:
+        say(f"The pixel size is unknown: the background is that of {PIXEL_SIZE_NM:g} nm a pixel.")
     micrographs = list(simulate_like(labelled, config.num, config.size, config.seed))
-    write_labelled(micrographs, out)
+    out.mkdir(parents=True, exist_ok=True)
+    out.rmdir()
+    with build_folder(out) as building:
+        write_labelled(micrographs, building)
     number = sum(len(each.defects or ()) for each in micrographs)
     say(f"{out}: {config.num} micrographs in images/, {number:,} defects in labels/ and masks/")
     return out

@@ -4,6 +4,7 @@ It needs only torch, numpy, PIL, diffusers, transformers and the standard librar
 """
 
 import copy
+import errno
 import inspect
 import os
 import re
@@ -270,13 +271,15 @@ def load_base(adapters, denoiser=None, vae=None):
             vae = base.load_vae(config.repository, variant=variants.get("vae"), **options)
         return denoiser, vae
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise
         remedy = "Check the network, give `token` if the repository is private,"
         if options.get("local_files_only"):
             remedy = "Leave `local_files_only` out to download it,"
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"The base of these adapters, {config.repository} at the commit {config.revision}, was "
-            f"not loaded ({str(error).splitlines()[0].rstrip('.')}). {remedy} or give `denoiser` "
-            "and `vae`."
+            f"not loaded ({reason}). {remedy} or give `denoiser` and `vae`."
         ) from error
 
 

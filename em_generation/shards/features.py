@@ -154,9 +154,12 @@ def _write_file(plan: Plan, file: int, extractor: Extractor, batch_size: int, lo
     try:
         images = ImageFile(plan.data(file))
         features = compute_features(images, extractor, batch_size=batch_size, use_cache=False)
-    finally:  # which reads wrong images, or fails, while they are written
+    except Exception as error:  # reading fails while the images are written
         if read_mark(plan, file) != mark:
-            raise _ImagesChangedError
+            raise _ImagesChangedError from error
+        raise
+    if read_mark(plan, file) != mark:
+        raise _ImagesChangedError
     assert features is not None
     facts = {
         "extractor": extractor.identity,

@@ -247,8 +247,8 @@ def compare_with_real(config, folders: Sequence[str], extractor: Extractor, held
         if name in rows:
             raise ValueError(f"Two folders are called {name}. Rename one of them.")
         if (folder / "features").is_dir():
-            out, folder = folder, find_folder(folder, extractor)
-            check_images(out, list_feature_files(folder, extractor.identity))
+            folder = find_folder(folder, extractor)
+        check_images(folder.resolve().parent.parent, list_feature_files(folder, extractor.identity))
         merged = merge_features(folder, len(held_out), config.seed, extractor.identity)
         distance = frechet_influence_of_moments(merged.moments, merged.kept, real)
         groups: dict[str, Any] = {"groups_b": held_out.groups, "seed": config.seed}

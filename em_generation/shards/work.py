@@ -29,6 +29,7 @@ from em_generation.shards.plan import (
     ShardOptions,
     parse_shard,
     read_mark,
+    read_plan,
     write_mark,
 )
 from em_generation.store import write_index
@@ -97,7 +98,8 @@ def generate_shard(
         if config.format == "arrow" and len(plan.list_marked()) >= plan.num_files:
             paths = [plan.data(file) for file in range(plan.num_files)]
             with lock(out / ".locks" / "record.lock"):
-                if all(path.is_file() for path in paths):  # else who writes the rest does this
+                # else who writes the rest does this, or who extends the folder
+                if read_plan(out) == plan and all(path.is_file() for path in paths):
                     write_index(out, [f"data/{path.name}" for path in paths])
     return Written(tuple(written), len(files) - len(written), plan)
 
@@ -118,7 +120,7 @@ def open_folder(
         if num_images != before.get("num_images"):
             record["num_images"] = num_images
             write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
-        make_folder(out / "data")  # after the record, by which others know the folder
+        make_folder(out / "data")  # after the record, since others know the folder by it
         make_folder(out / "done")
         if command and read_command(out) != command:
             write_atomically(out / ".command", command + "\n")

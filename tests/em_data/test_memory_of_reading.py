@@ -28,9 +28,13 @@ def make_large(dtype):
     return np.concatenate([np.roll(rows, 17 * i, axis=1) for i in range(SIDE // 100)])
 
 
-@pytest.mark.parametrize(("kind", "most"), [("uint16", 3.0), ("float32", 2.5), ("png", 4.5)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("uint16", 3.0), ("int16", 3.0), ("float32", 2.5), ("png", 4.5)]
+)
 def test_a_large_micrograph_takes_a_few_times_its_size(kind, most, tmp_path):
     image = make_large(np.uint8 if kind == "png" else kind)
+    if kind == "int16":
+        image[: SIDE // 50] = 900  # more than 0.1 % of the pixels, but no fill value
     folder = tmp_path / "set"
     folder.mkdir()
     if kind == "png":

@@ -81,6 +81,24 @@ def test_fill_values_become_nan_and_a_spike_does_not_hide_them(value, dtype):
     assert notices == [f"400 pixels have the fill value {value:.6g}: taken as NaN"]
 
 
+def test_several_fill_values_become_nan():
+    image, notices = VALUES.copy(), []
+    image[:5], image[:, -4:] = -9999, 1e30
+    marked = mark_fill(image, notices)
+    assert np.isnan(marked[:5]).all()
+    assert np.isnan(marked[:, -4:]).all()
+    assert np.array_equal(marked[5:, :-4], VALUES[5:, :-4])
+    assert len(notices) == 2
+
+
+def test_an_image_that_would_lose_its_half_is_kept():
+    image, notices = VALUES.copy(), []
+    image[:, 20:45] = 65535
+    assert mark_fill(image, notices) is image
+    assert "1500 pixels have the fill value 65535, but the largest rectangle" in notices[0]
+    assert "43.8 % of the image: kept" in notices[0]
+
+
 @pytest.mark.parametrize("kind", ["two values", "saturated", "dark ground", "too few"])
 def test_values_that_belong_to_the_image_are_no_fill(kind):
     image = VALUES.astype(np.float64)

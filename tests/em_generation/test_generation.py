@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from em_training import seed_for
 from support.commands import TORCHRUN
 from support.generation import config_for, read
 from support.models import make_ldm, make_stylegan
+from support.nodes import Nodes
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +164,29 @@ def test_two_processes_make_the_same_folder(model, tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     assert np.abs(read(tmp_path / "one") - read(tmp_path / "two")).max() <= 1
     assert json.loads((tmp_path / "two" / "generation.json").read_text())["timed_images"] == 7
+
+
+@pytest.mark.parametrize(
+    ("holds_others", "expected"),
+    [
+        pytest.param(False, "The nodes do not share the run folder", marks=pytest.mark.slow),
+        (True, "process 1 on .*: images holds other files"),
+    ],
+)
+def test_nodes_without_a_common_folder_are_refused(tmp_path, holds_others, expected):
+    """Each of two nodes has a folder `images` of its own; in one of them lie other files."""
+    make_stylegan().save_pretrained(tmp_path / "model")
+    words = [str(ROOT / "generate.py"), "--model", str(tmp_path / "model"), "--out", "images"]
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    if holds_others:
+        (folders[1] / "images").mkdir()
+        (folders[1] / "images" / "theirs.txt").touch()
+    nodes = Nodes([words, words], folders)
+    assert nodes.wait() == [2, 2], nodes.texts
+    assert re.search(expected, "".join(nodes.texts)), nodes.texts
+    assert not (folders[0] / "images").exists()
 
 
 def test_a_folder_never_mixes_settings_or_models(model, tmp_path):
