@@ -56,7 +56,7 @@ def _find_fill(image):
     for reduce in (np.fmin.reduce, np.fmax.reduce):
         value = reduce(image, axis=None)  # NaN only if all are
         num = np.count_nonzero(image == value)
-        others = sample[(sample != value) & (sample == sample)]
+        others = sample[(sample != value) & np.isfinite(sample)]
         if not np.isfinite(value) or num < FILL_SHARE * image.size or not len(others):
             continue
         # most images end here, before anything of their size is made

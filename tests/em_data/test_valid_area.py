@@ -99,7 +99,7 @@ def test_an_image_that_would_lose_its_half_is_kept():
     assert "43.8 % of the image: kept" in notices[0]
 
 
-@pytest.mark.parametrize("kind", ["two values", "saturated", "dark ground", "too few"])
+@pytest.mark.parametrize("kind", ["two values", "saturated", "infinite", "dark ground", "too few"])
 def test_values_that_belong_to_the_image_are_no_fill(kind):
     image = VALUES.astype(np.float64)
     if kind == "two values":
@@ -107,6 +107,8 @@ def test_values_that_belong_to_the_image_are_no_fill(kind):
     elif kind == "saturated":  # the edges of a bright particle have all values
         rows, columns = np.indices(image.shape)
         image += 1e4 * np.clip(20 - np.hypot(rows - 30, columns - 40), 0, 10)
+    elif kind == "infinite":
+        image[:5], image[5:20] = np.inf, -np.inf
     elif kind == "dark ground":
         image[:, :40] = -20
     else:
